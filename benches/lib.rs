@@ -1,0 +1,1 @@
+//! Shared measuring of the benches: bounds of this machine beside every number.

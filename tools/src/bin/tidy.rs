@@ -1,0 +1,2 @@
+//! The tree's own style check.
+fn main() {}

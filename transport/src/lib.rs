@@ -1,0 +1,1 @@
+//! The framed protocol between device and cloud, and the links that carry it.
