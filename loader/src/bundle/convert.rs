@@ -1,0 +1,75 @@
+//! Tensors of the source in the type that the bundle stores, still in row order.
+
+use half::{bf16, f16};
+
+use super::BundleError;
+use super::write::Weights;
+use crate::layout;
+use crate::split::TensorSpec;
+use crate::tensor::{DType, Tensor, TensorBytes};
+
+/// Smallest magnitude that is rounded to infinity in f16.
+const F16_END: f32 = 65_520.0;
+
+/// The type in which a tensor is stored. Vectors are f32 always. For `q8` and `q4` a matrix that
+/// is already as small stays as it is, bit for bit; embedding and LM head get eight bits in both,
+/// since each of their errors is a token's.
+pub(super) fn stored_dtype(spec: &TensorSpec, source: DType, weights: Weights) -> DType {
+    if spec.shape.len() == 1 {
+        return DType::F32;
+    }
+    let target = match weights {
+        Weights::Keep => return source,
+        Weights::F16 => return DType::F16,
+        Weights::Q4 if !spec.is_vocabulary() => DType::Q4_1,
+        Weights::Q8 | Weights::Q4 => DType::Q8_0,
+    };
+    // Bytes of 256 weights, a whole number of blocks of each type.
+    if source.row_bytes(256) <= target.row_bytes(256) { source } else { target }
+}
+
+/// The bytes of a tensor in row order, as `dtype`.
+///
+/// # Errors
+/// Rows are no whole number of blocks, or a number is not finite in the new type.
+pub(super) fn convert(tensor: &Tensor, dtype: DType) -> Result<TensorBytes, BundleError> {
+    if tensor.dtype == dtype {
+        return Ok(tensor.bytes.clone());
+    }
+    let wrong = |reason: String| BundleError::Convert {
+        name: tensor.name.clone(),
+        dtype: dtype.name(),
+        reason,
+    };
+    let k = tensor.shape.last().copied().unwrap_or(0);
+    let (Some(from_bytes), Some(to_bytes)) = (tensor.dtype.row_bytes(k), dtype.row_bytes(k)) else {
+        let block = dtype.block_weights();
+        return Err(wrong(format!("rows of {k} weights are no whole number of blocks of {block}")));
+    };
+    let mut numbers = vec![0.0; k];
+    let mut out = vec![0; tensor.bytes.len() / from_bytes * to_bytes];
+    let rows = tensor.bytes.chunks_exact(from_bytes);
+    for (index, (row, out)) in rows.zip(out.chunks_exact_mut(to_bytes)).enumerate() {
+        layout::dequantise_row(tensor.dtype, k, row, &mut numbers);
+        // False for NaN as well.
+        let fits = |x: &&f32| x.abs() < if dtype == DType::F32 { f32::INFINITY } else { F16_END };
+        if let Some(x) = numbers.iter().find(|x| !fits(x)) {
+            return Err(wrong(format!("row {index} holds {x}")));
+        }
+        match dtype {
+            DType::F32 => write_numbers(&numbers, out, f32::to_le_bytes),
+            DType::F16 => write_numbers(&numbers, out, |x| f16::from_f32(x).to_le_bytes()),
+            DType::Bf16 => write_numbers(&numbers, out, |x| bf16::from_f32(x).to_le_bytes()),
+            DType::Q8_0 => layout::quantise_q8_0(&numbers, out),
+            DType::Q4_1 => layout::quantise_q4_1(&numbers, out),
+            DType::Q4_0 | DType::Q6K => return Err(wrong("no quantiser writes it".into())),
+        }
+    }
+    Ok(TensorBytes::owned(out))
+}
+
+fn write_numbers<const N: usize>(numbers: &[f32], out: &mut [u8], bytes: impl Fn(f32) -> [u8; N]) {
+    for (x, out) in numbers.iter().zip(out.chunks_exact_mut(N)) {
+        out.copy_from_slice(&bytes(*x));
+    }
+}

@@ -1,0 +1,171 @@
+//! What can be wrong with a bundle, or with writing one.
+
+use std::path::{Path, PathBuf};
+
+use super::ModelId;
+use crate::error::{ConfigError, LoadError};
+use crate::header::HeaderError;
+
+/// Why a bundle could not be written, opened or trusted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BundleError {
+    /// The operating system said no.
+    #[error("{}: {error}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Its answer.
+        error: std::io::Error,
+    },
+    /// The directory is no bundle.
+    #[error("{}: no bundle: {reason}", path.display())]
+    NotABundle {
+        /// The directory.
+        path: PathBuf,
+        /// What was looked for, and where it may be.
+        reason: String,
+    },
+    /// The directory that is to be written exists.
+    #[error("{}: exists and is not empty; remove it or choose another", path.display())]
+    Exists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file is larger than anything of its kind.
+    #[error("{}: larger than the {bytes_max} bytes that are read", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The limit.
+        bytes_max: u64,
+    },
+    /// A file has another size than the manifest says.
+    #[error("{}: {got} bytes, the manifest says {expected}", path.display())]
+    FileSize {
+        /// The file.
+        path: PathBuf,
+        /// Bytes by the manifest.
+        expected: u64,
+        /// Bytes of the file.
+        got: u64,
+    },
+    /// A file has other content than the manifest says.
+    #[error("{}: BLAKE3 {got}, the manifest says {expected}; split again", path.display())]
+    FileHash {
+        /// The file.
+        path: PathBuf,
+        /// Hash by the manifest.
+        expected: String,
+        /// Hash of the file.
+        got: String,
+    },
+    /// `bundle.json` or another JSON file does not parse.
+    #[error("{}: {error}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        error: serde_json::Error,
+    },
+    /// The bundle is of another format.
+    #[error(
+        "{}: format_version {got}, this program reads {expected}; run hat-split again",
+        path.display()
+    )]
+    FormatVersion {
+        /// The manifest.
+        path: PathBuf,
+        /// What we read.
+        expected: u64,
+        /// What it is.
+        got: String,
+    },
+    /// The manifest contradicts itself or the model.
+    #[error("{}: {error}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Key and reason.
+        error: ConfigError,
+    },
+    /// The header of the weights is wrong.
+    #[error("{}: {error}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: HeaderError,
+    },
+    /// A tensor is not stored as the manifest says.
+    #[error("{}: tensor {name}: expected {expected}, got {got}", path.display())]
+    TensorMismatch {
+        /// The file.
+        path: PathBuf,
+        /// The checkpoint name.
+        name: String,
+        /// Type, shape and place by the manifest.
+        expected: String,
+        /// Type, shape and place in the file.
+        got: String,
+    },
+    /// A tensor that the role needs is not there.
+    #[error("{}: tensor {name} is missing", path.display())]
+    MissingTensor {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// The checkpoint name.
+        name: String,
+    },
+    /// A tensor is there that the manifest doesn't know.
+    #[error("{}: tensor {name} is not in the manifest of this {role} bundle", path.display())]
+    UnknownTensor {
+        /// Where it was found.
+        path: PathBuf,
+        /// Its name.
+        name: String,
+        /// The bundle's role.
+        role: &'static str,
+    },
+    /// A tensor can't be converted to the type that was asked for.
+    #[error("tensor {name} can't become {dtype}: {reason}")]
+    Convert {
+        /// The checkpoint name.
+        name: String,
+        /// The type that was asked for.
+        dtype: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// The two halves are of different models.
+    #[error("device and cloud hold different models: {device} and {cloud}")]
+    DifferentModels {
+        /// The device's model id.
+        device: ModelId,
+        /// The cloud's.
+        cloud: ModelId,
+    },
+    /// The split leaves the cloud without layers.
+    #[error(transparent)]
+    Split(ConfigError),
+    /// The source model could not be read.
+    #[error(transparent)]
+    Source(#[from] LoadError),
+}
+
+impl BundleError {
+    pub(super) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Io { path, error }
+    }
+
+    pub(super) fn manifest(path: &Path) -> impl FnOnce(ConfigError) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Manifest { path, error }
+    }
+
+    pub(super) fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Json { path, error }
+    }
+}

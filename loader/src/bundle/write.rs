@@ -1,0 +1,405 @@
+//! Writing the two bundles of a model.
+//!
+//! Everything is written into a directory of another name beside the target, synced, and renamed
+//! at the end: a bundle is there as a whole or not at all.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::manifest::{
+    ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, Stored, TOKENIZER, TOKENIZER_CONFIG,
+    TensorEntry, WEIGHTS, held_layers,
+};
+use super::model_id::ModelHasher;
+use super::{BundleError, ModelId, convert};
+use crate::header;
+use crate::layout;
+use crate::source::SourceModel;
+use crate::split::{Role, Split};
+use crate::tensor::{DType, Layout};
+
+/// Types of the matrices in a bundle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Weights {
+    /// As in the source, bit for bit.
+    #[default]
+    Keep,
+    /// All f16.
+    F16,
+    /// At most eight bits: larger types become q8_0.
+    Q8,
+    /// At most four bits in the layers: larger types become q4_1; embedding and LM head as `Q8`.
+    Q4,
+}
+
+/// How a model is cut and stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BundleOptions {
+    /// Layers of the input submodel.
+    pub split_layer: usize,
+    /// Layers of the output submodel.
+    pub tail_layers: usize,
+    /// Types of the matrices.
+    pub weights: Weights,
+}
+
+/// How far the writing is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The tensor that is written next.
+    pub tensor: &'a str,
+    /// Bytes of weights written.
+    pub bytes: u64,
+    /// Bytes of weights in both bundles.
+    pub bytes_total: u64,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Report {
+    /// The model's name.
+    pub model_name: String,
+    /// The identity that both halves carry.
+    pub model_id: ModelId,
+    /// Layers of the input submodel.
+    pub split_layer: usize,
+    /// Layers of the output submodel.
+    pub tail_layers: usize,
+    /// Layers of the whole model.
+    pub num_hidden_layers: usize,
+    /// Numbers in one row.
+    pub hidden_size: usize,
+    /// Bytes of one row's payload on the wire in f16, in each direction.
+    pub row_bytes_f16: usize,
+    /// The device's half.
+    pub device: RoleReport,
+    /// The cloud's half.
+    pub cloud: RoleReport,
+}
+
+/// One role's half.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct RoleReport {
+    /// Runs of decoder layers, `[first, one past the last]`.
+    pub layers: Vec<[usize; 2]>,
+    /// How many tensors.
+    pub tensors: usize,
+    /// Bytes of tensors by type, padding left out.
+    pub bytes_by_dtype: BTreeMap<String, u64>,
+    /// Bytes of each file.
+    pub files: BTreeMap<String, u64>,
+    /// Bytes of all files.
+    pub bytes: u64,
+}
+
+/// Writes `directory/device` and `directory/cloud`. `directory` must not exist, or be empty; it
+/// appears when both are complete and on disk.
+///
+/// # Errors
+/// The split is impossible, a tensor can't be converted, the directory exists, or the disk says
+/// no; nothing is left behind then.
+pub fn write_bundles(
+    model: &SourceModel,
+    options: BundleOptions,
+    directory: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report, BundleError> {
+    let layers = model.config().num_hidden_layers;
+    let split =
+        Split::new(layers, options.split_layer, options.tail_layers).map_err(BundleError::Split)?;
+    let roles = [Role::Device, Role::Cloud];
+    let plans = roles
+        .iter()
+        .map(|role| Plan::new(model, &split, *role, options.weights))
+        .collect::<Result<Vec<_>, _>>()?;
+    let staging = Staging::create(directory)?;
+
+    let mut state = Writing {
+        model,
+        hasher: ModelHasher::default(),
+        bytes: 0,
+        bytes_total: plans.iter().map(|plan| plan.bytes).sum(),
+        progress,
+    };
+    let mut files = Vec::new();
+    for plan in &plans {
+        let path = staging.path.join(plan.role.name());
+        fs::create_dir(&path).map_err(BundleError::io(&path))?;
+        files.push(state.write_role(plan, &path)?);
+    }
+    let model_id = state.hasher.finish(model.config());
+    let mut reports = Vec::new();
+    for (plan, files) in plans.into_iter().zip(files) {
+        let path = staging.path.join(plan.role.name());
+        reports.push(write_manifest(model, &split, plan, files, model_id, &path)?);
+    }
+    staging.publish(directory)?;
+
+    let (cloud, device) = (reports.pop(), reports.pop());
+    Ok(Report {
+        model_name: model.name().to_owned(),
+        model_id,
+        split_layer: split.split_layer(),
+        tail_layers: split.tail_layers(),
+        num_hidden_layers: layers,
+        hidden_size: model.config().hidden_size,
+        row_bytes_f16: 2 * model.config().hidden_size,
+        device: device.expect("one report a role"),
+        cloud: cloud.expect("one report a role"),
+    })
+}
+
+/// The tensors of a role's weights file, in order: matrices in the order of use, then vectors.
+struct Plan {
+    role: Role,
+    tensors: Vec<(TensorEntry, Stored)>,
+    bytes: u64,
+}
+
+impl Plan {
+    fn new(
+        model: &SourceModel,
+        split: &Split,
+        role: Role,
+        weights: Weights,
+    ) -> Result<Self, BundleError> {
+        let mut specs = split.role_tensors(role, model.config());
+        specs.sort_by_key(|spec| spec.shape.len() == 1);
+        let mut tensors = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let source = model.tensor_dtype(&spec.name)?;
+            let dtype = convert::stored_dtype(&spec, source, weights);
+            let entry = TensorEntry::new(&spec.name, dtype, &spec.shape);
+            let stored = Stored::of(&entry).map_err(|error| BundleError::Convert {
+                name: spec.name,
+                dtype: dtype.name(),
+                reason: error.reason,
+            })?;
+            tensors.push((entry, stored));
+        }
+        let bytes = tensors.iter().map(|(_, stored)| stored.file_bytes as u64).sum();
+        Ok(Self { role, tensors, bytes })
+    }
+}
+
+/// What goes along from tensor to tensor.
+struct Writing<'a> {
+    model: &'a SourceModel,
+    hasher: ModelHasher,
+    bytes: u64,
+    bytes_total: u64,
+    progress: &'a mut dyn FnMut(Progress<'_>),
+}
+
+impl Writing<'_> {
+    /// Writes all files of a role but the manifest.
+    fn write_role(
+        &mut self,
+        plan: &Plan,
+        directory: &Path,
+    ) -> Result<BTreeMap<String, FileEntry>, BundleError> {
+        let mut files = BTreeMap::new();
+        let path = directory.join(WEIGHTS);
+        files.insert(WEIGHTS.to_owned(), self.write_weights(plan, &path)?);
+        if plan.role == Role::Device {
+            let settings = serde_json::to_string_pretty(self.model.token_settings())
+                .expect("strings and flags serialise");
+            for (name, text) in
+                [(TOKENIZER, self.model.tokenizer_json()), (TOKENIZER_CONFIG, &settings)]
+            {
+                files.insert(name.to_owned(), write_text(&directory.join(name), text)?);
+            }
+        }
+        Ok(files)
+    }
+
+    fn write_weights(&mut self, plan: &Plan, path: &Path) -> Result<FileEntry, BundleError> {
+        let mut out = HashedFile::create(path)?;
+        let lengths: Vec<[usize; 1]> =
+            plan.tensors.iter().map(|(_, stored)| [stored.file_len]).collect();
+        let listed: Vec<_> = plan
+            .tensors
+            .iter()
+            .zip(&lengths)
+            .map(|((entry, stored), shape)| {
+                (entry.name.as_str(), stored.file_dtype, shape.as_slice(), stored.file_bytes)
+            })
+            .collect();
+        out.write(&header::write(&listed, ALIGNMENT))?;
+
+        let mut packed = Vec::new();
+        for (entry, stored) in &plan.tensors {
+            let (tensor, bytes_total) = (entry.name.as_str(), self.bytes_total);
+            (self.progress)(Progress { tensor, bytes: self.bytes, bytes_total });
+            let source = self.model.tensor(tensor)?;
+            let rows = convert::convert(&source, stored.dtype)?;
+            self.hasher.add(tensor, stored.dtype, &entry.shape, &rows);
+            packed.clear();
+            packed.resize(stored.file_bytes, 0);
+            match (stored.layout, entry.shape.as_slice()) {
+                (Layout::Panel16, [n, k]) => {
+                    layout::pack(stored.dtype, *n, *k, &rows, &mut packed[..stored.bytes]);
+                }
+                _ => packed[..stored.bytes].copy_from_slice(&rows),
+            }
+            out.write(&packed)?;
+            self.bytes += stored.file_bytes as u64;
+        }
+        out.finish()
+    }
+}
+
+fn write_manifest(
+    model: &SourceModel,
+    split: &Split,
+    plan: Plan,
+    files: BTreeMap<String, FileEntry>,
+    model_id: ModelId,
+    directory: &Path,
+) -> Result<RoleReport, BundleError> {
+    let mut report = RoleReport {
+        layers: held_layers(split, plan.role),
+        tensors: plan.tensors.len(),
+        files: files.iter().map(|(name, entry)| (name.clone(), entry.bytes)).collect(),
+        ..RoleReport::default()
+    };
+    for (entry, stored) in &plan.tensors {
+        *report.bytes_by_dtype.entry(entry.dtype.clone()).or_default() += stored.bytes as u64;
+    }
+    let manifest = Manifest {
+        format_version: FORMAT_VERSION,
+        role: plan.role,
+        model_name: model.name().to_owned(),
+        model_id,
+        split_layer: split.split_layer(),
+        tail_layers: split.tail_layers(),
+        layers: report.layers.clone(),
+        hidden_size: model.config().hidden_size,
+        wire: "f16".to_owned(),
+        config: model.config().clone(),
+        files,
+        tensors: plan.tensors.into_iter().map(|(entry, _)| entry).collect(),
+    };
+    let path = directory.join(MANIFEST);
+    manifest.check().map_err(BundleError::manifest(&path))?;
+    let json = serde_json::to_string_pretty(&manifest).map_err(BundleError::json(&path))?;
+    let written = write_text(&path, &json)?;
+    sync_directory(directory)?;
+    report.files.insert(MANIFEST.to_owned(), written.bytes);
+    report.bytes = report.files.values().sum();
+    Ok(report)
+}
+
+/// A file that is hashed as it is written.
+struct HashedFile {
+    path: PathBuf,
+    file: File,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl HashedFile {
+    fn create(path: &Path) -> Result<Self, BundleError> {
+        let file = File::create_new(path).map_err(BundleError::io(path))?;
+        Ok(Self { path: path.to_owned(), file, hasher: blake3::Hasher::new(), bytes: 0 })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), BundleError> {
+        self.file.write_all(bytes).map_err(BundleError::io(&self.path))?;
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn finish(self) -> Result<FileEntry, BundleError> {
+        self.file.sync_all().map_err(BundleError::io(&self.path))?;
+        Ok(FileEntry { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
+    }
+}
+
+fn write_text(path: &Path, text: &str) -> Result<FileEntry, BundleError> {
+    let mut file = HashedFile::create(path)?;
+    file.write(text.as_bytes())?;
+    file.finish()
+}
+
+/// A directory under another name, removed unless it is published.
+struct Staging {
+    path: PathBuf,
+}
+
+impl Staging {
+    /// Creates `TARGET.tmp-PID-N` beside the target.
+    fn create(target: &Path) -> Result<Self, BundleError> {
+        check_free(target)?;
+        let name = target.file_name().ok_or_else(|| BundleError::NotABundle {
+            path: target.to_owned(),
+            reason: "the path ends in no name that a directory could have".into(),
+        })?;
+        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(BundleError::io(parent))?;
+        let mut number = 0;
+        loop {
+            let mut name = name.to_owned();
+            name.push(format!(".tmp-{}-{number}", std::process::id()));
+            let path = parent.join(name);
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(Self { path }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+                Err(error) => return Err(BundleError::io(&path)(error)),
+            }
+        }
+    }
+
+    fn publish(self, target: &Path) -> Result<(), BundleError> {
+        sync_directory(&self.path)?;
+        // An empty directory is replaced; a full one that came meanwhile is not.
+        fs::rename(&self.path, target).map_err(|error| match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
+                BundleError::Exists { path: target.to_owned() }
+            }
+            _ => BundleError::io(target)(error),
+        })?;
+        if let Some(parent) = target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_directory(parent)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // After `publish` there is nothing of this name; on the way out of an error, what can't
+        // be removed stays under a name that says what it is.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+fn check_free(target: &Path) -> Result<(), BundleError> {
+    match fs::read_dir(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(BundleError::io(target)(error)),
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(BundleError::Exists { path: target.to_owned() }),
+        },
+    }
+}
+
+fn sync_directory(path: &Path) -> Result<(), BundleError> {
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(BundleError::io(path))
+}
+
+impl SourceModel {
+    /// A tensor's type, without its bytes.
+    fn tensor_dtype(&self, name: &str) -> Result<DType, BundleError> {
+        let tensor = self.tensors.get(name).ok_or_else(|| BundleError::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+        })?;
+        Ok(tensor.dtype)
+    }
+}

@@ -1,0 +1,201 @@
+//! A whole model as it comes in, whatever it comes from.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::config::LlamaConfig;
+use crate::error::LoadError;
+use crate::split::{self, TensorSpec};
+use crate::tensor::{DType, Layout, Tensor, TensorBytes};
+use crate::{checkpoint, gguf};
+
+/// How text and ids become each other, as far as it is not in `tokenizer.json`. This is the part
+/// of `tokenizer_config.json` that an engine needs, and is written in its form.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[non_exhaustive]
+pub struct TokenSettings {
+    /// Text of the token in front of a prompt; chat templates name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bos_token: Option<String>,
+    /// Text of the token that ends an answer; chat templates name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eos_token: Option<String>,
+    /// Text of the token for what has no token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unk_token: Option<String>,
+    /// Text of the padding token; chat templates may name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pad_token: Option<String>,
+    /// Whether a plain prompt begins with `bos_token`. Informative: the post-processor of
+    /// `tokenizer.json` is what puts it there.
+    #[serde(default)]
+    pub add_bos_token: bool,
+    /// Jinja template that turns messages into a prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+}
+
+/// A tensor of the source, and what is to be done when it is asked for.
+pub(crate) struct SourceTensor {
+    pub(crate) path: PathBuf,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: TensorBytes,
+    /// Heads whose rows stand in the interleaved order of GGUF's llama, if they do.
+    pub(crate) interleaved_heads: Option<usize>,
+}
+
+/// A model: configuration, tensors in row order under their checkpoint names, tokenizer.
+///
+/// Tensors are borrowed from the memory map; only q and k of a GGUF file are copied, since their
+/// rows change places.
+pub struct SourceModel {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) config: LlamaConfig,
+    pub(crate) tensors: BTreeMap<String, SourceTensor>,
+    pub(crate) tokenizer_json: String,
+    pub(crate) settings: TokenSettings,
+}
+
+impl SourceModel {
+    /// Opens a Hugging Face directory or a GGUF file, and checks that it holds each tensor that
+    /// its configuration asks for, in its shape, and no other.
+    ///
+    /// The files are mapped: they must not be changed or shortened while the model is open.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with the file and the name.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
+        let model = if metadata.is_dir() { checkpoint::open(path)? } else { gguf::open(path)? };
+        model.check()?;
+        Ok(model)
+    }
+
+    /// The model's name: from its metadata, or the name of its directory or file.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The hyper-parameters.
+    #[must_use]
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Names of all tensors, ascending.
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// A tensor in [`Layout::Rows`], q and k in the order of `config.json`'s models (half-split
+    /// rotary pairs).
+    ///
+    /// # Errors
+    /// [`LoadError::MissingTensor`].
+    pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
+        let source = self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+        })?;
+        let bytes = match source.interleaved_heads {
+            None => source.bytes.clone(),
+            Some(heads) => {
+                let rows = source.shape[0];
+                TensorBytes::owned(half_split_rows(&source.bytes, rows, heads))
+            }
+        };
+        Ok(Tensor {
+            name: name.to_owned(),
+            dtype: source.dtype,
+            layout: Layout::Rows,
+            shape: source.shape.clone(),
+            bytes,
+        })
+    }
+
+    /// The text of `tokenizer.json`.
+    #[must_use]
+    pub fn tokenizer_json(&self) -> &str {
+        &self.tokenizer_json
+    }
+
+    /// Special tokens by text, and the chat template.
+    #[must_use]
+    pub fn token_settings(&self) -> &TokenSettings {
+        &self.settings
+    }
+
+    /// The chat template, if the model has one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<&str> {
+        self.settings.chat_template.as_deref()
+    }
+
+    /// Checks tensors against the configuration.
+    pub(crate) fn check(&self) -> Result<(), LoadError> {
+        let specs = split::model_tensors(&self.config);
+        for spec in &specs {
+            self.check_tensor(spec)?;
+        }
+        if self.tensors.len() == specs.len() {
+            return Ok(());
+        }
+        let known: std::collections::HashSet<&str> =
+            specs.iter().map(|spec| spec.name.as_str()).collect();
+        let stranger = self.tensors.iter().find(|(name, _)| !known.contains(name.as_str()));
+        let (name, tensor) = stranger.expect("more tensors than names");
+        Err(LoadError::UnknownTensor {
+            path: tensor.path.clone(),
+            name: name.clone(),
+            family: self.config.architecture.name(),
+            reason: "leaving it out would change the answers",
+        })
+    }
+
+    fn check_tensor(&self, spec: &TensorSpec) -> Result<(), LoadError> {
+        let tensor = self.tensors.get(&spec.name).ok_or_else(|| LoadError::MissingTensor {
+            path: self.path.clone(),
+            name: spec.name.clone(),
+        })?;
+        let is_float = matches!(tensor.dtype, DType::F32 | DType::F16 | DType::Bf16);
+        if tensor.shape == spec.shape && (is_float || spec.shape.len() == 2) {
+            return Ok(());
+        }
+        let types = if spec.shape.len() == 1 { "f32, f16 or bf16" } else { "any type" };
+        Err(LoadError::TensorMismatch {
+            path: tensor.path.clone(),
+            name: spec.name.clone(),
+            expected: format!("{types} {:?}", spec.shape),
+            got: format!("{} {:?}", tensor.dtype.name(), tensor.shape),
+        })
+    }
+}
+
+impl fmt::Debug for SourceModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceModel")
+            .field("path", &self.path)
+            .field("config", &self.config)
+            .field("tensors", &self.tensors.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Moves rows from GGUF's interleaved order (pair `i` of a head at rows `2i` and `2i + 1`) to the
+/// half-split order (rows `i` and `i + head_dim / 2`). Works on whole rows of any type.
+fn half_split_rows(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+    let row_bytes = bytes.len() / rows;
+    let head_dim = rows / heads;
+    let mut out = Vec::with_capacity(bytes.len());
+    for row in 0..rows {
+        let (head, in_head) = (row / head_dim, row % head_dim);
+        let (half, pair) = (in_head / (head_dim / 2), in_head % (head_dim / 2));
+        let from = (head * head_dim + 2 * pair + half) * row_bytes;
+        out.extend_from_slice(&bytes[from..from + row_bytes]);
+    }
+    out
+}
