@@ -1,0 +1,455 @@
+//! [`Connection`]: the protocol, without a socket, a clock or a thread.
+//!
+//! Four kinds of methods. `handle_*` take what happened and the time: bytes came, a batch went
+//! out, the link came up or broke. [`Connection::send`] takes what the application wants. `poll_*`
+//! say what is to be done: transmit until there is nothing, take the events, then wait for bytes
+//! or for [`Connection::poll_timeout`]. The rest looks.
+//!
+//! A connection outlives its sockets. Sequenced frames are kept until the peer acknowledges them
+//! and are replayed from where the peer's HELLO says; what arrives twice is dropped, a gap is an
+//! error. The caller must not feed bytes of an old socket after a new one is up.
+
+mod config;
+mod error;
+mod greet;
+mod receive;
+mod resume;
+mod send;
+mod timer;
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::WIRE_VERSION;
+use crate::frame::{Deframed, Deframer, HEADER_BYTES, Header, Kind, Priority, RawFrame};
+use crate::message::{Close, CloseCode, Hello, Message, MessageError, Role};
+use crate::pool::{Buf, Pool};
+use receive::ReceiveState;
+use send::SendState;
+use timer::Timers;
+
+pub use config::ConnectionConfig;
+pub use error::{Expired, ProtocolError};
+pub use greet::Greeting;
+pub use send::{Refusal, SendError};
+
+/// Longest body before HELLOs are exchanged: room for later versions' fields, and for CLOSE.
+const HELLO_BYTES_MAX: usize = 1024;
+
+/// A sequenced frame that has arrived, exactly once.
+///
+/// The body stays in the buffer that it was received into, or was copied once. Its bytes count
+/// against the peer's credit until the buffer is dropped: drop it as soon as its rows are used,
+/// and let the endpoint take a turn after that.
+#[derive(Debug)]
+pub struct Frame {
+    /// What it is.
+    pub kind: Kind,
+    /// The session; not 0.
+    pub session: u32,
+    /// How urgent the peer found it.
+    pub priority: Priority,
+    /// Its body; [`Message::decode`] reads it.
+    pub body: Buf,
+}
+
+/// What a connection has to tell.
+#[derive(Debug)]
+pub enum ConnectionEvent {
+    /// HELLOs are exchanged. If `resumed` is false everything queued or unacknowledged before is
+    /// gone, here and there, and so are the peer's sessions.
+    Up {
+        /// The peer's.
+        hello: Hello,
+        /// Whether the link goes on where it was.
+        resumed: bool,
+    },
+    /// A frame.
+    Frame(Frame),
+    /// The peer has closed the connection.
+    Closed {
+        /// Why, for programs.
+        code: CloseCode,
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// What went over a connection, over all its sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes handed to the link, headers and replays included.
+    pub sent_bytes: u64,
+    /// Bytes that came from the link.
+    pub received_bytes: u64,
+    /// Frames handed to the link.
+    pub sent_frames: u64,
+    /// Frames that came.
+    pub received_frames: u64,
+    /// Sequenced frames that were sent again.
+    pub replayed_frames: u64,
+    /// Sequenced frames that came again and were dropped.
+    pub duplicate_frames: u64,
+    /// Received body bytes that were copied within this process.
+    pub copied_bytes: u64,
+    /// Smoothed round-trip time.
+    pub rtt: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// No socket.
+    Down,
+    /// A socket, and no HELLO from the peer yet.
+    Greeting,
+    /// Frames flow.
+    Up,
+    /// The peer sent CLOSE.
+    Closed,
+}
+
+/// One end of the protocol; see the [module](self) page.
+#[derive(Debug)]
+pub struct Connection {
+    config: ConnectionConfig,
+    pool: Pool,
+    phase: Phase,
+    /// Wire version agreed on.
+    version: u8,
+    /// The cloud's name for its memory of this link; 0 before the first HELLO.
+    epoch: u64,
+    /// Whether a peer was told of `epoch`.
+    used: bool,
+    hello_sent: bool,
+    deframer: Deframer,
+    send: SendState,
+    receive: ReceiveState,
+    timers: Timers,
+    events: VecDeque<ConnectionEvent>,
+    /// The buffer for unsequenced frames; `None` while the link has it.
+    control: Option<Buf>,
+    /// Eight bytes to send back.
+    pong: Option<[u8; 8]>,
+    /// The link has a batch: nothing can be sent, so no timer asks for it.
+    transmitting: bool,
+    traffic: Traffic,
+}
+
+impl Connection {
+    /// A device's end: `link_id` is random and stays for the connection's life. `None` if the
+    /// pool is empty.
+    #[must_use]
+    pub fn device(config: ConnectionConfig, link_id: [u8; 16], pool: Pool) -> Option<Self> {
+        Self::new(config, Role::Device, link_id, 0, pool)
+    }
+
+    /// A cloud's end for the link that a device named. `epoch` is random and not 0. `None` if the
+    /// pool is empty.
+    #[must_use]
+    pub fn cloud(
+        config: ConnectionConfig,
+        link_id: [u8; 16],
+        epoch: u64,
+        pool: Pool,
+    ) -> Option<Self> {
+        assert!(epoch != 0, "epoch 0 means none");
+        Self::new(config, Role::Cloud, link_id, epoch, pool)
+    }
+
+    fn new(
+        mut config: ConnectionConfig,
+        role: Role,
+        link_id: [u8; 16],
+        epoch: u64,
+        pool: Pool,
+    ) -> Option<Self> {
+        let window_min = 2 * crate::frame::FRAME_BYTES_MAX;
+        assert!(config.window_bytes as usize >= window_min, "the window holds two frames");
+        config.hello.role = role;
+        config.hello.link_id = link_id;
+        Some(Self {
+            control: Some(pool.take(0)?),
+            phase: Phase::Down,
+            version: WIRE_VERSION,
+            epoch,
+            used: false,
+            hello_sent: false,
+            deframer: Deframer::new(pool.clone()),
+            send: SendState::default(),
+            receive: ReceiveState::new(config.window_bytes),
+            timers: Timers::default(),
+            events: VecDeque::new(),
+            pong: None,
+            transmitting: false,
+            traffic: Traffic::default(),
+            pool,
+            config,
+        })
+    }
+
+    /// A socket is there; HELLO goes out first.
+    pub fn handle_connected(&mut self, now: Instant) {
+        self.handle_disconnected();
+        self.phase = Phase::Greeting;
+        self.timers.start(now);
+    }
+
+    /// As [`Connection::handle_connected`], on a socket whose HELLO has been read already.
+    ///
+    /// # Errors
+    /// If the peer breaks the protocol.
+    pub fn handle_greeting(
+        &mut self,
+        now: Instant,
+        greeting: Greeting,
+    ) -> Result<(), ProtocolError> {
+        self.handle_connected(now);
+        let (hello, deframer) = greeting.into_parts();
+        self.deframer = deframer;
+        if let Some(frame) = hello {
+            self.handle_frame(now, frame)?;
+        }
+        self.handle_room(now)
+    }
+
+    /// The socket is gone. Frames wait for the next one.
+    pub fn handle_disconnected(&mut self) {
+        self.traffic.copied_bytes += self.deframer.copied_bytes();
+        self.deframer = Deframer::new(self.pool.clone());
+        self.deframer.limit(HELLO_BYTES_MAX);
+        self.phase = Phase::Down;
+        self.hello_sent = false;
+        self.transmitting = false;
+        self.pong = None;
+    }
+
+    /// Bytes came from the socket. Says how many were taken: fewer than all only while the pool
+    /// is empty.
+    ///
+    /// # Errors
+    /// If the peer breaks the protocol; the connection is of no use then.
+    pub fn handle_bytes(&mut self, now: Instant, bytes: &[u8]) -> Result<usize, ProtocolError> {
+        let mut taken = 0;
+        while taken < bytes.len() {
+            let pushed = self.deframer.push(&bytes[taken..]);
+            taken += pushed;
+            self.note_received(now, pushed);
+            self.handle_room(now)?;
+            if pushed == 0 {
+                break;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// The buffer that the link is to receive into; it comes back through
+    /// [`Connection::handle_received`]. `None` while it is out, or the pool is empty.
+    pub fn receive_room(&mut self) -> Option<Buf> {
+        self.deframer.take_room()
+    }
+
+    /// The buffer of [`Connection::receive_room`] comes back with `bytes` more in it.
+    ///
+    /// # Errors
+    /// If the peer breaks the protocol; the connection is of no use then.
+    pub fn handle_received(
+        &mut self,
+        now: Instant,
+        buf: Buf,
+        bytes: usize,
+    ) -> Result<(), ProtocolError> {
+        self.deframer.put_room(buf);
+        self.note_received(now, bytes);
+        self.handle_room(now)
+    }
+
+    /// Takes up frames that waited for a free buffer.
+    ///
+    /// # Errors
+    /// If the peer breaks the protocol; the connection is of no use then.
+    pub fn handle_room(&mut self, now: Instant) -> Result<(), ProtocolError> {
+        while matches!(self.phase, Phase::Greeting | Phase::Up) {
+            match self.deframer.next_frame()? {
+                Deframed::Frame(frame) => self.handle_frame(now, frame)?,
+                Deframed::NeedBytes | Deframed::NeedBuffer => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Time has passed.
+    ///
+    /// # Errors
+    /// If the link counts as broken; the caller closes the socket.
+    pub fn handle_timeout(&mut self, now: Instant) -> Result<(), Expired> {
+        match self.phase {
+            Phase::Down | Phase::Closed => Ok(()),
+            Phase::Greeting => self.timers.check_hello(now, self.config.hello_within),
+            Phase::Up => {
+                self.timers.check_silence(now, self.config.ping_after, self.config.dead_after)
+            }
+        }
+    }
+
+    /// When [`Connection::handle_timeout`] and then [`Connection::poll_transmit`] are to be
+    /// called again, if nothing else happens.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Down | Phase::Closed => None,
+            Phase::Greeting => self.timers.hello_deadline(self.config.hello_within),
+            Phase::Up => {
+                let Self { config, timers, .. } = self;
+                let silence = timers.silence_deadline(config.ping_after, config.dead_after);
+                let ack_at = self.receive.ack_at().filter(|_| !self.transmitting);
+                ack_at.into_iter().chain(silence).min()
+            }
+        }
+    }
+
+    /// The next thing to tell the application.
+    pub fn poll_event(&mut self) -> Option<ConnectionEvent> {
+        self.events.pop_front()
+    }
+
+    /// A CLOSE frame, for the caller to send as the socket's last. `None` if there is no buffer.
+    #[must_use]
+    pub fn farewell(&mut self, code: CloseCode, reason: &str) -> Option<Buf> {
+        let mut buf = self.control.take().or_else(|| self.pool.take(0))?;
+        buf.clear();
+        write_close(&mut buf, code, reason);
+        Some(buf)
+    }
+
+    /// A CLOSE frame for a socket that never became a connection. `None` if there is no buffer.
+    #[must_use]
+    pub fn refusal(pool: &Pool, code: CloseCode, reason: &str) -> Option<Buf> {
+        let mut buf = pool.take(0)?;
+        buf.clear();
+        write_close(&mut buf, code, reason);
+        Some(buf)
+    }
+
+    /// Whether frames flow.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.phase == Phase::Up
+    }
+
+    /// Whether nothing is queued and everything sent is acknowledged.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.send.is_drained()
+    }
+
+    /// The device's name for the link.
+    #[must_use]
+    pub fn link_id(&self) -> [u8; 16] {
+        self.config.hello.link_id
+    }
+
+    /// What went over the connection so far.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let copied_bytes = self.traffic.copied_bytes + self.deframer.copied_bytes();
+        Traffic { copied_bytes, rtt: self.timers.rtt(), ..self.traffic }
+    }
+
+    fn note_received(&mut self, now: Instant, bytes: usize) {
+        self.traffic.received_bytes += bytes as u64;
+        if bytes > 0 {
+            self.timers.heard(now);
+        }
+    }
+
+    fn handle_frame(&mut self, now: Instant, frame: RawFrame) -> Result<(), ProtocolError> {
+        self.traffic.received_frames += 1;
+        let RawFrame { header, body } = frame;
+        let kind = Kind::from_wire(header.kind);
+        // HELLO and CLOSE keep their layout in all versions.
+        if kind == Some(Kind::Close) {
+            return self.handle_close(&body);
+        }
+        if kind == Some(Kind::Hello) {
+            return self.handle_hello(now, &header, &body);
+        }
+        if self.phase != Phase::Up {
+            return Err(ProtocolError::NoHello { kind: header.kind });
+        }
+        if header.version != self.version {
+            let (expected, got) = (self.version, header.version);
+            return Err(ProtocolError::FrameVersion { expected, got });
+        }
+        if let Some(sent_at) = self.send.acknowledge(header.ack)? {
+            self.timers.acknowledged(now, sent_at);
+        }
+        self.send.grant(header.credit);
+        if header.kind >= crate::frame::SEQUENCED_FROM {
+            return self.handle_sequenced(now, &header, kind, body);
+        }
+        match kind {
+            Some(Kind::Ping) => self.pong = Some(eight(Kind::Ping, &body)?),
+            Some(Kind::Pong) => self.timers.ponged(now, eight(Kind::Pong, &body)?),
+            // ACK has said everything in its header; an ignorable stranger is ignored.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn handle_close(&mut self, body: &[u8]) -> Result<(), ProtocolError> {
+        let message = |error| ProtocolError::Message { kind: Kind::Close, error };
+        let decoded = Message::decode(Kind::Close, body).map_err(message)?;
+        if let Message::Close(Close { code, reason }) = decoded {
+            let reason = reason.to_owned();
+            self.events.push_back(ConnectionEvent::Closed { code, reason });
+            self.phase = Phase::Closed;
+        }
+        Ok(())
+    }
+}
+
+/// Appends an unsequenced frame to `buf`.
+fn write_control(buf: &mut Buf, kind: Kind, ack: u32, credit: u32, body: &[u8]) {
+    let header = Header {
+        len: u32::try_from(body.len()).expect("control bodies are small"),
+        kind: kind as u8,
+        flags: 0,
+        priority: Priority::Control,
+        version: WIRE_VERSION,
+        session: 0,
+        body_crc: crc32c::crc32c(body),
+        seq: 0,
+        ack,
+        credit,
+    };
+    let room = buf.spare_mut();
+    room[..HEADER_BYTES].copy_from_slice(&header.encode());
+    room[HEADER_BYTES..][..body.len()].copy_from_slice(body);
+    buf.advance(HEADER_BYTES + body.len());
+}
+
+/// Appends a CLOSE frame to `buf`.
+fn write_close(buf: &mut Buf, code: CloseCode, reason: &str) {
+    let message = Message::Close(Close { code, reason });
+    let mut body = [0; 2 + crate::message::TEXT_BYTES_MAX];
+    let bytes = message.encode(&mut body);
+    write_control(buf, Kind::Close, 0, 0, &body[..bytes]);
+}
+
+/// The body of a PING or PONG.
+fn eight(kind: Kind, body: &[u8]) -> Result<[u8; 8], ProtocolError> {
+    body.try_into().map_err(|_| {
+        let (expected, got) = ("8", body.len() as u64);
+        let error = MessageError::Value { field: "body length", expected, got };
+        ProtocolError::Message { kind, error }
+    })
+}
+
+/// Whether `role` may send frames of `kind`.
+fn may_send(role: Role, kind: Kind) -> bool {
+    let device = matches!(kind, Kind::Open | Kind::Rows | Kind::Commit | Kind::Cancel | Kind::End);
+    kind.is_sequenced() && device == (role == Role::Device)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,44 @@
+//! The settings of a connection.
+
+use std::time::Duration;
+
+use crate::message::Hello;
+
+/// How a connection behaves.
+#[derive(Clone, Debug)]
+pub struct ConnectionConfig {
+    /// What is said in HELLO; `link_id`, `link_epoch` and `recv_next` are filled in.
+    pub hello: Hello,
+    /// Bytes of received frames that the application may hold. At least the largest chunk, since
+    /// credit returns when the frames of a chunk are dropped; at least two whole frames.
+    pub window_bytes: u32,
+    /// Frames queued or unacknowledged, at most; control frames may exceed it by 64.
+    pub queue_frames_max: usize,
+    /// Bytes queued or unacknowledged, at most; control frames are not counted.
+    pub queue_bytes_max: usize,
+    /// Silence after which the peer is pinged.
+    pub ping_after: Duration,
+    /// Silence after which the link counts as broken.
+    pub dead_after: Duration,
+    /// How long the peer's HELLO may take.
+    pub hello_within: Duration,
+    /// How long an acknowledgement may wait for a frame to ride in.
+    pub ack_delay: Duration,
+}
+
+impl ConnectionConfig {
+    /// Usual values around a HELLO.
+    #[must_use]
+    pub fn new(hello: Hello) -> Self {
+        Self {
+            hello,
+            window_bytes: 4 << 20,
+            queue_frames_max: 1024,
+            queue_bytes_max: 16 << 20,
+            ping_after: Duration::from_secs(1),
+            dead_after: Duration::from_secs(3),
+            hello_within: Duration::from_secs(5),
+            ack_delay: Duration::from_millis(10),
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! What moves bytes: one completion-style trait, three links behind it.
+//!
+//! A buffer that is given in is given back by [`Link::wait`], exactly once, also when the peer is
+//! closed or breaks; [`Completion::Closed`] is a peer's last. At most one send and one receive are
+//! under way for each peer. A [`PeerId`] is never used twice.
+//!
+//! TLS has its place between link and connection: the endpoint passes what a link received to the
+//! connection, and what the connection transmits to the link, in two functions of
+//! [`crate::turn`] and nowhere else.
+
+pub mod memory;
+pub mod mio;
+#[cfg(all(target_os = "linux", feature = "io-uring"))]
+#[expect(unsafe_code, reason = "the kernel holds pointers into buffers that the ring owns")]
+pub mod uring;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::pool::Buf;
+#[cfg(all(target_os = "linux", feature = "io-uring"))]
+use uring::limit_unsent;
+
+/// Which link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LinkKind {
+    /// In-process pipes.
+    Memory,
+    /// Readiness of the operating system (epoll and its like).
+    Mio,
+    /// Completions of the Linux kernel.
+    IoUring,
+}
+
+impl fmt::Display for LinkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Memory => "memory",
+            Self::Mio => "mio",
+            Self::IoUring => "io_uring",
+        })
+    }
+}
+
+/// One socket of a link, from its birth to its [`Completion::Closed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerId(pub u64);
+
+/// Something that a link has done.
+#[derive(Debug)]
+pub enum Completion {
+    /// A peer has dialled in.
+    Accepted {
+        /// The new peer.
+        peer: PeerId,
+        /// Where it comes from.
+        address: SocketAddr,
+    },
+    /// [`Link::connect`] has succeeded.
+    Connected {
+        /// The peer.
+        peer: PeerId,
+    },
+    /// The buffers of a send come back: all bytes were taken, or the peer is about to be closed.
+    Sent {
+        /// The peer.
+        peer: PeerId,
+        /// The buffers of [`Link::send`], in order.
+        bufs: Vec<Buf>,
+    },
+    /// The buffer of a receive comes back.
+    Received {
+        /// The peer.
+        peer: PeerId,
+        /// The buffer of [`Link::receive`]; what came is counted in already.
+        buf: Buf,
+        /// How many bytes came; 0 only if the peer is about to be closed.
+        bytes: usize,
+    },
+    /// The peer is gone; nothing more comes from it.
+    Closed {
+        /// The peer.
+        peer: PeerId,
+        /// What broke; `None` if either side closed in peace.
+        error: Option<io::Error>,
+    },
+    /// [`Waker::wake`] was called.
+    Woken,
+}
+
+/// What a link has asked of the operating system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkCounters {
+    /// System calls made for waiting, accepting, sending and receiving.
+    pub syscalls: u64,
+}
+
+/// Moves bytes; see the [module](self) page for the rules.
+pub trait Link: Send {
+    /// Starts to connect; [`Completion::Connected`] or [`Completion::Closed`] follows.
+    ///
+    /// # Errors
+    /// If no socket can be had at all.
+    fn connect(&mut self, address: SocketAddr) -> io::Result<PeerId>;
+
+    /// Sends [`Buf::wire`] of each buffer, in order, as one stream of bytes. With a peer that is
+    /// gone already the buffers are dropped.
+    ///
+    /// # Panics
+    /// If the peer has a send under way.
+    fn send(&mut self, peer: PeerId, bufs: Vec<Buf>);
+
+    /// Receives into [`Buf::spare_mut`], at least one byte. With a peer that is gone already the
+    /// buffer is dropped.
+    ///
+    /// # Panics
+    /// If the peer has a receive under way, or the buffer has no room.
+    fn receive(&mut self, peer: PeerId, buf: Buf);
+
+    /// Closes; the buffers of what is under way come back, and then [`Completion::Closed`].
+    fn close(&mut self, peer: PeerId);
+
+    /// Ends [`Link::wait`] early, from any thread.
+    fn waker(&self) -> Waker;
+
+    /// Appends what has been done to `done`. Returns at once if there is something, otherwise
+    /// when there is, or after `timeout` (`None`: whenever). It may return early with nothing.
+    ///
+    /// # Errors
+    /// If the operating system fails; the link is of no use then.
+    fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// Where the link listens.
+    fn local_address(&self) -> Option<SocketAddr>;
+
+    /// What the link has asked of the operating system so far.
+    fn counters(&self) -> LinkCounters;
+}
+
+/// Ends a [`Link::wait`] from another thread. Many wakes before one wait are one
+/// [`Completion::Woken`], and one system call at most.
+#[derive(Clone)]
+pub struct Waker {
+    inner: Arc<WakerInner>,
+}
+
+struct WakerInner {
+    pending: AtomicBool,
+    rouse: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Waker {
+    /// A waker whose first wake after each [`Waker::take`] calls `rouse`.
+    pub(crate) fn new(rouse: impl Fn() + Send + Sync + 'static) -> Self {
+        let inner = WakerInner { pending: AtomicBool::new(false), rouse: Box::new(rouse) };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Makes the present or the next [`Link::wait`] return with [`Completion::Woken`].
+    pub fn wake(&self) {
+        if !self.inner.pending.swap(true, Ordering::AcqRel) {
+            (self.inner.rouse)();
+        }
+    }
+
+    /// Whether there were wakes since the last call.
+    pub(crate) fn take(&self) -> bool {
+        self.inner.pending.swap(false, Ordering::AcqRel)
+    }
+}
+
+impl fmt::Debug for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waker")
+    }
+}
+
+/// Without the feature `io-uring` there is no call for it: frames wait in the kernel's buffer.
+#[cfg(not(all(target_os = "linux", feature = "io-uring")))]
+fn limit_unsent<S>(_socket: &S) -> io::Result<()> {
+    Ok(())
+}
+
+/// A socket link that is open, and which one it is.
+pub struct Opened {
+    /// The link.
+    pub link: Box<dyn Link>,
+    /// What runs.
+    pub kind: LinkKind,
+    /// Why something else runs than was asked for.
+    pub fallback: Option<String>,
+}
+
+/// Opens a socket link that listens at `listen`, or only connects. io_uring is probed first; where
+/// it can't run, mio does, and [`Opened::fallback`] says why.
+///
+/// # Errors
+/// If the address can't be listened at, or [`LinkKind::Memory`] is asked for: its ends meet in a
+/// [`memory::MemoryNet`].
+pub fn open(kind: LinkKind, listen: Option<SocketAddr>) -> io::Result<Opened> {
+    open_probed(kind, listen, probe_uring)
+}
+
+/// As [`open`], with the answer of another probe than the kernel's.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_probed(
+    kind: LinkKind,
+    listen: Option<SocketAddr>,
+    probe: impl FnOnce() -> Result<(), String>,
+) -> io::Result<Opened> {
+    let mio = |fallback| -> io::Result<Opened> {
+        let link = Box::new(mio::MioLink::new(listen)?);
+        Ok(Opened { link, kind: LinkKind::Mio, fallback })
+    };
+    match kind {
+        LinkKind::Memory => {
+            let text = "a memory link comes from a MemoryNet, not from an address";
+            Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+        }
+        LinkKind::Mio => mio(None),
+        LinkKind::IoUring => match probe() {
+            Ok(()) => open_uring(listen),
+            Err(reason) => {
+                tracing::info!(reason, "io_uring is not available, mio runs instead");
+                mio(Some(reason))
+            }
+        },
+    }
+}
+
+/// Whether io_uring can run here, or why not.
+///
+/// # Errors
+/// The reason, with the setting to change where there is one.
+pub fn probe_uring() -> Result<(), String> {
+    #[cfg(all(target_os = "linux", feature = "io-uring"))]
+    return uring::probe();
+    #[cfg(not(all(target_os = "linux", feature = "io-uring")))]
+    return Err("this build has no io_uring".to_owned());
+}
+
+#[cfg(all(target_os = "linux", feature = "io-uring"))]
+fn open_uring(listen: Option<SocketAddr>) -> io::Result<Opened> {
+    let link = Box::new(uring::UringLink::new(listen)?);
+    Ok(Opened { link, kind: LinkKind::IoUring, fallback: None })
+}
+
+#[cfg(not(all(target_os = "linux", feature = "io-uring")))]
+fn open_uring(_listen: Option<SocketAddr>) -> io::Result<Opened> {
+    Err(io::Error::from(io::ErrorKind::Unsupported))
+}

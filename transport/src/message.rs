@@ -1,0 +1,373 @@
+//! What stands in the bodies of frames. Byte tables are in `docs/PROTOCOL.md`.
+//!
+//! Numbers are little-endian. A body is read through a bounds-checked reader; each way of being
+//! wrong has its own [`MessageError`], and bytes that nobody asked for are refused (HELLO alone
+//! may be longer, since later versions append to it).
+
+mod hello;
+mod rows;
+mod wire;
+
+use crate::frame::Kind;
+use wire::{Reader, Writer};
+
+pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, Role};
+pub use rows::{Ids, Output, OutputHead, Rows, RowsHead, Want};
+
+/// Codec of wire rows: IEEE binary32.
+pub const CODEC_F32: u8 = 0;
+/// Codec of wire rows: IEEE binary16, the default.
+pub const CODEC_F16: u8 = 1;
+/// Codec of wire rows: 8-bit integers with block scales.
+pub const CODEC_INT8: u8 = 2;
+/// Codec of wire rows: 4-bit integers with block scales.
+pub const CODEC_INT4: u8 = 3;
+/// Type of stored keys and values: IEEE binary16.
+pub const KV_F16: u8 = 1;
+/// Longest text in a CLOSE or SESSION_ERROR.
+pub const TEXT_BYTES_MAX: usize = 512;
+
+/// How a body can be wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// The body ends before the field does.
+    #[error("{field} needs {needed} bytes, {left} are left")]
+    Short {
+        /// The field.
+        field: &'static str,
+        /// Its size.
+        needed: usize,
+        /// What the body has.
+        left: usize,
+    },
+    /// The body goes on after its last field.
+    #[error("{bytes} bytes after the last field")]
+    Trailing {
+        /// How many.
+        bytes: usize,
+    },
+    /// A field has a value that it can't have.
+    #[error("{field} is {got}, expected {expected}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What would be right.
+        expected: &'static str,
+        /// What was found.
+        got: u64,
+    },
+    /// The payload is no whole number of rows.
+    #[error("a payload of {bytes} bytes does not hold {rows} rows")]
+    Payload {
+        /// The payload's size.
+        bytes: usize,
+        /// The rows that it should hold.
+        rows: usize,
+    },
+    /// Text is not UTF-8.
+    #[error("{field} is not UTF-8")]
+    Text {
+        /// The field.
+        field: &'static str,
+    },
+    /// Frames of this kind carry no message.
+    #[error("frames of kind {kind:?} carry no message")]
+    Kind {
+        /// The kind.
+        kind: Kind,
+    },
+}
+
+/// A device opens a session. Its id is in the frame header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// First layer that the cloud computes.
+    pub entry_layer: u16,
+    /// The layer after the last one that the cloud computes.
+    pub exit_layer: u16,
+    /// How rows are coded, for the session's life.
+    pub codec: u8,
+    /// How keys and values are stored.
+    pub kv_type: u8,
+    /// Arithmetic that the session's rows are computed in.
+    pub arithmetic_id: u32,
+    /// Positions to reserve.
+    pub rows_max: u32,
+}
+
+/// The device keeps the path from the root to `row` and prunes everything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Id of the last row of the path.
+    pub row: u32,
+}
+
+/// Rows that will not be computed, since an ancestor was pruned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// Id of the first.
+    pub first_id: u32,
+    /// How many consecutive ids; at least 1.
+    pub count: u16,
+}
+
+/// Why a session failed. The numbers are the wire's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+#[non_exhaustive]
+pub enum SessionErrorCode {
+    /// The session is not, or no longer, known: open it again and replay.
+    NoSuchSession = 1,
+    /// Row bytes, counts or limits do not fit the session.
+    BadShape = 2,
+    /// A row holds a number that is not finite.
+    BadValue = 3,
+    /// A parent id names no row that is computed or pending.
+    BadParent = 4,
+    /// A commit names no row that is computed.
+    BadCommit = 5,
+    /// The session's memory was needed elsewhere: open it again and replay.
+    Evicted = 6,
+    /// The cloud does not hold the layers asked for.
+    Layers = 7,
+    /// The cloud does not offer the codec or KV type asked for.
+    Codec = 8,
+    /// The cloud computes in another arithmetic.
+    Arithmetic = 9,
+    /// A resource ran out or failed.
+    Resource = 10,
+    /// A fault of the cloud's own.
+    Internal = 11,
+}
+
+impl SessionErrorCode {
+    /// All codes, in the order of their numbers.
+    pub const ALL: [Self; 11] = [
+        Self::NoSuchSession,
+        Self::BadShape,
+        Self::BadValue,
+        Self::BadParent,
+        Self::BadCommit,
+        Self::Evicted,
+        Self::Layers,
+        Self::Codec,
+        Self::Arithmetic,
+        Self::Resource,
+        Self::Internal,
+    ];
+
+    fn from_wire(number: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|code| *code as u16 == number)
+    }
+}
+
+/// A session failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionError<'a> {
+    /// Why, for programs.
+    pub code: SessionErrorCode,
+    /// Why, for people. Longer text is cut at [`TEXT_BYTES_MAX`].
+    pub text: &'a str,
+}
+
+/// The cloud has no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// When to try again.
+    pub retry_after_ms: u32,
+}
+
+/// Any message, borrowed from the body that it was read from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Message<'a> {
+    /// HELLO.
+    Hello(Hello),
+    /// CLOSE.
+    Close(Close<'a>),
+    /// OPEN.
+    Open(Open),
+    /// OPENED.
+    Opened,
+    /// ROWS.
+    Rows(Rows<'a>),
+    /// OUTPUT.
+    Output(Output<'a>),
+    /// COMMIT.
+    Commit(Commit),
+    /// CANCEL.
+    Cancel,
+    /// CANCELLED.
+    Cancelled,
+    /// END.
+    End,
+    /// ENDED.
+    Ended,
+    /// DROPPED.
+    Dropped(Dropped),
+    /// SESSION_ERROR.
+    SessionError(SessionError<'a>),
+    /// BUSY.
+    Busy(Busy),
+}
+
+impl<'a> Message<'a> {
+    /// Reads the body of a frame of `kind`.
+    ///
+    /// # Errors
+    /// One variant for each way of being wrong.
+    pub fn decode(kind: Kind, body: &'a [u8]) -> Result<Self, MessageError> {
+        let mut from = Reader::new(body);
+        let message = match kind {
+            Kind::Hello => return Hello::decode(body).map(Self::Hello),
+            Kind::Close => Self::Close(Close::read(&mut from)?),
+            Kind::Open => Self::Open(Open::read(&mut from)?),
+            Kind::Opened => Self::Opened,
+            Kind::Rows => Self::Rows(Rows::read(&mut from)?),
+            Kind::Output => Self::Output(Output::read(&mut from)?),
+            Kind::Commit => Self::Commit(Commit { row: from.id("row")? }),
+            Kind::Cancel => Self::Cancel,
+            Kind::Cancelled => Self::Cancelled,
+            Kind::End => Self::End,
+            Kind::Ended => Self::Ended,
+            Kind::Dropped => Self::Dropped(Dropped::read(&mut from)?),
+            Kind::SessionError => Self::SessionError(SessionError::read(&mut from)?),
+            Kind::Busy => Self::Busy(Busy { retry_after_ms: from.u32("retry_after_ms")? }),
+            Kind::Ack | Kind::Ping | Kind::Pong => return Err(MessageError::Kind { kind }),
+        };
+        from.finish()?;
+        Ok(message)
+    }
+
+    /// The kind of frame that carries this message.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Close(_) => Kind::Close,
+            Self::Open(_) => Kind::Open,
+            Self::Opened => Kind::Opened,
+            Self::Rows(_) => Kind::Rows,
+            Self::Output(_) => Kind::Output,
+            Self::Commit(_) => Kind::Commit,
+            Self::Cancel => Kind::Cancel,
+            Self::Cancelled => Kind::Cancelled,
+            Self::End => Kind::End,
+            Self::Ended => Kind::Ended,
+            Self::Dropped(_) => Kind::Dropped,
+            Self::SessionError(_) => Kind::SessionError,
+            Self::Busy(_) => Kind::Busy,
+        }
+    }
+
+    /// Bytes of the encoded body.
+    #[must_use]
+    pub fn encoded_len(&self) -> usize {
+        match self {
+            Self::Hello(_) => Hello::BYTES,
+            Self::Close(close) => close.encoded_len(),
+            Self::Open(_) => Open::BYTES,
+            Self::Rows(rows) => rows.encoded_len(),
+            Self::Output(output) => output.encoded_len(),
+            Self::Commit(_) | Self::Busy(_) => 4,
+            Self::Dropped(_) => Dropped::BYTES,
+            Self::SessionError(error) => 2 + wire::cut(error.text).len(),
+            Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => 0,
+        }
+    }
+
+    /// Writes the body to the front of `to` and says how many bytes it is.
+    ///
+    /// # Panics
+    /// If `to` is shorter than [`Message::encoded_len`].
+    pub fn encode(&self, to: &mut [u8]) -> usize {
+        let mut to = Writer::new(to);
+        match self {
+            Self::Hello(hello) => hello.write(&mut to),
+            Self::Close(close) => close.write(&mut to),
+            Self::Open(open) => open.write(&mut to),
+            Self::Rows(rows) => rows.write(&mut to),
+            Self::Output(output) => output.write(&mut to),
+            Self::Commit(commit) => to.u32(commit.row),
+            Self::Dropped(dropped) => {
+                to.u32(dropped.first_id);
+                to.u16(dropped.count);
+            }
+            Self::SessionError(error) => {
+                to.u16(error.code as u16);
+                to.bytes(wire::cut(error.text).as_bytes());
+            }
+            Self::Busy(busy) => to.u32(busy.retry_after_ms),
+            Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => {}
+        }
+        to.written()
+    }
+}
+
+impl Open {
+    const BYTES: usize = 14;
+
+    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        let (entry_layer, exit_layer) = from.layers()?;
+        Ok(Self {
+            entry_layer,
+            exit_layer,
+            codec: from.u8("codec")?,
+            kv_type: from.u8("kv_type")?,
+            arithmetic_id: from.u32("arithmetic_id")?,
+            rows_max: from.u32("rows_max")?,
+        })
+    }
+
+    fn write(&self, to: &mut Writer<'_>) {
+        to.u16(self.entry_layer);
+        to.u16(self.exit_layer);
+        to.u8(self.codec);
+        to.u8(self.kv_type);
+        to.u32(self.arithmetic_id);
+        to.u32(self.rows_max);
+    }
+}
+
+impl Dropped {
+    const BYTES: usize = 6;
+
+    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        let (first_id, count) = (from.id("first_id")?, from.count("count")?);
+        wire::last_id(first_id, count)?;
+        Ok(Self { first_id, count })
+    }
+}
+
+impl<'a> SessionError<'a> {
+    fn read(from: &mut Reader<'a>) -> Result<Self, MessageError> {
+        let number = from.u16("code")?;
+        let code = SessionErrorCode::from_wire(number)
+            .ok_or_else(|| wire::value("code", "a known session error", number))?;
+        Ok(Self { code, text: from.text("text")? })
+    }
+}
+
+/// Entry for fuzzers: the first byte chooses the kind, the rest is the body. What decodes must
+/// encode to the same bytes again.
+///
+/// # Panics
+/// If it does not.
+pub fn fuzz_message(data: &[u8]) {
+    let Some((number, body)) = data.split_first() else {
+        return;
+    };
+    let kind = Kind::ALL[usize::from(*number) % Kind::ALL.len()];
+    let Ok(message) = Message::decode(kind, body) else {
+        return;
+    };
+    assert_eq!(message.kind(), kind);
+    let mut again = vec![0; message.encoded_len()];
+    let written = message.encode(&mut again);
+    assert_eq!(written, again.len());
+    let same = if kind == Kind::Hello { &body[..Hello::BYTES] } else { body };
+    assert_eq!(again, same);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,531 @@
+//! [`Endpoint`]: the one place where link, clock and protocol meet.
+//!
+//! One thread owns an endpoint and calls [`Endpoint::turn`] again and again: one wait, and all the
+//! work that follows from it. A device dials, and redials until it closes; a cloud accepts, knows
+//! a device again by its link id, and keeps the state of a broken link for a grace time.
+//!
+//! TLS will stand in `Endpoint::pump` and `Endpoint::handle_received`, through which all bytes
+//! pass.
+
+mod event;
+mod peer;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::clock::Clock;
+use crate::conn::{
+    Connection, ConnectionConfig, ConnectionEvent, ProtocolError, Refusal, SendError,
+};
+use crate::frame::{FrameError, HeaderError, Kind, Priority};
+use crate::link::{Completion, Link, PeerId, Waker};
+use crate::message::{CloseCode, Hello, Message, Role};
+use crate::pool::{Buf, Pool, PoolConfig};
+use peer::{Peer, State};
+
+pub use event::{ConnectionCounters, ConnectionId, Event, GoneError};
+
+/// Shortest pause before a device dials again.
+const REDIAL_MIN: Duration = Duration::from_millis(50);
+/// Longest pause before a device dials again.
+const REDIAL_MAX: Duration = Duration::from_secs(2);
+/// How long a socket stays after CLOSE, for the peer to read it.
+const LINGER: Duration = Duration::from_secs(1);
+/// How soon an empty pool is looked at again.
+const POOL_RETRY: Duration = Duration::from_millis(1);
+/// One buffer in so many of each size is kept for receiving.
+const POOL_RESERVE: usize = 8;
+
+/// How an endpoint behaves.
+#[derive(Clone, Debug)]
+pub struct EndpointConfig {
+    /// What is said in HELLO; its role is the endpoint's. Link id and epoch are filled in.
+    pub hello: Hello,
+    /// As [`ConnectionConfig::window_bytes`].
+    pub window_bytes: u32,
+    /// As [`ConnectionConfig::queue_frames_max`].
+    pub queue_frames_max: usize,
+    /// As [`ConnectionConfig::queue_bytes_max`].
+    pub queue_bytes_max: usize,
+    /// Silence after which the peer is pinged.
+    pub ping_after: Duration,
+    /// Silence after which the link counts as broken.
+    pub dead_after: Duration,
+    /// How long connecting, and then the peer's HELLO, may take.
+    pub hello_within: Duration,
+    /// As [`ConnectionConfig::ack_delay`].
+    pub ack_delay: Duration,
+    /// How long a cloud keeps a connection whose link broke.
+    pub grace: Duration,
+    /// Connections, those without a link included.
+    pub connections_max: usize,
+    /// Accepted sockets that have not said HELLO yet; each may hold two small buffers.
+    pub strangers_max: usize,
+    /// All buffers: frames queued, unacknowledged, received and held by the application.
+    pub pool: PoolConfig,
+}
+
+impl EndpointConfig {
+    /// Usual values around a HELLO: small for a device, more for a cloud.
+    #[must_use]
+    pub fn new(hello: Hello) -> Self {
+        let connection = ConnectionConfig::new(hello);
+        let (connections_max, pool) = match hello.role {
+            Role::Device => (1, PoolConfig { small: 512, large: 256 }),
+            Role::Cloud => (256, PoolConfig { small: 4096, large: 2048 }),
+        };
+        Self {
+            hello,
+            window_bytes: connection.window_bytes,
+            queue_frames_max: connection.queue_frames_max,
+            queue_bytes_max: connection.queue_bytes_max,
+            ping_after: connection.ping_after,
+            dead_after: connection.dead_after,
+            hello_within: connection.hello_within,
+            ack_delay: connection.ack_delay,
+            grace: Duration::from_secs(60),
+            connections_max,
+            strangers_max: 64,
+            pool,
+        }
+    }
+
+    fn connection(&self) -> ConnectionConfig {
+        ConnectionConfig {
+            hello: self.hello,
+            window_bytes: self.window_bytes,
+            queue_frames_max: self.queue_frames_max,
+            queue_bytes_max: self.queue_bytes_max,
+            ping_after: self.ping_after,
+            dead_after: self.dead_after,
+            hello_within: self.hello_within,
+            ack_delay: self.ack_delay,
+        }
+    }
+}
+
+/// A connection and how it is reached.
+struct Slot {
+    connection: Connection,
+    /// The socket that is attached.
+    peer: Option<PeerId>,
+    address: SocketAddr,
+    was_up: bool,
+    /// Device: the pause before the next dial, and when that is due.
+    redial: Duration,
+    dial_at: Option<Instant>,
+    /// Cloud: when the connection is forgotten.
+    forget_at: Option<Instant>,
+}
+
+/// Owner of a link, a clock, a pool and all connections; see the [module](self) page.
+///
+/// It may be built on one thread and moved to another, but stays on the thread of its first turn:
+/// an io_uring link belongs to that thread.
+pub struct Endpoint {
+    link: Box<dyn Link>,
+    clock: Arc<dyn Clock>,
+    config: EndpointConfig,
+    pool: Pool,
+    connections: BTreeMap<ConnectionId, Slot>,
+    peers: BTreeMap<PeerId, Peer>,
+    next_connection: u64,
+    completions: Vec<Completion>,
+    /// Events that arose outside of a turn, or in it.
+    events: Vec<Event>,
+    /// A receive waits for a buffer.
+    starved: bool,
+    /// When the last turn ended.
+    left_at: Instant,
+    /// The owner stayed away for long: what the peers said meanwhile was not read yet, so their
+    /// silence counts only after a wait that brings nothing.
+    was_away: bool,
+}
+
+impl Endpoint {
+    /// An endpoint over `link`. What it does is decided by the role in `config.hello`.
+    #[must_use]
+    pub fn new(link: Box<dyn Link>, clock: Arc<dyn Clock>, config: EndpointConfig) -> Self {
+        Self {
+            left_at: clock.now(),
+            was_away: false,
+            link,
+            clock,
+            pool: Pool::new(config.pool),
+            config,
+            connections: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            next_connection: 1,
+            completions: Vec::new(),
+            events: Vec::new(),
+            starved: false,
+        }
+    }
+
+    /// Ends [`Endpoint::turn`] early, from any thread.
+    #[must_use]
+    pub fn waker(&self) -> Waker {
+        self.link.waker()
+    }
+
+    /// Where the link listens.
+    #[must_use]
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.link.local_address()
+    }
+
+    /// The pool that [`Endpoint::buffer`] takes from.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Device: a connection to `address`, dialled at the next turn and again after each failure,
+    /// until it is closed. Each failure is an [`Event::Down`].
+    ///
+    /// # Panics
+    /// If the pool is empty, there are `connections_max` connections, or this is a cloud.
+    pub fn dial(&mut self, address: SocketAddr) -> ConnectionId {
+        assert_eq!(self.config.hello.role, Role::Device, "a cloud does not dial");
+        assert!(self.connections.len() < self.config.connections_max, "too many connections");
+        let config = self.config.connection();
+        let connection = Connection::device(config, random(), self.pool.clone());
+        let connection = connection.expect("the pool has a buffer for each connection");
+        let now = self.clock.now();
+        self.insert(Slot { dial_at: Some(now), ..Slot::new(connection, address) })
+    }
+
+    /// A buffer for a frame with `body_bytes` body bytes, to be written in place. `None` if the
+    /// pool is empty: try again after a turn. Some buffers are kept back for receiving.
+    #[must_use]
+    pub fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+        self.pool.take_leaving(body_bytes, POOL_RESERVE)
+    }
+
+    /// Queues a frame; see [`Connection::send`].
+    ///
+    /// # Errors
+    /// If it can't be taken now, or ever. The body comes back.
+    ///
+    /// # Panics
+    /// If this role does not send frames of `kind`, or `session` is 0.
+    pub fn send(
+        &mut self,
+        to: ConnectionId,
+        kind: Kind,
+        session: u32,
+        priority: Priority,
+        body: Buf,
+    ) -> Result<(), SendError> {
+        match self.connections.get_mut(&to) {
+            Some(slot) => slot.connection.send(kind, session, priority, body),
+            None => Err(SendError { refusal: Refusal::Gone, body: Some(body) }),
+        }
+    }
+
+    /// Queues a small message at control priority.
+    ///
+    /// # Errors
+    /// As [`Endpoint::send`], or if the pool is empty.
+    ///
+    /// # Panics
+    /// If this role does not send such messages, `session` is 0, or the message exceeds a frame.
+    pub fn send_message(
+        &mut self,
+        to: ConnectionId,
+        session: u32,
+        message: &Message<'_>,
+    ) -> Result<(), SendError> {
+        // Control messages are few and small, and free memory at the other end: no reserve.
+        let Some(mut body) = self.pool.take(message.encoded_len()) else {
+            return Err(SendError { refusal: Refusal::NoBuffer, body: None });
+        };
+        message.encode(body.body_mut());
+        self.send(to, message.kind(), session, Priority::Control, body)
+    }
+
+    /// Drops the frames of `session` that have not been sent; see [`Connection::discard`].
+    pub fn discard(&mut self, connection: ConnectionId, session: u32) -> usize {
+        self.connections.get_mut(&connection).map_or(0, |slot| slot.connection.discard(session))
+    }
+
+    /// One wait, at most `timeout` long (`None`: until something happens), and all the work that
+    /// follows from it. Appends to `events` and returns when there is at least one, or when the
+    /// time is over.
+    ///
+    /// The clock is read before and after each wait. A caller that stays away for longer than the
+    /// peer's `dead_after` is taken for dead by the peer. With a clock that is moved by hand the
+    /// timeout has to be zero, or time never ends.
+    ///
+    /// # Errors
+    /// If the link fails as a whole. What befalls one peer is an event.
+    pub fn turn(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+        let mut now = self.clock.now();
+        let end = timeout.map(|timeout| now + timeout);
+        self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
+        loop {
+            self.service(now);
+            let until = if self.events.is_empty() {
+                end.into_iter().chain(self.deadline(now)).min()
+            } else {
+                Some(now)
+            };
+            let wait = until.map(|until| until.saturating_duration_since(now));
+            let mut completions = std::mem::take(&mut self.completions);
+            self.link.wait(wait, &mut completions)?;
+            now = self.clock.now();
+            self.was_away &= !completions.is_empty();
+            for completion in completions.drain(..) {
+                self.handle_completion(now, completion);
+            }
+            self.completions = completions;
+            self.service(now);
+            if !self.events.is_empty() || end.is_some_and(|end| now >= end) {
+                break;
+            }
+        }
+        self.left_at = now;
+        events.append(&mut self.events);
+        Ok(())
+    }
+
+    /// Closes for good. What was queued and could not be sent yet is dropped: wait for ENDED
+    /// where that matters. The peer is told in the next turn, which brings [`Event::Gone`].
+    pub fn close(&mut self, id: ConnectionId, code: CloseCode, reason: &str) {
+        let now = self.clock.now();
+        self.pump(now, id);
+        self.retire(now, id, Some((code, reason)), GoneError::Closed);
+    }
+
+    /// What went over a connection.
+    #[must_use]
+    pub fn counters(&self, id: ConnectionId) -> Option<ConnectionCounters> {
+        let slot = self.connections.get(&id)?;
+        let traffic = slot.connection.traffic();
+        let (bytes_up, bytes_down) = match self.config.hello.role {
+            Role::Device => (traffic.sent_bytes, traffic.received_bytes),
+            Role::Cloud => (traffic.received_bytes, traffic.sent_bytes),
+        };
+        let syscalls = self.link.counters().syscalls;
+        Some(ConnectionCounters { bytes_up, bytes_down, syscalls, traffic })
+    }
+
+    fn insert(&mut self, slot: Slot) -> ConnectionId {
+        let id = ConnectionId(self.next_connection);
+        self.next_connection += 1;
+        self.connections.insert(id, slot);
+        id
+    }
+
+    /// When something is to be done, if nothing happens before.
+    fn deadline(&self, now: Instant) -> Option<Instant> {
+        let starved = self.starved.then_some(now + POOL_RETRY);
+        let connections = self.connections.values().flat_map(|slot| {
+            [slot.connection.poll_timeout(), slot.dial_at, slot.forget_at].into_iter().flatten()
+        });
+        let peers = self.peers.values().filter_map(Peer::deadline);
+        starved.into_iter().chain(connections).chain(peers).min()
+    }
+
+    /// Everything that is due: timeouts, dials, frames to send, buffers to receive into.
+    fn service(&mut self, now: Instant) {
+        self.starved = false;
+        self.service_peers(now);
+        let mut next = self.connections.keys().next().copied();
+        while let Some(id) = next {
+            self.service_connection(now, id);
+            next = self.connections.range(ConnectionId(id.0 + 1)..).next().map(|(id, _)| *id);
+        }
+    }
+
+    fn service_connection(&mut self, now: Instant, id: ConnectionId) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if slot.forget_at.is_some_and(|at| at <= now) {
+            return self.retire(now, id, None, GoneError::GraceOver);
+        }
+        if slot.dial_at.is_some_and(|at| at <= now) {
+            slot.dial_at = None;
+            return self.dial_now(now, id);
+        }
+        if slot.peer.is_none() {
+            return;
+        }
+        if !self.was_away
+            && let Err(expired) = slot.connection.handle_timeout(now)
+        {
+            return self.lose(now, id, &expired.to_string());
+        }
+        if let Err(error) = slot.connection.handle_room(now) {
+            return self.fail(now, id, error);
+        }
+        self.drain_events(now, id);
+        self.pump(now, id);
+    }
+
+    /// Gives the link what the connection wants to send, and a buffer to receive into.
+    fn pump(&mut self, now: Instant, id: ConnectionId) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let Some(peer_id) = slot.peer else { return };
+        let Some(peer) = self.peers.get_mut(&peer_id) else {
+            return;
+        };
+        if !peer.is_attached() {
+            return;
+        }
+        if !peer.receiving {
+            match slot.connection.receive_room() {
+                Some(buf) => {
+                    peer.receiving = true;
+                    self.link.receive(peer_id, buf);
+                }
+                None => self.starved = true,
+            }
+        }
+        if !peer.sending {
+            let mut batch = std::mem::take(&mut peer.batch);
+            if slot.connection.poll_transmit(now, &mut batch) {
+                peer.sending = true;
+                self.link.send(peer_id, batch);
+            } else {
+                peer.batch = batch;
+            }
+        }
+    }
+
+    fn dial_now(&mut self, now: Instant, id: ConnectionId) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        match self.link.connect(slot.address) {
+            Ok(peer_id) => {
+                slot.peer = Some(peer_id);
+                let until = now + self.config.hello_within;
+                let peer = Peer::new(slot.address, State::Dialling { until }, Some(id));
+                self.peers.insert(peer_id, peer);
+            }
+            Err(error) => self.down(now, id, format!("connecting failed: {error}")),
+        }
+    }
+
+    /// Takes over what a connection has to tell.
+    fn drain_events(&mut self, now: Instant, id: ConnectionId) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        while let Some(event) = slot.connection.poll_event() {
+            match event {
+                ConnectionEvent::Up { hello, resumed } => {
+                    slot.was_up = true;
+                    slot.redial = REDIAL_MIN;
+                    let (connection, address) = (id, slot.address);
+                    self.events.push(Event::Up { connection, hello, resumed, address });
+                }
+                ConnectionEvent::Frame(frame) => {
+                    self.events.push(Event::Frame { connection: id, frame });
+                }
+                ConnectionEvent::Closed { code, reason } => {
+                    let address = slot.address;
+                    let error = GoneError::ClosedByPeer { address, code, reason };
+                    return self.retire(now, id, None, error);
+                }
+            }
+        }
+    }
+
+    /// The peer has broken the protocol.
+    fn fail(&mut self, now: Instant, id: ConnectionId, error: ProtocolError) {
+        self.drain_events(now, id);
+        let Some(slot) = self.connections.get(&id) else {
+            return;
+        };
+        let address = slot.address;
+        if !slot.was_up && is_stranger(&error) {
+            return self.retire(now, id, None, GoneError::NotHat { address, error });
+        }
+        let reason = error.to_string();
+        let farewell = Some((error.close_code(), reason.as_str()));
+        self.retire(now, id, farewell, GoneError::Protocol { address, error });
+    }
+
+    /// Gives up the socket of a connection that will go on.
+    fn lose(&mut self, now: Instant, id: ConnectionId, reason: &str) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if let Some(peer) = slot.peer.take() {
+            self.leave(now, peer, None);
+        }
+        self.down(now, id, reason.to_owned());
+    }
+
+    /// The connection has no socket any more; it waits for the next.
+    fn down(&mut self, now: Instant, id: ConnectionId, reason: String) {
+        let Some(slot) = self.connections.get_mut(&id) else {
+            return;
+        };
+        slot.peer = None;
+        slot.connection.handle_disconnected();
+        match self.config.hello.role {
+            Role::Device => {
+                slot.dial_at = Some(now + slot.redial);
+                slot.redial = (slot.redial * 2).min(REDIAL_MAX);
+            }
+            Role::Cloud => slot.forget_at = Some(now + self.config.grace),
+        }
+        self.events.push(Event::Down { connection: id, reason });
+    }
+
+    /// Ends a connection, with a CLOSE frame if there is something to say.
+    fn retire(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+        farewell: Option<(CloseCode, &str)>,
+        error: GoneError,
+    ) {
+        let Some(mut slot) = self.connections.remove(&id) else {
+            return;
+        };
+        if let Some(peer) = slot.peer {
+            let peer_hears = self.peers.get(&peer).is_some_and(Peer::is_attached);
+            let farewell = farewell.filter(|_| peer_hears);
+            let farewell =
+                farewell.and_then(|(code, reason)| slot.connection.farewell(code, reason));
+            self.leave(now, peer, farewell);
+        }
+        self.events.push(Event::Gone { connection: id, error });
+    }
+}
+
+impl Slot {
+    fn new(connection: Connection, address: SocketAddr) -> Self {
+        Self {
+            connection,
+            peer: None,
+            address,
+            was_up: false,
+            redial: REDIAL_MIN,
+            dial_at: None,
+            forget_at: None,
+        }
+    }
+}
+
+/// Whether what came is no frame at all, so that an answer would not be understood.
+fn is_stranger(error: &ProtocolError) -> bool {
+    matches!(error, ProtocolError::Frame(FrameError::Header(HeaderError::Checksum { .. })))
+}
+
+/// Random bytes for the id of a link or an epoch.
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("the operating system has random numbers");
+    bytes
+}

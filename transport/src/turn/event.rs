@@ -1,0 +1,130 @@
+//! What an endpoint tells.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use crate::conn::{Frame, ProtocolError, Traffic};
+use crate::message::{CloseCode, Hello};
+
+/// One connection of an endpoint; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(pub(super) u64);
+
+impl fmt::Display for ConnectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What has happened.
+#[derive(Debug)]
+pub enum Event {
+    /// Frames flow. If `resumed` is false, everything queued or unacknowledged before is gone,
+    /// and all sessions of the connection are: the device opens them again and replays, the cloud
+    /// frees them.
+    Up {
+        /// Which connection.
+        connection: ConnectionId,
+        /// The peer's HELLO.
+        hello: Hello,
+        /// Whether everything goes on where it was.
+        resumed: bool,
+        /// The peer's address.
+        address: SocketAddr,
+    },
+    /// A frame came, exactly once and in order.
+    Frame {
+        /// Over which connection.
+        connection: ConnectionId,
+        /// The frame. Drop its body soon: the peer's credit comes back with it.
+        frame: Frame,
+    },
+    /// The link broke, or could not be made. It is tried again (device) or waited for (cloud).
+    Down {
+        /// Which connection.
+        connection: ConnectionId,
+        /// What happened, for people.
+        reason: String,
+    },
+    /// The connection is over, and its id means nothing any more.
+    Gone {
+        /// Which connection.
+        connection: ConnectionId,
+        /// Why.
+        error: GoneError,
+    },
+    /// A socket was closed before it became a connection.
+    Refused {
+        /// Where it came from.
+        address: SocketAddr,
+        /// Why.
+        error: GoneError,
+    },
+    /// [`crate::link::Waker::wake`] was called.
+    Woken,
+}
+
+/// Why a connection is over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GoneError {
+    /// [`super::Endpoint::close`] was called.
+    #[error("closed here")]
+    Closed,
+    /// The peer has closed it.
+    #[error("{address} closed the connection ({code:?}): {reason}")]
+    ClosedByPeer {
+        /// The peer.
+        address: SocketAddr,
+        /// Why, for programs.
+        code: CloseCode,
+        /// Why, for people.
+        reason: String,
+    },
+    /// The first bytes were no frame.
+    #[error("{address} is not speaking hat: {error}")]
+    NotHat {
+        /// The peer.
+        address: SocketAddr,
+        /// What was wrong.
+        error: ProtocolError,
+    },
+    /// The peer broke the protocol.
+    #[error("{address} broke the protocol: {error}")]
+    Protocol {
+        /// The peer.
+        address: SocketAddr,
+        /// How.
+        error: ProtocolError,
+    },
+    /// The device did not come back in time, or before its place was needed for another.
+    #[error("the device did not come back in time")]
+    GraceOver,
+    /// HELLO did not come in time.
+    #[error("{address} said nothing in time")]
+    HelloLate {
+        /// The peer.
+        address: SocketAddr,
+    },
+    /// There is no room for one more.
+    #[error("no room for {address}: {limit} connections are open")]
+    Overload {
+        /// The peer.
+        address: SocketAddr,
+        /// The limit that was reached.
+        limit: usize,
+    },
+}
+
+/// What went over a connection so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionCounters {
+    /// Bytes from device to cloud, headers and replays included.
+    pub bytes_up: u64,
+    /// Bytes from cloud to device.
+    pub bytes_down: u64,
+    /// System calls of the whole link, for all its connections.
+    pub syscalls: u64,
+    /// Frames, replays, copies and the round-trip time, as this end sees them.
+    pub traffic: Traffic,
+}

@@ -1,0 +1,202 @@
+//! What a frame costs: system calls, copied bytes, memory. Counts, not times.
+
+use std::time::Duration;
+
+use hat_transport::frame::{BODY_BYTES_MAX, FRAME_BYTES_MAX, Kind, Priority};
+use hat_transport::link::LinkKind;
+use hat_transport::message::Role;
+use hat_transport::pool::PoolConfig;
+use hat_transport::turn::{ConnectionId, Endpoint, Event};
+
+use super::pair::{Pair, config, kinds, take_frame};
+
+fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, body_bytes: usize) -> bool {
+    let Some(mut body) = from.buffer(body_bytes) else {
+        return false;
+    };
+    body.fill(7);
+    from.send(to, kind, 1, Priority::Verify, body).is_ok()
+}
+
+/// System calls of both ends so far.
+fn syscalls(pair: &Pair, cloud: ConnectionId) -> u64 {
+    let device = pair.device.counters(pair.dialled).unwrap().syscalls;
+    device + pair.cloud.counters(cloud).unwrap().syscalls
+}
+
+/// Many small frames at once: one system call a frame, both ends together.
+fn a_burst_needs_one_call_a_frame(kind: LinkKind) {
+    const FRAMES: u64 = 256;
+    let mut pair = Pair::new(kind);
+    let (cloud, _) = pair.up();
+    let device = pair.dialled;
+    let before = syscalls(&pair, cloud);
+    for _ in 0..FRAMES {
+        assert!(send(&mut pair.device, device, Kind::Rows, 1168));
+    }
+    let mut got = 0;
+    while got < FRAMES {
+        // Each end waits until it has something to do, as in a process of its own.
+        pair.device.turn(Some(Duration::ZERO), &mut pair.device_events).unwrap();
+        pair.cloud.turn(Some(Duration::ZERO), &mut pair.cloud_events).unwrap();
+        while take_frame(&mut pair.cloud_events).is_some() {
+            got += 1;
+        }
+    }
+    let calls = syscalls(&pair, cloud) - before;
+    eprintln!("{kind}: {calls} system calls for {FRAMES} small frames");
+    assert!(calls <= FRAMES, "{kind}: {calls} system calls for {FRAMES} frames");
+}
+
+#[test]
+fn a_burst_needs_one_call_a_frame_over_each_link() {
+    kinds().for_each(a_burst_needs_one_call_a_frame);
+}
+
+const ROUNDS: u64 = 200;
+
+/// Answers each frame with one of its own; system calls and copied bytes meanwhile.
+fn echo(mut cloud: Endpoint) -> (u64, u64, Endpoint) {
+    let (mut events, mut echoed, mut before) = (Vec::new(), 0, None);
+    while echoed < ROUNDS {
+        cloud.turn(None, &mut events).unwrap();
+        for event in events.drain(..) {
+            if let Event::Frame { connection, frame } = event {
+                let counters = cloud.counters(connection).unwrap();
+                before.get_or_insert((connection, counters));
+                drop(frame);
+                assert!(send(&mut cloud, connection, Kind::Output, 1168));
+                echoed += 1;
+            }
+        }
+    }
+    let (connection, before) = before.unwrap();
+    let after = cloud.counters(connection).unwrap();
+    // The last echo is still to be sent.
+    cloud.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
+    let copied = after.traffic.copied_bytes - before.traffic.copied_bytes;
+    (after.syscalls - before.syscalls, copied, cloud)
+}
+
+/// One verify up, one output down, each end in a thread of its own: (calls, copied bytes) a frame.
+fn ping_pong(kind: LinkKind) -> (f64, u64) {
+    let Pair { cloud, mut device, dialled, .. } = Pair::new(kind);
+    let echo = std::thread::spawn(move || echo(cloud));
+    let mut events = Vec::new();
+    while !events.iter().any(|event| matches!(event, Event::Up { .. })) {
+        device.turn(None, &mut events).unwrap();
+    }
+    let before = device.counters(dialled).unwrap();
+    for _ in 0..ROUNDS {
+        assert!(send(&mut device, dialled, Kind::Rows, 1168));
+        while take_frame(&mut events).is_none() {
+            device.turn(None, &mut events).unwrap();
+        }
+    }
+    let after = device.counters(dialled).unwrap();
+    let (calls, copied, _cloud) = echo.join().unwrap();
+    let calls = calls + after.syscalls - before.syscalls;
+    let copied = copied + after.traffic.copied_bytes - before.traffic.copied_bytes;
+    // Each frame is sent by one end and received by the other: four ends of frames a round.
+    (calls as f64 / (4 * ROUNDS) as f64, copied / (2 * ROUNDS))
+}
+
+#[test]
+fn a_round_trip_copies_nothing_and_calls_little() {
+    for kind in kinds() {
+        let (calls, copied) = ping_pong(kind);
+        eprintln!("{kind}: {calls:.2} system calls and {copied} copied bytes a frame end");
+        // Two frame ends a turn: mio waits, writes and reads; io_uring waits twice.
+        let limit = if kind == LinkKind::Mio { 1.75 } else { 1.25 };
+        assert!(calls <= limit, "{kind}: {calls}");
+        assert!(copied <= 32, "{kind}: {copied} bytes, more than a header");
+    }
+}
+
+#[test]
+fn an_upload_copies_less_than_a_tenth() {
+    for kind in kinds() {
+        let mut pair = Pair::new(kind);
+        let (cloud, _) = pair.up();
+        let (mut sent, mut got) = (0, 0);
+        pair.until(|pair| {
+            while sent < 100 && send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX) {
+                sent += 1;
+            }
+            while take_frame(&mut pair.cloud_events).is_some() {
+                got += 1;
+            }
+            (got == 100).then_some(())
+        });
+        let copied = pair.cloud.counters(cloud).unwrap().traffic.copied_bytes / 100;
+        eprintln!("{kind}: {copied} bytes copied a frame of {BODY_BYTES_MAX}");
+        assert!(copied <= BODY_BYTES_MAX as u64 / 10, "{kind}: {copied}");
+    }
+}
+
+#[test]
+fn a_slow_application_costs_one_window() {
+    for kind in kinds() {
+        let mut cloud = config(Role::Cloud);
+        cloud.window_bytes = 5 * FRAME_BYTES_MAX as u32;
+        cloud.pool = PoolConfig { small: 64, large: 64 };
+        let mut pair = Pair::with(kind, cloud, config(Role::Device));
+        pair.up();
+        let mut held = Vec::new();
+        for _ in 0..100 {
+            send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX);
+            pair.turn();
+            held.extend(std::iter::from_fn(|| take_frame(&mut pair.cloud_events)));
+        }
+        assert_eq!(held.len(), 5, "{kind}");
+        let (_, large) = pair.cloud.pool().free();
+        assert!(large >= 64 - 5 - 2, "{kind}: {large} buffers are free");
+        // It catches up, and the rest comes.
+        held.clear();
+        pair.until(|pair| take_frame(&mut pair.cloud_events));
+    }
+}
+
+#[test]
+fn an_empty_pool_is_survived() {
+    let mut device = config(Role::Device);
+    device.pool = PoolConfig { small: 16, large: 8 };
+    let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
+    pair.up();
+    let device = pair.dialled;
+    let held: Vec<_> = std::iter::from_fn(|| pair.device.buffer(100)).collect();
+    assert!(held.len() < 24, "some are kept for receiving");
+    drop(held);
+    let (mut sent, mut got) = (0, 0);
+    pair.until(|pair| {
+        while sent < 300 && send(&mut pair.device, device, Kind::Rows, 1000) {
+            sent += 1;
+        }
+        while take_frame(&mut pair.cloud_events).is_some() {
+            got += 1;
+        }
+        (got == 300).then_some(())
+    });
+}
+
+/// A peer that reads nothing any more: how many bytes the kernel takes before the endpoint, which
+/// can still choose what goes first, has to keep the rest.
+#[test]
+fn the_kernel_takes_little_that_it_can_not_send() {
+    for kind in kinds().filter(|kind| *kind != LinkKind::Memory) {
+        let mut pair = Pair::new(kind);
+        pair.up();
+        let before = pair.device.counters(pair.dialled).unwrap().bytes_up;
+        let start = std::time::Instant::now();
+        while start.elapsed() < Duration::from_millis(100) {
+            send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX);
+            let pause = Some(Duration::from_millis(1));
+            pair.device.turn(pause, &mut pair.device_events).unwrap();
+        }
+        let taken = pair.device.counters(pair.dialled).unwrap().bytes_up - before;
+        eprintln!("{kind}: {taken} bytes went into the kernel");
+        // The peer's socket buffer, three frames; without the limit it would be the credit, 4 MiB.
+        let is_limited = cfg!(all(target_os = "linux", feature = "io-uring"));
+        assert!(!is_limited || taken <= 512 << 10, "{kind}: {taken} bytes went into the kernel");
+    }
+}
