@@ -4,6 +4,9 @@
 //! the backend's [`Backend::Kv`], in pages of [`PAGE_SIZE`] rows. The arithmetic that every CPU
 //! backend reproduces to the bit is written in `docs/ARCHITECTURE.md` under its arithmetic id.
 
+pub mod cpu;
+pub mod reference;
+
 use hat_loader::Tensor;
 
 /// An index into the vocabulary.
@@ -24,6 +27,16 @@ pub enum BackendError {
         /// The tensor's name.
         tensor: String,
         /// What does not fit.
+        reason: String,
+    },
+    /// The backend can't be started as configured.
+    #[error("{backend}: {field}: {reason}")]
+    Config {
+        /// Which backend.
+        backend: &'static str,
+        /// The field of its configuration.
+        field: &'static str,
+        /// What is wrong with it.
         reason: String,
     },
     /// Memory could not be had.
@@ -80,7 +93,8 @@ pub struct AttendPlan<'a> {
     pub tail_slots: &'a [u32],
     /// Rows of sequence `i` are `q_indptr[i]..q_indptr[i + 1]`. `[sequences + 1]`
     pub q_indptr: &'a [u32],
-    /// Pages of sequence `i` are `page_indices[page_indptr[i]..page_indptr[i + 1]]`. `[sequences + 1]`
+    /// Pages of sequence `i` are `page_indices[page_indptr[i]..page_indptr[i + 1]]`.
+    /// `[sequences + 1]`
     pub page_indptr: &'a [u32],
     /// Page numbers in the KV store.
     pub page_indices: &'a [u32],

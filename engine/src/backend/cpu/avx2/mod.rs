@@ -1,0 +1,396 @@
+//! AVX2 with FMA and F16C: the same sums as the portable level, 8 columns in a register.
+//!
+//! Integer dot products of nibbles stay in 16 bits for a whole block of 32: a pair of products is
+//! at most 2 * 15 * 127 = 3810, eight of them 30480. Bytes can't (2 * 255 * 127 saturates), so
+//! q8_0 multiplies magnitudes with the weight's sign moved to the activation.
+#![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
+
+mod attend;
+
+use std::arch::x86_64::*;
+use std::array::from_fn;
+use std::ops::Range;
+
+use hat_loader::DType;
+
+use self::attend::Ops;
+use super::attend::{AttendScratch, AttendTask, attend_task};
+use super::kernels::Kernels;
+use super::math::{self, BLOCK, Block};
+use super::matrix::{Linear, Sums, walk};
+use super::threads::Part;
+
+/// 8 columns: 4 weights (or 8 nibbles) of each.
+type Word = [u8; 32];
+/// Registers of 8 columns in a panel.
+const HALVES: usize = 2;
+/// How far ahead of its use a panel is asked for, in [`Word`]s. It runs on into the next panel.
+const AHEAD: usize = 128;
+
+/// The kernels of this level, or the instruction set that this CPU lacks.
+pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
+    if !is_x86_feature_detected!("avx2") {
+        return Err("avx2");
+    }
+    if !is_x86_feature_detected!("fma") {
+        return Err("fma");
+    }
+    if !is_x86_feature_detected!("f16c") {
+        return Err("f16c");
+    }
+    Ok(&KERNELS)
+}
+
+static KERNELS: Kernels = Kernels {
+    name: "avx2",
+    quantise_row,
+    rms_norm_row,
+    silu_mul,
+    rope_angles_row,
+    rotate,
+    attend,
+    linear,
+};
+
+/// Functions that enter this level: each body is compiled for its instructions.
+macro_rules! enter {
+    ($(fn $name:ident($($arg:ident: $ty:ty),*) $body:block)*) => {$(
+        fn $name($($arg: $ty),*) {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn inside($($arg: $ty),*) $body
+            // SAFETY: reached only through `KERNELS`, which leaves this file only through
+            // `kernels`, which has checked that the CPU has these instructions.
+            unsafe { inside($($arg),*) }
+        }
+    )*};
+}
+
+enter! {
+    fn quantise_row(x: &[f32], out: &mut [Block]) { math::quantise_row(x, out) }
+    fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
+        math::rms_norm_row(x, weight, eps, out)
+    }
+    fn silu_mul(gate: &mut [f32], up: &[f32]) { math::silu_mul(gate, up) }
+    fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
+        math::rope_angles_row(position, inv_freq, angles)
+    }
+    fn rotate(head: &mut [f32], angles: &[f32]) { math::rotate(head, angles) }
+    fn attend(
+    task: &AttendTask<'_>,
+    scratch: &mut AttendScratch,
+    out: &mut Part<'_, f32>,
+    at: (usize, usize)
+) {
+        attend_task(task, scratch, out, at, Ops)
+    }
+    fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
+        linear_inside(job, columns, out)
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn linear_inside(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
+    macro_rules! tiles {
+        ($x:expr, $kernel:ident) => {
+            walk(
+                job,
+                $x,
+                columns,
+                out,
+                |panel, rows| $kernel::<1>(panel, rows),
+                |panel, rows| $kernel::<2>(panel, rows),
+                |panel, rows| $kernel::<4>(panel, rows),
+            )
+        };
+    }
+    match job.weight.dtype {
+        DType::Q4_0 => tiles!(job.blocks, q4_0),
+        DType::Q4_1 => tiles!(job.blocks, q4_1),
+        DType::Q8_0 => tiles!(job.blocks, q8_0),
+        DType::Q6K => tiles!(job.blocks, q6_k),
+        DType::F32 => tiles!(job.x, f32_numbers),
+        DType::F16 => tiles!(job.x, f16_numbers),
+        DType::Bf16 => tiles!(job.x, bf16_numbers),
+        other => unreachable!("{} is refused when the weight is taken", other.name()),
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn word(bytes: &Word) -> __m256i {
+    // SAFETY: a load of exactly the 32 bytes of the array.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+/// 16 f16 numbers, or two runs of 16 bytes.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn split(bytes: &Word) -> [__m128i; HALVES] {
+    let both = word(bytes);
+    [_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both)]
+}
+
+/// 16 f16 numbers as f32.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn halves(bytes: &Word) -> [__m256; HALVES] {
+    let [first, second] = split(bytes);
+    [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)]
+}
+
+/// Activations `4 j..4 j + 4` in every lane.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn spread(q: &[i8; BLOCK], j: usize) -> __m256i {
+    _mm256_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
+}
+
+/// Hides a value from the optimiser, which else re-associates the integer sums over the unrolled
+/// steps (exact, but it keeps all products alive at once and spills).
+#[target_feature(enable = "avx2,fma,f16c")]
+fn pin(mut v: __m256i) -> __m256i {
+    // SAFETY: the assembly is a comment; it reads and writes nothing but the register of `v`.
+    unsafe {
+        std::arch::asm!(
+            "/* {0} */",
+            inout(ymm_reg) v,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    v
+}
+
+/// Asks for the words of a later block, for the tiles that memory bounds.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch<const R: usize, const N: usize>(block: &[Word; N]) {
+    if R <= 2 {
+        for line in 0..N.div_ceil(2) {
+            let at = block.as_ptr().wrapping_add(AHEAD + line * 2);
+            #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
+            // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast())
+            };
+        }
+    }
+}
+
+/// The registers of a tile as numbers.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sums<const R: usize>(acc: [[__m256; HALVES]; R]) -> Sums<R> {
+    acc.map(|row| bytemuck::cast(row.map(bytemuck::cast::<__m256, [f32; 8]>)))
+}
+
+/// Dot products of a nibble plane with 32 activations, as 16 pairs of i16 whose sum counts,
+/// added to `start` (both of a pair).
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nibble_dots<const R: usize>(
+    plane: &[Word],
+    rows: [&Block; R],
+    start: [i16; R],
+) -> [[__m256i; HALVES]; R] {
+    let mask = _mm256_set1_epi8(15);
+    let mut dots = start.map(|start| [_mm256_set1_epi16(start); HALVES]);
+    for j in 0..4 {
+        let both: [__m256i; HALVES] = from_fn(|h| word(&plane[j * 2 + h]));
+        let low = both.map(|v| _mm256_and_si256(v, mask));
+        let high = both.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+        for r in 0..R {
+            let a = spread(&rows[r].q, j);
+            dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(low[0], a));
+            dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(low[1], a));
+            let a = spread(&rows[r].q, j + 4);
+            dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(high[0], a));
+            dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(high[1], a));
+        }
+        for r in 0..R {
+            dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
+        }
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let ones = _mm256_set1_epi16(1);
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
+    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<10>().0.iter().enumerate() {
+        prefetch::<R, 10>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        let dots = nibble_dots(&block[..8], a, [0; R]);
+        let (d, m) = (halves(&block[8]), halves(&block[9]));
+        for r in 0..R {
+            let (da, s) = (_mm256_set1_ps(a[r].d), _mm256_set1_ps(a[r].s));
+            for h in 0..HALVES {
+                let sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
+                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
+                acc[r][h] = _mm256_fmadd_ps(m[h], s, acc[r][h]);
+            }
+        }
+    }
+    sums(acc)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let ones = _mm256_set1_epi16(1);
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
+    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<9>().0.iter().enumerate() {
+        prefetch::<R, 9>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        // The -8 of 32 weights, half of it in each of a pair: at most 22352 + 8128 in magnitude.
+        let start = a.map(|a| -4 * (a.sums[0] + a.sums[1]));
+        let dots = nibble_dots(&block[..8], a, start);
+        let d = halves(&block[8]);
+        for r in 0..R {
+            let da = _mm256_set1_ps(a[r].d);
+            for h in 0..HALVES {
+                let sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
+                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
+            }
+        }
+    }
+    sums(acc)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let ones = _mm256_set1_epi16(1);
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
+    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<17>().0.iter().enumerate() {
+        prefetch::<R, 17>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
+        for j in 0..8 {
+            let w: [__m256i; HALVES] = from_fn(|h| word(&block[j * 2 + h]));
+            let magnitude = w.map(|w| _mm256_abs_epi8(w));
+            for r in 0..R {
+                let a = spread(&a[r].q, j);
+                // 2 * 128 * 127 = 32512 fits 16 bits.
+                let dot = |h: usize| {
+                    let pairs = _mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(a, w[h]));
+                    _mm256_madd_epi16(pairs, ones)
+                };
+                dots[r][0] = _mm256_add_epi32(dots[r][0], dot(0));
+                dots[r][1] = _mm256_add_epi32(dots[r][1], dot(1));
+            }
+            for r in 0..R {
+                dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
+            }
+        }
+        let d = halves(&block[16]);
+        for r in 0..R {
+            let da = _mm256_set1_ps(a[r].d);
+            for h in 0..HALVES {
+                let sum = _mm256_cvtepi32_ps(dots[r][h]);
+                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
+            }
+        }
+    }
+    sums(acc)
+}
+
+/// Dot products of one unit of q6_k with 32 activations, scaled, as i32.
+///
+/// A pair of products is at most 2 * 63 * 127 = 16002, two pairs fit 16 bits; then
+/// multiply-add-adjacent multiplies by the scale, and takes off 32 times the activations too.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q6_k_dots<const R: usize>(unit: &[Word; 13], rows: [&Block; R]) -> [[__m256i; HALVES]; R] {
+    let (mask, two_bits) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+    let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
+    let all_scales = split(&unit[12]);
+    for g in 0..2 {
+        // Two equal i16 for each column.
+        let scales = _mm256_cvtepi8_epi16(all_scales[g]);
+        let (even, odd) =
+            (_mm256_unpacklo_epi16(scales, scales), _mm256_unpackhi_epi16(scales, scales));
+        let scales = [
+            _mm256_permute2x128_si256::<0x20>(even, odd),
+            _mm256_permute2x128_si256::<0x31>(even, odd),
+        ];
+        for h in 0..HALVES {
+            let high = word(&unit[8 + g * 2 + h]);
+            let high: [__m256i; 4] = [
+                _mm256_and_si256(_mm256_slli_epi16::<4>(high), two_bits),
+                _mm256_and_si256(_mm256_slli_epi16::<2>(high), two_bits),
+                _mm256_and_si256(high, two_bits),
+                _mm256_and_si256(_mm256_srli_epi16::<2>(high), two_bits),
+            ];
+            let q: [__m256i; 4] = from_fn(|s| {
+                let both = word(&unit[s * 2 + h]);
+                let low = if g == 0 { both } else { _mm256_srli_epi16::<4>(both) };
+                _mm256_or_si256(_mm256_and_si256(low, mask), high[s])
+            });
+            for r in 0..R {
+                let a = &rows[r];
+                let pairs = |s: usize| {
+                    let first = _mm256_maddubs_epi16(q[s], spread(&a.q, g * 4 + s));
+                    let second = _mm256_maddubs_epi16(q[s + 1], spread(&a.q, g * 4 + s + 1));
+                    _mm256_madd_epi16(_mm256_add_epi16(first, second), scales[h])
+                };
+                // 16 * 2032 = 32512 fits 16 bits.
+                let offset = _mm256_madd_epi16(_mm256_set1_epi16(-16 * a.sums[g]), scales[h]);
+                let sum = _mm256_add_epi32(_mm256_add_epi32(pairs(0), pairs(2)), offset);
+                dots[r][h] = pin(_mm256_add_epi32(dots[r][h], sum));
+            }
+        }
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
+    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<105>().0.iter().enumerate() {
+        let d = halves(&block[0]);
+        for (u, unit) in block[1..].as_chunks::<13>().0.iter().enumerate() {
+            prefetch::<R, 13>(unit);
+            let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
+            let dots = q6_k_dots(unit, a);
+            for r in 0..R {
+                let da = _mm256_set1_ps(a[r].d);
+                for h in 0..HALVES {
+                    let sum = _mm256_cvtepi32_ps(dots[r][h]);
+                    acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
+                }
+            }
+        }
+    }
+    sums(acc)
+}
+
+/// The float types: `N` words hold one k of 16 columns; `widen` makes f32 of them.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn numbers<const R: usize, const N: usize>(
+    panel: &[u8],
+    rows: [&[f32]; R],
+    widen: impl Fn(&[Word; N]) -> [__m256; HALVES],
+) -> Sums<R> {
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
+    for (k, words) in panel.as_chunks::<32>().0.as_chunks::<N>().0.iter().enumerate() {
+        let w = widen(words);
+        for r in 0..R {
+            let x = _mm256_set1_ps(rows[r][k]);
+            acc[r][0] = _mm256_fmadd_ps(x, w[0], acc[r][0]);
+            acc[r][1] = _mm256_fmadd_ps(x, w[1], acc[r][1]);
+        }
+    }
+    sums(acc)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn f32_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers::<R, 2>(panel, rows, |words| words.each_ref().map(|w| _mm256_castsi256_ps(word(w))))
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn f16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers::<R, 1>(panel, rows, |[words]| halves(words))
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn bf16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers::<R, 1>(panel, rows, |[words]| {
+        split(words)
+            .map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+    })
+}

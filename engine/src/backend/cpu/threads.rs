@@ -1,0 +1,417 @@
+//! A fixed set of compute threads, and matrices split among them.
+//!
+//! A job is one closure and a number of pieces. The caller is thread 0; it and the workers claim
+//! pieces one by one until none is left, so a worker that the system has not given a core to holds
+//! nobody up. Workers wait for a job by spinning for some microseconds and then parking, so an idle
+//! engine costs nothing. Nothing is allocated for a job.
+//!
+//! The unsafe room of this backend beside the instruction sets: a job's borrowed closure is handed
+//! to other threads until the job ends, and a matrix is written by several threads at once. Both
+//! are safe to use from outside, since only this file splits a [`Part`] or starts a job.
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, Thread};
+
+/// Turns of a waiting loop before the thread parks: some tens of microseconds.
+const SPINS: u32 = 2000;
+/// Pieces for each thread, so that a slow one does less.
+const PIECES: usize = 4;
+/// Rows that a piece has at least, if there are enough for all threads.
+const PIECE_ROWS: usize = 8;
+
+/// A job: `job(thread, piece)`.
+type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
+
+/// What the threads share.
+struct Shared {
+    /// Which job, how many pieces it has, and which is next: 32, 16 and 16 bits. A change of the
+    /// first starts a job; a piece belongs to whoever raises the last.
+    state: AtomicU64,
+    /// Points at the current `Job`; valid while one of its pieces is claimed and not done.
+    job: AtomicPtr<()>,
+    /// Pieces of the current job that are done.
+    done: AtomicUsize,
+    /// The first panic of a worker's piece.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// One for each worker: it is parked or about to be.
+    parked: Box<[AtomicBool]>,
+    /// Workers that have begun to wait for jobs.
+    started: AtomicUsize,
+    /// The threads end.
+    stop: AtomicBool,
+}
+
+/// Claims the next piece, if there is one.
+fn claim(state: &AtomicU64) -> Option<usize> {
+    let mut seen = state.load(Ordering::SeqCst);
+    loop {
+        let (pieces, next) = (seen >> 16 & 0xffff, seen & 0xffff);
+        if next >= pieces {
+            return None;
+        }
+        match state.compare_exchange_weak(seen, seen + 1, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => return Some(next as usize),
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// The threads of one backend.
+pub(super) struct Threads {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    handles: Vec<Thread>,
+}
+
+impl Threads {
+    /// `count` threads, the caller among them.
+    pub(super) fn new(count: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            done: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            parked: (1..count).map(|_| AtomicBool::new(false)).collect(),
+            started: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let mut threads = Self { shared, workers: Vec::new(), handles: Vec::new() };
+        for index in 1..count {
+            let shared = Arc::clone(&threads.shared);
+            let builder = std::thread::Builder::new().name(format!("compute-{index}"));
+            let worker = builder.spawn(move || work(&shared, index))?;
+            threads.handles.push(worker.thread().clone());
+            threads.workers.push(worker);
+        }
+        // What a thread allocates when it starts is not to fall into a step.
+        while threads.shared.started.load(Ordering::Acquire) < threads.workers.len() {
+            std::thread::yield_now();
+        }
+        Ok(threads)
+    }
+
+    /// How many threads run a job.
+    pub(super) fn count(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `job(thread, piece)` once for each piece, and waits for all. At most one piece runs on
+    /// a thread at a time.
+    ///
+    /// # Panics
+    /// If a piece panicked; after all have ended.
+    fn run(&mut self, pieces: usize, job: Job<'_>) {
+        let shared = &*self.shared;
+        assert!(pieces <= 0xffff, "{pieces} pieces");
+        shared.job.store(std::ptr::from_ref(&job).cast_mut().cast(), Ordering::Relaxed);
+        shared.done.store(0, Ordering::Relaxed);
+        let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        shared.state.store(number << 32 | (pieces as u64) << 16, Ordering::SeqCst);
+        self.wake();
+        let mut panic = None;
+        while let Some(piece) = claim(&shared.state) {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(0, piece))) {
+                panic = Some(payload);
+            }
+            shared.done.fetch_add(1, Ordering::Release);
+        }
+        // The workers borrow `job`: no way out of this function before their pieces are done.
+        let mut turns = 0;
+        while shared.done.load(Ordering::Acquire) < pieces {
+            turns += 1;
+            if turns < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+        let theirs = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = panic.or(theirs) {
+            std::panic::resume_unwind(payload);
+        }
+    }
+
+    fn wake(&self) {
+        for (parked, handle) in self.shared.parked.iter().zip(&self.handles) {
+            if parked.load(Ordering::SeqCst) {
+                handle.unpark();
+            }
+        }
+    }
+
+    /// Splits the columns of `out` (rows of `width`, the first `rows` of them) into runs, cut at
+    /// multiples of `grain`; `job(columns, part)` fills them.
+    pub(super) fn columns<T: Send>(
+        &mut self,
+        out: &mut [T],
+        width: usize,
+        rows: usize,
+        grain: usize,
+        job: impl Fn(Range<usize>, &mut Part<'_, T>) + Sync,
+    ) {
+        let mut whole = Part::new(out, width, rows);
+        let grains = width.div_ceil(grain);
+        if self.count() == 1 || grains <= 1 {
+            return job(0..width, &mut whole);
+        }
+        let pieces = (self.count() * PIECES).min(grains);
+        let cut = |i: usize| (grains * i / pieces * grain).min(width);
+        self.run(pieces, &|_, piece| {
+            let columns = cut(piece)..cut(piece + 1);
+            // SAFETY: `cut` rises, so these columns belong to this piece alone; they are inside
+            // `width`, and `whole` borrows `out` until `run` returns.
+            let mut part = unsafe { whole.part(columns.start, width, rows, columns.len()) };
+            job(columns, &mut part);
+        });
+    }
+
+    /// Deals the rows of `out` (rows of `width`, the first `rows` of them) in turn to parts:
+    /// row `i` of `part` is row `deal.first + i * deal.step` of `out`.
+    pub(super) fn rows<T: Send>(
+        &mut self,
+        out: &mut [T],
+        width: usize,
+        rows: usize,
+        job: impl Fn(Deal, &mut Part<'_, T>) + Sync,
+    ) {
+        let mut whole = Part::new(out, width, rows);
+        if self.count() == 1 || rows <= 1 {
+            return job(Deal { thread: 0, first: 0, step: 1 }, &mut whole);
+        }
+        let count = self.count();
+        let step = (rows / PIECE_ROWS).clamp(count, count * PIECES).min(rows);
+        self.run(step, &|thread, first| {
+            let mine = (rows - first).div_ceil(step);
+            // SAFETY: rows `first + i * step` with `first < step` belong to this piece alone;
+            // they are inside `rows`, and `whole` borrows `out` until `run` returns.
+            let mut part = unsafe { whole.part(first * width, step * width, mine, width) };
+            job(Deal { thread, first, step }, &mut part);
+        });
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.wake();
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of jobs, so it ends in order.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Puts the calling thread behind the network threads: with compute at the same priority, the
+/// 99th percentile of a round trip on busy cores is 30 times as long. Needs no privilege.
+pub fn lower_priority() {
+    if let Err(error) = rustix::process::setpriority_process(None, 19) {
+        tracing::debug!(%error, "a compute thread keeps its priority");
+    }
+}
+
+/// The loop of a worker.
+fn work(shared: &Shared, index: usize) {
+    lower_priority();
+    let parked = &shared.parked[index - 1];
+    let mut turns = 0;
+    shared.started.fetch_add(1, Ordering::Release);
+    while !shared.stop.load(Ordering::SeqCst) {
+        if let Some(piece) = claim(&shared.state) {
+            run_piece(shared, index, piece);
+            turns = 0;
+        } else if turns < SPINS {
+            turns += 1;
+            std::hint::spin_loop();
+        } else {
+            parked.store(true, Ordering::SeqCst);
+            let state = shared.state.load(Ordering::SeqCst);
+            if state & 0xffff >= state >> 16 & 0xffff && !shared.stop.load(Ordering::SeqCst) {
+                std::thread::park();
+            }
+            parked.store(false, Ordering::SeqCst);
+            turns = 0;
+        }
+    }
+}
+
+fn run_piece(shared: &Shared, index: usize, piece: usize) {
+    let job = shared.job.load(Ordering::Relaxed).cast::<Job<'_>>();
+    // SAFETY: `run` stored the address of its argument before it made this piece claimable, and
+    // does not return before the piece is counted as done below.
+    let job = unsafe { *job };
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(index, piece))) {
+        *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+    }
+    shared.done.fetch_add(1, Ordering::Release);
+}
+
+/// Which rows [`Threads::rows`] dealt to a part.
+#[derive(Clone, Copy)]
+pub(super) struct Deal {
+    /// The thread that has it.
+    pub(super) thread: usize,
+    /// Row of the matrix that is row 0 of the part.
+    pub(super) first: usize,
+    /// Rows of the matrix from one row of the part to the next.
+    pub(super) step: usize,
+}
+
+/// Some columns of some rows of a matrix, held by one thread.
+pub(super) struct Part<'a, T> {
+    start: NonNull<T>,
+    /// Elements from one row to the next.
+    stride: usize,
+    rows: usize,
+    columns: usize,
+    matrix: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a part is a mutable borrow of elements that no other part has.
+unsafe impl<T: Send> Send for Part<'_, T> {}
+// SAFETY: a shared part gives no element away, except to `part`, whose caller keeps parts apart.
+unsafe impl<T: Send> Sync for Part<'_, T> {}
+
+impl<'a, T> Part<'a, T> {
+    /// The first `rows` rows of a matrix of `width` columns.
+    ///
+    /// # Panics
+    /// If `out` is shorter.
+    pub(super) fn new(out: &'a mut [T], width: usize, rows: usize) -> Self {
+        let needed = rows.checked_mul(width).expect("a matrix fits the address space");
+        assert!(out.len() >= needed, "{rows} rows of {width} in {} elements", out.len());
+        let start = NonNull::from(out).cast();
+        Self { start, stride: width, rows, columns: width, matrix: PhantomData }
+    }
+
+    /// `rows` runs of `columns` elements, from element `first`, `stride` apart.
+    ///
+    /// # Safety
+    /// The runs are inside this matrix, and no two parts that live at the same time overlap.
+    unsafe fn part(&self, first: usize, stride: usize, rows: usize, columns: usize) -> Part<'a, T> {
+        // SAFETY: the caller's promise; a part without rows points at the end at most.
+        let start = unsafe { self.start.add(first) };
+        Part { start, stride, rows, columns, matrix: PhantomData }
+    }
+
+    /// How many rows.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// One row.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline(always)]
+    pub(super) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: row < rows, so the run is inside the matrix; `&mut self` borrows this part,
+        // and no other part has these elements.
+        unsafe {
+            let start = self.start.add(row * self.stride).as_ptr();
+            std::slice::from_raw_parts_mut(start, self.columns)
+        }
+    }
+}
+
+/// One value for each thread, reached without contention.
+pub(super) struct PerThread<T>(Box<[Mutex<T>]>);
+
+impl<T> PerThread<T> {
+    pub(super) fn new(count: usize, mut one: impl FnMut() -> T) -> Self {
+        Self((0..count).map(|_| Mutex::new(one())).collect())
+    }
+
+    /// Runs `f` on each value.
+    pub(super) fn each(&mut self, f: impl FnMut(&mut T)) {
+        let values = self.0.iter_mut();
+        values.map(|one| one.get_mut().unwrap_or_else(PoisonError::into_inner)).for_each(f);
+    }
+
+    /// Runs `f` on the value of `thread`.
+    pub(super) fn with<R>(&self, thread: usize, f: impl FnOnce(&mut T) -> R) -> R {
+        f(&mut self.0[thread].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_is_written_once_whatever_the_split() {
+        for count in 1..5 {
+            let mut threads = Threads::new(count).unwrap();
+            for (rows, width, grain) in
+                [(1, 1, 16), (1, 100, 16), (7, 33, 8), (3, 64, 16), (0, 5, 1)]
+            {
+                let mut out = vec![0usize; rows * width + 3];
+                threads.columns(&mut out, width, rows, grain, |columns, part| {
+                    assert!(columns.start.is_multiple_of(grain));
+                    for row in 0..part.rows() {
+                        for (out, column) in part.row(row).iter_mut().zip(columns.clone()) {
+                            *out += row * width + column + 1;
+                        }
+                    }
+                });
+                threads.rows(&mut out, width, rows, |deal, part| {
+                    for i in 0..part.rows() {
+                        for out in part.row(i) {
+                            *out += (deal.first + i * deal.step) * 1000;
+                        }
+                    }
+                });
+                for (i, out) in out.iter().enumerate().take(rows * width) {
+                    assert_eq!(*out, i + 1 + i / width * 1000);
+                }
+                assert_eq!(out[rows * width..], [0; 3]);
+            }
+        }
+    }
+
+    #[test]
+    fn every_piece_runs_once_in_many_jobs_and_after_a_pause() {
+        let mut threads = Threads::new(3).unwrap();
+        let counts: [AtomicUsize; 7] = Default::default();
+        for i in 0..2000 {
+            threads.run(7, &|thread, piece| {
+                assert!(thread < 3);
+                counts[piece].fetch_add(1, Ordering::Relaxed);
+            });
+            if i % 500 == 0 {
+                std::thread::sleep(std::time::Duration::from_millis(2)); // let them park
+            }
+        }
+        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2000));
+    }
+
+    #[test]
+    fn workers_take_part() {
+        let mut threads = Threads::new(2).unwrap();
+        let meeting = std::sync::Barrier::new(2);
+        threads.run(2, &|_, _| {
+            meeting.wait(); // ends only if two threads are in it
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_after_all_have_ended() {
+        let mut threads = Threads::new(2).unwrap();
+        for guilty in 0..2 {
+            let (ended, meeting) = (AtomicUsize::new(0), std::sync::Barrier::new(2));
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                threads.run(2, &|thread, _| {
+                    meeting.wait();
+                    assert_ne!(thread, guilty, "planted");
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    ended.fetch_add(1, Ordering::Relaxed);
+                });
+            }));
+            let message = *caught.unwrap_err().downcast::<String>().unwrap();
+            assert!(message.contains("planted"));
+            assert_eq!(ended.load(Ordering::Relaxed), 1);
+        }
+    }
+}
