@@ -7,3 +7,13 @@
 
 #[doc(hidden)]
 pub mod backend;
+#[doc(hidden)]
+pub mod metrics;
+#[doc(hidden)]
+pub mod pack;
+#[doc(hidden)]
+pub mod sample;
+#[doc(hidden)]
+pub mod stop;
+#[doc(hidden)]
+pub mod token;

@@ -1,0 +1,181 @@
+//! Stop strings over streamed text.
+//!
+//! Text that may be the beginning of a stop string is held back until the next text decides, so
+//! nothing of a stop string is ever shown, however tokens cut it. The result depends on the text
+//! alone, not on how it is cut: of several stop strings the one that is complete first counts.
+
+use crate::sample::FieldError;
+
+/// Most stop strings of a request.
+pub const STOP_STRINGS_MAX: usize = 4;
+/// Longest stop string, in bytes.
+pub const STOP_BYTES_MAX: usize = 256;
+
+/// Watches a text for stop strings. A clone goes its own way (a branch of a draft tree).
+#[derive(Clone, Debug)]
+pub struct StopStrings {
+    stops: Vec<String>,
+    /// The beginning of a stop string, perhaps; and while in `push`, the new text after it.
+    held: String,
+    /// What the last call returned.
+    shown: String,
+    stopped: bool,
+}
+
+/// What [`StopStrings::push`] lets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown<'a> {
+    /// Text to show; may hold text of earlier calls.
+    pub text: &'a str,
+    /// Whether a stop string is complete: the answer ends here.
+    pub stopped: bool,
+}
+
+impl StopStrings {
+    /// Watches for these; none is fine.
+    ///
+    /// # Errors
+    /// If there are more than [`STOP_STRINGS_MAX`], or one is empty or longer than
+    /// [`STOP_BYTES_MAX`].
+    pub fn new(stops: Vec<String>) -> Result<Self, FieldError> {
+        let wrong = |value, range| Err(FieldError { field: "stop", value, range });
+        if stops.len() > STOP_STRINGS_MAX {
+            let value = format!("{} strings", stops.len());
+            return wrong(value, format!("0..={STOP_STRINGS_MAX} strings"));
+        }
+        for stop in &stops {
+            if !(1..=STOP_BYTES_MAX).contains(&stop.len()) {
+                let value = format!("a string of {} bytes", stop.len());
+                return wrong(value, format!("1..={STOP_BYTES_MAX} bytes"));
+            }
+        }
+        Ok(Self { stops, held: String::new(), shown: String::new(), stopped: false })
+    }
+
+    /// Takes the next piece of the text. After a stop string all further text is dropped.
+    pub fn push(&mut self, text: &str) -> Shown<'_> {
+        self.shown.clear();
+        if !self.stopped {
+            self.held.push_str(text);
+            let first = self
+                .stops
+                .iter()
+                .filter_map(|stop| self.held.find(stop).map(|at| (at + stop.len(), at)))
+                .min();
+            let show = match first {
+                Some((_, start)) => start,
+                None => self.held.len() - self.undecided(),
+            };
+            self.shown.push_str(&self.held[..show]);
+            self.held.drain(..show);
+            self.stopped = first.is_some();
+        }
+        Shown { text: &self.shown, stopped: self.stopped }
+    }
+
+    /// What is held back when the text ends without a stop string; nothing after one.
+    pub fn finish(&mut self) -> &str {
+        self.shown.clear();
+        if !self.stopped {
+            self.shown.push_str(&self.held);
+        }
+        self.held.clear();
+        &self.shown
+    }
+
+    /// Whether a stop string is complete.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Bytes at the end of `held` that a stop string begins with; the most of them.
+    fn undecided(&self) -> usize {
+        let longest = self.stops.iter().map(|stop| stop.len() - 1).max().unwrap_or(0);
+        let from = self.held.len().saturating_sub(longest);
+        (from..self.held.len())
+            .filter_map(|at| self.held.get(at..))
+            .find(|tail| self.stops.iter().any(|stop| stop.starts_with(tail)))
+            .map_or(0, str::len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn watch(stops: &[&str]) -> StopStrings {
+        StopStrings::new(stops.iter().map(ToString::to_string).collect()).unwrap()
+    }
+
+    /// All that is shown of these pieces, and whether it stopped.
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let mut watch = watch(stops);
+        let mut all = String::new();
+        for piece in pieces {
+            let shown = watch.push(piece);
+            all.push_str(shown.text);
+            if shown.stopped {
+                break;
+            }
+        }
+        all.push_str(watch.finish());
+        (all, watch.is_stopped())
+    }
+
+    #[test]
+    fn nothing_of_a_stop_string_leaks() {
+        assert_eq!(run(&["END"], &["a E", "N", "D b"]), ("a ".into(), true));
+        assert_eq!(run(&["END"], &["a E", "N", "X b"]), ("a ENX b".into(), false));
+        assert_eq!(run(&["END"], &["a EN"]), ("a EN".into(), false));
+        assert_eq!(run(&["🙂🙃"], &["x🙂", "🙂", "🙃y"]), ("x🙂".into(), true));
+        assert_eq!(run(&["aab"], &["a", "a", "a", "b"]), ("a".into(), true));
+        assert_eq!(run(&[], &["as", " it is"]), ("as it is".into(), false));
+        let mut watch = watch(&["\n\n"]);
+        assert_eq!(watch.push("one\n"), Shown { text: "one", stopped: false });
+        let mut branch = watch.clone();
+        assert_eq!(watch.push("\ntwo"), Shown { text: "", stopped: true });
+        assert_eq!(watch.push("three"), Shown { text: "", stopped: true });
+        assert_eq!(watch.finish(), "");
+        assert_eq!(branch.push("two"), Shown { text: "\ntwo", stopped: false });
+    }
+
+    #[test]
+    fn the_first_to_be_complete_counts() {
+        assert_eq!(run(&["abcd", "bc"], &["abcd"]), ("a".into(), true));
+        assert_eq!(run(&["abcd", "bc"], &["a", "b", "c", "d"]), ("a".into(), true));
+        assert_eq!(run(&["bc", "abc"], &["xabc"]), ("x".into(), true));
+    }
+
+    #[test]
+    fn limits_are_named() {
+        let refuse = |stops: Vec<String>| StopStrings::new(stops).unwrap_err().to_string();
+        assert_eq!(refuse(vec!["a".into(); 5]), "stop: 5 strings is not in 0..=4 strings");
+        let empty = refuse(vec!["a".into(), String::new()]);
+        assert_eq!(empty, "stop: a string of 0 bytes is not in 1..=256 bytes");
+        assert!(refuse(vec!["x".repeat(1 << 20)]).contains("1048576 bytes"));
+        assert!(StopStrings::new(vec!["é".repeat(128); 4]).is_ok());
+    }
+
+    proptest! {
+        /// However a text is cut, the same is shown: all before the stop that ends first.
+        #[test]
+        fn cuts_do_not_matter(
+            text in "[abé🙂]{0,24}", stops in prop::collection::vec("[abé🙂]{1,4}", 0..4),
+            cuts in prop::collection::vec(0usize..64, 0..6),
+        ) {
+            let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
+            let ends = stops.iter().filter_map(|s| text.find(s).map(|at| (at + s.len(), at)));
+            let first = ends.min();
+            let expected = (text[..first.map_or(text.len(), |f| f.1)].to_owned(), first.is_some());
+            let mut cuts: Vec<usize> =
+                cuts.into_iter().filter(|&at| text.is_char_boundary(at)).collect();
+            cuts.extend([0, text.len()]);
+            cuts.sort_unstable();
+            let pieces: Vec<&str> = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).collect();
+            prop_assert_eq!(run(&stops, &pieces), expected);
+        }
+    }
+}

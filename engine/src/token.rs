@@ -1,0 +1,472 @@
+//! Text to token ids and back: tokenizer, chat template, streaming detokenizer.
+//!
+//! Three promises:
+//! - What a *user* writes never becomes a control token. `<|im_start|>` in a message is encoded as
+//!   the characters it is made of, while the same marker written by the chat template is the
+//!   control token. How: see module `guard`.
+//! - For text that spells no control token the ids equal those of the reference implementation
+//!   over the whole rendered prompt; nothing is encoded in pieces.
+//! - A [`Detokenizer`] never emits half a character, and its pieces add up to the whole text.
+
+mod chat;
+mod detokenizer;
+mod guard;
+mod pieces;
+mod python;
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use tokenizers::Model;
+use tokenizers::normalizers::{NormalizerWrapper, Sequence};
+
+pub use self::chat::{ChatOptions, Message, Role};
+pub use self::detokenizer::{Detokenizer, SpecialText, Start};
+
+use self::chat::ChatTemplate;
+use self::guard::Guard;
+use self::pieces::Pieces;
+use crate::backend::TokenId;
+
+/// Largest `tokenizer.json` that is read, in bytes.
+pub const TOKENIZER_BYTES_MAX: usize = 64 << 20;
+/// Largest chat template, in bytes.
+pub const TEMPLATE_BYTES_MAX: usize = 256 << 10;
+/// Longest text that is encoded in one call, in bytes; also the longest rendered prompt. Some
+/// 250,000 tokens.
+pub const TEXT_BYTES_MAX: usize = 1 << 20;
+/// Largest vocabulary, in rows of the embedding.
+pub const VOCAB_ROWS_MAX: usize = 1 << 21;
+
+/// What can go wrong between text and ids.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenError {
+    /// `tokenizer.json` is not what the format says.
+    #[error("tokenizer.json: {0}")]
+    Malformed(String),
+    /// Something is larger than we are willing to read.
+    #[error("{what}: {size} is over the limit of {limit}")]
+    TooLarge {
+        /// What is too large, with its unit.
+        what: &'static str,
+        /// Its size.
+        size: usize,
+        /// The most that is accepted.
+        limit: usize,
+    },
+    /// The tokenizer names ids that the embedding has no row for, or two tokens share an id.
+    #[error(
+        "tokenizer.json: {tokens} tokens, of which {placed} have an id of their own below \
+         config.json's vocab_size = {rows}; tokenizer and weights are of different models"
+    )]
+    Vocabulary {
+        /// Tokens of the model's vocabulary and the added ones.
+        tokens: usize,
+        /// Those with an id of their own below `rows`.
+        placed: usize,
+        /// Rows of the embedding.
+        rows: usize,
+    },
+    /// The `decoder` is of a kind that we can't stream.
+    #[error("tokenizer.json: decoder {0} is not supported (ByteLevel, Metaspace and Llama's are)")]
+    Decoder(String),
+    /// A token named by the configuration is not in the vocabulary.
+    #[error("tokenizer configuration: {field} = {token:?} is not in the vocabulary")]
+    UnknownToken {
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        token: String,
+    },
+    /// The chat template does not parse.
+    #[error("chat template: {0}")]
+    TemplateSyntax(String),
+    /// The chat template failed on these messages, or ran beyond its fuel.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// The chat template refused these messages by `raise_exception`.
+    #[error("chat template refuses these messages: {0}")]
+    Refused(String),
+    /// The model has no chat template.
+    #[error(
+        "this model has no chat template: use --raw, or /v1/completions, with a prompt of your own"
+    )]
+    NoTemplate,
+    /// A conversation without messages.
+    #[error("messages: at least one is needed")]
+    NoMessages,
+    /// A role that we do not know.
+    #[error("messages[].role: {0:?} is none of system, developer, user, assistant, tool")]
+    UnknownRole(String),
+    /// A template option that we do not know.
+    #[error("chat_template_kwargs.{0}: unknown option")]
+    UnknownOption(String),
+    /// A template option of the wrong type.
+    #[error("chat_template_kwargs.{field}: must be a {expected}")]
+    OptionType {
+        /// Which option.
+        field: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The tokenizer could not encode this text.
+    #[error("text can't be encoded: {0}")]
+    Encode(String),
+}
+
+impl TokenError {
+    /// True if the request is at fault (HTTP 400), false if the model's files are.
+    #[must_use]
+    pub fn is_request(&self) -> bool {
+        match self {
+            Self::Template(_)
+            | Self::Refused(_)
+            | Self::NoTemplate
+            | Self::NoMessages
+            | Self::UnknownRole(_)
+            | Self::UnknownOption(_)
+            | Self::OptionType { .. }
+            | Self::Encode(_) => true,
+            Self::TooLarge { what, .. } => *what == TEXT_BYTES,
+            _ => false,
+        }
+    }
+}
+
+const TEXT_BYTES: &str = "prompt text in bytes";
+
+/// What a checkpoint says about its tokenizer beside `tokenizer.json`.
+#[derive(Clone, Debug, Default)]
+pub struct TokenSettings {
+    /// Rows of the embedding (`vocab_size` of `config.json`).
+    pub vocab_size: usize,
+    /// The chat template, a Jinja text; none for base models.
+    pub chat_template: Option<String>,
+    /// Text of the token that begins a sequence.
+    pub bos_token: Option<String>,
+    /// Text of the token that ends a sequence.
+    pub eos_token: Option<String>,
+    /// Further ids that end an answer (`eos_token_id` of `generation_config.json`).
+    pub eos_token_ids: Vec<TokenId>,
+    /// Whether a raw prompt begins with BOS; `None`: as `tokenizer.json` says.
+    pub add_bos: Option<bool>,
+}
+
+/// Whether control tokens that a text spells are taken for control tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// As the characters they are made of: text of a user.
+    AsText,
+    /// As control tokens: prompts that the user renders by hand (`--raw`, `/v1/completions`).
+    Parse,
+}
+
+/// A tokenizer with its chat template. Immutable; share it by `Arc`.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    guard: Guard,
+    template: Option<ChatTemplate>,
+    pieces: Arc<Pieces>,
+    bos: Option<TokenId>,
+    add_bos: Option<bool>,
+    /// Ids that end an answer, sorted.
+    ends: Vec<TokenId>,
+}
+
+/// What is counted before the real parse, without keeping anything.
+#[derive(Deserialize)]
+struct Outline {
+    #[serde(default)]
+    added_tokens: Vec<AddedOutline>,
+    model: ModelOutline,
+}
+
+#[derive(Deserialize)]
+struct AddedOutline {
+    id: TokenId,
+    content: String,
+}
+
+#[derive(Deserialize)]
+struct ModelOutline {
+    #[serde(default)]
+    merges: Option<Vec<IgnoredAny>>,
+}
+
+impl Tokenizer {
+    /// Reads a Hugging Face `tokenizer.json`. The bytes may be hostile.
+    ///
+    /// # Errors
+    /// If the file is malformed or too large, does not fit `settings.vocab_size`, decodes in a way
+    /// that we can't stream, lacks the named BOS or EOS token, or the chat template does not parse.
+    pub fn from_json(json: &[u8], settings: &TokenSettings) -> Result<Self, TokenError> {
+        let rows = settings.vocab_size;
+        within("tokenizer.json in bytes", json.len(), TOKENIZER_BYTES_MAX)?;
+        within("vocab_size in rows", rows, VOCAB_ROWS_MAX)?;
+        let outline: Outline =
+            serde_json::from_slice(json).map_err(|e| TokenError::Malformed(e.to_string()))?;
+        let merges = outline.model.merges.map_or(0, |merges| merges.len());
+        within("tokenizer.json model.merges in entries", merges, 8 * rows + 1024)?;
+
+        let mut inner = parse(json)?;
+        // The parser numbers added tokens itself, whatever the file says.
+        for AddedOutline { id, content } in &outline.added_tokens {
+            if inner.token_to_id(content) != Some(*id) {
+                let got = inner.token_to_id(content);
+                return Err(TokenError::Malformed(format!(
+                    "added_tokens: {content:?} has id {id}, but stands at {got:?} in the vocabulary"
+                )));
+            }
+        }
+        check_vocabulary(&inner, rows)?;
+        // A stored truncation would cut prompts in silence.
+        inner.with_truncation(None).map_err(|e| TokenError::Malformed(e.to_string()))?;
+        inner.with_padding(None);
+        let guard = install_guard(&mut inner)?;
+        let pieces = Arc::new(Pieces::new(&inner, rows)?);
+        let id_of = |field, token: &Option<String>| match token {
+            None => Ok(None),
+            Some(token) => inner
+                .token_to_id(token)
+                .map(Some)
+                .ok_or_else(|| TokenError::UnknownToken { field, token: token.clone() }),
+        };
+        let bos = id_of("bos_token", &settings.bos_token)?;
+        let mut ends: Vec<TokenId> = settings.eos_token_ids.clone();
+        ends.extend(id_of("eos_token", &settings.eos_token)?);
+        ends.sort_unstable();
+        ends.dedup();
+        let template = match &settings.chat_template {
+            None => None,
+            Some(source) => Some(ChatTemplate::new(
+                source,
+                settings.bos_token.as_deref(),
+                settings.eos_token.as_deref(),
+            )?),
+        };
+        Ok(Self { inner, guard, template, pieces, bos, add_bos: settings.add_bos, ends })
+    }
+
+    /// The ids of `text`, nothing added before or after.
+    ///
+    /// # Errors
+    /// If the text is over [`TEXT_BYTES_MAX`], or has characters that the vocabulary can't spell
+    /// and its model refuses.
+    pub fn encode(&self, text: &str, special: Special) -> Result<Vec<TokenId>, TokenError> {
+        within(TEXT_BYTES, text.len(), TEXT_BYTES_MAX)?;
+        self.encode_guarded(&self.guarded(text, special), false)
+    }
+
+    /// The ids of a raw prompt: as [`Tokenizer::encode`], with BOS in front where the model wants
+    /// it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str, special: Special) -> Result<Vec<TokenId>, TokenError> {
+        within(TEXT_BYTES, text.len(), TEXT_BYTES_MAX)?;
+        let mut ids = self.encode_guarded(&self.guarded(text, special), true)?;
+        if let (Some(add), Some(bos)) = (self.add_bos, self.bos) {
+            let has = ids.first() == Some(&bos);
+            if add && !has {
+                ids.insert(0, bos);
+            } else if !add && has && special == Special::AsText {
+                ids.remove(0);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The ids of a conversation, rendered by the model's chat template. Only the template makes
+    /// control tokens; the contents are text.
+    ///
+    /// # Errors
+    /// If there is no template or no message, an option is unknown, the template fails, refuses or
+    /// does not end, or the prompt is over [`TEXT_BYTES_MAX`].
+    pub fn encode_chat(
+        &self,
+        messages: &[Message],
+        options: &ChatOptions,
+    ) -> Result<Vec<TokenId>, TokenError> {
+        let template = self.template.as_ref().ok_or(TokenError::NoTemplate)?;
+        let rendered = template.render(messages, options, &self.guard)?;
+        self.encode_guarded(&rendered, false)
+    }
+
+    /// The text of a conversation as the model's chat template renders it, for people to read.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_chat`].
+    pub fn render_chat(
+        &self,
+        messages: &[Message],
+        options: &ChatOptions,
+    ) -> Result<String, TokenError> {
+        let template = self.template.as_ref().ok_or(TokenError::NoTemplate)?;
+        Ok(guard::unguarded(&template.render(messages, options, &self.guard)?))
+    }
+
+    /// A streaming decoder over this vocabulary.
+    #[must_use]
+    pub fn detokenizer(&self, start: Start, special: SpecialText) -> Detokenizer {
+        Detokenizer::new(Arc::clone(&self.pieces), start, special)
+    }
+
+    /// The text of a whole sequence; bytes that are no UTF-8 become U+FFFD.
+    #[must_use]
+    pub fn decode(&self, ids: &[TokenId], start: Start, special: SpecialText) -> String {
+        let mut detokenizer = self.detokenizer(start, special);
+        let mut text = String::new();
+        for &id in ids {
+            text.push_str(detokenizer.push(id));
+        }
+        text.push_str(detokenizer.finish());
+        text
+    }
+
+    /// The bytes that one token stands for; empty for ids without a token.
+    #[must_use]
+    pub fn token_bytes(&self, id: TokenId) -> &[u8] {
+        self.pieces.bytes(id)
+    }
+
+    /// True for ids that end an answer.
+    #[must_use]
+    pub fn is_end(&self, id: TokenId) -> bool {
+        self.ends.binary_search(&id).is_ok()
+    }
+
+    /// The id that begins a sequence.
+    #[must_use]
+    pub fn bos(&self) -> Option<TokenId> {
+        self.bos
+    }
+
+    /// Whether [`Tokenizer::encode_chat`] can work.
+    #[must_use]
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    fn guarded<'a>(&self, text: &'a str, special: Special) -> Cow<'a, str> {
+        match special {
+            Special::AsText => self.guard.guard(text),
+            Special::Parse => guard::escape(text),
+        }
+    }
+
+    /// Encodes text in which control tokens of users are broken; see [`guard`](self::guard).
+    fn encode_guarded(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
+        let refused = |e: tokenizers::Error| TokenError::Encode(e.to_string());
+        if !text.contains(guard::BREAK) {
+            let encoding = self.inner.encode_fast(text, add_special).map_err(refused)?;
+            return Ok(encoding.get_ids().to_vec());
+        }
+        let encoding = self.inner.encode(text, add_special).map_err(refused)?;
+        let breaks: Vec<usize> = text.match_indices(guard::BREAK).map(|(at, _)| at).collect();
+        let mut ids = Vec::with_capacity(encoding.len());
+        for (&id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            let next = breaks.partition_point(|&at| at < start);
+            match breaks.get(next) {
+                Some(&at) if at < end && self.guard.is_control(id) => self.spell(id, &mut ids)?,
+                _ => ids.push(id),
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Ordinary pieces spelled a control token in spite of a break: spells its halves instead.
+    fn spell(&self, control: TokenId, ids: &mut Vec<TokenId>) -> Result<(), TokenError> {
+        let model = self.inner.get_model();
+        // In the model's own alphabet, so neither normaliser nor word splitting comes in.
+        let text = model.id_to_token(control).unwrap_or_default();
+        let first = text.chars().next().map_or(0, char::len_utf8);
+        for half in [&text[..first], &text[first..]] {
+            let tokens = model.tokenize(half).map_err(|e| TokenError::Encode(e.to_string()))?;
+            ids.extend(
+                tokens.iter().map(|token| token.id).filter(|id| !self.guard.is_control(*id)),
+            );
+        }
+        Ok(())
+    }
+}
+
+fn within(what: &'static str, size: usize, limit: usize) -> Result<(), TokenError> {
+    if size > limit {
+        return Err(TokenError::TooLarge { what, size, limit });
+    }
+    Ok(())
+}
+
+/// The parser is not ours, and some of its visitors panic on hostile input: that is a malformed
+/// file, not the end of this process.
+fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenError> {
+    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
+        Ok(parsed) => parsed.map_err(|e| TokenError::Malformed(e.to_string())),
+        Err(_) => Err(TokenError::Malformed("the parser gave up".into())),
+    }
+}
+
+/// Every token has an id of its own, and the embedding has a row for it. Rows without a token
+/// (padding to a round number) are fine.
+fn check_vocabulary(inner: &tokenizers::Tokenizer, rows: usize) -> Result<(), TokenError> {
+    let model = inner.get_model();
+    let ids = 0..u32::try_from(rows).expect("rows <= VOCAB_ROWS_MAX");
+    let mut tokens = model.get_vocab_size();
+    let mut placed = ids.filter(|&id| model.id_to_token(id).is_some()).count();
+    for (content, &id) in inner.get_added_vocabulary().get_vocab() {
+        if model.token_to_id(content) != Some(id) {
+            tokens += 1;
+            let taken = model.id_to_token(id).is_some();
+            placed += usize::from((id as usize) < rows && !taken);
+        }
+    }
+    if tokens != placed {
+        return Err(TokenError::Vocabulary { tokens, placed, rows });
+    }
+    Ok(())
+}
+
+/// Teaches the tokenizer to remove our marks after control tokens have been found.
+fn install_guard(inner: &mut tokenizers::Tokenizer) -> Result<Guard, TokenError> {
+    let malformed = |e: tokenizers::Error| TokenError::Malformed(e.to_string());
+    // A special token that is matched in *normalised* text would be found after the marks are
+    // gone. Models that declare theirs so mean no difference by it.
+    let mut special = Vec::new();
+    for (id, mut token) in inner.get_added_tokens_decoder() {
+        if token.special {
+            special.push((id, token.content.clone()));
+            if token.normalized {
+                token.normalized = false;
+                inner.add_tokens([token]).map_err(malformed)?;
+            }
+        }
+    }
+    let mut steps = guard::normalizers().map_err(malformed)?;
+    steps.extend(inner.get_normalizer().cloned());
+    let sequence = NormalizerWrapper::Sequence(Sequence::new(steps));
+    inner.with_normalizer(Some(sequence)).map_err(malformed)?;
+
+    let unknown = unknown_token(inner);
+    special.retain(|&(id, _)| Some(id) != unknown);
+    Ok(Guard::new(special))
+}
+
+/// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
+fn unknown_token(inner: &tokenizers::Tokenizer) -> Option<TokenId> {
+    use tokenizers::models::ModelWrapper;
+    let name = match inner.get_model() {
+        ModelWrapper::BPE(bpe) => bpe.unk_token.clone()?,
+        ModelWrapper::WordPiece(model) => model.unk_token.clone(),
+        ModelWrapper::WordLevel(model) => model.unk_token.clone(),
+        ModelWrapper::Unigram(_) => "<unk>".into(),
+    };
+    inner.token_to_id(&name)
+}
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod tests;
