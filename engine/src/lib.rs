@@ -4,16 +4,121 @@
 //! layers between, for many devices at once. Hidden states cross a framed protocol; text and
 //! token ids are not transmitted. Whoever runs the cloud and has the model's weights can still
 //! recover both from the hidden states: treat it as you would a server that gets your text.
+//!
+//! ```
+//! use hat_engine::{Engine, EngineConfig, Event, Request};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let model = hat_engine::internal::tiny_bundle(directory.path())?;
+//! // The device half of a bundle; a cloud of its own is started from the half beside it.
+//! // `.cloud("10.0.0.2:7433")` would use another machine's.
+//! let engine = Engine::open(EngineConfig::new(model.join("device")))?;
+//! let mut generation = engine.generate(Request::chat("Why is the sky blue?").max_tokens(16))?;
+//! let mut tokens = 0;
+//! for event in &mut generation {
+//!     match event? {
+//!         Event::Token { text, .. } => {
+//!             print!("{text}");
+//!             tokens += 1;
+//!         }
+//!         Event::Done { metrics, .. } => eprintln!("TTFT {} ms", metrics.timings.ttft_ms),
+//!         _ => {}
+//!     }
+//! }
+//! assert_eq!(tokens, 16);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Nine names are the interface; what their fields and methods speak of is in [`options`].
+//!
+//! Map of the crate, upper rooms call lower ones only:
+//!
+//! | room | what |
+//! |---|---|
+//! | `main`, `http` | the daemon and the OpenAI-compatible API |
+//! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
+//! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
+//! | `sched`, `sequence`, `page`, `pack`, `wire` | rows: which run, where they are, how they go |
+//! | `model` | decoder layers, submodels, the whole model as a yardstick |
+//! | `backend` | kernels |
 
+mod answer;
 #[doc(hidden)]
 pub mod backend;
-#[doc(hidden)]
-pub mod metrics;
+mod cloud;
+mod config;
+mod device;
+mod error;
+mod metrics;
+mod model;
 #[doc(hidden)]
 pub mod pack;
+mod page;
+#[doc(hidden)]
+pub mod processor;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
+pub mod pull;
+mod request;
 #[doc(hidden)]
 pub mod sample;
 #[doc(hidden)]
-pub mod stop;
+pub mod sched;
+mod sequence;
+mod stop;
 #[doc(hidden)]
 pub mod token;
+mod whole;
+mod wire;
+
+pub use cloud::Cloud;
+pub use config::{CloudConfig, EngineConfig};
+pub use device::Engine;
+pub use error::Error;
+pub use request::{Event, Generation, Metrics, Request};
+
+/// What configurations, requests and events are made of.
+pub mod options {
+    pub use crate::backend::TokenId;
+    pub use crate::cloud::CloudCounters;
+    pub use crate::config::{ChunkPolicy, CloudAddress, Codec, Limits, LinkKind, Processor};
+    pub use crate::error::ErrorKind;
+    pub use crate::metrics::{EngineMetrics, Timings};
+    pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
+    pub use crate::sample::SamplerConfig;
+}
+
+/// For our own tests, tools and benches; no part of the interface.
+#[doc(hidden)]
+pub mod internal {
+    pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};
+    pub use crate::model::{
+        DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, WholeModel,
+    };
+    pub use crate::page::pages_for;
+    pub use crate::processor;
+    pub use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
+    pub use crate::token::Tokenizer;
+    pub use crate::whole::Whole;
+    pub use crate::wire::{ARITHMETIC_ID, short as short_model_id};
+
+    /// A generated 4-layer model, split after its first layer, below `directory`.
+    ///
+    /// # Errors
+    /// What writing files says.
+    pub fn tiny_bundle(
+        directory: &std::path::Path,
+    ) -> Result<std::path::PathBuf, Box<dyn std::error::Error>> {
+        let model = hat_loader::generated(&hat_loader::TinyModel::default());
+        let out = directory.join("tiny");
+        let options = hat_loader::BundleOptions {
+            split_layer: 1,
+            tail_layers: 0,
+            weights: hat_loader::Weights::Keep,
+        };
+        hat_loader::write_bundles(&model, options, &out, &mut |_| {})?;
+        Ok(out)
+    }
+}

@@ -1,0 +1,72 @@
+//! `OUTPUT` frames of one session out of a finished step.
+
+use hat_transport::message::OutputHead;
+
+use super::session::StepRows;
+use super::step::Job;
+use crate::pack::{Codec, PackError};
+use crate::wire;
+
+/// Cuts the wanted rows of one session into frames and writes them.
+pub(super) struct Outputs<'a> {
+    rows: &'a StepRows,
+    hidden: &'a [f32], // [rows of this session, hidden_size]
+    hidden_size: usize,
+    codec: Codec,
+    head: OutputHead,
+    done: usize,  // wanted rows already written
+    frame: usize, // wanted rows of the frame at hand
+}
+
+impl<'a> Outputs<'a> {
+    pub(super) fn of(
+        job: &'a Job,
+        index: usize,
+        codec: Codec,
+        hidden_size: usize,
+        step_us: u32,
+    ) -> Self {
+        let rows = job.step.plan.rows_of(index);
+        let step_rows = u32::try_from(job.step.plan.rows()).expect("within the row budget");
+        Self {
+            rows: &job.rows[index],
+            hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
+            hidden_size,
+            codec,
+            head: OutputHead { count: 0, queue_us: 0, step_us, step_rows },
+            done: 0,
+            frame: 0,
+        }
+    }
+
+    /// Bytes of the next frame's body; `None` when all rows are out.
+    pub(super) fn next_bytes(&mut self) -> Option<usize> {
+        let left = self.rows.wanted.len() - self.done;
+        self.frame = left.min(wire::rows_per_frame(self.codec, self.hidden_size));
+        self.head.count = u16::try_from(self.frame).expect("a frame holds few rows");
+        let row_bytes = 4 + self.codec.row_bytes(self.hidden_size);
+        (self.frame > 0).then(|| OutputHead::BYTES + self.frame * row_bytes)
+    }
+
+    /// Writes the frame's body.
+    ///
+    /// # Errors
+    /// If a row holds a number that is not finite.
+    pub(super) fn encode(&self, body: &mut [u8]) -> Result<(), PackError> {
+        let wanted = &self.rows.wanted[self.done..self.done + self.frame];
+        let ids = &self.rows.wanted_ids[self.done..self.done + self.frame];
+        let payload_start = self.head.encode(ids, body);
+        let payload = &mut body[payload_start..];
+        let row_bytes = self.codec.row_bytes(self.hidden_size);
+        for (index, out) in wanted.iter().zip(payload.chunks_exact_mut(row_bytes)) {
+            let row = &self.hidden[*index as usize * self.hidden_size..][..self.hidden_size];
+            self.codec.pack(row, self.hidden_size, out)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on behind the frame at hand.
+    pub(super) fn advance(&mut self) {
+        self.done += self.frame;
+    }
+}

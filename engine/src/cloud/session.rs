@@ -1,0 +1,251 @@
+//! One session in the cloud: frames gathered into chunks, and the rows they become.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use hat_transport::conn::Frame;
+use hat_transport::frame::{Kind, Priority};
+use hat_transport::message::{Message, Rows, SessionErrorCode, Want};
+use hat_transport::turn::ConnectionId;
+
+use crate::backend::RowMove;
+use crate::pack::Codec;
+use crate::sched::SessionKey;
+use crate::sequence::{PlanBuffers, Sequence, SequenceError};
+
+/// What a peer did wrong in one session; the session ends with it, the connection lives on.
+#[derive(Debug)]
+pub(super) struct Offence {
+    pub(super) code: SessionErrorCode,
+    pub(super) text: String,
+}
+
+impl Offence {
+    pub(super) fn new(code: SessionErrorCode, text: impl Into<String>) -> Self {
+        Self { code, text: text.into() }
+    }
+}
+
+impl From<SequenceError> for Offence {
+    fn from(error: SequenceError) -> Self {
+        let code = match error {
+            SequenceError::BadCommit { .. } => SessionErrorCode::BadCommit,
+            SequenceError::BadParent { .. } => SessionErrorCode::BadParent,
+            _ => SessionErrorCode::BadShape,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// What waits to be applied, in order of arrival.
+enum Item {
+    Chunk(Chunk),
+    Commit(u32),
+}
+
+/// Rows that run together: one frame, or several joined by `MORE`.
+#[derive(Default)]
+pub(super) struct Chunk {
+    frames: Vec<Frame>,
+    rows: u32,
+}
+
+/// Rows of one session in one step, and which of them go back.
+#[derive(Debug, Default)]
+pub(super) struct StepRows {
+    /// Rows in the step's order. Their ids count up from the first of each run.
+    pub(super) ids: Vec<u32>,
+    /// Indices into `ids` of the rows to return.
+    pub(super) wanted: Vec<u32>,
+    /// Their ids. `[wanted]`
+    pub(super) wanted_ids: Vec<u32>,
+    /// Rows that were pruned before they could run.
+    pub(super) dropped: Vec<u32>,
+}
+
+impl StepRows {
+    pub(super) fn clear(&mut self) {
+        self.ids.clear();
+        self.wanted.clear();
+        self.wanted_ids.clear();
+        self.dropped.clear();
+    }
+}
+
+/// One session.
+pub(super) struct Session {
+    pub(super) key: SessionKey,
+    pub(super) connection: ConnectionId,
+    pub(super) wire_id: u32,
+    pub(super) codec: Codec,
+    pub(super) entry_layer: u32,
+    pub(super) exit_layer: u32,
+    pub(super) sequence: Sequence,
+    items: VecDeque<Item>,
+    gathering: Chunk,
+}
+
+/// A chunk has become complete: so many rows, and whether they are a verify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Complete {
+    pub(super) rows: u32,
+    pub(super) urgent: bool,
+}
+
+impl Session {
+    pub(super) fn new(
+        key: SessionKey,
+        connection: ConnectionId,
+        wire_id: u32,
+        codec: Codec,
+        layers: Range<u32>,
+        sequence: Sequence,
+    ) -> Self {
+        Self {
+            key,
+            connection,
+            wire_id,
+            codec,
+            entry_layer: layers.start,
+            exit_layer: layers.end,
+            sequence,
+            items: VecDeque::new(),
+            gathering: Chunk::default(),
+        }
+    }
+
+    /// Takes a `ROWS` frame; says what became complete with it.
+    pub(super) fn take_rows(
+        &mut self,
+        frame: Frame,
+        hidden_size: usize,
+        rows_max: u32,
+    ) -> Result<Option<Complete>, Offence> {
+        let Rows { head, payload, .. } = rows_of(&frame)?;
+        let count = u32::from(head.count);
+        let bytes = self.codec.row_bytes(hidden_size) * usize::from(head.count);
+        if payload.len() != bytes {
+            let text = format!(
+                "{count} rows of {hidden_size} as {} are {bytes} bytes, but {} came",
+                self.codec.name(),
+                payload.len()
+            );
+            return Err(Offence::new(SessionErrorCode::BadShape, text));
+        }
+        let rows = self.gathering.rows + count;
+        if rows > rows_max {
+            let text = format!("a chunk of {rows} rows exceeds the row budget of {rows_max}");
+            return Err(Offence::new(SessionErrorCode::BadShape, text));
+        }
+        let (more, urgent) = (head.more, frame.priority == Priority::Verify);
+        self.gathering.rows = rows;
+        self.gathering.frames.push(frame);
+        if more {
+            return Ok(None);
+        }
+        self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
+        Ok(Some(Complete { rows, urgent }))
+    }
+
+    /// Takes a commit. It is applied after the rows that came before it have run.
+    pub(super) fn take_commit(
+        &mut self,
+        row: u32,
+        moves: &mut Vec<RowMove>,
+    ) -> Result<(), Offence> {
+        if self.items.is_empty() {
+            self.sequence.commit(row, moves, &mut Vec::new())?;
+        } else {
+            self.items.push_back(Item::Commit(row));
+        }
+        Ok(())
+    }
+
+    /// Forgets all rows that wait. Rows that were computed stay.
+    pub(super) fn cancel(&mut self) {
+        self.items.clear();
+        self.gathering = Chunk::default();
+    }
+
+    /// Puts the oldest chunk into a step: its rows' places into `plan`, its numbers to the end of
+    /// `hidden`, row ids and wishes into `rows`.
+    pub(super) fn put_chunk(
+        &mut self,
+        hidden_size: usize,
+        plan: &mut PlanBuffers,
+        moves: &mut Vec<RowMove>,
+        hidden: &mut Vec<f32>,
+        rows: &mut StepRows,
+    ) -> Result<(), Offence> {
+        let chunk = loop {
+            match self.items.pop_front().expect("the scheduler counts the chunks") {
+                Item::Commit(row) => self.sequence.commit(row, moves, &mut Vec::new())?,
+                Item::Chunk(chunk) => break chunk,
+            }
+        };
+        for frame in &chunk.frames {
+            let wire = rows_of(frame)?;
+            let first = rows.ids.len();
+            self.put_frame(&wire, plan, moves, rows)?;
+            self.unpack(wire.payload, hidden_size, hidden)?;
+            let end = rows.ids.len();
+            let wanted = match wire.head.want {
+                Want::None => end..end,
+                Want::Last => end - 1..end,
+                Want::All => first..end,
+            };
+            rows.wanted_ids.extend_from_slice(&rows.ids[wanted.clone()]);
+            rows.wanted.extend(wanted.map(|index| u32::try_from(index).expect("few rows")));
+        }
+        plan.end_sequence(&self.sequence);
+        Ok(())
+    }
+
+    fn put_frame(
+        &mut self,
+        wire: &Rows<'_>,
+        plan: &mut PlanBuffers,
+        moves: &mut Vec<RowMove>,
+        rows: &mut StepRows,
+    ) -> Result<(), Offence> {
+        let head = &wire.head;
+        let count = u32::from(head.count);
+        if head.commit != 0 {
+            self.sequence.commit(head.commit, moves, &mut rows.dropped)?;
+        }
+        if head.decided {
+            let first = self.sequence.append_committed(head.first_id, count, head.parent)?;
+            plan.push_committed(first, count);
+        } else {
+            let parents: Vec<u32> = wire.parents_of_rows().collect();
+            self.sequence.append_pending(head.first_id, &parents)?;
+            for id in head.first_id..head.first_id + count {
+                let known = plan.push_pending(&self.sequence, id);
+                debug_assert!(known, "it was appended above");
+            }
+        }
+        rows.ids.extend(head.first_id..head.first_id + count);
+        Ok(())
+    }
+
+    fn unpack(
+        &self,
+        payload: &[u8],
+        hidden_size: usize,
+        hidden: &mut Vec<f32>,
+    ) -> Result<(), Offence> {
+        let start = hidden.len();
+        hidden.resize(start + payload.len() / self.codec.row_bytes(1), 0.0);
+        self.codec
+            .unpack(payload, hidden_size, &mut hidden[start..])
+            .map_err(|error| Offence::new(SessionErrorCode::BadValue, error.to_string()))
+    }
+}
+
+fn rows_of(frame: &Frame) -> Result<Rows<'_>, Offence> {
+    match Message::decode(Kind::Rows, &frame.body) {
+        Ok(Message::Rows(rows)) => Ok(rows),
+        Ok(other) => unreachable!("ROWS decoded as {:?}", other.kind()),
+        Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
+    }
+}

@@ -1,0 +1,300 @@
+//! Configuration of the two roles: parsed once, then correct by construction.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use hat_transport::link::LinkKind;
+use hat_transport::link::memory::MemoryNet;
+
+use crate::Error;
+pub use crate::pack::Codec;
+
+/// How a prompt is cut into chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChunkPolicy {
+    /// The whole prompt at once, up to the cloud's row budget.
+    Off,
+    /// So many rows each.
+    Fixed(u32),
+}
+
+impl Default for ChunkPolicy {
+    fn default() -> Self {
+        Self::Fixed(CHUNK_ROWS_DEFAULT)
+    }
+}
+
+impl std::str::FromStr for ChunkPolicy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "off" => Ok(Self::Off),
+            _ => match text.parse::<u32>() {
+                Ok(rows) if rows > 0 => Ok(Self::Fixed(rows)),
+                _ => {
+                    Err(Error::field("chunks", format!("{text:?} is neither a row count nor off")))
+                }
+            },
+        }
+    }
+}
+
+/// Rows of a prompt chunk unless configured.
+pub const CHUNK_ROWS_DEFAULT: u32 = 128;
+
+/// The bounds of a role. Each queue and store has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Sessions open at once.
+    pub sessions_max: u32,
+    /// Rows of one step, and so of one chunk.
+    pub step_rows_max: u32,
+    /// Requests waiting for a session (device).
+    pub queue_max: u32,
+    /// Positions of one session, prompt and answer together; the model's context bounds it too.
+    pub context_max: u32,
+    /// Positions of all sessions together, rounded up to pages.
+    pub kv_rows_max: u32,
+    /// Connections at once (cloud).
+    pub connections_max: u32,
+}
+
+impl Limits {
+    /// What a device needs: a few sessions of one user.
+    #[must_use]
+    pub const fn device() -> Self {
+        Self {
+            sessions_max: 4,
+            step_rows_max: 512,
+            queue_max: 32,
+            context_max: 8192,
+            kv_rows_max: 4 * 8192,
+            connections_max: 1,
+        }
+    }
+
+    /// What a cloud on a small machine holds.
+    #[must_use]
+    pub const fn cloud() -> Self {
+        Self {
+            sessions_max: 1024,
+            step_rows_max: 512,
+            queue_max: 1024,
+            context_max: 8192,
+            kv_rows_max: 4 * 8192,
+            connections_max: 256,
+        }
+    }
+}
+
+/// Which kernels compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Processor {
+    /// The fastest CPU level that this machine has.
+    #[default]
+    Auto,
+    /// The portable CPU level.
+    Portable,
+}
+
+/// Configuration of a device.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EngineConfig {
+    /// The device half of a bundle.
+    pub bundle: PathBuf,
+    /// Where the middle submodel runs.
+    pub cloud: CloudAddress,
+    /// Layers on the device before the cloud's; at most what the bundle holds. `None` is the
+    /// bundle's own number.
+    pub split_layer: Option<u32>,
+    /// How rows are coded on the wire.
+    pub wire: Codec,
+    /// How prompts are cut.
+    pub chunks: ChunkPolicy,
+    /// What moves bytes.
+    pub link: LinkKind,
+    /// Compute threads.
+    pub threads: usize,
+    /// Which kernels compute.
+    pub processor: Processor,
+    /// Bounds.
+    pub limits: Limits,
+    /// How long a request waits for a cloud that is away before it fails.
+    pub reconnect: Duration,
+    /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
+    pub(crate) memory: Option<MemoryNet>,
+}
+
+/// Where the middle submodel runs.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum CloudAddress {
+    /// Another process, at `host:port`.
+    Remote(String),
+    /// A cloud of this engine's own, in this process, over a real loopback connection, from the
+    /// cloud half beside the device half.
+    InProcess(Box<CloudConfig>),
+}
+
+impl EngineConfig {
+    /// A device on the bundle at `bundle`, with a cloud of its own from the directory `cloud`
+    /// beside it.
+    #[must_use]
+    pub fn new(bundle: impl Into<PathBuf>) -> Self {
+        let bundle = bundle.into();
+        let sibling =
+            bundle.parent().map_or_else(|| PathBuf::from("cloud"), |dir| dir.join("cloud"));
+        Self {
+            bundle,
+            cloud: CloudAddress::InProcess(Box::new(CloudConfig::new(sibling))),
+            split_layer: None,
+            wire: Codec::F16,
+            chunks: ChunkPolicy::default(),
+            link: LinkKind::Mio,
+            threads: default_threads(),
+            processor: Processor::Auto,
+            limits: Limits::device(),
+            reconnect: Duration::from_secs(30),
+            memory: None,
+        }
+    }
+
+    /// The cloud at `host:port`.
+    #[must_use]
+    pub fn cloud(mut self, address: impl Into<String>) -> Self {
+        self.cloud = CloudAddress::Remote(address.into());
+        self
+    }
+
+    /// Compute threads.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads;
+        if let CloudAddress::InProcess(cloud) = &mut self.cloud {
+            cloud.threads = threads;
+        }
+        self
+    }
+
+    /// What moves bytes, on both sides if the cloud is in this process.
+    #[must_use]
+    pub fn link(mut self, link: LinkKind) -> Self {
+        self.link = link;
+        if let CloudAddress::InProcess(cloud) = &mut self.cloud {
+            cloud.link = link;
+        }
+        self
+    }
+
+    /// Layers on the device before the cloud's.
+    #[must_use]
+    pub fn split_layer(mut self, split_layer: u32) -> Self {
+        self.split_layer = Some(split_layer);
+        self
+    }
+
+    /// How rows are coded on the wire.
+    #[must_use]
+    pub fn wire(mut self, wire: Codec) -> Self {
+        self.wire = wire;
+        self
+    }
+
+    /// How prompts are cut.
+    #[must_use]
+    pub fn chunks(mut self, chunks: ChunkPolicy) -> Self {
+        self.chunks = chunks;
+        self
+    }
+}
+
+/// Configuration of a cloud.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CloudConfig {
+    /// The cloud half of a bundle.
+    pub bundle: PathBuf,
+    /// Where to listen. Until TLS exists, loopback only.
+    pub listen: SocketAddr,
+    /// What moves bytes.
+    pub link: LinkKind,
+    /// Compute threads.
+    pub threads: usize,
+    /// Which kernels compute.
+    pub processor: Processor,
+    /// Bounds.
+    pub limits: Limits,
+    /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
+    pub(crate) memory: Option<MemoryNet>,
+}
+
+impl CloudConfig {
+    /// A cloud on the bundle at `bundle`, on a loopback port that the system chooses.
+    #[must_use]
+    pub fn new(bundle: impl Into<PathBuf>) -> Self {
+        Self {
+            bundle: bundle.into(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            link: LinkKind::Mio,
+            threads: default_threads(),
+            processor: Processor::Auto,
+            limits: Limits::cloud(),
+            memory: None,
+        }
+    }
+
+    /// Where to listen.
+    #[must_use]
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        self.listen = address;
+        self
+    }
+
+    /// What moves bytes.
+    #[must_use]
+    pub fn link(mut self, link: LinkKind) -> Self {
+        self.link = link;
+        self
+    }
+
+    /// Compute threads.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Refuses what must not be served.
+    ///
+    /// # Errors
+    /// A listen address that other machines can reach: there is no TLS yet, so hidden states
+    /// would cross the network in the clear and anybody could open sessions.
+    pub fn check(&self) -> Result<(), Error> {
+        check_loopback("listen", self.listen)
+    }
+}
+
+/// Refuses an address that other machines can reach.
+pub(crate) fn check_loopback(field: &'static str, address: SocketAddr) -> Result<(), Error> {
+    if address.ip().is_loopback() {
+        return Ok(());
+    }
+    Err(Error::field(
+        field,
+        format!(
+            "{address} can be reached by other machines, and there is no TLS yet: \
+             use 127.0.0.1, and a tunnel (ssh -L) between machines"
+        ),
+    ))
+}
+
+/// One compute thread for each core that this process may use.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}

@@ -1,0 +1,282 @@
+//! The device role: one engine thread that owns backend, connection and link.
+
+mod active;
+mod run;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, TrySendError, bounded, unbounded};
+use hat_loader::{Bundle, LlamaConfig, Role};
+use hat_transport::clock::{Clock, SystemClock};
+use hat_transport::link::memory::MemoryNet;
+use hat_transport::link::{LinkKind, Waker};
+
+use crate::answer::Prepared;
+use crate::cloud::Cloud;
+use crate::config::{CloudAddress, EngineConfig};
+use crate::metrics::EngineMetrics;
+use crate::model::{DeviceForward, DeviceModel};
+use crate::page::pages_for;
+use crate::request::CancelOnDrop;
+use crate::sequence::PENDING_ROWS_MAX;
+use crate::token::Tokenizer;
+use crate::wire::BundleFacts;
+use crate::{Error, Event, Generation, Request, processor};
+
+/// A request on its way to the engine thread.
+pub(crate) struct Job {
+    pub(crate) prepared: Prepared,
+    pub(crate) events: Sender<Result<Event, Error>>,
+    pub(crate) cancelled: Arc<AtomicBool>,
+    pub(crate) asked: std::time::Instant,
+}
+
+/// What callers and the engine thread both see.
+pub(crate) struct Shared {
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) config: LlamaConfig,
+    pub(crate) context: u32,
+    pub(crate) connected: AtomicBool,
+    pub(crate) stop: AtomicBool,
+    metrics: Mutex<EngineMetrics>,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+impl Shared {
+    /// Locked once a request, and once a look.
+    fn metrics(&self) -> MutexGuard<'_, EngineMetrics> {
+        self.metrics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A device: the text side of a split model. Dropping it cancels what runs and stops its thread,
+/// and its cloud if it started one.
+pub struct Engine {
+    shared: Arc<Shared>,
+    jobs: Sender<Job>,
+    waker: Waker,
+    thread: Option<JoinHandle<()>>,
+    describe: String,
+    model_name: String,
+    queue_max: u32,
+    cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
+}
+
+impl Engine {
+    /// Opens the bundle, starts the engine thread, and begins to connect to the cloud. A cloud
+    /// that is away is no error here: requests wait for it as long as the configuration says.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
+    /// [`Cloud::start`] says if the engine starts its own.
+    pub fn open(config: EngineConfig) -> Result<Self, Error> {
+        let bundle = open_bundle(&config.bundle)?;
+        let split_layer = split_layer(&config, &bundle)?;
+        let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
+        let backend = processor::cpu(config.processor, config.threads)?;
+        let rows = config.limits.step_rows_max as usize;
+        let model = DeviceModel::load(backend, &bundle, split_layer, rows, pages)?;
+        Self::serve(config, &bundle, Box::new(model))
+    }
+
+    /// Serves a model that is already loaded (tests that plant faults in its backend). Its KV
+    /// store holds the pages that `config.limits` asks for.
+    #[doc(hidden)]
+    pub fn serve(
+        mut config: EngineConfig,
+        bundle: &Bundle,
+        model: Box<dyn DeviceForward>,
+    ) -> Result<Self, Error> {
+        let split_layer = split_layer(&config, bundle)?;
+        let mut cloud = None;
+        if let CloudAddress::InProcess(mut cloud_config) = config.cloud {
+            if config.link == LinkKind::Memory {
+                let net = MemoryNet::new();
+                config.memory = Some(net.clone());
+                cloud_config.memory = Some(net);
+            }
+            let started = Cloud::start(*cloud_config)?;
+            config.cloud = CloudAddress::Remote(started.address().to_string());
+            cloud = Some(started);
+        }
+        let model_config = bundle.config().clone();
+        let context = usize::try_from(config.limits.context_max)
+            .unwrap_or(usize::MAX)
+            .min(model_config.max_position_embeddings);
+        let shared = Arc::new(Shared {
+            tokenizer: tokenizer(bundle)?,
+            context: u32::try_from(context).unwrap_or(u32::MAX),
+            config: model_config,
+            connected: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            metrics: Mutex::new(EngineMetrics::default()),
+            clock: Arc::new(SystemClock),
+        });
+        let (jobs, incoming) = bounded(config.limits.queue_max as usize);
+        let (ready, is_ready) = bounded(1);
+        let describe = model.describe();
+        let queue_max = config.limits.queue_max;
+        let facts = BundleFacts::for_device(bundle, split_layer);
+        let start = run::Start { config, facts, model, shared: shared.clone(), incoming };
+        let thread = std::thread::Builder::new()
+            .name("hat-device".to_owned())
+            .spawn(move || start.run(&ready))
+            .map_err(|error| Error::io("starting the engine thread", error))?;
+        let waker = is_ready
+            .recv()
+            .map_err(|_| Error::Stopped("the engine thread ended at start".into()))??;
+        Ok(Self {
+            shared,
+            jobs,
+            waker,
+            thread: Some(thread),
+            describe,
+            model_name: bundle.manifest().model_name.clone(),
+            queue_max,
+            cloud,
+        })
+    }
+
+    /// Asks for an answer. Returns at once; the answer comes through the [`Generation`].
+    ///
+    /// # Errors
+    /// [`Error::Field`], [`Error::Template`], [`Error::ContextLength`] for a bad request,
+    /// [`Error::Busy`] if too many wait already, [`Error::Stopped`].
+    pub fn generate(&self, request: Request) -> Result<Generation, Error> {
+        let asked = self.shared.clock.now();
+        let Shared { tokenizer, config, context, .. } = self.shared.as_ref();
+        let prepared = Prepared::new(request, tokenizer, config.vocab_size, *context)?;
+        let prompt_tokens = prepared.prompt.len();
+        // Bounded by the answer: one event a token, one a prompt chunk, one at the end.
+        let (events, receiver) = unbounded();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let job = Job { prepared, events, cancelled: cancelled.clone(), asked };
+        match self.jobs.try_send(job) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
+                let reason = format!("{} requests wait already", self.queue_max);
+                return Err(Error::Busy { reason, retry_after_ms: 1000 });
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                return Err(Error::Stopped("its thread has ended".into()));
+            }
+        }
+        self.waker.wake();
+        let cancel = CancelOnDrop { cancelled, waker: self.waker.clone() };
+        Ok(Generation { events: receiver, prompt_tokens, _cancel: cancel, finished: false })
+    }
+
+    /// The name of the model, as its checkpoint gives it.
+    #[must_use]
+    pub fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
+    /// Positions of one session, prompt and answer together.
+    #[must_use]
+    pub fn context(&self) -> u32 {
+        self.shared.context
+    }
+
+    /// Whether the cloud is connected now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.shared.connected.load(Ordering::Acquire)
+    }
+
+    /// Waits until the cloud is connected; says whether it is.
+    #[must_use]
+    pub fn wait_connected(&self, timeout: Duration) -> bool {
+        let end = self.shared.clock.now() + timeout;
+        while !self.is_connected() && self.shared.clock.now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.is_connected()
+    }
+
+    /// One line about the backend.
+    #[must_use]
+    pub fn describe(&self) -> &str {
+        &self.describe
+    }
+
+    /// The cloud that this engine started, if it did.
+    #[must_use]
+    pub fn cloud(&self) -> Option<&Cloud> {
+        self.cloud.as_ref()
+    }
+
+    /// Figures over all requests so far.
+    #[must_use]
+    pub fn metrics(&self) -> EngineMetrics {
+        self.shared.metrics().clone()
+    }
+
+    /// The tokenizer, for callers that count or show tokens.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.shared.tokenizer
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Opens a device's bundle.
+///
+/// # Errors
+/// [`Error::Bundle`].
+pub(crate) fn open_bundle(path: &std::path::Path) -> Result<Bundle, Error> {
+    let bundle = Bundle::open(path).map_err(|error| bundle_error(path, error.to_string()))?;
+    if bundle.role() != Role::Device {
+        return Err(bundle_error(path, "it is the cloud half; a device needs the device half"));
+    }
+    Ok(bundle)
+}
+
+/// The tokenizer of a device's bundle.
+///
+/// # Errors
+/// [`Error::Bundle`].
+pub(crate) fn tokenizer(bundle: &Bundle) -> Result<Tokenizer, Error> {
+    let json = bundle
+        .tokenizer_json()
+        .map_err(|error| bundle_error(bundle.directory(), error.to_string()))?
+        .ok_or_else(|| bundle_error(bundle.directory(), "it has no tokenizer"))?;
+    Tokenizer::from_json(json.as_bytes(), &processor::token_settings(bundle))
+        .map_err(|error| bundle_error(bundle.directory(), format!("tokenizer.json: {error}")))
+}
+
+/// The configured split, checked against what the bundle holds.
+///
+/// # Errors
+/// [`Error::Field`] with both numbers.
+pub(crate) fn split_layer(config: &EngineConfig, bundle: &Bundle) -> Result<usize, Error> {
+    let held = bundle.manifest().split_layer;
+    let split_layer = config.split_layer.map_or(held, |split_layer| split_layer as usize);
+    if split_layer > held {
+        let reason = format!(
+            "{split_layer} layers were asked for, the bundle {} holds the first {held}: \
+             split the model again with --split-layer {split_layer}",
+            bundle.directory().display()
+        );
+        return Err(Error::field("split_layer", reason));
+    }
+    Ok(split_layer)
+}
+
+pub(crate) fn bundle_error(path: &std::path::Path, reason: impl Into<String>) -> Error {
+    Error::Bundle { path: PathBuf::from(path), reason: reason.into() }
+}

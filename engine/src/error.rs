@@ -1,0 +1,123 @@
+//! One error for the library, and what an embedder should do about it.
+
+use std::path::PathBuf;
+
+/// What to do about an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and
+/// [`ErrorKind::Peer`] alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The request is wrong; the message names the field.
+    Input,
+    /// There is no room now; try again after [`Error::retry_after_ms`].
+    Busy,
+    /// The other side is away, speaks another language, or holds another model.
+    Peer,
+    /// A file, memory or a thread could not be had.
+    Resource,
+    /// The engine has stopped; open a new one.
+    Broken,
+}
+
+/// Everything that the library can refuse or fail at.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A field of a request or configuration is out of range.
+    #[error("{field}: {reason}")]
+    Field {
+        /// The field, as flags, JSON and configuration call it.
+        field: &'static str,
+        /// What is wrong with it and what would be right.
+        reason: String,
+    },
+    /// The prompt does not fit the model's context.
+    #[error(
+        "the prompt has {prompt} tokens, but the context holds {context} \
+         and at least one is needed for the answer: shorten the prompt"
+    )]
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Positions of the model or of the session limit, whichever is less.
+        context: usize,
+    },
+    /// The chat template refused the messages, or there is none.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// Too many requests at once.
+    #[error("busy: {reason}; try again in {retry_after_ms} ms")]
+    Busy {
+        /// What is full.
+        reason: String,
+        /// When it is worth trying again.
+        retry_after_ms: u64,
+    },
+    /// The cloud cannot be reached, or went away and did not come back in time.
+    #[error("cloud {peer}: {reason}")]
+    Peer {
+        /// Its address.
+        peer: String,
+        /// What happened and what to do.
+        reason: String,
+    },
+    /// A bundle cannot be used.
+    #[error("bundle {}: {reason}", path.display())]
+    Bundle {
+        /// The bundle's directory.
+        path: PathBuf,
+        /// What is wrong, naming the file and the field.
+        reason: String,
+    },
+    /// A backend cannot hold or run this model.
+    #[error(transparent)]
+    Backend(#[from] crate::backend::BackendError),
+    /// The operating system said no.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The model computed something that is no number.
+    #[error("the model's output at position {position} is not finite")]
+    NotFinite {
+        /// Position of the row.
+        position: u32,
+    },
+    /// The engine's thread has ended.
+    #[error("the engine has stopped: {0}")]
+    Stopped(String),
+}
+
+impl Error {
+    /// What to do about it.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Field { .. } | Self::ContextLength { .. } | Self::Template(_) => ErrorKind::Input,
+            Self::Busy { .. } => ErrorKind::Busy,
+            Self::Peer { .. } => ErrorKind::Peer,
+            Self::Bundle { .. } | Self::Backend(_) | Self::Io { .. } => ErrorKind::Resource,
+            Self::NotFinite { .. } | Self::Stopped(_) => ErrorKind::Broken,
+        }
+    }
+
+    /// Milliseconds after which a [`ErrorKind::Busy`] request is worth another try.
+    #[must_use]
+    pub fn retry_after_ms(&self) -> Option<u64> {
+        match self {
+            Self::Busy { retry_after_ms, .. } => Some(*retry_after_ms),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn field(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Field { field, reason: reason.into() }
+    }
+
+    pub(crate) fn io(action: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io { action: action.into(), source }
+    }
+}

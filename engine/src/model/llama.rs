@@ -1,0 +1,225 @@
+//! One Llama-shaped decoder layer over any [`Backend`], and the buffers that it works in.
+
+use std::ops::Range;
+
+use hat_loader::{Bundle, LlamaConfig, Tensor};
+
+use crate::Error;
+use crate::backend::{AttendPlan, AttendShape, Backend, BackendError, KvShape, Write};
+
+/// The numbers of a model that its layers share.
+#[derive(Clone, Debug)]
+pub struct ModelShape {
+    /// Width of a row.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward part.
+    pub intermediate_size: usize,
+    /// Heads and window.
+    pub attend: AttendShape,
+    /// Added to the mean square in the norms.
+    pub rms_norm_eps: f32,
+    /// Inverse frequencies of rotary position embedding, scaling included. `[head_dim / 2]`
+    pub inv_freq: Vec<f32>,
+    /// Words in the vocabulary.
+    pub vocab_size: usize,
+    /// Decoder layers of the whole model.
+    pub num_hidden_layers: usize,
+}
+
+impl ModelShape {
+    /// The shape of a configuration.
+    #[must_use]
+    pub fn new(config: &LlamaConfig) -> Self {
+        Self {
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            attend: AttendShape {
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                window: config.sliding_window,
+            },
+            rms_norm_eps: config.rms_norm_eps,
+            inv_freq: config.inv_freq(),
+            vocab_size: config.vocab_size,
+            num_hidden_layers: config.num_hidden_layers,
+        }
+    }
+
+    /// The KV store of `layers` layers with `pages` pages.
+    #[must_use]
+    pub fn kv(&self, layers: usize, pages: usize) -> KvShape {
+        KvShape { layers, pages, kv_heads: self.attend.kv_heads, head_dim: self.attend.head_dim }
+    }
+}
+
+/// A matrix and its bias, if the family has one.
+struct Projection<B: Backend> {
+    weight: B::Weight,
+    bias: Option<B::Weight>,
+}
+
+impl<B: Backend> Projection<B> {
+    fn load(backend: &mut B, bundle: &Bundle, name: &str, with_bias: bool) -> Result<Self, Error> {
+        let weight = weight(backend, bundle, &format!("{name}.weight"))?;
+        let bias = if with_bias {
+            Some(self::weight(backend, bundle, &format!("{name}.bias"))?)
+        } else {
+            None
+        };
+        Ok(Self { weight, bias })
+    }
+
+    fn apply(
+        &self,
+        backend: &mut B,
+        rows: usize,
+        x: &B::Buffer,
+        write: Write,
+        out: &mut B::Buffer,
+    ) {
+        backend.linear(rows, x, &self.weight, self.bias.as_ref(), write, out);
+    }
+}
+
+/// Takes a tensor of a bundle into the backend.
+pub(super) fn weight<B: Backend>(
+    backend: &mut B,
+    bundle: &Bundle,
+    name: &str,
+) -> Result<B::Weight, Error> {
+    let tensor: Tensor = bundle.tensor(name).map_err(|error| Error::Bundle {
+        path: bundle.directory().to_path_buf(),
+        reason: error.to_string(),
+    })?;
+    Ok(backend.weight(&tensor)?)
+}
+
+/// Buffers that every layer works in. Shapes are `[capacity, columns]`.
+pub struct Scratch<B: Backend> {
+    normed: B::Buffer,   // [capacity, hidden_size]
+    q: B::Buffer,        // [capacity, heads * head_dim]
+    k: B::Buffer,        // [capacity, kv_heads * head_dim]
+    v: B::Buffer,        // [capacity, kv_heads * head_dim]
+    attended: B::Buffer, // [capacity, heads * head_dim]
+    gate: B::Buffer,     // [capacity, intermediate_size]
+    up: B::Buffer,       // [capacity, intermediate_size]
+    angles: B::Buffer,   // [capacity, head_dim]: cosines, then sines
+}
+
+impl<B: Backend> Scratch<B> {
+    /// Buffers for steps of at most `capacity` rows.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`].
+    pub fn new(backend: &mut B, shape: &ModelShape, capacity: usize) -> Result<Self, BackendError> {
+        let attend = &shape.attend;
+        let mut alloc = |columns| backend.alloc(capacity, columns);
+        Ok(Self {
+            normed: alloc(shape.hidden_size)?,
+            q: alloc(attend.heads * attend.head_dim)?,
+            k: alloc(attend.kv_heads * attend.head_dim)?,
+            v: alloc(attend.kv_heads * attend.head_dim)?,
+            attended: alloc(attend.heads * attend.head_dim)?,
+            gate: alloc(shape.intermediate_size)?,
+            up: alloc(shape.intermediate_size)?,
+            angles: alloc(attend.head_dim)?,
+        })
+    }
+
+    /// Computes the angles of one step; every layer of the step uses them.
+    pub fn start_step(&mut self, backend: &mut B, shape: &ModelShape, positions: &[u32]) {
+        backend.rope_angles(positions, &shape.inv_freq, &mut self.angles);
+    }
+}
+
+/// One decoder layer: attention and feed-forward, each behind a norm and added to the residual.
+pub struct DecoderLayer<B: Backend> {
+    input_layernorm: B::Weight,
+    q_proj: Projection<B>,
+    k_proj: Projection<B>,
+    v_proj: Projection<B>,
+    o_proj: Projection<B>,
+    post_attention_layernorm: B::Weight,
+    gate_proj: Projection<B>,
+    up_proj: Projection<B>,
+    down_proj: Projection<B>,
+}
+
+impl<B: Backend> DecoderLayer<B> {
+    /// Layer `index` of the model, from the bundle that holds it.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] if a tensor is missing, [`Error::Backend`] if it has no kernel.
+    pub fn load(backend: &mut B, bundle: &Bundle, index: usize) -> Result<Self, Error> {
+        let at = |part: &str| format!("model.layers.{index}.{part}");
+        let qkv_bias = bundle.config().attention_bias;
+        let mut projection = |part: &str, bias| Projection::load(backend, bundle, &at(part), bias);
+        let q_proj = projection("self_attn.q_proj", qkv_bias)?;
+        let k_proj = projection("self_attn.k_proj", qkv_bias)?;
+        let v_proj = projection("self_attn.v_proj", qkv_bias)?;
+        let o_proj = projection("self_attn.o_proj", false)?;
+        let gate_proj = projection("mlp.gate_proj", false)?;
+        let up_proj = projection("mlp.up_proj", false)?;
+        let down_proj = projection("mlp.down_proj", false)?;
+        Ok(Self {
+            input_layernorm: weight(backend, bundle, &at("input_layernorm.weight"))?,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            post_attention_layernorm: weight(
+                backend,
+                bundle,
+                &at("post_attention_layernorm.weight"),
+            )?,
+            gate_proj,
+            up_proj,
+            down_proj,
+        })
+    }
+
+    /// Layers `range` of the model.
+    ///
+    /// # Errors
+    /// As [`DecoderLayer::load`].
+    pub fn load_range(
+        backend: &mut B,
+        bundle: &Bundle,
+        range: Range<usize>,
+    ) -> Result<Vec<Self>, Error> {
+        range.map(|index| Self::load(backend, bundle, index)).collect()
+    }
+
+    /// Runs the rows of `plan` through this layer, in place. `kv_layer` is the layer's number in
+    /// the KV store.
+    #[expect(clippy::too_many_arguments, reason = "one layer, its operands")]
+    pub fn forward(
+        &self,
+        backend: &mut B,
+        shape: &ModelShape,
+        plan: &AttendPlan<'_>,
+        kv_layer: usize,
+        x: &mut B::Buffer,
+        kv: &mut B::Kv,
+        scratch: &mut Scratch<B>,
+    ) {
+        let rows = plan.rows();
+        let Scratch { normed, q, k, v, attended, gate, up, angles } = scratch;
+        let attend = &shape.attend;
+
+        backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
+        self.q_proj.apply(backend, rows, normed, Write::Store, q);
+        self.k_proj.apply(backend, rows, normed, Write::Store, k);
+        self.v_proj.apply(backend, rows, normed, Write::Store, v);
+        backend.rope_append(plan, attend, kv_layer, angles, q, k, v, kv);
+        backend.attend(plan, attend, kv_layer, q, kv, attended);
+        self.o_proj.apply(backend, rows, attended, Write::Add, x);
+
+        backend.rms_norm(rows, x, &self.post_attention_layernorm, shape.rms_norm_eps, normed);
+        self.gate_proj.apply(backend, rows, normed, Write::Store, gate);
+        self.up_proj.apply(backend, rows, normed, Write::Store, up);
+        backend.silu_mul(rows, gate, up);
+        self.down_proj.apply(backend, rows, gate, Write::Add, x);
+    }
+}

@@ -1,0 +1,8 @@
+//! The model: a Llama-shaped decoder layer, and the submodels that are runs of it.
+
+mod llama;
+mod submodel;
+mod whole;
+
+pub use submodel::{DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep};
+pub use whole::WholeModel;

