@@ -51,6 +51,8 @@ mod cloud;
 mod config;
 mod device;
 mod error;
+#[cfg(feature = "http")]
+pub mod http;
 mod metrics;
 mod model;
 #[doc(hidden)]

@@ -1,2 +1,20 @@
-//! The daemon.
-fn main() {}
+//! The daemon: `hat-engine demo|chat|generate|cloud|device|pull|doctor`.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match cli::Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-engine: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

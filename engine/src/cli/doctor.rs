@@ -1,0 +1,123 @@
+//! `doctor`: what this machine, this link and this bundle will do, and why.
+
+use std::path::Path;
+use std::time::Instant;
+
+use clap::Args;
+use hat_engine::internal::{processor, short_model_id};
+use hat_engine::options::{ErrorKind, Processor};
+use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
+use hat_loader::Bundle;
+
+use super::DeviceRunArgs;
+
+/// What this machine, this link and this bundle will do.
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    device: DeviceRunArgs,
+}
+
+impl DoctorArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let mut healthy = true;
+        self.machine()?;
+        links();
+        healthy &= self.bundle(cache)?;
+        healthy &= self.answer(cache)?;
+        anyhow::ensure!(healthy, "something above needs attention");
+        println!("everything works");
+        Ok(())
+    }
+
+    fn machine(&self) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        println!("machine: {} {}, {cores} cores", std::env::consts::OS, std::env::consts::ARCH);
+        for choice in [Processor::Auto, Processor::Portable] {
+            let backend = processor::cpu(choice, self.device.run.threads())?;
+            println!("  {choice:?}: {}", backend.describe());
+        }
+        Ok(())
+    }
+
+    fn bundle(&self, cache: &Path) -> anyhow::Result<bool> {
+        let directory = self.device.bundle.directory(cache)?;
+        println!("bundle: {}", directory.display());
+        let mut healthy = true;
+        for role in ["device", "cloud"] {
+            let start = Instant::now();
+            match Bundle::open(&directory.join(role)) {
+                Ok(bundle) => {
+                    let opened = start.elapsed();
+                    let start = Instant::now();
+                    let verdict = match bundle.verify() {
+                        Ok(()) => "all hashes right".to_owned(),
+                        Err(error) => {
+                            healthy = false;
+                            error.to_string()
+                        }
+                    };
+                    println!(
+                        "  {role}: model {}, layers {:?}, opened in {:.1} ms; {verdict} \
+                         ({:.0} ms)",
+                        short_model_id(bundle.model_id().as_bytes()),
+                        bundle.layers(),
+                        opened.as_secs_f64() * 1e3,
+                        start.elapsed().as_secs_f64() * 1e3,
+                    );
+                }
+                Err(error) => {
+                    healthy &= role == "cloud";
+                    println!("  {role}: {error}");
+                }
+            }
+        }
+        Ok(healthy)
+    }
+
+    /// One short answer through the configured link and cloud.
+    fn answer(&self, cache: &Path) -> anyhow::Result<bool> {
+        let start = Instant::now();
+        let engine = match Engine::open(self.device.config(cache)?) {
+            Ok(engine) => engine,
+            Err(error) => {
+                println!("answer: {error}");
+                return Ok(false);
+            }
+        };
+        println!("start-up: {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
+        let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
+        for event in engine.generate(request)? {
+            match event {
+                Ok(Event::Done { metrics, .. }) => {
+                    let timings = metrics.timings;
+                    println!(
+                        "answer: TTFT {:.1} ms, TBT {:.2} ms (p50), {} bytes up, {} down",
+                        timings.ttft_ms, timings.tbt_ms_p50, timings.bytes_up, timings.bytes_down
+                    );
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    println!("answer: {error}{}", advice(&error));
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn links() {
+    println!("links: mio works everywhere");
+    match hat_transport::link::probe_uring() {
+        Ok(()) => println!("  io_uring: works here (--link uring)"),
+        Err(reason) => println!("  io_uring: {reason}; --link uring falls back to mio"),
+    }
+}
+
+fn advice(error: &Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::Peer => " (start it with: hat-engine cloud --bundle DIR/cloud)",
+        _ => "",
+    }
+}

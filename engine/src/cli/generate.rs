@@ -1,0 +1,220 @@
+//! `generate`, `chat` and `demo`: answers on a terminal.
+
+use std::io::{BufRead as _, Write as _};
+use std::path::Path;
+
+use anyhow::Context as _;
+use clap::Args;
+use hat_engine::internal::{Whole, processor};
+use hat_engine::options::{FinishReason, Limits, Message, Role};
+use hat_engine::{Engine, Event, Metrics, Request};
+use serde_json::json;
+
+use super::{DeviceRunArgs, SamplerArgs, text_or_file};
+
+/// One answer to one prompt.
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    device: DeviceRunArgs,
+    #[command(flatten)]
+    sampler: SamplerArgs,
+    /// The prompt, or @FILE.
+    #[arg(short, long, value_name = "TEXT|@FILE")]
+    prompt: String,
+    /// A system message.
+    #[arg(long, value_name = "TEXT|@FILE", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Most tokens of the answer; up to the context's end without.
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// A string that ends the answer; at most four.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Drafting: off, or auto (no drafter exists in this version, so both decode plainly).
+    #[arg(long, default_value = "auto", value_parser = ["auto", "off"])]
+    draft: String,
+    /// The prompt as it is, without the chat template.
+    #[arg(long)]
+    raw: bool,
+    /// Goes on after an end-of-sequence token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// The last line printed is one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// The whole model in one process, one row at a time: the yardstick for the split engine.
+    #[arg(long)]
+    whole: bool,
+}
+
+impl GenerateArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let request = self.request()?;
+        let (reason, metrics) = if self.whole {
+            let backend = processor::cpu(self.device.run.processor(), self.device.run.threads())?;
+            let directory = self.device.bundle.directory(cache)?;
+            let split_layer = self.device.bundle.split_layer();
+            let (wire, context) = (self.device.wire(), Limits::device().context_max);
+            let mut whole = Whole::open(backend, &directory, split_layer, wire, context)?;
+            let answered = whole.generate(request, print_text)?;
+            (answered.0, answered.1)
+        } else {
+            let engine = Engine::open(self.device.config(cache)?)?;
+            answer(&engine, request, print_text)?
+        };
+        println!();
+        if self.json {
+            println!("{}", object(reason, &metrics));
+        }
+        Ok(())
+    }
+
+    fn request(&self) -> anyhow::Result<Request> {
+        let prompt = text_or_file(&self.prompt)?;
+        let mut request = if self.raw {
+            Request::text(prompt)
+        } else if let Some(system) = &self.system {
+            let system = Message::new(Role::System, text_or_file(system)?);
+            Request::conversation(vec![system, Message::new(Role::User, prompt)])
+        } else {
+            Request::chat(prompt)
+        };
+        request.sampler = self.sampler.config();
+        request.max_tokens = self.max_tokens;
+        request.stop.clone_from(&self.stop);
+        request.ignore_eos = self.ignore_eos;
+        request.hash_logits = self.json;
+        Ok(request)
+    }
+}
+
+/// The object that `--json` prints.
+fn object(reason: FinishReason, metrics: &Metrics) -> serde_json::Value {
+    json!({
+        "text": metrics.text,
+        "token_ids": metrics.token_ids,
+        "finish_reason": reason.name(),
+        "timings": metrics.timings,
+        "logits_blake3": metrics.logits_blake3,
+    })
+}
+
+fn print_text(event: &Event) {
+    if let Event::Token { text, .. } | Event::Done { text, .. } = event {
+        print!("{text}");
+        let _ = std::io::stdout().flush();
+    }
+}
+
+fn answer(
+    engine: &Engine,
+    request: Request,
+    mut on_event: impl FnMut(&Event),
+) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
+    for event in engine.generate(request)? {
+        let event = event?;
+        on_event(&event);
+        if let Event::Done { finish_reason, metrics, .. } = event {
+            return Ok((finish_reason, metrics));
+        }
+    }
+    anyhow::bail!("the answer ended without a last event")
+}
+
+/// A conversation on this terminal.
+#[derive(Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    device: DeviceRunArgs,
+    #[command(flatten)]
+    sampler: SamplerArgs,
+    /// A system message.
+    #[arg(long, value_name = "TEXT|@FILE")]
+    system: Option<String>,
+    /// Most tokens of one answer.
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+}
+
+impl ChatArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let engine = Engine::open(self.device.config(cache)?)?;
+        let mut messages = Vec::new();
+        if let Some(system) = &self.system {
+            messages.push(Message::new(Role::System, text_or_file(system)?));
+        }
+        eprintln!("{}: an empty line or ctrl-D ends the chat", engine.model_name());
+        for line in prompts() {
+            let line = line.context("reading your message")?;
+            if line.trim().is_empty() {
+                break;
+            }
+            messages.push(Message::new(Role::User, line));
+            let mut request = Request::conversation(messages.clone());
+            request.sampler = self.sampler.config();
+            request.max_tokens = self.max_tokens;
+            match answer(&engine, request, print_text) {
+                Ok((_, metrics)) => messages.push(Message::new(Role::Assistant, metrics.text)),
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    messages.pop();
+                }
+            }
+            println!();
+        }
+        Ok(())
+    }
+}
+
+/// Lines of the terminal, each after a prompt sign.
+fn prompts() -> impl Iterator<Item = std::io::Result<String>> {
+    let mut lines = std::io::stdin().lock().lines();
+    std::iter::from_fn(move || {
+        eprint!("> ");
+        lines.next()
+    })
+}
+
+/// One question to the default model.
+#[derive(Args)]
+pub(crate) struct DemoArgs {
+    #[command(flatten)]
+    device: DeviceRunArgs,
+    /// The question.
+    #[arg(short, long, default_value = "Why is the sky blue? Answer in two sentences.")]
+    prompt: String,
+    /// Most tokens of the answer.
+    #[arg(long, default_value_t = 96)]
+    max_tokens: u32,
+}
+
+impl DemoArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let engine = Engine::open(self.device.config(cache)?)?;
+        eprintln!("device: {}", engine.describe());
+        if let Some(cloud) = engine.cloud() {
+            eprintln!("cloud:  {} at {}", cloud.describe(), cloud.address());
+        }
+        println!("> {}", self.prompt);
+        let request = Request::chat(&self.prompt).max_tokens(self.max_tokens);
+        let (_, metrics) = answer(&engine, request, print_text)?;
+        println!();
+        let timings = &metrics.timings;
+        eprintln!(
+            "{} prompt tokens, {} answered; TTFT {:.0} ms, TBT {:.1} ms (p50), {:.1} ms (p99), \
+             {:.1} tokens/s",
+            timings.prompt_n,
+            timings.predicted_n,
+            timings.ttft_ms,
+            timings.tbt_ms_p50,
+            timings.tbt_ms_p99,
+            timings.tokens_per_second,
+        );
+        eprintln!(
+            "on the wire: {} bytes up, {} bytes down, in {} round trips after the prompt",
+            timings.bytes_up, timings.bytes_down, timings.rounds,
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,272 @@
+//! Flags of the daemon, and what they turn into.
+
+mod doctor;
+mod generate;
+mod serve;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
+use hat_engine::{CloudConfig, EngineConfig, pull};
+
+/// A large language model split between this device and a cloud.
+#[derive(Parser)]
+#[command(name = "hat-engine", version)]
+pub(crate) struct Cli {
+    /// Where models and bundles are kept.
+    #[arg(long, global = true, env = "HAT_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One question to the default model, device and cloud in one process over loopback.
+    Demo(generate::DemoArgs),
+    /// A conversation on this terminal.
+    Chat(generate::ChatArgs),
+    /// One answer to one prompt.
+    Generate(generate::GenerateArgs),
+    /// The cloud role: serves the middle layers.
+    Cloud(serve::CloudArgs),
+    /// The device role: serves the HTTP API, and asks a cloud.
+    Device(serve::DeviceArgs),
+    /// Fetches the default model and makes its bundle.
+    Pull(BundleArgs),
+    /// What this machine, this link and this bundle will do, and why.
+    Doctor(doctor::DoctorArgs),
+}
+
+impl Cli {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let cache = match self.cache_dir {
+            Some(dir) => dir,
+            None => pull::cache_dir()?,
+        };
+        match self.command {
+            Command::Demo(args) => args.run(&cache),
+            Command::Chat(args) => args.run(&cache),
+            Command::Generate(args) => args.run(&cache),
+            Command::Cloud(args) => args.run(&cache),
+            Command::Device(args) => args.run(&cache),
+            Command::Pull(args) => {
+                println!("{}", args.directory(&cache)?.display());
+                Ok(())
+            }
+            Command::Doctor(args) => args.run(&cache),
+        }
+    }
+}
+
+/// Which model, cut where.
+#[derive(Args, Clone)]
+pub(crate) struct BundleArgs {
+    /// A bundle made by hat-split: its directory, or the half in it. The default model without.
+    #[arg(long, env = "HAT_BUNDLE", value_name = "DIR")]
+    bundle: Option<PathBuf>,
+    /// Layers on the device before the cloud's.
+    #[arg(long, env = "HAT_SPLIT_LAYER", value_name = "N")]
+    split_layer: Option<u32>,
+    /// Last layers on the device (with the default model; a bundle has its own number).
+    #[arg(long, env = "HAT_TAIL_LAYERS", value_name = "N")]
+    tail_layers: Option<u32>,
+}
+
+impl BundleArgs {
+    /// The directory with `device/` and `cloud/` in it.
+    pub(crate) fn directory(&self, cache: &Path) -> anyhow::Result<PathBuf> {
+        if let Some(path) = &self.bundle {
+            let is_half = path.join("bundle.json").is_file();
+            let parent = path.canonicalize().ok().and_then(|path| Some(path.parent()?.to_owned()));
+            return match parent {
+                Some(parent) if is_half => Ok(parent),
+                _ => Ok(path.clone()),
+            };
+        }
+        let split = self.split_layer.map_or(pull::SPLIT_LAYER_DEFAULT, |layer| layer as usize);
+        pull::default_bundle(cache, split, self.tail_layers.unwrap_or(0) as usize)
+    }
+
+    /// One half: the directory that was given if it is a bundle itself, or `role` below.
+    pub(crate) fn half(&self, cache: &Path, role: &str) -> anyhow::Result<PathBuf> {
+        match &self.bundle {
+            Some(path) if path.join("bundle.json").is_file() => Ok(path.clone()),
+            _ => Ok(self.directory(cache)?.join(role)),
+        }
+    }
+
+    pub(crate) fn split_layer(&self) -> Option<u32> {
+        self.split_layer
+    }
+}
+
+/// How it runs.
+#[derive(Args, Clone)]
+pub(crate) struct RunArgs {
+    /// What moves bytes: mio, uring or memory (one process only).
+    #[arg(long, env = "HAT_LINK", default_value = "mio", value_parser = parse_link)]
+    link: LinkKind,
+    /// Compute threads; one for each core without.
+    #[arg(long, env = "HAT_THREADS", value_name = "N")]
+    threads: Option<usize>,
+    /// Kernels: auto, or portable for comparison.
+    #[arg(long, default_value = "auto", value_parser = parse_processor)]
+    processor: Processor,
+}
+
+fn parse_link(text: &str) -> Result<LinkKind, String> {
+    match text {
+        "mio" => Ok(LinkKind::Mio),
+        "uring" | "io_uring" => Ok(LinkKind::IoUring),
+        "memory" => Ok(LinkKind::Memory),
+        _ => Err(format!("{text:?} is none of mio, uring, memory")),
+    }
+}
+
+fn parse_processor(text: &str) -> Result<Processor, String> {
+    match text {
+        "auto" => Ok(Processor::Auto),
+        "portable" => Ok(Processor::Portable),
+        _ => Err(format!("{text:?} is none of auto, portable")),
+    }
+}
+
+/// What the device role asks of its cloud.
+#[derive(Args, Clone)]
+pub(crate) struct DeviceRunArgs {
+    #[command(flatten)]
+    pub(crate) bundle: BundleArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// The cloud, as host:port. Without, one is started in this process.
+    #[arg(long, env = "HAT_CLOUD", value_name = "ADDR")]
+    cloud: Option<String>,
+    /// How rows are coded on the wire: f16 or f32.
+    #[arg(long, env = "HAT_WIRE", default_value = "f16", value_parser = parse_codec)]
+    wire: Codec,
+    /// Rows of a prompt chunk, or off for whole prompts.
+    #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
+    chunks: ChunkPolicy,
+    /// Seconds that a request waits for a cloud that is away.
+    #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
+    reconnect_s: u64,
+}
+
+fn parse_codec(text: &str) -> Result<Codec, String> {
+    Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16"))
+}
+
+impl DeviceRunArgs {
+    pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
+        let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
+            .link(self.run.link)
+            .wire(self.wire)
+            .chunks(self.chunks);
+        config.processor = self.run.processor;
+        config.split_layer = self.bundle.split_layer();
+        config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
+        if let Some(address) = &self.cloud {
+            config = config.cloud(address);
+        }
+        if let CloudAddress::InProcess(cloud) = &mut config.cloud {
+            cloud.processor = self.run.processor;
+        }
+        if let Some(threads) = self.run.threads {
+            config = config.threads(threads);
+        }
+        Ok(config)
+    }
+
+    pub(crate) fn wire(&self) -> Codec {
+        self.wire
+    }
+}
+
+impl RunArgs {
+    pub(crate) fn cloud_config(&self, bundle: PathBuf) -> CloudConfig {
+        let mut config = CloudConfig::new(bundle).link(self.link);
+        config.processor = self.processor;
+        if let Some(threads) = self.threads {
+            config = config.threads(threads);
+        }
+        config
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
+    }
+
+    pub(crate) fn processor(&self) -> Processor {
+        self.processor
+    }
+}
+
+/// How the next token is chosen. Greedy unless a temperature is given.
+#[derive(Args, Clone)]
+pub(crate) struct SamplerArgs {
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Keep the N likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    /// Keep the likeliest tokens up to this probability together.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Keep tokens at least this likely relative to the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    /// Divides the logits of tokens that were seen; 1 changes nothing.
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Taken off once from tokens that were seen.
+    #[arg(long, default_value_t = 0.0)]
+    presence_penalty: f32,
+    /// Taken off for each time that a token was seen.
+    #[arg(long, default_value_t = 0.0)]
+    frequency_penalty: f32,
+    /// TOKEN=BIAS, added to the token's logit; may be repeated.
+    #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Seeds the noise of sampling.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let (token, bias) = text.split_once('=').ok_or("expected TOKEN=BIAS")?;
+    let token = token.parse().map_err(|error| format!("token {token:?}: {error}"))?;
+    let bias = bias.parse().map_err(|error| format!("bias {bias:?}: {error}"))?;
+    Ok((token, bias))
+}
+
+impl SamplerArgs {
+    pub(crate) fn config(&self) -> SamplerConfig {
+        SamplerConfig {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            ..SamplerConfig::default()
+        }
+    }
+}
+
+/// `TEXT`, or what the file behind `@FILE` holds.
+pub(crate) fn text_or_file(text: &str) -> anyhow::Result<String> {
+    match text.strip_prefix('@') {
+        Some(path) => {
+            std::fs::read_to_string(path).with_context(|| format!("reading the prompt from {path}"))
+        }
+        None => Ok(text.to_owned()),
+    }
+}

@@ -1,0 +1,121 @@
+//! `cloud` and `device`: the two roles as processes of their own.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use hat_engine::http::{HttpConfig, HttpServer};
+use hat_engine::{Cloud, Engine};
+
+use super::{BundleArgs, DeviceRunArgs, RunArgs};
+
+/// The cloud role.
+#[derive(Args)]
+pub(crate) struct CloudArgs {
+    #[command(flatten)]
+    bundle: BundleArgs,
+    #[command(flatten)]
+    run: RunArgs,
+    /// Where to listen; loopback only until TLS exists.
+    #[arg(long, env = "HAT_LISTEN", default_value = "127.0.0.1:7433", value_name = "ADDR")]
+    listen: SocketAddr,
+    /// Sessions open at once.
+    #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N")]
+    sessions_max: Option<u32>,
+    /// Positions of all sessions together.
+    #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N")]
+    kv_rows_max: Option<u32>,
+}
+
+impl CloudArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let mut config =
+            self.run.cloud_config(self.bundle.half(cache, "cloud")?).listen(self.listen);
+        config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
+        config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
+        let cloud = Cloud::start(config)?;
+        eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
+        cloud.join();
+        bail!("the cloud stopped by itself; the log says why")
+    }
+}
+
+/// The device role.
+#[derive(Args)]
+pub(crate) struct DeviceArgs {
+    #[command(flatten)]
+    device: DeviceRunArgs,
+    /// Where the HTTP API listens; loopback only until TLS exists.
+    #[arg(long, env = "HAT_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDR")]
+    http: SocketAddr,
+    /// The file that holds the API key; made on first start.
+    #[arg(long, env = "HAT_API_KEY_FILE", value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Serves without a key. Whoever can run a program on this machine can then ask.
+    #[arg(long, conflicts_with = "api_key_file")]
+    no_api_key: bool,
+}
+
+impl DeviceArgs {
+    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let api_key = if self.no_api_key { None } else { Some(self.api_key()?) };
+        let engine = Arc::new(Engine::open(self.device.config(cache)?)?);
+        eprintln!("device: {}; model {}", engine.describe(), engine.model_name());
+        let mut config = HttpConfig::new(self.http);
+        config.api_key = api_key;
+        let server = HttpServer::start(engine, config)?;
+        eprintln!("http: listening at http://{}", server.address());
+        server.join();
+        bail!("the HTTP server stopped by itself; the log says why")
+    }
+
+    /// The key in the key file; a new one, printed once, if there is no file.
+    fn api_key(&self) -> anyhow::Result<String> {
+        let path = match &self.api_key_file {
+            Some(path) => path.clone(),
+            None => state_dir()?.join("api-key"),
+        };
+        match std::fs::read_to_string(&path) {
+            Ok(key) if key.trim().is_empty() => bail!("{} is empty", path.display()),
+            Ok(key) => return Ok(key.trim().to_owned()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        }
+        let key = new_key()?;
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)
+                .with_context(|| format!("creating {}", parent.display()))?;
+        }
+        write_secret(&path, &key).with_context(|| format!("writing {}", path.display()))?;
+        eprintln!("new API key, kept in {}: {key}", path.display());
+        Ok(key)
+    }
+}
+
+fn new_key() -> anyhow::Result<String> {
+    let mut bytes = [0u8; 24];
+    getrandom::fill(&mut bytes).context("the system gave no random bytes")?;
+    Ok(bytes.iter().fold("hat-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
+}
+
+/// Writes a file that only its owner can read.
+fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write as _;
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let mut file = options.open(path)?;
+    writeln!(file, "{text}")
+}
+
+fn state_dir() -> anyhow::Result<PathBuf> {
+    let base = std::env::var_os("XDG_STATE_HOME")
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")));
+    let base = base.context("neither XDG_STATE_HOME nor HOME is set; use --api-key-file")?;
+    Ok(base.join("hat-engine"))
+}

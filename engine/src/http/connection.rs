@@ -1,0 +1,260 @@
+//! Connections: how many, how long they may take to say something, how long to listen.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Sleep};
+
+use super::Shared;
+use super::error::{ApiError, Refused};
+use super::route::Route;
+
+/// Most bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Bytes that the system may hold for a reader who does not read.
+const SEND_BUFFER_BYTES: usize = 128 << 10;
+/// A pause when the system gives no more connections (no file descriptors left).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What is taken from a connection after its last response.
+const LINGER_BYTES_MAX: usize = 1 << 20;
+const LINGER_TIME: Duration = Duration::from_millis(500);
+
+/// Serves until `stop` turns true, then lets what runs end, at most for the drain time.
+pub(super) async fn serve(
+    listener: TcpListener,
+    shared: Arc<Shared>,
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let stream = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue, // one ended
+            () = stopped(&mut stop) => break,
+        };
+        if connections.len() >= shared.limits.connections_max {
+            shared.counters.refuse("too_many_connections");
+            let status = StatusCode::SERVICE_UNAVAILABLE;
+            say(&stream, status, "too_many_connections", "too many connections are open");
+            continue;
+        }
+        connections.spawn(connection(stream, shared.clone(), router.clone(), stop.clone()));
+    }
+    drop(listener);
+    let drain = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(shared.limits.drain, drain).await.is_err() {
+        tracing::warn!(connections = connections.len(), "cut at the end of the drain time");
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    shared: Arc<Shared>,
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+) {
+    let _open = Open::new(shared.clone());
+    let _ = stream.set_nodelay(true); // slower without, but right
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
+    let io = TokioIo::new(Guarded::new(stream, shared.limits.write_timeout));
+    let served = shared.clone();
+    let service = TowerToHyperService::new(router);
+    let service = service_fn(move |request| -> Pin<Box<dyn Future<Output = _> + Send>> {
+        Box::pin(respond(served.clone(), service.clone(), request))
+    });
+    let mut connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(shared.limits.head_timeout)
+        .max_header_size(HEAD_BYTES_MAX)
+        .max_buf_size(2 * HEAD_BYTES_MAX)
+        .serve_connection(io, service);
+    let ended = tokio::select! {
+        ended = std::future::poll_fn(|cx| connection.poll_without_shutdown(cx)) => ended,
+        () = stopped(&mut stop) => {
+            Pin::new(&mut connection).graceful_shutdown();
+            std::future::poll_fn(|cx| connection.poll_without_shutdown(cx)).await
+        }
+    };
+    let parts = connection.into_parts();
+    let stream = &parts.io.inner().stream;
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended");
+        if error.is_timeout() && !parts.read_buf.is_empty() {
+            shared.counters.refuse("head_timeout");
+            let message = "the request's head did not arrive in time";
+            say(stream, StatusCode::REQUEST_TIMEOUT, "head_timeout", message);
+        } else if error.is_parse() {
+            shared.counters.refuse("malformed_http");
+        }
+    }
+    linger(stream).await;
+}
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await; // an error: the server is gone, which is a stop too
+}
+
+/// Takes a little of what the other side still sends. Closing with bytes unread would reset the
+/// connection, and the reset could destroy the last response before it is read.
+async fn linger(stream: &TcpStream) {
+    if rustix::net::shutdown(stream, rustix::net::Shutdown::Write).is_err() {
+        return;
+    }
+    let discard = async {
+        let mut rest = vec![0; 16 << 10];
+        let mut bytes = 0;
+        while bytes < LINGER_BYTES_MAX && stream.readable().await.is_ok() {
+            match stream.try_read(&mut rest) {
+                Ok(0) => return,
+                Ok(read) => bytes += read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER_TIME, discard).await; // either way it is closed now
+}
+
+/// A response outside of HTTP's own machinery: the connection is closed behind it.
+fn say(stream: &TcpStream, status: StatusCode, code: &'static str, message: &str) {
+    let json = ApiError::new(status, code, message).json();
+    let text = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{json}",
+        json.len()
+    );
+    let _ = stream.try_write(text.as_bytes()); // best effort: it is closed either way
+}
+
+/// Passes a request through the gate to its route, and counts what became of it.
+async fn respond(
+    shared: Arc<Shared>,
+    router: TowerToHyperService<Router>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let route = Route::of(request.uri().path()).map_or("none", Route::path);
+    let response = match shared.gate.check(&request) {
+        Ok(()) => router.call(request.map(Body::new)).await?,
+        Err(error) => error.close().into_response(),
+    };
+    if let Some(Refused(reason)) = response.extensions().get() {
+        shared.counters.refuse(reason);
+    }
+    shared.counters.respond(route, response.status().as_u16());
+    tracing::debug!(route, status = response.status().as_u16(), "response");
+    Ok(response)
+}
+
+/// Counts a connection while it is open.
+struct Open(Arc<Shared>);
+
+impl Open {
+    fn new(shared: Arc<Shared>) -> Self {
+        shared.counters.connections.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.counters.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A stream whose writes fail when the other side takes nothing for too long.
+struct Guarded {
+    stream: TcpStream,
+    timeout: Duration,
+    /// Runs while a write waits.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl Guarded {
+    fn new(stream: TcpStream, timeout: Duration) -> Self {
+        Self { stream, timeout, stalled: None }
+    }
+
+    fn watch<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let deadline = Instant::now() + self.timeout;
+        let stalled =
+            self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the reader takes nothing")))
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.watch(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
+        self.watch(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,59 @@
+//! What `/metrics` tells about the API itself.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Counters of a server. The maps have few keys: routes, statuses and reasons are our own words.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    responses: Mutex<BTreeMap<(&'static str, u16), u64>>,
+    refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// Connections open now.
+    pub(super) connections: AtomicU64,
+}
+
+impl Counters {
+    /// A response has been decided.
+    pub(super) fn respond(&self, route: &'static str, status: u16) {
+        *lock(&self.responses).entry((route, status)).or_default() += 1;
+    }
+
+    /// Something was refused, or failed after the response had begun.
+    pub(super) fn refuse(&self, reason: &'static str) {
+        *lock(&self.refused).entry(reason).or_default() += 1;
+    }
+
+    /// How often something was refused, by reason.
+    pub(super) fn refused(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.refused).iter().map(|(reason, count)| (*reason, *count)).collect()
+    }
+
+    /// The counters as Prometheus reads them, but for the refusals.
+    pub(super) fn prometheus(&self, in_flight: usize, out: &mut String) {
+        family(out, "hat_http_requests_total", "counter", "Responses by route and status.");
+        for ((route, status), count) in lock(&self.responses).iter() {
+            let labels = format!("route=\"{route}\",status=\"{status}\"");
+            sample(out, &format!("hat_http_requests_total{{{labels}}}"), *count);
+        }
+        family(out, "hat_http_connections", "gauge", "HTTP connections open now.");
+        sample(out, "hat_http_connections", self.connections.load(Ordering::Relaxed));
+        family(out, "hat_http_answers_in_flight", "gauge", "Answers asked for and not complete.");
+        sample(out, "hat_http_answers_in_flight", in_flight as u64);
+    }
+}
+
+/// The two comment lines above a metric's samples.
+pub(super) fn family(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = write!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n"); // a String takes it
+}
+
+/// One sample.
+pub(super) fn sample(out: &mut String, name: &str, value: impl std::fmt::Display) {
+    let _ = writeln!(out, "{name} {value}"); // a String takes it
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,251 @@
+//! The OpenAI-compatible API of the device role; `docs/HTTP.md` is its reference.
+//!
+//! axum runs on a one-thread runtime in a thread of its own, and the runtime stays in this folder.
+//! A second thread, the `relay`, waits for the engine's events, so nothing here blocks the
+//! runtime. From a request to an answer:
+//!
+//! | file | what |
+//! |---|---|
+//! | `connection` | accepts, bounds and times connections |
+//! | `gate` | Host, Origin, key: before any route |
+//! | `route` | the routes |
+//! | `body`, `json`, `fields`, `ask` | bytes to a [`Request`](crate::Request) |
+//! | `relay` | the engine's events to the runtime |
+//! | `openai`, `sse` | events to JSON, whole or streamed |
+//! | `error`, `counters` | refusals and their count |
+//!
+//! Each queue and time has a bound in [`HttpLimits`].
+
+mod ask;
+mod body;
+mod connection;
+mod counters;
+mod error;
+mod fields;
+mod gate;
+mod json;
+mod openai;
+mod relay;
+mod route;
+mod sse;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+
+use self::counters::Counters;
+use self::gate::Gate;
+use self::relay::Relay;
+use self::route::Route;
+use crate::{Engine, Error};
+
+/// Each route as method and pattern, for tests that ask all of them.
+#[doc(hidden)]
+#[must_use]
+pub fn routes() -> Vec<(&'static str, &'static str)> {
+    Route::ALL.iter().map(|route| (route.method(), route.path())).collect()
+}
+
+/// Configuration of the API.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct HttpConfig {
+    /// Where to listen: loopback only, as there is no TLS. Port 0 lets the system choose.
+    pub listen: SocketAddr,
+    /// The key that each request but `/health` has to carry; `None` serves without one.
+    pub api_key: Option<String>,
+    /// Bounds.
+    pub limits: HttpLimits,
+}
+
+impl HttpConfig {
+    /// Without a key, with the default limits.
+    #[must_use]
+    pub fn new(listen: SocketAddr) -> Self {
+        Self { listen, api_key: None, limits: HttpLimits::default() }
+    }
+
+    /// The key that requests have to carry.
+    #[must_use]
+    pub fn api_key(mut self, api_key: impl Into<String>) -> Self {
+        self.api_key = Some(api_key.into());
+        self
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        crate::config::check_loopback("http", self.listen)?;
+        let printable = |key: &String| !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
+        if self.api_key.as_ref().is_some_and(|key| !printable(key)) {
+            let reason = "a key is made of printable ASCII without spaces, and not empty";
+            return Err(Error::field("api_key", reason));
+        }
+        Ok(())
+    }
+}
+
+/// The bounds of the API.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct HttpLimits {
+    /// Connections at once; more are told 503 and closed.
+    pub connections_max: usize,
+    /// Answers at once, each of a request's choices counted; more are told 429.
+    pub answers_max: usize,
+    /// Bytes of a request's body; more is told 413.
+    pub body_bytes_max: usize,
+    /// Bytes of events that wait for one reader; beyond it the reader is cut.
+    pub queued_bytes_max: usize,
+    /// How long a request's head may take, and how long a connection may be idle.
+    pub head_timeout: Duration,
+    /// How long a request's body may take.
+    pub body_timeout: Duration,
+    /// How long a reader may take nothing at all.
+    pub write_timeout: Duration,
+    /// How long a stream may be silent before a comment is sent.
+    pub keep_alive: Duration,
+    /// How long a stream waits for its first event before it answers 200.
+    pub first_event: Duration,
+    /// How long answers may go on when the server stops.
+    pub drain: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            connections_max: 128,
+            answers_max: 64,
+            body_bytes_max: 4 << 20,
+            queued_bytes_max: 1 << 20,
+            head_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
+            keep_alive: Duration::from_secs(5),
+            first_event: Duration::from_secs(1),
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What all connections share.
+struct Shared {
+    engine: Arc<Engine>,
+    limits: HttpLimits,
+    gate: Gate,
+    relay: Relay,
+    in_flight: Arc<Semaphore>,
+    counters: Counters,
+    started_unix: u64,
+}
+
+impl Shared {
+    /// All figures as Prometheus reads them: the engine's, with our refusals among its own, and
+    /// the API's.
+    fn prometheus(&self) -> String {
+        let mut metrics = self.engine.metrics();
+        let ours = self.counters.refused().into_iter().chain([("slow_reader", self.relay.cut())]);
+        for (reason, count) in ours {
+            match metrics.rejected.iter_mut().find(|entry| entry.0 == reason) {
+                Some(entry) => entry.1 += count,
+                None => metrics.rejected.push((reason, count)),
+            }
+        }
+        let mut out = metrics.to_prometheus();
+        let in_flight = self.limits.answers_max - self.in_flight.available_permits();
+        self.counters.prometheus(in_flight, &mut out);
+        counters::family(&mut out, "hat_cloud_connected", "gauge", "1 if the cloud is connected.");
+        let connected = u8::from(self.engine.is_connected());
+        counters::sample(&mut out, "hat_cloud_connected", connected);
+        out
+    }
+}
+
+/// A running server. Dropping it stops it as [`HttpServer::stop`] does.
+pub struct HttpServer {
+    address: SocketAddr,
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl HttpServer {
+    /// Listens, and serves `engine` on two threads.
+    ///
+    /// # Errors
+    /// [`Error::Field`] for an address that other machines can reach or an unusable key,
+    /// [`Error::Io`] if the address or a thread can't be had.
+    pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
+        config.check()?;
+        let listening = |error| Error::io(format!("listening at http://{}", config.listen), error);
+        let listener = TcpListener::bind(config.listen).map_err(listening)?;
+        listener.set_nonblocking(true).map_err(listening)?;
+        let address = listener.local_addr().map_err(listening)?;
+        let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)
+            .map_err(|error| Error::io("starting the HTTP relay thread", error))?;
+        let shared = Arc::new(Shared {
+            engine,
+            limits: config.limits,
+            gate: Gate::new(config.api_key.as_deref()),
+            relay,
+            in_flight: Arc::new(Semaphore::new(config.limits.answers_max)),
+            counters: Counters::default(),
+            started_unix: hat_transport::clock::unix_seconds(),
+        });
+        let (stop, stopped) = watch::channel(false);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .thread_name("hat-http-work")
+            .build()
+            .map_err(|error| Error::io("starting the HTTP runtime", error))?;
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::TcpListener::from_std(listener).map_err(listening)?
+        };
+        let serve = move || {
+            let router = route::router(shared.clone());
+            runtime.block_on(connection::serve(listener, shared, router, stopped));
+            runtime.shutdown_timeout(STOP_TIMEOUT);
+        };
+        let thread = std::thread::Builder::new()
+            .name("hat-http".to_owned())
+            .spawn(serve)
+            .map_err(|error| Error::io("starting the HTTP thread", error))?;
+        Ok(Self { address, stop, threads: vec![thread, relay_thread] })
+    }
+
+    /// Where it listens; the port is the one that the system chose if 0 was configured.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes no more requests, lets the answers in flight end within [`HttpLimits::drain`], cuts
+    /// the rest, and waits for all of that.
+    pub fn stop(self) {
+        drop(self);
+    }
+
+    /// Waits until it stops by itself, which it does only when its thread fails.
+    pub fn join(mut self) {
+        for thread in self.threads.drain(..) {
+            let _ = thread.join(); // its panic has been printed
+        }
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        let _ = self.stop.send(true); // nobody listens if the thread has ended
+        for thread in self.threads.drain(..) {
+            let _ = thread.join(); // its panic has been printed
+        }
+    }
+}
+
+/// Threads that parse and tokenise.
+const BLOCKING_THREADS: usize = 2;
+/// How long parsing and tokenising may go on when the server stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,0 +1,317 @@
+//! The answers of `/v1/chat/completions`, `/v1/completions` and `/v1/models` as OpenAI's clients
+//! read them, with llama.cpp's `timings` beside.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::ask::Shape;
+use crate::metrics::Timings;
+use crate::request::{FinishReason, TokenLogprob};
+use crate::token::Tokenizer;
+use crate::{Event, Metrics};
+
+/// A token's log-probability and its alternatives.
+pub(super) type Logprobs = (TokenLogprob, Vec<TokenLogprob>);
+
+/// What all chunks of an answer have in common.
+#[derive(Debug)]
+pub(super) struct Identity {
+    /// Unique name of the answer.
+    pub(super) id: String,
+    /// Seconds since 1970.
+    pub(super) created: u64,
+    /// Name of the model that answers, whatever was asked for.
+    pub(super) model: String,
+    /// Which route.
+    pub(super) shape: Shape,
+}
+
+impl Identity {
+    /// A new identity for an answer of `model`.
+    pub(super) fn new(shape: Shape, model: &str) -> Self {
+        let mut random = [0; 12];
+        // Without random numbers ids repeat, which no client minds.
+        let _ = getrandom::fill(&mut random);
+        let prefix = match shape {
+            Shape::Chat => "chatcmpl-",
+            Shape::Text => "cmpl-",
+        };
+        let id = random.iter().fold(prefix.to_owned(), |id, byte| format!("{id}{byte:02x}"));
+        Self { id, created: hat_transport::clock::unix_seconds(), model: model.to_owned(), shape }
+    }
+
+    pub(super) fn envelope<'a, C: Serialize>(
+        &'a self,
+        object: &'static str,
+        choices: &'a [C],
+    ) -> Envelope<'a, C> {
+        Envelope {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: None,
+            timings: None,
+        }
+    }
+}
+
+/// A whole answer, or a chunk of one.
+#[derive(Serialize)]
+pub(super) struct Envelope<'a, C: Serialize> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [C],
+    /// Absent, `null` in a chunk of a stream that ends with usage, or the figures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) timings: Option<&'a Timings>,
+}
+
+/// Tokens of prompt and answers; the prompt counts once, however many answers there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+impl Usage {
+    pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+}
+
+/// One answer of a chat.
+#[derive(Serialize)]
+struct ChatChoice<'a> {
+    index: u32,
+    message: ChatMessage<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timings: Option<&'a Timings>,
+}
+
+#[derive(Serialize)]
+struct ChatMessage<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: Option<&'a str>,
+}
+
+/// A part of one answer of a chat.
+#[derive(Serialize)]
+pub(super) struct ChatDelta<'a> {
+    pub(super) index: u32,
+    pub(super) delta: Delta<'a>,
+    pub(super) logprobs: Option<ChatLogprobs>,
+    pub(super) finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+pub(super) struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) content: Option<&'a str>,
+}
+
+/// One completion, or a part of one.
+#[derive(Serialize)]
+pub(super) struct TextChoice<'a> {
+    pub(super) index: u32,
+    pub(super) text: &'a str,
+    pub(super) logprobs: Option<TextLogprobs>,
+    pub(super) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) timings: Option<&'a Timings>,
+}
+
+#[derive(Serialize)]
+pub(super) struct ChatLogprobs {
+    content: Vec<ChatLogprob>,
+    refusal: Option<()>,
+}
+
+#[derive(Serialize)]
+struct ChatLogprob {
+    #[serde(flatten)]
+    token: ChatToken,
+    top_logprobs: Vec<ChatToken>,
+}
+
+#[derive(Serialize)]
+struct ChatToken {
+    token: String,
+    logprob: f64,
+    bytes: Vec<u8>,
+}
+
+impl ChatLogprobs {
+    pub(super) fn new(logprobs: &[Logprobs], tokenizer: &Tokenizer) -> Self {
+        let named = |one: &TokenLogprob| ChatToken {
+            token: one.text.clone(),
+            logprob: one.logprob.max(LOGPROB_MIN),
+            bytes: tokenizer.token_bytes(one.token).to_vec(),
+        };
+        let entry = |(token, top): &Logprobs| ChatLogprob {
+            token: named(token),
+            top_logprobs: top.iter().map(named).collect(),
+        };
+        Self { content: logprobs.iter().map(entry).collect(), refusal: None }
+    }
+}
+
+/// JSON has no infinity; clients know this number for "impossible".
+const LOGPROB_MIN: f64 = -9999.0;
+
+#[derive(Serialize)]
+pub(super) struct TextLogprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<f64>,
+    top_logprobs: Option<Vec<BTreeMap<String, f64>>>,
+    text_offset: Vec<usize>,
+}
+
+impl TextLogprobs {
+    /// `offset`: characters of the tokens before; moved on behind these.
+    pub(super) fn new(logprobs: &[Logprobs], offset: &mut usize) -> Self {
+        let mut text_offset = Vec::with_capacity(logprobs.len());
+        for (token, _) in logprobs {
+            text_offset.push(*offset);
+            *offset += token.text.chars().count();
+        }
+        let top = |(_, top): &Logprobs| {
+            let best_last = top.iter().rev();
+            best_last.map(|one| (one.text.clone(), one.logprob.max(LOGPROB_MIN))).collect()
+        };
+        let any = logprobs.iter().any(|(_, top)| !top.is_empty());
+        Self {
+            tokens: logprobs.iter().map(|(token, _)| token.text.clone()).collect(),
+            token_logprobs: logprobs
+                .iter()
+                .map(|(token, _)| token.logprob.max(LOGPROB_MIN))
+                .collect(),
+            top_logprobs: any.then(|| logprobs.iter().map(top).collect()),
+            text_offset,
+        }
+    }
+}
+
+/// One answer as it is collected.
+#[derive(Default)]
+pub(super) struct Collected {
+    text: String,
+    logprobs: Vec<Logprobs>,
+    ended: Option<(FinishReason, Box<Metrics>)>,
+}
+
+impl Collected {
+    /// Adds an event.
+    pub(super) fn add(&mut self, event: Event) {
+        match event {
+            Event::Prefill { .. } => {}
+            Event::Token { text, logprobs, .. } => {
+                self.text.push_str(&text);
+                self.logprobs.extend(logprobs);
+            }
+            Event::Done { text, finish_reason, metrics } => {
+                self.text.push_str(&text);
+                self.ended = Some((finish_reason, metrics));
+            }
+        }
+    }
+
+    /// Whether the answer is complete.
+    pub(super) fn is_complete(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    fn timings(&self) -> Option<&Timings> {
+        self.ended.as_ref().map(|(_, metrics)| &metrics.timings)
+    }
+
+    fn finish_reason(&self) -> Option<&'static str> {
+        self.ended.as_ref().map(|(reason, _)| reason.name())
+    }
+}
+
+/// The whole answer as JSON. `logprobs` tells whether they were asked for.
+pub(super) fn whole(
+    identity: &Identity,
+    collected: &[Collected],
+    prompt_tokens: usize,
+    logprobs: bool,
+    tokenizer: &Tokenizer,
+) -> String {
+    let predicted =
+        |one: &Collected| one.timings().map_or(0, |timings| timings.predicted_n as usize);
+    let usage = Usage::new(prompt_tokens, collected.iter().map(predicted).sum());
+    // One answer has its timings on top, as in llama.cpp; several have them each.
+    let (single, each) = match collected {
+        [one] => (one.timings(), false),
+        _ => (None, true),
+    };
+    let timings = |one| if each { Collected::timings(one) } else { None };
+    let json = match identity.shape {
+        Shape::Chat => {
+            let choices: Vec<_> = (0..)
+                .zip(collected)
+                .map(|(index, one)| ChatChoice {
+                    index,
+                    message: ChatMessage { role: "assistant", content: &one.text, refusal: None },
+                    logprobs: logprobs.then(|| ChatLogprobs::new(&one.logprobs, tokenizer)),
+                    finish_reason: one.finish_reason(),
+                    timings: timings(one),
+                })
+                .collect();
+            let mut envelope = identity.envelope("chat.completion", &choices);
+            (envelope.usage, envelope.timings) = (Some(Some(usage)), single);
+            serde_json::to_string(&envelope)
+        }
+        Shape::Text => {
+            let choices: Vec<_> = (0..)
+                .zip(collected)
+                .map(|(index, one)| TextChoice {
+                    index,
+                    text: &one.text,
+                    logprobs: logprobs.then(|| TextLogprobs::new(&one.logprobs, &mut 0)),
+                    finish_reason: one.finish_reason(),
+                    timings: timings(one),
+                })
+                .collect();
+            let mut envelope = identity.envelope("text_completion", &choices);
+            (envelope.usage, envelope.timings) = (Some(Some(usage)), single);
+            serde_json::to_string(&envelope)
+        }
+    };
+    json.expect("plain data serialises")
+}
+
+/// One entry of `/v1/models`.
+#[derive(Serialize)]
+pub(super) struct Model<'a> {
+    /// Name of the model.
+    pub(super) id: &'a str,
+    /// `model`.
+    pub(super) object: &'static str,
+    /// Seconds since 1970.
+    pub(super) created: u64,
+    /// `hat-engine`.
+    pub(super) owned_by: &'static str,
+    /// Positions of one session, as vLLM calls it.
+    pub(super) max_model_len: u32,
+}
+
+/// The list of models.
+#[derive(Serialize)]
+pub(super) struct ModelList<'a> {
+    pub(super) object: &'static str,
+    pub(super) data: [Model<'a>; 1],
+}

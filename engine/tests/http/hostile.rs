@@ -1,0 +1,322 @@
+//! Nonsense, attacks and strangers. After each one a fixed question has its usual answer.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use hat_engine::http::{HttpConfig, HttpServer, routes};
+use hat_engine::options::ErrorKind;
+use serde_json::{Value, json};
+
+use crate::client::{JSON, Reply, Server, and, question, request_text};
+
+#[test]
+fn bad_fields_are_named_and_nothing_is_echoed() {
+    let server = Server::start();
+    let canary = server.canary();
+    let chat = |more: Value| and(question(4), more);
+    let long = "secret".repeat(600);
+    let cases = [
+        (chat(json!({"temperature": 1e308})), "temperature"),
+        (chat(json!({"temperature": -1})), "temperature"),
+        (chat(json!({"temperature": "secret"})), "temperature"),
+        (chat(json!({"top_p": -1})), "top_p"),
+        (chat(json!({"min_p": 2})), "min_p"),
+        (chat(json!({"presence_penalty": 1e9})), "presence_penalty"),
+        (chat(json!({"frequency_penalty": -1e9})), "frequency_penalty"),
+        (chat(json!({"repetition_penalty": 0})), "repetition_penalty"),
+        (chat(json!({"seed": 1.5})), "seed"),
+        (chat(json!({"max_tokens": 0})), "max_tokens"),
+        (chat(json!({"max_tokens": -1})), "max_tokens"),
+        (chat(json!({"n": 10_000})), "n"),
+        (chat(json!({"logprobs": true, "top_logprobs": 1_000_000})), "top_logprobs"),
+        (chat(json!({"stop": vec!["secret"; 1000]})), "stop"),
+        (chat(json!({"stop": ""})), "stop"),
+        (chat(json!({"stop": long})), "stop"),
+        (chat(json!({"logit_bias": {"99999999": 1}})), "logit_bias"),
+        (chat(json!({"logit_bias": {"1": 1000}})), "logit_bias"),
+        (chat(json!({"messages": []})), "messages"),
+        (chat(json!({"messages": [{"role": "secret", "content": "x"}]})), "messages[0].role"),
+        (chat(json!({"messages": [{"role": "user", "content": {}}]})), "messages[0].content"),
+    ];
+    for (body, param) in cases {
+        let message = server.chat(&body).refused(400, "invalid_value", Some(param));
+        assert!(message.contains(param) && !message.contains("secret"), "{message}");
+        assert_eq!(server.canary(), canary, "after {param}");
+    }
+    let completion = |prompt: Value| server.post("/v1/completions", &json!({"prompt": prompt}));
+    completion(json!([99_999_999])).refused(400, "invalid_value", Some("prompt"));
+    // A tokenizer with BOS answers the empty prompt, one without refuses it.
+    assert!([200, 400].contains(&completion(json!("")).status));
+    let context = server.engine.context();
+    let message = completion(json!("word ".repeat(context as usize))).refused(
+        400,
+        "context_length_exceeded",
+        Some("prompt"),
+    );
+    assert!(message.contains(&context.to_string()), "{message}");
+    assert_eq!(server.canary(), canary);
+}
+
+#[test]
+fn control_tokens_in_a_message_are_text() {
+    let server = Server::start();
+    let count = |content: &str| {
+        let body = json!({"messages": [{"role": "user", "content": content}], "max_tokens": 1});
+        server.chat(&body).json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    // Spelled in characters, the end-of-sequence marker takes more than the one token it names.
+    assert!(count("</s></s></s></s>") >= count("") + 8);
+}
+
+#[test]
+fn bad_json_is_refused_wherever_it_breaks() {
+    let server = Server::start();
+    let canary = server.canary();
+    let deep = format!("{{\"messages\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
+    let bodies: [&[u8]; 8] = [
+        b"",
+        b"secret",
+        b"{\"messages\": [",
+        b"{\"prompt\": \"secret\xff\"}",
+        b"{\"prompt\": \"secret\\ud800\"}",
+        b"{\"secret\": 1, \"secret\": 2}",
+        b"{\"temperature\": NaN}",
+        deep.as_bytes(),
+    ];
+    for body in bodies {
+        let mut bytes = format!(
+            "POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n{JSON}\
+             Content-Length: {}\r\n\r\n",
+            body.len()
+        )
+        .into_bytes();
+        bytes.extend_from_slice(body);
+        let message = server.raw(&bytes).refused(400, "invalid_json", None);
+        assert!(!message.contains("secret"), "{message}");
+    }
+    // Escaped NULs are characters like others.
+    let nul = server.post("/v1/completions", &json!({"prompt": "a\0b", "max_tokens": 1}));
+    assert_eq!(nul.status, 200, "{nul:?}");
+    assert_eq!(server.canary(), canary);
+    assert_eq!(server.metric("hat_rejected_total{reason=\"invalid_json\"}"), 8.0);
+}
+
+#[test]
+fn other_hosts_pages_and_media_types_are_refused() {
+    let server = Server::start();
+    let body = question(1).to_string();
+    let chat = |headers: &str| server.request("POST", "/v1/chat/completions", headers, &body);
+    assert_eq!(chat(JSON).status, 200);
+    let own = format!(
+        "{JSON}Host: 127.0.0.1:{}\r\nOrigin: http://localhost:3000\r\n",
+        server.address.port()
+    );
+    assert_eq!(chat(&own).status, 200);
+    let with_charset = "Content-Type: application/json; charset=utf-8\r\n";
+    assert_eq!(chat(with_charset).status, 200);
+    for host in ["evil.com", "localhost.evil.com", "127.0.0.1.evil.com:80", "0.0.0.0", ""] {
+        let headers = format!("{JSON}Host: {host}\r\n");
+        chat(&headers).refused(403, "host_not_allowed", None);
+    }
+    for origin in ["https://evil.com", "null", "http://127.0.0.1@evil.com", "file://"] {
+        let headers = format!("{JSON}Origin: {origin}\r\n");
+        chat(&headers).refused(403, "origin_not_allowed", None);
+    }
+    chat("Content-Type: text/plain\r\n").refused(415, "unsupported_media_type", None);
+    chat("").refused(415, "unsupported_media_type", None);
+    server.raw(b"GET /health HTTP/1.0\r\n\r\n").refused(400, "invalid_host", None);
+    let two = "Host: localhost\r\nHost: evil.com\r\n";
+    server.request("GET", "/health", two, "").refused(400, "invalid_host", None);
+    let absolute =
+        "GET http://evil.com/metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    server.raw(absolute.as_bytes()).refused(403, "host_not_allowed", None);
+}
+
+#[test]
+fn every_route_but_health_needs_the_key() {
+    let server = Server::with(|http| http.api_key = Some("hat-secret-key".into()), |_| {});
+    let key = "Authorization: Bearer hat-secret-key\r\n";
+    let body = question(1).to_string();
+    let mut open = 0;
+    for (method, pattern) in routes() {
+        let path = pattern.replace("{*id}", "default");
+        let body = if method == "POST" { body.as_str() } else { "" };
+        if path == "/health" {
+            assert_eq!(server.request(method, &path, "", "").status, 200);
+            open += 1;
+            continue;
+        }
+        let long = format!("Authorization: Bearer {}\r\n", "k".repeat(8192));
+        for headers in [
+            "",
+            "Authorization: Bearer wrong\r\n",
+            "Authorization: Bearer hat-secret-ke\r\n",
+            "Authorization: Basic hat-secret-key\r\n",
+            "Authorization: hat-secret-key\r\n",
+            "X-Api-Key: hat-secret-key\r\n",
+            &long,
+            &format!("{key}{key}"),
+        ] {
+            let headers = format!("{JSON}{headers}");
+            let reply = server.request(method, &path, &headers, body);
+            let message = reply.refused(401, "invalid_api_key", None);
+            assert!(!message.contains("hat-secret"), "{message}");
+        }
+        let query = format!("{path}?api_key=hat-secret-key&key=hat-secret-key");
+        server.request(method, &query, JSON, body).refused(401, "invalid_api_key", None);
+        let answered = server.request(method, &path, &format!("{JSON}{key}"), body);
+        assert_ne!(answered.status, 401, "{method} {path}");
+    }
+    assert_eq!(open, 1);
+    for (method, path) in [("GET", "/"), ("GET", "/nothing"), ("DELETE", "/v1/models")] {
+        server.request(method, path, "", "").refused(401, "invalid_api_key", None);
+    }
+}
+
+#[test]
+fn unknown_paths_tricks_and_methods() {
+    let server = Server::start();
+    for path in [
+        "/",
+        "/v1",
+        "/v1/embeddings",
+        "/v1/../metrics",
+        "/v1/%2e%2e/metrics",
+        "//v1/models",
+        "/v1//models",
+        "/metrics/",
+        "/Health",
+        "/health%00",
+        "/v1/models/",
+    ] {
+        server.get(path).refused(404, "unknown_url", None);
+    }
+    for (method, path, allowed) in [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("OPTIONS", "/v1/completions", "POST"),
+        ("POST", "/health", "GET"),
+    ] {
+        let reply = server.request(method, path, "", "");
+        reply.refused(405, "method_not_allowed", None);
+        assert_eq!(reply.header("allow"), Some(allowed));
+    }
+}
+
+#[test]
+fn what_is_no_http_is_closed() {
+    let server = Server::start();
+    let canary = server.canary();
+    let huge =
+        format!("GET /health HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n", "x".repeat(100 << 10));
+    let many =
+        format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X: y\r\n".repeat(1000));
+    let cases: [(&[u8], u16); 9] = [
+        (b"HELO there\r\n\r\n", 400),
+        (b"GET /health\r\n\r\n", 400),
+        (b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+            400,
+        ),
+        (huge.as_bytes(), 431),
+        (many.as_bytes(), 431),
+    ];
+    for (bytes, status) in cases {
+        let reply = server.raw(bytes);
+        assert_eq!(reply.status, status, "{:?}: {reply:?}", String::from_utf8_lossy(bytes));
+    }
+    let chunk = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\
+         Transfer-Encoding: chunked\r\n\r\nzz\r\n{{}}\r\n0\r\n\r\n"
+    );
+    server.raw(chunk.as_bytes()).refused(400, "broken_body", None);
+    // Two lengths: the chunks count, and nothing after them is taken for a request.
+    let body = json!({"prompt": "x", "max_tokens": 1}).to_string();
+    let smuggled = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n{JSON}\
+         Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n\
+         GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        body.len()
+    );
+    let mut stream = server.connect();
+    stream.write_all(smuggled.as_bytes()).unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    assert!(!answer.contains("hat_http_requests_total"), "{answer}");
+    assert_eq!(server.canary(), canary);
+}
+
+#[test]
+fn bodies_are_bounded_in_size_and_time() {
+    let server = Server::with(
+        |http| {
+            http.limits.body_timeout = Duration::from_millis(300);
+            http.limits.head_timeout = Duration::from_millis(300);
+        },
+        |_| {},
+    );
+    let canary = server.canary();
+    let head = |length: &str| {
+        format!("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}{length}\r\n\r\n")
+    };
+    let announced = head("Content-Length: 4194305");
+    let reply = server.raw(announced.as_bytes());
+    reply.refused(413, "body_too_large", None);
+    assert_eq!(reply.header("connection"), Some("close"));
+    // Without a length the cap still holds.
+    let mut chunked = head("Transfer-Encoding: chunked").into_bytes();
+    for _ in 0..65 {
+        chunked.extend_from_slice(b"10000\r\n");
+        chunked.extend_from_slice(&[b' '; 0x10000]);
+        chunked.extend_from_slice(b"\r\n");
+    }
+    server.raw(&chunked).refused(413, "body_too_large", None);
+    // A body that never ends, a head that never ends.
+    let mut stream = server.connect();
+    stream.write_all(head("Content-Length: 10").as_bytes()).unwrap();
+    stream.write_all(b"{").unwrap();
+    Reply::read(&mut stream).refused(408, "body_timeout", None);
+    let mut stream = server.connect();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: loc").unwrap();
+    Reply::read(&mut stream).refused(408, "head_timeout", None);
+    // A connection that says nothing is closed without a word.
+    let mut stream = server.connect();
+    let mut nothing = Vec::new();
+    stream.read_to_end(&mut nothing).unwrap();
+    assert!(nothing.is_empty());
+    assert_eq!(server.canary(), canary);
+}
+
+#[test]
+fn a_connection_serves_one_request_after_the_other() {
+    let server = Server::start();
+    let mut stream = server.connect();
+    let text = request_text("GET", "/health", "", "").replace("Connection: close\r\n", "");
+    for _ in 0..3 {
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut reply = vec![0; 4096];
+        let read = stream.read(&mut reply).unwrap();
+        assert_eq!(Reply::parse(&reply[..read]).json()["status"], "ok");
+    }
+}
+
+#[test]
+fn other_machines_are_not_listened_to() {
+    let server = Server::start();
+    let refuse = |config: HttpConfig, word: &str| {
+        let error = HttpServer::start(server.engine.clone(), config).err().expect(word);
+        assert_eq!(error.kind(), ErrorKind::Input);
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refuse(HttpConfig::new("0.0.0.0:0".parse().unwrap()), "TLS");
+    let local = HttpConfig::new("127.0.0.1:0".parse().unwrap());
+    refuse(local.clone().api_key(""), "api_key");
+    refuse(local.api_key("two words"), "api_key");
+    // A taken port is an error, too.
+    let taken = HttpServer::start(server.engine.clone(), HttpConfig::new(server.address));
+    assert_eq!(taken.err().expect("taken").kind(), ErrorKind::Resource);
+}

@@ -1,0 +1,271 @@
+//! The OpenAI-compatible API over a real engine: a generated model, an in-process cloud, real
+//! sockets.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
+mod client;
+mod hostile;
+mod limits;
+
+use hat_engine::{Event, Request};
+use serde_json::{Value, json};
+
+use client::{Server, and, question};
+
+#[test]
+fn whole_and_streamed_answers_agree() {
+    let server = Server::start();
+    let whole = server.chat(&question(24));
+    assert_eq!(whole.status, 200, "{whole:?}");
+    let answer = whole.json();
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["model"], server.engine.model_name());
+    assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert!(answer["id"].as_str().unwrap().starts_with("chatcmpl-"));
+
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let streamed = server.chat(&and(question(24), options));
+    let events = streamed.events();
+    assert_eq!(streamed.streamed_text(0), whole.text(0));
+    assert_eq!(events[0]["object"], "chat.completion.chunk");
+    assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    let [.., finish, usage, done] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!(finish["choices"][0]["finish_reason"], "length");
+    assert_eq!(finish["choices"][0]["delta"], json!({}));
+    assert_eq!(finish["timings"]["predicted_n"], 24);
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"], answer["usage"]);
+    assert_eq!(done, "[DONE]");
+    for event in &events[..events.len() - 2] {
+        assert!(event["usage"].is_null() && event["id"] == events[0]["id"]);
+        assert!(event.as_object().unwrap().contains_key("usage"));
+    }
+
+    // Without the option there is no word about usage.
+    let events = server.chat(&and(question(4), json!({"stream": true}))).events();
+    assert!(events.iter().all(|event| event.get("usage").is_none()));
+}
+
+#[test]
+fn usage_counts_what_the_library_counts() {
+    let server = Server::start();
+    let request = Request::chat("Why is the sky blue?").max_tokens(9);
+    let mut generation = server.engine.generate(request).unwrap();
+    let prompt_tokens = generation.prompt_tokens();
+    let text: String = (&mut generation)
+        .map(|event| match event.unwrap() {
+            Event::Token { text, .. } | Event::Done { text, .. } => text,
+            _ => String::new(),
+        })
+        .collect();
+    let reply = server.chat(&question(9));
+    assert_eq!(reply.text(0), text);
+    let expected = json!({
+        "prompt_tokens": prompt_tokens, "completion_tokens": 9, "total_tokens": prompt_tokens + 9,
+    });
+    assert_eq!(reply.json()["usage"], expected);
+    assert_eq!(reply.json()["timings"]["prompt_n"], prompt_tokens);
+}
+
+#[test]
+fn completions_take_text_and_tokens() {
+    let server = Server::start();
+    let text = json!({"prompt": "abc", "max_tokens": 6, "logprobs": 2});
+    let reply = server.post("/v1/completions", &text).json();
+    assert_eq!(reply["object"], "text_completion");
+    let choice = &reply["choices"][0];
+    let logprobs = &choice["logprobs"];
+    for field in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(logprobs[field].as_array().unwrap().len(), 6, "{field}");
+    }
+    assert_eq!(logprobs["text_offset"][0], 0);
+    // Greedy: the chosen token is the likeliest.
+    let first = logprobs["tokens"][0].as_str().unwrap();
+    assert_eq!(logprobs["top_logprobs"][0][first], logprobs["token_logprobs"][0]);
+
+    let one = server.post("/v1/completions", &and(text, json!({"prompt": ["abc"]}))).json();
+    assert_eq!(one["choices"][0], *choice);
+
+    let tokens = vec![70, 80, 90];
+    let mut text = String::new();
+    for event in server.engine.generate(Request::tokens(tokens.clone()).max_tokens(6)).unwrap() {
+        if let Event::Token { text: more, .. } | Event::Done { text: more, .. } = event.unwrap() {
+            text.push_str(&more);
+        }
+    }
+    for prompt in [json!(tokens), json!([tokens])] {
+        let reply = server.post("/v1/completions", &json!({"prompt": prompt, "max_tokens": 6}));
+        assert_eq!(reply.json()["choices"][0]["text"], text);
+        assert_eq!(reply.json()["usage"]["prompt_tokens"], 3);
+    }
+
+    let body = json!({"prompt": "abc", "max_tokens": 6, "stream": true});
+    let events = server.post("/v1/completions", &body).events();
+    let streamed: String =
+        events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    assert_eq!(streamed, choice["text"].as_str().unwrap());
+    assert_eq!(events.last().unwrap(), "[DONE]");
+}
+
+#[test]
+fn chat_logprobs_are_those_of_the_tokens() {
+    let server = Server::start();
+    let body = and(question(5), json!({"logprobs": true, "top_logprobs": 3}));
+    let whole = server.chat(&body).json();
+    let entries = whole["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    assert_eq!(entries.len(), 5);
+    for entry in &entries {
+        assert_eq!(entry["top_logprobs"].as_array().unwrap().len(), 3);
+        assert_eq!(entry["top_logprobs"][0]["logprob"], entry["logprob"]);
+        assert!(entry["logprob"].as_f64().unwrap() <= 0.0);
+        assert!(entry["bytes"].is_array());
+    }
+    let events = server.chat(&and(body, json!({"stream": true}))).events();
+    let content = |event: &Value| event["choices"][0]["logprobs"]["content"].as_array().cloned();
+    let streamed: Vec<_> = events.iter().filter_map(content).flatten().collect();
+    assert_eq!(streamed, entries);
+}
+
+#[test]
+fn a_stop_string_ends_the_answer_and_is_no_part_of_it() {
+    let server = Server::start();
+    let text = server.chat(&question(40)).text(0);
+    let stop: String = text.chars().skip(text.chars().count() / 2).take(3).collect();
+    assert!(!stop.is_empty(), "the model says something");
+    let before = text.split(&stop).next().unwrap();
+    for stop in [json!(stop), json!(["never said", stop])] {
+        let body = and(question(40), json!({"stop": stop}));
+        let reply = server.chat(&body);
+        assert_eq!(reply.text(0), before);
+        assert_eq!(reply.json()["choices"][0]["finish_reason"], "stop");
+        let streamed = server.chat(&and(body, json!({"stream": true})));
+        assert_eq!(streamed.streamed_text(0), before);
+    }
+}
+
+#[test]
+fn a_seed_fixes_the_answer_and_choices_differ() {
+    let server = Server::start();
+    let ask = |more| server.chat(&and(question(20), more));
+    let seeded = json!({"temperature": 2.0, "seed": 42});
+    let first = ask(seeded.clone()).text(0);
+    assert_eq!(ask(seeded.clone()).text(0), first);
+    assert_ne!(ask(json!({"temperature": 2.0, "seed": 43})).text(0), first);
+    assert_ne!(ask(json!({"temperature": 2.0})).text(0), ask(json!({"temperature": 2.0})).text(0));
+
+    let both = ask(and(seeded.clone(), json!({"n": 2})));
+    assert_eq!(both.text(0), first, "choice 0 is the answer to n = 1");
+    assert_ne!(both.text(1), first);
+    let usage = &both.json()["usage"];
+    assert_eq!(usage["completion_tokens"], 40);
+    let streamed = ask(and(seeded, json!({"n": 2, "stream": true})));
+    assert_eq!(streamed.streamed_text(0), first);
+    assert_eq!(streamed.streamed_text(1), both.text(1));
+}
+
+#[test]
+fn sampler_fields_reach_the_sampler() {
+    let server = Server::start();
+    let greedy = server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 8}));
+    let text = |more| {
+        let body = and(json!({"prompt": "x", "max_tokens": 8, "seed": 5}), more);
+        let reply = server.post("/v1/completions", &body);
+        reply.json()["choices"][0]["text"].clone()
+    };
+    let greedy = greedy.json()["choices"][0]["text"].clone();
+    assert_eq!(text(json!({"temperature": 0})), greedy);
+    assert_ne!(text(json!({"temperature": 5})), greedy);
+    // Each filter alone brings a hot sampler back to the likeliest token.
+    for filter in [json!({"top_k": 1}), json!({"top_p": 0.0}), json!({"min_p": 1.0})] {
+        assert_eq!(text(and(json!({"temperature": 5}), filter.clone())), greedy, "{filter}");
+    }
+    let prompt = json!({"prompt": [70], "max_tokens": 1, "logprobs": 1});
+    let likeliest = server.engine.generate(Request::tokens(vec![70]).max_tokens(1)).unwrap();
+    let token = likeliest.map(Result::unwrap).find_map(|event| match event {
+        Event::Token { token, .. } => Some(token),
+        _ => None,
+    });
+    let token = token.unwrap();
+    let bias = json!({"logit_bias": {token.to_string(): -100}});
+    let banned = server.post("/v1/completions", &and(prompt.clone(), bias)).json();
+    let plain = server.post("/v1/completions", &prompt).json();
+    let chosen = |reply: &Value| reply["choices"][0]["logprobs"]["token_logprobs"][0].clone();
+    assert!(chosen(&banned).as_f64() < chosen(&plain).as_f64(), "another token was chosen");
+}
+
+#[test]
+fn two_streams_at_once_do_not_touch_each_other() {
+    let server = Server::start();
+    let bodies = [
+        and(question(60), json!({"stream": true})),
+        and(question(60), json!({"stream": true, "temperature": 1.5, "seed": 3})),
+    ];
+    let alone = bodies.each_ref().map(|body| server.chat(body).streamed_text(0));
+    assert_ne!(alone[0], alone[1]);
+    let together = std::thread::scope(|scope| {
+        let threads =
+            bodies.each_ref().map(|body| scope.spawn(|| server.chat(body).streamed_text(0)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    assert_eq!(together, alone);
+}
+
+#[test]
+fn models_health_ready_and_metrics_answer() {
+    let server = Server::start();
+    let name = server.engine.model_name();
+    let models = server.get("/v1/models").json();
+    assert_eq!(models["data"][0]["id"], name);
+    assert_eq!(server.get(&format!("/v1/models/{name}")).json(), models["data"][0]);
+    assert_eq!(server.get("/v1/models/default").json(), models["data"][0]);
+    server.get("/v1/models/other").refused(404, "model_not_found", None);
+    assert_eq!(server.get("/health").json()["status"], "ok");
+    assert!(server.engine.wait_connected(std::time::Duration::from_secs(10)));
+    assert_eq!(server.get("/ready").json()["status"], "ready");
+
+    server.chat(&question(4));
+    server.chat(&json!({"messages": []}));
+    let chat = "hat_http_requests_total{route=\"/v1/chat/completions\",status=";
+    assert_eq!(server.metric(&format!("{chat}\"200\"}}")), 1.0);
+    assert_eq!(server.metric(&format!("{chat}\"400\"}}")), 1.0);
+    assert_eq!(server.metric("hat_rejected_total{reason=\"invalid_value\"}"), 1.0);
+    assert_eq!(server.metric("hat_cloud_connected"), 1.0);
+    assert_eq!(server.metric("hat_http_answers_in_flight"), 0.0);
+    assert_eq!(server.metric("hat_tokens_predicted_total"), 4.0);
+    assert_eq!(server.metric("hat_ttft_seconds_count"), 1.0);
+    assert!(server.metric("hat_ttft_seconds{quantile=\"0.5\"}") > 0.0);
+    assert!(server.metric("hat_bytes_up_total") > 0.0);
+
+    // What a scraper insists on: a family is declared once, and above its samples.
+    let text = server.get("/metrics").body;
+    let mut families = std::collections::HashSet::new();
+    for line in text.lines() {
+        if let Some(family) = line.strip_prefix("# TYPE ") {
+            let name = family.split(' ').next().unwrap();
+            assert!(families.insert(name), "{name} twice");
+        } else if !line.starts_with('#') {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let base = name.trim_end_matches("_sum").trim_end_matches("_count");
+            assert!(families.contains(base), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_cloud_that_is_away_is_said_so() {
+    let server = Server::with(
+        |_| {},
+        |engine| {
+            *engine = engine.clone().cloud("127.0.0.1:1");
+            engine.reconnect = std::time::Duration::from_millis(300);
+        },
+    );
+    assert_eq!(server.get("/health").status, 200);
+    let ready = server.get("/ready");
+    ready.refused(503, "cloud_unavailable", None);
+    assert!(ready.header("retry-after").is_some());
+    server.chat(&question(4)).refused(503, "cloud_unavailable", None);
+    // A stream, too, has a status of its own as long as nothing was sent.
+    let streamed = server.chat(&and(question(4), json!({"stream": true})));
+    streamed.refused(503, "cloud_unavailable", None);
+}
