@@ -1,0 +1,121 @@
+//! Cuts a model into the two bundles of a device and a cloud.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+use hat_engine::pull;
+use hat_loader::{BundleOptions, Report, RoleReport, Weights};
+
+/// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
+/// tokenizer; OUT/cloud gets the layers between.
+#[derive(Parser)]
+#[command(name = "hat-split", version)]
+struct Args {
+    /// A Hugging Face directory, a .gguf file, or `default`.
+    model: String,
+    /// Decoder layers at the device, in front of the cloud's.
+    #[arg(long, default_value_t = 2)]
+    split_layer: usize,
+    /// Decoder layers at the device, behind the cloud's.
+    #[arg(long, default_value_t = 0)]
+    tail_layers: usize,
+    /// Type of the matrices.
+    #[arg(long, value_enum, default_value_t = WeightsArg::Keep)]
+    weights: WeightsArg,
+    /// The directory to write; it must not exist or be empty.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Print what each side holds.
+    #[arg(long)]
+    report: bool,
+    /// Print the report as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// See [`Weights`].
+#[derive(Clone, Copy, ValueEnum)]
+enum WeightsArg {
+    /// As in the model, bit for bit.
+    Keep,
+    /// All f16.
+    F16,
+    /// At most eight bits.
+    Q8,
+    /// At most four bits; embedding and LM head eight.
+    Q4,
+}
+
+impl From<WeightsArg> for Weights {
+    fn from(arg: WeightsArg) -> Self {
+        match arg {
+            WeightsArg::Keep => Self::Keep,
+            WeightsArg::F16 => Self::F16,
+            WeightsArg::Q8 => Self::Q8,
+            WeightsArg::Q4 => Self::Q4,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-split: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let path = PathBuf::from(&args.model);
+    let path = if args.model == "default" && !path.exists() {
+        pull::default_model(&pull::cache_dir()?)?
+    } else {
+        path
+    };
+    let options = BundleOptions {
+        split_layer: args.split_layer,
+        tail_layers: args.tail_layers,
+        weights: args.weights.into(),
+    };
+    let report = pull::split(&path, options, &args.out)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else if args.report {
+        print_report(&report);
+    } else {
+        println!("{} is split into {}", report.model_name, args.out.display());
+    }
+    Ok(())
+}
+
+fn print_report(report: &Report) {
+    println!("model          {}", report.model_name);
+    println!("model id       {}", report.model_id);
+    println!(
+        "split          {} layers: {} first and {} last at the device",
+        report.num_hidden_layers, report.split_layer, report.tail_layers
+    );
+    println!(
+        "on the wire    {} bytes a row in f16, each way (hidden_size {})",
+        report.row_bytes_f16, report.hidden_size
+    );
+    print_role("device", "embedding, final norm, LM head, tokenizer", &report.device);
+    print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud);
+}
+
+fn print_role(name: &str, holds: &str, role: &RoleReport) {
+    let layers: Vec<String> =
+        role.layers.iter().map(|[start, end]| format!("{start}..{end}")).collect();
+    let layers = if layers.is_empty() { "none".to_owned() } else { layers.join(" and ") };
+    println!("\n{name}: {} bytes", role.bytes);
+    println!("  holds        layers {layers}; {holds}");
+    let types: Vec<String> =
+        role.bytes_by_dtype.iter().map(|(dtype, bytes)| format!("{dtype} {bytes}")).collect();
+    println!("  tensors      {}: {} bytes", role.tensors, types.join(", "));
+    for (file, bytes) in &role.files {
+        println!("  {file:<22} {bytes:>12}");
+    }
+}

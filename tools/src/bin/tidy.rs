@@ -1,2 +1,0 @@
-//! The tree's own style check.
-fn main() {}

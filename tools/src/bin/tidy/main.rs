@@ -1,0 +1,106 @@
+//! The tree's own style check: what `docs/STYLE.md` and `docs/ARCHITECTURE.md` promise and a
+//! machine can see. `cargo run -p hat-tools --bin tidy [ROOT]` prints `file:line: reason` for each
+//! finding and exits 1 if there is one.
+//!
+//! - [`source`] reads Rust as far as needed: comments and strings apart from code, modules,
+//!   functions, parts that are tests.
+//! - [`rules`] is the table: words, where they may stand, why not elsewhere. Change it together
+//!   with `docs/ARCHITECTURE.md`.
+//! - [`code`] applies the table and the sizes to Rust files; [`modules`] finds files that no
+//!   crate reaches; [`prose`] looks at documents, links, hosts and paths.
+
+mod code;
+mod modules;
+mod prose;
+mod rules;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+/// All text files of the tree, by path from its root with `/` between names.
+type Tree = BTreeMap<String, String>;
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Finding {
+    file: String,
+    /// From 1; 0 for the file as a whole.
+    line: usize,
+    reason: String,
+}
+
+impl Finding {
+    fn new(file: &str, line: usize, reason: impl Into<String>) -> Self {
+        Self { file: file.to_owned(), line, reason: reason.into() }
+    }
+}
+
+fn main() -> ExitCode {
+    let root = match std::env::args_os().nth(1) {
+        Some(root) => PathBuf::from(root),
+        // The tools' manifest stands one below the root.
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".."),
+    };
+    let tree = match read(&root) {
+        Ok(tree) => tree,
+        Err(error) => {
+            eprintln!("{}: {error}", root.display());
+            return ExitCode::from(2);
+        }
+    };
+    let findings = check(&tree);
+    for Finding { file, line, reason } in &findings {
+        println!("{file}:{line}: {reason}");
+    }
+    if findings.is_empty() {
+        println!("tidy: {} files, nothing to say", tree.len());
+        return ExitCode::SUCCESS;
+    }
+    println!("tidy: {} findings", findings.len());
+    ExitCode::FAILURE
+}
+
+/// Every rule over every file, in order of file and line.
+fn check(tree: &Tree) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let modules = modules::Modules::find(tree, &mut findings);
+    for (file, text) in tree {
+        if file.ends_with(".rs") {
+            code::check(file, text, &modules, &mut findings);
+        }
+        prose::check(file, text, tree, &mut findings);
+    }
+    prose::check_documents(tree, &mut findings);
+    findings.sort();
+    findings.dedup();
+    findings
+}
+
+/// The files that git knows or would add, as far as they are text.
+fn read(root: &Path) -> std::io::Result<Tree> {
+    let listed = Command::new("git")
+        .arg("-C")
+        .arg(root)
+        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+        .output()?;
+    if !listed.status.success() {
+        return Err(std::io::Error::other(String::from_utf8_lossy(&listed.stderr)));
+    }
+    let mut tree = Tree::new();
+    for name in listed.stdout.split(|&byte| byte == 0) {
+        let name = String::from_utf8_lossy(name).into_owned();
+        // Deleted but not yet staged files are listed too, and folders for submodules.
+        let path = root.join(&name);
+        if name.is_empty() || !path.is_file() {
+            continue;
+        }
+        if let Ok(text) = String::from_utf8(std::fs::read(path)?) {
+            tree.insert(name, text);
+        }
+    }
+    Ok(tree)
+}

@@ -1,0 +1,144 @@
+//! Rules on all text: documents that must be there, paths and links that must lead somewhere,
+//! hosts and machine paths that must not be named.
+
+use crate::code::check_lines;
+use crate::modules::normal;
+use crate::rules::{GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, TOP};
+use crate::source::line_of;
+use crate::{Finding, Tree, code};
+
+/// Lock files and the like are not written by us.
+const NOT_OURS: &[&str] = &["Cargo.lock", "LICENSE-APACHE", "LICENSE-MIT"];
+/// Data for tests: texts of others.
+const DATA: &[&str] = &[".json", ".jsonl", ".txt"];
+
+pub(crate) fn check(file: &str, text: &str, tree: &Tree, findings: &mut Vec<Finding>) {
+    if NOT_OURS.contains(&file) || code::is_in(file, GENERATED) {
+        return;
+    }
+    check_lines(file, text, findings);
+    if DATA.iter().any(|end| file.ends_with(end)) {
+        return;
+    }
+    let mut report = |offset: usize, reason: String| {
+        findings.push(Finding::new(file, line_of(text, offset), reason));
+    };
+    for (offset, host) in hosts(text) {
+        if !HOSTS.contains(&host) {
+            report(
+                offset,
+                format!("host `{host}` is not on tidy's list: name what is there, not where"),
+            );
+        }
+    }
+    for registry in REGISTRIES {
+        for (offset, _) in text.match_indices(registry) {
+            report(offset, format!("`{registry}`: name the package, not its registry's host"));
+        }
+    }
+    for start in MACHINE_PATHS {
+        for (offset, _) in text.match_indices(start) {
+            let before = text[..offset].chars().next_back();
+            if before.is_none_or(|c| !c.is_alphanumeric() && !"_-.~}/".contains(c)) {
+                report(offset, format!("`{start}..` exists on one machine only"));
+            }
+        }
+    }
+    if file.ends_with(".md") {
+        check_links(file, text, tree, &mut report);
+    }
+}
+
+/// `scheme://host` of each URL that names a host.
+fn hosts(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.match_indices("://").filter_map(|(at, _)| {
+        let scheme = text[..at].rsplit(|c: char| !c.is_ascii_alphanumeric()).next()?;
+        let rest = &text[at + 3..];
+        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || ".-[]:".contains(c)));
+        let host = &rest[..end.unwrap_or(rest.len())];
+        let bracket = host.starts_with('[').then(|| host.find(']').map(|end| end + 1)).flatten();
+        let host = &host[..bracket.or_else(|| host.find(':')).unwrap_or(host.len())];
+        let host = host.trim_end_matches('.');
+        let named = ["http", "https", "git", "ssh", "ftp"].contains(&scheme) && !host.is_empty();
+        named.then_some((at, host))
+    })
+}
+
+/// Links to files, and paths of ours in backticks, lead somewhere.
+fn check_links(file: &str, text: &str, tree: &Tree, report: &mut impl FnMut(usize, String)) {
+    let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let exists = |path: &str| {
+        let below = format!("{}/", path.trim_end_matches('/'));
+        tree.contains_key(path) || tree.keys().any(|file| file.starts_with(&below))
+    };
+    for (at, _) in text.match_indices("](") {
+        let Some((target, _)) = text[at + 2..].split_once(')') else {
+            continue;
+        };
+        let path = target.split(['#', ' ']).next().unwrap_or_default();
+        if path.is_empty() || target.contains("://") {
+            continue;
+        }
+        if !exists(&normal(&format!("{folder}/{path}"))) {
+            report(at, format!("link to `{path}`: there is no such file"));
+        }
+    }
+    let mut offset = 0;
+    for (index, span) in text.split('`').enumerate() {
+        if index % 2 == 1 && TOP.iter().any(|top| span.starts_with(top)) {
+            for path in expand(span.split(':').next().unwrap_or_default()) {
+                if !path.contains(['*', ' ', '<', '$']) && !exists(&path) {
+                    report(offset, format!("`{path}`: there is no such file"));
+                }
+            }
+        }
+        offset += span.len() + 1;
+    }
+}
+
+/// `a/{b,c}.rs` is `a/b.rs` and `a/c.rs`.
+fn expand(path: &str) -> Vec<String> {
+    let parts = path
+        .split_once('{')
+        .and_then(|(front, rest)| rest.split_once('}').map(|(list, back)| (front, list, back)));
+    match parts {
+        None => vec![path.to_owned()],
+        Some((front, list, back)) => {
+            list.split(',').flat_map(|item| expand(&format!("{front}{item}{back}"))).collect()
+        }
+    }
+}
+
+/// Rules on the tree as a whole.
+pub(crate) fn check_documents(tree: &Tree, findings: &mut Vec<Finding>) {
+    for file in REQUIRED {
+        if !tree.contains_key(*file) {
+            findings.push(Finding::new(file, 0, "this file is missing"));
+        }
+    }
+    let readme = tree.get("README.md").map_or("", String::as_str);
+    for command in README_COMMANDS {
+        if !readme.contains(command) {
+            findings.push(Finding::new(
+                "README.md",
+                0,
+                format!("the command `{command}` is missing"),
+            ));
+        }
+    }
+    let leaves = [
+        ("loader/Cargo.toml", ["hat-transport", "hat-engine", "hat-cuda"]),
+        ("transport/Cargo.toml", ["hat-loader", "hat-engine", "hat-cuda"]),
+        ("cuda/Cargo.toml", ["hat-loader", "hat-engine", "hat-transport"]),
+    ];
+    for (file, others) in leaves {
+        let manifest = tree.get(file).map_or("", String::as_str);
+        for (number, line) in manifest.lines().enumerate() {
+            if let Some(other) = others.iter().find(|other| line.trim_start().starts_with(**other))
+            {
+                let reason = format!("{other}: the three leaf crates don't know each other");
+                findings.push(Finding::new(file, number + 1, reason));
+            }
+        }
+    }
+}
