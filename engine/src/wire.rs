@@ -154,6 +154,11 @@ pub fn listen(
         .map_err(|error| Error::io(format!("listening at {}", config.listen), error))?;
     let mut endpoint_config = EndpointConfig::new(hello);
     endpoint_config.connections_max = config.limits.connections_max as usize;
+    // A chunk is held until it runs; a window below one chunk would never see its end.
+    let row_bytes = Codec::F32.row_bytes(hello.hidden_size as usize) + 4;
+    let chunk_bytes = (config.limits.step_rows_max as usize).saturating_mul(row_bytes);
+    let two_chunks = u32::try_from(chunk_bytes.saturating_mul(2)).unwrap_or(1 << 30).min(1 << 30);
+    endpoint_config.window_bytes = endpoint_config.window_bytes.max(two_chunks);
     let endpoint = Endpoint::new(link, clock, endpoint_config);
     let address = endpoint.local_address().unwrap_or(config.listen);
     Ok((endpoint, address))

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
 use hat_engine::options::{ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::TinyModel;
@@ -129,6 +130,34 @@ fn the_context_ends_an_answer() {
     let engine = Engine::open(config).unwrap();
     let metrics = collect(&engine, Request::tokens(long_prompt(40)).ignore_eos());
     assert_eq!(metrics.token_ids.len(), 10);
+}
+
+/// A model whose step ends its thread.
+struct Broken;
+
+impl MiddleForward for Broken {
+    fn describe(&self) -> String {
+        "broken".into()
+    }
+
+    fn forward(&mut self, _: &mut MiddleStep) {
+        panic!("planted");
+    }
+}
+
+#[test]
+fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
+    let bundles = Bundles::generated(1, 0);
+    let config = CloudConfig::new(bundles.path.join("cloud"));
+    let half = hat_loader::Bundle::open(&config.bundle).unwrap();
+    let pages = pool_pages(&config);
+    let cloud = Cloud::serve(config, &half, Box::new(Broken), pages).unwrap();
+    let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
+    let start = Instant::now();
+    let error = first_error(&engine, Request::chat("Hello"));
+    assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    cloud.join();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use hat_transport::clock::Clock;
 use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
@@ -125,8 +125,14 @@ impl Io {
             for event in events.drain(..) {
                 self.take(event);
             }
-            while let Ok(job) = self.start.from_step.try_recv() {
-                self.finish(job);
+            loop {
+                match self.start.from_step.try_recv() {
+                    Ok(job) => self.finish(job),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        return Err(std::io::Error::other("the step thread has ended"));
+                    }
+                }
             }
             self.flush_outbox();
             self.plan();

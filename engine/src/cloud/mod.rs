@@ -102,6 +102,9 @@ impl Cloud {
         };
         let step_waker = waker.clone();
         let step_thread = spawn("hat-cloud-step", move || {
+            // Dropped in this order: the queue first, so that the io thread wakes to its end.
+            let _wake = step::WakeAtEnd(step_waker.clone());
+            let done = done;
             lower_priority();
             step::run_steps(model.as_mut(), &jobs, &done, &step_waker, clock.as_ref());
         })?;

@@ -63,6 +63,15 @@ impl Job {
     }
 }
 
+/// Wakes the io thread when the step thread ends, however it ends.
+pub(super) struct WakeAtEnd(pub(super) Waker);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}
+
 /// The step thread: runs what comes, wakes the io thread, until the queue closes.
 pub(super) fn run_steps(
     model: &mut dyn MiddleForward,

@@ -399,6 +399,7 @@ impl Device {
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened) => {
                 self.actives[index].phase = Phase::Open;
+                self.actives[index].deadline = None;
                 Ok(())
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
