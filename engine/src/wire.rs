@@ -19,7 +19,7 @@ use crate::config::{CloudConfig, EngineConfig};
 use crate::pack::Codec;
 use crate::sequence::PENDING_ROWS_MAX;
 
-/// The arithmetic of the CPU backends, as specified in `docs/ARCHITECTURE.md`.
+/// The arithmetic of the CPU backends, as specified in `docs/ARITHMETIC.md`.
 pub const ARITHMETIC_ID: u32 = 1;
 /// K and V are stored as f16.
 pub const KV_TYPE_F16: u8 = KV_F16;

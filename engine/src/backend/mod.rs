@@ -2,7 +2,7 @@
 //!
 //! Activations are f32 rows. Which rows attend to what is an [`AttendPlan`]; where K and V live is
 //! the backend's [`Backend::Kv`], in pages of [`PAGE_SIZE`] rows. The arithmetic that every CPU
-//! backend reproduces to the bit is written in `docs/ARCHITECTURE.md` under its arithmetic id.
+//! backend reproduces to the bit is written in `docs/ARITHMETIC.md` under its arithmetic id.
 
 pub mod cpu;
 pub mod reference;

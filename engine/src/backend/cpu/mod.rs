@@ -4,7 +4,7 @@
 //! alone. Vector lanes run along outputs (columns, keys, dimensions); where they run along a sum
 //! (norms, weights of attention), the lanes and the order of adding them up are fixed too. So the
 //! level of the instruction set, the number of threads, the rows of a batch and the pages of a
-//! sequence can't change a bit. `docs/ARCHITECTURE.md` writes the arithmetic down.
+//! sequence can't change a bit. `docs/ARITHMETIC.md` writes the arithmetic down.
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
