@@ -6,7 +6,6 @@ mod support;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -14,11 +13,8 @@ use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
 use hat_engine::options::{ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::TinyModel;
-use hat_transport::clock::SystemClock;
-use hat_transport::frame::{Kind, Priority};
-use hat_transport::link::LinkKind;
-use hat_transport::message::{Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
-use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
+use hat_transport::message::{RowsHead, SessionErrorCode};
+use support::hand::{HIDDEN, Hand, chain};
 use support::{Bundles, collect, long_prompt};
 
 fn cloud(bundles: &Bundles) -> Cloud {
@@ -223,103 +219,12 @@ fn a_stranger_at_the_port_is_sent_away() {
     assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
 }
 
-/// A device that speaks the protocol and lies about rows.
-struct Liar {
-    endpoint: Endpoint,
-    connection: ConnectionId,
-}
-
-const HIDDEN: usize = 64;
-
-impl Liar {
-    fn connect(bundles: &Bundles, cloud: &Cloud) -> Self {
-        let bundle = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
-        let hello = Hello {
-            model_id: *bundle.model_id().as_bytes(),
-            arithmetic_id: 1,
-            hidden_size: u32::try_from(HIDDEN).unwrap(),
-            entry_layer: 1,
-            exit_layer: 4,
-            codecs: 3,
-            kv_type: 1,
-            ..Hello::new(Role::Device)
-        };
-        let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
-        let clock = Arc::new(SystemClock);
-        let mut endpoint = Endpoint::new(link, clock, EndpointConfig::new(hello));
-        let connection = endpoint.dial(cloud.address());
-        let mut liar = Self { endpoint, connection };
-        liar.until(|event| matches!(event, Event::Up { .. }).then_some(()));
-        liar
-    }
-
-    fn until<T>(&mut self, mut wanted: impl FnMut(&Event) -> Option<T>) -> T {
-        let start = Instant::now();
-        let mut events = Vec::new();
-        loop {
-            self.endpoint.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
-            if let Some(found) = events.drain(..).find_map(|event| wanted(&event)) {
-                return found;
-            }
-            assert!(start.elapsed() < Duration::from_secs(5), "no answer");
-        }
-    }
-
-    fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
-        let mut open = Open {
-            entry_layer: 1,
-            exit_layer: 4,
-            codec: 0,
-            kv_type: 1,
-            arithmetic_id: 1,
-            rows_max: 100,
-        };
-        change(&mut open);
-        self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
-    }
-
-    fn rows(&mut self, session: u32, head: &RowsHead, parents: &[u32], payload: &[u8]) {
-        let bytes = head.payload_start() + payload.len();
-        let mut body = self.endpoint.buffer(bytes).unwrap();
-        let start = head.encode(parents, body.body_mut());
-        body.body_mut()[start..].copy_from_slice(payload);
-        let (connection, priority) = (self.connection, Priority::Prompt);
-        self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
-    }
-
-    /// The code and text that end `session`.
-    fn error(&mut self, session: u32) -> (SessionErrorCode, String) {
-        self.until(|event| {
-            let Event::Frame { frame, .. } = event else { return None };
-            match Message::decode(frame.kind, &frame.body) {
-                Ok(Message::SessionError(error)) if frame.session == session => {
-                    Some((error.code, error.text.to_owned()))
-                }
-                _ => None,
-            }
-        })
-    }
-}
-
-fn chain(first_id: u32, count: u16, parent: u32) -> RowsHead {
-    RowsHead {
-        first_id,
-        count,
-        tree: false,
-        more: false,
-        decided: true,
-        want: Want::Last,
-        parent,
-        commit: 0,
-    }
-}
-
 #[test]
 fn lies_end_the_liars_session_and_nobody_elses() {
     let bundles = Bundles::generated(1, 0);
     let cloud = cloud(&bundles);
     let before = canary(&bundles, &cloud);
-    let mut liar = Liar::connect(&bundles, &cloud);
+    let mut liar = Hand::connect(&bundles, &cloud);
     let row = vec![0u8; HIDDEN * 4];
     use SessionErrorCode as Code;
 

@@ -1,6 +1,8 @@
 //! What several test binaries need: generated bundles, prompts, and answers read to the end.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod hand;
+
 use std::path::PathBuf;
 
 use hat_engine::{Engine, Event, Metrics, Request};

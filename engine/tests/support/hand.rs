@@ -1,0 +1,122 @@
+//! A device that speaks the protocol by hand, truthfully or not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hat_engine::Cloud;
+use hat_transport::clock::SystemClock;
+use hat_transport::frame::{Kind, Priority};
+use hat_transport::link::LinkKind;
+use hat_transport::message::{Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
+
+use super::Bundles;
+
+/// A device without an engine.
+pub struct Hand {
+    endpoint: Endpoint,
+    connection: ConnectionId,
+}
+
+/// Width of the generated model's rows.
+pub const HIDDEN: usize = 64;
+
+impl Hand {
+    pub fn connect(bundles: &Bundles, cloud: &Cloud) -> Self {
+        let bundle = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
+        let hello = Hello {
+            model_id: *bundle.model_id().as_bytes(),
+            arithmetic_id: 1,
+            hidden_size: u32::try_from(HIDDEN).unwrap(),
+            entry_layer: 1,
+            exit_layer: 4,
+            codecs: 3,
+            kv_type: 1,
+            ..Hello::new(Role::Device)
+        };
+        let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
+        let clock = Arc::new(SystemClock);
+        let mut endpoint = Endpoint::new(link, clock, EndpointConfig::new(hello));
+        let connection = endpoint.dial(cloud.address());
+        let mut hand = Self { endpoint, connection };
+        hand.until(|event| matches!(event, Event::Up { .. }).then_some(()));
+        hand
+    }
+
+    pub fn until<T>(&mut self, mut wanted: impl FnMut(&Event) -> Option<T>) -> T {
+        let start = Instant::now();
+        let mut events = Vec::new();
+        loop {
+            self.endpoint.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
+            if let Some(found) = events.drain(..).find_map(|event| wanted(&event)) {
+                return found;
+            }
+            assert!(start.elapsed() < Duration::from_secs(5), "no answer");
+        }
+    }
+
+    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
+        let mut open = Open {
+            entry_layer: 1,
+            exit_layer: 4,
+            codec: 0,
+            kv_type: 1,
+            arithmetic_id: 1,
+            rows_max: 100,
+        };
+        change(&mut open);
+        self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
+    }
+
+    pub fn rows(&mut self, session: u32, head: &RowsHead, parents: &[u32], payload: &[u8]) {
+        let bytes = head.payload_start() + payload.len();
+        let mut body = self.endpoint.buffer(bytes).unwrap();
+        let start = head.encode(parents, body.body_mut());
+        body.body_mut()[start..].copy_from_slice(payload);
+        let (connection, priority) = (self.connection, Priority::Prompt);
+        self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
+    }
+
+    /// The next `count` output rows of `session`: ids and bytes.
+    pub fn outputs(&mut self, session: u32, count: usize) -> Vec<(u32, Vec<u8>)> {
+        let mut rows = Vec::new();
+        self.until(|event| {
+            let Event::Frame { frame, .. } = event else { return None };
+            if let Ok(Message::Output(output)) = Message::decode(frame.kind, &frame.body)
+                && frame.session == session
+            {
+                let payload = output.payload.chunks_exact(HIDDEN * 4).map(<[u8]>::to_vec);
+                rows.extend(output.ids.iter().zip(payload));
+            }
+            (rows.len() >= count).then_some(())
+        });
+        rows
+    }
+
+    /// The code and text that end `session`.
+    pub fn error(&mut self, session: u32) -> (SessionErrorCode, String) {
+        self.until(|event| {
+            let Event::Frame { frame, .. } = event else { return None };
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::SessionError(error)) if frame.session == session => {
+                    Some((error.code, error.text.to_owned()))
+                }
+                _ => None,
+            }
+        })
+    }
+}
+
+/// Decided rows, of which the last is to come back.
+pub fn chain(first_id: u32, count: u16, parent: u32) -> RowsHead {
+    RowsHead {
+        first_id,
+        count,
+        tree: false,
+        more: false,
+        decided: true,
+        want: Want::Last,
+        parent,
+        commit: 0,
+    }
+}
