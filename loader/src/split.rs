@@ -22,7 +22,7 @@ pub enum Submodel {
     Output,
 }
 
-/// One of the two sides, as in DESIGN: each has a bundle of its own.
+/// One of the two sides; each has a bundle of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
