@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use hat_benches::{Limits, Timing, time};
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
-use hat_engine::backend::{AttendPlan, AttendShape, Backend, KvShape, PAGE_SIZE, Write};
+use hat_engine::backend::{
+    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, Write,
+};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 const BUDGET: Duration = Duration::from_millis(250);
@@ -199,7 +201,7 @@ fn attend(b: &mut CpuBackend, report: &Report) {
 
 fn elementwise(b: &mut CpuBackend, report: &Report) {
     let (rows, columns) = (512, 1536);
-    let (mut x, up) = (buffer(b, rows, columns), buffer(b, rows, columns));
+    let mut x = buffer(b, rows, columns);
     let (weight, mut out) = (ones(b, columns), buffer(b, rows, columns));
     if report.wants("rms_norm") {
         let timing = time(BUDGET, || b.rms_norm(rows, &x, &weight, 1e-5, &mut out));
@@ -207,14 +209,6 @@ fn elementwise(b: &mut CpuBackend, report: &Report) {
             &format!("rms_norm {rows} x {columns}"),
             timing,
             Bound::Bytes(rows * columns * 8),
-        );
-    }
-    if report.wants("silu_mul") {
-        let timing = time(BUDGET, || b.silu_mul(rows, &mut x, &up));
-        report.line(
-            &format!("silu_mul {rows} x {columns}"),
-            timing,
-            Bound::Bytes(rows * columns * 12),
         );
     }
     if report.wants("quantise") {
@@ -286,7 +280,7 @@ fn model(b: &mut CpuBackend, report: &Report) {
             b.kv(KvShape { layers, pages: 16, kv_heads: 3, head_dim: 64 }).expect("memory");
         let [mut x, mut n, mut q, mut a] = [(); 4].map(|()| buffer(b, rows, hidden));
         let [mut k, mut v] = [(); 2].map(|()| buffer(b, rows, kv_width));
-        let [mut gate, mut up] = [(); 2].map(|()| buffer(b, rows, inner));
+        let mut gated = buffer(b, rows, inner);
         let (mut angles, tokens) = (buffer(b, rows, 64), vec![7; rows]);
         // Prefill needs the logits of the last row alone.
         let head_rows = if rows > 16 { 1 } else { rows };
@@ -296,17 +290,15 @@ fn model(b: &mut CpuBackend, report: &Report) {
             b.rope_angles(plan.positions, &inv_freq, &mut angles);
             for (layer, w) in weights.iter().enumerate() {
                 b.rms_norm(rows, &x, &norm, 1e-5, &mut n);
-                b.linear(rows, &n, &w.q, None, Write::Store, &mut q);
-                b.linear(rows, &n, &w.k, None, Write::Store, &mut k);
-                b.linear(rows, &n, &w.v, None, Write::Store, &mut v);
+                let qkv = [(&w.q, &mut q), (&w.k, &mut k), (&w.v, &mut v)];
+                let qkv = qkv.map(|(weight, out)| LinearInto { weight, bias: None, out });
+                b.linear_each(rows, &n, qkv);
                 b.rope_append(&plan, &shape, layer, &angles, &mut q, &mut k, &v, &mut kv);
                 b.attend(&plan, &shape, layer, &q, &kv, &mut a);
                 b.linear(rows, &a, &w.o, None, Write::Add, &mut x);
                 b.rms_norm(rows, &x, &norm, 1e-5, &mut n);
-                b.linear(rows, &n, &w.gate, None, Write::Store, &mut gate);
-                b.linear(rows, &n, &w.up, None, Write::Store, &mut up);
-                b.silu_mul(rows, &mut gate, &up);
-                b.linear(rows, &gate, &w.down, None, Write::Add, &mut x);
+                b.swiglu(rows, &n, &w.gate, &w.up, &mut gated);
+                b.linear(rows, &gated, &w.down, None, Write::Add, &mut x);
             }
             b.rms_norm(head_rows, &x, &norm, 1e-5, &mut n);
             b.linear(head_rows, &n, &head, None, Write::Store, &mut logits);
@@ -329,11 +321,11 @@ fn main() {
                 threads = count.expect("--threads needs a number");
             }
             "--level" => {
-                let word = args.next().expect("--level needs auto, portable, avx2 or neon");
-                level = [Level::Auto, Level::Portable, Level::Avx2, Level::Neon]
+                let word = args.next().expect("--level needs auto, portable, avx2, avx512 or neon");
+                level = [Level::Auto, Level::Portable, Level::Avx2, Level::Avx512, Level::Neon]
                     .into_iter()
                     .find(|level| format!("{level:?}").to_lowercase() == word)
-                    .expect("--level needs auto, portable, avx2 or neon");
+                    .expect("--level needs auto, portable, avx2, avx512 or neon");
             }
             word => only = Some(word.to_owned()),
         }

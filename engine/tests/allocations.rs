@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout as Memory, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::{AttendPlan, AttendShape, Backend, KvShape, RowMove, Write};
+use hat_engine::backend::{AttendPlan, AttendShape, Backend, KvShape, LinearInto, RowMove, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 /// Counts what goes to the system.
@@ -59,6 +59,8 @@ struct Model {
     q: <CpuBackend as Backend>::Buffer,
     k: <CpuBackend as Backend>::Buffer,
     v: <CpuBackend as Backend>::Buffer,
+    gated: <CpuBackend as Backend>::Buffer,
+    up: <CpuBackend as Backend>::Buffer,
     angles: <CpuBackend as Backend>::Buffer,
     host: Vec<f32>,
 }
@@ -83,6 +85,8 @@ impl Model {
             q: b.alloc(ROWS, 256).expect("small"),
             k: b.alloc(ROWS, 128).expect("small"),
             v: b.alloc(ROWS, 128).expect("small"),
+            gated: b.alloc(ROWS, 256).expect("small"),
+            up: b.alloc(ROWS, 256).expect("small"),
             angles: b.alloc(ROWS, 64).expect("small"),
             host: vec![0.5; ROWS * 256],
             b,
@@ -90,10 +94,10 @@ impl Model {
     }
 
     fn step(&mut self, plan: &AttendPlan<'_>, tokens: &[u32]) {
-        let Self { b, weights, norm, kv, x, q, k, v, angles, host } = self;
+        let Self { b, weights, norm, kv, x, q, k, v, gated, up, angles, host } = self;
         let rows = plan.rows();
         b.rope_angles(plan.positions, &[0.5; 32], angles);
-        for weight in weights {
+        for weight in &*weights {
             b.embed(&tokens[..rows], weight, x);
             b.rms_norm(rows, x, norm, 1e-5, q);
             b.linear(rows, q, weight, None, Write::Add, x);
@@ -102,7 +106,11 @@ impl Model {
         b.upload(&host[..rows * 256], q);
         b.rope_append(plan, &SHAPE, 0, angles, q, k, v, kv);
         b.attend(plan, &SHAPE, 0, q, kv, x);
-        b.silu_mul(rows, x, q);
+        let [first, second, third] =
+            [(&weights[0], &mut *q), (&weights[2], gated), (&weights[4], up)]
+                .map(|(weight, out)| LinearInto { weight, bias: None, out });
+        b.linear_each(rows, x, [first, second, third]);
+        b.swiglu(rows, x, &weights[4], &weights[5], gated);
         b.compact(&[RowMove { from: (0, 1), to: (0, 2) }], kv);
         b.download(x, 0, &mut host[..rows * 256]);
     }

@@ -131,6 +131,16 @@ pub enum Write {
     Add,
 }
 
+/// One of several `linear`s of the same input: its matrix, its bias, and where its rows go.
+pub struct LinearInto<'a, B: Backend + ?Sized> {
+    /// `[n, k]`
+    pub weight: &'a B::Weight,
+    /// f32 `[n]`, if there is one.
+    pub bias: Option<&'a B::Weight>,
+    /// `[rows, n]`, overwritten.
+    pub out: &'a mut B::Buffer,
+}
+
 /// One K/V row moves within the KV store, for all layers: `(page, row)` to `(page, row)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowMove {
@@ -190,6 +200,28 @@ pub trait Backend: Send + 'static {
         write: Write,
         out: &mut Self::Buffer,
     );
+    /// Several `linear`s of the same rows (q, k and v) as one: one wait for all threads, the
+    /// input read once.
+    fn linear_each<const N: usize>(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        each: [LinearInto<'_, Self>; N],
+    ) {
+        for LinearInto { weight, bias, out } in each {
+            self.linear(rows, x, weight, bias, Write::Store, out);
+        }
+    }
+    /// The gate of a feed-forward part: `out = silu(x gate^T) * (x up^T)`, with
+    /// `silu(x) = x / (1 + exp(-x))` (SwiGLU, arXiv 2002.05202). Both matrices have one shape.
+    fn swiglu(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        out: &mut Self::Buffer,
+    );
     /// Angles of rotary position embedding for one step: `angles[r] = [cos.., sin..]` of
     /// `positions[r] * inv_freq[i]`, `head_dim / 2` each. The product is rounded to f32.
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut Self::Buffer);
@@ -217,8 +249,6 @@ pub trait Backend: Send + 'static {
         kv: &Self::Kv,
         out: &mut Self::Buffer,
     );
-    /// `gate[r][i] = silu(gate[r][i]) * up[r][i]`, `columns` of them.
-    fn silu_mul(&mut self, rows: usize, gate: &mut Self::Buffer, up: &Self::Buffer);
     /// Moves K/V rows, in order, for all layers: keeps the accepted path of a tree.
     fn compact(&mut self, moves: &[RowMove], kv: &mut Self::Kv);
 }

@@ -175,6 +175,18 @@ impl Backend for Reference {
         }
     }
 
+    fn swiglu(&mut self, rows: usize, x: &Buffer, gate: &Weight, up: &Weight, out: &mut Buffer) {
+        let mut other = Buffer { data: vec![0.0; rows * up.n], columns: up.n };
+        self.linear(rows, x, gate, None, Write::Store, out);
+        self.linear(rows, x, up, None, Write::Store, &mut other);
+        for row in 0..rows {
+            for (out, up) in out.row_mut(row).iter_mut().zip(other.row(row)) {
+                let x = f64::from(*out);
+                *out = (x / (1.0 + (-x).exp()) * f64::from(*up)) as f32;
+            }
+        }
+    }
+
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut Buffer) {
         for (row, position) in positions.iter().enumerate() {
             let (cos, sin) = angles.row_mut(row).split_at_mut(inv_freq.len());
@@ -248,15 +260,6 @@ impl Backend for Reference {
                     let sum: f64 = values.zip(&weights).map(|(v, weight)| v * weight).sum();
                     out.row_mut(row)[head * head_dim + d] = (sum / total) as f32;
                 }
-            }
-        }
-    }
-
-    fn silu_mul(&mut self, rows: usize, gate: &mut Buffer, up: &Buffer) {
-        for row in 0..rows {
-            for (gate, up) in gate.row_mut(row).iter_mut().zip(up.row(row)) {
-                let x = f64::from(*gate);
-                *gate = (x / (1.0 + (-x).exp()) * f64::from(*up)) as f32;
             }
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use hat_loader::{Bundle, LlamaConfig, Tensor};
 
 use crate::Error;
-use crate::backend::{AttendPlan, AttendShape, Backend, BackendError, KvShape, Write};
+use crate::backend::{AttendPlan, AttendShape, Backend, BackendError, KvShape, LinearInto, Write};
 
 /// The numbers of a model that its layers share.
 #[derive(Clone, Debug)]
@@ -70,15 +70,14 @@ impl<B: Backend> Projection<B> {
         Ok(Self { weight, bias })
     }
 
-    fn apply(
-        &self,
-        backend: &mut B,
-        rows: usize,
-        x: &B::Buffer,
-        write: Write,
-        out: &mut B::Buffer,
-    ) {
-        backend.linear(rows, x, &self.weight, self.bias.as_ref(), write, out);
+    /// `x W^T + bias` into `out`.
+    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> LinearInto<'a, B> {
+        LinearInto { weight: &self.weight, bias: self.bias.as_ref(), out }
+    }
+
+    /// Adds `x W^T + bias` to `out`.
+    fn add(&self, backend: &mut B, rows: usize, x: &B::Buffer, out: &mut B::Buffer) {
+        backend.linear(rows, x, &self.weight, self.bias.as_ref(), Write::Add, out);
     }
 }
 
@@ -102,8 +101,7 @@ pub struct Scratch<B: Backend> {
     k: B::Buffer,        // [capacity, kv_heads * head_dim]
     v: B::Buffer,        // [capacity, kv_heads * head_dim]
     attended: B::Buffer, // [capacity, heads * head_dim]
-    gate: B::Buffer,     // [capacity, intermediate_size]
-    up: B::Buffer,       // [capacity, intermediate_size]
+    gated: B::Buffer,    // [capacity, intermediate_size]
     angles: B::Buffer,   // [capacity, head_dim]: cosines, then sines
 }
 
@@ -121,8 +119,7 @@ impl<B: Backend> Scratch<B> {
             k: alloc(attend.kv_heads * attend.head_dim)?,
             v: alloc(attend.kv_heads * attend.head_dim)?,
             attended: alloc(attend.heads * attend.head_dim)?,
-            gate: alloc(shape.intermediate_size)?,
-            up: alloc(shape.intermediate_size)?,
+            gated: alloc(shape.intermediate_size)?,
             angles: alloc(attend.head_dim)?,
         })
     }
@@ -141,8 +138,8 @@ pub struct DecoderLayer<B: Backend> {
     v_proj: Projection<B>,
     o_proj: Projection<B>,
     post_attention_layernorm: B::Weight,
-    gate_proj: Projection<B>,
-    up_proj: Projection<B>,
+    gate_proj: B::Weight,
+    up_proj: B::Weight,
     down_proj: Projection<B>,
 }
 
@@ -159,8 +156,6 @@ impl<B: Backend> DecoderLayer<B> {
         let k_proj = projection("self_attn.k_proj", qkv_bias)?;
         let v_proj = projection("self_attn.v_proj", qkv_bias)?;
         let o_proj = projection("self_attn.o_proj", false)?;
-        let gate_proj = projection("mlp.gate_proj", false)?;
-        let up_proj = projection("mlp.up_proj", false)?;
         let down_proj = projection("mlp.down_proj", false)?;
         Ok(Self {
             input_layernorm: weight(backend, bundle, &at("input_layernorm.weight"))?,
@@ -173,8 +168,8 @@ impl<B: Backend> DecoderLayer<B> {
                 bundle,
                 &at("post_attention_layernorm.weight"),
             )?,
-            gate_proj,
-            up_proj,
+            gate_proj: weight(backend, bundle, &at("mlp.gate_proj.weight"))?,
+            up_proj: weight(backend, bundle, &at("mlp.up_proj.weight"))?,
             down_proj,
         })
     }
@@ -205,21 +200,18 @@ impl<B: Backend> DecoderLayer<B> {
         scratch: &mut Scratch<B>,
     ) {
         let rows = plan.rows();
-        let Scratch { normed, q, k, v, attended, gate, up, angles } = scratch;
+        let Scratch { normed, q, k, v, attended, gated, angles } = scratch;
         let attend = &shape.attend;
 
         backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
-        self.q_proj.apply(backend, rows, normed, Write::Store, q);
-        self.k_proj.apply(backend, rows, normed, Write::Store, k);
-        self.v_proj.apply(backend, rows, normed, Write::Store, v);
+        let qkv = [self.q_proj.onto(q), self.k_proj.onto(k), self.v_proj.onto(v)];
+        backend.linear_each(rows, normed, qkv);
         backend.rope_append(plan, attend, kv_layer, angles, q, k, v, kv);
         backend.attend(plan, attend, kv_layer, q, kv, attended);
-        self.o_proj.apply(backend, rows, attended, Write::Add, x);
+        self.o_proj.add(backend, rows, attended, x);
 
         backend.rms_norm(rows, x, &self.post_attention_layernorm, shape.rms_norm_eps, normed);
-        self.gate_proj.apply(backend, rows, normed, Write::Store, gate);
-        self.up_proj.apply(backend, rows, normed, Write::Store, up);
-        backend.silu_mul(rows, gate, up);
-        self.down_proj.apply(backend, rows, gate, Write::Add, x);
+        backend.swiglu(rows, normed, &self.gate_proj, &self.up_proj, gated);
+        self.down_proj.add(backend, rows, gated, x);
     }
 }

@@ -2,7 +2,7 @@
 
 use half::f16;
 use hat_engine::backend::{
-    AttendPlan, AttendShape, Backend, KvShape, PAGE_SIZE, RowMove, TokenId, Write,
+    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, RowMove, TokenId, Write,
 };
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
@@ -192,16 +192,53 @@ pub(crate) fn rope_angles<B: Backend>(b: &mut B, positions: &[u32], inv_freq: &[
     read(b, &angles, positions.len(), columns)
 }
 
+pub(crate) fn linear_each<B: Backend, const N: usize>(
+    b: &mut B,
+    weights: [&Tensor; N],
+    x: &[f32],
+) -> [Vec<f32>; N] {
+    let k = weights[0].shape[1];
+    let rows = x.len() / k;
+    let x = buffer(b, rows, k, x);
+    let taken = weights.map(|weight| b.weight(weight).expect("a matrix"));
+    let mut outs = weights.map(|weight| b.alloc(rows, weight.shape[0]).expect("a small buffer"));
+    let mut pairs = taken.iter().zip(&mut outs);
+    let each = [(); N].map(|()| {
+        let (weight, out) = pairs.next().expect("N of them");
+        LinearInto { weight, bias: None, out }
+    });
+    b.linear_each(rows, &x, each);
+    let mut widths = weights.iter().map(|weight| weight.shape[0]);
+    outs.map(|out| read(b, &out, rows, widths.next().expect("N of them")))
+}
+
+pub(crate) fn swiglu<B: Backend>(b: &mut B, gate: &Tensor, up: &Tensor, x: &[f32]) -> Vec<f32> {
+    let (n, k) = (gate.shape[0], gate.shape[1]);
+    let rows = x.len() / k;
+    let (gate, up) = (b.weight(gate).expect("a matrix"), b.weight(up).expect("a matrix"));
+    let x = buffer(b, rows, k, x);
+    let mut out = b.alloc(rows, n).expect("a small buffer");
+    b.swiglu(rows, &x, &gate, &up, &mut out);
+    read(b, &out, rows, n)
+}
+
+/// The gate of [`swiglu`] over given factors: matrices that pick them out of `[gate, up]`.
 pub(crate) fn silu_mul<B: Backend>(
     b: &mut B,
     gate: &[f32],
     up: &[f32],
     columns: usize,
 ) -> Vec<f32> {
-    let rows = gate.len() / columns;
-    let (mut gate, up) = (buffer(b, rows, columns, gate), buffer(b, rows, columns, up));
-    b.silu_mul(rows, &mut gate, &up);
-    read(b, &gate, rows, columns)
+    let pick = |from: usize| {
+        let mut bytes = vec![0; columns * 2 * columns * 4];
+        for n in 0..columns {
+            bytes[(n * 2 * columns + from + n) * 4..][..4].copy_from_slice(&1f32.to_le_bytes());
+        }
+        packed(DType::F32, columns, 2 * columns, &bytes)
+    };
+    let pairs = gate.chunks_exact(columns).zip(up.chunks_exact(columns));
+    let x: Vec<f32> = pairs.flat_map(|(gate, up)| [gate, up].concat()).collect();
+    swiglu(b, &pick(0), &pick(columns), &x)
 }
 
 /// Falling frequencies from operations that every platform rounds alike.

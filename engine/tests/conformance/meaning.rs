@@ -249,7 +249,7 @@ fn portable_means_what_the_reference_means() {
 /// The vector levels that this CPU has; the others say why not.
 #[test]
 fn vectors_mean_what_the_reference_means() {
-    for level in [Level::Avx2, Level::Neon] {
+    for level in [Level::Avx2, Level::Avx512, Level::Neon] {
         match CpuBackend::new(CpuConfig { threads: 2, level }) {
             Ok(backend) => conforms(backend),
             Err(error) => eprintln!("not run: {error}"),

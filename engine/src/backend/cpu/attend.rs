@@ -1,10 +1,12 @@
 //! Attention of some rows over paged K and V, written once for every level.
 //!
 //! Keys are walked by logical position, in tiles of [`PAGE_SIZE`] positions that start at multiples
-//! of it. A tile that stands in one page is read as it is, once for all rows of a task; a tile
-//! with rows of a draft tree is gathered key by key, for each row. What follows sees only the
-//! tile, so the bits of a row depend on logical positions alone.
+//! of it. A tile that stands in one page is read as it is, once for all rows of a task (and widened
+//! first if many queries read it); a tile with rows of a draft tree is gathered key by key, for
+//! each row. What follows sees only the tile, so the bits of a row depend on logical positions
+//! alone.
 
+use std::array::from_fn;
 use std::ops::Range;
 
 use super::super::PAGE_SIZE;
@@ -13,9 +15,9 @@ use super::math;
 use super::threads::Part;
 
 /// Rows that a task has at most.
-pub(super) const ROWS_MAX: usize = 8;
+pub(super) const ROWS_MAX: usize = 16;
 /// Queries (rows times heads) of a task, unless one row has more: their sums stay in L1.
-const QUERIES: usize = 16;
+const QUERIES: usize = 32;
 
 /// A number for each key of a tile.
 pub(super) type Tile = [f32; PAGE_SIZE];
@@ -78,13 +80,62 @@ pub(super) struct AttendScratch {
     sums: Vec<f32>,
 }
 
-/// One tile of K and V.
+/// Room for one tile of K and V.
 #[derive(Default)]
 struct KeyTile {
-    /// `[head_dim][PAGE_SIZE]`
+    /// Widened K. `[head_dim][PAGE_SIZE]`
     k: Vec<f32>,
-    /// `[PAGE_SIZE][head_dim]`
+    /// Widened V. `[PAGE_SIZE][head_dim]`
     v: Vec<f32>,
+    /// Gathered K. `[head_dim][PAGE_SIZE]`
+    gathered_k: Vec<u16>,
+    /// Gathered V. `[PAGE_SIZE][head_dim]`
+    gathered_v: Vec<u16>,
+}
+
+/// One tile of K, `[head_dim][PAGE_SIZE]`, and V, `[PAGE_SIZE][head_dim]`, as it is read.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    k: Numbers<'a>,
+    v: Numbers<'a>,
+}
+
+/// Numbers of a tile.
+#[derive(Clone, Copy)]
+pub(super) enum Numbers<'a> {
+    /// f16, as they are stored.
+    Half(&'a [u16]),
+    /// Widened.
+    Full(&'a [f32]),
+}
+
+impl<'a> Numbers<'a> {
+    fn range(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Half(numbers) => Self::Half(&numbers[range]),
+            Self::Full(numbers) => Self::Full(&numbers[range]),
+        }
+    }
+}
+
+/// A number of a tile.
+pub(super) trait Key: Copy {
+    /// Its value.
+    fn number(self) -> f32;
+}
+
+impl Key for u16 {
+    #[inline(always)]
+    fn number(self) -> f32 {
+        math::widen(self)
+    }
+}
+
+impl Key for f32 {
+    #[inline(always)]
+    fn number(self) -> f32 {
+        self
+    }
 }
 
 impl AttendScratch {
@@ -93,6 +144,8 @@ impl AttendScratch {
         let queries = rows_together(group) * group;
         self.tile.k.resize(head_dim * PAGE_SIZE, 0.0);
         self.tile.v.resize(head_dim * PAGE_SIZE, 0.0);
+        self.tile.gathered_k.resize(head_dim * PAGE_SIZE, 0);
+        self.tile.gathered_v.resize(head_dim * PAGE_SIZE, 0);
         self.running.resize(queries, (0.0, 0.0));
         self.sums.resize(queries * head_dim, 0.0);
     }
@@ -101,12 +154,12 @@ impl AttendScratch {
 /// `out = softmax(q K^T / sqrt(head_dim)) V` for each query. Row `i` of the task goes to row
 /// `first + i` of `out`, from column `column`.
 #[inline(always)]
-pub(super) fn attend_task(
+pub(super) fn attend_task<O: TileOps>(
     task: &AttendTask<'_>,
     scratch: &mut AttendScratch,
     out: &mut Part<'_, f32>,
     (first, column): (usize, usize),
-    ops: impl TileOps,
+    ops: O,
 ) {
     let queries = task.rows.len() * task.group;
     let AttendScratch { tile, running, sums } = scratch;
@@ -119,18 +172,25 @@ pub(super) fn attend_task(
         let start = index * PAGE_SIZE;
         let all_plain = task.rows.iter().all(|row| row.is_plain(start, &row.part_of(start)));
         if all_plain {
-            tile.read_page(task, index, ops);
-            tile.add_to(task, 0..task.rows.len(), start, running, sums, ops);
+            let keys = if queries > O::TOGETHER {
+                tile.widen(task.page(index), ops)
+            } else {
+                task.page(index)
+            };
+            add_tile(task, keys, 0..task.rows.len(), start, running, sums, ops);
             continue;
         }
         for (r, row) in task.rows.iter().enumerate() {
             let part = row.part_of(start);
-            if row.is_plain(start, &part) && !part.is_empty() {
-                tile.read_page(task, index, ops);
-            } else {
-                tile.gather(task, row, start, part);
+            if part.is_empty() {
+                continue;
             }
-            tile.add_to(task, r..r + 1, start, running, sums, ops);
+            let keys = if row.is_plain(start, &part) {
+                task.page(index)
+            } else {
+                tile.gather(task, row, start, part)
+            };
+            add_tile(task, keys, r..r + 1, start, running, sums, ops);
         }
     }
     let width = task.group * task.head_dim;
@@ -148,17 +208,36 @@ pub(super) fn attend_task(
     }
 }
 
+impl AttendTask<'_> {
+    /// The tile that is page `index` of the sequence.
+    #[inline(always)]
+    fn page(&self, index: usize) -> Keys<'_> {
+        let (k, v) = self.kv.page(self.layer, self.pages[index], self.kv_head);
+        Keys { k: Numbers::Half(k), v: Numbers::Half(v) }
+    }
+}
+
 impl KeyTile {
     #[inline(always)]
-    fn read_page(&mut self, task: &AttendTask<'_>, index: usize, ops: impl TileOps) {
-        let (k, v) = task.kv.page(task.layer, task.pages[index], task.kv_head);
-        ops.widen(k, &mut self.k);
-        ops.widen(v, &mut self.v);
+    fn widen(&mut self, keys: Keys<'_>, ops: impl TileOps) -> Keys<'_> {
+        for (from, to) in [(keys.k, &mut self.k), (keys.v, &mut self.v)] {
+            match from {
+                Numbers::Half(from) => ops.widen(from, to),
+                Numbers::Full(from) => to.copy_from_slice(from),
+            }
+        }
+        Keys { k: Numbers::Full(&self.k), v: Numbers::Full(&self.v) }
     }
 
     /// Copies the keys `part` of the tile that begins at `start`, one by one.
     #[inline(always)]
-    fn gather(&mut self, task: &AttendTask<'_>, row: &Row<'_>, start: usize, part: Range<usize>) {
+    fn gather(
+        &mut self,
+        task: &AttendTask<'_>,
+        row: &Row<'_>,
+        start: usize,
+        part: Range<usize>,
+    ) -> Keys<'_> {
         let head_dim = task.head_dim;
         for j in part {
             let position = start + j;
@@ -170,62 +249,123 @@ impl KeyTile {
             let page = task.pages[slot / PAGE_SIZE];
             let (k, v) = task.kv.page(task.layer, page, task.kv_head);
             let from = k[slot % PAGE_SIZE..].iter().step_by(PAGE_SIZE);
-            for (to, from) in self.k[j..].iter_mut().step_by(PAGE_SIZE).zip(from) {
-                *to = math::widen(*from);
+            for (to, from) in self.gathered_k[j..].iter_mut().step_by(PAGE_SIZE).zip(from) {
+                *to = *from;
             }
             let from = &v[slot % PAGE_SIZE * head_dim..][..head_dim];
-            for (to, from) in self.v[j * head_dim..][..head_dim].iter_mut().zip(from) {
-                *to = math::widen(*from);
-            }
+            self.gathered_v[j * head_dim..][..head_dim].copy_from_slice(from);
         }
+        Keys { k: Numbers::Half(&self.gathered_k), v: Numbers::Half(&self.gathered_v) }
     }
+}
 
-    /// Adds the tile to the running softmax of the queries of `rows`, two at a time where they see
-    /// the same keys.
-    #[inline(always)]
-    fn add_to(
-        &self,
-        task: &AttendTask<'_>,
-        rows: Range<usize>,
-        start: usize,
-        running: &mut [(f32, f32)],
-        sums: &mut [f32],
-        ops: impl TileOps,
-    ) {
-        let (head_dim, group) = (task.head_dim, task.group);
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let part = |query: usize| task.rows[query / group].part_of(start);
-        let q = |query: usize| &task.rows[query / group].q[query % group * head_dim..][..head_dim];
-        let end = rows.end * group;
-        let mut query = rows.start * group;
-        while query < end {
-            let keys = part(query);
-            if keys.is_empty() {
-                query += 1;
-                continue;
-            }
-            let sums = &mut sums[query * head_dim..];
-            let v = &self.v[keys.start * head_dim..keys.end * head_dim];
-            if query + 1 < end && part(query + 1) == keys {
-                let [mut a, mut b] = ops.scores([q(query), q(query + 1)], &self.k);
-                let fade_a = weigh(&mut a, &keys, &mut running[query], scale, ops);
-                let fade_b = weigh(&mut b, &keys, &mut running[query + 1], scale, ops);
-                let (sums_a, sums_b) = sums[..2 * head_dim].split_at_mut(head_dim);
-                let weights = [&a[keys.clone()], &b[keys]];
-                ops.add_values(weights, [fade_a, fade_b], v, [sums_a, sums_b]);
-                query += 2;
-            } else {
-                let [mut a] = ops.scores([q(query)], &self.k);
-                let fade = weigh(&mut a, &keys, &mut running[query], scale, ops);
-                ops.add_values([&a[keys]], [fade], v, [&mut sums[..head_dim]]);
-                query += 1;
-            }
+/// Adds a tile to the running softmax of the queries of `rows`, some at a time where they see the
+/// same keys.
+#[inline(always)]
+fn add_tile<O: TileOps>(
+    task: &AttendTask<'_>,
+    tile: Keys<'_>,
+    rows: Range<usize>,
+    start: usize,
+    running: &mut [(f32, f32)],
+    sums: &mut [f32],
+    ops: O,
+) {
+    let head_dim = task.head_dim;
+    let part = |query: usize| task.rows[query / task.group].part_of(start);
+    let end = rows.end * task.group;
+    let mut query = rows.start * task.group;
+    while query < end {
+        let keys = part(query);
+        let most = (end - query).min(O::TOGETHER);
+        let run = (1..most).find(|i| part(query + i) != keys).unwrap_or(most);
+        if keys.is_empty() {
+            query += run;
+            continue;
+        }
+        let (running, sums) = (&mut running[query..], &mut sums[query * head_dim..]);
+        macro_rules! together {
+            ($queries:literal) => {
+                add_together::<$queries>(task, tile, query, keys, running, sums, ops)
+            };
+        }
+        query += match run {
+            4.. if O::TOGETHER >= 4 => together!(4),
+            3 if O::TOGETHER >= 3 => together!(3),
+            2.. => together!(2),
+            _ => together!(1),
+        };
+    }
+}
+
+/// The queries `first..first + Q`, which see the same keys; gives back Q.
+#[inline(always)]
+fn add_together<const Q: usize>(
+    task: &AttendTask<'_>,
+    tile: Keys<'_>,
+    first: usize,
+    keys: Range<usize>,
+    running: &mut [(f32, f32)],
+    sums: &mut [f32],
+    ops: impl TileOps,
+) -> usize {
+    let (head_dim, group) = (task.head_dim, task.group);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let q: [&[f32]; Q] = from_fn(|i| {
+        let query = first + i;
+        &task.rows[query / group].q[query % group * head_dim..][..head_dim]
+    });
+    let mut tiles = ops.scores(q, tile.k);
+    let fades = weigh(&mut tiles, &keys, running, scale, ops);
+    let weights = tiles.each_ref().map(|tile| &tile[keys.clone()]);
+    let mut sums = sums.chunks_exact_mut(head_dim);
+    let sums = [(); Q].map(|()| sums.next().expect("a sum for each query"));
+    ops.add_values(weights, fades, tile.v.range(keys.start * head_dim..keys.end * head_dim), sums);
+    Q
+}
+
+/// Makes weights of scores, 0 for keys that are not seen, and takes them into the running softmax
+/// of each query. Gives back the factors for everything before this tile.
+#[inline(always)]
+fn weigh<const Q: usize>(
+    tiles: &mut [Tile; Q],
+    keys: &Range<usize>,
+    running: &mut [(f32, f32)],
+    scale: f32,
+    ops: impl TileOps,
+) -> [f32; Q] {
+    let running: &mut [(f32, f32); Q] = running.first_chunk_mut().expect("one for each query");
+    for tile in tiles.iter_mut() {
+        for score in tile.iter_mut() {
+            *score *= scale;
+        }
+        if *keys != (0..PAGE_SIZE) {
+            tile[..keys.start].fill(f32::NEG_INFINITY);
+            tile[keys.end..].fill(f32::NEG_INFINITY);
         }
     }
+    // All queries one step after another: their chains run side by side.
+    let max: [f32; Q] = from_fn(|i| {
+        let largest = ops.largest(&tiles[i]);
+        if largest > running[i].0 { largest } else { running[i].0 }
+    });
+    let fades = from_fn(|i| math::exp(running[i].0 - max[i]));
+    for (tile, max) in tiles.iter_mut().zip(max) {
+        for weight in tile.iter_mut() {
+            *weight = math::exp(*weight - max);
+        }
+    }
+    for i in 0..Q {
+        running[i] = (max[i], running[i].1.mul_add(fades[i], ops.total(&tiles[i])));
+    }
+    fades
 }
 
 /// What a level does by its own instructions.
 pub(super) trait TileOps: Copy {
+    /// Queries at a time: 2 to 4, as the registers allow.
+    const TOGETHER: usize;
+
     /// Converts a run of f16; both have the same length.
     fn widen(self, from: &[u16], to: &mut [f32]);
     /// The largest, by folding the upper half onto the lower.
@@ -234,44 +374,16 @@ pub(super) trait TileOps: Copy {
     fn total(self, tile: &Tile) -> f32;
     /// `q . k` of the 32 keys of a tile, K as `[head_dim][PAGE_SIZE]`: one chain of fused
     /// multiply-adds over the head for each key.
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: &[f32]) -> [Tile; Q];
+    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q];
     /// `sums = sums * fade`, then for each key in order `sums = weight * v + sums`; V and the
     /// weights are those of the keys that are seen.
     fn add_values<const Q: usize>(
         self,
         weights: [&[f32]; Q],
         fades: [f32; Q],
-        v: &[f32],
+        v: Numbers<'_>,
         sums: [&mut [f32]; Q],
     );
-}
-
-/// Makes weights of scores, 0 for keys that are not seen, and takes them into the running softmax.
-/// Gives back the factor for everything before this tile.
-#[inline(always)]
-fn weigh(
-    tile: &mut Tile,
-    keys: &Range<usize>,
-    (max, total): &mut (f32, f32),
-    scale: f32,
-    ops: impl TileOps,
-) -> f32 {
-    for score in tile.iter_mut() {
-        *score *= scale;
-    }
-    if *keys != (0..PAGE_SIZE) {
-        tile[..keys.start].fill(f32::NEG_INFINITY);
-        tile[keys.end..].fill(f32::NEG_INFINITY);
-    }
-    let largest = ops.largest(tile);
-    let new_max = if largest > *max { largest } else { *max };
-    let fade = math::exp(*max - new_max);
-    for weight in tile.iter_mut() {
-        *weight = math::exp(*weight - new_max);
-    }
-    *max = new_max;
-    *total = total.mul_add(fade, ops.total(tile));
-    fade
 }
 
 /// Folds the upper half onto the lower until one number is left.

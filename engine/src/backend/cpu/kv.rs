@@ -4,7 +4,6 @@
 //! V as `[PAGE_SIZE][head_dim]`.
 
 use super::super::{BackendError, KvShape, PAGE_SIZE, RowMove};
-use super::math;
 
 /// The KV store of the CPU backends.
 pub struct CpuKv {
@@ -34,8 +33,8 @@ impl CpuKv {
         &self.shape
     }
 
-    /// Numbers of one head of one page.
-    fn head(&self) -> usize {
+    /// Numbers of K, or of V, of one head of one page.
+    pub(super) fn head_numbers(&self) -> usize {
         self.shape.head_dim * PAGE_SIZE
     }
 
@@ -44,30 +43,27 @@ impl CpuKv {
         let KvShape { layers, pages, kv_heads, .. } = self.shape;
         assert!(layer < layers, "layer {layer} of {layers}");
         assert!((page as usize) < pages, "page {page} of {pages}");
-        ((layer * pages + page as usize) * kv_heads + head) * self.head()
+        ((layer * pages + page as usize) * kv_heads + head) * self.head_numbers()
     }
 
     /// K `[head_dim][PAGE_SIZE]` and V `[PAGE_SIZE][head_dim]` of one head of one page.
     pub(super) fn page(&self, layer: usize, page: u32, head: usize) -> (&[u16], &[u16]) {
         let at = self.at(layer, page, head);
-        (&self.k[at..at + self.head()], &self.v[at..at + self.head()])
+        (&self.k[at..at + self.head_numbers()], &self.v[at..at + self.head_numbers()])
     }
 
-    /// Puts one row's K and V, `[kv_heads][head_dim]` each.
-    pub(super) fn put(&mut self, layer: usize, place: (u32, u32), k: &[f32], v: &[f32]) {
-        let (page, row) = (place.0, place.1 as usize);
-        let head_dim = self.shape.head_dim;
-        let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
-        for (head, (k, v)) in heads.enumerate() {
-            let at = self.at(layer, page, head);
-            let column = self.k[at + row..].iter_mut().step_by(PAGE_SIZE);
-            for (to, from) in column.zip(k) {
-                *to = math::narrow(*from);
-            }
-            for (to, from) in self.v[at + row * head_dim..].iter_mut().zip(v) {
-                *to = math::narrow(*from);
-            }
-        }
+    /// Numbers of K, or of V, of one page in one layer.
+    pub(super) fn page_width(&self) -> usize {
+        self.shape.kv_heads * self.head_numbers()
+    }
+
+    /// K and V of one layer. `[pages][kv_heads][head_numbers]` each
+    pub(super) fn layer_mut(&mut self, layer: usize) -> [&mut [u16]; 2] {
+        let KvShape { layers, pages, .. } = self.shape;
+        assert!(layer < layers, "layer {layer} of {layers}");
+        let size = pages * self.page_width();
+        let at = layer * size..(layer + 1) * size;
+        [&mut self.k[at.clone()], &mut self.v[at]]
     }
 
     /// Moves one row in all layers and heads.
@@ -85,4 +81,31 @@ impl CpuKv {
             }
         }
     }
+}
+
+/// Puts a key `[head_dim]` to row `row` of one head of a page.
+pub(super) fn put_key(
+    key: &[f32],
+    row: usize,
+    page: &mut [u16],
+    narrow: fn(from: &[f32], to: &mut [u16]),
+) {
+    let mut halves = [0; 64];
+    for (key, page) in key.chunks(halves.len()).zip(page.chunks_mut(halves.len() * PAGE_SIZE)) {
+        let halves = &mut halves[..key.len()];
+        narrow(key, halves);
+        for (to, half) in page[row..].iter_mut().step_by(PAGE_SIZE).zip(halves) {
+            *to = *half;
+        }
+    }
+}
+
+/// Puts a value `[head_dim]` to row `row` of one head of a page.
+pub(super) fn put_value(
+    value: &[f32],
+    row: usize,
+    page: &mut [u16],
+    narrow: fn(from: &[f32], to: &mut [u16]),
+) {
+    narrow(value, &mut page[row * value.len()..][..value.len()]);
 }

@@ -13,7 +13,7 @@ const LANES: usize = 16;
 /// Adding this rounds an f32 of magnitude below 2^22 to a whole number, ties to even.
 const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
 /// Blocks whose largest magnitude is below this count as zeros; 127 / it is still finite.
-const AMAX_MIN: f32 = 1e-30;
+pub(super) const AMAX_MIN: f32 = 1e-30;
 
 /// 32 activations: `x = d * q`.
 #[derive(Clone, Copy, Default)]
@@ -209,6 +209,14 @@ pub(super) fn narrow(x: f32) -> u16 {
     let special = if rest > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
     let magnitude = if rest < 113 << 23 { subnormal } else { normal };
     (sign | if rest >= 143 << 23 { special } else { magnitude }) as u16
+}
+
+/// [`narrow`] of each number.
+#[inline(always)]
+pub(super) fn narrow_all(from: &[f32], to: &mut [u16]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = narrow(*from);
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A weight matrix in panels, and the walk over it that every level shares.
 //!
-//! The walk cuts rows into tiles of 4, 2 and 1 and hands each tile with one panel to the level's
+//! The walk cuts rows into tiles of 8, 4, 2 and 1 and hands each tile with one panel to the level's
 //! kernel, which gives back 16 sums a row. Everything that has an order (blocks of K, then bias,
 //! then the old content) is the same for each tile, so the cut can't change a bit.
 
@@ -10,7 +10,7 @@ use hat_loader::layout::{PANEL, packed_bytes, panel_block_bytes};
 use hat_loader::{DType, Layout, Tensor, TensorBytes};
 
 use super::super::{BackendError, Write};
-use super::math::Block;
+use super::math::{self, Block};
 use super::threads::Part;
 
 /// Rows whose activations stay in L2 while all panels pass by.
@@ -84,6 +84,26 @@ impl CpuWeight {
     }
 }
 
+/// What happens to a sum.
+#[derive(Clone, Copy)]
+pub(super) enum Finish {
+    /// Overwrites the old content.
+    Store,
+    /// Is added to it.
+    Add,
+    /// Is multiplied with its SiLU.
+    Gate,
+}
+
+impl From<Write> for Finish {
+    fn from(write: Write) -> Self {
+        match write {
+            Write::Store => Self::Store,
+            Write::Add => Self::Add,
+        }
+    }
+}
+
 /// One `linear`, as every thread sees it.
 pub(super) struct Linear<'a> {
     pub(super) weight: &'a CpuWeight,
@@ -94,65 +114,141 @@ pub(super) struct Linear<'a> {
     pub(super) blocks: &'a [Block],
     /// f32 bytes `[n]`.
     pub(super) bias: Option<&'a [u8]>,
-    pub(super) write: Write,
+    pub(super) finish: Finish,
 }
 
 /// The sums of a tile: 16 columns a row.
 pub(super) type Sums<const R: usize> = [[f32; PANEL]; R];
 
-/// Walks the panels of `columns` over all rows. `x` is `[rows][width]`, and `one`, `two`, `four`
-/// compute a tile from a panel and its rows' inputs.
+/// One level's kernel for one type of weight. `T` is what a row of input consists of.
+pub(super) trait Tiles<T>: Copy {
+    /// Rows of the largest tile: 4 or 8.
+    const ROWS: usize;
+
+    /// The sums of 16 columns for `R` rows: `panel` holds the columns' weights.
+    fn tile<const R: usize>(self, panel: &[u8], rows: [&[T]; R]) -> Sums<R>;
+}
+
+/// What a level makes of its kernels: a [`Tiles`] for each type of weight, and `linear`, which
+/// chooses among them. `$call!` wraps each call of a kernel; `$rows` is [`Tiles::ROWS`].
+macro_rules! weight_types {
+    ($call:ident, $rows:literal) => {
+        $crate::backend::cpu::matrix::weight_types! { @types $call, $rows,
+            Q4_0: Block, q4_0;
+            Q4_1: Block, q4_1;
+            Q8_0: Block, q8_0;
+            Q6K: Block, q6_k;
+            F32: f32, f32_numbers;
+            F16: f32, f16_numbers;
+            Bf16: f32, bf16_numbers;
+        }
+
+        /// The columns of a matrix, by its type.
+        #[inline(always)]
+        fn linear_of_type(
+            job: &Linear<'_>,
+            columns: std::ops::Range<usize>,
+            out: &mut Part<'_, f32>,
+        ) {
+            use $crate::backend::cpu::matrix::walk;
+            match job.weight.dtype {
+                DType::Q4_0 => walk(job, job.blocks, columns, out, Q4_0),
+                DType::Q4_1 => walk(job, job.blocks, columns, out, Q4_1),
+                DType::Q8_0 => walk(job, job.blocks, columns, out, Q8_0),
+                DType::Q6K => walk(job, job.blocks, columns, out, Q6K),
+                DType::F32 => walk(job, job.x, columns, out, F32),
+                DType::F16 => walk(job, job.x, columns, out, F16),
+                DType::Bf16 => walk(job, job.x, columns, out, Bf16),
+                other => unreachable!("{} is refused when the weight is taken", other.name()),
+            }
+        }
+    };
+    (@types $call:ident, $rows:literal, $($name:ident: $input:ty, $kernel:ident;)*) => {$(
+        #[derive(Clone, Copy)]
+        struct $name;
+
+        impl $crate::backend::cpu::matrix::Tiles<$input> for $name {
+            const ROWS: usize = $rows;
+
+            #[inline(always)]
+            fn tile<const R: usize>(self, panel: &[u8], rows: [&[$input]; R]) -> Sums<R> {
+                $call!($kernel::<R>(panel, rows))
+            }
+        }
+    )*};
+}
+pub(super) use weight_types;
+
+/// Walks the panels of `columns` over all rows. `x` is `[rows][width]`.
 #[inline(always)]
 pub(super) fn walk<T>(
     linear: &Linear<'_>,
     x: &[T],
     columns: Range<usize>,
     out: &mut Part<'_, f32>,
-    one: impl Fn(&[u8], [&[T]; 1]) -> Sums<1>,
-    two: impl Fn(&[u8], [&[T]; 2]) -> Sums<2>,
-    four: impl Fn(&[u8], [&[T]; 4]) -> Sums<4>,
+    tiles: impl Tiles<T>,
 ) {
     let panel_bytes = linear.weight.panel_bytes();
     let weight: &[u8] = &linear.weight.bytes;
-    let width = x.len() / linear.rows.max(1);
     for first in (0..linear.rows).step_by(ROWS_IN_CACHE) {
         let end = linear.rows.min(first + ROWS_IN_CACHE);
         for column in columns.clone().step_by(PANEL) {
             let panel = &weight[column / PANEL * panel_bytes..][..panel_bytes];
-            let of = |row: usize| &x[row * width..][..width];
-            let at = column - columns.start;
-            let mut row = first;
-            while row < end {
-                match end - row {
-                    1 => {
-                        let sums = one(panel, [of(row)]);
-                        finish(linear, &sums, row, column, at, out);
-                        row += 1;
-                    }
-                    2 | 3 => {
-                        let sums = two(panel, [of(row), of(row + 1)]);
-                        finish(linear, &sums, row, column, at, out);
-                        row += 2;
-                    }
-                    _ => {
-                        let sums = four(panel, [of(row), of(row + 1), of(row + 2), of(row + 3)]);
-                        finish(linear, &sums, row, column, at, out);
-                        row += 4;
-                    }
-                }
-            }
+            walk_rows(linear, x, first..end, panel, (column, column - columns.start), out, tiles);
         }
     }
 }
 
-/// Adds the bias, then the old content, each with one rounding; stores what is inside the matrix.
+/// One panel over some rows, in tiles of 8, 4, 2 and 1.
+#[inline(always)]
+fn walk_rows<T, K: Tiles<T>>(
+    linear: &Linear<'_>,
+    x: &[T],
+    rows: Range<usize>,
+    panel: &[u8],
+    at: (usize, usize),
+    out: &mut Part<'_, f32>,
+    tiles: K,
+) {
+    let width = x.len() / linear.rows;
+    macro_rules! tile {
+        ($row:expr, $rows:literal) => {{
+            let of = |r: usize| &x[($row + r) * width..][..width];
+            let sums = tiles.tile::<$rows>(panel, std::array::from_fn(of));
+            finish(linear, &sums, $row, at, out);
+        }};
+    }
+    let mut row = rows.start;
+    while row < rows.end {
+        row += match rows.end - row {
+            8.. if K::ROWS >= 8 => {
+                tile!(row, 8);
+                8
+            }
+            4.. => {
+                tile!(row, 4);
+                4
+            }
+            2.. => {
+                tile!(row, 2);
+                2
+            }
+            _ => {
+                tile!(row, 1);
+                1
+            }
+        };
+    }
+}
+
+/// Adds the bias, then does what `linear.finish` says, each with one rounding; stores what is
+/// inside the matrix.
 #[inline(always)]
 fn finish<const R: usize>(
     linear: &Linear<'_>,
     sums: &Sums<R>,
     row: usize,
-    column: usize,
-    at: usize,
+    (column, at): (usize, usize),
     out: &mut Part<'_, f32>,
 ) {
     for (r, sums) in sums.iter().enumerate() {
@@ -165,13 +261,14 @@ fn finish<const R: usize>(
                 *sum += f32::from_le_bytes(*bias);
             }
         }
-        match linear.write {
-            Write::Store => out.copy_from_slice(&sums[..count]),
-            Write::Add => {
+        match linear.finish {
+            Finish::Store => out.copy_from_slice(&sums[..count]),
+            Finish::Add => {
                 for (out, sum) in out.iter_mut().zip(&sums) {
                     *out += sum;
                 }
             }
+            Finish::Gate => math::silu_mul(out, &sums[..count]),
         }
     }
 }

@@ -10,6 +10,9 @@ mod attend;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
+mod avx512;
 mod batch;
 mod buffer;
 mod kernels;
@@ -33,11 +36,12 @@ use self::kernels::Kernels;
 pub use self::kv::CpuKv;
 use self::math::{BLOCK, Block};
 pub use self::matrix::CpuWeight;
-use self::matrix::Linear;
+use self::matrix::{Finish, Linear};
 pub use self::threads::lower_priority;
 use self::threads::{PerThread, Threads};
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, KvShape, PAGE_SIZE, RowMove, TokenId, Write,
+    AttendPlan, AttendShape, Backend, BackendError, KvShape, LinearInto, PAGE_SIZE, RowMove,
+    TokenId, Write,
 };
 
 const NAME: &str = "cpu";
@@ -45,6 +49,8 @@ const NAME: &str = "cpu";
 /// other threads costs more than it saves.
 const MULTIPLICATIONS_MIN: usize = 100_000;
 const NUMBERS_MIN: usize = 16_384;
+/// Columns of a gate that wait in the cache for the other factor.
+const COLUMNS_IN_CACHE: usize = 4 * layout::PANEL;
 
 /// Which instructions the kernels use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +63,8 @@ pub enum Level {
     Portable,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// AVX-512 with VNNI (`avx512f`, `bw`, `vl`, `dq`, `vnni`).
+    Avx512,
     /// NEON with the dot product instruction.
     Neon,
 }
@@ -114,6 +122,8 @@ pub struct CpuBackend {
     threads: Threads,
     attend_scratch: PerThread<AttendScratch>,
     quantised: Quantised,
+    /// Some weight is of a block type, so that inputs are quantised.
+    has_blocks: bool,
     /// One row of an embedding table, in row order.
     row: Vec<u8>,
     fault: Option<Fault>,
@@ -138,6 +148,7 @@ impl CpuBackend {
             attend_scratch: PerThread::new(threads.count(), AttendScratch::default),
             threads,
             quantised: Quantised::default(),
+            has_blocks: false,
             row: Vec::new(),
             fault: None,
         })
@@ -150,75 +161,121 @@ impl CpuBackend {
         self.fault = Some(Fault { op, element, every_time });
     }
 
-    /// Plants the fault in what `op` has written, if there is one.
-    fn strike(&mut self, op: Op, written: &mut [f32]) {
-        let Some(fault) = self.fault.filter(|fault| fault.op == op) else {
-            return;
+    /// Plants the fault in what `op` has written, if there is one; says whether it did.
+    fn strike(&mut self, op: Op, written: &mut [f32]) -> bool {
+        let Some(fault) = self.fault.filter(|fault| fault.op == op && !written.is_empty()) else {
+            return false;
         };
-        if written.is_empty() {
-            return;
-        }
         let number = &mut written[fault.element % written.len()];
         *number = f32::from_bits(number.to_bits() ^ 1);
         if !fault.every_time {
             self.fault = None;
         }
+        true
     }
 
-    /// Quantises the first rows of `x`, unless that was done last.
-    fn quantise(&mut self, rows: usize, x: &CpuBuffer) {
-        if self.quantised.of == Some((x.stamp, rows)) {
+    /// Quantises the first rows of `x` if one of the weights needs it, unless that was done last.
+    fn quantise_for<const N: usize>(
+        &mut self,
+        rows: usize,
+        x: &CpuBuffer,
+        weights: [&CpuWeight; N],
+    ) {
+        let needed = weights.iter().any(|weight| weight.dtype.block_weights() > 1);
+        if !needed || self.quantised.of == Some((x.stamp, rows)) {
             return;
         }
         self.quantised.of = Some((x.stamp, rows));
         let width = x.columns / BLOCK;
-        let blocks = &mut self.quantised.blocks;
-        if blocks.len() < rows * width {
-            blocks.resize(rows * width, Block::default());
-        }
         let (from, quantise_row) = (x.rows(rows), self.kernels.quantise_row);
-        by_rows(&mut self.threads, blocks, width, rows, |row, out| {
+        let (out, none) = ((self.quantised.room(rows * width), width), (&mut [(); 0][..], 0));
+        by_rows(&mut self.threads, out, none, rows, |row, out, _| {
             quantise_row(&from[row * x.columns..][..x.columns], out);
         });
     }
 }
 
+impl Quantised {
+    /// Room for so many blocks.
+    fn room(&mut self, blocks: usize) -> &mut [Block] {
+        if self.blocks.len() < blocks {
+            self.blocks.resize(blocks, Block::default());
+        }
+        &mut self.blocks[..blocks]
+    }
+
+    /// The job of one `linear`, whose input is in `self` if it needs to be quantised.
+    fn linear<'a>(
+        &'a self,
+        rows: usize,
+        x: &'a CpuBuffer,
+        weight: &'a CpuWeight,
+        bias: Option<&'a CpuWeight>,
+        finish: Finish,
+        out: &CpuBuffer,
+    ) -> Linear<'a> {
+        let CpuWeight { n, k, .. } = *weight;
+        assert_eq!((k, n), (x.columns, out.columns), "{}: inputs and outputs", weight.name);
+        let blocks = self.blocks.get(..rows * (k / BLOCK)).unwrap_or_default();
+        let bias = bias.map(|bias| bias.vector(n));
+        Linear { weight, rows, x: x.rows(rows), blocks, bias, finish }
+    }
+}
+
+/// Where threads may cut the columns of these matrices: nowhere if there is little to do.
+fn grain<const N: usize>(rows: usize, weights: [&CpuWeight; N]) -> usize {
+    let all: usize = weights.iter().map(|weight| rows * weight.n * weight.k).sum();
+    if all < MULTIPLICATIONS_MIN { usize::MAX } else { layout::PANEL }
+}
+
+/// Page and row within it of a row of the plan.
+fn place(plan: &AttendPlan<'_>, row: usize) -> (usize, usize) {
+    let sequence = sequence_of(plan, row);
+    let slot = plan.slots[row] as usize;
+    let page = plan.page_indptr[sequence] as usize + slot / PAGE_SIZE;
+    assert!(page < plan.page_indptr[sequence + 1] as usize, "slot {slot} has no page");
+    (plan.page_indices[page] as usize, slot % PAGE_SIZE)
+}
+
 /// The kernels of a level, or what this CPU lacks.
 fn kernels_of(level: Level) -> Result<&'static Kernels, String> {
     #[cfg(target_arch = "x86_64")]
-    let avx2 = avx2::kernels();
+    let (avx2, avx512) = (avx2::kernels(), avx512::kernels());
     #[cfg(not(target_arch = "x86_64"))]
-    let avx2 = Err("x86-64");
+    let (avx2, avx512) = (Err("x86-64"), Err("x86-64"));
     #[cfg(target_arch = "aarch64")]
     let neon = neon::kernels();
     #[cfg(not(target_arch = "aarch64"))]
     let neon = Err("aarch64");
     let lacks = |level| move |what| format!("{level}, but this CPU lacks {what}");
     match level {
-        Level::Auto => Ok(avx2.or(neon).unwrap_or(&portable::KERNELS)),
+        Level::Auto => Ok(avx512.or(avx2).or(neon).unwrap_or(&portable::KERNELS)),
         Level::Portable => Ok(&portable::KERNELS),
         Level::Avx2 => avx2.map_err(lacks("avx2")),
+        Level::Avx512 => avx512.map_err(lacks("avx512")),
         Level::Neon => neon.map_err(lacks("neon")),
     }
 }
 
-/// Runs `job(row, out)` for each row, on all threads if there are enough numbers.
-fn by_rows<T: Send>(
+/// Runs `job(row, out, other)` for each row of two matrices, given with their widths; on all
+/// threads if there are enough numbers.
+fn by_rows<T: Send, U: Send>(
     threads: &mut Threads,
-    out: &mut [T],
-    width: usize,
+    (out, width): (&mut [T], usize),
+    (other, other_width): (&mut [U], usize),
     rows: usize,
-    job: impl Fn(usize, &mut [T]) + Sync,
+    job: impl Fn(usize, &mut [T], &mut [U]) + Sync,
 ) {
     if rows * width * (size_of::<T>() / 4) < NUMBERS_MIN || rows == 1 {
-        for (row, out) in out.chunks_exact_mut(width.max(1)).take(rows).enumerate() {
-            job(row, out);
+        for row in 0..rows {
+            let other = &mut other[row * other_width..][..other_width];
+            job(row, &mut out[row * width..][..width], other);
         }
         return;
     }
-    threads.rows(out, width, rows, |deal, part| {
+    threads.rows_of_both(out, width, other, other_width, rows, |deal, part, other| {
         for i in 0..part.rows() {
-            job(deal.first + i * deal.step, part.row(i));
+            job(deal.first + i * deal.step, part.row(i), other.row(i));
         }
     });
 }
@@ -249,6 +306,7 @@ impl Backend for CpuBackend {
         let weight = CpuWeight::new(NAME, tensor)?;
         let row = weight.dtype.row_bytes(weight.k).unwrap_or(0);
         self.row.reserve(row.saturating_sub(self.row.len()));
+        self.has_blocks |= weight.dtype.block_weights() > 1;
         Ok(weight)
     }
 
@@ -290,12 +348,26 @@ impl Backend for CpuBackend {
     ) {
         let columns = x.columns;
         assert_eq!(columns, out.columns, "columns of input and output");
-        let (from, weight, norm) =
-            (x.rows(rows), weight.vector(columns), self.kernels.rms_norm_row);
-        by_rows(&mut self.threads, out.rows_mut(rows), columns, rows, |row, out| {
-            norm(&from[row * columns..][..columns], weight, eps, out);
-        });
-        self.strike(Op::RmsNorm, out.rows_mut(rows));
+        let (from, weight) = (x.rows(rows), weight.vector(columns));
+        let Kernels { rms_norm_row, quantise_row, .. } = *self.kernels;
+        // What is normed goes into a matrix next: it is quantised while it is in the cache.
+        let width = if self.has_blocks && columns % BLOCK == 0 { columns / BLOCK } else { 0 };
+        let blocks = self.quantised.room(rows * width);
+        let out_rows = out.rows_mut(rows);
+        by_rows(
+            &mut self.threads,
+            (out_rows, columns),
+            (blocks, width),
+            rows,
+            |row, out, blocks| {
+                rms_norm_row(&from[row * columns..][..columns], weight, eps, out);
+                if width > 0 {
+                    quantise_row(out, blocks);
+                }
+            },
+        );
+        let as_computed = !self.strike(Op::RmsNorm, out_rows);
+        self.quantised.of = (as_computed && width > 0).then_some((out.stamp, rows));
     }
 
     fn linear(
@@ -307,32 +379,70 @@ impl Backend for CpuBackend {
         write: Write,
         out: &mut CpuBuffer,
     ) {
-        let CpuWeight { n, k, .. } = *weight;
-        assert_eq!((k, n), (x.columns, out.columns), "{}: inputs and outputs", weight.name);
-        if weight.dtype.block_weights() > 1 {
-            self.quantise(rows, x);
-        }
-        let job = Linear {
-            weight,
-            rows,
-            x: x.rows(rows),
-            blocks: self.quantised.blocks.get(..rows * (k / BLOCK)).unwrap_or_default(),
-            bias: bias.map(|bias| bias.vector(n)),
-            write,
-        };
+        self.quantise_for(rows, x, [weight]);
+        let job = self.quantised.linear(rows, x, weight, bias, write.into(), out);
         let linear = self.kernels.linear;
-        let grain = if rows * n * k < MULTIPLICATIONS_MIN { n.max(1) } else { layout::PANEL };
-        self.threads.columns(out.rows_mut(rows), n, rows, grain, |columns, part| {
+        let out_rows = out.rows_mut(rows);
+        self.threads.columns(out_rows, weight.n, rows, grain(rows, [weight]), |columns, part| {
             linear(&job, columns, part);
         });
-        self.strike(Op::Linear, out.rows_mut(rows));
+        self.strike(Op::Linear, out_rows);
+    }
+
+    fn linear_each<const N: usize>(
+        &mut self,
+        rows: usize,
+        x: &CpuBuffer,
+        each: [LinearInto<'_, Self>; N],
+    ) {
+        let weights = each.each_ref().map(|one| one.weight);
+        self.quantise_for(rows, x, weights);
+        let jobs = each.each_ref().map(|LinearInto { weight, bias, out }| {
+            self.quantised.linear(rows, x, weight, *bias, Finish::Store, out)
+        });
+        let linear = self.kernels.linear;
+        let mut outs = each.map(|one| (one.out.rows_mut(rows), one.weight.n));
+        let parts = outs.each_mut().map(|(out, width)| (&mut **out, *width));
+        self.threads.columns_each(parts, rows, grain(rows, weights), |i, columns, part| {
+            linear(&jobs[i], columns, part);
+        });
+        for (out, _) in outs {
+            self.strike(Op::Linear, out);
+        }
+    }
+
+    fn swiglu(
+        &mut self,
+        rows: usize,
+        x: &CpuBuffer,
+        gate: &CpuWeight,
+        up: &CpuWeight,
+        out: &mut CpuBuffer,
+    ) {
+        self.quantise_for(rows, x, [gate, up]);
+        let gate_job = self.quantised.linear(rows, x, gate, None, Finish::Store, out);
+        let up_job = self.quantised.linear(rows, x, up, None, Finish::Gate, out);
+        let linear = self.kernels.linear;
+        let out_rows = out.rows_mut(rows);
+        let grain = grain(rows, [gate, up]);
+        self.threads.columns(out_rows, gate.n, rows, grain, |columns, part| {
+            // The gate of some columns is in the cache when the rest comes.
+            for first in columns.clone().step_by(COLUMNS_IN_CACHE) {
+                let some = first..columns.end.min(first + COLUMNS_IN_CACHE);
+                let part = &mut part.columns(first - columns.start..some.end - columns.start);
+                linear(&gate_job, some.clone(), part);
+                linear(&up_job, some, part);
+            }
+        });
+        self.strike(Op::SiluMul, out_rows);
     }
 
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut CpuBuffer) {
         let columns = angles.columns;
         assert_eq!(columns, 2 * inv_freq.len(), "columns of angles");
         let (rows, angles_row) = (positions.len(), self.kernels.rope_angles_row);
-        by_rows(&mut self.threads, angles.rows_mut(rows), columns, rows, |row, out| {
+        let (out, none) = ((angles.rows_mut(rows), columns), (&mut [(); 0][..], 0));
+        by_rows(&mut self.threads, out, none, rows, |row, out, _| {
             angles_row(positions[row], inv_freq, out);
         });
         self.strike(Op::RopeAngles, angles.rows_mut(rows));
@@ -359,22 +469,32 @@ impl Backend for CpuBackend {
         let (angles, rotate) = (angles.rows(rows), self.kernels.rotate);
         for buffer in [&mut *q, &mut *k] {
             let columns = buffer.columns;
-            by_rows(&mut self.threads, buffer.rows_mut(rows), columns, rows, |row, heads| {
+            let (out, none) = ((buffer.rows_mut(rows), columns), (&mut [(); 0][..], 0));
+            by_rows(&mut self.threads, out, none, rows, |row, heads, _| {
                 for head in heads.chunks_exact_mut(head_dim) {
                     rotate(head, &angles[row * head_dim..][..head_dim]);
                 }
             });
         }
         self.strike(Op::RopeAppend, q.rows_mut(rows));
-        let pairs = k.rows(rows).chunks_exact(k.columns).zip(v.rows(rows).chunks_exact(v.columns));
-        for (row, (k, v)) in pairs.enumerate() {
-            let sequence = sequence_of(plan, row);
-            let slot = plan.slots[row] as usize;
-            let page = plan.page_indptr[sequence] as usize + slot / PAGE_SIZE;
-            assert!(page < plan.page_indptr[sequence + 1] as usize, "slot {slot} has no page");
-            let place = (plan.page_indices[page], (slot % PAGE_SIZE) as u32);
-            kv.put(layer, place, k, v);
-        }
+        let (pages, width, head) = (kv.shape().pages, kv.page_width(), kv.head_numbers());
+        let grain = if rows * k.columns < NUMBERS_MIN { width } else { head };
+        let (from, narrow) = ([k.rows(rows), v.rows(rows)], self.kernels.narrow);
+        let stores = kv.layer_mut(layer).map(|store| (store, width));
+        self.threads.columns_each(stores, pages, grain, |i, columns, part| {
+            let heads = columns.start / head..columns.end / head;
+            for (row, heads_of_row) in from[i].chunks_exact(shape.kv_heads * head_dim).enumerate() {
+                let (page, at) = place(plan, row);
+                for (to, head) in part.row(page).chunks_exact_mut(head).zip(heads.clone()) {
+                    let from = &heads_of_row[head * head_dim..][..head_dim];
+                    if i == 0 {
+                        kv::put_key(from, at, to, narrow)
+                    } else {
+                        kv::put_value(from, at, to, narrow)
+                    }
+                }
+            }
+        });
     }
 
     fn attend(
@@ -424,16 +544,6 @@ impl Backend for CpuBackend {
             });
         });
         self.strike(Op::Attend, out.rows_mut(rows));
-    }
-
-    fn silu_mul(&mut self, rows: usize, gate: &mut CpuBuffer, up: &CpuBuffer) {
-        let columns = gate.columns;
-        assert_eq!(columns, up.columns, "columns of gate and up");
-        let (up, silu_mul) = (up.rows(rows), self.kernels.silu_mul);
-        by_rows(&mut self.threads, gate.rows_mut(rows), columns, rows, |row, gate| {
-            silu_mul(gate, &up[row * columns..][..columns]);
-        });
-        self.strike(Op::SiluMul, gate.rows_mut(rows));
     }
 
     fn compact(&mut self, moves: &[RowMove], kv: &mut CpuKv) {

@@ -16,7 +16,7 @@ use hat_loader::layout::PANEL;
 
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
-use super::matrix::{Linear, Sums, walk};
+use super::matrix::{Linear, Sums, weight_types};
 use super::portable;
 use super::threads::Part;
 
@@ -37,9 +37,6 @@ pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
 static KERNELS: Kernels = Kernels { name: "neon", linear, ..portable::KERNELS };
 
 fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    if job.weight.dtype.block_weights() == 1 {
-        return (portable::KERNELS.linear)(job, columns, out);
-    }
     // SAFETY: reached only through `KERNELS`, which leaves this file only through `kernels`,
     // which has checked that the CPU has the dot product; NEON is part of the architecture.
     unsafe { linear_inside(job, columns, out) }
@@ -47,27 +44,29 @@ fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
 
 #[target_feature(enable = "neon,dotprod")]
 fn linear_inside(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    macro_rules! tiles {
-        ($kernel:ident) => {
-            walk(
-                job,
-                job.blocks,
-                columns,
-                out,
-                |panel, rows| $kernel::<1>(panel, rows),
-                |panel, rows| $kernel::<2>(panel, rows),
-                |panel, rows| $kernel::<4>(panel, rows),
-            )
-        };
-    }
-    match job.weight.dtype {
-        DType::Q4_0 => tiles!(q4_0),
-        DType::Q4_1 => tiles!(q4_1),
-        DType::Q8_0 => tiles!(q8_0),
-        DType::Q6K => tiles!(q6_k),
-        other => unreachable!("{} is refused when the weight is taken", other.name()),
-    }
+    linear_of_type(job, columns, out)
 }
+
+macro_rules! inside_this_level {
+    ($call:expr) => {
+        // SAFETY: tiles are made only in `linear_of_type`, which only `linear_inside` calls.
+        unsafe { $call }
+    };
+}
+
+weight_types! { inside_this_level, 4 }
+
+/// The float types have nothing that the compiler does not make vectors of by itself.
+macro_rules! numbers {
+    ($($name:ident)*) => {$(
+        #[target_feature(enable = "neon,dotprod")]
+        fn $name<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+            portable::$name(panel, rows)
+        }
+    )*};
+}
+
+numbers! { f32_numbers f16_numbers bf16_numbers }
 
 /// Adds the dot product of 4 bytes with 4 bytes to each lane.
 #[inline]

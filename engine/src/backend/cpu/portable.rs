@@ -1,16 +1,15 @@
 //! The level that runs everywhere: plain Rust, and the specification of the bits.
 
 use std::array::from_fn;
-use std::ops::Range;
 
 use hat_loader::DType;
 use hat_loader::layout::{PANEL, Q6K_UNIT_BYTES};
 
 use super::super::PAGE_SIZE;
-use super::attend::{self, AttendScratch, AttendTask, Tile, TileOps, attend_task};
+use super::attend::{self, AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
-use super::matrix::{Linear, Sums, walk};
+use super::matrix::{Linear, Sums, weight_types};
 use super::threads::Part;
 
 /// The kernels of this level.
@@ -18,11 +17,11 @@ pub(super) const KERNELS: Kernels = Kernels {
     name: "portable",
     quantise_row: math::quantise_row,
     rms_norm_row: math::rms_norm_row,
-    silu_mul: math::silu_mul,
+    narrow: math::narrow_all,
     rope_angles_row: math::rope_angles_row,
     rotate: math::rotate,
     attend,
-    linear,
+    linear: linear_of_type,
 };
 
 fn attend(
@@ -39,6 +38,8 @@ fn attend(
 struct Plain;
 
 impl TileOps for Plain {
+    const TOGETHER: usize = 2;
+
     fn widen(self, from: &[u16], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = math::widen(*from);
@@ -53,60 +54,65 @@ impl TileOps for Plain {
         attend::fold(*tile, |a, b| a + b)
     }
 
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: &[f32]) -> [Tile; Q] {
-        let mut sums = [[0f32; PAGE_SIZE]; Q];
-        for (d, keys) in k.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
-            for (sums, q) in sums.iter_mut().zip(q) {
-                for (sum, key) in sums.iter_mut().zip(keys) {
-                    *sum = q[d].mul_add(*key, *sum);
-                }
-            }
+    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q] {
+        match k {
+            Numbers::Half(k) => scores(q, k),
+            Numbers::Full(k) => scores(q, k),
         }
-        sums
     }
 
     fn add_values<const Q: usize>(
         self,
         weights: [&[f32]; Q],
         fades: [f32; Q],
-        v: &[f32],
+        v: Numbers<'_>,
         sums: [&mut [f32]; Q],
     ) {
-        for ((weights, fade), sums) in weights.into_iter().zip(fades).zip(sums) {
-            for sum in sums.iter_mut() {
-                *sum *= fade;
+        match v {
+            Numbers::Half(v) => add_values(weights, fades, v, sums),
+            Numbers::Full(v) => add_values(weights, fades, v, sums),
+        }
+    }
+}
+
+fn scores<const Q: usize>(q: [&[f32]; Q], k: &[impl Key]) -> [Tile; Q] {
+    let mut sums = [[0f32; PAGE_SIZE]; Q];
+    for (d, keys) in k.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
+        let keys = keys.map(Key::number);
+        for (sums, q) in sums.iter_mut().zip(q) {
+            for (sum, key) in sums.iter_mut().zip(&keys) {
+                *sum = q[d].mul_add(*key, *sum);
             }
-            for (weight, v) in weights.iter().zip(v.chunks_exact(sums.len())) {
-                for (sum, v) in sums.iter_mut().zip(v) {
-                    *sum = weight.mul_add(*v, *sum);
-                }
+        }
+    }
+    sums
+}
+
+fn add_values<const Q: usize>(
+    weights: [&[f32]; Q],
+    fades: [f32; Q],
+    v: &[impl Key],
+    sums: [&mut [f32]; Q],
+) {
+    for ((weights, fade), sums) in weights.into_iter().zip(fades).zip(sums) {
+        for sum in sums.iter_mut() {
+            *sum *= fade;
+        }
+        for (weight, v) in weights.iter().zip(v.chunks_exact(sums.len())) {
+            for (sum, v) in sums.iter_mut().zip(v) {
+                *sum = weight.mul_add(v.number(), *sum);
             }
         }
     }
 }
 
-fn linear(linear: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    macro_rules! blocks {
-        ($kernel:ident) => {
-            walk(linear, linear.blocks, columns, out, $kernel::<1>, $kernel::<2>, $kernel::<4>)
-        };
-    }
-    macro_rules! numbers {
-        ($kernel:ident) => {
-            walk(linear, linear.x, columns, out, $kernel::<1>, $kernel::<2>, $kernel::<4>)
-        };
-    }
-    match linear.weight.dtype {
-        DType::Q4_0 => blocks!(q4_0),
-        DType::Q4_1 => blocks!(q4_1),
-        DType::Q8_0 => blocks!(q8_0),
-        DType::Q6K => blocks!(q6_k),
-        DType::F32 => numbers!(f32),
-        DType::F16 => numbers!(f16),
-        DType::Bf16 => numbers!(bf16),
-        other => unreachable!("{} is refused when the weight is taken", other.name()),
-    }
+macro_rules! plainly {
+    ($call:expr) => {
+        $call
+    };
 }
+
+weight_types! { plainly, 4 }
 
 /// The 16 f16 numbers at `at`.
 fn halves(block: &[u8], at: usize) -> [f32; PANEL] {
@@ -235,14 +241,17 @@ fn numbers<const R: usize, const BYTES: usize>(
     acc
 }
 
-fn f32<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+#[inline(always)]
+pub(super) fn f32_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
     numbers(panel, rows, f32::from_le_bytes)
 }
 
-fn f16<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+#[inline(always)]
+pub(super) fn f16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
     numbers(panel, rows, |bytes| math::widen(u16::from_le_bytes(bytes)))
 }
 
-fn bf16<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+#[inline(always)]
+pub(super) fn bf16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
     numbers(panel, rows, |bytes| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))
 }

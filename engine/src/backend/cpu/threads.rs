@@ -151,19 +151,49 @@ impl Threads {
         grain: usize,
         job: impl Fn(Range<usize>, &mut Part<'_, T>) + Sync,
     ) {
-        let mut whole = Part::new(out, width, rows);
-        let grains = width.div_ceil(grain);
-        if self.count() == 1 || grains <= 1 {
-            return job(0..width, &mut whole);
+        self.columns_each([(out, width)], rows, grain, |_, columns, part| job(columns, part));
+    }
+
+    /// As [`Threads::columns`] over several matrices at once, given with their widths;
+    /// `job(matrix, columns, part)`.
+    pub(super) fn columns_each<T: Send, const N: usize>(
+        &mut self,
+        outs: [(&mut [T], usize); N],
+        rows: usize,
+        grain: usize,
+        job: impl Fn(usize, Range<usize>, &mut Part<'_, T>) + Sync,
+    ) {
+        let mut wholes = outs.map(|(out, width)| Part::new(out, width, rows));
+        let grains = wholes.each_ref().map(|whole| whole.columns.div_ceil(grain));
+        let all: usize = grains.iter().sum();
+        if self.count() == 1 || all <= N {
+            for (i, whole) in wholes.iter_mut().enumerate() {
+                job(i, 0..whole.columns, whole);
+            }
+            return;
         }
-        let pieces = (self.count() * PIECES).min(grains);
-        let cut = |i: usize| (grains * i / pieces * grain).min(width);
+        let pieces = (self.count() * PIECES).min(all);
         self.run(pieces, &|_, piece| {
-            let columns = cut(piece)..cut(piece + 1);
-            // SAFETY: `cut` rises, so these columns belong to this piece alone; they are inside
-            // `width`, and `whole` borrows `out` until `run` returns.
-            let mut part = unsafe { whole.part(columns.start, width, rows, columns.len()) };
-            job(columns, &mut part);
+            // The piece's run of all grains, and what of it each matrix has.
+            let (from, end) = (all * piece / pieces, all * (piece + 1) / pieces);
+            let mut before = 0;
+            for (i, whole) in wholes.iter().enumerate() {
+                let cut = |at: usize| {
+                    (at.clamp(before, before + grains[i]) - before)
+                        .saturating_mul(grain)
+                        .min(whole.columns)
+                };
+                let columns = cut(from)..cut(end);
+                before += grains[i];
+                if columns.is_empty() {
+                    continue;
+                }
+                // SAFETY: `cut` rises, so these columns belong to this piece alone; they are
+                // inside the matrix, which `wholes` borrows until `run` returns.
+                let mut part =
+                    unsafe { whole.part(columns.start, whole.columns, rows, columns.len()) };
+                job(i, columns, &mut part);
+            }
         });
     }
 
@@ -176,9 +206,23 @@ impl Threads {
         rows: usize,
         job: impl Fn(Deal, &mut Part<'_, T>) + Sync,
     ) {
+        self.rows_of_both(out, width, &mut [(); 0], 0, rows, |deal, part, _| job(deal, part));
+    }
+
+    /// As [`Threads::rows`] over the same rows of two matrices.
+    pub(super) fn rows_of_both<T: Send, U: Send>(
+        &mut self,
+        out: &mut [T],
+        width: usize,
+        other: &mut [U],
+        other_width: usize,
+        rows: usize,
+        job: impl Fn(Deal, &mut Part<'_, T>, &mut Part<'_, U>) + Sync,
+    ) {
         let mut whole = Part::new(out, width, rows);
+        let mut other = Part::new(other, other_width, rows);
         if self.count() == 1 || rows <= 1 {
-            return job(Deal { thread: 0, first: 0, step: 1 }, &mut whole);
+            return job(Deal { thread: 0, first: 0, step: 1 }, &mut whole, &mut other);
         }
         let count = self.count();
         let step = (rows / PIECE_ROWS).clamp(count, count * PIECES).min(rows);
@@ -187,7 +231,10 @@ impl Threads {
             // SAFETY: rows `first + i * step` with `first < step` belong to this piece alone;
             // they are inside `rows`, and `whole` borrows `out` until `run` returns.
             let mut part = unsafe { whole.part(first * width, step * width, mine, width) };
-            job(Deal { thread, first, step }, &mut part);
+            // SAFETY: the same, of the other matrix.
+            let mut other =
+                unsafe { other.part(first * other_width, step * other_width, mine, other_width) };
+            job(Deal { thread, first, step }, &mut part, &mut other);
         });
     }
 }
@@ -298,6 +345,16 @@ impl<'a, T> Part<'a, T> {
     /// How many rows.
     pub(super) fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Some of its columns.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub(super) fn columns(&mut self, columns: Range<usize>) -> Part<'_, T> {
+        assert!(columns.end <= self.columns, "columns {columns:?} of {}", self.columns);
+        // SAFETY: inside this part, which is borrowed as long as the new one lives.
+        unsafe { self.part(columns.start, self.stride, self.rows, columns.len()) }
     }
 
     /// One row.

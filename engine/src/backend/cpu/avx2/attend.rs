@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 
 use super::super::super::PAGE_SIZE;
-use super::super::attend::{Tile, TileOps};
+use super::super::attend::{Key, Numbers, Tile, TileOps};
 use super::super::math;
 
 /// Attention's steps; made only inside this level.
@@ -12,6 +12,8 @@ use super::super::math;
 pub(super) struct Ops;
 
 impl TileOps for Ops {
+    const TOGETHER: usize = 2;
+
     #[inline(always)]
     fn widen(self, from: &[u16], to: &mut [f32]) {
         // SAFETY: an `Ops` is made only in `super::attend`, which is inside this level.
@@ -31,9 +33,14 @@ impl TileOps for Ops {
     }
 
     #[inline(always)]
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: &[f32]) -> [Tile; Q] {
+    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q] {
         // SAFETY: an `Ops` is made only in `super::attend`, which is inside this level.
-        unsafe { scores(q, k) }
+        unsafe {
+            match k {
+                Numbers::Half(k) => scores(q, k, |k| wide::<4>(k)),
+                Numbers::Full(k) => scores(q, k, |k| eights::<4>(k)),
+            }
+        }
     }
 
     #[inline(always)]
@@ -41,11 +48,20 @@ impl TileOps for Ops {
         self,
         weights: [&[f32]; Q],
         fades: [f32; Q],
-        v: &[f32],
+        v: Numbers<'_>,
         sums: [&mut [f32]; Q],
     ) {
         // SAFETY: an `Ops` is made only in `super::attend`, which is inside this level.
-        unsafe { add_values(weights, fades, v, sums) }
+        unsafe {
+            match v {
+                Numbers::Half(v) => {
+                    add_values(weights, fades, v, sums, |v| wide::<4>(v), |v| wide::<1>(v));
+                }
+                Numbers::Full(v) => {
+                    add_values(weights, fades, v, sums, |v| eights::<4>(v), |v| eights::<1>(v));
+                }
+            }
+        }
     }
 }
 
@@ -65,6 +81,19 @@ fn widen(from: &[u16], to: &mut [f32]) {
     }
 }
 
+/// As [`math::narrow_all`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn narrow(from: &[f32], to: &mut [u16]) {
+    let (eights, rest) = from.as_chunks::<8>();
+    let (to, to_rest) = to.as_chunks_mut::<8>();
+    for (from, to) in eights.iter().zip(to) {
+        // SAFETY: a load of exactly the 8 numbers that the array has.
+        let eight = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+        *to = bytemuck::cast(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(eight));
+    }
+    math::narrow_all(rest, to_rest);
+}
+
 /// Runs of 8 numbers, from the front.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -74,12 +103,27 @@ fn eights<const N: usize>(numbers: &[f32]) -> [__m256; N] {
     from_fn(|i| unsafe { _mm256_loadu_ps(eights[i].as_ptr()) })
 }
 
+/// Runs of 8 f16 numbers as f32, from the front.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scores<const Q: usize>(q: [&[f32]; Q], k: &[f32]) -> [Tile; Q] {
+fn wide<const N: usize>(numbers: &[u16]) -> [__m256; N] {
+    let (eights, _) = numbers[..8 * N].as_chunks::<8>();
+    // SAFETY: loads of exactly the 8 numbers that each array has.
+    from_fn(|i| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(eights[i].as_ptr().cast())) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scores<const Q: usize, N>(
+    q: [&[f32]; Q],
+    k: &[N],
+    load: impl Fn(&[N]) -> [__m256; 4],
+) -> [Tile; Q] {
     let mut sums = [[_mm256_setzero_ps(); 4]; Q];
-    for (d, keys) in k.chunks_exact(PAGE_SIZE).enumerate() {
-        let keys = eights::<4>(keys);
+    let head_dim = k.len() / PAGE_SIZE;
+    let q = q.map(|q| &q[..head_dim]);
+    for (d, keys) in k.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
+        let keys = load(keys);
         for r in 0..Q {
             let q = _mm256_set1_ps(q[r][d]);
             for i in 0..4 {
@@ -92,26 +136,28 @@ fn scores<const Q: usize>(q: [&[f32]; Q], k: &[f32]) -> [Tile; Q] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_values<const Q: usize>(
+fn add_values<const Q: usize, N: Key>(
     weights: [&[f32]; Q],
     fades: [f32; Q],
-    v: &[f32],
+    v: &[N],
     mut sums: [&mut [f32]; Q],
+    load_four: impl Fn(&[N]) -> [__m256; 4],
+    load_one: impl Fn(&[N]) -> [__m256; 1],
 ) {
     let head_dim = sums[0].len();
     let mut at = 0;
     while at + 32 <= head_dim {
-        add_run::<Q, 4>(weights, fades, v, at, &mut sums);
+        add_run(weights, fades, v, at, &mut sums, &load_four);
         at += 32;
     }
     while at + 8 <= head_dim {
-        add_run::<Q, 1>(weights, fades, v, at, &mut sums);
+        add_run(weights, fades, v, at, &mut sums, &load_one);
         at += 8;
     }
     for d in at..head_dim {
         for r in 0..Q {
             let column = v[d..].iter().step_by(head_dim).zip(weights[r]);
-            let chain = |sum: f32, (v, weight): (&f32, &f32)| weight.mul_add(*v, sum);
+            let chain = |sum: f32, (v, weight): (&N, &f32)| weight.mul_add(v.number(), sum);
             sums[r][d] = column.fold(sums[r][d] * fades[r], chain);
         }
     }
@@ -120,12 +166,13 @@ fn add_values<const Q: usize>(
 /// Dimensions `at..at + 8 * N`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_run<const Q: usize, const N: usize>(
+fn add_run<const Q: usize, const N: usize, T>(
     weights: [&[f32]; Q],
     fades: [f32; Q],
-    v: &[f32],
+    v: &[T],
     at: usize,
     sums: &mut [&mut [f32]; Q],
+    load: impl Fn(&[T]) -> [__m256; N],
 ) {
     let mut run = [[_mm256_setzero_ps(); N]; Q];
     for r in 0..Q {
@@ -135,7 +182,7 @@ fn add_run<const Q: usize, const N: usize>(
     let keys = weights[0].len();
     let weights = weights.map(|weights| &weights[..keys]);
     for (j, v) in v.chunks_exact(sums[0].len()).enumerate().take(keys) {
-        let v = eights::<N>(&v[at..]);
+        let v = load(&v[at..]);
         for r in 0..Q {
             let weight = _mm256_set1_ps(weights[r][j]);
             for i in 0..N {

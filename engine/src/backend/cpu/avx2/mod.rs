@@ -14,10 +14,11 @@ use std::ops::Range;
 use hat_loader::DType;
 
 use self::attend::Ops;
+pub(super) use self::attend::narrow as narrow_halves;
 use super::attend::{AttendScratch, AttendTask, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
-use super::matrix::{Linear, Sums, walk};
+use super::matrix::{Linear, Sums, weight_types};
 use super::threads::Part;
 
 /// 8 columns: 4 weights (or 8 nibbles) of each.
@@ -45,7 +46,7 @@ static KERNELS: Kernels = Kernels {
     name: "avx2",
     quantise_row,
     rms_norm_row,
-    silu_mul,
+    narrow,
     rope_angles_row,
     rotate,
     attend,
@@ -70,7 +71,7 @@ enter! {
     fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
         math::rms_norm_row(x, weight, eps, out)
     }
-    fn silu_mul(gate: &mut [f32], up: &[f32]) { math::silu_mul(gate, up) }
+    fn narrow(from: &[f32], to: &mut [u16]) { attend::narrow(from, to) }
     fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
         math::rope_angles_row(position, inv_freq, angles)
     }
@@ -84,36 +85,18 @@ enter! {
         attend_task(task, scratch, out, at, Ops)
     }
     fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-        linear_inside(job, columns, out)
+        linear_of_type(job, columns, out)
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn linear_inside(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    macro_rules! tiles {
-        ($x:expr, $kernel:ident) => {
-            walk(
-                job,
-                $x,
-                columns,
-                out,
-                |panel, rows| $kernel::<1>(panel, rows),
-                |panel, rows| $kernel::<2>(panel, rows),
-                |panel, rows| $kernel::<4>(panel, rows),
-            )
-        };
-    }
-    match job.weight.dtype {
-        DType::Q4_0 => tiles!(job.blocks, q4_0),
-        DType::Q4_1 => tiles!(job.blocks, q4_1),
-        DType::Q8_0 => tiles!(job.blocks, q8_0),
-        DType::Q6K => tiles!(job.blocks, q6_k),
-        DType::F32 => tiles!(job.x, f32_numbers),
-        DType::F16 => tiles!(job.x, f16_numbers),
-        DType::Bf16 => tiles!(job.x, bf16_numbers),
-        other => unreachable!("{} is refused when the weight is taken", other.name()),
-    }
+macro_rules! inside_this_level {
+    ($call:expr) => {
+        // SAFETY: tiles are made only in `linear_of_type`, which only `linear` above calls.
+        unsafe { $call }
+    };
 }
+
+weight_types! { inside_this_level, 4 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn word(bytes: &Word) -> __m256i {

@@ -1,0 +1,336 @@
+//! AVX-512 with VNNI: the same sums as the portable level, a panel's 16 columns in one register.
+//!
+//! `vpdpbusd` adds four products of an unsigned and a signed byte to each 32-bit lane, which is a
+//! word of the panel layout. Nibbles are unsigned as they are; what is signed (q8_0) or has an
+//! offset (q4_0, q6_k) is made unsigned, and the sum begins at what that adds.
+#![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
+
+mod attend;
+mod elementwise;
+
+use std::arch::x86_64::*;
+use std::array::from_fn;
+use std::ops::Range;
+
+use hat_loader::DType;
+
+use self::attend::Ops;
+use super::attend::{AttendScratch, AttendTask, attend_task};
+use super::avx2;
+use super::kernels::Kernels;
+use super::math::{self, BLOCK, Block};
+use super::matrix::{Linear, Sums, weight_types};
+use super::threads::Part;
+
+/// 16 columns: 4 weights (or 8 nibbles) of each.
+type Word = [u8; 64];
+/// 16 f16 numbers.
+type Halves = [u8; 32];
+/// How far ahead of its use a panel is asked for, in bytes. It runs on into the next panel.
+const AHEAD: usize = 4096;
+
+/// The kernels of this level, or the instruction set that this CPU lacks.
+pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
+    macro_rules! need {
+        ($($name:tt)*) => {
+            $(if !is_x86_feature_detected!($name) {
+                return Err($name);
+            })*
+        };
+    }
+    need!("avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512vl" "avx512dq" "avx512vnni");
+    Ok(&KERNELS)
+}
+
+static KERNELS: Kernels = Kernels {
+    name: "avx512",
+    quantise_row,
+    rms_norm_row,
+    narrow,
+    rope_angles_row,
+    rotate,
+    attend,
+    linear,
+};
+
+/// Functions that enter this level: each body is compiled for its instructions.
+macro_rules! enter {
+    ($(fn $name:ident($($arg:ident: $ty:ty),*) $body:block)*) => {$(
+        fn $name($($arg: $ty),*) {
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+            #[target_feature(enable = "avx512vnni")]
+            fn inside($($arg: $ty),*) $body
+            // SAFETY: reached only through `KERNELS`, which leaves this file only through
+            // `kernels`, which has checked that the CPU has these instructions.
+            unsafe { inside($($arg),*) }
+        }
+    )*};
+}
+
+enter! {
+    fn quantise_row(x: &[f32], out: &mut [Block]) { elementwise::quantise_row(x, out) }
+    fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
+        math::rms_norm_row(x, weight, eps, out)
+    }
+    fn narrow(from: &[f32], to: &mut [u16]) { avx2::narrow_halves(from, to) }
+    fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
+        math::rope_angles_row(position, inv_freq, angles)
+    }
+    fn rotate(head: &mut [f32], angles: &[f32]) { math::rotate(head, angles) }
+    fn attend(
+        task: &AttendTask<'_>,
+        scratch: &mut AttendScratch,
+        out: &mut Part<'_, f32>,
+        at: (usize, usize)
+    ) {
+        attend_task(task, scratch, out, at, Ops)
+    }
+    fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
+        linear_of_type(job, columns, out)
+    }
+}
+
+macro_rules! inside_this_level {
+    ($call:expr) => {
+        // SAFETY: tiles are made only in `linear_of_type`, which only `linear` above calls.
+        unsafe { $call }
+    };
+}
+
+weight_types! { inside_this_level, 8 }
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn word(bytes: &Word) -> __m512i {
+    // SAFETY: a load of exactly the 64 bytes of the array.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn half_word(bytes: &Halves) -> __m256i {
+    // SAFETY: a load of exactly the 32 bytes of the array.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+/// 16 f16 numbers as f32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(bytes: &Halves) -> __m512 {
+    _mm512_cvtph_ps(half_word(bytes))
+}
+
+/// Activations `4 j..4 j + 4` in every lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn spread(q: &[i8; BLOCK], j: usize) -> __m512i {
+    _mm512_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
+}
+
+/// Asks for the bytes of a later block, for the tiles that memory bounds.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const R: usize>(block: &[u8]) {
+    if R <= 2 {
+        for line in (0..block.len()).step_by(64) {
+            let at = block.as_ptr().wrapping_add(AHEAD + line);
+            #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
+            // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast())
+            };
+        }
+    }
+}
+
+/// `acc = sum * (d * da) + acc`, fused.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scale(acc: __m512, sum: __m512i, d: __m512, da: f32) -> __m512 {
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d, _mm512_set1_ps(da)), acc)
+}
+
+/// The registers of a tile as numbers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sums<const R: usize>(acc: [__m512; R]) -> Sums<R> {
+    acc.map(bytemuck::cast)
+}
+
+/// Adds the dot products of a nibble plane with 32 activations.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn nibble_dots<const R: usize>(
+    plane: &[Word],
+    rows: [&Block; R],
+    mut dots: [__m512i; R],
+) -> [__m512i; R] {
+    let mask = _mm512_set1_epi8(15);
+    for j in 0..4 {
+        let both = word(&plane[j]);
+        let low = _mm512_and_si512(both, mask);
+        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
+        for r in 0..R {
+            dots[r] = _mm512_dpbusd_epi32(dots[r], low, spread(&rows[r].q, j));
+        }
+        for r in 0..R {
+            dots[r] = _mm512_dpbusd_epi32(dots[r], high, spread(&rows[r].q, j + 4));
+        }
+    }
+    dots
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let mut acc = [_mm512_setzero_ps(); R];
+    for (b, block) in panel.as_chunks::<320>().0.iter().enumerate() {
+        prefetch::<R>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        let (plane, scales) = block.split_at(256);
+        let dots = nibble_dots(plane.as_chunks().0, a, [_mm512_setzero_si512(); R]);
+        let scales = scales.as_chunks().0;
+        let (d, m) = (halves(&scales[0]), halves(&scales[1]));
+        for r in 0..R {
+            acc[r] = scale(acc[r], dots[r], d, a[r].d);
+            acc[r] = _mm512_fmadd_ps(m, _mm512_set1_ps(a[r].s), acc[r]);
+        }
+    }
+    sums(acc)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let mut acc = [_mm512_setzero_ps(); R];
+    for (b, block) in panel.as_chunks::<288>().0.iter().enumerate() {
+        prefetch::<R>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        let (plane, scales) = block.split_at(256);
+        let dots = nibble_dots(plane.as_chunks().0, a, a.map(|a| offset(a, 8)));
+        let d = halves(&scales.as_chunks().0[0]);
+        for r in 0..R {
+            acc[r] = scale(acc[r], dots[r], d, a[r].d);
+        }
+    }
+    sums(acc)
+}
+
+/// What `offset` too much in each of 32 weights adds to a sum, negated.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn offset(a: &Block, offset: i32) -> __m512i {
+    _mm512_set1_epi32(-offset * (i32::from(a.sums[0]) + i32::from(a.sums[1])))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let sign = _mm512_set1_epi8(-128);
+    let mut acc = [_mm512_setzero_ps(); R];
+    for (b, block) in panel.as_chunks::<544>().0.iter().enumerate() {
+        prefetch::<R>(block);
+        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
+        let (plane, scales) = block.split_at(512);
+        let plane: &[Word] = plane.as_chunks().0;
+        let mut dots = a.map(|a| offset(a, 128));
+        for j in 0..8 {
+            // The weight and 128: unsigned.
+            let w = _mm512_xor_si512(word(&plane[j]), sign);
+            for r in 0..R {
+                dots[r] = _mm512_dpbusd_epi32(dots[r], w, spread(&a[r].q, j));
+            }
+        }
+        let d = halves(&scales.as_chunks().0[0]);
+        for r in 0..R {
+            acc[r] = scale(acc[r], dots[r], d, a[r].d);
+        }
+    }
+    sums(acc)
+}
+
+/// Dot products of one unit of q6_k with 32 activations, scaled.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn q6_k_dots<const R: usize>(unit: &[u8; 416], rows: [&Block; R]) -> [__m512i; R] {
+    let (mask, two_bits) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
+    let (planes, scales) = unit.split_at(384);
+    let planes: &[Word] = planes.as_chunks().0;
+    let mut dots = [_mm512_setzero_si512(); R];
+    for g in 0..2 {
+        let bits = word(&planes[4 + g]);
+        let high: [__m512i; 4] = [
+            _mm512_slli_epi16::<4>(bits),
+            _mm512_slli_epi16::<2>(bits),
+            bits,
+            _mm512_srli_epi16::<2>(bits),
+        ];
+        let mut part = rows.map(|row| _mm512_set1_epi32(-32 * i32::from(row.sums[g])));
+        for s in 0..4 {
+            let both = word(&planes[s]);
+            let low = if g == 0 { both } else { _mm512_srli_epi16::<4>(both) };
+            let (low, high) = (_mm512_and_si512(low, mask), _mm512_and_si512(high[s], two_bits));
+            let q = _mm512_or_si512(low, high);
+            for r in 0..R {
+                part[r] = _mm512_dpbusd_epi32(part[r], q, spread(&rows[r].q, g * 4 + s));
+            }
+        }
+        let scales: &[[u8; 16]] = scales.as_chunks().0;
+        let scale = _mm512_cvtepi8_epi32(bytemuck::cast(scales[g]));
+        for r in 0..R {
+            dots[r] = _mm512_add_epi32(dots[r], _mm512_mullo_epi32(part[r], scale));
+        }
+    }
+    dots
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let mut acc = [_mm512_setzero_ps(); R];
+    for (b, block) in panel.as_chunks::<3360>().0.iter().enumerate() {
+        let (d, units) = block.split_at(32);
+        let d = halves(&d.as_chunks().0[0]);
+        for (u, unit) in units.as_chunks::<416>().0.iter().enumerate() {
+            prefetch::<R>(unit);
+            let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
+            let dots = q6_k_dots(unit, a);
+            for r in 0..R {
+                acc[r] = scale(acc[r], dots[r], d, a[r].d);
+            }
+        }
+    }
+    sums(acc)
+}
+
+/// The float types: `N` bytes hold one k of 16 columns; `widen` makes f32 of them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn numbers<const R: usize, const N: usize>(
+    panel: &[u8],
+    rows: [&[f32]; R],
+    widen: impl Fn(&[u8; N]) -> __m512,
+) -> Sums<R> {
+    let mut acc = [_mm512_setzero_ps(); R];
+    for (k, weights) in panel.as_chunks::<N>().0.iter().enumerate() {
+        let w = widen(weights);
+        for r in 0..R {
+            acc[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r][k]), w, acc[r]);
+        }
+    }
+    sums(acc)
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn f32_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers(panel, rows, |weights| _mm512_castsi512_ps(word(weights)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn f16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers(panel, rows, |weights| halves(weights))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn bf16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
+    numbers(panel, rows, |weights| {
+        let wide = _mm512_cvtepu16_epi32(half_word(weights));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+    })
+}
