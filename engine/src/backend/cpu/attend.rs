@@ -271,18 +271,24 @@ fn add_tile<O: TileOps>(
     sums: &mut [f32],
     ops: O,
 ) {
-    let head_dim = task.head_dim;
-    let part = |query: usize| task.rows[query / task.group].part_of(start);
-    let end = rows.end * task.group;
-    let mut query = rows.start * task.group;
+    let (head_dim, group) = (task.head_dim, task.group);
+    let end = rows.end * group;
+    let mut query = rows.start * group;
+    // Rows up to this one see the same keys.
+    let (mut keys, mut same_end) = (0..0, rows.start);
     while query < end {
-        let keys = part(query);
-        let most = (end - query).min(O::TOGETHER);
-        let run = (1..most).find(|i| part(query + i) != keys).unwrap_or(most);
+        if query == same_end * group {
+            keys = task.rows[same_end].part_of(start);
+            let same = |row: &Row<'_>| row.part_of(start) == keys;
+            let next = task.rows[same_end..rows.end].iter().position(|row| !same(row));
+            same_end = next.map_or(rows.end, |next| same_end + next);
+        }
+        let run = (same_end * group - query).min(O::TOGETHER);
         if keys.is_empty() {
-            query += run;
+            query = same_end * group;
             continue;
         }
+        let keys = keys.clone();
         let (running, sums) = (&mut running[query..], &mut sums[query * head_dim..]);
         macro_rules! together {
             ($queries:literal) => {

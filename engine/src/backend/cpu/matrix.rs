@@ -241,8 +241,7 @@ fn walk_rows<T, K: Tiles<T>>(
     }
 }
 
-/// Adds the bias, then does what `linear.finish` says, each with one rounding; stores what is
-/// inside the matrix.
+/// Finishes the sums of a tile, and stores those that are inside the matrix.
 #[inline(always)]
 fn finish<const R: usize>(
     linear: &Linear<'_>,
@@ -251,24 +250,39 @@ fn finish<const R: usize>(
     (column, at): (usize, usize),
     out: &mut Part<'_, f32>,
 ) {
+    let bias = linear.bias.map(|bias| bias[column * 4..].as_chunks::<4>().0);
     for (r, sums) in sums.iter().enumerate() {
-        let mut sums = *sums;
         let out = &mut out.row(row + r)[at..];
-        let count = out.len().min(PANEL);
-        let out = &mut out[..count];
-        if let Some(bias) = linear.bias {
-            for (sum, bias) in sums.iter_mut().zip(bias[column * 4..].as_chunks::<4>().0) {
-                *sum += f32::from_le_bytes(*bias);
+        if let Some(out) = out.first_chunk_mut() {
+            finish_row(linear.finish, bias, sums, out);
+        } else {
+            let mut padded = [0.0; PANEL];
+            padded[..out.len()].copy_from_slice(out);
+            finish_row(linear.finish, bias, sums, &mut padded);
+            out.copy_from_slice(&padded[..out.len()]);
+        }
+    }
+}
+
+/// Adds the bias, then does what `finish` says, each with one rounding.
+#[inline(always)]
+fn finish_row(
+    finish: Finish,
+    bias: Option<&[[u8; 4]]>,
+    sums: &[f32; PANEL],
+    out: &mut [f32; PANEL],
+) {
+    let mut sums = *sums;
+    for (sum, bias) in sums.iter_mut().zip(bias.unwrap_or_default()) {
+        *sum += f32::from_le_bytes(*bias);
+    }
+    match finish {
+        Finish::Store => *out = sums,
+        Finish::Add => {
+            for (out, sum) in out.iter_mut().zip(&sums) {
+                *out += sum;
             }
         }
-        match linear.finish {
-            Finish::Store => out.copy_from_slice(&sums[..count]),
-            Finish::Add => {
-                for (out, sum) in out.iter_mut().zip(&sums) {
-                    *out += sum;
-                }
-            }
-            Finish::Gate => math::silu_mul(out, &sums[..count]),
-        }
+        Finish::Gate => math::silu_mul(out, &sums),
     }
 }

@@ -351,7 +351,8 @@ impl Backend for CpuBackend {
         let (from, weight) = (x.rows(rows), weight.vector(columns));
         let Kernels { rms_norm_row, quantise_row, .. } = *self.kernels;
         // What is normed goes into a matrix next: it is quantised while it is in the cache.
-        let width = if self.has_blocks && columns % BLOCK == 0 { columns / BLOCK } else { 0 };
+        let width =
+            if self.has_blocks && columns.is_multiple_of(BLOCK) { columns / BLOCK } else { 0 };
         let blocks = self.quantised.room(rows * width);
         let out_rows = out.rows_mut(rows);
         by_rows(

@@ -139,18 +139,16 @@ fn pin(mut v: __m256i) -> __m256i {
     v
 }
 
-/// Asks for the words of a later block, for the tiles that memory bounds.
+/// Asks for the words of a later block: a panel is read once from memory, whatever the rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch<const R: usize, const N: usize>(block: &[Word; N]) {
-    if R <= 2 {
-        for line in 0..N.div_ceil(2) {
-            let at = block.as_ptr().wrapping_add(AHEAD + line * 2);
-            #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
-            // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(at.cast())
-            };
-        }
+fn prefetch<const N: usize>(block: &[Word; N]) {
+    for line in 0..N.div_ceil(2) {
+        let at = block.as_ptr().wrapping_add(AHEAD + line * 2);
+        #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
+        // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast())
+        };
     }
 }
 
@@ -160,67 +158,38 @@ fn sums<const R: usize>(acc: [[__m256; HALVES]; R]) -> Sums<R> {
     acc.map(|row| bytemuck::cast(row.map(bytemuck::cast::<__m256, [f32; 8]>)))
 }
 
-/// Dot products of a nibble plane with 32 activations, as 16 pairs of i16 whose sum counts,
-/// added to `start` (both of a pair).
+/// q4_0 in blocks of 9 words, q4_1 in blocks of 10. One body with one caller for each tile, so
+/// that its registers are given out together.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn nibble_dots<const R: usize>(
-    plane: &[Word],
-    rows: [&Block; R],
-    start: [i16; R],
-) -> [[__m256i; HALVES]; R] {
-    let mask = _mm256_set1_epi8(15);
-    let mut dots = start.map(|start| [_mm256_set1_epi16(start); HALVES]);
-    for j in 0..4 {
-        let both: [__m256i; HALVES] = from_fn(|h| word(&plane[j * 2 + h]));
-        let low = both.map(|v| _mm256_and_si256(v, mask));
-        let high = both.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
-        for r in 0..R {
-            let a = spread(&rows[r].q, j);
-            dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(low[0], a));
-            dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(low[1], a));
-            let a = spread(&rows[r].q, j + 4);
-            dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(high[0], a));
-            dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(high[1], a));
-        }
-        for r in 0..R {
-            dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
-        }
-    }
-    dots
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let ones = _mm256_set1_epi16(1);
+fn nibbles<const R: usize, const WORDS: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    let (ones, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
     let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<10>().0.iter().enumerate() {
-        prefetch::<R, 10>(block);
+    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<WORDS>().0.iter().enumerate() {
+        prefetch(block);
         let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        let dots = nibble_dots(&block[..8], a, [0; R]);
-        let (d, m) = (halves(&block[8]), halves(&block[9]));
-        for r in 0..R {
-            let (da, s) = (_mm256_set1_ps(a[r].d), _mm256_set1_ps(a[r].s));
-            for h in 0..HALVES {
-                let sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
-                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
-                acc[r][h] = _mm256_fmadd_ps(m[h], s, acc[r][h]);
+        // Each register has 16 pairs of i16 whose sum counts.
+        let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
+        if WORDS == 9 {
+            // The -8 of 32 weights, half of it in each of a pair: at most 22352 + 8128.
+            dots = a.map(|a| [_mm256_set1_epi16(-4 * (a.sums[0] + a.sums[1])); HALVES]);
+        }
+        for j in 0..4 {
+            let both: [__m256i; HALVES] = from_fn(|h| word(&block[j * 2 + h]));
+            let low = both.map(|v| _mm256_and_si256(v, mask));
+            let high = both.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+            for r in 0..R {
+                let q = spread(&a[r].q, j);
+                dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(low[0], q));
+                dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(low[1], q));
+                let q = spread(&a[r].q, j + 4);
+                dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(high[0], q));
+                dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(high[1], q));
+            }
+            for r in 0..R {
+                dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
             }
         }
-    }
-    sums(acc)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<9>().0.iter().enumerate() {
-        prefetch::<R, 9>(block);
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        // The -8 of 32 weights, half of it in each of a pair: at most 22352 + 8128 in magnitude.
-        let start = a.map(|a| -4 * (a.sums[0] + a.sums[1]));
-        let dots = nibble_dots(&block[..8], a, start);
         let d = halves(&block[8]);
         for r in 0..R {
             let da = _mm256_set1_ps(a[r].d);
@@ -229,8 +198,27 @@ fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
                 acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
             }
         }
+        if WORDS == 10 {
+            let m = halves(&block[WORDS - 1]);
+            for r in 0..R {
+                let s = _mm256_set1_ps(a[r].s);
+                for h in 0..HALVES {
+                    acc[r][h] = _mm256_fmadd_ps(m[h], s, acc[r][h]);
+                }
+            }
+        }
     }
     sums(acc)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    nibbles::<R, 9>(panel, rows)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
+    nibbles::<R, 10>(panel, rows)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -238,7 +226,7 @@ fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     let ones = _mm256_set1_epi16(1);
     let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
     for (b, block) in panel.as_chunks::<32>().0.as_chunks::<17>().0.iter().enumerate() {
-        prefetch::<R, 17>(block);
+        prefetch(block);
         let a: [&Block; R] = from_fn(|r| &rows[r][b]);
         let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
         for j in 0..8 {
@@ -325,7 +313,7 @@ fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     for (b, block) in panel.as_chunks::<32>().0.as_chunks::<105>().0.iter().enumerate() {
         let d = halves(&block[0]);
         for (u, unit) in block[1..].as_chunks::<13>().0.iter().enumerate() {
-            prefetch::<R, 13>(unit);
+            prefetch(unit);
             let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
             let dots = q6_k_dots(unit, a);
             for r in 0..R {
