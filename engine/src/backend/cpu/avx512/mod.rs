@@ -127,16 +127,20 @@ fn spread(q: &[i8; BLOCK], j: usize) -> __m512i {
     _mm512_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
 }
 
-/// Asks for the bytes of a later block: a panel is read once from memory, whatever the rows.
+/// Asks for the bytes of a later block, into L2. A tile of few rows reads fast enough for the
+/// CPU to see a stream by itself, and is slower with it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(block: &[u8]) {
+fn prefetch<const R: usize>(block: &[u8]) {
+    if R < 4 {
+        return;
+    }
     for line in (0..block.len()).step_by(64) {
         let at = block.as_ptr().wrapping_add(AHEAD + line);
         #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
         // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast())
+            _mm_prefetch::<_MM_HINT_T1>(at.cast())
         };
     }
 }
@@ -182,7 +186,7 @@ fn nibble_dots<const R: usize>(
 fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     let mut acc = [_mm512_setzero_ps(); R];
     for (b, block) in panel.as_chunks::<320>().0.iter().enumerate() {
-        prefetch(block);
+        prefetch::<R>(block);
         let a: [&Block; R] = from_fn(|r| &rows[r][b]);
         let (plane, scales) = block.split_at(256);
         let dots = nibble_dots(plane.as_chunks().0, a, [_mm512_setzero_si512(); R]);
@@ -200,7 +204,7 @@ fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
 fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     let mut acc = [_mm512_setzero_ps(); R];
     for (b, block) in panel.as_chunks::<288>().0.iter().enumerate() {
-        prefetch(block);
+        prefetch::<R>(block);
         let a: [&Block; R] = from_fn(|r| &rows[r][b]);
         let (plane, scales) = block.split_at(256);
         let dots = nibble_dots(plane.as_chunks().0, a, a.map(|a| offset(a, 8)));
@@ -224,7 +228,7 @@ fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     let sign = _mm512_set1_epi8(-128);
     let mut acc = [_mm512_setzero_ps(); R];
     for (b, block) in panel.as_chunks::<544>().0.iter().enumerate() {
-        prefetch(block);
+        prefetch::<R>(block);
         let a: [&Block; R] = from_fn(|r| &rows[r][b]);
         let (plane, scales) = block.split_at(512);
         let plane: &[Word] = plane.as_chunks().0;
@@ -286,7 +290,7 @@ fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
         let (d, units) = block.split_at(32);
         let d = halves(&d.as_chunks().0[0]);
         for (u, unit) in units.as_chunks::<416>().0.iter().enumerate() {
-            prefetch(unit);
+            prefetch::<R>(unit);
             let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
             let dots = q6_k_dots(unit, a);
             for r in 0..R {

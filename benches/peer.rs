@@ -1,0 +1,336 @@
+//! Our side of `peers.py`: the whole default model in one process, a request a line on stdin.
+//!
+//! The script keeps this process beside the other engine and asks both in turn, so that the two
+//! halves of a pair run within the same seconds. Requests, each answered by a line of JSON:
+//!
+//! | request | does |
+//! |---|---|
+//! | `tokens ID...` | sets the ids that all other requests read |
+//! | `prefill ROWS` | rows in one step, logits of the last |
+//! | `decode PROMPT COUNT` | `PROMPT` rows, then `COUNT` greedy tokens, by the whole model |
+//! | `roles PROMPT COUNT` | the same by the device's and the cloud's submodel |
+//! | `verify ROWS CONTEXT REPEATS` | rows after `CONTEXT` others in one step, logits of all |
+//! | `limits` | read bandwidth and arithmetic of this machine, now |
+//!
+//! `ms` holds the times: one step each, or one token each. Only the work is timed, and neither
+//! the prompt of a decode nor the context of a verify.
+
+use std::fmt::Write as _;
+use std::io::{BufRead as _, Write as _};
+use std::time::Instant;
+
+use hat_benches::Limits;
+use hat_engine::backend::cpu::CpuBackend;
+use hat_engine::backend::{Backend, Write};
+use hat_engine::internal::{
+    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, Sequence,
+    WholeModel, pages_for, processor,
+};
+use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
+use hat_engine::pull;
+use hat_engine::sample::Sampler;
+use hat_loader::Bundle;
+
+/// Rows of one step at most: a prefill.
+const STEP_ROWS_MAX: usize = 512;
+/// Rows whose logits a step returns at most: a verify.
+const VERIFY_ROWS_MAX: usize = 64;
+/// Positions at most.
+const CONTEXT_MAX: usize = 1024;
+
+type Buffer = <CpuBackend as Backend>::Buffer;
+type Weight = <CpuBackend as Backend>::Weight;
+
+/// Final norm and LM head for several rows in one pass, on the device's backend.
+struct Head {
+    norm: Weight,
+    lm_head: Weight,
+    rms_norm_eps: f32,
+    x: Buffer,      // [VERIFY_ROWS_MAX, hidden_size]
+    normed: Buffer, // [VERIFY_ROWS_MAX, hidden_size]
+    logits: Buffer, // [VERIFY_ROWS_MAX, vocab_size]
+}
+
+impl Head {
+    fn load(backend: &mut CpuBackend, bundle: &Bundle) -> Self {
+        let config = bundle.config();
+        let mut weight = |name| {
+            backend.weight(&bundle.tensor(name).expect("the bundle has it")).expect("a kernel")
+        };
+        let tied = config.tie_word_embeddings;
+        let lm_head = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let (norm, lm_head) = (weight("model.norm.weight"), weight(lm_head));
+        let mut alloc = |columns| backend.alloc(VERIFY_ROWS_MAX, columns).expect("memory");
+        Self {
+            norm,
+            lm_head,
+            rms_norm_eps: config.rms_norm_eps,
+            x: alloc(config.hidden_size),
+            normed: alloc(config.hidden_size),
+            logits: alloc(config.vocab_size),
+        }
+    }
+
+    fn run(&mut self, backend: &mut CpuBackend, rows: usize, hidden: &[f32], logits: &mut [f32]) {
+        let Self { norm, lm_head, rms_norm_eps, x, normed, logits: out } = self;
+        backend.upload(hidden, x);
+        backend.rms_norm(rows, x, norm, *rms_norm_eps, normed);
+        backend.linear(rows, normed, lm_head, None, Write::Store, out);
+        backend.download(out, 0, logits);
+    }
+}
+
+/// Both submodels, the whole model as one, and what they work in.
+struct Peer {
+    threads: usize,
+    device: DeviceModel<CpuBackend>,
+    middle: MiddleModel<CpuBackend>,
+    whole: WholeModel<CpuBackend>,
+    head: Head,
+    step: MiddleStep,
+    tokens: Vec<TokenId>,
+    held: usize, // leading tokens whose K and V the submodels have
+    hidden_size: usize,
+    vocab_size: usize,
+    logits: Vec<f32>, // [VERIFY_ROWS_MAX, vocab_size]
+    sampler: Sampler,
+    weights_bytes: u64,
+}
+
+impl Peer {
+    fn open(threads: usize) -> Self {
+        let cache = pull::cache_dir().expect("a cache directory");
+        let path = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
+        let [device, cloud] =
+            ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
+        let backend = || processor::cpu(Processor::Auto, threads).expect("a backend");
+        let config = device.config();
+        let (split, layers) = (device.manifest().split_layer, config.num_hidden_layers);
+        let (rows, pages) = (STEP_ROWS_MAX, pages_for(CONTEXT_MAX));
+        let (hidden_size, vocab_size) = (config.hidden_size, config.vocab_size);
+        let mut device_model =
+            DeviceModel::load(backend(), &device, split, rows, pages).expect("the device's layers");
+        let head = Head::load(device_model.backend(), &device);
+        let entry_layers = vec![u32::try_from(split).expect("few layers")];
+        let exit_layer = u32::try_from(layers).expect("few layers");
+        let whole = (split..layers, Codec::F16, CONTEXT_MAX);
+        Self {
+            threads,
+            middle: MiddleModel::load(backend(), &cloud, split..layers, rows, pages)
+                .expect("the cloud's layers"),
+            whole: WholeModel::load(backend(), &device, &cloud, whole.0, whole.1, whole.2)
+                .expect("all layers"),
+            device: device_model,
+            head,
+            step: MiddleStep { entry_layers, exit_layer, ..MiddleStep::default() },
+            tokens: Vec::new(),
+            held: 0,
+            logits: vec![0.0; VERIFY_ROWS_MAX * vocab_size],
+            sampler: Sampler::new(SamplerConfig::default(), vocab_size, 0).expect("greedy"),
+            weights_bytes: device.weights_bytes() + cloud.weights_bytes(),
+            hidden_size,
+            vocab_size,
+        }
+    }
+
+    /// All layers for `tokens` at the positions from `first` on, in one step. What stood there
+    /// is overwritten, as after a roll-back. The rows come to lie in `step.hidden`.
+    fn layers(&mut self, first: usize, tokens: &[TokenId]) {
+        let number = |count: usize| u32::try_from(count).expect("at most CONTEXT_MAX rows");
+        let pages = (0..number(pages_for(CONTEXT_MAX))).collect();
+        let mut sequence = Sequence::new(pages, number(CONTEXT_MAX));
+        let mut tip = 0;
+        if first > 0 {
+            tip = number(first);
+            sequence.append_committed(1, tip, 0).expect("rows that fit");
+        }
+        let place =
+            sequence.append_committed(tip + 1, number(tokens.len()), tip).expect("rows that fit");
+        let MiddleStep { plan, hidden, .. } = &mut self.step;
+        plan.clear();
+        plan.push_committed(place, number(tokens.len()));
+        plan.end_sequence(&sequence);
+        hidden.resize(tokens.len() * self.hidden_size, 0.0);
+        self.device.input(&plan.plan(), tokens, hidden);
+        self.middle.forward(&mut self.step);
+    }
+
+    /// Logits of the last row of the last step.
+    fn last_logits(&mut self) {
+        let last = &self.step.hidden[self.step.hidden.len() - self.hidden_size..];
+        self.device.head(last, &mut self.logits[..self.vocab_size]);
+    }
+
+    /// The greedy token after the logits of one row.
+    fn choose(&mut self, position: usize) -> TokenId {
+        let position = u32::try_from(position).expect("at most CONTEXT_MAX");
+        let logits = &self.logits[..self.vocab_size];
+        self.sampler.choose(logits, position).expect("finite logits").token
+    }
+
+    fn prefill(&mut self, rows: usize) -> Answer {
+        let tokens = self.tokens[..rows].to_vec();
+        let start = Instant::now();
+        self.layers(0, &tokens);
+        self.last_logits();
+        self.held = rows;
+        Answer { ms: vec![ms(start)], ids: vec![self.choose(rows)] }
+    }
+
+    /// Greedy tokens after a prompt; `next` runs one token and fills the logits.
+    fn decode(
+        &mut self,
+        prompt: usize,
+        count: usize,
+        next: fn(&mut Self, usize, TokenId),
+    ) -> Answer {
+        let mut answer = Answer { ms: Vec::with_capacity(count), ids: Vec::with_capacity(count) };
+        let tokens = self.tokens[..prompt].to_vec();
+        self.whole.reset();
+        self.held = 0;
+        for (position, token) in tokens.into_iter().enumerate() {
+            next(self, position, token);
+        }
+        let mut token = self.choose(prompt);
+        for position in prompt..prompt + count {
+            let start = Instant::now();
+            next(self, position, token);
+            token = self.choose(position + 1);
+            answer.ms.push(ms(start));
+            answer.ids.push(token);
+        }
+        answer
+    }
+
+    fn next_whole(&mut self, _: usize, token: TokenId) {
+        let logits = &mut self.logits[..self.vocab_size];
+        self.whole.step(token, Some(logits)).expect("finite rows");
+    }
+
+    fn next_roles(&mut self, position: usize, token: TokenId) {
+        self.layers(position, &[token]);
+        self.last_logits();
+    }
+
+    fn verify(&mut self, rows: usize, context: usize, repeats: usize) -> Answer {
+        let tokens = self.tokens[..context + rows].to_vec();
+        let (before, verified) = tokens.split_at(context);
+        if self.held < context {
+            for (i, step) in before.chunks(STEP_ROWS_MAX).enumerate() {
+                self.layers(i * STEP_ROWS_MAX, step);
+            }
+        }
+        self.held = context;
+        let times = (0..=repeats).map(|_| {
+            let start = Instant::now();
+            self.layers(context, verified);
+            let logits = &mut self.logits[..rows * self.vocab_size];
+            self.head.run(self.device.backend(), rows, &self.step.hidden, logits);
+            ms(start)
+        });
+        // The first one only warms up.
+        let ms = times.skip(1).collect();
+        Answer { ms, ids: vec![self.choose(context + rows)] }
+    }
+
+    /// Runs a request; `Err` says what is wrong with it.
+    fn serve(&mut self, line: &str) -> Result<String, String> {
+        let mut words = line.split_ascii_whitespace();
+        let what = words.next().unwrap_or_default();
+        let numbers = words
+            .map(|word| word.parse::<u32>().map_err(|e| format!("`{word}`: {e}")))
+            .collect::<Result<Vec<_>, _>>()?;
+        if what == "tokens" {
+            let bad = numbers.iter().find(|id| **id as usize >= self.vocab_size);
+            return match bad {
+                Some(id) => Err(format!("token {id} of {}", self.vocab_size)),
+                None => {
+                    (self.tokens, self.held) = (numbers, 0);
+                    Ok(format!("{{\"tokens\": {}}}", self.tokens.len()))
+                }
+            };
+        }
+        let numbers: Vec<usize> = numbers.iter().map(|number| *number as usize).collect();
+        let has = |rows: usize| {
+            let most = self.tokens.len().min(CONTEXT_MAX);
+            if rows <= most { Ok(()) } else { Err(format!("{rows} rows, but {most} at most")) }
+        };
+        let answer = match (what, numbers.as_slice()) {
+            ("prefill", &[rows @ 1..=STEP_ROWS_MAX]) => {
+                has(rows)?;
+                self.prefill(rows)
+            }
+            ("decode" | "roles", &[prompt @ 1..=CONTEXT_MAX, count @ 1..=CONTEXT_MAX]) => {
+                has(prompt)?;
+                if prompt + count > CONTEXT_MAX {
+                    return Err(format!("{prompt} + {count} positions, {CONTEXT_MAX} at most"));
+                }
+                let whole = what == "decode";
+                self.decode(prompt, count, if whole { Self::next_whole } else { Self::next_roles })
+            }
+            ("verify", &[rows @ 1..=VERIFY_ROWS_MAX, context, repeats @ 1..=1000]) => {
+                has(context.saturating_add(rows))?;
+                self.verify(rows, context, repeats)
+            }
+            ("limits", []) => return Ok(limits(self.threads)),
+            _ => return Err(format!("`{line}` is no request")),
+        };
+        Ok(answer.json())
+    }
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Times of one request, and the tokens that came of it.
+struct Answer {
+    ms: Vec<f64>,
+    ids: Vec<TokenId>,
+}
+
+impl Answer {
+    fn json(&self) -> String {
+        format!("{{\"ms\": {:?}, \"ids\": {:?}}}", self.ms, self.ids)
+    }
+}
+
+fn limits(threads: usize) -> String {
+    let limits = Limits::measure(threads);
+    let mut json = format!("{{\"read_bytes\": {:.0}", limits.read_bytes);
+    for (name, rate) in [("fused", limits.fused), ("whole", limits.whole)] {
+        let rate = rate.map_or("null".to_owned(), |rate| format!("{rate:.0}"));
+        write!(json, ", \"{name}\": {rate}").expect("a string takes all");
+    }
+    json + "}"
+}
+
+fn main() {
+    let (mut threads, mut serve) = (1, false);
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--bench" => {} // cargo's own
+            "--serve" => serve = true,
+            "--threads" => {
+                let count = args.next().and_then(|count| count.parse().ok());
+                threads = count.expect("--threads needs a number");
+            }
+            other => panic!("`{other}` is no option; it has --serve and --threads"),
+        }
+    }
+    if !serve {
+        println!("peer: peers.py starts this with --serve; benches/README.md says how");
+        return;
+    }
+    let mut peer = Peer::open(threads);
+    let describe = peer.device.describe();
+    let mut out = std::io::stdout().lock();
+    let bytes = peer.weights_bytes;
+    writeln!(out, "{{\"describe\": {describe:?}, \"weights_bytes\": {bytes}}}").expect("a reader");
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("a line of text");
+        let answer = peer.serve(&line).unwrap_or_else(|error| format!("{{\"error\": {error:?}}}"));
+        writeln!(out, "{answer}").and_then(|()| out.flush()).expect("a reader");
+    }
+}
