@@ -163,6 +163,13 @@ impl Answer {
         self.logits_hash.as_ref().map(|hash| hash.finalize().to_hex().to_string())
     }
 
+    /// Whether the token with the greatest logit is all that it wants to know: see
+    /// [`Answer::take_greatest`].
+    #[must_use]
+    pub fn wants_greatest(&self) -> bool {
+        self.sampler.is_greatest() && self.logits_hash.is_none() && self.top_logprobs.is_none()
+    }
+
     /// Takes the logits that follow `position`, and decides the next token.
     ///
     /// # Errors
@@ -179,13 +186,28 @@ impl Answer {
         let choice =
             self.sampler.choose(logits, position + 1).map_err(|_| Error::NotFinite { position })?;
         let token = choice.token;
-        if tokenizer.is_end(token) && !self.ignore_eos {
-            return Ok(Emitted { token: None, event: None, finish: Some(FinishReason::Stop) });
-        }
         let logprobs = match self.top_logprobs {
             Some(top) => Some(Self::logprobs(logits, position, token, top, tokenizer)?),
             None => None,
         };
+        Ok(self.emit(token, logprobs, tokenizer))
+    }
+
+    /// Takes the token with the greatest logit as the next, where [`Answer::wants_greatest`].
+    pub fn take_greatest(&mut self, token: TokenId, tokenizer: &Tokenizer) -> Emitted {
+        self.emit(token, None, tokenizer)
+    }
+
+    /// The next token is decided: what it leads to.
+    fn emit(
+        &mut self,
+        token: TokenId,
+        logprobs: Option<(TokenLogprob, Vec<TokenLogprob>)>,
+        tokenizer: &Tokenizer,
+    ) -> Emitted {
+        if tokenizer.is_end(token) && !self.ignore_eos {
+            return Emitted { token: None, event: None, finish: Some(FinishReason::Stop) };
+        }
         self.sampler.accept(token);
         self.tokens.push(token);
         let seen = self.stop.push(self.detokenizer.push(token));
@@ -199,7 +221,7 @@ impl Answer {
             None
         };
         let event = Event::Token { token, text, logprobs };
-        Ok(Emitted { token: Some(token), event: Some(event), finish })
+        Emitted { token: Some(token), event: Some(event), finish }
     }
 
     /// Text that was held back and is certain at the end.

@@ -238,6 +238,14 @@ impl Sampler {
         choice
     }
 
+    /// Whether the choice is the greatest logit, of equal ones the lowest token, and nothing else
+    /// about the logits counts.
+    #[must_use]
+    pub fn is_greatest(&self) -> bool {
+        let config = &self.config;
+        config.temperature == 0.0 && !config.penalises() && config.logit_bias.is_empty()
+    }
+
     fn choose_adjusted(&mut self, logits: &[f32], position: u32) -> Result<Choice, SampleError> {
         let first = greatest(logits, position)?;
         if self.config.temperature == 0.0 {

@@ -131,6 +131,38 @@ pub enum Write {
     Add,
 }
 
+/// One of the largest numbers of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Top {
+    /// The number: a logit.
+    pub value: f32,
+    /// Its column: a token.
+    pub column: u32,
+}
+
+impl Top {
+    /// Below every finite number.
+    pub const NONE: Self = Self { value: f32::NEG_INFINITY, column: u32::MAX };
+
+    /// Whether it comes before another.
+    #[must_use]
+    pub fn is_before(&self, other: &Self) -> bool {
+        self.value > other.value || (self.value == other.value && self.column < other.column)
+    }
+
+    /// Puts it in its place of a list that falls, whose last number gives way; if it has one.
+    pub fn insert(self, list: &mut [Self]) {
+        let mut at = list.len();
+        while at > 0 && self.is_before(&list[at - 1]) {
+            at -= 1;
+        }
+        if at < list.len() {
+            list[at..].rotate_right(1);
+            list[at] = self;
+        }
+    }
+}
+
 /// One of several `linear`s of the same input: its matrix, its bias, and where its rows go.
 pub struct LinearInto<'a, B: Backend + ?Sized> {
     /// `[n, k]`
@@ -200,6 +232,16 @@ pub trait Backend: Send + 'static {
         write: Write,
         out: &mut Self::Buffer,
     );
+    /// The `k = top.len() / rows` largest of each row of `x W^T`, the largest first, without the
+    /// rest in memory: `top[r * k + i]`. Equal ones stand in the order of their columns. Gives
+    /// `false` if some number is not finite; `top` means nothing then.
+    fn linear_top(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        top: &mut [Top],
+    ) -> bool;
     /// Several `linear`s of the same rows (q, k and v) as one: one wait for all threads, the
     /// input read once.
     fn linear_each<const N: usize>(

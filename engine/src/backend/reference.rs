@@ -8,7 +8,8 @@ use half::f16;
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, KvShape, PAGE_SIZE, RowMove, TokenId, Write,
+    AttendPlan, AttendShape, Backend, BackendError, KvShape, PAGE_SIZE, RowMove, TokenId, Top,
+    Write,
 };
 
 const NAME: &str = "reference";
@@ -173,6 +174,18 @@ impl Backend for Reference {
                 };
             }
         }
+    }
+
+    fn linear_top(&mut self, rows: usize, x: &Buffer, weight: &Weight, top: &mut [Top]) -> bool {
+        let mut out = Buffer { data: vec![0.0; rows * weight.n], columns: weight.n };
+        self.linear(rows, x, weight, None, Write::Store, &mut out);
+        top.fill(Top::NONE);
+        for (row, top) in top.chunks_exact_mut(top.len() / rows.max(1)).enumerate() {
+            for (column, value) in (0..).zip(out.row(row)) {
+                Top { value: *value, column }.insert(top);
+            }
+        }
+        out.data.iter().all(|value| value.is_finite())
     }
 
     fn swiglu(&mut self, rows: usize, x: &Buffer, gate: &Weight, up: &Weight, out: &mut Buffer) {

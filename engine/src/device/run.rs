@@ -470,18 +470,25 @@ impl Device {
         active.settled = last_id;
         if last_id == active.rows() {
             let last = rows.len() - hidden_size;
-            self.start.model.head(&self.row[last..last + hidden_size], &mut self.logits);
-            self.emit(index);
+            self.emit(index, last..last + hidden_size);
         }
         Ok(())
     }
 
-    /// The logits of the last row are there: decides the next token.
-    fn emit(&mut self, index: usize) {
-        let shared = &self.start.shared;
+    /// The last row is back, at `last` of `self.row`: decides the next token.
+    fn emit(&mut self, index: usize, last: std::ops::Range<usize>) {
+        let Start { shared, model, .. } = &mut self.start;
         let active = &mut self.actives[index];
         let position = active.rows() - 1;
-        let emitted = match active.answer.take(&self.logits, position, &shared.tokenizer) {
+        let emitted = if active.answer.wants_greatest() {
+            let greatest = model.greatest(&self.row[last]);
+            let emit = |(token, _)| active.answer.take_greatest(token, &shared.tokenizer);
+            greatest.map(emit).ok_or(Error::NotFinite { position })
+        } else {
+            model.head(&self.row[last], &mut self.logits);
+            active.answer.take(&self.logits, position, &shared.tokenizer)
+        };
+        let emitted = match emitted {
             Ok(emitted) => emitted,
             Err(error) => return self.fail(index, error),
         };

@@ -6,7 +6,7 @@ use hat_loader::Bundle;
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, RowMove, TokenId};
+use crate::backend::{AttendPlan, Backend, RowMove, TokenId, Top};
 use crate::sequence::PlanBuffers;
 
 /// The device's side of the model, whatever backend computes it. One dynamic call a step.
@@ -21,6 +21,9 @@ pub trait DeviceForward: Send {
     fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]);
     /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
+    /// As [`DeviceForward::head`], but only the token with the greatest logit and that logit, of
+    /// equal ones the lowest. `None` if some logit is not finite.
+    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)>;
     /// Moves KV rows of all layers.
     fn compact(&mut self, moves: &[RowMove]);
 }
@@ -88,6 +91,13 @@ impl<B: Backend> DeviceModel<B> {
     pub fn backend(&mut self) -> &mut B {
         &mut self.backend
     }
+
+    /// The final norm of one row `[hidden_size]`, to `self.normed`.
+    fn norm_row(&mut self, hidden: &[f32]) {
+        let Self { backend, shape, row, normed, .. } = self;
+        backend.upload(hidden, row);
+        backend.rms_norm(1, row, &self.norm, shape.rms_norm_eps, normed);
+    }
 }
 
 impl<B: Backend> DeviceForward for DeviceModel<B> {
@@ -120,12 +130,19 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
     }
 
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]) {
-        let Self { backend, shape, row, normed, .. } = self;
-        backend.upload(hidden, row);
-        backend.rms_norm(1, row, &self.norm, shape.rms_norm_eps, normed);
+        self.norm_row(hidden);
+        let Self { backend, normed, .. } = self;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         backend.linear(1, normed, head, None, crate::backend::Write::Store, &mut self.logits);
         backend.download(&self.logits, 0, logits);
+    }
+
+    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+        self.norm_row(hidden);
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        let mut top = [Top::NONE];
+        let finite = self.backend.linear_top(1, &self.normed, head, &mut top);
+        finite.then_some((top[0].column, top[0].value))
     }
 
     fn compact(&mut self, moves: &[RowMove]) {

@@ -2,7 +2,7 @@
 
 use half::f16;
 use hat_engine::backend::{
-    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, RowMove, TokenId, Write,
+    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, RowMove, TokenId, Top, Write,
 };
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
@@ -210,6 +210,19 @@ pub(crate) fn linear_each<B: Backend, const N: usize>(
     b.linear_each(rows, &x, each);
     let mut widths = weights.iter().map(|weight| weight.shape[0]);
     outs.map(|out| read(b, &out, rows, widths.next().expect("N of them")))
+}
+
+pub(crate) fn linear_top<B: Backend>(
+    b: &mut B,
+    weight: &Tensor,
+    x: &[f32],
+    k: usize,
+) -> Option<Vec<Top>> {
+    let rows = x.len() / weight.shape[1];
+    let x = buffer(b, rows, weight.shape[1], x);
+    let weight = b.weight(weight).expect("a matrix");
+    let mut top = vec![Top { value: f32::NAN, column: 7 }; rows * k];
+    b.linear_top(rows, &x, &weight, &mut top).then_some(top)
 }
 
 pub(crate) fn swiglu<B: Backend>(b: &mut B, gate: &Tensor, up: &Tensor, x: &[f32]) -> Vec<f32> {

@@ -1,7 +1,7 @@
 //! Bits don't depend on the level, the threads, the batch, the chunks, the pages or the tree.
 
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level, Op};
-use hat_engine::backend::{AttendShape, Backend, PAGE_SIZE, RowMove};
+use hat_engine::backend::{AttendShape, Backend, PAGE_SIZE, RowMove, Top};
 use hat_loader::DType;
 use proptest::prelude::*;
 
@@ -108,6 +108,41 @@ fn fused_operations_have_the_bits_of_their_parts() {
                 }
                 same(&format!("swiglu {what}"), &swiglu(b, each[0], each[1], &x), &gated);
             }
+        }
+    }
+}
+
+#[test]
+fn the_largest_are_those_of_all() {
+    let (mut all, mut random) = (backends(), Random::new(17));
+    for dtype in [DType::Q8_0, DType::F32] {
+        for (rows, n, k) in [(1, 5, 64), (3, 700, 64), (9, 1600, 96)] {
+            let weight = matrix(dtype, n, k, &mut random);
+            let mut x = activations(rows, k, &mut random);
+            x[..k].fill(0.0); // a row of ties: the lowest columns come first
+            let numbers = linear(&mut all[0], &weight, None, &x, None);
+            for count in [1, 4, 11] {
+                let mut want = Vec::new();
+                for row in numbers.chunks_exact(n) {
+                    let mut order: Vec<usize> = (0..n).collect();
+                    order.sort_by(|a, b| row[*b].total_cmp(&row[*a]).then(a.cmp(b)));
+                    let top = |i: &usize| Top { value: row[*i], column: *i as u32 };
+                    want.extend(order.iter().take(count).map(top));
+                    want.extend((n..count).map(|_| Top::NONE));
+                }
+                for b in &mut all {
+                    let got = linear_top(b, &weight, &x, count).expect("finite");
+                    assert_eq!(got, want, "{dtype:?} {rows} x {n}, {count}, {}", b.describe());
+                }
+            }
+        }
+    }
+    let weight = matrix(DType::F32, 700, 64, &mut random);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut x = random.numbers(2 * 64);
+        x[70] = bad;
+        for b in &mut all {
+            assert_eq!(linear_top(b, &weight, &x, 3), None, "{bad}, {}", b.describe());
         }
     }
 }

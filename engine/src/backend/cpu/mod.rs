@@ -26,6 +26,7 @@ mod neon;
 mod portable;
 #[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
 mod threads;
+mod top;
 
 use hat_loader::{Tensor, layout};
 
@@ -39,9 +40,10 @@ pub use self::matrix::CpuWeight;
 use self::matrix::{Finish, Linear};
 pub use self::threads::lower_priority;
 use self::threads::{PerThread, Threads};
+use self::top::TopScratch;
 use super::{
     AttendPlan, AttendShape, Backend, BackendError, KvShape, LinearInto, PAGE_SIZE, RowMove,
-    TokenId, Write,
+    TokenId, Top, Write,
 };
 
 const NAME: &str = "cpu";
@@ -121,6 +123,7 @@ pub struct CpuBackend {
     kernels: &'static Kernels,
     threads: Threads,
     attend_scratch: PerThread<AttendScratch>,
+    top_scratch: PerThread<TopScratch>,
     quantised: Quantised,
     /// Some weight is of a block type, so that inputs are quantised.
     has_blocks: bool,
@@ -146,6 +149,7 @@ impl CpuBackend {
         Ok(Self {
             kernels,
             attend_scratch: PerThread::new(threads.count(), AttendScratch::default),
+            top_scratch: PerThread::new(threads.count(), TopScratch::default),
             threads,
             quantised: Quantised::default(),
             has_blocks: false,
@@ -212,10 +216,10 @@ impl Quantised {
         weight: &'a CpuWeight,
         bias: Option<&'a CpuWeight>,
         finish: Finish,
-        out: &CpuBuffer,
+        columns: usize,
     ) -> Linear<'a> {
         let CpuWeight { n, k, .. } = *weight;
-        assert_eq!((k, n), (x.columns, out.columns), "{}: inputs and outputs", weight.name);
+        assert_eq!((k, n), (x.columns, columns), "{}: inputs and outputs", weight.name);
         let blocks = self.blocks.get(..rows * (k / BLOCK)).unwrap_or_default();
         let bias = bias.map(|bias| bias.vector(n));
         Linear { weight, rows, x: x.rows(rows), blocks, bias, finish }
@@ -381,13 +385,39 @@ impl Backend for CpuBackend {
         out: &mut CpuBuffer,
     ) {
         self.quantise_for(rows, x, [weight]);
-        let job = self.quantised.linear(rows, x, weight, bias, write.into(), out);
+        let job = self.quantised.linear(rows, x, weight, bias, write.into(), out.columns);
         let linear = self.kernels.linear;
         let out_rows = out.rows_mut(rows);
         self.threads.columns(out_rows, weight.n, rows, grain(rows, [weight]), |columns, part| {
             linear(&job, columns, part);
         });
         self.strike(Op::Linear, out_rows);
+    }
+
+    fn linear_top(
+        &mut self,
+        rows: usize,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        top: &mut [Top],
+    ) -> bool {
+        if rows == 0 || top.is_empty() {
+            return true;
+        }
+        let k = top.len() / rows;
+        assert_eq!(top.len(), rows * k, "lists of {rows} rows");
+        self.quantise_for(rows, x, [weight]);
+        let job = self.quantised.linear(rows, x, weight, None, Finish::Store, weight.n);
+        let (kernels, scratch) = (self.kernels, &mut self.top_scratch);
+        scratch.each(|scratch| scratch.start(rows, k));
+        let each = &*scratch;
+        self.threads.ranges(weight.n, grain(rows, [weight]), |thread, columns| {
+            each.with(thread, |scratch| scratch.add(kernels, &job, columns));
+        });
+        top.fill(Top::NONE);
+        let mut finite = true;
+        scratch.each(|scratch| finite &= scratch.merge_into(top, k));
+        finite
     }
 
     fn linear_each<const N: usize>(
@@ -399,7 +429,7 @@ impl Backend for CpuBackend {
         let weights = each.each_ref().map(|one| one.weight);
         self.quantise_for(rows, x, weights);
         let jobs = each.each_ref().map(|LinearInto { weight, bias, out }| {
-            self.quantised.linear(rows, x, weight, *bias, Finish::Store, out)
+            self.quantised.linear(rows, x, weight, *bias, Finish::Store, out.columns)
         });
         let linear = self.kernels.linear;
         let mut outs = each.map(|one| (one.out.rows_mut(rows), one.weight.n));
@@ -421,8 +451,8 @@ impl Backend for CpuBackend {
         out: &mut CpuBuffer,
     ) {
         self.quantise_for(rows, x, [gate, up]);
-        let gate_job = self.quantised.linear(rows, x, gate, None, Finish::Store, out);
-        let up_job = self.quantised.linear(rows, x, up, None, Finish::Gate, out);
+        let gate_job = self.quantised.linear(rows, x, gate, None, Finish::Store, out.columns);
+        let up_job = self.quantised.linear(rows, x, up, None, Finish::Gate, out.columns);
         let linear = self.kernels.linear;
         let out_rows = out.rows_mut(rows);
         let grain = grain(rows, [gate, up]);

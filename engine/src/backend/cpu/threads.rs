@@ -197,6 +197,23 @@ impl Threads {
         });
     }
 
+    /// Splits `0..count` into runs cut at multiples of `grain`; `job(thread, run)` takes each. A
+    /// thread gets its runs in rising order.
+    pub(super) fn ranges(
+        &mut self,
+        count: usize,
+        grain: usize,
+        job: impl Fn(usize, Range<usize>) + Sync,
+    ) {
+        let grains = count.div_ceil(grain);
+        let pieces = (self.count() * PIECES).min(grains);
+        if self.count() == 1 || pieces <= 1 {
+            return job(0, 0..count);
+        }
+        let cut = |i: usize| (grains * i / pieces * grain).min(count);
+        self.run(pieces, &|thread, piece| job(thread, cut(piece)..cut(piece + 1)));
+    }
+
     /// Deals the rows of `out` (rows of `width`, the first `rows` of them) in turn to parts:
     /// row `i` of `part` is row `deal.first + i * deal.step` of `out`.
     pub(super) fn rows<T: Send>(
