@@ -40,6 +40,7 @@
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
 //! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
+//! | `draft` | guesses at the tokens to come |
 //! | `sched`, `sequence`, `page`, `pack`, `wire` | rows: which run, where they are, how they go |
 //! | `model` | decoder layers, submodels, the whole model as a yardstick |
 //! | `backend` | kernels |
@@ -50,6 +51,8 @@ pub mod backend;
 mod cloud;
 mod config;
 mod device;
+#[doc(hidden)]
+pub mod draft;
 mod error;
 #[cfg(feature = "http")]
 pub mod http;
@@ -86,8 +89,9 @@ pub mod options {
     pub use crate::backend::TokenId;
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{ChunkPolicy, CloudAddress, Codec, Limits, LinkKind, Processor};
+    pub use crate::draft::DraftMode;
     pub use crate::error::ErrorKind;
-    pub use crate::metrics::{EngineMetrics, Timings};
+    pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};
     pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use crate::sample::SamplerConfig;
 }

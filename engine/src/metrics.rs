@@ -5,6 +5,7 @@
 
 mod histogram;
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -28,14 +29,19 @@ pub struct Timings {
     pub tbt_ms_p99: f64,
     /// Tokens after the first, over the time since the first; 0 with fewer than two tokens.
     pub tokens_per_second: f64,
-    /// Serial waits for the cloud after prefill.
+    /// Serial waits for the cloud after prefill: the longest chain of rows in which each went up
+    /// after an output of the one before had come down, up to the row of the last decision.
     pub rounds: u32,
     /// Drafted tokens that were sent.
     pub draft_n: u32,
-    /// Drafted tokens that were kept.
+    /// Drafted tokens that were compared with a decided token: their parents were right.
+    pub draft_n_tested: u32,
+    /// Drafted tokens that were right, and kept.
     pub draft_n_accepted: u32,
     /// Tokens after the first, over rounds: bonus tokens included; 0 without a round.
     pub accept_len: f64,
+    /// The same counts for each drafter that drafted.
+    pub drafters: BTreeMap<&'static str, DraftCounts>,
     /// Most rows away at one time, prompt included.
     pub rows_in_flight_max: u32,
     /// Rounds that found their drafts made while the round before was away.
@@ -48,6 +54,19 @@ pub struct Timings {
     pub bytes_down: u64,
     /// Rows of each chunk of the prompt.
     pub chunks: Vec<u32>,
+}
+
+/// What one drafter did in one generation. A token that two drafters guessed at one place counts
+/// for the one that thought it more probable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DraftCounts {
+    /// Tokens that were sent.
+    pub drafted: u32,
+    /// Tokens that were compared with a decided token.
+    pub tested: u32,
+    /// Tokens that were right.
+    pub accepted: u32,
 }
 
 /// Measures one generation. The counters are public; times go through methods.
@@ -101,6 +120,28 @@ impl Meter {
     #[must_use]
     pub fn ttft(&self) -> Option<Duration> {
         self.first_token.map(|first| first.saturating_duration_since(self.started))
+    }
+
+    /// Rows are on their way up no more: the link to them is lost.
+    pub fn rows_lost(&mut self) {
+        self.rows_in_flight = 0;
+    }
+
+    /// A drafted token goes up.
+    pub fn drafted(&mut self, drafter: &'static str) {
+        self.counts.draft_n += 1;
+        self.counts.drafters.entry(drafter).or_default().drafted += 1;
+    }
+
+    /// A drafted token was compared with the token that was decided.
+    pub fn tested(&mut self, drafter: &'static str, accepted: bool) {
+        let counts = self.counts.drafters.entry(drafter).or_default();
+        self.counts.draft_n_tested += 1;
+        counts.tested += 1;
+        if accepted {
+            self.counts.draft_n_accepted += 1;
+            counts.accepted += 1;
+        }
     }
 
     /// All of it, as of now.
@@ -247,8 +288,11 @@ mod tests {
         for round in 1..=4u64 {
             meter.rows_sent(3);
             meter.counts.rounds += 1;
-            meter.counts.draft_n += 2;
-            meter.counts.draft_n_accepted += 1;
+            meter.drafted("lookup");
+            meter.drafted("lookup");
+            meter.drafted("lookup");
+            meter.tested("lookup", false);
+            meter.tested("lookup", true);
             meter.rows_settled(3);
             meter.token(at(100 + round * 50));
             meter.token(at(100 + round * 50));
@@ -258,6 +302,10 @@ mod tests {
         assert_eq!((timings.accept_len, timings.ttft_ms), (2.0, 100.0));
         assert_eq!(timings.tokens_per_second, 40.0);
         assert_eq!(timings.rows_in_flight_max, 7);
+        let counts = DraftCounts { drafted: 12, tested: 8, accepted: 4 };
+        assert_eq!(timings.drafters.iter().collect::<Vec<_>>(), [(&"lookup", &counts)]);
+        let sums = (timings.draft_n, timings.draft_n_tested, timings.draft_n_accepted);
+        assert_eq!(sums, (12, 8, 4));
         assert_eq!(timings.tbt_ms_p50, 0.0);
         assert!((timings.tbt_ms_p99 - 50.0).abs() < 1.7, "{}", timings.tbt_ms_p99);
 
@@ -276,8 +324,8 @@ mod tests {
         assert_eq!(
             names.join(" "),
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
-             draft_n_accepted accept_len rows_in_flight_max predraft_hits pages_reused bytes_up \
-             bytes_down chunks"
+             draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
+             pages_reused bytes_up bytes_down chunks"
         );
     }
 

@@ -9,6 +9,7 @@ use hat_transport::link::Waker;
 
 use crate::Error;
 use crate::backend::TokenId;
+use crate::draft::DraftMode;
 use crate::metrics::Timings;
 use crate::sample::SamplerConfig;
 pub use crate::token::{Message, Role};
@@ -45,6 +46,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Hashes the logits of each emitted position into the metrics' `logits_blake3`.
     pub hash_logits: bool,
+    /// Who drafts. The answer does not depend on it.
+    pub draft: DraftMode,
 }
 
 impl Request {
@@ -58,6 +61,7 @@ impl Request {
             top_logprobs: None,
             ignore_eos: false,
             hash_logits: false,
+            draft: DraftMode::default(),
         }
     }
 
@@ -117,6 +121,13 @@ impl Request {
     #[must_use]
     pub fn ignore_eos(mut self) -> Self {
         self.ignore_eos = true;
+        self
+    }
+
+    /// Who drafts.
+    #[must_use]
+    pub fn draft(mut self, draft: DraftMode) -> Self {
+        self.draft = draft;
         self
     }
 

@@ -6,8 +6,8 @@
 //! - Row ids are unique in a session and increase. A row's position is its parent's plus one.
 //! - A commit names one row; the path from the root to it is kept, everything that does not
 //!   descend from it is pruned. Committed rows stand at the slot of their own position.
-//! - A commit that names a row of the very frame it rides in says that those rows are decided
-//!   already (prompt rows, plain decoding): they never pend.
+//! - Decided rows (of a prompt, of plain decoding, at the root of a draft tree) never pend. They
+//!   follow the committed tip, so whatever pended is void.
 
 use crate::backend::{AttendPlan, PAGE_SIZE, RowMove};
 
@@ -142,11 +142,11 @@ impl Sequence {
     }
 
     /// Takes `count` decided rows with ids `first_id..`: each the child of the one before, the
-    /// first a child of the committed tip.
+    /// first a child of the committed tip. Rows that pended there are void: what follows the tip
+    /// is decided.
     ///
     /// # Errors
-    /// [`SequenceError`]; the sequence is unchanged then. Decided rows are refused while others
-    /// pend below the tip (commit or prune those first).
+    /// [`SequenceError`]; the sequence is unchanged then.
     pub fn append_committed(
         &mut self,
         first_id: u32,
@@ -154,7 +154,7 @@ impl Sequence {
         parent: u32,
     ) -> Result<RowPlace, SequenceError> {
         let last_new = self.check_ids(first_id, count)?;
-        if parent != self.tip || !self.pending.is_empty() {
+        if parent != self.tip {
             return Err(SequenceError::BadParent { id: first_id, parent, tip: self.tip });
         }
         let rows = self.committed as usize + count as usize;
@@ -162,6 +162,7 @@ impl Sequence {
             return Err(SequenceError::Full { rows, reserved: self.rows_max as usize });
         }
         let place = RowPlace { position: self.committed, slot: self.committed };
+        self.pending.clear();
         self.committed += count;
         self.tip = last_new;
         self.last_id = last_new;
@@ -202,6 +203,16 @@ impl Sequence {
         }
         self.last_id = last_new;
         Ok(())
+    }
+
+    /// Takes back the pending rows from `first_id` on, as if they had never come. The other side
+    /// must not have heard of them.
+    pub fn retract(&mut self, first_id: u32) {
+        let kept = self.pending.partition_point(|row| row.id < first_id);
+        if kept < self.pending.len() {
+            self.pending.truncate(kept);
+            self.last_id = first_id - 1;
+        }
     }
 
     /// Keeps the path to `row`, prunes what does not descend from it, and appends to `moves`

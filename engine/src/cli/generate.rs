@@ -10,7 +10,7 @@ use hat_engine::options::{FinishReason, Limits, Message, Role};
 use hat_engine::{Engine, Event, Metrics, Request};
 use serde_json::json;
 
-use super::{DeviceRunArgs, SamplerArgs, text_or_file};
+use super::{DeviceRunArgs, DraftArgs, SamplerArgs, text_or_file};
 
 /// One answer to one prompt.
 #[derive(Args)]
@@ -31,9 +31,8 @@ pub(crate) struct GenerateArgs {
     /// A string that ends the answer; at most four.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Drafting: off, or auto (no drafter exists in this version, so both decode plainly).
-    #[arg(long, default_value = "auto", value_parser = ["auto", "off"])]
-    draft: String,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// The prompt as it is, without the chat template.
     #[arg(long)]
     raw: bool,
@@ -85,6 +84,7 @@ impl GenerateArgs {
         request.stop.clone_from(&self.stop);
         request.ignore_eos = self.ignore_eos;
         request.hash_logits = self.json;
+        request.draft = self.draft.draft;
         Ok(request)
     }
 }
@@ -129,6 +129,8 @@ pub(crate) struct ChatArgs {
     device: DeviceRunArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// A system message.
     #[arg(long, value_name = "TEXT|@FILE")]
     system: Option<String>,
@@ -153,6 +155,7 @@ impl ChatArgs {
             messages.push(Message::new(Role::User, line));
             let mut request = Request::conversation(messages.clone());
             request.sampler = self.sampler.config();
+            request.draft = self.draft.draft;
             request.max_tokens = self.max_tokens;
             match answer(&engine, request, print_text) {
                 Ok((_, metrics)) => messages.push(Message::new(Role::Assistant, metrics.text)),
@@ -181,6 +184,8 @@ fn prompts() -> impl Iterator<Item = std::io::Result<String>> {
 pub(crate) struct DemoArgs {
     #[command(flatten)]
     device: DeviceRunArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// The question.
     #[arg(short, long, default_value = "Why is the sky blue? Answer in two sentences.")]
     prompt: String,
@@ -197,7 +202,8 @@ impl DemoArgs {
             eprintln!("cloud:  {} at {}", cloud.describe(), cloud.address());
         }
         println!("> {}", self.prompt);
-        let request = Request::chat(&self.prompt).max_tokens(self.max_tokens);
+        let request =
+            Request::chat(&self.prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
         let (_, metrics) = answer(&engine, request, print_text)?;
         println!();
         let timings = &metrics.timings;
@@ -212,8 +218,14 @@ impl DemoArgs {
             timings.tokens_per_second,
         );
         eprintln!(
-            "on the wire: {} bytes up, {} bytes down, in {} round trips after the prompt",
-            timings.bytes_up, timings.bytes_down, timings.rounds,
+            "on the wire: {} bytes up, {} bytes down, in {} round trips after the prompt \
+             ({:.2} tokens each; {} drafted, {} of them right)",
+            timings.bytes_up,
+            timings.bytes_down,
+            timings.rounds,
+            timings.accept_len,
+            timings.draft_n,
+            timings.draft_n_accepted,
         );
         Ok(())
     }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
+use hat_engine::options::{
+    ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, Processor, SamplerConfig,
+};
 use hat_engine::{CloudConfig, EngineConfig, pull};
 
 /// A large language model split between this device and a cloud.
@@ -203,6 +205,14 @@ impl RunArgs {
     pub(crate) fn processor(&self) -> Processor {
         self.processor
     }
+}
+
+/// How many tokens a round trip may yield.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct DraftArgs {
+    /// Who drafts: auto, off, chain, tree, lookup, stream or all. The answer is the same.
+    #[arg(long, env = "HAT_DRAFT", default_value = "auto", value_name = "MODE")]
+    pub(crate) draft: DraftMode,
 }
 
 /// How the next token is chosen. Greedy unless a temperature is given.

@@ -12,7 +12,7 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Busy, CloseCode, Dropped, Hello, Message, Open, SessionError, SessionErrorCode,
+    Busy, CloseCode, Hello, Message, Open, SessionError, SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
@@ -377,10 +377,6 @@ impl Io {
                 self.outbox.push_back(Output { connection, session: wire_id, body });
             }
             outputs.advance();
-        }
-        for first_id in &job.rows[index].dropped {
-            let message = Message::Dropped(Dropped { first_id: *first_id, count: 1 });
-            self.answer(connection, wire_id, &message);
         }
         Ok(())
     }

@@ -59,8 +59,6 @@ pub(super) struct StepRows {
     pub(super) wanted: Vec<u32>,
     /// Their ids. `[wanted]`
     pub(super) wanted_ids: Vec<u32>,
-    /// Rows that were pruned before they could run.
-    pub(super) dropped: Vec<u32>,
 }
 
 impl StepRows {
@@ -68,7 +66,6 @@ impl StepRows {
         self.ids.clear();
         self.wanted.clear();
         self.wanted_ids.clear();
-        self.dropped.clear();
     }
 }
 
@@ -211,7 +208,8 @@ impl Session {
         let head = &wire.head;
         let count = u32::from(head.count);
         if head.commit != 0 {
-            self.sequence.commit(head.commit, moves, &mut rows.dropped)?;
+            // What it prunes has run, or runs now, and is answered by OUTPUT.
+            self.sequence.commit(head.commit, moves, &mut Vec::new())?;
         }
         if head.decided {
             let first = self.sequence.append_committed(head.first_id, count, head.parent)?;

@@ -1,14 +1,17 @@
 //! One request that runs: where its rows are, and what has come back.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
+use crate::draft::Lookup;
 use crate::metrics::Meter;
 use crate::sequence::Sequence;
 
 use super::Job;
+use super::walk::Walk;
 
 /// Where a request's session in the cloud stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,11 +24,21 @@ pub(super) enum Phase {
     Open,
 }
 
-/// Rows that are computed and not sent yet.
+/// Rows that are computed and not all sent yet.
 #[derive(Default)]
 pub(super) struct Unsent {
-    /// Position of the first of them.
-    pub(super) first: u32,
+    /// Id of the first of them.
+    pub(super) first_id: u32,
+    /// Parent of the first of them.
+    pub(super) parent: u32,
+    /// How many of them are decided, and so a chain; the others pend.
+    pub(super) decided: usize,
+    /// Parents of those that pend.
+    pub(super) parents: Vec<u32>,
+    /// What the cloud is to keep before it looks at them; 0 for nothing new.
+    pub(super) commit: u32,
+    /// Whether the last decided row leads to a token; those that pend do.
+    pub(super) decides: bool,
     /// Rows. `[count, hidden_size]`
     pub(super) hidden: Vec<f32>,
     /// Rows of `hidden` already sent.
@@ -44,19 +57,26 @@ pub(super) struct Active {
     pub(super) wire_id: u32,
     /// Prompt and answer so far.
     pub(super) tokens: Vec<TokenId>,
-    /// KV of the device's own layers. In plain decoding a row's id is its position plus one.
+    /// KV of the device's own layers.
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
-    /// Rows whose output has come back; only the tail layers need all of them.
-    pub(super) returned: u32,
-    /// Rows that no longer are in flight, for the figures.
-    pub(super) settled: u32,
+    pub(super) walk: Walk,
+    /// The last row of the path that the cloud has not been told to keep; 0 if there is none.
+    pub(super) commit: u32,
+    /// How many waits have ended.
+    pub(super) round: u32,
+    /// What stood in the prompt and in the answer; `None` if this request has no drafts.
+    pub(super) lookup: Option<Lookup>,
+    /// The last row that was sent.
+    pub(super) sent_id: u32,
+    /// Decided rows whose output has not come back; only the tail layers get all of them.
+    pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
 }
 
 impl Active {
-    /// Rows that the device's own layers have computed.
+    /// Rows of the decided path that the device's own layers have computed and committed.
     pub(super) fn computed(&self) -> u32 {
         self.sequence.committed()
     }
@@ -70,7 +90,21 @@ impl Active {
     pub(super) fn wants_compute(&self) -> bool {
         self.phase == Phase::Open
             && self.unsent.sent == self.unsent.count
+            && self.walk.is_over()
             && self.computed() < self.rows()
+    }
+
+    /// Whether all that is to be computed is the last decided token: drafts may hang below it.
+    pub(super) fn is_decoding(&self) -> bool {
+        !self.answer.tokens().is_empty() && self.computed() + 1 == self.rows()
+    }
+
+    /// A token was decided.
+    pub(super) fn push_token(&mut self, token: TokenId) {
+        self.tokens.push(token);
+        if let Some(lookup) = &mut self.lookup {
+            lookup.push(token);
+        }
     }
 
     /// Begins again from the tokens: the cloud no longer knows the session. What was emitted
@@ -81,8 +115,11 @@ impl Active {
         self.sequence = Sequence::new(pages.into_pages(), rows_max);
         self.unsent.count = 0;
         self.unsent.sent = 0;
-        self.returned = 0;
-        self.settled = 0;
+        self.walk.clear();
+        self.commit = 0;
+        self.sent_id = 0;
+        self.decided = 1..1;
+        self.meter.rows_lost();
         self.phase = Phase::Closed { not_before };
     }
 

@@ -1,7 +1,10 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
 mod active;
+mod compute;
 mod run;
+mod verify;
+mod walk;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! The engine thread's loop: compute, send, wait, sample, until told to stop.
+//! The engine thread's loop: compute, send, wait, until told to stop; and what requests are
+//! before and after their rows.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,15 +8,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
-use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
 use hat_transport::link::Waker;
-use hat_transport::message::{Message, Open, Output, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::message::{Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Phase, Unsent};
+use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
-use crate::config::{ChunkPolicy, CloudAddress, EngineConfig};
+use crate::backend::{RowMove, TokenId};
+use crate::config::{CloudAddress, EngineConfig};
+use crate::draft::{Acceptance, DraftMode, Tree};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::page::{PagePool, pages_for};
@@ -72,12 +75,19 @@ impl Start {
             cloud: cloud.clone(),
             connection: None,
             peer_rows_max: limits.step_rows_max,
+            peer_pending_max: PENDING_ROWS_MAX,
             connected: false,
             reason: "not connected yet".into(),
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
             next_wire_id: 1,
+            told_untrained: false,
+            acceptance: Acceptance::default(),
+            tree: Tree::default(),
+            tokens: Vec::with_capacity(PENDING_ROWS_MAX),
+            moves: Vec::with_capacity(PENDING_ROWS_MAX),
+            pruned: Vec::with_capacity(PENDING_ROWS_MAX),
             plan: PlanBuffers::with_capacity(step_rows, 1, pages),
             logits: vec![0.0; self.shared.config.vocab_size],
             row: vec![0.0; facts.hidden_size],
@@ -86,24 +96,35 @@ impl Start {
     }
 }
 
-struct Device {
-    start: Start,
-    endpoint: Endpoint,
+/// The engine thread's own: link, model, requests.
+pub(super) struct Device {
+    pub(super) start: Start,
+    pub(super) endpoint: Endpoint,
     cloud: String,
-    connection: Option<ConnectionId>,
-    connected: bool,
+    pub(super) connection: Option<ConnectionId>,
+    pub(super) connected: bool,
     /// The cloud's row budget for one chunk.
-    peer_rows_max: u32,
+    pub(super) peer_rows_max: u32,
+    /// Rows of one session that may pend in the cloud.
+    pub(super) peer_pending_max: usize,
     /// Why the cloud is away, for people.
     reason: String,
-    actives: Vec<Active>,
+    pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
     pages: PagePool,
     next_wire_id: u32,
-    plan: PlanBuffers,
-    logits: Vec<f32>, // [vocab_size]
-    row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
+    /// Whether it was said that there is no trained drafter.
+    told_untrained: bool,
+    /// How good guesses were, over all requests.
+    pub(super) acceptance: Acceptance,
+    pub(super) plan: PlanBuffers,
+    pub(super) tree: Tree,
+    pub(super) tokens: Vec<TokenId>, // of a tree's rows
+    pub(super) moves: Vec<RowMove>,
+    pub(super) pruned: Vec<u32>,
+    pub(super) logits: Vec<f32>, // [vocab_size]
+    pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
 }
 
 impl Device {
@@ -157,6 +178,13 @@ impl Device {
             let job = self.waiting.pop_front().expect("looked at above");
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
+            let draft = job.prepared.request.draft;
+            if draft.wants_trained() && !std::mem::replace(&mut self.told_untrained, true) {
+                let mode = draft.name();
+                tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
+            }
+            let drafts = draft != DraftMode::Off;
+            let lookup = drafts.then(|| job.prepared.prompt.iter().copied().collect());
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
@@ -165,8 +193,12 @@ impl Device {
                 tokens: job.prepared.prompt.clone(),
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
-                returned: 0,
-                settled: 0,
+                walk: Walk::default(),
+                commit: 0,
+                round: 0,
+                lookup,
+                sent_id: 0,
+                decided: 1..1,
                 deadline: None,
                 job,
             });
@@ -236,113 +268,6 @@ impl Device {
         }
     }
 
-    /// Computes one chunk of one request, the one with the fewest rows left first: a decode step
-    /// is not kept waiting by another's long prompt. Says whether there was anything to do.
-    fn compute_one(&mut self) -> bool {
-        let next = (0..self.actives.len())
-            .filter(|index| self.actives[*index].wants_compute())
-            .min_by_key(|index| self.actives[*index].rows() - self.actives[*index].computed());
-        let Some(index) = next else { return false };
-        let active = &mut self.actives[index];
-        let first = active.computed();
-        let policy = match self.start.config.chunks {
-            ChunkPolicy::Off => u32::MAX,
-            ChunkPolicy::Fixed(rows) => rows,
-        };
-        let rows_max = policy.min(self.peer_rows_max).min(self.start.config.limits.step_rows_max);
-        let count = (active.rows() - first).min(rows_max);
-        let place = active
-            .sequence
-            .append_committed(first + 1, count, first)
-            .expect("ids are positions plus one, and the session reserved all of them");
-        self.plan.clear();
-        self.plan.push_committed(place, count);
-        self.plan.end_sequence(&active.sequence);
-        let end = (first + count) as usize;
-        let tokens = &active.tokens[first as usize..end];
-        let hidden_size = self.start.facts.hidden_size;
-        active.unsent.first = first;
-        active.unsent.count = count as usize;
-        active.unsent.sent = 0;
-        active.unsent.hidden.resize(count as usize * hidden_size, 0.0);
-        self.start.model.input(&self.plan.plan(), tokens, &mut active.unsent.hidden);
-        if let Some(row) = active.unsent.hidden.iter().position(|number| !number.is_finite()) {
-            let row = u32::try_from(row / hidden_size).expect("below the chunk's rows");
-            self.fail(index, Error::NotFinite { position: first + row });
-            return true;
-        }
-        if active.answer.tokens().is_empty() {
-            active.meter.counts.chunks.push(count);
-            let event = Event::Prefill { sent: first + count, total: active.rows() };
-            let _ = active.job.events.send(Ok(event));
-        }
-        true
-    }
-
-    /// Sends what is computed, as far as there are buffers and credit.
-    fn send_unsent(&mut self) {
-        let Some(connection) = self.connection.filter(|_| self.connected) else { return };
-        let hidden_size = self.start.facts.hidden_size;
-        let codec = self.start.config.wire;
-        let has_tail = self.start.facts.has_tail;
-        for active in &mut self.actives {
-            if active.phase != Phase::Open {
-                continue;
-            }
-            let last_row = active.rows();
-            while active.unsent.sent < active.unsent.count {
-                let unsent = &active.unsent;
-                let rows =
-                    (unsent.count - unsent.sent).min(wire::rows_per_frame(codec, hidden_size));
-                let row_bytes = codec.row_bytes(hidden_size);
-                let bytes = RowsHead::BYTES + rows * row_bytes;
-                let Some(mut body) = self.endpoint.buffer(bytes) else { return };
-                let count = u32::try_from(rows).expect("a frame holds few rows");
-                let position = unsent.first + u32::try_from(unsent.sent).expect("few rows");
-                let more = unsent.sent + rows < unsent.count;
-                let ends = position + count == last_row;
-                let head = RowsHead {
-                    first_id: position + 1,
-                    count: u16::try_from(rows).expect("a frame holds few rows"),
-                    tree: false,
-                    decided: true,
-                    more,
-                    want: match (has_tail, ends) {
-                        (true, _) => Want::All,
-                        (false, true) => Want::Last,
-                        (false, false) => Want::None,
-                    },
-                    parent: position,
-                    commit: 0,
-                };
-                let start = head.encode(&[], body.body_mut());
-                let from = unsent.sent * hidden_size;
-                let cut = codec
-                    .pack(
-                        &unsent.hidden[from..from + rows * hidden_size],
-                        hidden_size,
-                        &mut body.body_mut()[start..],
-                    )
-                    .expect("rows are checked when they are computed");
-                if cut > 0 {
-                    tracing::warn!(cut, "numbers beyond the wire codec's range were cut");
-                }
-                let urgent = !active.answer.tokens().is_empty() && unsent.count == 1;
-                let priority = if urgent { Priority::Verify } else { Priority::Prompt };
-                if self
-                    .endpoint
-                    .send(connection, Kind::Rows, active.wire_id, priority, body)
-                    .is_err()
-                {
-                    return;
-                }
-                active.meter.rows_sent(count);
-                active.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
-                active.unsent.sent += rows;
-            }
-        }
-    }
-
     /// How long a turn may wait: until the next deadline, or until something happens.
     fn wait_for(&self, now: Instant) -> Option<Duration> {
         if self.actives.iter().any(|active| active.unsent.sent < active.unsent.count) {
@@ -361,6 +286,7 @@ impl Device {
             LinkEvent::Up { hello, resumed, .. } => {
                 self.set_connected(true);
                 self.peer_rows_max = hello.row_budget.max(1);
+                self.peer_pending_max = usize::from(hello.rows_pending_max);
                 if !resumed {
                     self.actives.iter_mut().for_each(|active| active.restart(None));
                 }
@@ -429,84 +355,7 @@ impl Device {
         }
     }
 
-    /// Takes rows that came back; the last row of all leads to the next token.
-    fn take_output(
-        &mut self,
-        index: usize,
-        output: &Output<'_>,
-        bytes: usize,
-    ) -> Result<(), String> {
-        let hidden_size = self.start.facts.hidden_size;
-        let active = &mut self.actives[index];
-        active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
-        active.deadline = None;
-        let count = usize::from(output.head.count);
-        self.row.resize(count.max(1) * hidden_size, 0.0);
-        let rows = &mut self.row[..count * hidden_size];
-        let codec = self.start.config.wire;
-        if output.payload.len() != count * codec.row_bytes(hidden_size) {
-            return Err(format!("{} bytes for {count} rows", output.payload.len()));
-        }
-        codec.unpack(output.payload, hidden_size, rows).map_err(|error| error.to_string())?;
-        let first_id = output.ids.iter().next().ok_or("an OUTPUT without rows")?;
-        let last_id = first_id + u32::from(output.head.count) - 1;
-        let in_order = output.ids.iter().zip(first_id..).all(|(id, expected)| id == expected);
-        if !in_order || last_id > active.computed() || first_id <= active.returned {
-            return Err(format!("rows {first_id}..={last_id} come out of turn"));
-        }
-        if self.start.facts.has_tail {
-            if first_id != active.returned + 1 {
-                return Err(format!("row {first_id} before row {}", active.returned + 1));
-            }
-            let first = first_id - 1;
-            self.plan.clear();
-            let place = crate::sequence::RowPlace { position: first, slot: first };
-            self.plan.push_committed(place, u32::from(output.head.count));
-            self.plan.end_sequence(&active.sequence);
-            self.start.model.tail(&self.plan.plan(), rows);
-        }
-        active.returned = last_id;
-        active.meter.rows_settled(last_id - active.settled);
-        active.settled = last_id;
-        if last_id == active.rows() {
-            let last = rows.len() - hidden_size;
-            self.emit(index, last..last + hidden_size);
-        }
-        Ok(())
-    }
-
-    /// The last row is back, at `last` of `self.row`: decides the next token.
-    fn emit(&mut self, index: usize, last: std::ops::Range<usize>) {
-        let Start { shared, model, .. } = &mut self.start;
-        let active = &mut self.actives[index];
-        let position = active.rows() - 1;
-        let emitted = if active.answer.wants_greatest() {
-            let greatest = model.greatest(&self.row[last]);
-            let emit = |(token, _)| active.answer.take_greatest(token, &shared.tokenizer);
-            greatest.map(emit).ok_or(Error::NotFinite { position })
-        } else {
-            model.head(&self.row[last], &mut self.logits);
-            active.answer.take(&self.logits, position, &shared.tokenizer)
-        };
-        let emitted = match emitted {
-            Ok(emitted) => emitted,
-            Err(error) => return self.fail(index, error),
-        };
-        if let Some(token) = emitted.token {
-            active.meter.counts.rounds =
-                u32::try_from(active.answer.tokens().len() - 1).expect("within the context");
-            active.meter.token(shared.clock.now());
-            active.tokens.push(token);
-        }
-        let heard = emitted.event.is_none_or(|event| active.job.events.send(Ok(event)).is_ok());
-        match emitted.finish {
-            Some(reason) => self.finish(index, reason),
-            None if !heard => self.retire(index),
-            None => {}
-        }
-    }
-
-    fn finish(&mut self, index: usize, finish_reason: FinishReason) {
+    pub(super) fn finish(&mut self, index: usize, finish_reason: FinishReason) {
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
@@ -522,14 +371,14 @@ impl Device {
     }
 
     /// Ends a request with an error.
-    fn fail(&mut self, index: usize, error: Error) {
+    pub(super) fn fail(&mut self, index: usize, error: Error) {
         self.start.shared.metrics().requests_failed += 1;
         self.actives[index].fail(error);
         self.retire(index);
     }
 
     /// Forgets a request, and tells the cloud if it has a session.
-    fn retire(&mut self, index: usize) {
+    pub(super) fn retire(&mut self, index: usize) {
         let active = self.actives.swap_remove(index);
         self.start.shared.metrics().sessions = self.actives.len() as u64;
         if let Some(connection) = self.connection

@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::json;
 use crate::backend::TokenId;
+use crate::draft::DraftMode;
 use crate::request::{Message, Prompt, Request, Role};
 use crate::sample::SamplerConfig;
 
@@ -65,6 +66,7 @@ pub(super) fn ask(shape: Shape, body: &[u8]) -> Result<Ask, ApiError> {
     request.sampler = sampler(fields)?;
     request.stop = stop(fields)?;
     request.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
+    request.draft = draft(fields)?;
     let choices = fields.integer("n", 1..=CHOICES_MAX)?.unwrap_or(1);
     let options = fields.object("stream_options")?;
     let include_usage = match options {
@@ -219,6 +221,16 @@ fn chat_logprobs(fields: Fields<'_>) -> Result<Option<u64>, ApiError> {
     }
 }
 
+/// Who drafts: an extension of ours, named as the flag.
+fn draft(fields: Fields<'_>) -> Result<DraftMode, ApiError> {
+    match fields.text("draft")? {
+        None => Ok(DraftMode::default()),
+        Some(name) => {
+            name.parse().map_err(|error: crate::Error| ApiError::field("draft", error.to_string()))
+        }
+    }
+}
+
 /// `max_completion_tokens` is the newer name and wins.
 fn max_tokens(fields: Fields<'_>) -> Result<Option<u32>, ApiError> {
     let older = fields.integer("max_tokens", 1..=MAX_TOKENS_MAX)?;
@@ -333,7 +345,7 @@ mod tests {
             "repeat_last_n": -1, "logit_bias": {"3": -100, "4": 1.5}, "n": 2, "logprobs": true,
             "top_logprobs": 4, "stream": true, "stream_options": {"include_usage": true},
             "response_format": {"type": "text"}, "tools": [], "max_retries": null,
-            "ignore_eos": true,
+            "ignore_eos": true, "draft": "lookup",
         }))
         .unwrap();
         let expected = SamplerConfig {
@@ -354,6 +366,7 @@ mod tests {
         assert_eq!(ask.request.top_logprobs, Some(4));
         assert!(ask.request.ignore_eos);
         assert_eq!((ask.choices, ask.stream, ask.include_usage), (2, true, true));
+        assert_eq!(ask.request.draft, DraftMode::Lookup);
     }
 
     #[test]
@@ -361,6 +374,8 @@ mod tests {
         for (extra, param) in [
             (json!({"temperature": "warm"}), "temperature"),
             (json!({"max_tokens": 0}), "max_tokens"),
+            (json!({"draft": "medusa"}), "draft"),
+            (json!({"draft": true}), "draft"),
             (json!({"max_tokens": -1}), "max_tokens"),
             (json!({"max_tokens": 1_u64 << 63}), "max_tokens"),
             (json!({"n": 10_000}), "n"),

@@ -58,6 +58,31 @@ fn commit_moves_the_path_and_keeps_the_branch_below() {
 }
 
 #[test]
+fn a_decided_row_voids_what_pended() {
+    let mut rows = sequence();
+    rows.append_committed(1, 10, 0).unwrap();
+    rows.append_pending(11, &[10, 11, 10]).unwrap();
+    rows.commit(11, &mut vec![], &mut vec![]).unwrap();
+    assert_eq!(rows.pending(), 1, "12 is below 11");
+    assert_eq!(rows.append_committed(14, 1, 11), Ok(RowPlace { position: 11, slot: 11 }));
+    assert_eq!((rows.committed(), rows.tip(), rows.pending()), (12, 14, 0));
+    assert_eq!(rows.place(12), None);
+}
+
+#[test]
+fn retracted_rows_never_were() {
+    let mut rows = sequence();
+    rows.append_committed(1, 10, 0).unwrap();
+    rows.append_pending(11, &[10, 11, 12]).unwrap();
+    rows.retract(14);
+    assert_eq!((rows.pending(), rows.last_id()), (3, 13));
+    rows.retract(12);
+    assert_eq!((rows.pending(), rows.last_id()), (1, 11));
+    rows.append_pending(12, &[11]).unwrap();
+    assert_eq!(rows.place(12), Some(RowPlace { position: 11, slot: 11 }));
+}
+
+#[test]
 fn a_plan_names_the_ancestors_of_a_tree_row() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();

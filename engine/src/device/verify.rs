@@ -1,0 +1,186 @@
+//! Outputs that come back, and the walk that turns them into tokens.
+
+use hat_transport::frame::HEADER_BYTES;
+use hat_transport::message::Output;
+
+use super::run::Device;
+use super::walk::Taken;
+use crate::Error;
+use crate::backend::TokenId;
+use crate::sequence::RowPlace;
+
+impl Device {
+    /// Takes rows that came back, and walks as far as they lead.
+    pub(super) fn take_output(
+        &mut self,
+        index: usize,
+        output: &Output<'_>,
+        bytes: usize,
+    ) -> Result<(), String> {
+        let hidden_size = self.start.facts.hidden_size;
+        let active = &mut self.actives[index];
+        active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        active.deadline = None;
+        let count = usize::from(output.head.count);
+        self.row.resize(count.max(1) * hidden_size, 0.0);
+        let codec = self.start.config.wire;
+        if output.payload.len() != count * codec.row_bytes(hidden_size) {
+            return Err(format!("{} bytes for {count} rows", output.payload.len()));
+        }
+        codec
+            .unpack(output.payload, hidden_size, &mut self.row)
+            .map_err(|error| error.to_string())?;
+        if let Some(id) = output.ids.iter().find(|id| *id > active.sent_id) {
+            return Err(format!("row {id}, which was not sent"));
+        }
+        // Decided rows come before those that pend below them.
+        let decided = output.ids.iter().take_while(|id| active.decided.contains(id)).count();
+        if decided > 0 {
+            self.take_decided(index, output, decided)?;
+        }
+        self.take_pending(index, output, decided)?;
+        self.walk(index);
+        Ok(())
+    }
+
+    /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
+    /// order: the last one, or, for the tail layers, all.
+    fn take_decided(
+        &mut self,
+        index: usize,
+        output: &Output<'_>,
+        count: usize,
+    ) -> Result<(), String> {
+        let hidden_size = self.start.facts.hidden_size;
+        let active = &mut self.actives[index];
+        let expected = match self.start.facts.has_tail {
+            true => active.decided.start,
+            false => active.decided.end - 1,
+        };
+        if let Some((id, _)) =
+            output.ids.iter().take(count).zip(expected..).find(|(id, expected)| id != expected)
+        {
+            return Err(format!("row {id} comes out of turn, not row {expected}"));
+        }
+        let rows = &mut self.row[..count * hidden_size];
+        let end = expected + u32::try_from(count).expect("a frame holds few rows");
+        if self.start.facts.has_tail {
+            let first = active.sequence.committed() - (active.decided.end - expected);
+            self.plan.clear();
+            self.plan.push_committed(RowPlace { position: first, slot: first }, end - expected);
+            self.plan.end_sequence(&active.sequence);
+            self.start.model.tail(&self.plan.plan(), rows);
+        }
+        active.meter.rows_settled(end - active.decided.start);
+        active.decided.start = end;
+        // The last of all leads to a token; the walk doesn't know the others.
+        active.walk.take(end - 1, &rows[rows.len() - hidden_size..]);
+        Ok(())
+    }
+
+    /// Takes the rows of `self.row` from number `first` on, which pend, in whatever order. Those
+    /// that have become void are let go.
+    fn take_pending(
+        &mut self,
+        index: usize,
+        output: &Output<'_>,
+        first: usize,
+    ) -> Result<(), String> {
+        let active = &mut self.actives[index];
+        let rows = self.row.chunks_exact(self.start.facts.hidden_size);
+        for (id, row) in output.ids.iter().zip(rows).skip(first) {
+            active.meter.rows_settled(1);
+            if active.walk.take(id, row) == Taken::Twice {
+                return Err(format!("row {id} for the second time"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes from row to row as long as their outputs are back; each leads to a token. The LM head
+    /// runs for these rows alone.
+    fn walk(&mut self, index: usize) {
+        loop {
+            let active = &mut self.actives[index];
+            let Some((id, round, output)) = active.walk.next() else { return };
+            // Rows that pend have not been through the tail layers; their ancestors have.
+            if self.start.facts.has_tail && active.sequence.place(id).is_some() {
+                self.plan.clear();
+                self.plan.push_pending(&active.sequence, id);
+                self.plan.end_sequence(&active.sequence);
+                self.start.model.tail(&self.plan.plan(), output);
+            }
+            let greatest = if active.answer.wants_greatest() {
+                Some(self.start.model.greatest(output))
+            } else {
+                self.start.model.head(output, &mut self.logits);
+                None
+            };
+            active.round = round;
+            active.meter.counts.rounds = round;
+            if !self.decide(index, id, greatest) {
+                return;
+            }
+        }
+    }
+
+    /// The logits behind row `id` are there, or `greatest` of them if the answer wants no more:
+    /// decides the next token. Says whether the walk goes on below; if not, the request has ended
+    /// or the token's row is yet to be made.
+    fn decide(&mut self, index: usize, id: u32, greatest: Option<Option<(TokenId, f32)>>) -> bool {
+        let shared = &self.start.shared;
+        let active = &mut self.actives[index];
+        let position = active.rows() - 1;
+        let emitted = match greatest {
+            Some(Some((token, _))) => Ok(active.answer.take_greatest(token, &shared.tokenizer)),
+            Some(None) => Err(Error::NotFinite { position }),
+            None => active.answer.take(&self.logits, position, &shared.tokenizer),
+        };
+        let emitted = match emitted {
+            Ok(emitted) => emitted,
+            Err(error) => {
+                self.fail(index, error);
+                return false;
+            }
+        };
+        if let Some(token) = emitted.token {
+            active.meter.token(shared.clock.now());
+            for (guess, source) in active.walk.drafts() {
+                active.meter.tested(source.drafter.name(), guess == token);
+                self.acceptance.note(source, guess == token);
+            }
+            active.push_token(token);
+        }
+        let heard = emitted.event.is_none_or(|event| active.job.events.send(Ok(event)).is_ok());
+        if let Some(reason) = emitted.finish {
+            self.finish(index, reason);
+            return false;
+        }
+        if !heard {
+            self.retire(index);
+            return false;
+        }
+        if emitted.token.is_some_and(|token| active.walk.step(token)) {
+            return true;
+        }
+        self.leave_tree(index, id);
+        false
+    }
+
+    /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
+    /// with the next rows, and forgets the rest.
+    fn leave_tree(&mut self, index: usize, id: u32) {
+        let active = &mut self.actives[index];
+        active.walk.clear();
+        if active.sequence.place(id).is_some() {
+            self.moves.clear();
+            self.pruned.clear();
+            active
+                .sequence
+                .commit(id, &mut self.moves, &mut self.pruned)
+                .expect("the walk stands on rows that pend");
+            self.start.model.compact(&self.moves);
+            active.commit = id;
+        }
+    }
+}

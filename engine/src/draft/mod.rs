@@ -1,0 +1,55 @@
+//! Drafting: guesses at the tokens to come, so that one round trip may yield several.
+//!
+//! A [`Tree`] of guesses hangs below the last decided token. Its rows go to the cloud in one
+//! frame; when they are back, the device walks from the root: each visited row's logits decide a
+//! token, and the walk goes on as long as a child has it. What is emitted is what plain decoding
+//! emits, whatever was guessed: drafters are free to be wrong, and only speed depends on them.
+//!
+//! - [`tree`]: guesses of several drafters merged, the most probable ones first
+//! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
+//! - [`policy`]: how good guesses are
+
+pub mod lookup;
+mod mode;
+pub mod policy;
+pub mod tree;
+
+pub use lookup::Lookup;
+pub use mode::DraftMode;
+pub use policy::Acceptance;
+pub use tree::{Node, Tree};
+
+/// Nodes of a draft tree unless a policy says less, the decided token at its root not counted.
+pub const BUDGET_DEFAULT: usize = 32;
+
+/// Who proposed a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drafter {
+    /// [`Lookup`]: what followed the same words before.
+    Lookup,
+}
+
+impl Drafter {
+    /// All of them.
+    pub const ALL: [Self; 1] = [Self::Lookup];
+
+    /// The name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lookup => "lookup",
+        }
+    }
+}
+
+/// Who proposed a token, and how good such proposals are: those of one class are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Who.
+    pub drafter: Drafter,
+    /// Which of the drafter's classes, `0..CLASSES`.
+    pub class: u8,
+}
+
+/// Classes of proposals that a drafter tells apart.
+pub const CLASSES: usize = 16;

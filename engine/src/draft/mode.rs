@@ -1,0 +1,80 @@
+//! `--draft`: who drafts, and when rows go up.
+
+use crate::Error;
+
+/// How a request is drafted. What is answered does not depend on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DraftMode {
+    /// Every drafter that there is, as far as it pays by what is measured; zero drafts if none do.
+    #[default]
+    Auto,
+    /// No drafts: one row a round trip.
+    Off,
+    /// The trained drafter's likeliest token, and so on: a chain.
+    Chain,
+    /// The trained drafter's likeliest tokens and lookup in one tree.
+    Tree,
+    /// Lookup alone.
+    Lookup,
+    /// As `Tree`, and rows go up before earlier verdicts are back.
+    Stream,
+    /// Everything at once.
+    All,
+}
+
+impl DraftMode {
+    /// All modes.
+    pub const ALL: [Self; 7] =
+        [Self::Auto, Self::Off, Self::Chain, Self::Tree, Self::Lookup, Self::Stream, Self::All];
+
+    /// The name in flags and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+            Self::Chain => "chain",
+            Self::Tree => "tree",
+            Self::Lookup => "lookup",
+            Self::Stream => "stream",
+            Self::All => "all",
+        }
+    }
+
+    /// Whether it asks for a trained drafter by name.
+    #[must_use]
+    pub const fn wants_trained(self) -> bool {
+        matches!(self, Self::Chain | Self::Tree | Self::Stream | Self::All)
+    }
+}
+
+impl std::str::FromStr for DraftMode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        if text == "medusa" {
+            let reason = "this version has no Medusa heads; use auto, tree or lookup";
+            return Err(Error::field("draft", reason));
+        }
+        Self::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|mode| mode.name()).collect();
+            Error::field("draft", format!("{text:?} is none of {}", names.join(", ")))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed_and_others_are_refused_by_name() {
+        for mode in DraftMode::ALL {
+            assert_eq!(mode.name().parse::<DraftMode>().unwrap(), mode);
+        }
+        let refused = |text: &str| text.parse::<DraftMode>().unwrap_err().to_string();
+        assert!(refused("medusa").contains("Medusa"));
+        assert!(refused("fast").contains("auto, off, chain, tree, lookup, stream, all"));
+    }
+}

@@ -1,0 +1,276 @@
+//! A draft tree as it grows: the most probable guess first, whoever made it.
+//!
+//! Drafters offer *branches*, runs of tokens each with the probability that it follows the one
+//! before. A candidate's cumulative probability is the product along its path, so growing by the
+//! best candidate keeps every prefix of the nodes a tree, and the best one of its size. A token
+//! that several drafters guess at one place is one node. Pure: no backend, no clock.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+use super::Source;
+use crate::backend::TokenId;
+
+/// Most nodes of a tree, its root included: so many rows may pend in the cloud.
+pub const NODES_MAX: usize = 64;
+
+/// One token of a tree.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Node {
+    /// The token.
+    pub token: TokenId,
+    /// Index of its parent, below its own; the root's is itself.
+    pub parent: usize,
+    /// Tokens between it and the root.
+    pub depth: u32,
+    /// Probability that the walk comes by, as its drafters see it. `0..=1`
+    pub probability: f32,
+    /// Who proposed it; `None` for the root, which is decided.
+    pub source: Option<Source>,
+}
+
+/// One token of a branch: what follows, and how probably.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guess {
+    /// The token.
+    pub token: TokenId,
+    /// Probability that it follows, given that the token before it is right. `0..=1`
+    pub probability: f32,
+    /// Who says so.
+    pub source: Source,
+}
+
+/// Nodes and candidates. Reused from round to round; allocates only while it is new.
+#[derive(Debug, Default)]
+pub struct Tree {
+    nodes: Vec<Node>,
+    candidates: BinaryHeap<Candidate>,
+    guesses: Vec<Guess>,
+    depth_max: u32,
+}
+
+/// The next token of a branch, whose tokens before are nodes.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    probability: f32,
+    parent: usize,
+    guess: usize,
+    end: usize, // of the branch, in `guesses`
+}
+
+impl Tree {
+    /// Begins anew below the decided token `root`. Nodes will be at most `depth_max` deep.
+    pub fn reset(&mut self, root: TokenId, depth_max: u32) {
+        self.nodes.clear();
+        self.candidates.clear();
+        self.guesses.clear();
+        self.depth_max = depth_max;
+        let (parent, depth, probability, source) = (0, 0, 1.0, None);
+        self.nodes.push(Node { token: root, parent, depth, probability, source });
+    }
+
+    /// The nodes, the root first and parents before children.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// Offers a branch below node `parent`: it becomes nodes as far as [`Tree::grow`] gets to it.
+    pub fn offer(&mut self, parent: usize, branch: impl IntoIterator<Item = Guess>) {
+        let first = self.guesses.len();
+        self.guesses.extend(branch);
+        self.consider(parent, first, self.guesses.len());
+    }
+
+    /// Makes nodes of the best candidates until there are `nodes_max` nodes, the root included,
+    /// or the next candidate's probability is below `floor`. Returns the new nodes' indices.
+    pub fn grow(&mut self, nodes_max: usize, floor: f32) -> std::ops::Range<usize> {
+        let before = self.nodes.len();
+        while self.nodes.len() < nodes_max.min(NODES_MAX) {
+            let Some(candidate) = self.candidates.peek().copied() else { break };
+            if candidate.probability < floor {
+                break;
+            }
+            self.candidates.pop();
+            let guess = self.guesses[candidate.guess];
+            let node = match self.child(candidate.parent, guess.token) {
+                Some(known) => known,
+                None => {
+                    self.nodes.push(Node {
+                        token: guess.token,
+                        parent: candidate.parent,
+                        depth: self.nodes[candidate.parent].depth + 1,
+                        probability: candidate.probability,
+                        source: Some(guess.source),
+                    });
+                    self.nodes.len() - 1
+                }
+            };
+            self.consider(node, candidate.guess + 1, candidate.end);
+        }
+        before..self.nodes.len()
+    }
+
+    /// Drops all nodes from `len` on; what is left is a tree, since parents come first. Nothing
+    /// can be grown below what was dropped.
+    pub fn truncate(&mut self, len: usize) {
+        self.nodes.truncate(len.max(1));
+        self.candidates.clear();
+    }
+
+    /// The child of `parent` with this token.
+    #[must_use]
+    pub fn child(&self, parent: usize, token: TokenId) -> Option<usize> {
+        let children = self.nodes.iter().enumerate().skip(parent + 1);
+        children
+            .filter(|(_, node)| node.parent == parent)
+            .find(|(_, node)| node.token == token)
+            .map(|(index, _)| index)
+    }
+
+    fn consider(&mut self, parent: usize, guess: usize, end: usize) {
+        let Node { depth, probability, .. } = self.nodes[parent];
+        if guess < end && depth < self.depth_max {
+            let probability = probability * self.guesses[guess].probability.clamp(0.0, 1.0);
+            self.candidates.push(Candidate { probability, parent, guess, end });
+        }
+    }
+}
+
+/// The more probable one is greater; among equals, the one offered first.
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let probability = self.probability.total_cmp(&other.probability);
+        probability.then(other.guess.cmp(&self.guess)).then(other.parent.cmp(&self.parent))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Candidate {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::draft::Drafter;
+
+    fn branch(class: u8, tokens: &[(TokenId, f32)]) -> Vec<Guess> {
+        let source = Source { drafter: Drafter::Lookup, class };
+        tokens.iter().map(|&(token, probability)| Guess { token, probability, source }).collect()
+    }
+
+    /// Token, parent and probability of each node.
+    fn shape(tree: &Tree) -> Vec<(TokenId, usize, f32)> {
+        tree.nodes().iter().map(|node| (node.token, node.parent, node.probability)).collect()
+    }
+
+    fn tree(depth_max: u32, branches: &[&[(TokenId, f32)]]) -> Tree {
+        let mut tree = Tree::default();
+        tree.reset(9, depth_max);
+        for (class, tokens) in (0..).zip(branches) {
+            tree.offer(0, branch(class, tokens));
+        }
+        tree
+    }
+
+    #[test]
+    fn the_best_candidate_comes_first() {
+        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.5), (3, 0.5)], &[(4, 0.4), (5, 0.75)]]);
+        assert_eq!(tree.grow(5, 0.0), 1..5);
+        assert_eq!(
+            shape(&tree),
+            [(9, 0, 1.0), (1, 0, 0.5), (4, 0, 0.4), (5, 2, 0.3), (2, 1, 0.25)]
+        );
+        assert_eq!(tree.grow(64, 0.2), 5..5);
+        assert_eq!(tree.grow(64, 0.0), 5..6);
+        assert_eq!(tree.nodes()[5].depth, 3);
+    }
+
+    #[test]
+    fn equal_tokens_at_one_place_are_one_node() {
+        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.8)], &[(1, 0.25), (3, 0.5)], &[(1, 0.25)]]);
+        tree.grow(64, 0.0);
+        assert_eq!(shape(&tree), [(9, 0, 1.0), (1, 0, 0.5), (2, 1, 0.4), (3, 1, 0.25)]);
+        assert_eq!(tree.nodes()[1].source.map(|source| source.class), Some(0));
+    }
+
+    #[test]
+    fn branches_below_nodes_join_in() {
+        let mut tree = tree(10, &[&[(1, 0.5)]]);
+        tree.grow(64, 0.0);
+        tree.offer(1, branch(0, &[(2, 0.5), (3, 0.5)]));
+        tree.offer(0, branch(0, &[(4, 0.2)]));
+        assert_eq!(tree.grow(64, 0.0), 2..5);
+        assert_eq!(tree.child(1, 2), Some(2));
+        assert_eq!(tree.child(0, 4), Some(3));
+        assert_eq!((tree.child(0, 2), tree.child(4, 9)), (None, None));
+    }
+
+    #[test]
+    fn depth_and_size_are_bounded() {
+        let long: Vec<(TokenId, f32)> = (0..200).map(|token| (token, 1.0)).collect();
+        let mut tree = tree(5, &[&long]);
+        tree.grow(1000, 0.0);
+        assert_eq!(tree.nodes().len(), 6);
+        tree.reset(9, 1000);
+        tree.offer(0, branch(0, &long));
+        tree.grow(1000, 0.0);
+        assert_eq!(tree.nodes().len(), NODES_MAX);
+        tree.reset(9, 0);
+        tree.offer(0, branch(0, &long));
+        assert_eq!(tree.grow(64, 0.0), 1..1);
+    }
+
+    #[test]
+    fn a_truncated_tree_grows_no_more() {
+        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.5)], &[(3, 0.4)]]);
+        tree.grow(3, 0.0);
+        tree.truncate(2);
+        assert_eq!(tree.grow(64, 0.0), 2..2);
+        tree.truncate(0);
+        assert_eq!(shape(&tree), [(9, 0, 1.0)]);
+    }
+
+    /// By brute force: of all prefix-closed sets of that size none has a greater sum.
+    #[test]
+    fn no_tree_of_the_size_is_better() {
+        let branches: [&[(TokenId, f32)]; 4] = [
+            &[(1, 0.6), (2, 0.9), (3, 0.3)],
+            &[(4, 0.3), (5, 0.9), (6, 0.9)],
+            &[(7, 0.2), (8, 0.1)],
+            &[(9, 0.05), (10, 1.0), (11, 1.0)],
+        ];
+        for size in 0..=10usize {
+            let mut tree = tree(10, &branches);
+            tree.grow(size + 1, 0.0);
+            let grown: f32 = tree.nodes().iter().skip(1).map(|node| node.probability).sum();
+            let mut best = 0.0f32;
+            for cut in 0..4usize.pow(4) {
+                let lens: Vec<usize> = (0..4)
+                    .map(|i| (cut / 4usize.pow(i) % 4).min(branches[i as usize].len()))
+                    .collect();
+                if lens.iter().sum::<usize>() <= size {
+                    let sum = lens.iter().zip(branches).map(|(len, branch)| {
+                        let mut product = 1.0;
+                        branch[..*len].iter().fold(0.0, |sum, guess| {
+                            product *= guess.1;
+                            sum + product
+                        })
+                    });
+                    best = best.max(sum.sum());
+                }
+            }
+            assert!((grown - best).abs() < 1e-6, "{size} nodes: {grown}, but {best} is possible");
+        }
+    }
+}
