@@ -17,10 +17,17 @@ const PINGS_MAX: usize = 1000;
 const PINGS_MIN: usize = 15;
 /// Pings over a delay take about this long.
 const PINGS_TIME: Duration = Duration::from_millis(1500);
+/// The median is the least of this many batches: what other processes do to some of them is not
+/// the emulator's.
+const BATCHES: usize = 4;
+/// No more than this comes off a round trip. Where more was measured the machine is busy, and the
+/// surplus belongs to others.
+const ADDED_MAX: Duration = Duration::from_micros(500);
 /// A connection that is silent this much longer than the link's round trip is lost.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Round trips of 1 KiB pings over loopback.
+/// Round trips of 1 KiB pings over loopback: the median of the quietest of four batches, and the
+/// 99th percentile of all.
 pub type Latency = Quantiles;
 
 /// What the emulator adds to a round trip, by its own measurement on this machine.
@@ -34,7 +41,7 @@ pub struct Calibration {
     /// Through it, with the link's delays and nothing else; `None` if it has none.
     pub delayed: Option<Latency>,
     /// The median added to a round trip: `delayed` less the delays less `direct`, or `relayed`
-    /// less `direct`.
+    /// less `direct`; at most 0.5 ms.
     pub added: Duration,
 }
 
@@ -61,6 +68,10 @@ impl Calibration {
         let measured = delayed.unwrap_or(relayed).p50_us * 1e3;
         let added = measured - direct.p50_us * 1e3 - nominal.as_nanos() as f64;
         let added = Duration::from_nanos(added.max(0.0) as u64);
+        if added > ADDED_MAX {
+            tracing::warn!(?added, max = ?ADDED_MAX, "too busy to calibrate; the maximum counts");
+        }
+        let added = added.min(ADDED_MAX);
         Ok(Self { direct, relayed, delayed, added })
     }
 
@@ -147,10 +158,15 @@ fn pings(to: SocketAddr, nominal: Duration) -> io::Result<Latency> {
             times.push(begun.elapsed());
         }
     }
+    let median = times.chunks(count.div_ceil(BATCHES)).map(median_us).min_by(f64::total_cmp);
     times.sort_unstable();
-    let at = |q: f64| {
-        let index = ((times.len() as f64 * q) as usize).min(times.len() - 1);
-        times[index].as_nanos() as f64 / 1e3
-    };
-    Ok(Latency { p50_us: at(0.5), p99_us: at(0.99) })
+    let p99 = times[(count * 99 / 100).min(count - 1)];
+    let p50_us = median.expect("there is at least one batch");
+    Ok(Latency { p50_us, p99_us: p99.as_nanos() as f64 / 1e3 })
+}
+
+fn median_us(times: &[Duration]) -> f64 {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    times[times.len() / 2].as_nanos() as f64 / 1e3
 }
