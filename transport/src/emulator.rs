@@ -46,7 +46,7 @@ pub struct DirectionConfig {
     pub jitter: Duration,
     /// Times in which the bottleneck sends nothing.
     pub stall: Option<StallConfig>,
-    /// Bytes that may wait for the bottleneck; more are left in the sender's socket. 4 KiB to 1 GiB.
+    /// Bytes that may wait for the bottleneck, 4 KiB to 1 GiB; more stay in the sender's socket.
     pub queue_bytes: usize,
 }
 

@@ -41,7 +41,8 @@ struct Args {
     #[arg(long, value_name = "N", value_parser = mbit)]
     down_mbit: Option<f64>,
     /// Round trip, ms, 0 to 20000: half of it each way.
-    #[arg(long, value_name = "N", value_parser = rtt, conflicts_with_all = ["delay_up_ms", "delay_down_ms"])]
+    #[arg(long, value_name = "N", value_parser = rtt)]
+    #[arg(conflicts_with_all = ["delay_up_ms", "delay_down_ms"])]
     rtt_ms: Option<f64>,
     /// Delay up, ms, 0 to 10000.
     #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
@@ -254,8 +255,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let emulator = Emulator::start(config)?;
     eprintln!("hat-link: {} is relayed to {to}", emulator.address());
-    while !ended.load(Ordering::Relaxed) && !(args.once && emulator.finished()) {
+    loop {
         std::thread::sleep(LOOK);
+        if ended.load(Ordering::Relaxed) || (args.once && emulator.finished()) {
+            break;
+        }
     }
     let report = emulator.stop()?;
     if args.json {

@@ -183,15 +183,16 @@ impl Relay {
 
     /// Resets all connections; bytes on the way are lost.
     fn cut(&mut self) {
-        self.pairs.drain(..).for_each(Pair::reset);
         self.cut_count += 1;
         let now = self.clock.now();
-        for lane in &mut self.lanes {
-            lane.shape.clear(now);
-        }
+        // Before anyone hears of the cut: who comes back at once finds nobody.
         if !self.config.cut.away.is_zero() {
             self.listener = None;
             self.back_at = Some(now + nanos(self.config.cut.away));
+        }
+        self.pairs.drain(..).for_each(Pair::reset);
+        for lane in &mut self.lanes {
+            lane.shape.clear(now);
         }
     }
 

@@ -275,8 +275,8 @@ proptest! {
             rate_bits_s: rate.map(|mbit| mbit * 1_000_000),
             delay: ms(delay),
             jitter: ms(jitter),
-            stall: stall.and_then(|(every, lasts)| {
-                (lasts * 10 <= every * 9).then_some(StallConfig { every: ms(every), lasts: ms(lasts) })
+            stall: stall.filter(|(every, lasts)| lasts * 10 <= every * 9).map(|(every, lasts)| {
+                StallConfig { every: ms(every), lasts: ms(lasts) }
             }),
             queue_bytes: queue,
         };
