@@ -23,10 +23,11 @@ fn refusal(args: &[&str]) -> String {
 
 #[test]
 fn a_wrong_flag_is_named_with_its_range() {
-    let cases: [(&[&str], &[&str]); 16] = [
+    let cases: [(&[&str], &[&str]); 17] = [
         (&["--up-mbit", "0"], &["--up-mbit", "0.01 to 100000 Mbit/s"]),
         (&["--down-mbit", "fast"], &["--down-mbit", "not a number of Mbit/s"]),
         (&["--rtt-ms", "20001"], &["--rtt-ms", "0 to 20000 ms"]),
+        (&["--rtt-ms", "-1"], &["--rtt-ms", "0 to 20000 ms"]),
         (&["--delay-up-ms", "NaN"], &["--delay-up-ms", "0 to 10000 ms"]),
         (&["--delay-down-ms", "1e9"], &["--delay-down-ms", "0 to 10000 ms"]),
         (&["--jitter-ms", "inf"], &["--jitter-ms", "0 to 10000 ms"]),

@@ -26,7 +26,7 @@ const DAY_MS: f64 = 86_400_000.0;
 /// Before it listens it measures what it adds itself to a round trip, and takes the median off the
 /// delays. It ends on SIGINT or SIGTERM, and says what passed.
 #[derive(Parser)]
-#[command(name = "hat-link", version)]
+#[command(name = "hat-link", version, allow_negative_numbers = true)]
 struct Args {
     /// Where to listen; port 0 for any free one.
     #[arg(long, value_name = "ADDR", required_unless_present = "calibrate")]
