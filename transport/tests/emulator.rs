@@ -107,6 +107,7 @@ fn bytes_come_back_as_they_were_sent() {
         assert_eq!(direction.bytes_out, 4_000_012);
         assert!(direction.planned.unwrap().p50_us >= 2000.0);
     }
+    assert!(report.down.busy_mbit_s.unwrap() > 0.0);
     assert!(report.up.busy_mbit_s.unwrap() <= 400.1, "{report:?}");
     assert!(report.down.busy_mbit_s.unwrap() <= 300.1, "{report:?}");
     assert!(report.down.stalls > 0 && report.up.stalls == 0);

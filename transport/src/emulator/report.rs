@@ -66,7 +66,7 @@ pub struct DirectionReport {
     pub bytes_in: u64,
     /// Bytes given to receivers.
     pub bytes_out: u64,
-    /// Mbit/s while the bottleneck was busy, stalls included, by the actual releases; `None`
+    /// Mbit/s while the bottleneck was busy, stalls left out, by the actual releases; `None`
     /// without a rate or without bytes.
     pub busy_mbit_s: Option<f64>,
     /// From entry to the planned release, queue and calibration included; `None` without bytes.
@@ -119,7 +119,14 @@ pub(super) struct Tally {
 struct Period {
     number: u64,
     begun: u64,
+    stalled: u64,
     sent: u64,
+}
+
+impl Period {
+    fn busy_ns(self) -> u64 {
+        self.sent - self.begun - self.stalled
+    }
 }
 
 impl Tally {
@@ -144,24 +151,26 @@ impl Tally {
         let late = now - piece.release;
         self.late.add(late);
         self.bytes_sent += piece.bytes as u64;
-        let (number, begun, sent) = (piece.period, piece.begun, piece.sent + late);
+        let (number, begun, stalled) = (piece.period, piece.begun, piece.stalled);
+        let sent = piece.sent + late;
         let period = &mut self.period;
         match number.cmp(&period.number) {
             // Connections are turned one after another: pieces of one turn come in any order.
-            Ordering::Less => self.busy_ns += piece.sent - begun,
+            Ordering::Less => self.busy_ns += piece.sent - begun - stalled,
             Ordering::Equal => {
                 period.begun = period.begun.min(begun);
+                period.stalled += stalled;
                 period.sent = period.sent.max(sent);
             }
             Ordering::Greater => {
-                self.busy_ns += period.sent - period.begun;
-                *period = Period { number, begun, sent };
+                self.busy_ns += period.busy_ns();
+                *period = Period { number, begun, stalled, sent };
             }
         }
     }
 
     pub(super) fn report(&self, rated: bool, stalls: u64) -> DirectionReport {
-        let busy_ns = self.busy_ns + self.period.sent - self.period.begun;
+        let busy_ns = self.busy_ns + self.period.busy_ns();
         let busy = rated && busy_ns > 0;
         DirectionReport {
             bytes_in: self.bytes_in,

@@ -27,6 +27,8 @@ pub struct Piece {
     pub period: u64,
     /// When the bottleneck begins with them.
     pub begun: u64,
+    /// For how long from then on it rests in stalls.
+    pub stalled: u64,
     /// When the last of them has left the bottleneck.
     pub sent: u64,
     /// When they come out.
@@ -139,7 +141,7 @@ impl Shape {
             self.waiting.push_back((sent, bytes));
             self.waiting_bytes += bytes;
         }
-        Piece { bytes, period: self.period, begun, sent, release }
+        Piece { bytes, period: self.period, begun, stalled: sent - begun - work, sent, release }
     }
 
     /// How long the bottleneck needs for `bytes`, in ns.

@@ -148,7 +148,10 @@ fn a_stall_stops_the_bottleneck_and_not_what_travels() {
     // With a rate the work of the stall is done after it: 1 s of traffic in each 1.3 s.
     let config = DirectionConfig { rate_bits_s: Some(1_000_000), ..stalling(1000, 300) };
     let mut shape = Shape::new(&config, 7, 0);
-    let sent = last(&mut shape, 0, 7 * 125_000).sent;
+    let pieces = enter(&mut shape, 0, 7 * 125_000);
+    let sent = pieces[pieces.len() - 1].sent;
+    let stalled: u64 = pieces.iter().map(|piece| piece.stalled).sum();
+    assert_eq!(sent - stalled, 7000 * MS);
     assert!((9_700 * MS..=10_000 * MS).contains(&sent), "7 s of work, 300 ms rest each: {sent}");
 }
 
