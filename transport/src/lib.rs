@@ -7,7 +7,8 @@
 //! byte tables and the rules of sessions.
 //!
 //! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
-//! no log subscriber, and logs no body.
+//! no log subscriber, and logs no body. With the feature `emulator` there is also a worse link than
+//! loopback for measurements and tests, which is a thread of its own.
 //!
 //! An application holds an [`turn::Endpoint`] and turns it:
 //!
@@ -52,6 +53,8 @@
 
 pub mod clock;
 pub mod conn;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod frame;
 pub mod link;
 pub mod message;

@@ -82,6 +82,8 @@ const PURE: &[&str] = &[
     "transport/src/conn/",
     "transport/src/message.rs",
     "transport/src/message/",
+    "transport/src/emulator/schedule.rs",
+    "transport/src/emulator/shape.rs",
 ];
 
 pub(crate) const BANS: &[Ban] = &[
@@ -102,7 +104,13 @@ pub(crate) const BANS: &[Ban] = &[
     Ban {
         words: &["Instant::now", "SystemTime::now"],
         scope: Scope::Library,
-        except: &["transport/src/clock.rs", "transport/src/link/", "engine/src/http/", "benches/"],
+        except: &[
+            "transport/src/clock.rs",
+            "transport/src/link/",
+            "transport/src/emulator/",
+            "engine/src/http/",
+            "benches/",
+        ],
         except_tests: true,
         reason: "time is an argument: read the Clock once a turn, at the top of the loop",
     },
@@ -117,9 +125,12 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/http/",
             "engine/src/backend/cpu/threads.rs",
             "transport/src/link/",
+            "transport/src/emulator.rs",
+            "transport/src/emulator/",
         ],
         except_tests: true,
-        reason: "only the two roles, http, the links and the CPU backend start threads or sleep",
+        reason: "only the two roles, http, the links, the link emulator and the CPU backend start \
+                 threads or sleep",
     },
     Ban {
         words: &[

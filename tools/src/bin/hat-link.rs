@@ -1,0 +1,344 @@
+//! Emulates a slower, longer, worse link on this machine: a relay between those who connect and
+//! the address that they want.
+
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser;
+use hat_transport::emulator::{
+    Calibration, CutConfig, DirectionConfig, DirectionReport, Emulator, EmulatorConfig, Quantiles,
+    Report, StallConfig,
+};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// How often it looks for the end.
+const LOOK: Duration = Duration::from_millis(50);
+const DAY_MS: f64 = 86_400_000.0;
+
+/// Relays TCP connections as a slower, longer, worse link would. All connections share one link:
+/// a rate with a bounded queue, then a delay, for each direction. Up is from those who connect.
+///
+/// Before it listens it measures what it adds itself to a round trip, and takes the median off the
+/// delays. It ends on SIGINT or SIGTERM, and says what passed.
+#[derive(Parser)]
+#[command(name = "hat-link", version, allow_negative_numbers = true)]
+struct Args {
+    /// Where to listen; port 0 for any free one.
+    #[arg(long, value_name = "ADDR", required_unless_present = "calibrate")]
+    listen: Option<String>,
+    /// Where connections are relayed to.
+    #[arg(long, value_name = "ADDR", required_unless_present = "calibrate")]
+    to: Option<String>,
+    /// Rate up, Mbit/s, 0.01 to 100000; no limit without.
+    #[arg(long, value_name = "N", value_parser = mbit)]
+    up_mbit: Option<f64>,
+    /// Rate down.
+    #[arg(long, value_name = "N", value_parser = mbit)]
+    down_mbit: Option<f64>,
+    /// Round trip, ms, 0 to 20000: half of it each way.
+    #[arg(long, value_name = "N", value_parser = rtt)]
+    #[arg(conflicts_with_all = ["delay_up_ms", "delay_down_ms"])]
+    rtt_ms: Option<f64>,
+    /// Delay up, ms, 0 to 10000.
+    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    delay_up_ms: f64,
+    /// Delay down.
+    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    delay_down_ms: f64,
+    /// Up to this much more delay each way, ms, 0 to 10000; a new draw each 10 ms, no reordering.
+    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    jitter_ms: f64,
+    /// Nothing leaves the bottleneck for LASTS_MS, once in each period of EVERY_MS (10 to 86400000;
+    /// LASTS_MS from 1 to nine tenths of it); may be given for each direction.
+    #[arg(long, value_name = "EVERY_MS:LASTS_MS[:up|down]", value_parser = stall)]
+    stall: Vec<Stall>,
+    /// Reset all connections once, after bytes (`500000b`) or link time (`1500ms`); may be given
+    /// once for each.
+    #[arg(long, value_name = "BYTESb|MSms", value_parser = cut_after)]
+    cut_after: Vec<CutAfter>,
+    /// Reset all connections once in the second half of each period, 10 to 86400000 ms.
+    #[arg(long, value_name = "MS", value_parser = every)]
+    cut_every: Option<f64>,
+    /// Don't listen for this long after a cut, ms, 0 to 3600000.
+    #[arg(long, value_name = "MS", value_parser = away, default_value_t = 0.0)]
+    away_ms: f64,
+    /// Of jitter, stalls and cuts.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Bytes that wait for the bottleneck before senders are held back, 4096 to 1073741824.
+    #[arg(long, value_name = "N", value_parser = queue, default_value_t = 256 << 10)]
+    queue_bytes: usize,
+    /// Measure what the relay itself adds, print it and, without --listen, end.
+    #[arg(long, conflicts_with = "no_calibrate")]
+    calibrate: bool,
+    /// Don't measure; the delays come out longer by what the relay adds.
+    #[arg(long)]
+    no_calibrate: bool,
+    /// End when there were connections and none is open any more.
+    #[arg(long)]
+    once: bool,
+    /// Print what passed as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Stall {
+    config: StallConfig,
+    up: bool,
+    down: bool,
+}
+
+#[derive(Clone, Copy)]
+enum CutAfter {
+    Bytes(u64),
+    Time(Duration),
+}
+
+fn number(text: &str, least: f64, most: f64, unit: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("not a number of {unit}"))?;
+    if (least..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("allowed are {least} to {most} {unit}"))
+    }
+}
+
+fn mbit(text: &str) -> Result<f64, String> {
+    number(text, 0.01, 100_000.0, "Mbit/s")
+}
+
+fn rtt(text: &str) -> Result<f64, String> {
+    number(text, 0.0, 20_000.0, "ms")
+}
+
+fn delay(text: &str) -> Result<f64, String> {
+    number(text, 0.0, 10_000.0, "ms")
+}
+
+fn every(text: &str) -> Result<f64, String> {
+    number(text, 10.0, DAY_MS, "ms")
+}
+
+fn away(text: &str) -> Result<f64, String> {
+    number(text, 0.0, 3_600_000.0, "ms")
+}
+
+fn queue(text: &str) -> Result<usize, String> {
+    let bytes: usize = text.parse().map_err(|_| "not a whole number of bytes".to_owned())?;
+    if (4096..=1 << 30).contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err("allowed are 4096 to 1073741824 bytes".into())
+    }
+}
+
+fn stall(text: &str) -> Result<Stall, String> {
+    let mut parts = text.split(':');
+    let (Some(period), Some(lasts)) = (parts.next(), parts.next()) else {
+        return Err("not EVERY_MS:LASTS_MS[:up|down]".into());
+    };
+    let (up, down) = match (parts.next(), parts.next()) {
+        (None, _) => (true, true),
+        (Some("up"), None) => (true, false),
+        (Some("down"), None) => (false, true),
+        _ => return Err("after EVERY_MS:LASTS_MS comes nothing, :up or :down".into()),
+    };
+    let period = number(period, 10.0, DAY_MS, "ms").map_err(|why| format!("EVERY_MS: {why}"))?;
+    let lasts = number(lasts, 1.0, period * 0.9, "ms").map_err(|why| format!("LASTS_MS: {why}"))?;
+    Ok(Stall { config: StallConfig { every: millis(period), lasts: millis(lasts) }, up, down })
+}
+
+fn cut_after(text: &str) -> Result<CutAfter, String> {
+    if let Some(ms) = text.strip_suffix("ms") {
+        return Ok(CutAfter::Time(millis(number(ms, 0.0, DAY_MS, "ms")?)));
+    }
+    let Some(bytes) = text.strip_suffix('b') else {
+        return Err("say bytes as 500000b, or time as 1500ms".into());
+    };
+    match bytes.parse() {
+        Ok(0) | Err(_) => Err("allowed are 1b and more".into()),
+        Ok(bytes) => Ok(CutAfter::Bytes(bytes)),
+    }
+}
+
+fn millis(ms: f64) -> Duration {
+    Duration::from_nanos((ms * 1e6).round() as u64)
+}
+
+impl Args {
+    fn config(&self, to: SocketAddr) -> anyhow::Result<EmulatorConfig> {
+        let mut config = EmulatorConfig::new(to);
+        if let Some(listen) = &self.listen {
+            config.listen = resolve(listen).context("--listen")?;
+        }
+        config.seed = self.seed;
+        let half = self.rtt_ms.map(|rtt| rtt / 2.0);
+        let directions = [
+            (&mut config.up, self.up_mbit, self.delay_up_ms),
+            (&mut config.down, self.down_mbit, self.delay_down_ms),
+        ];
+        for (direction, rate, delay_ms) in directions {
+            *direction = DirectionConfig::default();
+            direction.rate_bits_s = rate.map(|mbit| (mbit * 1e6) as u64);
+            direction.delay = millis(half.unwrap_or(delay_ms));
+            direction.jitter = millis(self.jitter_ms);
+            direction.queue_bytes = self.queue_bytes;
+        }
+        for stall in &self.stall {
+            for (direction, meant) in [(&mut config.up, stall.up), (&mut config.down, stall.down)] {
+                if meant && direction.stall.replace(stall.config).is_some() {
+                    anyhow::bail!("--stall: given more than once for one direction");
+                }
+            }
+        }
+        config.cut = self.cuts()?;
+        Ok(config)
+    }
+
+    fn cuts(&self) -> anyhow::Result<CutConfig> {
+        let mut cut = CutConfig::default();
+        cut.every = self.cut_every.map(millis);
+        cut.away = millis(self.away_ms);
+        for after in &self.cut_after {
+            let again = match *after {
+                CutAfter::Bytes(bytes) => cut.after_bytes.replace(bytes).is_some(),
+                CutAfter::Time(time) => cut.after.replace(time).is_some(),
+            };
+            anyhow::ensure!(!again, "--cut-after: given more than once for bytes, or for time");
+        }
+        Ok(cut)
+    }
+}
+
+fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
+    let found = address.to_socket_addrs().with_context(|| format!("{address:?} is no address"))?;
+    found.into_iter().next().with_context(|| format!("{address:?} has no address"))
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-link: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    let ended = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, ended.clone()).context("can't wait for signals")?;
+    }
+    let to = match &args.to {
+        Some(to) => resolve(to).context("--to")?,
+        None => SocketAddr::from(([127, 0, 0, 1], 0)),
+    };
+    let mut config = args.config(to)?;
+    if !args.no_calibrate {
+        let calibration = Calibration::measure(&config).context("calibration")?;
+        print_calibration(&calibration);
+        config.calibration = Some(calibration);
+        if args.listen.is_none() || args.to.is_none() {
+            if args.json {
+                println!("{}", calibration_json(&calibration));
+            }
+            return Ok(());
+        }
+    }
+    let emulator = Emulator::start(config)?;
+    eprintln!("hat-link: {} is relayed to {to}", emulator.address());
+    loop {
+        std::thread::sleep(LOOK);
+        if ended.load(Ordering::Relaxed) || (args.once && emulator.finished()) {
+            break;
+        }
+    }
+    let report = emulator.stop()?;
+    if args.json {
+        println!("{}", report_json(&report));
+    } else {
+        print_report(&report);
+    }
+    Ok(())
+}
+
+fn print_calibration(calibration: &Calibration) {
+    let line = |name: &str, q: Quantiles| {
+        eprintln!("  {name:<34} p50 {:9.1} us   p99 {:9.1} us", q.p50_us, q.p99_us);
+    };
+    eprintln!("calibration: round trips of 1 KiB");
+    line("direct", calibration.direct);
+    line("relayed, no delay", calibration.relayed);
+    if let Some(delayed) = calibration.delayed {
+        line("relayed, the link's delays", delayed);
+    }
+    let added = calibration.added.as_nanos() as f64 / 1e3;
+    eprintln!("  off the delays of a round trip     {added:13.1} us");
+}
+
+fn print_report(report: &Report) {
+    for (name, direction) in [("up", &report.up), ("down", &report.down)] {
+        println!("{name:<5} {} bytes in, {} out", direction.bytes_in, direction.bytes_out);
+        if let Some(rate) = direction.busy_mbit_s {
+            println!("      {rate:.3} Mbit/s while busy");
+        }
+        let rows = [
+            ("planned", direction.planned),
+            ("actual", direction.actual),
+            ("late", direction.late),
+        ];
+        for (name, quantiles) in rows {
+            let Some(q) = quantiles else { continue };
+            println!("      {name:<8} p50 {:11.1} us   p99 {:11.1} us", q.p50_us, q.p99_us);
+        }
+        println!("      {} stalls", direction.stalls);
+    }
+    println!(
+        "{} connections, {} of them unreachable; {} cuts",
+        report.connections, report.unreachable, report.cuts
+    );
+}
+
+fn quantiles_json(quantiles: Option<Quantiles>) -> Value {
+    quantiles.map_or(Value::Null, |q| json!({ "p50_us": q.p50_us, "p99_us": q.p99_us }))
+}
+
+fn direction_json(direction: &DirectionReport) -> Value {
+    json!({
+        "bytes_in": direction.bytes_in,
+        "bytes_out": direction.bytes_out,
+        "busy_mbit_s": direction.busy_mbit_s,
+        "planned": quantiles_json(direction.planned),
+        "actual": quantiles_json(direction.actual),
+        "late": quantiles_json(direction.late),
+        "stalls": direction.stalls,
+    })
+}
+
+fn calibration_json(calibration: &Calibration) -> Value {
+    json!({
+        "direct": quantiles_json(Some(calibration.direct)),
+        "relayed": quantiles_json(Some(calibration.relayed)),
+        "delayed": quantiles_json(calibration.delayed),
+        "added_us": calibration.added.as_nanos() as f64 / 1e3,
+    })
+}
+
+fn report_json(report: &Report) -> Value {
+    json!({
+        "up": direction_json(&report.up),
+        "down": direction_json(&report.down),
+        "connections": report.connections,
+        "unreachable": report.unreachable,
+        "cuts": report.cuts,
+        "calibration": report.calibration.as_ref().map(calibration_json),
+    })
+}

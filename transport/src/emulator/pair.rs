@@ -1,0 +1,351 @@
+//! One relayed connection: two sockets, and between them a flow in each direction. What is read
+//! from one socket enters the link; what comes out is written to the other.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::time::Duration;
+
+use mio::net::TcpStream;
+
+use super::relay::{LinkClock, SOCKET_BUFFER_BYTES};
+use super::report::Tally;
+use super::schedule::Cuts;
+use super::shape::{Piece, Shape};
+
+/// Index of the direction from those who connect; also of their socket.
+pub(super) const UP: usize = 0;
+/// Index of the direction back; also of the socket that the relay opened.
+pub(super) const DOWN: usize = 1;
+
+/// Bytes of one direction of one connection between two sockets. A rate fills the queue of the
+/// link long before; this bounds memory where there is no rate, or where the receiver doesn't read.
+const HELD_BYTES_MAX: usize = 64 << 20;
+/// An attempt to connect is given up after this long.
+const CONNECT_NS_MAX: u64 = 10_000_000_000;
+
+/// One direction of the link, and what passed it.
+pub(super) struct Lane {
+    pub(super) shape: Shape,
+    pub(super) tally: Tally,
+}
+
+/// What the link needs to turn a connection.
+pub(super) struct Turn<'a> {
+    pub(super) clock: LinkClock,
+    pub(super) lanes: &'a mut [Lane; 2],
+    pub(super) cuts: &'a mut Cuts,
+    pub(super) to: SocketAddr,
+    pub(super) scratch: &'a mut [u8],
+}
+
+/// What became of a connection in a turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Alive,
+    /// Both directions have ended.
+    Done,
+    /// One side reset it, or the other can't be reached: reset both.
+    Reset,
+    /// The bytes after which the link is cut have passed.
+    Cut,
+}
+
+/// How far the connection has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The wish to connect travels up.
+    Asking,
+    /// The far socket connects, since this time.
+    Connecting(u64),
+    /// The answer travels down.
+    Answering,
+    Open,
+}
+
+/// What travels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Data {
+        /// The end of what was read at once: the receiver may wait for just this.
+        last: bool,
+    },
+    Ask,
+    Answer,
+    End,
+    Reset,
+}
+
+struct Mark {
+    piece: Piece,
+    entered: u64,
+    kind: Kind,
+}
+
+/// One direction: from `ends[i]` to `ends[1 - i]`.
+#[derive(Default)]
+struct Flow {
+    bytes: VecDeque<u8>,
+    marks: VecDeque<Mark>,
+    /// Bytes at the front that have come out of the link.
+    due: usize,
+    /// There may be something to read.
+    readable: bool,
+    /// Nothing more is read.
+    ended: bool,
+    /// The receiver's socket is full.
+    blocked: bool,
+    /// The end has come out of the link.
+    end_due: bool,
+    /// The receiver has the end.
+    finished: bool,
+}
+
+impl Flow {
+    fn mark(&mut self, shape: &mut Shape, now: u64, kind: Kind) {
+        let marks = &mut self.marks;
+        shape.enter(now, 0, |piece| marks.push_back(Mark { piece, entered: now, kind }));
+    }
+}
+
+pub(super) struct Pair {
+    ends: [Option<TcpStream>; 2],
+    flows: [Flow; 2],
+    stage: Stage,
+}
+
+impl Pair {
+    /// A connection that was just accepted.
+    pub(super) fn new(client: TcpStream, now: u64, lanes: &mut [Lane; 2]) -> Self {
+        let mut flows = [Flow::default(), Flow::default()];
+        flows[UP].mark(&mut lanes[UP].shape, now, Kind::Ask);
+        Self { ends: [Some(client), None], flows, stage: Stage::Asking }
+    }
+
+    /// The socket at `end`, and whether it is waited for to be readable and writable.
+    pub(super) fn interest(&self, end: usize) -> Option<(&TcpStream, bool, bool)> {
+        let stream = self.ends[end].as_ref()?;
+        let connecting = end == DOWN && matches!(self.stage, Stage::Connecting(_));
+        let read = self.may_read(end) && !self.flows[end].readable;
+        let write = connecting || self.flows[1 - end].blocked;
+        (read || write).then_some((stream, read, write))
+    }
+
+    /// A socket is ready.
+    pub(super) fn ready(&mut self, end: usize, read: bool, write: bool) {
+        self.flows[end].readable |= read;
+        if write {
+            self.flows[1 - end].blocked = false;
+        }
+    }
+
+    /// Whether the link takes bytes from this end.
+    fn may_read(&self, end: usize) -> bool {
+        let open = match end {
+            UP => self.stage == Stage::Open,
+            _ => matches!(self.stage, Stage::Answering | Stage::Open),
+        };
+        open && !self.flows[end].ended
+    }
+
+    /// When this connection has something to do next, and whether it has to be exact.
+    pub(super) fn next(&self, now: u64, lanes: &mut [Lane; 2]) -> Option<(u64, bool)> {
+        let mut next: Option<(u64, bool)> = None;
+        let mut consider = |at: u64, exact: bool| {
+            if next.is_none_or(|(known, _)| at < known) {
+                next = Some((at, exact));
+            }
+        };
+        for (end, flow) in self.flows.iter().enumerate() {
+            if let Some(mark) = flow.marks.front() {
+                consider(mark.piece.release, mark.kind != Kind::Data { last: false });
+            }
+            if self.may_read(end) && flow.readable && flow.bytes.len() < HELD_BYTES_MAX {
+                let shape = &mut lanes[end].shape;
+                let at = if shape.room(now) > 0 { now } else { shape.room_at() };
+                consider(at, false);
+            }
+        }
+        if let Stage::Connecting(since) = self.stage {
+            consider(since + CONNECT_NS_MAX, false);
+        }
+        next
+    }
+
+    /// Does all that can be done now.
+    pub(super) fn turn(&mut self, turn: &mut Turn<'_>) -> Outcome {
+        if let Stage::Connecting(since) = self.stage {
+            self.connected(since, turn);
+        }
+        for end in [UP, DOWN] {
+            self.read(end, turn);
+            let outcome = self.release(end, turn);
+            if outcome != Outcome::Alive {
+                return outcome;
+            }
+        }
+        let done = self.flows.iter().all(|flow| flow.finished);
+        if done { Outcome::Done } else { Outcome::Alive }
+    }
+
+    fn read(&mut self, end: usize, turn: &mut Turn<'_>) {
+        if !self.may_read(end) || !self.flows[end].readable {
+            return;
+        }
+        let (flow, lane) = (&mut self.flows[end], &mut turn.lanes[end]);
+        let Some(stream) = &mut self.ends[end] else { return };
+        let room = lane.shape.room(turn.clock.now()).min(HELD_BYTES_MAX - flow.bytes.len());
+        let room = room.min(turn.scratch.len());
+        if room == 0 {
+            return;
+        }
+        match stream.read(&mut turn.scratch[..room]) {
+            Ok(0) => {
+                flow.ended = true;
+                flow.mark(&mut lane.shape, turn.clock.now(), Kind::End);
+            }
+            Ok(bytes) => {
+                let now = turn.clock.now();
+                flow.bytes.extend(&turn.scratch[..bytes]);
+                flow.readable = bytes == room;
+                lane.tally.bytes_in += bytes as u64;
+                let marks = &mut flow.marks;
+                let kind = Kind::Data { last: false };
+                lane.shape.enter(now, bytes, |piece| {
+                    marks.push_back(Mark { piece, entered: now, kind });
+                });
+                if let Some(mark) = marks.back_mut() {
+                    mark.kind = Kind::Data { last: true };
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => flow.readable = false,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => {
+                flow.ended = true;
+                flow.mark(&mut lane.shape, turn.clock.now(), Kind::Reset);
+            }
+        }
+    }
+
+    /// Lets out what is due in one direction.
+    fn release(&mut self, end: usize, turn: &mut Turn<'_>) -> Outcome {
+        let now = turn.clock.now();
+        while let Some(mark) = self.flows[end].marks.front()
+            && mark.piece.release <= now
+        {
+            let Mark { piece, entered, kind } = self.flows[end].marks.pop_front().expect("front");
+            match kind {
+                Kind::Data { .. } => {
+                    self.flows[end].due += piece.bytes;
+                    turn.lanes[end].tally.count(piece, entered, now);
+                }
+                Kind::Ask => self.connect(turn),
+                Kind::Answer => self.stage = Stage::Open,
+                Kind::End => self.flows[end].end_due = true,
+                Kind::Reset => return Outcome::Reset,
+            }
+        }
+        self.write(end, turn)
+    }
+
+    fn write(&mut self, end: usize, turn: &mut Turn<'_>) -> Outcome {
+        let flow = &mut self.flows[end];
+        let Some(stream) = &mut self.ends[1 - end] else { return Outcome::Alive };
+        while flow.due > 0 && !flow.blocked {
+            let left = turn.cuts.bytes_left().map(|left| usize::try_from(left).unwrap_or(flow.due));
+            let most = left.map_or(flow.due, |left| left.min(flow.due));
+            let (front, back) = flow.bytes.as_slices();
+            let front = &front[..front.len().min(most)];
+            let back = &back[..most - front.len()];
+            match stream.write_vectored(&[IoSlice::new(front), IoSlice::new(back)]) {
+                Ok(bytes) => {
+                    flow.bytes.drain(..bytes);
+                    flow.due -= bytes;
+                    turn.lanes[end].tally.bytes_out += bytes as u64;
+                    if turn.cuts.pass(bytes as u64) {
+                        return Outcome::Cut;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => flow.blocked = true,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => {
+                    // The receiver is gone: the sender hears of it over the link.
+                    *flow = Flow { ended: true, ..Flow::default() };
+                    let now = turn.clock.now();
+                    self.flows[1 - end].mark(&mut turn.lanes[1 - end].shape, now, Kind::Reset);
+                    return Outcome::Alive;
+                }
+            }
+        }
+        if flow.end_due && flow.due == 0 && !flow.finished {
+            flow.finished = true;
+            // It fails where the receiver reset the connection; reading there tells.
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        Outcome::Alive
+    }
+
+    /// The wish to connect has come up.
+    fn connect(&mut self, turn: &mut Turn<'_>) {
+        match TcpStream::connect(turn.to) {
+            Ok(stream) => {
+                let since = turn.clock.now();
+                self.ends[DOWN] = Some(stream);
+                self.stage = Stage::Connecting(since);
+                self.connected(since, turn);
+            }
+            Err(error) => self.refuse(&error, turn),
+        }
+    }
+
+    /// Looks whether the far socket is connected by now.
+    fn connected(&mut self, since: u64, turn: &mut Turn<'_>) {
+        let Some(stream) = &self.ends[DOWN] else { return };
+        let answer = match stream.take_error() {
+            Ok(None) => stream.peer_addr().map(|_| ()),
+            Ok(Some(error)) | Err(error) => Err(error),
+        };
+        match answer.and_then(|()| tune(stream)) {
+            Ok(()) => {
+                self.stage = Stage::Answering;
+                let (flow, lane) = (&mut self.flows[DOWN], &mut turn.lanes[DOWN]);
+                flow.mark(&mut lane.shape, turn.clock.now(), Kind::Answer);
+            }
+            Err(error) if error.kind() == ErrorKind::NotConnected => {
+                if turn.clock.now() >= since + CONNECT_NS_MAX {
+                    self.refuse(&ErrorKind::TimedOut.into(), turn);
+                }
+            }
+            Err(error) => self.refuse(&error, turn),
+        }
+    }
+
+    fn refuse(&mut self, error: &io::Error, turn: &mut Turn<'_>) {
+        let from = self.ends[UP].as_ref().and_then(|client| client.peer_addr().ok());
+        tracing::warn!(to = %turn.to, ?from, %error, "a connection can't be relayed");
+        self.ends[DOWN] = None;
+        self.stage = Stage::Asking;
+        let (flow, lane) = (&mut self.flows[DOWN], &mut turn.lanes[DOWN]);
+        lane.tally.unreachable += 1;
+        flow.mark(&mut lane.shape, turn.clock.now(), Kind::Reset);
+    }
+
+    /// Ends both connections with a reset.
+    pub(super) fn reset(self) {
+        for stream in self.ends.into_iter().flatten() {
+            // Closing then sends a reset; without it the end would look like a good one.
+            if let Err(error) =
+                rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))
+            {
+                tracing::warn!(%error, "a connection is closed rather than reset");
+            }
+        }
+    }
+}
+
+/// What both sockets of a connection need.
+pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    rustix::net::sockopt::set_socket_recv_buffer_size(stream, SOCKET_BUFFER_BYTES)?;
+    Ok(rustix::net::sockopt::set_socket_send_buffer_size(stream, SOCKET_BUFFER_BYTES)?)
+}

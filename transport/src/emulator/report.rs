@@ -1,0 +1,185 @@
+//! What a link did: bytes, rates, and how well releases kept to their plan.
+
+use std::cmp::Ordering;
+
+use super::{Calibration, Piece};
+
+/// Each power of two has this many buckets: values are known to about 3 %.
+const BUCKETS_PER_OCTAVE: u64 = 32;
+
+/// Counts of nanosecond values, of fixed size.
+#[derive(Clone, Debug)]
+pub(super) struct Histogram {
+    counts: Vec<u64>,
+    total: u64,
+}
+
+impl Histogram {
+    pub(super) fn new() -> Self {
+        let octaves = u64::from(u64::BITS - BUCKETS_PER_OCTAVE.trailing_zeros()) + 1;
+        Self { counts: vec![0; (octaves * BUCKETS_PER_OCTAVE) as usize], total: 0 }
+    }
+
+    pub(super) fn add(&mut self, value: u64) {
+        let shift = (value / BUCKETS_PER_OCTAVE).checked_ilog2().unwrap_or(0);
+        let octave = if value < BUCKETS_PER_OCTAVE { 0 } else { u64::from(shift) + 1 };
+        let index = octave * BUCKETS_PER_OCTAVE + (value >> shift) % BUCKETS_PER_OCTAVE;
+        self.counts[index as usize] += 1;
+        self.total += 1;
+    }
+
+    /// The middle of the bucket that holds the quantile `q`, in microseconds.
+    pub(super) fn quantile_us(&self, q: f64) -> Option<f64> {
+        let rank = ((self.total as f64 * q) as u64).min(self.total.checked_sub(1)?);
+        let mut seen = 0;
+        let index = self.counts.iter().position(|count| {
+            seen += count;
+            seen > rank
+        })? as u64;
+        let (octave, step) = (index / BUCKETS_PER_OCTAVE, index % BUCKETS_PER_OCTAVE);
+        let (low, width) = match octave {
+            0 => (step, 1u64),
+            octave => ((BUCKETS_PER_OCTAVE + step) << (octave - 1), 1 << (octave - 1)),
+        };
+        Some((low as f64 + (width - 1) as f64 / 2.0) / 1e3)
+    }
+
+    fn quantiles(&self) -> Option<Quantiles> {
+        Some(Quantiles { p50_us: self.quantile_us(0.5)?, p99_us: self.quantile_us(0.99)? })
+    }
+}
+
+/// Median and 99th percentile, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Quantiles {
+    /// The median.
+    pub p50_us: f64,
+    /// The 99th percentile.
+    pub p99_us: f64,
+}
+
+/// What passed in one direction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct DirectionReport {
+    /// Bytes taken from senders.
+    pub bytes_in: u64,
+    /// Bytes given to receivers.
+    pub bytes_out: u64,
+    /// Mbit/s while the bottleneck was busy, stalls left out, by the actual releases; `None`
+    /// without a rate or without bytes.
+    pub busy_mbit_s: Option<f64>,
+    /// From entry to the planned release, queue and calibration included; `None` without bytes.
+    pub planned: Option<Quantiles>,
+    /// From entry to the actual release.
+    pub actual: Option<Quantiles>,
+    /// Actual less planned release.
+    pub late: Option<Quantiles>,
+    /// Stalls that began.
+    pub stalls: u64,
+}
+
+/// What a link did.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Report {
+    /// From those who connect.
+    pub up: DirectionReport,
+    /// Back to them.
+    pub down: DirectionReport,
+    /// Connections that were accepted.
+    pub connections: u64,
+    /// Of these, those that are open.
+    pub open: usize,
+    /// Of these, those whose other end could not be reached.
+    pub unreachable: u64,
+    /// Cuts of the whole link.
+    pub cuts: u64,
+    /// What came off the delays.
+    pub calibration: Option<Calibration>,
+}
+
+/// Counts of one direction.
+#[derive(Clone, Debug)]
+pub(super) struct Tally {
+    pub(super) bytes_in: u64,
+    pub(super) bytes_out: u64,
+    pub(super) unreachable: u64,
+    /// Bytes that came out of the bottleneck, and how long it was busy in periods before this one.
+    bytes_sent: u64,
+    busy_ns: u64,
+    period: Period,
+    planned: Histogram,
+    actual: Histogram,
+    late: Histogram,
+}
+
+/// A time in which the bottleneck had no rest, by actual releases.
+#[derive(Clone, Copy, Debug, Default)]
+struct Period {
+    number: u64,
+    begun: u64,
+    stalled: u64,
+    sent: u64,
+}
+
+impl Period {
+    fn busy_ns(self) -> u64 {
+        self.sent - self.begun - self.stalled
+    }
+}
+
+impl Tally {
+    pub(super) fn new() -> Self {
+        Self {
+            bytes_in: 0,
+            bytes_out: 0,
+            unreachable: 0,
+            bytes_sent: 0,
+            busy_ns: 0,
+            period: Period::default(),
+            planned: Histogram::new(),
+            actual: Histogram::new(),
+            late: Histogram::new(),
+        }
+    }
+
+    /// Takes in a piece that comes out at `now`.
+    pub(super) fn count(&mut self, piece: Piece, entered: u64, now: u64) {
+        self.planned.add(piece.release - entered);
+        self.actual.add(now - entered);
+        let late = now - piece.release;
+        self.late.add(late);
+        self.bytes_sent += piece.bytes as u64;
+        let (number, begun, stalled) = (piece.period, piece.begun, piece.stalled);
+        let sent = piece.sent + late;
+        let period = &mut self.period;
+        match number.cmp(&period.number) {
+            // Connections are turned one after another: pieces of one turn come in any order.
+            Ordering::Less => self.busy_ns += piece.sent - begun - stalled,
+            Ordering::Equal => {
+                period.begun = period.begun.min(begun);
+                period.stalled += stalled;
+                period.sent = period.sent.max(sent);
+            }
+            Ordering::Greater => {
+                self.busy_ns += period.busy_ns();
+                *period = Period { number, begun, stalled, sent };
+            }
+        }
+    }
+
+    pub(super) fn report(&self, rated: bool, stalls: u64) -> DirectionReport {
+        let busy_ns = self.busy_ns + self.period.busy_ns();
+        let busy = rated && busy_ns > 0;
+        DirectionReport {
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            busy_mbit_s: busy.then(|| self.bytes_sent as f64 * 8e3 / busy_ns as f64),
+            planned: self.planned.quantiles(),
+            actual: self.actual.quantiles(),
+            late: self.late.quantiles(),
+            stalls,
+        }
+    }
+}

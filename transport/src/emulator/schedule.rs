@@ -1,0 +1,156 @@
+//! What a seed decides: when a link stalls, when it is cut, and how much later than usual a moment
+//! is. Each is a function of the seed and of link time alone, so traffic doesn't change it.
+
+use super::{CutConfig, StallConfig, nanos};
+
+/// Jitter changes in steps of this length.
+const JITTER_STEP_NS: u64 = 10_000_000;
+
+/// Which use a draw is for; draws of different uses have nothing to do with each other.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Draws {
+    seed: u64,
+    stream: u64,
+}
+
+impl Draws {
+    pub(super) fn new(seed: u64, stream: u64) -> Self {
+        Self { seed, stream }
+    }
+
+    /// The draw `index` of this stream, in [0, 1).
+    fn at(self, index: u64) -> f64 {
+        // SplitMix64, twice: its steps over (seed, stream), then over the index.
+        let key = mix(self.seed.wrapping_add(mix(self.stream)));
+        (mix(key.wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// One step of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+/// generators", 2014).
+fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+/// How much later than the plain delay, by the moment of leaving the bottleneck.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Jitter {
+    draws: Draws,
+    max_ns: u64,
+}
+
+impl Jitter {
+    pub(super) fn new(draws: Draws, max_ns: u64) -> Self {
+        Self { draws, max_ns }
+    }
+
+    /// Evenly spread over [0, max), one value for each step of 10 ms.
+    pub(super) fn at(self, now: u64) -> u64 {
+        (self.draws.at(now / JITTER_STEP_NS) * self.max_ns as f64) as u64
+    }
+}
+
+/// One stall in each period, at a place in it that the seed chooses.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stalls {
+    draws: Draws,
+    every_ns: u64,
+    lasts_ns: u64,
+}
+
+impl Stalls {
+    pub(super) fn new(draws: Draws, config: StallConfig) -> Self {
+        Self { draws, every_ns: nanos(config.every), lasts_ns: nanos(config.lasts) }
+    }
+
+    fn start(self, period: u64) -> u64 {
+        let slack = (self.every_ns - self.lasts_ns) as f64;
+        period * self.every_ns + (self.draws.at(period) * slack) as u64
+    }
+
+    /// When work of `work` ns that could begin at `from` is done, if none is done in a stall.
+    pub(super) fn finish(self, from: u64, mut work: u64) -> u64 {
+        let mut at = from;
+        for period in from / self.every_ns.. {
+            let start = self.start(period);
+            if at < start {
+                if work <= start - at {
+                    break;
+                }
+                work -= start - at;
+            }
+            at = at.max(start + self.lasts_ns);
+        }
+        at + work
+    }
+
+    /// How many stalls began up to `now`.
+    pub(super) fn begun(self, now: u64) -> u64 {
+        let period = now / self.every_ns;
+        period + u64::from(self.start(period) <= now)
+    }
+}
+
+/// The moments at which the link is cut, and the count of bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Cuts {
+    draws: Draws,
+    every_ns: Option<u64>,
+    /// Periods whose cut is done.
+    done: u64,
+    after_ns: Option<u64>,
+    after_bytes: Option<u64>,
+}
+
+impl Cuts {
+    pub(super) fn new(draws: Draws, config: CutConfig) -> Self {
+        Self {
+            draws,
+            every_ns: config.every.map(nanos),
+            done: 0,
+            after_ns: config.after.map(nanos),
+            after_bytes: config.after_bytes,
+        }
+    }
+
+    /// When the next cut by time is.
+    pub(super) fn next(&self) -> Option<u64> {
+        // In the second half of each period: the gap between two is 0.5 to 1.5 periods.
+        let periodic = self.every_ns.map(|every| {
+            self.done * every + every / 2 + (self.draws.at(self.done) * 0.5 * every as f64) as u64
+        });
+        periodic.into_iter().chain(self.after_ns).min()
+    }
+
+    /// Whether there is a cut at `now`; it is taken. Several that were missed are one.
+    pub(super) fn take(&mut self, now: u64) -> bool {
+        let mut cut = false;
+        while self.next().is_some_and(|at| at <= now) {
+            cut = true;
+            if self.after_ns.is_some_and(|at| at <= now) {
+                self.after_ns = None;
+            } else {
+                self.done += 1;
+            }
+        }
+        cut
+    }
+
+    /// How many bytes more may pass before the cut, if there is one by bytes.
+    pub(super) fn bytes_left(&self) -> Option<u64> {
+        self.after_bytes
+    }
+
+    /// Counts bytes that passed; whether this is the cut.
+    pub(super) fn pass(&mut self, bytes: u64) -> bool {
+        self.after_bytes = self.after_bytes.map(|left| left.saturating_sub(bytes));
+        let cut = self.after_bytes == Some(0);
+        if cut {
+            self.after_bytes = None;
+        }
+        cut
+    }
+}
