@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
-use crate::draft::Lookup;
+use crate::draft::{Lookup, Source};
 use crate::metrics::Meter;
 use crate::sequence::Sequence;
 
@@ -67,6 +67,12 @@ pub(super) struct Active {
     pub(super) round: u32,
     /// What stood in the prompt and in the answer; `None` if this request has no drafts.
     pub(super) lookup: Option<Lookup>,
+    /// Guesses right below the last decided token that were not sent: they are tested all the
+    /// same, so that a drafter that is not asked can become better.
+    pub(super) held_back: Vec<(TokenId, Source)>,
+    /// When the last of the rows that lead to a token was sent, and how many these were; `None`
+    /// if they are back, or can't be timed.
+    pub(super) sent_at: Option<(Instant, usize)>,
     /// The last row that was sent.
     pub(super) sent_id: u32,
     /// Decided rows whose output has not come back; only the tail layers get all of them.
@@ -117,6 +123,8 @@ impl Active {
         self.unsent.sent = 0;
         self.walk.clear();
         self.commit = 0;
+        self.held_back.clear();
+        self.sent_at = None;
         self.sent_id = 0;
         self.decided = 1..1;
         self.meter.rows_lost();

@@ -49,7 +49,10 @@ impl Device {
         let tokens = &active.tokens[first as usize..end];
         let hidden_size = self.start.facts.hidden_size;
         active.unsent.hidden.resize(count as usize * hidden_size, 0.0);
+        let began = self.start.shared.clock.now();
         self.start.model.input(&self.plan.plan(), tokens, &mut active.unsent.hidden);
+        let took = self.start.shared.clock.now().duration_since(began);
+        self.costs.device.note(count as usize, took.as_secs_f64());
         if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return self.fail(index, Error::NotFinite { position: first + row });
@@ -73,13 +76,16 @@ impl Device {
     /// Drafts below the last decided token of a request, into `self.tree`. Returns the rows of a
     /// round, that token's own included.
     fn draft(&mut self, index: usize) -> usize {
-        let active = &self.actives[index];
+        let active = &mut self.actives[index];
         let root = *active.tokens.last().expect("a prompt has a token");
         // The last token of the answer needs no row, and so no row may lead beyond it.
         let depth_max = active.job.prepared.rows_max() - 1 - active.rows();
         self.tree.reset(root, depth_max);
+        active.held_back.clear();
         let Some(lookup) = &active.lookup else { return 1 };
-        let branches = match active.job.prepared.request.draft {
+        let began = self.start.shared.clock.now();
+        let mode = active.job.prepared.request.draft;
+        let branches = match mode {
             DraftMode::Off => return 1,
             DraftMode::Chain | DraftMode::Lookup => 1,
             _ => BRANCHES_MAX,
@@ -96,6 +102,15 @@ impl Device {
             .min(self.start.config.limits.step_rows_max as usize)
             .min(BUDGET_DEFAULT + 1);
         tree.grow(rows_max, 0.0);
+        if mode == DraftMode::Auto {
+            let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
+            let drafts = self.costs.drafts_that_pay(probabilities);
+            let held_back = tree.nodes().iter().skip(1 + drafts).filter(|node| node.depth == 1);
+            active.held_back.extend(held_back.filter_map(|node| Some((node.token, node.source?))));
+            tree.truncate(1 + drafts);
+        }
+        let took = self.start.shared.clock.now().duration_since(began);
+        self.costs.draft.note(took.as_secs_f64());
         tree.nodes().len()
     }
 
@@ -128,7 +143,10 @@ impl Device {
         self.tokens.extend(nodes.iter().map(|node| node.token));
         let hidden_size = self.start.facts.hidden_size;
         active.unsent.hidden.resize(nodes.len() * hidden_size, 0.0);
+        let began = self.start.shared.clock.now();
         self.start.model.input(&self.plan.plan(), &self.tokens, &mut active.unsent.hidden);
+        let took = self.start.shared.clock.now().duration_since(began);
+        self.costs.device.note(nodes.len(), took.as_secs_f64());
         let finite = first_not_finite(&active.unsent.hidden, hidden_size).unwrap_or(nodes.len());
         if finite == 0 {
             return self.fail(index, Error::NotFinite { position });
@@ -182,7 +200,8 @@ impl Device {
         if cut > 0 {
             tracing::warn!(cut, "numbers beyond the wire codec's range were cut");
         }
-        let urgent = !active.answer.tokens().is_empty() && unsent.decided == 1;
+        let in_answer = !active.answer.tokens().is_empty();
+        let urgent = in_answer && unsent.decided == 1;
         let priority = if urgent { Priority::Verify } else { Priority::Prompt };
         let sent = self.endpoint.send(connection, Kind::Rows, active.wire_id, priority, body);
         if sent.is_err() {
@@ -192,6 +211,11 @@ impl Device {
         active.sent_id = head.first_id + u32::from(head.count) - 1;
         active.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
         active.unsent.sent += rows;
+        // A chunk of a longer prompt waits for those before it as well.
+        let alone = in_answer || active.computed() as usize == active.unsent.count;
+        if active.unsent.sent == active.unsent.count && active.unsent.decides && alone {
+            active.sent_at = Some((self.start.shared.clock.now(), active.unsent.count));
+        }
         true
     }
 }

@@ -18,7 +18,7 @@ use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
 use crate::config::{CloudAddress, EngineConfig};
-use crate::draft::{Acceptance, DraftMode, Tree};
+use crate::draft::{Acceptance, Costs, DraftMode, Tree};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::page::{PagePool, pages_for};
@@ -84,6 +84,7 @@ impl Start {
             next_wire_id: 1,
             told_untrained: false,
             acceptance: Acceptance::default(),
+            costs: Costs::default(),
             tree: Tree::default(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             moves: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -118,6 +119,8 @@ pub(super) struct Device {
     told_untrained: bool,
     /// How good guesses were, over all requests.
     pub(super) acceptance: Acceptance,
+    /// What rounds cost, over all requests.
+    pub(super) costs: Costs,
     pub(super) plan: PlanBuffers,
     pub(super) tree: Tree,
     pub(super) tokens: Vec<TokenId>, // of a tree's rows
@@ -197,6 +200,8 @@ impl Device {
                 commit: 0,
                 round: 0,
                 lookup,
+                held_back: Vec::new(),
+                sent_at: None,
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,

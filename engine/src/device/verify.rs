@@ -1,7 +1,7 @@
 //! Outputs that come back, and the walk that turns them into tokens.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::Output;
+use hat_transport::message::{Output, OutputHead};
 
 use super::run::Device;
 use super::walk::Taken;
@@ -33,6 +33,8 @@ impl Device {
         if let Some(id) = output.ids.iter().find(|id| *id > active.sent_id) {
             return Err(format!("row {id}, which was not sent"));
         }
+        self.note_costs(index, &output.head);
+        let active = &self.actives[index];
         // Decided rows come before those that pend below them.
         let decided = output.ids.iter().take_while(|id| active.decided.contains(id)).count();
         if decided > 0 {
@@ -41,6 +43,18 @@ impl Device {
         self.take_pending(index, output, decided)?;
         self.walk(index);
         Ok(())
+    }
+
+    /// What the first output after rows were sent says of link and cloud.
+    fn note_costs(&mut self, index: usize, head: &OutputHead) {
+        let now = self.start.shared.clock.now();
+        let Some((sent_at, rows)) = self.actives[index].sent_at.take() else { return };
+        let step = f64::from(head.step_us) * 1e-6;
+        let total = now.duration_since(sent_at).as_secs_f64();
+        let step_rows = head.step_rows as usize;
+        self.costs.step.note(step_rows, step);
+        self.costs.wait.note(rows, (total - step).max(0.0));
+        self.costs.others.note(step_rows.saturating_sub(rows) as f64);
     }
 
     /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
@@ -103,6 +117,7 @@ impl Device {
         loop {
             let active = &mut self.actives[index];
             let Some((id, round, output)) = active.walk.next() else { return };
+            let began = self.start.shared.clock.now();
             // Rows that pend have not been through the tail layers; their ancestors have.
             if self.start.facts.has_tail && active.sequence.place(id).is_some() {
                 self.plan.clear();
@@ -118,7 +133,10 @@ impl Device {
             };
             active.round = round;
             active.meter.counts.rounds = round;
-            if !self.decide(index, id, greatest) {
+            let goes_on = self.decide(index, id, greatest);
+            let took = self.start.shared.clock.now().duration_since(began);
+            self.costs.head.note(took.as_secs_f64());
+            if !goes_on {
                 return;
             }
         }
@@ -145,6 +163,9 @@ impl Device {
         };
         if let Some(token) = emitted.token {
             active.meter.token(shared.clock.now());
+            for (guess, source) in active.held_back.drain(..) {
+                self.acceptance.note(source, guess == token);
+            }
             for (guess, source) in active.walk.drafts() {
                 active.meter.tested(source.drafter.name(), guess == token);
                 self.acceptance.note(source, guess == token);

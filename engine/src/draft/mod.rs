@@ -7,7 +7,7 @@
 //!
 //! - [`tree`]: guesses of several drafters merged, the most probable ones first
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
-//! - [`policy`]: how good guesses are
+//! - [`policy`]: how many of them pay
 
 pub mod lookup;
 mod mode;
@@ -16,7 +16,7 @@ pub mod tree;
 
 pub use lookup::Lookup;
 pub use mode::DraftMode;
-pub use policy::Acceptance;
+pub use policy::{Acceptance, Costs};
 pub use tree::{Node, Tree};
 
 /// Nodes of a draft tree unless a policy says less, the decided token at its root not counted.

@@ -1,9 +1,135 @@
-//! How good guesses are, learned as they are tested.
+//! How many drafts pay: as many as give the most tokens a second, by what was measured.
+//!
+//! A round of `k` drafts is expected to yield `1 + p_1 + .. + p_k` tokens (the decided one, and
+//! each draft with its probability) and to take
+//! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + draft`. All of these are moving
+//! averages of what was seen, the first three as functions of the rows. Zero drafts may win. Pure:
+//! the caller measures.
 
 use super::{CLASSES, Drafter, Source};
 
-/// Share of the past in a moving average, as in the paper.
-pub const PAST: f32 = 0.8;
+/// Share of the past in a moving average of times, as in the paper (arXiv 2503.18989).
+pub const PAST: f64 = 0.8;
+
+/// Drafts have to promise this much more than none: what is measured is noisy, and a row that
+/// brings nothing costs others too.
+const GAIN_MIN: f64 = 1.03;
+
+/// A moving average of seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Average {
+    value: Option<f64>,
+}
+
+impl Average {
+    /// Takes one measurement.
+    pub fn note(&mut self, seconds: f64) {
+        let past = self.value.unwrap_or(seconds);
+        self.value = Some(PAST * past + (1.0 - PAST) * seconds);
+    }
+
+    /// What it is now; 0 before the first measurement.
+    #[must_use]
+    pub fn seconds(&self) -> f64 {
+        self.value.unwrap_or(0.0)
+    }
+}
+
+/// Row counts are averaged in cells: 1, 2, 3 to 4, 5 to 8, and so on to 512.
+const CELLS: usize = 10;
+
+/// Seconds as a function of rows: averages by size, lines between them.
+#[derive(Clone, Debug, Default)]
+pub struct ByRows {
+    cells: [Option<Cell>; CELLS],
+}
+
+/// Means of the sizes and the times that fell into one cell.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    rows: f64,
+    seconds: f64,
+}
+
+impl ByRows {
+    /// So many rows took so long.
+    pub fn note(&mut self, rows: usize, seconds: f64) {
+        let index = rows.max(1).next_power_of_two().trailing_zeros() as usize;
+        let rows = rows.max(1) as f64;
+        let cell = &mut self.cells[index.min(CELLS - 1)];
+        let past = cell.unwrap_or(Cell { rows, seconds });
+        let mean = |past: f64, now: f64| PAST * past + (1.0 - PAST) * now;
+        *cell = Some(Cell { rows: mean(past.rows, rows), seconds: mean(past.seconds, seconds) });
+    }
+
+    /// How long so many rows may take; `None` before the first measurement. Beyond the largest
+    /// size that was seen the line goes on; a single size, or a smaller one, is scaled.
+    #[must_use]
+    pub fn seconds(&self, rows: usize) -> Option<f64> {
+        let rows = rows as f64;
+        let known = || self.cells.iter().flatten();
+        let below = known().rfind(|cell| cell.rows <= rows);
+        let above = known().find(|cell| cell.rows > rows);
+        let (from, to) = match (below, above) {
+            (Some(below), Some(above)) => (below, above),
+            (Some(last), None) => match known().rev().nth(1) {
+                Some(before) => (before, last),
+                None => return Some(last.seconds * rows / last.rows),
+            },
+            (None, first) => return first.map(|first| first.seconds * rows / first.rows),
+        };
+        let slope = ((to.seconds - from.seconds) / (to.rows - from.rows)).max(0.0);
+        Some(from.seconds + slope * (rows - from.rows))
+    }
+}
+
+/// What was measured of one device and its cloud.
+#[derive(Clone, Debug, Default)]
+pub struct Costs {
+    /// The device's own layers, by rows.
+    pub device: ByRows,
+    /// From the last byte sent to the first row back, the step itself taken off: link and queues.
+    pub wait: ByRows,
+    /// The cloud's step, by its rows: those of other sessions count.
+    pub step: ByRows,
+    /// Rows of other sessions in a step.
+    pub others: Average,
+    /// Tail layers, LM head and sampling of one visited row.
+    pub head: Average,
+    /// Drafting itself.
+    pub draft: Average,
+}
+
+impl Costs {
+    /// How long a round with so many rows may take, its visited rows not counted; `None` if too
+    /// little is known.
+    #[must_use]
+    pub fn round(&self, rows: usize) -> Option<f64> {
+        let others = self.others.seconds().round() as usize;
+        let step = self.step.seconds(rows + others)?;
+        Some(self.device.seconds(rows)? + self.wait.seconds(rows)? + step)
+    }
+
+    /// How many drafts of a tree pay. `probabilities` are those of its nodes, in the order in which
+    /// it grew, the root left out. While too little is known the answer is none: plain rounds
+    /// teach.
+    #[must_use]
+    pub fn drafts_that_pay(&self, probabilities: impl IntoIterator<Item = f32>) -> usize {
+        let head = self.head.seconds();
+        let Some(plain) = self.round(1) else { return 0 };
+        let (mut best, mut rate_max) = (0, GAIN_MIN / (plain + head).max(f64::MIN_POSITIVE));
+        let mut tokens = 1.0;
+        for (drafts, probability) in (1..).zip(probabilities) {
+            tokens += f64::from(probability);
+            let Some(round) = self.round(drafts + 1) else { break };
+            let rate = tokens / (round + self.draft.seconds() + tokens * head);
+            if rate > rate_max {
+                (best, rate_max) = (drafts, rate);
+            }
+        }
+        best
+    }
+}
 
 /// How often guesses of each drafter and class are right.
 #[derive(Clone, Debug)]
@@ -17,13 +143,13 @@ impl Default for Acceptance {
     }
 }
 
-/// Where lookup begins, by match length 1..=8, first choices and then the others.
+/// Where lookup begins, by match length 1 to 8: first choices, then the others.
 const LOOKUP_FIRST: [f32; CLASSES] = [
     0.25, 0.4, 0.55, 0.65, 0.72, 0.78, 0.82, 0.85, //
     0.08, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.82,
 ];
 
-/// Weight of one test in the average: tests are single tokens, of which a round has many.
+/// Weight of one test: a single token says little, and a round tests several.
 const PRESENT: f32 = 0.02;
 
 impl Acceptance {
@@ -37,5 +163,127 @@ impl Acceptance {
     pub fn note(&mut self, source: Source, right: bool) {
         let rate = &mut self.rates[source.drafter as usize][usize::from(source.class)];
         *rate += PRESENT * (f32::from(u8::from(right)) - *rate);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn by_rows(points: &[(usize, f64)]) -> ByRows {
+        let mut by_rows = ByRows::default();
+        points.iter().for_each(|&(rows, seconds)| by_rows.note(rows, seconds));
+        by_rows
+    }
+
+    /// Milliseconds: device and step as `fixed + rows * each`, a wait, a head.
+    fn costs(step: (f64, f64), wait_ms: f64, head_ms: f64) -> Costs {
+        let line = |fixed: f64, each: f64| {
+            by_rows(
+                &[1, 2, 4, 8, 16, 32, 64].map(|rows| (rows, (fixed + each * rows as f64) / 1e3)),
+            )
+        };
+        let mut costs = Costs {
+            device: line(0.3, 0.1),
+            wait: line(wait_ms, 0.0),
+            step: line(step.0, step.1),
+            ..Costs::default()
+        };
+        costs.head.note(head_ms / 1e3);
+        costs
+    }
+
+    fn falling(first: f32, by: f32) -> impl Iterator<Item = f32> {
+        (0..32).map(move |depth| first * by.powi(depth))
+    }
+
+    #[test]
+    fn averages_forget_by_a_fifth() {
+        let mut average = Average::default();
+        assert_eq!(average.seconds(), 0.0);
+        average.note(1.0);
+        assert_eq!(average.seconds(), 1.0);
+        average.note(2.0);
+        assert!((average.seconds() - 1.2).abs() < 1e-12);
+    }
+
+    #[test]
+    fn times_between_and_beyond_what_was_seen() {
+        assert_eq!(ByRows::default().seconds(3), None);
+        assert_eq!(by_rows(&[(4, 2.0)]).seconds(8), Some(4.0));
+        assert_eq!(by_rows(&[(4, 2.0)]).seconds(1), Some(0.5));
+        let two = by_rows(&[(1, 2.0), (101, 12.0)]);
+        for (rows, seconds) in [(1, 2.0), (11, 3.0), (101, 12.0), (201, 22.0)] {
+            assert_eq!(two.seconds(rows), Some(seconds), "{rows} rows");
+        }
+        // A larger step that took less is noise, not a slope.
+        assert_eq!(by_rows(&[(1, 2.0), (100, 1.0)]).seconds(50), Some(2.0));
+        assert_eq!(by_rows(&[(5000, 1.0)]).seconds(5000), Some(1.0));
+        let mut moving = by_rows(&[(1, 1.0)]);
+        moving.note(1, 2.0);
+        assert!(moving.seconds(1).is_some_and(|seconds| (seconds - 1.2).abs() < 1e-12));
+    }
+
+    #[test]
+    fn nothing_is_drafted_before_anything_is_known() {
+        assert_eq!(Costs::default().drafts_that_pay(falling(1.0, 1.0)), 0);
+    }
+
+    #[test]
+    fn drafts_pay_where_waiting_is_dear() {
+        // (step fixed, step each, wait, head), (first probability, factor), drafts
+        let table = [
+            // Rows nearly free: almost as long as anything may be right.
+            ((7.0, 0.01, 40.0, 1.0), (0.5, 0.8), 19),
+            // A row costs as much as a step: worth it only if a round trip costs more.
+            ((0.1, 7.0, 1.0, 1.0), (0.5, 0.8), 0),
+            ((0.1, 7.0, 40.0, 1.0), (0.5, 0.8), 4),
+            ((0.1, 7.0, 400.0, 1.0), (0.5, 0.8), 11),
+            // No link at all: only sure guesses.
+            ((2.0, 2.0, 0.0, 1.0), (0.5, 0.8), 0),
+            ((2.0, 2.0, 0.0, 1.0), (0.98, 0.98), 9),
+            // A hopeless drafter.
+            ((7.0, 0.5, 40.0, 1.0), (0.01, 0.5), 0),
+            // A tree of many faint guesses.
+            ((7.0, 0.1, 100.0, 1.0), (0.05, 1.0), 32),
+        ];
+        for (index, ((fixed, each, wait, head), (first, by), drafts)) in
+            table.into_iter().enumerate()
+        {
+            let costs = costs((fixed, each), wait, head);
+            assert_eq!(costs.drafts_that_pay(falling(first, by)), drafts, "row {index}");
+        }
+    }
+
+    #[test]
+    fn more_waiting_never_means_fewer_drafts() {
+        let mut before = 0;
+        for wait_ms in [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0] {
+            let drafts = costs((5.0, 1.0), wait_ms, 1.0).drafts_that_pay(falling(0.6, 0.85));
+            assert!(drafts >= before, "{drafts} drafts at {wait_ms} ms, {before} before");
+            before = drafts;
+        }
+        assert!(before > 5);
+    }
+
+    #[test]
+    fn a_full_cloud_makes_rows_dear() {
+        let mut costs = costs((5.0, 0.0), 5.0, 1.0);
+        costs.step = by_rows(&[(1, 5e-3), (16, 5e-3), (64, 5e-3), (128, 40e-3)]);
+        let alone = costs.drafts_that_pay(falling(0.5, 0.8));
+        costs.others.note(64.0);
+        assert!(costs.drafts_that_pay(falling(0.5, 0.8)) < alone);
+    }
+
+    #[test]
+    fn acceptance_moves_towards_what_is_seen() {
+        let mut acceptance = Acceptance::default();
+        let source = |class| Source { drafter: Drafter::Lookup, class };
+        let before = acceptance.rate(source(2));
+        (0..500).for_each(|_| acceptance.note(source(2), false));
+        assert!(acceptance.rate(source(2)) < 0.01);
+        assert_eq!(acceptance.rate(source(1)), LOOKUP_FIRST[1]);
+        (0..500).for_each(|_| acceptance.note(source(2), true));
+        assert!(acceptance.rate(source(2)) > before.max(0.99));
     }
 }

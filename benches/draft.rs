@@ -1,0 +1,171 @@
+//! Tokens per round trip on a file of prompts, for each way of drafting.
+//!
+//! `cargo bench -p hat-benches --bench draft -- PROMPTS.jsonl [--every N] [--tokens N]
+//! [--modes off,lookup,tree] [--split-layer N] [--threads N]`
+//!
+//! A line of the file is an object with `turns` (the first is asked, through the chat template) and
+//! `category`. Answers are greedy and end by themselves or after `--tokens`. Modes take turns
+//! prompt by prompt, so times compare; both roles run on this machine over loopback. The bound of
+//! a time is that of a round with one row, `off`: what a mode saves is round trips, what it costs
+//! is the rows of its drafts. Tokens per round are (tokens - 1) / rounds, summed over prompts.
+
+use std::collections::BTreeMap;
+
+use hat_engine::options::{DraftMode, Timings};
+use hat_engine::{Engine, EngineConfig, Event, Request, pull};
+
+/// What the command line says.
+struct Args {
+    path: String,
+    every: usize,
+    tokens: u32,
+    modes: Vec<DraftMode>,
+    split_layer: usize,
+    threads: usize,
+}
+
+const USAGE: &str = "PROMPTS.jsonl [--every N] [--tokens N] [--modes off,lookup,..] \
+                     [--split-layer N] [--threads N]";
+
+impl Args {
+    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
+        let mut parsed = Self {
+            path: String::new(),
+            every: 1,
+            tokens: 128,
+            modes: vec![DraftMode::Off, DraftMode::Lookup, DraftMode::Tree],
+            split_layer: pull::SPLIT_LAYER_DEFAULT,
+            threads: 1,
+        };
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--bench" => {}
+                "--every" => parsed.every = args.next()?.parse().ok().filter(|every| *every > 0)?,
+                "--tokens" => parsed.tokens = args.next()?.parse().ok()?,
+                "--split-layer" => parsed.split_layer = args.next()?.parse().ok()?,
+                "--threads" => parsed.threads = args.next()?.parse().ok()?,
+                "--modes" => {
+                    let modes = args.next()?;
+                    parsed.modes =
+                        modes.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
+                }
+                _ if arg.starts_with('-') => return None,
+                _ => parsed.path = arg,
+            }
+        }
+        (!parsed.path.is_empty()).then_some(parsed)
+    }
+}
+
+/// Category and first turn of each line.
+fn prompts(text: &str) -> Vec<(String, String)> {
+    let prompt = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).expect("a line is JSON");
+        let category = line["category"].as_str().expect("category").to_owned();
+        (category, line["turns"][0].as_str().expect("turns").to_owned())
+    };
+    text.lines().filter(|line| !line.trim().is_empty()).map(prompt).collect()
+}
+
+/// Sums of one mode over the prompts of one category.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    prompts: u32,
+    tokens: u32,
+    rounds: u32,
+    drafted: u32,
+    tested: u32,
+    accepted: u32,
+    bytes_up: u64,
+    seconds: f64,
+}
+
+impl Sums {
+    fn add(&mut self, timings: &Timings) {
+        let after_first = timings.predicted_n.saturating_sub(1);
+        self.prompts += 1;
+        self.tokens += after_first;
+        self.rounds += timings.rounds;
+        self.drafted += timings.draft_n;
+        self.tested += timings.draft_n_tested;
+        self.accepted += timings.draft_n_accepted;
+        self.bytes_up += timings.bytes_up;
+        if timings.tokens_per_second > 0.0 {
+            self.seconds += f64::from(after_first) / timings.tokens_per_second;
+        }
+    }
+
+    fn line(&self, mode: DraftMode, category: &str) {
+        let per_round = |count: u32| f64::from(count) / f64::from(self.rounds.max(1));
+        println!(
+            "{:<7} {category:<16} {:>4} {:>7} {:>7} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>8.2} {:>9}",
+            mode.name(),
+            self.prompts,
+            self.tokens,
+            self.rounds,
+            per_round(self.tokens),
+            per_round(self.drafted),
+            per_round(self.tested),
+            per_round(self.accepted),
+            self.seconds * 1e3 / f64::from(self.tokens.max(1)),
+            self.bytes_up,
+        );
+    }
+}
+
+fn answer(engine: &Engine, request: Request) -> (Vec<u32>, Timings) {
+    for event in engine.generate(request).expect("a good request") {
+        if let Event::Done { metrics, .. } = event.expect("an answer") {
+            return (metrics.token_ids, metrics.timings);
+        }
+    }
+    unreachable!("an answer ends with Done")
+}
+
+fn main() {
+    let Some(args) = Args::parse(std::env::args().skip(1)) else {
+        println!("draft: nothing measured without prompts; arguments: {USAGE}");
+        return;
+    };
+    let text = std::fs::read_to_string(&args.path).expect("the file of prompts");
+    let cache = pull::cache_dir().expect("a cache directory");
+    let bundle = pull::default_bundle(&cache, args.split_layer, 0).expect("the default model");
+    // An engine a mode: what one learns of drafts is nothing to the others.
+    let engines: Vec<(DraftMode, Engine)> = args
+        .modes
+        .iter()
+        .map(|mode| {
+            let config = EngineConfig::new(bundle.join("device")).threads(args.threads);
+            (*mode, Engine::open(config).expect("the engine opens"))
+        })
+        .collect();
+    let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
+    for (category, prompt) in prompts(&text).into_iter().step_by(args.every) {
+        let mut said = None;
+        for (index, (mode, engine)) in engines.iter().enumerate() {
+            let request = Request::chat(&prompt).max_tokens(args.tokens).draft(*mode);
+            let (tokens, timings) = answer(engine, request);
+            sums.entry((index, category.clone())).or_default().add(&timings);
+            sums.entry((index, "~ all".into())).or_default().add(&timings);
+            let said = said.get_or_insert_with(|| tokens.clone());
+            assert_eq!(&tokens, said, "{} says something else", mode.name());
+        }
+    }
+    println!(
+        "{:<7} {:<16} {:>4} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>8} {:>9}",
+        "mode",
+        "category",
+        "n",
+        "tokens",
+        "rounds",
+        "tok/rd",
+        "draft/rd",
+        "test/rd",
+        "acc/rd",
+        "ms/tok",
+        "bytes up"
+    );
+    for ((index, category), sums) in &sums {
+        sums.line(engines[*index].0, category);
+    }
+}
