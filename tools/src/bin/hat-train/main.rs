@@ -3,7 +3,10 @@
 //! `collect` lets the target model answer prompts and keeps the rows that a device would see;
 //! `fit` trains a drafter on them; `eval` says how many tokens a round trip it is worth.
 
+mod adapter;
 mod collect;
+mod drafter;
+mod fit;
 mod shard;
 mod target;
 
@@ -23,11 +26,14 @@ struct Args {
 enum Command {
     /// Let the model answer prompts, and keep the rows.
     Collect(collect::CollectArgs),
+    /// Train a drafter on what was gathered.
+    Fit(fit::FitArgs),
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Collect(args) => collect::run(&args),
+        Command::Fit(args) => fit::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

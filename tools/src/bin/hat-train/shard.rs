@@ -7,11 +7,12 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use half::f16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 /// Where a sequence comes from.
@@ -144,100 +145,140 @@ pub(crate) fn write(
     fs::rename(&partial, path).with_context(|| format!("renaming {}", partial.display()))
 }
 
-/// The sequences of a shard, from its header alone.
-pub(crate) fn read_facts(
-    path: &Path,
-    collection: &Collection,
-) -> anyhow::Result<Vec<SequenceFacts>> {
-    use std::io::Read as _;
-    let mut file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).with_context(|| format!("reading {}", path.display()))?;
-    let length = u64::from_le_bytes(length);
-    ensure!(length < 16 << 20, "{}: a header of {length} bytes", path.display());
-    let mut header = vec![0; 8 + usize::try_from(length)?];
-    header[..8].copy_from_slice(&length.to_le_bytes());
-    file.read_exact(&mut header[8..]).with_context(|| format!("reading {}", path.display()))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&header).with_context(|| format!("in {}", path.display()))?;
-    facts_of(path, collection, metadata.metadata().as_ref())
+/// A shard that is open for reading.
+pub(crate) struct Shard {
+    path: PathBuf,
+    file: fs::File,
+    header: HashMap<String, Entry>,
+    /// Where the tensors begin, in bytes.
+    start: u64,
+    hidden_size: usize,
+    pub(crate) facts: Vec<SequenceFacts>,
 }
 
-fn facts_of(
-    path: &Path,
-    collection: &Collection,
-    metadata: Option<&HashMap<String, String>>,
-) -> anyhow::Result<Vec<SequenceFacts>> {
-    let field = |name: &str| {
-        metadata
-            .and_then(|metadata| metadata.get(name))
-            .with_context(|| format!("{}: no {name} in its metadata", path.display()))
-    };
-    let version = field("format_version")?;
-    if version.parse() != Ok(FORMAT_VERSION) {
-        bail!("{}: format {version}, this program reads {FORMAT_VERSION}", path.display());
+/// A tensor's line in the header.
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(default)]
+    dtype: String,
+    #[serde(default)]
+    shape: Vec<usize>,
+    #[serde(default)]
+    data_offsets: [u64; 2],
+    /// Of `__metadata__` alone.
+    #[serde(flatten)]
+    other: HashMap<String, serde_json::Value>,
+}
+
+/// Largest header that is read, in bytes.
+const HEADER_BYTES_MAX: u64 = 16 << 20;
+
+impl Shard {
+    /// Reads the header of a shard.
+    pub(crate) fn open(path: &Path, collection: &Collection) -> anyhow::Result<Self> {
+        let at = || format!("reading {}", path.display());
+        let mut file = fs::File::open(path).with_context(at)?;
+        let mut length = [0; 8];
+        file.read_exact(&mut length).with_context(at)?;
+        let length = u64::from_le_bytes(length);
+        ensure!(length <= HEADER_BYTES_MAX, "{}: a header of {length} bytes", path.display());
+        let mut text = vec![0; usize::try_from(length)?];
+        file.read_exact(&mut text).with_context(at)?;
+        let mut header: HashMap<String, Entry> =
+            serde_json::from_slice(&text).with_context(|| format!("in {}", path.display()))?;
+        let metadata = header.remove("__metadata__").map(|entry| entry.other).unwrap_or_default();
+        let field = |name: &str| {
+            let value = metadata.get(name).and_then(serde_json::Value::as_str);
+            value.with_context(|| format!("{}: no {name} in its metadata", path.display()))
+        };
+        let version = field("format_version")?;
+        if version.parse() != Ok(FORMAT_VERSION) {
+            bail!("{}: format {version}, this program reads {FORMAT_VERSION}", path.display());
+        }
+        let (model_id, expected) = (field("model_id")?, &collection.model_id);
+        ensure!(model_id == expected, "{}: of model {model_id}, not {expected}", path.display());
+        let facts: Vec<SequenceFacts> = serde_json::from_str(field("sequences")?)
+            .with_context(|| format!("{}: sequences", path.display()))?;
+        for facts in &facts {
+            let is_sound = facts.tokens >= 2
+                && (1..facts.tokens).contains(&facts.prompt)
+                && facts.deep_first < facts.prompt;
+            ensure!(
+                is_sound,
+                "{}: job {} contradicts itself: {facts:?}",
+                path.display(),
+                facts.job
+            );
+        }
+        let hidden_size = collection.hidden_size;
+        let path = path.to_owned();
+        Ok(Self { path, file, header, start: 8 + length, hidden_size, facts })
     }
-    let model_id = field("model_id")?;
-    let expected = &collection.model_id;
-    ensure!(model_id == expected, "{}: of model {model_id}, not {expected}", path.display());
-    serde_json::from_str(field("sequences")?)
-        .with_context(|| format!("{}: sequences", path.display()))
-}
 
-/// Reads a shard, with the shallow rows of one split layer alone.
-pub(crate) fn read(
-    path: &Path,
-    collection: &Collection,
-    split_layer: usize,
-) -> anyhow::Result<Vec<Recording>> {
-    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&bytes).with_context(|| format!("in {}", path.display()))?;
-    let facts = facts_of(path, collection, metadata.metadata().as_ref())?;
-    let file =
-        SafeTensors::deserialize(&bytes).with_context(|| format!("in {}", path.display()))?;
-    let hidden = collection.hidden_size;
-    let rows_wanted: usize = facts.iter().map(|f| f.tokens.saturating_sub(1)).sum();
-    let deep_wanted: usize = facts.iter().map(|f| f.tokens.saturating_sub(1 + f.deep_first)).sum();
-    let tokens_wanted = facts.iter().map(|f| f.tokens).sum();
-    let tensor = |name: &str, dtype: Dtype, shape: &[usize]| -> anyhow::Result<Vec<u8>> {
-        let view = file.tensor(name).with_context(|| format!("{}: {name}", path.display()))?;
+    /// All tokens, sequence after sequence.
+    pub(crate) fn tokens(&mut self) -> anyhow::Result<Vec<u32>> {
+        let count = self.facts.iter().map(|facts| facts.tokens).sum();
+        Ok(bytemuck::pod_collect_to_vec(&self.tensor("tokens", "U32", 4, &[count])?))
+    }
+
+    /// The sequences, with the shallow rows of one split layer alone.
+    pub(crate) fn recordings(&mut self, split_layer: usize) -> anyhow::Result<Vec<Recording>> {
+        let hidden = self.hidden_size;
+        let rows: usize = self.facts.iter().map(|facts| facts.tokens - 1).sum();
+        let deep_rows = self.facts.iter().map(|facts| facts.tokens - 1 - facts.deep_first).sum();
+        let tokens = self.tokens()?;
+        let name = format!("shallow.{split_layer}");
+        let shallow: Vec<f16> =
+            bytemuck::pod_collect_to_vec(&self.tensor(&name, "F16", 2, &[rows, hidden])?);
+        let deep: Vec<f16> =
+            bytemuck::pod_collect_to_vec(&self.tensor("deep", "F16", 2, &[deep_rows, hidden])?);
+        let (mut tokens, mut shallow, mut deep) = (&tokens[..], &shallow[..], &deep[..]);
+        let mut recordings = Vec::with_capacity(self.facts.len());
+        for facts in &self.facts {
+            let rows = facts.tokens - 1;
+            recordings.push(Recording {
+                tokens: front(&mut tokens, facts.tokens),
+                shallow: vec![front(&mut shallow, rows * hidden)],
+                deep: front(&mut deep, (rows - facts.deep_first) * hidden),
+                facts: facts.clone(),
+            });
+        }
+        Ok(recordings)
+    }
+
+    fn tensor(
+        &mut self,
+        name: &str,
+        dtype: &str,
+        element: usize,
+        shape: &[usize],
+    ) -> anyhow::Result<Vec<u8>> {
+        let path = self.path.display();
+        let entry = self.header.get(name).with_context(|| format!("{path}: no {name} in it"))?;
         ensure!(
-            view.dtype() == dtype && view.shape() == shape,
-            "{}: {name} is {:?} {:?}, expected {dtype:?} {shape:?}",
-            path.display(),
-            view.dtype(),
-            view.shape()
+            entry.dtype == dtype && entry.shape == shape,
+            "{path}: {name} is {} {:?}, expected {dtype} {shape:?}",
+            entry.dtype,
+            entry.shape
         );
-        Ok(view.data().to_vec())
-    };
-    let tokens: Vec<u32> =
-        bytemuck::pod_collect_to_vec(&tensor("tokens", Dtype::U32, &[tokens_wanted])?);
-    let name = format!("shallow.{split_layer}");
-    let shallow: Vec<f16> =
-        bytemuck::pod_collect_to_vec(&tensor(&name, Dtype::F16, &[rows_wanted, hidden])?);
-    let deep: Vec<f16> =
-        bytemuck::pod_collect_to_vec(&tensor("deep", Dtype::F16, &[deep_wanted, hidden])?);
-    let (mut token, mut row, mut deep_row) = (0, 0, 0);
-    let mut recordings = Vec::with_capacity(facts.len());
-    for facts in facts {
-        let is_sound = facts.tokens >= 2
-            && (1..facts.tokens).contains(&facts.prompt)
-            && facts.deep_first < facts.prompt;
-        ensure!(is_sound, "{}: job {} contradicts itself: {facts:?}", path.display(), facts.job);
-        let rows = facts.tokens - 1;
-        let deep_rows = rows - facts.deep_first;
-        recordings.push(Recording {
-            tokens: tokens[token..token + facts.tokens].to_vec(),
-            shallow: vec![shallow[row * hidden..(row + rows) * hidden].to_vec()],
-            deep: deep[deep_row * hidden..(deep_row + deep_rows) * hidden].to_vec(),
-            facts,
-        });
-        token += rows + 1;
-        row += rows;
-        deep_row += deep_rows;
+        let bytes = shape.iter().product::<usize>() * element;
+        let [begin, end] = entry.data_offsets;
+        let held = self.file.metadata()?.len().saturating_sub(self.start);
+        ensure!(
+            end.checked_sub(begin) == Some(bytes as u64) && end <= held,
+            "{path}: {name} at bytes {begin}..{end} of {held}, expected {bytes} bytes"
+        );
+        self.file.seek(SeekFrom::Start(self.start + begin))?;
+        let mut data = vec![0; bytes];
+        self.file.read_exact(&mut data).with_context(|| format!("reading {path}"))?;
+        Ok(data)
     }
-    Ok(recordings)
+}
+
+fn front<T: Copy>(from: &mut &[T], count: usize) -> Vec<T> {
+    let (front, rest) = from.split_at(count);
+    *from = rest;
+    front.to_vec()
 }
 
 #[cfg(test)]
@@ -283,9 +324,9 @@ mod tests {
         let path = directory.path().join("a.safetensors");
         write(&path, &collection, &written).unwrap();
         assert_eq!(list(directory.path()).unwrap(), std::slice::from_ref(&path));
-        let facts = read_facts(&path, &collection).unwrap();
-        assert_eq!(facts, [written[0].facts.clone(), written[1].facts.clone()]);
-        let found = read(&path, &collection, 4).unwrap();
+        let mut shard = Shard::open(&path, &collection).unwrap();
+        assert_eq!(shard.facts, [written[0].facts.clone(), written[1].facts.clone()]);
+        let found = shard.recordings(4).unwrap();
         for (found, written) in found.iter().zip(&written) {
             assert_eq!(found.tokens, written.tokens);
             assert_eq!(found.shallow[0], written.shallow[1]);
@@ -301,12 +342,13 @@ mod tests {
         let path = directory.path().join("a.safetensors");
         write(&path, &collection, &[recording(3, 9, 5, 2)]).unwrap();
         let other = Collection { model_id: "cd".repeat(32), ..collection.clone() };
-        assert!(read(&path, &other, 2).unwrap_err().to_string().contains("of model abab"));
-        assert!(read(&path, &collection, 8).unwrap_err().to_string().contains("shallow.8"));
+        let read = |collection, layer| Shard::open(&path, collection)?.recordings(layer);
+        assert!(read(&other, 2).unwrap_err().to_string().contains("of model abab"));
+        assert!(read(&collection, 8).unwrap_err().to_string().contains("shallow.8"));
         let bytes = fs::read(&path).unwrap();
         for keep in [0, 7, 40, bytes.len() - 1] {
             fs::write(&path, &bytes[..keep]).unwrap();
-            assert!(read(&path, &collection, 2).is_err(), "{keep} bytes");
+            assert!(read(&collection, 2).is_err(), "{keep} bytes");
         }
     }
 }

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::prompts::Prompts;
 use self::slot::{Slot, Template};
-use crate::shard::{self, Collection, FORMAT_VERSION, Recording};
+use crate::shard::{self, Collection, FORMAT_VERSION, Recording, Shard};
 use crate::target::{StepRows, Target, TargetConfig, Work};
 
 /// Flags of `hat-train collect`.
@@ -128,7 +128,7 @@ impl<'a> Collector<'a> {
         let (mut done, mut positions) = (HashSet::new(), 0);
         let paths = shard::list(&args.out)?;
         for path in &paths {
-            for facts in shard::read_facts(path, &collection)? {
+            for facts in Shard::open(path, &collection)?.facts {
                 done.insert(facts.job);
                 positions += (facts.tokens - facts.prompt) as u64;
             }

@@ -381,7 +381,7 @@ mod tests {
         }
         assert_eq!(seen.len(), 40);
         let counts: Vec<_> = seen.values().collect();
-        assert!(*counts.iter().max().unwrap() - *counts.iter().min().unwrap() <= &1);
+        assert!(*counts.iter().max().unwrap() - *counts.iter().min().unwrap() <= 1);
     }
 
     #[test]
