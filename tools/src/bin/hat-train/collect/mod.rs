@@ -13,8 +13,8 @@ use clap::Args;
 use hat_engine::pull;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use self::prompts::Prompts;
-use self::slot::{Slot, Template};
+use self::prompts::{Mode, Prompts};
+use self::slot::{Limits, Slot, Template};
 use crate::shard::{self, Collection, FORMAT_VERSION, Recording, Shard};
 use crate::target::{StepRows, Target, TargetConfig, Work};
 
@@ -42,6 +42,10 @@ pub(crate) struct CollectArgs {
     /// Do not let the model write prompts of its own.
     #[arg(long)]
     no_written: bool,
+    /// The files are evaluation sets (`turns`, `category`): answer each prompt's first turn once,
+    /// greedily, for `eval`.
+    #[arg(long)]
+    evaluation: bool,
     /// Prompts have at most so many tokens; longer ones are passed over.
     #[arg(long, default_value_t = 560)]
     prompt_max: usize,
@@ -73,7 +77,11 @@ pub(crate) fn run(args: &CollectArgs) -> anyhow::Result<()> {
     ensure!(args.sequences > 0 && args.rows >= args.sequences, "--rows: at least --sequences");
     ensure!(args.max_tokens > 1 && args.prompt_max > 1, "--max-tokens, --prompt-max: at least 2");
     ensure!(args.shard_sequences > 0, "--shard-sequences: at least 1");
-    let (prompts, files) = Prompts::read(&args.prompts, !args.no_written, args.seed)?;
+    let mode = match args.evaluation {
+        true => Mode::Evaluation,
+        false => Mode::Training { written: !args.no_written },
+    };
+    let (prompts, files) = Prompts::read(&args.prompts, mode, args.seed)?;
     let bundle = match &args.bundle {
         Some(bundle) => bundle.clone(),
         None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
@@ -106,6 +114,7 @@ struct Collector<'a> {
     prompts: Prompts,
     collection: Collection,
     template: Template,
+    limits: Limits,
     slots: Vec<Option<Slot>>,
     /// Jobs that are in shards.
     done: HashSet<u64>,
@@ -139,6 +148,11 @@ impl<'a> Collector<'a> {
             .with_position(positions);
         Ok(Self {
             template: Template::new(&target.tokenizer)?,
+            limits: Limits {
+                prompt_max: args.prompt_max,
+                tokens_max: args.max_tokens,
+                cut_loops: !args.evaluation,
+            },
             slots: (0..args.sequences).map(|_| None).collect(),
             next_job: 0,
             finished: Vec::new(),
@@ -160,6 +174,9 @@ impl<'a> Collector<'a> {
         let mut said = Instant::now();
         while self.positions < self.args.positions {
             let works = self.plan()?;
+            if works.is_empty() {
+                break; // an evaluation set is at its end
+            }
             self.target.run(&works, &mut out)?;
             rows += works.iter().map(|work| work.tokens.len()).sum::<usize>();
             let before = self.positions;
@@ -199,11 +216,10 @@ impl<'a> Collector<'a> {
                 while self.done.contains(&self.next_job) {
                     self.next_job += 1;
                 }
-                let job = self.prompts.job(self.next_job);
+                let Some(job) = self.prompts.job(self.next_job) else { break };
                 self.next_job += 1;
                 self.target.clear(index);
-                let limits = (self.args.prompt_max, self.args.max_tokens);
-                self.slots[index] = Slot::begin(job, &self.target, &self.template, limits)?;
+                self.slots[index] = Slot::begin(job, &self.target, &self.template, &self.limits)?;
             }
         }
         let count = self.slots.len();

@@ -26,11 +26,23 @@ pub(crate) enum Prompt {
     },
 }
 
+/// What the prompts are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// To learn from.
+    Training {
+        /// Whether the model writes prompts of its own.
+        written: bool,
+    },
+    /// To measure with.
+    Evaluation,
+}
+
 /// One answer to gather.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Job {
     pub(crate) number: u64,
-    pub(crate) source: &'static str,
+    pub(crate) source: String,
     pub(crate) prompt: Prompt,
     /// How the answer is chosen.
     pub(crate) sampler: SamplerConfig,
@@ -132,6 +144,8 @@ impl Kind {
 
 /// All prompts that there are.
 pub(crate) struct Prompts {
+    /// Prompts of an evaluation set with their categories; then nothing else is there.
+    evaluation: Vec<(String, String)>,
     questions: Vec<String>,
     instructions: Vec<String>,
     dialogues: Vec<String>,
@@ -145,10 +159,11 @@ impl Prompts {
     /// name and BLAKE3.
     pub(crate) fn read(
         files: &[PathBuf],
-        written: bool,
+        mode: Mode,
         seed: u64,
     ) -> anyhow::Result<(Self, Vec<(String, String)>)> {
         let mut prompts = Self {
+            evaluation: Vec::new(),
             questions: Vec::new(),
             instructions: Vec::new(),
             dialogues: Vec::new(),
@@ -160,7 +175,11 @@ impl Prompts {
         for path in files {
             let text = fs::read_to_string(path)
                 .with_context(|| format!("reading prompts from {}", path.display()))?;
-            prompts.take(path, &text)?;
+            if mode == Mode::Evaluation {
+                prompts.take_lines(path, &text, Self::take_evaluation)?;
+            } else {
+                prompts.take(path, &text)?;
+            }
             let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
             names.push((name, blake3::hash(text.as_bytes()).to_hex().to_string()));
         }
@@ -175,17 +194,23 @@ impl Prompts {
         prompts.turns = TURNS
             .into_iter()
             .filter(|kind| match kind {
-                Kind::Written => written,
+                Kind::Written => mode == Mode::Training { written: true },
                 kind => !prompts.of(*kind).is_empty(),
             })
             .collect();
-        ensure!(!prompts.turns.is_empty(), "no prompts: give files, or --written");
+        ensure!(
+            !prompts.turns.is_empty() || !prompts.evaluation.is_empty(),
+            "no prompts: give files of them"
+        );
         Ok((prompts, names))
     }
 
     /// How many prompts of each kind there are.
     pub(crate) fn describe(&self) -> String {
-        let Self { questions, instructions, dialogues, tasks, .. } = self;
+        let Self { questions, instructions, dialogues, tasks, evaluation, .. } = self;
+        if !evaluation.is_empty() {
+            return format!("{} prompts of an evaluation set", evaluation.len());
+        }
         format!(
             "{} questions, {} instructions, {} dialogues, {} tasks",
             questions.len(),
@@ -205,8 +230,14 @@ impl Prompts {
         }
     }
 
-    /// Job `number` of the seeded order.
-    pub(crate) fn job(&self, number: u64) -> Job {
+    /// Job `number`: of an evaluation set in its own order, each prompt once and greedily;
+    /// otherwise of the seeded order, which does not end.
+    pub(crate) fn job(&self, number: u64) -> Option<Job> {
+        if self.turns.is_empty() {
+            let (source, text) = self.evaluation.get(usize::try_from(number).ok()?)?.clone();
+            let (prompt, sampler) = (Prompt::Text(text), SamplerConfig::default());
+            return Some(Job { number, source, prompt, sampler });
+        }
         let turns = self.turns.len() as u64;
         let (round, turn) = (number / turns, (number % turns) as usize);
         let kind = self.turns[turn];
@@ -228,7 +259,7 @@ impl Prompts {
             seed: u64::from(high) << 32 | u64::from(low),
             ..SamplerConfig::default()
         };
-        Job { number, source: kind.name(), prompt, sampler }
+        Some(Job { number, source: kind.name().to_owned(), prompt, sampler })
     }
 
     fn take(&mut self, path: &Path, text: &str) -> anyhow::Result<()> {
@@ -241,11 +272,28 @@ impl Prompts {
             }
             return Ok(());
         }
+        self.take_lines(path, text, Self::take_line)
+    }
+
+    fn take_lines(
+        &mut self,
+        path: &Path,
+        text: &str,
+        mut take: impl FnMut(&mut Self, &Value) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let at = || format!("{}: line {}", path.display(), index + 1);
             let value: Value = serde_json::from_str(line).with_context(at)?;
-            self.take_line(&value).with_context(at)?;
+            take(self, &value).with_context(at)?;
         }
+        Ok(())
+    }
+
+    /// Spec-Bench and MT-bench: the first of `turns`, and `category`.
+    fn take_evaluation(&mut self, value: &Value) -> anyhow::Result<()> {
+        let text = value["turns"][0].as_str().context("no turns")?;
+        let category = value["category"].as_str().context("no category")?;
+        self.evaluation.push((category.to_owned(), text.to_owned()));
         Ok(())
     }
 
@@ -260,6 +308,7 @@ impl Prompts {
             return Ok(());
         }
         let Some(instruction) = value["instruction"].as_str() else {
+            ensure!(value["turns"].is_null(), "an evaluation set: no drafter is trained on it");
             bail!("neither a question nor an instruction");
         };
         let instances = value["instances"].as_array().map_or(&[][..], Vec::as_slice);
@@ -357,7 +406,7 @@ mod tests {
                     {"speaker": "assistant", "text": "milk?"}]}]"#,
             ),
         ];
-        Prompts::read(&files, true, seed).unwrap().0
+        Prompts::read(&files, Mode::Training { written: true }, seed).unwrap().0
     }
 
     #[test]
@@ -373,7 +422,7 @@ mod tests {
     fn all_questions_come_before_one_comes_again_and_then_it_is_sampled() {
         let prompts = prompts(3);
         let mut seen = std::collections::HashMap::new();
-        for job in (0..400).map(|n| prompts.job(n)).filter(|job| job.source == "question") {
+        for job in (0..400).filter_map(|n| prompts.job(n)).filter(|job| job.source == "question") {
             let Prompt::Text(text) = job.prompt else { panic!("a question is a text") };
             let before = seen.entry(text).or_insert(0);
             assert!(*before == 0 || job.sampler.temperature >= 0.7);
@@ -385,11 +434,26 @@ mod tests {
     }
 
     #[test]
+    fn an_evaluation_set_is_asked_once_and_never_trained_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bench.jsonl");
+        fs::write(&path, r#"{"category": "qa", "turns": ["Why?", "And?"]}"#).unwrap();
+        let files = [path];
+        let error = Prompts::read(&files, Mode::Training { written: true }, 0).err().unwrap();
+        assert!(format!("{error:#}").contains("no drafter is trained on it"), "{error:#}");
+        let prompts = Prompts::read(&files, Mode::Evaluation, 0).unwrap().0;
+        let job = prompts.job(0).unwrap();
+        assert_eq!((job.source.as_str(), job.prompt), ("qa", Prompt::Text("Why?".into())));
+        assert!(job.sampler.is_plain_greedy());
+        assert_eq!(prompts.job(1), None);
+    }
+
+    #[test]
     fn a_line_that_is_no_prompt_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("bad.jsonl");
         fs::write(&path, "{\"question\": \"?\"}\n{\"text\": 3}\n").unwrap();
-        let error = Prompts::read(&[path], true, 0).err().unwrap();
+        let error = Prompts::read(&[path], Mode::Training { written: true }, 0).err().unwrap();
         assert!(format!("{error:#}").contains("line 2"), "{error:#}");
     }
 }

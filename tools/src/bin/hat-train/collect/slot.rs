@@ -53,8 +53,18 @@ pub(crate) struct Slot {
     prompt: usize,
     shallow: Vec<Vec<f16>>,
     deep: Vec<f16>,
-    prompt_max: usize,
-    max_tokens: usize,
+    limits: Limits,
+}
+
+/// Bounds of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Tokens of the prompt.
+    pub(crate) prompt_max: usize,
+    /// Tokens of the answer.
+    pub(crate) tokens_max: usize,
+    /// Whether an answer that goes round in circles ends.
+    pub(crate) cut_loops: bool,
 }
 
 /// Longest prompt that the model writes by itself, in tokens beyond the template.
@@ -63,12 +73,12 @@ const WRITTEN_MAX: usize = 256;
 const WRITTEN_TEMPERATURE: f32 = 1.0;
 
 impl Slot {
-    /// Begins a job; `None` if its prompt is longer than `limits.0` tokens.
+    /// Begins a job; `None` if its prompt is too long.
     pub(crate) fn begin(
         job: Job,
         target: &Target,
         template: &Template,
-        limits: (usize, usize),
+        limits: &Limits,
     ) -> anyhow::Result<Option<Self>> {
         let vocab = target.vocab_size;
         let (tokens, phase) = match &job.prompt {
@@ -89,8 +99,7 @@ impl Slot {
                 (tokens, Phase::Writing(Box::new(Sampler::new(config, vocab, 0)?)))
             }
         };
-        let (prompt_max, max_tokens) = limits;
-        if tokens.len() > prompt_max {
+        if tokens.len() > limits.prompt_max {
             return Ok(None);
         }
         Ok(Some(Self {
@@ -102,8 +111,7 @@ impl Slot {
             job,
             phase,
             tokens,
-            prompt_max,
-            max_tokens,
+            limits: *limits,
         }))
     }
 
@@ -138,7 +146,7 @@ impl Slot {
         if let Phase::Writing(sampler) = &mut self.phase {
             let token = sampler.choose(logits, position)?.token;
             let is_end = tokenizer.is_end(token);
-            let room = self.prompt_max.saturating_sub(template.after.len());
+            let room = self.limits.prompt_max.saturating_sub(template.after.len());
             let written = self.tokens.len() + 1 - template.before.len();
             if !is_end {
                 self.tokens.push(token);
@@ -147,7 +155,7 @@ impl Slot {
                 self.tokens.extend_from_slice(&template.after);
                 self.prompt = self.tokens.len();
                 ensure!(
-                    self.prompt <= self.prompt_max,
+                    self.prompt <= self.limits.prompt_max,
                     "--prompt-max is below the template's size"
                 );
                 self.phase = Phase::Answering;
@@ -157,7 +165,9 @@ impl Slot {
         let token = self.answer.choose(logits, position)?.token;
         self.tokens.push(token);
         let answer = &self.tokens[self.prompt..];
-        Ok(tokenizer.is_end(token) || answer.len() >= self.max_tokens || is_loop(answer))
+        Ok(tokenizer.is_end(token)
+            || answer.len() >= self.limits.tokens_max
+            || self.limits.cut_loops && is_loop(answer))
     }
 
     /// The finished sequence; `None` if there is no row to learn from.
@@ -170,7 +180,7 @@ impl Slot {
         Some(Recording {
             facts: SequenceFacts {
                 job: self.job.number,
-                source: self.job.source.to_owned(),
+                source: self.job.source,
                 prompt: self.prompt,
                 tokens: self.tokens.len(),
                 deep_first,

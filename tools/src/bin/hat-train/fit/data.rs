@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use half::f16;
 use hat_engine::sample::noise::philox;
 
@@ -127,30 +127,40 @@ impl Plan {
         sources
     }
 
-    /// The `count` most frequent tokens of the answers that are trained on; rare ids of equal
-    /// frequency in ascending order.
-    pub(super) fn frequent_tokens(&self, count: usize) -> anyhow::Result<Vec<u32>> {
-        let mut seen: HashMap<u32, u64> = HashMap::new();
+    /// The `count` most frequent tokens of the answers that are trained on, of `vocab_size`.
+    /// Where these are equally frequent: those more frequent in prompts, then the lower ids,
+    /// which byte pair encoding found first and so more often.
+    pub(super) fn frequent_tokens(
+        &self,
+        count: usize,
+        vocab_size: usize,
+    ) -> anyhow::Result<Vec<u32>> {
+        ensure!(count <= vocab_size, "--vocabulary {count}: the model has {vocab_size} tokens");
+        let mut seen = vec![(0u64, 0u64); vocab_size]; // in answers, in prompts
         for (path, facts) in self.paths.iter().zip(&self.facts) {
             let tokens = Shard::open(path, &self.collection)?.tokens()?;
-            let mut start = 0;
+            let mut tokens = tokens.iter();
             for facts in facts {
-                if !is_held_out(facts.job) {
-                    for token in &tokens[start + facts.prompt..start + facts.tokens] {
-                        *seen.entry(*token).or_insert(0) += 1;
+                for (position, token) in tokens.by_ref().take(facts.tokens).enumerate() {
+                    let seen = seen.get_mut(*token as usize);
+                    let seen = seen.with_context(|| {
+                        format!("{}: token {token} of {vocab_size}", path.display())
+                    })?;
+                    if is_held_out(facts.job) {
+                        continue;
+                    }
+                    if position >= facts.prompt {
+                        seen.0 += 1;
+                    } else {
+                        seen.1 += 1;
                     }
                 }
-                start += facts.tokens;
             }
         }
-        let mut order: Vec<(u32, u64)> = seen.into_iter().collect();
-        ensure!(
-            order.len() >= count,
-            "--vocabulary {count}: the answers have {} different tokens",
-            order.len()
-        );
-        order.sort_by_key(|(token, seen)| (std::cmp::Reverse(*seen), *token));
-        Ok(order.into_iter().take(count).map(|(token, _)| token).collect())
+        let mut order: Vec<u32> = (0..u32::try_from(vocab_size)?).collect();
+        order.sort_by_key(|token| (std::cmp::Reverse(seen[*token as usize]), *token));
+        order.truncate(count);
+        Ok(order)
     }
 
     /// Root mean square of shallow rows.

@@ -173,7 +173,7 @@ impl<'a> Trainer<'a> {
         let plan = Plan::new(&args.collection, &collection, &mut recipe)?;
         let dims = Dims::new(device.config());
         let mut reader = WeightReader::new()?;
-        let vocabulary = plan.frequent_tokens(recipe.vocabulary)?;
+        let vocabulary = plan.frequent_tokens(recipe.vocabulary, device.config().vocab_size)?;
         let loss = Loss {
             weights: LossWeights::of(args.drafter),
             norm: reader.read(&device, "model.norm.weight", None)?,
