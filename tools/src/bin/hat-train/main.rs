@@ -6,6 +6,7 @@
 mod adapter;
 mod collect;
 mod drafter;
+mod eval;
 mod fit;
 mod shard;
 mod target;
@@ -28,12 +29,15 @@ enum Command {
     Collect(collect::CollectArgs),
     /// Train a drafter on what was gathered.
     Fit(fit::FitArgs),
+    /// Measure a drafter.
+    Eval(eval::EvalArgs),
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Collect(args) => collect::run(&args),
         Command::Fit(args) => fit::run(&args),
+        Command::Eval(args) => eval::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -54,6 +54,9 @@ pub(crate) struct Collection {
     pub(crate) max_tokens: usize,
     /// Name and BLAKE3 of each prompt file, in the order given.
     pub(crate) prompts: Vec<(String, String)>,
+    /// Whether these are answers to measure with.
+    #[serde(default)]
+    pub(crate) evaluation: bool,
 }
 
 /// The format of shards.
@@ -296,6 +299,7 @@ mod tests {
             seed: 1,
             max_tokens: 9,
             prompts: vec![],
+            evaluation: false,
         }
     }
 

@@ -102,6 +102,7 @@ pub(crate) fn run(args: &CollectArgs) -> anyhow::Result<()> {
         seed: args.seed,
         max_tokens: args.max_tokens,
         prompts: files,
+        evaluation: args.evaluation,
     };
     collection.begin(&args.out)?;
     eprintln!("{}", prompts.describe());

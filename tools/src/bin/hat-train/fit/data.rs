@@ -9,14 +9,13 @@ use half::f16;
 use hat_engine::sample::noise::philox;
 
 use super::Recipe;
-use super::loss::Loss;
 use crate::drafter::{Batch, Rows, Span, rms_norm};
 use crate::shard::{self, Collection, Recording, SequenceFacts, Shard};
 
 /// Shards whose sequences are mixed.
 const POOL_SHARDS: usize = 8;
 /// One job in so many is never trained on.
-pub(crate) const HELD_OUT_EVERY: u64 = 50;
+const HELD_OUT_EVERY: u64 = 50;
 
 /// Whether a job is kept for `eval`.
 pub(crate) const fn is_held_out(job: u64) -> bool {
@@ -27,7 +26,7 @@ pub(crate) const fn is_held_out(job: u64) -> bool {
 type Place = (usize, usize);
 
 /// Which sequences go into which step. Made from the shards' headers and the seed alone.
-pub(crate) struct Plan {
+pub(super) struct Plan {
     paths: Vec<PathBuf>,
     collection: Collection,
     facts: Vec<Vec<SequenceFacts>>,
@@ -103,7 +102,7 @@ impl Plan {
         facts.tokens - 1 - first_query(facts, self.prompt_tail)
     }
 
-    pub(crate) fn steps(&self) -> usize {
+    pub(super) fn steps(&self) -> usize {
         self.batches.len()
     }
 
@@ -180,13 +179,13 @@ impl Plan {
     }
 
     /// The rows of optimiser step `step`, and the deep rows that its queries should say.
-    pub(crate) fn batch(&self, step: usize, loss: &Loss) -> anyhow::Result<(Batch, Rows)> {
+    pub(super) fn batch(&self, step: usize, norm: &FinalNorm) -> anyhow::Result<(Batch, Rows)> {
         let places = &self.batches[step];
         self.load(places)?;
         let loaded = self.loaded.borrow();
         let recordings: Vec<&Recording> =
             places.iter().map(|(shard, index)| &loaded[shard][*index]).collect();
-        Ok(batch_of(&recordings, self.collection.hidden_size, self.prompt_tail, loss))
+        Ok(batch_of(&recordings, self.collection.hidden_size, self.prompt_tail, norm))
     }
 
     /// Loads the shards of a batch, and forgets others when there are too many.
@@ -216,7 +215,7 @@ pub(crate) fn batch_of(
     recordings: &[&Recording],
     hidden: usize,
     prompt_tail: usize,
-    loss: &Loss,
+    norm: &FinalNorm,
 ) -> (Batch, Rows) {
     let (mut shallow, mut before, mut target) = (Vec::new(), Vec::new(), Vec::new());
     let (mut spans, mut positions) = (Vec::new(), Vec::new());
@@ -236,20 +235,24 @@ pub(crate) fn batch_of(
         queries += rows - first;
     }
     let shallow = Rows::from_shape_vec((all, hidden), shallow).expect("rows of one width");
-    let batch = Batch {
-        spans,
-        shallow,
-        positions,
-        deep_before: final_rows(&before, hidden, &loss.norm, loss.eps),
-    };
-    (batch, final_rows(&target, hidden, &loss.norm, loss.eps))
+    let batch = Batch { spans, shallow, positions, deep_before: norm.apply(&before, hidden) };
+    (batch, norm.apply(&target, hidden))
 }
 
-/// Deep rows after the model's final norm.
-pub(crate) fn final_rows(deep: &[f16], hidden: usize, norm: &Rows, eps: f32) -> Rows {
-    let numbers = deep.iter().map(|v| v.to_f32()).collect();
-    let rows = Rows::from_shape_vec((deep.len() / hidden, hidden), numbers).expect("whole rows");
-    rms_norm(&rows, Some(norm), eps).0
+/// The model's final norm.
+pub(crate) struct FinalNorm {
+    /// `[1, hidden]`
+    pub(crate) weight: Rows,
+    pub(crate) eps: f32,
+}
+
+impl FinalNorm {
+    /// Deep rows after the norm.
+    fn apply(&self, deep: &[f16], hidden: usize) -> Rows {
+        let numbers = deep.iter().map(|v| v.to_f32()).collect();
+        let rows = Rows::from_shape_vec((deep.len() / hidden, hidden), numbers);
+        rms_norm(&rows.expect("whole rows"), Some(&self.weight), self.eps).0
+    }
 }
 
 /// Fisher and Yates, seeded.

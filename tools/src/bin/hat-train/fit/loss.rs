@@ -3,7 +3,7 @@
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Axis, s};
 
-use super::data::draw;
+use super::data::{FinalNorm, draw};
 use crate::drafter::{Kind, Rows, Span, Unroll, linear};
 
 /// Weights of the two parts of the loss.
@@ -23,15 +23,13 @@ impl LossWeights {
 }
 
 /// The loss, with the parts of the model that it needs.
-pub(crate) struct Loss {
+pub(super) struct Loss {
     pub(super) weights: LossWeights,
-    /// The model's final norm. `[1, hidden]`
-    pub(crate) norm: Rows,
+    pub(super) norm: FinalNorm,
     /// Rows of the head for the draft vocabulary, most frequent first. `[vocabulary, hidden]`
     pub(super) head: Rows,
     pub(super) frequent: usize,
     pub(super) drawn: usize,
-    pub(crate) eps: f32,
     pub(super) seed: u64,
 }
 

@@ -24,7 +24,7 @@ use crate::adapter::{Adapter, TrainingFacts};
 use crate::drafter::{Dims, Kind, Params, Unroll, WeightReader, write_tensors};
 use crate::shard::Collection;
 
-pub(crate) use self::data::{HELD_OUT_EVERY, final_rows, is_held_out};
+pub(crate) use self::data::{FinalNorm, batch_of, is_held_out};
 
 /// Flags of `hat-train fit`.
 #[derive(Args)]
@@ -176,11 +176,13 @@ impl<'a> Trainer<'a> {
         let vocabulary = plan.frequent_tokens(recipe.vocabulary, device.config().vocab_size)?;
         let loss = Loss {
             weights: LossWeights::of(args.drafter),
-            norm: reader.read(&device, "model.norm.weight", None)?,
+            norm: FinalNorm {
+                weight: reader.read(&device, "model.norm.weight", None)?,
+                eps: dims.eps,
+            },
             head: reader.read(&device, head_name(&device), Some(&vocabulary))?,
             frequent: recipe.frequent,
             drawn: recipe.drawn,
-            eps: dims.eps,
             seed: recipe.seed,
         };
         let (params, optimiser, step) = match bytes {
@@ -214,7 +216,7 @@ impl<'a> Trainer<'a> {
             Schedule { highest: self.recipe.learning_rate, warmup: self.recipe.warmup, steps };
         let (start, mut seen, mut recent) = (Instant::now(), 0, Vec::new());
         while self.step < steps {
-            let (batch, target) = self.plan.batch(self.step, &self.loss)?;
+            let (batch, target) = self.plan.batch(self.step, &self.loss.norm)?;
             let unroll = Unroll::forward(&self.params, &self.dims, &batch, self.recipe.unroll);
             let (losses, dy) = self.loss.of(&unroll, &batch.spans, &target, self.step);
             let mut grads = Params::zeros(self.params.kind, &self.dims);
@@ -251,7 +253,6 @@ impl<'a> Trainer<'a> {
         };
         Adapter {
             params: self.params,
-            dims: self.dims,
             model_id: self.recipe.model_id,
             split_layer: self.recipe.split_layer,
             vocabulary: self.vocabulary,

@@ -22,7 +22,7 @@ pub(super) fn start_outputs(
     let (mut seen, mut squares) = (0, 0.0);
     let mut sums: Option<(Vec<f64>, Vec<f64>, usize)> = None;
     for batch in 0..plan.steps() {
-        let (batch, target) = plan.batch(batch, loss)?;
+        let (batch, target) = plan.batch(batch, &loss.norm)?;
         let unroll = Unroll::forward(params, dims, &batch, 1);
         squares += target.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / dims.hidden as f64;
         seen += target.nrows();
