@@ -1,17 +1,17 @@
-//! The file of a trained drafter: `adapter.safetensors`.
+//! The file of a trained drafter, `adapter.safetensors`: written here, read by the loader.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use clap::ValueEnum as _;
-use hat_loader::Bundle;
-use safetensors::SafeTensors;
+use hat_loader::bundle::ADAPTER_FORMAT_VERSION;
+use hat_loader::layout::{dequantise_row, quantise_q8_0};
+use hat_loader::{Bundle, DType};
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::drafter::{Dims, Kind, Params, write_tensors};
+use crate::drafter::{Dims, Kind, NamedTensor, PARAMETERS, Params, Rows, write_tensors};
 
 /// A drafter and what it is for.
 pub(crate) struct Adapter {
@@ -35,69 +35,83 @@ pub(crate) struct TrainingFacts {
     pub(crate) prompts: Vec<(String, String)>,
 }
 
-/// The format of the file.
-pub(crate) const FORMAT_VERSION: u32 = 1;
-
 impl Adapter {
     /// Reads a file that is for the model of `device`.
     pub(crate) fn read(path: &Path, dims: &Dims, device: &Bundle) -> anyhow::Result<Self> {
-        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let at = || format!("in {}", path.display());
-        let (_, header) = SafeTensors::read_metadata(&bytes).with_context(at)?;
-        let metadata = header.metadata().as_ref();
-        let field = |name: &str| {
-            let value = metadata.and_then(|metadata| metadata.get(name));
-            value.with_context(|| format!("{}: no {name} in its metadata", path.display()))
-        };
-        let version = field("format_version")?;
-        ensure!(
-            version.parse() == Ok(FORMAT_VERSION),
-            "{}: format {version}, this program reads {FORMAT_VERSION}",
-            path.display()
-        );
-        let (model_id, expected) = (field("model_id")?, device.model_id().to_string());
-        ensure!(*model_id == expected, "{}: of model {model_id}, not {expected}", path.display());
-        let kind = field("kind")?;
-        let kind = Kind::from_str(kind, false)
-            .map_err(|error| anyhow::anyhow!("{}: kind: {error}", path.display()))?;
-        let file = SafeTensors::deserialize(&bytes).with_context(at)?;
-        let vocabulary = file.tensor("vocabulary").with_context(at)?;
-        ensure!(
-            vocabulary.dtype() == Dtype::U32 && vocabulary.shape().len() == 1,
-            "{}: vocabulary is {:?} {:?}",
-            path.display(),
-            vocabulary.dtype(),
-            vocabulary.shape()
-        );
-        let vocabulary: Vec<u32> = bytemuck::pod_collect_to_vec(vocabulary.data());
-        let tokens = device.config().vocab_size;
-        ensure!(
-            !vocabulary.is_empty() && vocabulary.iter().all(|token| (*token as usize) < tokens),
-            "{}: vocabulary: 1 to {tokens} tokens below {tokens} are needed",
-            path.display()
-        );
+        let file = hat_loader::Adapter::read(path, device)?;
+        let kind = Kind::from_str(file.kind().name(), false).map_err(anyhow::Error::msg)?;
+        let mut params = Params::zeros(kind, dims);
+        for (parameter, name) in PARAMETERS.iter().enumerate() {
+            if Params::has(kind, parameter) {
+                let tensor = file.rows(name).map_err(anyhow::Error::msg)?;
+                let (n, k) = dims.shape(parameter);
+                let mut numbers = vec![0.0; n * k];
+                let row_bytes = tensor.dtype.row_bytes(k).context("checked by the loader")?;
+                let rows = tensor.bytes.chunks_exact(row_bytes);
+                for (row, out) in rows.zip(numbers.chunks_exact_mut(k)) {
+                    dequantise_row(tensor.dtype, k, row, out);
+                }
+                params.values[parameter] = Rows::from_shape_vec((n, k), numbers)?;
+            }
+        }
         Ok(Self {
-            params: Params::from_tensors(kind, dims, &file, "", path)?,
-            model_id: expected,
-            split_layer: field("split_layer")?.parse().context("split_layer")?,
-            training: serde_json::from_str(field("training")?).with_context(at)?,
-            vocabulary,
+            params,
+            model_id: device.model_id().to_string(),
+            split_layer: file.split_layer(),
+            vocabulary: file.vocabulary().to_vec(),
+            training: serde_json::from_str(file.training())
+                .with_context(|| format!("{}: training", path.display()))?,
         })
     }
 
-    /// Writes the file, parameters as f16.
+    /// Writes the file, matrices as q8_0.
     pub(crate) fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let mut tensors = self.params.tensors("", true);
-        let vocabulary = bytemuck::cast_slice(&self.vocabulary).to_vec();
-        tensors.push(("vocabulary".into(), vec![self.vocabulary.len()], Dtype::U32, vocabulary));
-        let metadata = [
-            ("format_version", FORMAT_VERSION.to_string()),
+        let mut tensors = Vec::new();
+        for (name, values) in PARAMETERS.iter().zip(&self.params.values) {
+            ensure!(
+                values.iter().all(|v| v.is_finite()),
+                "{name} holds a number that is not finite"
+            );
+            let (name, (n, k)) = ((*name).to_owned(), values.dim());
+            let numbers = values.as_slice().expect("standard layout");
+            match n {
+                0 => {}
+                1 => tensors.push(NamedTensor {
+                    name,
+                    shape: vec![k],
+                    dtype: Dtype::F32,
+                    bytes: bytemuck::cast_slice(numbers).to_vec(),
+                }),
+                _ => {
+                    let row = DType::Q8_0.row_bytes(k);
+                    let row = row.with_context(|| format!("{name}: rows of {k} numbers"))?;
+                    let mut bytes = vec![0; n * row];
+                    for (from, to) in numbers.chunks_exact(k).zip(bytes.chunks_exact_mut(row)) {
+                        quantise_q8_0(from, to);
+                    }
+                    tensors.push(NamedTensor {
+                        name,
+                        shape: vec![n, row],
+                        dtype: Dtype::U8,
+                        bytes,
+                    });
+                }
+            }
+        }
+        tensors.push(NamedTensor {
+            name: "vocabulary".to_owned(),
+            shape: vec![self.vocabulary.len()],
+            dtype: Dtype::U32,
+            bytes: bytemuck::cast_slice(&self.vocabulary).to_vec(),
+        });
+        let texts = [
+            ("format_version", ADAPTER_FORMAT_VERSION.to_string()),
             ("kind", self.params.kind.name().to_owned()),
             ("model_id", self.model_id.clone()),
             ("split_layer", self.split_layer.to_string()),
             ("training", serde_json::to_string(&self.training)?),
         ];
-        let metadata = metadata.into_iter().map(|(name, value)| (name.to_owned(), value));
-        write_tensors(path, &tensors, metadata.collect())
+        let texts = texts.map(|(name, text)| (name.to_owned(), text));
+        write_tensors(path, &tensors, texts.into())
     }
 }

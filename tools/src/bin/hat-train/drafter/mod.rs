@@ -22,6 +22,8 @@ mod params;
 mod primitive;
 mod unroll;
 
-pub(crate) use params::{Dims, Kind, NORM, Params, WF, WO, WeightReader, write_tensors};
+pub(crate) use params::{
+    Dims, Kind, NORM, NamedTensor, PARAMETERS, Params, WF, WO, WeightReader, write_tensors,
+};
 pub(crate) use primitive::{Rows, linear, rms_norm};
 pub(crate) use unroll::{Batch, Span, Unroll};

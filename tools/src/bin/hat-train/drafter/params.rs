@@ -5,7 +5,6 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
-use half::f16;
 use hat_engine::backend::Backend as _;
 use hat_engine::backend::cpu::CpuBackend;
 use hat_engine::internal::processor;
@@ -178,32 +177,19 @@ impl Params {
         self.values.iter().map(Rows::len).sum()
     }
 
-    /// Tensors for a file, in f32 or rounded to f16, each name with `prefix` before it.
-    pub(crate) fn tensors(
-        &self,
-        prefix: &str,
-        half: bool,
-    ) -> Vec<(String, Vec<usize>, Dtype, Vec<u8>)> {
+    /// Tensors for a checkpoint, each name with `prefix` before it.
+    pub(crate) fn tensors(&self, prefix: &str) -> Vec<NamedTensor> {
         let named = PARAMETERS.iter().zip(&self.values).filter(|(_, values)| !values.is_empty());
-        named
-            .map(|(name, values)| {
-                let numbers = values.as_slice().expect("standard layout");
-                let (dtype, bytes) = if half {
-                    let halves: Vec<f16> = numbers.iter().map(|v| f16::from_f32(*v)).collect();
-                    (Dtype::F16, bytemuck::cast_slice(&halves).to_vec())
-                } else {
-                    (Dtype::F32, bytemuck::cast_slice(numbers).to_vec())
-                };
-                let shape = match values.dim() {
-                    (1, columns) => vec![columns],
-                    (rows, columns) => vec![rows, columns],
-                };
-                (format!("{prefix}{name}"), shape, dtype, bytes)
-            })
-            .collect()
+        let tensor = |(name, values): (&&str, &Rows)| NamedTensor {
+            name: format!("{prefix}{name}"),
+            shape: vec![values.nrows(), values.ncols()],
+            dtype: Dtype::F32,
+            bytes: bytemuck::cast_slice(values.as_slice().expect("standard layout")).to_vec(),
+        };
+        named.map(tensor).collect()
     }
 
-    /// The parameters of a file, f32 or f16, under names with `prefix` before them.
+    /// The parameters of a checkpoint, under names with `prefix` before them.
     pub(crate) fn from_tensors(
         kind: Kind,
         dims: &Dims,
@@ -220,30 +206,25 @@ impl Params {
             let view = file.tensor(&name).with_context(|| format!("{}: {name}", path.display()))?;
             let (rows, columns) = dims.shape(parameter);
             ensure!(
-                view.shape().iter().product::<usize>() == rows * columns
-                    && view.shape().last() == Some(&columns),
-                "{}: {name} is {:?}, expected [{rows}, {columns}]",
+                view.dtype() == Dtype::F32 && view.shape() == [rows, columns],
+                "{}: {name} is {:?} {:?}, expected F32 [{rows}, {columns}]",
                 path.display(),
+                view.dtype(),
                 view.shape()
             );
-            let numbers = numbers_of(&view, path, &name)?;
+            let numbers: Vec<f32> = bytemuck::pod_collect_to_vec(view.data());
             params.values[parameter] = Rows::from_shape_vec((rows, columns), numbers)?;
         }
         Ok(params)
     }
 }
 
-fn numbers_of(view: &TensorView<'_>, path: &Path, name: &str) -> anyhow::Result<Vec<f32>> {
-    let numbers: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytemuck::pod_collect_to_vec(view.data()),
-        Dtype::F16 => bytemuck::pod_collect_to_vec::<u8, f16>(view.data())
-            .into_iter()
-            .map(f16::to_f32)
-            .collect(),
-        other => anyhow::bail!("{}: {name} is {other:?}, expected F32 or F16", path.display()),
-    };
-    ensure!(numbers.iter().all(|n| n.is_finite()), "{}: {name} is not finite", path.display());
-    Ok(numbers)
+/// A tensor on its way into a file.
+pub(crate) struct NamedTensor {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: Dtype,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// Reads weights of a bundle as f32, whatever they are stored in.
@@ -291,11 +272,11 @@ impl WeightReader {
 /// Writes tensors and metadata to `path`, under another name first.
 pub(crate) fn write_tensors(
     path: &Path,
-    tensors: &[(String, Vec<usize>, Dtype, Vec<u8>)],
+    tensors: &[NamedTensor],
     metadata: BTreeMap<String, String>,
 ) -> anyhow::Result<()> {
     let mut views = Vec::with_capacity(tensors.len());
-    for (name, shape, dtype, bytes) in tensors {
+    for NamedTensor { name, shape, dtype, bytes } in tensors {
         views.push((name.clone(), TensorView::new(*dtype, shape.clone(), bytes)?));
     }
     let partial = path.with_extension("partial");

@@ -261,9 +261,9 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_checkpoint(&self) -> anyhow::Result<()> {
-        let mut tensors = self.params.tensors("", false);
-        tensors.extend(self.optimiser.first.tensors("first.", false));
-        tensors.extend(self.optimiser.second.tensors("second.", false));
+        let mut tensors = self.params.tensors("");
+        tensors.extend(self.optimiser.first.tensors("first."));
+        tensors.extend(self.optimiser.second.tensors("second."));
         let metadata = BTreeMap::from([
             ("step".to_owned(), self.step.to_string()),
             ("recipe".to_owned(), serde_json::to_string(&self.recipe)?),
