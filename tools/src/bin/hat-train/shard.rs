@@ -213,6 +213,9 @@ impl Shard {
                 facts.job
             );
         }
+        let end = header.values().map(|entry| entry.data_offsets[1]).max().unwrap_or(0);
+        let (wanted, bytes) = ((8 + length).saturating_add(end), file.metadata()?.len());
+        ensure!(bytes == wanted, "{}: {bytes} bytes of {wanted}", path.display());
         let hidden_size = collection.hidden_size;
         let path = path.to_owned();
         Ok(Self { path, file, header, start: 8 + length, hidden_size, facts })

@@ -79,6 +79,9 @@ pub(crate) struct FitArgs {
     /// Steps from one checkpoint to the next.
     #[arg(long, default_value_t = 50)]
     checkpoint: usize,
+    /// Write matrices as f16 instead of q8_0.
+    #[arg(long)]
+    f16: bool,
     /// Seed of order and draws.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -237,7 +240,8 @@ impl<'a> Trainer<'a> {
             }
         }
         let path = self.args.out.join("adapter.safetensors");
-        self.adapter().write(&path)?;
+        let half = self.args.f16;
+        self.adapter().write(&path, half)?;
         eprintln!("{} is trained", path.display());
         Ok(())
     }
