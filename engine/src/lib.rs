@@ -101,7 +101,8 @@ pub mod options {
 pub mod internal {
     pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};
     pub use crate::model::{
-        DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, WholeModel,
+        DeviceForward, DeviceModel, DraftForward, DraftModel, Likely, MiddleForward, MiddleModel,
+        MiddleStep, WholeModel,
     };
     pub use crate::page::pages_for;
     pub use crate::processor;

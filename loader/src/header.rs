@@ -72,6 +72,16 @@ pub(crate) struct Entry {
 
 /// All tensors of a safetensors file by name. Touches nothing behind the header.
 pub(crate) fn read(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError> {
+    Ok(read_with_metadata(file)?.0)
+}
+
+/// Texts that a file says of itself, by name.
+pub(crate) type Texts = HashMap<String, String>;
+
+/// As [`read`], with the file's own texts.
+pub(crate) fn read_with_metadata(
+    file: &[u8],
+) -> Result<(BTreeMap<String, Entry>, Texts), HeaderError> {
     let Some(length) = file.first_chunk::<LENGTH_BYTES>() else {
         return Err(HeaderError::TooShort { bytes: file.len() });
     };
@@ -84,7 +94,7 @@ pub(crate) fn read(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError> 
         .ok_or(HeaderError::Length { header: length, available })?;
 
     let mut tensors = serde_json::Deserializer::from_slice(header);
-    let mut list = (&mut tensors).deserialize_map(HeaderVisitor)?;
+    let (mut list, texts) = (&mut tensors).deserialize_map(HeaderVisitor)?;
     tensors.end()?;
     for (name, info) in &list {
         if info.shape.len() > DIMENSIONS_MAX {
@@ -105,28 +115,28 @@ pub(crate) fn read(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError> 
         let range = data_start + start..data_start + end;
         (name, Entry { dtype: info.dtype, shape: info.shape.clone(), range })
     });
-    Ok(entries.collect())
+    Ok((entries.collect(), texts))
 }
 
 /// Reads the header's JSON object as a list, so that a name that occurs twice is seen.
 struct HeaderVisitor;
 
 impl<'de> Visitor<'de> for HeaderVisitor {
-    type Value = Vec<(String, TensorInfo)>;
+    type Value = (Vec<(String, TensorInfo)>, Texts);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of tensors")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut list = Vec::new();
+        let (mut list, mut texts) = (Vec::new(), Texts::new());
         let mut seen = std::collections::HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
             if !seen.insert(name.clone()) {
                 return Err(A::Error::custom(format_args!("{name} occurs twice")));
             }
             if name == "__metadata__" {
-                map.next_value::<HashMap<String, String>>()?;
+                texts = map.next_value()?;
             } else {
                 let info: TensorInfo = map
                     .next_value()
@@ -134,7 +144,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 list.push((name, info));
             }
         }
-        Ok(list)
+        Ok((list, texts))
     }
 }
 

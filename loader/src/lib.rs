@@ -43,8 +43,8 @@ pub mod split;
 mod tensor;
 
 pub use bundle::{
-    Bundle, BundleError, BundleOptions, ModelId, Progress, Report, RoleReport, Weights,
-    check_same_model, write_bundles,
+    Adapter, AdapterKind, Bundle, BundleError, BundleOptions, ModelId, Progress, Report,
+    RoleReport, Weights, add_adapter, check_same_model, write_bundles,
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
 pub use error::{ConfigError, LoadError};

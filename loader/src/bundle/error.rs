@@ -137,6 +137,14 @@ pub enum BundleError {
         /// Why not.
         reason: String,
     },
+    /// The file of a trained drafter can't be used.
+    #[error("{}: {reason}", path.display())]
+    Adapter {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The two halves are of different models.
     #[error("device and cloud hold different models: {device} and {cloud}")]
     DifferentModels {

@@ -20,6 +20,8 @@ pub const WEIGHTS: &str = "weights.safetensors";
 pub const TOKENIZER: &str = "tokenizer.json";
 /// The file of special tokens and chat template; device only.
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// The file of the trained drafter; device only, and not in every bundle.
+pub const ADAPTER: &str = "adapter.safetensors";
 /// Tensors begin in the weights file at multiples of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
@@ -173,7 +175,8 @@ impl Manifest {
         }
         for (name, entry) in &self.files {
             let key = format!("files.{name}");
-            if !expected.contains(&name.as_str()) {
+            let is_optional = self.role == Role::Device && name == ADAPTER;
+            if !expected.contains(&name.as_str()) && !is_optional {
                 let reason = format!("belongs to no {} bundle", self.role.name());
                 return Err(ConfigError::new(key, reason));
             }
@@ -222,7 +225,7 @@ pub(super) fn held_layers(split: &Split, role: Role) -> Vec<[usize; 2]> {
         .collect()
 }
 
-/// The files of a role beside the manifest.
+/// The files that each bundle of a role has beside the manifest.
 pub(super) fn file_names(role: Role) -> &'static [&'static str] {
     match role {
         Role::Device => &[WEIGHTS, TOKENIZER, TOKENIZER_CONFIG],

@@ -1,10 +1,11 @@
 //! Bundles: one directory a role, used straight from the memory map.
 //!
 //! `device/` holds the tensors of the input and the output submodel, the tokenizer and the chat
-//! template; `cloud/` holds the tensors of the middle submodel and nothing else. Each has a
+//! template, and a trained drafter if there is one; `cloud/` holds the tensors of the middle submodel and nothing else. Each has a
 //! `bundle.json`, the [`Manifest`], and `weights.safetensors`, in which a matrix is one run of
 //! bytes in the panel layout and a vector is f32. Both halves carry one [`ModelId`].
 
+mod adapter;
 mod convert;
 mod error;
 mod manifest;
@@ -25,9 +26,10 @@ use crate::source::TokenSettings;
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 
+pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add_adapter_bytes};
 pub use error::BundleError;
 pub use manifest::{
-    ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, TOKENIZER, TOKENIZER_CONFIG,
+    ADAPTER, ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, TOKENIZER, TOKENIZER_CONFIG,
     TensorEntry, WEIGHTS,
 };
 pub use model_id::{ModelId, ModelIdError};
@@ -181,6 +183,21 @@ impl Bundle {
             return Ok(None);
         };
         read_checked(&self.directory.join(TOKENIZER), entry, TOKENIZER_BYTES_MAX).map(Some)
+    }
+
+    /// Reads the trained drafter and checks it; `None` if the bundle has none.
+    ///
+    /// # Errors
+    /// The file can't be read, is not the one that was added, or is no drafter for this model.
+    pub fn adapter(&self) -> Result<Option<Adapter>, BundleError> {
+        let Some(entry) = self.manifest.files.get(ADAPTER) else {
+            return Ok(None);
+        };
+        let path = self.directory.join(ADAPTER);
+        check_size(&path, entry)?;
+        let bytes = adapter::read_file(&path)?;
+        check_hash(&path, entry, blake3::hash(&bytes))?;
+        Adapter::from_bytes(&path, &bytes, &self.manifest).map(Some)
     }
 
     /// Special tokens and chat template; `None` of a cloud's bundle.

@@ -320,8 +320,13 @@ impl HashedFile {
 }
 
 fn write_text(path: &Path, text: &str) -> Result<FileEntry, BundleError> {
+    write_file(path, text.as_bytes())
+}
+
+/// Writes a new file, to the disk.
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<FileEntry, BundleError> {
     let mut file = HashedFile::create(path)?;
-    file.write(text.as_bytes())?;
+    file.write(bytes)?;
     file.finish()
 }
 
@@ -389,7 +394,7 @@ fn check_free(target: &Path) -> Result<(), BundleError> {
     }
 }
 
-fn sync_directory(path: &Path) -> Result<(), BundleError> {
+pub(super) fn sync_directory(path: &Path) -> Result<(), BundleError> {
     File::open(path).and_then(|directory| directory.sync_all()).map_err(BundleError::io(path))
 }
 

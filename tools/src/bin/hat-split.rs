@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::pull;
 use hat_loader::{BundleOptions, Report, RoleReport, Weights};
@@ -26,6 +27,9 @@ struct Args {
     /// The directory to write; it must not exist or be empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// A trained drafter for the device half: what `hat-train fit` wrote for this model.
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
     /// Print what each side holds.
     #[arg(long)]
     report: bool,
@@ -81,6 +85,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
         weights: args.weights.into(),
     };
     let report = pull::split(&path, options, &args.out)?;
+    if let Some(adapter) = &args.adapter {
+        let added = hat_loader::add_adapter(&args.out.join("device"), adapter);
+        added.context("the bundles are written, but without the drafter")?;
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else if args.report {

@@ -1,0 +1,157 @@
+//! Figures by category, as a table for people and as JSON.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::simulate::{Rule, Trial};
+use crate::shard::Recording;
+
+/// Ways of drafting that are compared. Trees count the nodes of the lookup in.
+const RULES: [Rule; 10] = [
+    rule("lookup 6", 6, true, 6),
+    rule("lookup 10", 10, true, 10),
+    rule("chain 4", 4, true, 0),
+    rule("tree 8", 8, false, 0),
+    rule("tree 16", 16, false, 0),
+    rule("tree 32", 32, false, 0),
+    rule("chain 4 + lookup 6", 10, true, 6),
+    rule("tree 8 with lookup 4", 8, false, 4),
+    rule("tree 16 with lookup 6", 16, false, 6),
+    rule("tree 32 with lookup 8", 32, false, 8),
+];
+
+const fn rule(name: &'static str, nodes: usize, is_chain: bool, lookup: usize) -> Rule {
+    Rule { name, nodes, is_chain, lookup }
+}
+
+/// Draft steps whose guesses are counted.
+const STEPS: usize = 4;
+
+/// Spec-Bench names the eight kinds of MT-bench one by one.
+const MT_BENCH: [&str; 8] =
+    ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"];
+
+/// Sums over the answers of one category.
+#[derive(Clone, Default)]
+struct Sums {
+    answers: usize,
+    /// Positions, first guesses right, one of five right.
+    hits: [[usize; 3]; STEPS],
+    /// Tokens, rounds and nodes by rule.
+    scores: [[usize; 3]; RULES.len()],
+    /// Sum of the answers' own tokens a round, by rule.
+    ratios: [f64; RULES.len()],
+}
+
+/// Figures of one set of answers.
+pub(super) struct Table {
+    /// The first is `all`.
+    categories: Vec<(String, Sums)>,
+    has_drafter: bool,
+}
+
+fn category(source: &str) -> &str {
+    if MT_BENCH.contains(&source) { "mt_bench" } else { source }
+}
+
+impl Table {
+    pub(super) fn new(recordings: &[Recording], has_drafter: bool) -> Self {
+        let mut categories = vec![("all".to_owned(), Sums::default())];
+        for recording in recordings {
+            let name = category(&recording.facts.source);
+            if !categories.iter().any(|(known, _)| known == name) {
+                categories.push((name.to_owned(), Sums::default()));
+            }
+        }
+        Self { categories, has_drafter }
+    }
+
+    pub(super) fn take(&mut self, trial: &Trial<'_>) {
+        let scores = RULES.map(|rule| trial.play(&rule));
+        let name = category(trial.source);
+        for (_, sums) in self.categories.iter_mut().filter(|(n, _)| n == "all" || n == name) {
+            sums.answers += 1;
+            for (index, sum) in sums.hits.iter_mut().enumerate() {
+                let hits = trial.hits(index + 1);
+                sum.iter_mut().zip(hits).for_each(|(sum, hits)| *sum += hits);
+            }
+            for (index, score) in scores.iter().enumerate() {
+                let counts = [score.tokens, score.rounds, score.nodes];
+                sums.scores[index].iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+                sums.ratios[index] += score.tokens as f64 / score.rounds.max(1) as f64;
+            }
+        }
+    }
+
+    fn rules(&self) -> impl Iterator<Item = (usize, &'static Rule)> + use<> {
+        let has_drafter = self.has_drafter;
+        let is_there =
+            move |(_, rule): &(usize, &Rule)| has_drafter || rule.name.starts_with("lookup");
+        RULES.iter().enumerate().filter(is_there)
+    }
+
+    /// The same figures for programs.
+    pub(super) fn json(&self, name: &str) -> Value {
+        let mut categories = serde_json::Map::new();
+        for (category, sums) in &self.categories {
+            let steps: Vec<Value> = sums
+                .hits
+                .iter()
+                .map(|hits| {
+                    json!({"positions": hits[0], "top1": share(hits[1], hits[0]), "top5": share(hits[2], hits[0])})
+                })
+                .collect();
+            let rules: serde_json::Map<String, Value> = self
+                .rules()
+                .map(|(index, rule)| {
+                    let [tokens, rounds, nodes] = sums.scores[index];
+                    let figures = json!({
+                        "tokens_a_round": share(tokens, rounds),
+                        "tokens_a_round_mean_of_answers": sums.ratios[index] / sums.answers as f64,
+                        "nodes_a_round": share(nodes, rounds),
+                        "rounds": rounds,
+                        "tokens": tokens,
+                    });
+                    (rule.name.to_owned(), figures)
+                })
+                .collect();
+            let figures = json!({"answers": sums.answers, "steps": steps, "rules": rules});
+            categories.insert(category.clone(), figures);
+        }
+        json!({"recordings": name, "categories": categories})
+    }
+}
+
+fn share(part: usize, whole: usize) -> f64 {
+    part as f64 / whole.max(1) as f64
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |name: &str, cell: &dyn Fn(&Sums) -> String| {
+            let cells: Vec<String> = self.categories.iter().map(|(_, sums)| cell(sums)).collect();
+            writeln!(f, "| {name} | {} |", cells.join(" | "))
+        };
+        let mut names = self.categories.iter().map(|(name, _)| name.clone());
+        let head: Vec<String> = names.by_ref().collect();
+        let mut head = head.into_iter();
+        let next = std::cell::RefCell::new(&mut head);
+        line("", &|_| next.borrow_mut().next().unwrap_or_default())?;
+        line("---", &|_| "---".to_owned())?;
+        line("answers", &|sums| sums.answers.to_string())?;
+        for step in 0..if self.has_drafter { STEPS } else { 0 } {
+            for (name, hit) in [("top-1", 1), ("top-5", 2)] {
+                let cell =
+                    |sums: &Sums| format!("{:.3}", share(sums.hits[step][hit], sums.hits[step][0]));
+                line(&format!("step {} {name}", step + 1), &cell)?;
+            }
+        }
+        for (index, rule) in self.rules() {
+            let cell =
+                |sums: &Sums| format!("{:.2}", share(sums.scores[index][0], sums.scores[index][1]));
+            line(rule.name, &cell)?;
+        }
+        Ok(())
+    }
+}

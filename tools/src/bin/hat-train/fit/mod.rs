@@ -1,0 +1,349 @@
+//! `fit`: trains a drafter on what `collect` gathered.
+
+mod data;
+mod loss;
+mod optimiser;
+mod ridge;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use hat_engine::pull;
+use hat_loader::Bundle;
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use self::data::Plan;
+use self::loss::{Loss, LossWeights, StepLoss};
+use self::optimiser::{AdamW, Schedule};
+use crate::adapter::{Adapter, TrainingFacts};
+use crate::drafter::{Dims, Kind, Params, Unroll, WeightReader, write_tensors};
+use crate::shard::Collection;
+
+pub(crate) use self::data::{FinalNorm, batch_of, is_held_out};
+
+/// Flags of `hat-train fit`.
+#[derive(Args)]
+pub(crate) struct FitArgs {
+    /// A directory that `collect` wrote.
+    collection: PathBuf,
+    /// Where the drafter and its checkpoint go. A checkpoint that is there is gone on from.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Directory with device/ and cloud/; the default model's otherwise.
+    #[arg(long, value_name = "DIR")]
+    bundle: Option<PathBuf>,
+    /// Which drafter.
+    #[arg(long, value_enum, default_value_t = Kind::Deep)]
+    drafter: Kind,
+    /// The device's layers; the drafter reads the rows after them.
+    #[arg(long, default_value_t = 2)]
+    split_layer: usize,
+    /// How often each answer is seen.
+    #[arg(long, default_value_t = 1)]
+    epochs: u32,
+    /// Use at most so many shards.
+    #[arg(long)]
+    shards: Option<usize>,
+    /// Draft steps that are unrolled (`deep` alone).
+    #[arg(long, default_value_t = 3)]
+    unroll: usize,
+    /// Draft positions of one optimiser step.
+    #[arg(long, default_value_t = 512)]
+    batch: usize,
+    /// Also draft in so many tokens at the end of each prompt.
+    #[arg(long, default_value_t = 0)]
+    prompt_tail: usize,
+    /// Tokens that the drafter may guess.
+    #[arg(long, default_value_t = 8192)]
+    vocabulary: usize,
+    /// Of these, so many of the most frequent are in each step's loss ..
+    #[arg(long, default_value_t = 2048)]
+    frequent: usize,
+    /// .. and so many of the others, drawn anew each step.
+    #[arg(long, default_value_t = 512)]
+    drawn: usize,
+    /// Highest learning rate.
+    #[arg(long, default_value_t = 1e-3)]
+    learning_rate: f32,
+    /// Weight decay of the matrices.
+    #[arg(long, default_value_t = 0.05)]
+    decay: f32,
+    /// Steps of rising learning rate.
+    #[arg(long, default_value_t = 40)]
+    warmup: usize,
+    /// Steps from one checkpoint to the next.
+    #[arg(long, default_value_t = 50)]
+    checkpoint: usize,
+    /// Write matrices as f16 instead of q8_0.
+    #[arg(long)]
+    f16: bool,
+    /// Seed of order and draws.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Weights of the draft steps in the loss.
+const STEP_WEIGHTS: [f32; 6] = [1.0, 0.8, 0.64, 0.512, 0.41, 0.328];
+
+/// Everything that a run of `fit` depends on; a checkpoint of another one is refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Recipe {
+    drafter: String,
+    model_id: String,
+    split_layer: usize,
+    epochs: u32,
+    /// Shards of the first run, which later ones keep to.
+    shards: usize,
+    unroll: usize,
+    batch: usize,
+    prompt_tail: usize,
+    vocabulary: usize,
+    frequent: usize,
+    drawn: usize,
+    learning_rate: f32,
+    decay: f32,
+    warmup: usize,
+    seed: u64,
+}
+
+const CHECKPOINT: &str = "checkpoint.safetensors";
+
+/// Trains to the end of the last epoch.
+pub(crate) fn run(args: &FitArgs) -> anyhow::Result<()> {
+    ensure!(
+        (1..=STEP_WEIGHTS.len()).contains(&args.unroll),
+        "--unroll: 1 to {}",
+        STEP_WEIGHTS.len()
+    );
+    ensure!(args.batch > 0 && args.epochs > 0, "--batch, --epochs: at least 1");
+    ensure!(
+        args.frequent + args.drawn <= args.vocabulary,
+        "--vocabulary: at least --frequent + --drawn"
+    );
+    let collection = Collection::read(&args.collection)?;
+    ensure!(
+        collection.split_layers.contains(&args.split_layer),
+        "--split-layer {}: the collection has {:?}",
+        args.split_layer,
+        collection.split_layers
+    );
+    fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
+    Trainer::new(args, collection)?.run()
+}
+
+struct Trainer<'a> {
+    args: &'a FitArgs,
+    recipe: Recipe,
+    dims: Dims,
+    plan: Plan,
+    loss: Loss,
+    params: Params,
+    optimiser: AdamW,
+    /// Steps that are done.
+    step: usize,
+    vocabulary: Vec<u32>,
+    /// The collection's own account of itself, for the drafter's file.
+    collection: Collection,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(args: &'a FitArgs, collection: Collection) -> anyhow::Result<Self> {
+        let path = match &args.bundle {
+            Some(bundle) => bundle.clone(),
+            None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
+        };
+        let device = Bundle::open(&path.join("device"))?;
+        let cloud = Bundle::open(&path.join("cloud"))?;
+        let model_id = device.model_id().to_string();
+        ensure!(
+            model_id == collection.model_id,
+            "{} is of model {}, {} of {model_id}",
+            args.collection.display(),
+            collection.model_id,
+            path.display()
+        );
+        let checkpoint = args.out.join(CHECKPOINT);
+        let bytes = checkpoint.is_file().then(|| fs::read(&checkpoint)).transpose()?;
+        let mut recipe = recipe_of(args, model_id);
+        if let Some(bytes) = &bytes {
+            recipe.shards = check_recipe(&checkpoint, bytes, &recipe)?.shards;
+        }
+        let plan = Plan::new(&args.collection, &collection, &mut recipe)?;
+        let dims = Dims::new(device.config());
+        let mut reader = WeightReader::new()?;
+        let vocabulary = plan.frequent_tokens(recipe.vocabulary, device.config().vocab_size)?;
+        let loss = Loss {
+            weights: LossWeights::of(args.drafter),
+            norm: FinalNorm {
+                weight: reader.read(&device, "model.norm.weight", None)?,
+                eps: dims.eps,
+            },
+            head: reader.read(&device, head_name(&device), Some(&vocabulary))?,
+            frequent: recipe.frequent,
+            drawn: recipe.drawn,
+            seed: recipe.seed,
+        };
+        let (params, optimiser, step) = match bytes {
+            Some(bytes) => resume(args, &dims, &checkpoint, &bytes)?,
+            None => {
+                let (kind, layer) = (args.drafter, args.split_layer);
+                let scale = plan.shallow_scale()?;
+                let mut params = Params::from_model(kind, &dims, &[&device, &cloud], layer, scale)?;
+                ridge::start_outputs(&mut params, &dims, &plan, &loss)?;
+                (params, AdamW::new(kind, &dims), 0)
+            }
+        };
+        Ok(Self { args, recipe, dims, plan, loss, params, optimiser, step, vocabulary, collection })
+    }
+
+    fn run(mut self) -> anyhow::Result<()> {
+        let steps = self.plan.steps();
+        eprintln!(
+            "{} drafter, {} numbers; {} positions in {} shards, {steps} steps{}",
+            self.args.drafter.name(),
+            self.params.len(),
+            self.plan.positions(),
+            self.recipe.shards,
+            if self.step > 0 {
+                format!(", going on after step {}", self.step)
+            } else {
+                String::new()
+            }
+        );
+        let schedule =
+            Schedule { highest: self.recipe.learning_rate, warmup: self.recipe.warmup, steps };
+        let (start, mut seen, mut recent) = (Instant::now(), 0, Vec::new());
+        while self.step < steps {
+            let (batch, target) = self.plan.batch(self.step, &self.loss.norm)?;
+            let unroll = Unroll::forward(&self.params, &self.dims, &batch, self.recipe.unroll);
+            let (losses, dy) = self.loss.of(&unroll, &batch.spans, &target, self.step);
+            let mut grads = Params::zeros(self.params.kind, &self.dims);
+            unroll.backward(dy, &mut grads);
+            drop(unroll);
+            let rate = schedule.rate(self.step);
+            self.optimiser.update(&mut self.params, &mut grads, rate, self.recipe.decay);
+            self.step += 1;
+            seen += target.nrows();
+            recent.push(losses);
+            if self.step % 20 == 0 || self.step == steps {
+                let speed = seen as f64 / start.elapsed().as_secs_f64();
+                eprintln!("step {}/{steps}: {}, {speed:.0} positions/s", self.step, mean(&recent));
+                recent.clear();
+            }
+            if self.step % self.args.checkpoint == 0 || self.step == steps {
+                self.write_checkpoint()?;
+            }
+        }
+        let path = self.args.out.join("adapter.safetensors");
+        let half = self.args.f16;
+        self.adapter().write(&path, half)?;
+        eprintln!("{} is trained", path.display());
+        Ok(())
+    }
+
+    fn adapter(self) -> Adapter {
+        let training = TrainingFacts {
+            positions: self.plan.positions(),
+            sequences: self.plan.sequences(),
+            sources: self.plan.sources(),
+            steps: self.step,
+            recipe: serde_json::to_value(&self.recipe).expect("numbers and texts"),
+            prompts: self.collection.prompts.clone(),
+        };
+        Adapter {
+            params: self.params,
+            model_id: self.recipe.model_id,
+            split_layer: self.recipe.split_layer,
+            vocabulary: self.vocabulary,
+            training,
+        }
+    }
+
+    fn write_checkpoint(&self) -> anyhow::Result<()> {
+        let mut tensors = self.params.tensors("");
+        tensors.extend(self.optimiser.first.tensors("first."));
+        tensors.extend(self.optimiser.second.tensors("second."));
+        let metadata = BTreeMap::from([
+            ("step".to_owned(), self.step.to_string()),
+            ("recipe".to_owned(), serde_json::to_string(&self.recipe)?),
+        ]);
+        write_tensors(&self.args.out.join(CHECKPOINT), &tensors, metadata)
+    }
+}
+
+fn recipe_of(args: &FitArgs, model_id: String) -> Recipe {
+    Recipe {
+        drafter: args.drafter.name().to_owned(),
+        model_id,
+        split_layer: args.split_layer,
+        epochs: args.epochs,
+        shards: args.shards.unwrap_or(usize::MAX),
+        unroll: args.unroll,
+        batch: args.batch,
+        prompt_tail: args.prompt_tail,
+        vocabulary: args.vocabulary,
+        frequent: args.frequent,
+        drawn: args.drawn,
+        learning_rate: args.learning_rate,
+        decay: args.decay,
+        warmup: args.warmup,
+        seed: args.seed,
+    }
+}
+
+/// The name of the LM head's matrix.
+pub(crate) fn head_name(device: &Bundle) -> &'static str {
+    let tied = device.config().tie_word_embeddings;
+    if tied { "model.embed_tokens.weight" } else { "lm_head.weight" }
+}
+
+fn metadata_of(path: &Path, bytes: &[u8], name: &str) -> anyhow::Result<String> {
+    let (_, metadata) =
+        SafeTensors::read_metadata(bytes).with_context(|| format!("in {}", path.display()))?;
+    let value = metadata.metadata().as_ref().and_then(|metadata| metadata.get(name).cloned());
+    value.with_context(|| format!("{}: no {name} in its metadata", path.display()))
+}
+
+/// The recipe of a checkpoint, which has to be `wanted` but for the number of shards.
+fn check_recipe(path: &Path, bytes: &[u8], wanted: &Recipe) -> anyhow::Result<Recipe> {
+    let found: Recipe = serde_json::from_str(&metadata_of(path, bytes, "recipe")?)
+        .with_context(|| format!("{}: recipe", path.display()))?;
+    let wanted = Recipe { shards: found.shards, ..wanted.clone() };
+    ensure!(found == wanted, "{} is of another run: {found:?}, now {wanted:?}", path.display());
+    Ok(found)
+}
+
+fn resume(
+    args: &FitArgs,
+    dims: &Dims,
+    path: &Path,
+    bytes: &[u8],
+) -> anyhow::Result<(Params, AdamW, usize)> {
+    let file = SafeTensors::deserialize(bytes).with_context(|| format!("in {}", path.display()))?;
+    let step = metadata_of(path, bytes, "step")?.parse().context("step")?;
+    let read = |prefix| Params::from_tensors(args.drafter, dims, &file, prefix, path);
+    let optimiser = AdamW { first: read("first.")?, second: read("second.")?, step };
+    Ok((read("")?, optimiser, step))
+}
+
+/// The mean of some steps' losses, as a text.
+fn mean(recent: &[Vec<StepLoss>]) -> String {
+    let steps = recent.first().map_or(0, Vec::len);
+    let of = |step: usize, field: fn(&StepLoss) -> f64| {
+        recent.iter().map(|losses| field(&losses[step])).sum::<f64>() / recent.len() as f64
+    };
+    let parts = (0..steps).map(|step| {
+        format!(
+            "KL {:.3} L1 {:.3} top-1 {:.3}",
+            of(step, |loss| loss.divergence),
+            of(step, |loss| loss.smooth),
+            of(step, |loss| loss.agreement)
+        )
+    });
+    parts.collect::<Vec<_>>().join(" | ")
+}

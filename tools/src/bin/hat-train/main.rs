@@ -1,0 +1,49 @@
+//! `hat-train`: makes the drafter that a device guesses tokens with.
+//!
+//! `collect` lets the target model answer prompts and keeps the rows that a device would see;
+//! `fit` trains a drafter on them; `eval` says how many tokens a round trip it is worth.
+
+mod adapter;
+mod collect;
+mod drafter;
+mod eval;
+mod fit;
+mod shard;
+mod target;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Trains the drafter of a model: collect, fit, eval.
+#[derive(Parser)]
+#[command(name = "hat-train", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Let the model answer prompts, and keep the rows.
+    Collect(collect::CollectArgs),
+    /// Train a drafter on what was gathered.
+    Fit(fit::FitArgs),
+    /// Measure a drafter.
+    Eval(eval::EvalArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Args::parse().command {
+        Command::Collect(args) => collect::run(&args),
+        Command::Fit(args) => fit::run(&args),
+        Command::Eval(args) => eval::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-train: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The target model, run over many sequences in one step, with its rows held out at some layers.
+//!
+//! It is the engine's own device and middle submodel, one after the other in one process. Rows
+//! are rounded to f16 where they would cross the link, before the first tapped layer and at the end, so the
+//! rows that are kept are those that a device has.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use half::f16;
+use half::slice::HalfFloatSliceExt as _;
+use hat_engine::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
+use hat_engine::backend::{Backend as _, PAGE_SIZE, Write};
+use hat_engine::internal::{
+    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, Sequence,
+    Tokenizer, processor,
+};
+use hat_engine::options::{Processor, TokenId};
+use hat_loader::{Bundle, ModelId, check_same_model};
+
+/// How a [`Target`] is set up.
+pub(crate) struct TargetConfig<'a> {
+    /// Directory with `device/` and `cloud/`.
+    pub(crate) bundle: &'a Path,
+    /// Layers before which rows are kept, ascending.
+    pub(crate) taps: &'a [usize],
+    /// Compute threads.
+    pub(crate) threads: usize,
+    /// Sequences at once.
+    pub(crate) slots: usize,
+    /// Positions of one sequence.
+    pub(crate) context: usize,
+    /// Rows of one step.
+    pub(crate) rows: usize,
+}
+
+/// Some rows of one sequence that run in the next step.
+pub(crate) struct Work {
+    /// Which slot.
+    pub(crate) slot: usize,
+    /// Their tokens, in order.
+    pub(crate) tokens: Vec<TokenId>,
+}
+
+/// What one step computes.
+#[derive(Default)]
+pub(crate) struct StepRows {
+    /// The rows before each tapped layer. `[taps][rows * hidden_size]`
+    pub(crate) taps: Vec<Vec<f16>>,
+    /// The rows after the last layer, before the final norm. `[rows * hidden_size]`
+    pub(crate) deep: Vec<f16>,
+}
+
+/// The model.
+pub(crate) struct Target {
+    pub(crate) hidden_size: usize,
+    pub(crate) vocab_size: usize,
+    pub(crate) model_id: ModelId,
+    pub(crate) tokenizer: Tokenizer,
+    device: DeviceModel<CpuBackend>,
+    /// Runs of layers between taps, and the layers that each begins and ends with.
+    middles: Vec<(MiddleModel<CpuBackend>, usize, u32)>,
+    taps: Vec<usize>,
+    sequences: Vec<Sequence>,
+    slot_pages: usize,
+    context: u32,
+    step: MiddleStep,
+    head: Head,
+}
+
+impl Target {
+    /// Opens both halves of a bundle.
+    pub(crate) fn open(config: &TargetConfig<'_>) -> anyhow::Result<Self> {
+        let device = Bundle::open(&config.bundle.join("device"))?;
+        let cloud = Bundle::open(&config.bundle.join("cloud"))?;
+        check_same_model(&device, &cloud)?;
+        let layers = device.config().num_hidden_layers;
+        let split = device.manifest().split_layer;
+        if device.manifest().tail_layers != 0 {
+            bail!("{}: a bundle with tail layers is not supported", config.bundle.display());
+        }
+        let taps = config.taps.to_vec();
+        let first = *taps.first().context("--split-layers: none given")?;
+        if !taps.is_sorted_by(|a, b| a < b) || first < split || taps.iter().any(|t| *t >= layers) {
+            bail!("--split-layers: ascending numbers from {split} to {} are needed", layers - 1);
+        }
+        let backend = || processor::cpu(Processor::Auto, config.threads);
+        let slot_pages = config.context.div_ceil(PAGE_SIZE);
+        let pages = slot_pages * config.slots;
+        let mut cuts = vec![split];
+        cuts.extend(taps.iter().filter(|tap| **tap > split));
+        cuts.push(layers);
+        let mut middles = Vec::new();
+        for run in cuts.windows(2) {
+            let range = run[0]..run[1];
+            let model = MiddleModel::load(backend()?, &cloud, range, config.rows, pages)?;
+            middles.push((model, run[0], u32::try_from(run[1])?));
+        }
+        let json = device.tokenizer_json()?.context("the bundle has no tokenizer")?;
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), &processor::token_settings(&device))?;
+        let context = u32::try_from(config.context)?;
+        let mut target = Self {
+            hidden_size: device.config().hidden_size,
+            vocab_size: device.config().vocab_size,
+            model_id: device.model_id(),
+            tokenizer,
+            device: DeviceModel::load(backend()?, &device, split, config.rows, pages)?,
+            middles,
+            taps,
+            sequences: Vec::new(),
+            slot_pages,
+            context,
+            step: MiddleStep::default(),
+            head: Head::load(backend()?, &device, config.slots)?,
+        };
+        target.sequences = (0..config.slots).map(|slot| target.empty(slot)).collect();
+        Ok(target)
+    }
+
+    fn empty(&self, slot: usize) -> Sequence {
+        let first = slot * self.slot_pages;
+        let pages = (first..first + self.slot_pages)
+            .map(|page| u32::try_from(page).expect("a KV store has fewer than 2^32 pages"));
+        Sequence::new(pages.collect(), self.context)
+    }
+
+    /// Forgets the rows of a slot.
+    pub(crate) fn clear(&mut self, slot: usize) {
+        self.sequences[slot] = self.empty(slot);
+    }
+
+    /// Runs `works`, each of another slot; the rows come in their order.
+    pub(crate) fn run(&mut self, works: &[Work], out: &mut StepRows) -> anyhow::Result<()> {
+        let Self { step, sequences, hidden_size, .. } = self;
+        step.plan.clear();
+        step.entry_layers.clear();
+        let mut tokens = Vec::new();
+        for work in works {
+            let sequence = &mut sequences[work.slot];
+            let count = u32::try_from(work.tokens.len())?;
+            let place = sequence.append_committed(sequence.last_id() + 1, count, sequence.tip())?;
+            step.plan.push_committed(place, count);
+            step.plan.end_sequence(sequence);
+            tokens.extend_from_slice(&work.tokens);
+        }
+        step.hidden.clear();
+        step.hidden.resize(tokens.len() * *hidden_size, 0.0);
+        self.device.input(&step.plan.plan(), &tokens, &mut step.hidden);
+        out.taps.resize_with(self.taps.len(), Vec::new);
+        for (model, first, last) in &mut self.middles {
+            if let Some(tap) = self.taps.iter().position(|tap| tap == first) {
+                to_f16(&step.hidden, &mut out.taps[tap]);
+                if tap == 0 {
+                    out.taps[tap].as_slice().convert_to_f32_slice(&mut step.hidden);
+                }
+            }
+            step.exit_layer = *last;
+            step.entry_layers.clear();
+            step.entry_layers.resize(works.len(), u32::try_from(*first)?);
+            model.forward(step);
+        }
+        to_f16(&step.hidden, &mut out.deep);
+        Ok(())
+    }
+
+    /// The logits that follow deep rows, `[rows][vocab_size]`.
+    pub(crate) fn logits(&mut self, deep: &[f16]) -> &[f32] {
+        self.head.logits(deep)
+    }
+}
+
+fn to_f16(rows: &[f32], out: &mut Vec<f16>) {
+    out.resize(rows.len(), f16::ZERO);
+    out.as_mut_slice().convert_from_f32_slice(rows);
+}
+
+/// Final norm and LM head for many rows at once.
+struct Head {
+    backend: CpuBackend,
+    norm: CpuWeight,
+    weight: CpuWeight,
+    eps: f32,
+    hidden_size: usize,
+    vocab_size: usize,
+    x: CpuBuffer,      // [rows, hidden_size]
+    normed: CpuBuffer, // [rows, hidden_size]
+    logits: CpuBuffer, // [rows, vocab_size]
+    rows: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Head {
+    fn load(mut backend: CpuBackend, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
+        let config = device.config();
+        let (hidden_size, vocab_size) = (config.hidden_size, config.vocab_size);
+        let tied = config.tie_word_embeddings;
+        let name = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        Ok(Self {
+            norm: backend.weight(&device.tensor("model.norm.weight")?)?,
+            weight: backend.weight(&device.tensor(name)?)?,
+            eps: config.rms_norm_eps,
+            x: backend.alloc(rows, hidden_size)?,
+            normed: backend.alloc(rows, hidden_size)?,
+            logits: backend.alloc(rows, vocab_size)?,
+            rows: Vec::new(),
+            out: Vec::new(),
+            hidden_size,
+            vocab_size,
+            backend,
+        })
+    }
+
+    fn logits(&mut self, deep: &[f16]) -> &[f32] {
+        let Self { backend, norm, weight, x, normed, logits, rows, out, .. } = self;
+        let count = deep.len() / self.hidden_size;
+        rows.resize(deep.len(), 0.0);
+        deep.convert_to_f32_slice(rows);
+        out.resize(count * self.vocab_size, 0.0);
+        if count > 0 {
+            backend.upload(rows, x);
+            backend.rms_norm(count, x, norm, self.eps, normed);
+            backend.linear(count, normed, weight, None, Write::Store, logits);
+            backend.download(logits, 0, out);
+        }
+        out
+    }
+}
