@@ -1,18 +1,21 @@
 //! Tokens per round trip on a file of prompts, for each way of drafting.
 //!
 //! `cargo bench -p hat-benches --bench draft -- PROMPTS.jsonl [--every N] [--tokens N]
-//! [--modes off,lookup,tree] [--split-layer N] [--threads N]`
+//! [--modes off,lookup,tree] [--split-layer N] [--threads N] [--rtt-ms N [--mbit UP,DOWN]]`
 //!
 //! A line of the file is an object with `turns` (the first is asked, through the chat template) and
 //! `category`. Answers are greedy and end by themselves or after `--tokens`. Modes take turns
-//! prompt by prompt, so times compare; both roles run on this machine over loopback. The bound of
-//! a time is that of a round with one row, `off`: what a mode saves is round trips, what it costs
-//! is the rows of its drafts. Tokens per round are (tokens - 1) / rounds, summed over prompts.
+//! prompt by prompt, so times compare; both roles run on this machine, over loopback or, with
+//! `--rtt-ms`, over an emulated link. The bound of a time is that of a round with one row, `off`:
+//! what a mode saves is round trips, what it costs is the rows of its drafts. Tokens per round are
+//! (tokens - 1) / rounds, summed over prompts.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use hat_engine::options::{DraftMode, Timings};
-use hat_engine::{Engine, EngineConfig, Event, Request, pull};
+use hat_engine::options::{CloudAddress, DraftMode, Timings};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
 
 /// What the command line says.
 struct Args {
@@ -22,10 +25,12 @@ struct Args {
     modes: Vec<DraftMode>,
     split_layer: usize,
     threads: usize,
+    rtt: Option<Duration>,
+    mbit: (f64, f64),
 }
 
 const USAGE: &str = "PROMPTS.jsonl [--every N] [--tokens N] [--modes off,lookup,..] \
-                     [--split-layer N] [--threads N]";
+                     [--split-layer N] [--threads N] [--rtt-ms N] [--mbit UP,DOWN]";
 
 impl Args {
     fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
@@ -36,6 +41,8 @@ impl Args {
             modes: vec![DraftMode::Off, DraftMode::Lookup, DraftMode::Tree],
             split_layer: pull::SPLIT_LAYER_DEFAULT,
             threads: 1,
+            rtt: None,
+            mbit: (60.0, 100.0),
         };
         while let Some(arg) = args.next() {
             match arg.as_str() {
@@ -44,6 +51,12 @@ impl Args {
                 "--tokens" => parsed.tokens = args.next()?.parse().ok()?,
                 "--split-layer" => parsed.split_layer = args.next()?.parse().ok()?,
                 "--threads" => parsed.threads = args.next()?.parse().ok()?,
+                "--rtt-ms" => parsed.rtt = Some(Duration::from_millis(args.next()?.parse().ok()?)),
+                "--mbit" => {
+                    let rates = args.next()?;
+                    let (up, down) = rates.split_once(',')?;
+                    parsed.mbit = (up.parse().ok()?, down.parse().ok()?);
+                }
                 "--modes" => {
                     let modes = args.next()?;
                     parsed.modes =
@@ -130,15 +143,24 @@ fn main() {
     let text = std::fs::read_to_string(&args.path).expect("the file of prompts");
     let cache = pull::cache_dir().expect("a cache directory");
     let bundle = pull::default_bundle(&cache, args.split_layer, 0).expect("the default model");
-    // An engine a mode: what one learns of drafts is nothing to the others.
-    let engines: Vec<(DraftMode, Engine)> = args
-        .modes
-        .iter()
-        .map(|mode| {
-            let config = EngineConfig::new(bundle.join("device")).threads(args.threads);
-            (*mode, Engine::open(config).expect("the engine opens"))
-        })
-        .collect();
+    let cloud = CloudConfig::new(bundle.join("cloud")).threads(args.threads);
+    let cloud = Cloud::start(cloud).expect("the cloud starts");
+    // An engine a mode, on a link of its own: what one learns is nothing to the others.
+    let mut links = Vec::new();
+    let mut engines = Vec::new();
+    for mode in &args.modes {
+        let mut address = cloud.address();
+        if let Some(rtt) = args.rtt {
+            let mut config = EmulatorConfig::new(address).rtt(rtt).mbit(args.mbit.0, args.mbit.1);
+            config.calibration = Some(Calibration::measure(&config).expect("a link"));
+            let link = Emulator::start(config).expect("a link");
+            address = link.address();
+            links.push(link);
+        }
+        let mut config = EngineConfig::new(bundle.join("device")).threads(args.threads);
+        config.cloud = CloudAddress::Remote(address.to_string());
+        engines.push((*mode, Engine::open(config).expect("the engine opens")));
+    }
     let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
     for (category, prompt) in prompts(&text).into_iter().step_by(args.every) {
         let mut said = None;
