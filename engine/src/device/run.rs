@@ -18,6 +18,8 @@ use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
 use crate::config::{CloudAddress, EngineConfig};
+use crate::draft::trained::Trained;
+use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, Costs, DraftMode, Tree};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
@@ -32,6 +34,7 @@ pub(super) struct Start {
     pub(super) config: EngineConfig,
     pub(super) facts: BundleFacts,
     pub(super) model: Box<dyn DeviceForward>,
+    pub(super) trained: Option<Box<dyn Trained>>,
     pub(super) shared: Arc<Shared>,
     pub(super) incoming: Receiver<Job>,
 }
@@ -87,6 +90,9 @@ impl Start {
             costs: Costs::default(),
             tree: Tree::default(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
+            guesses: Vec::with_capacity(PENDING_ROWS_MAX),
+            shallow: Vec::new(),
+            deep: Vec::new(),
             moves: Vec::with_capacity(PENDING_ROWS_MAX),
             pruned: Vec::with_capacity(PENDING_ROWS_MAX),
             plan: PlanBuffers::with_capacity(step_rows, 1, pages),
@@ -124,6 +130,9 @@ pub(super) struct Device {
     pub(super) plan: PlanBuffers,
     pub(super) tree: Tree,
     pub(super) tokens: Vec<TokenId>, // of a tree's rows
+    pub(super) guesses: Vec<(usize, Guess)>,
+    pub(super) shallow: Vec<f32>, // [accepted rows, hidden_size]
+    pub(super) deep: Vec<f32>,    // [accepted rows, hidden_size]
     pub(super) moves: Vec<RowMove>,
     pub(super) pruned: Vec<u32>,
     pub(super) logits: Vec<f32>, // [vocab_size]
@@ -140,8 +149,9 @@ impl Device {
             self.drop_cancelled();
             self.drop_overdue(now);
             self.open_sessions(now);
-            let busy = self.compute_one();
+            let mut busy = self.compute_one();
             self.send_unsent();
+            busy |= self.feed_sent();
             let timeout = if busy { Some(Duration::ZERO) } else { self.wait_for(now) };
             self.endpoint.turn(timeout, &mut events)?;
             for event in events.drain(..) {
@@ -182,12 +192,25 @@ impl Device {
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
             let draft = job.prepared.request.draft;
-            if draft.wants_trained() && !std::mem::replace(&mut self.told_untrained, true) {
+            let has_trained = self.start.trained.is_some();
+            if draft.wants_trained()
+                && !has_trained
+                && !std::mem::replace(&mut self.told_untrained, true)
+            {
                 let mode = draft.name();
                 tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
             }
-            let drafts = draft != DraftMode::Off;
-            let lookup = drafts.then(|| job.prepared.prompt.iter().copied().collect());
+            let wants_lookup = match draft {
+                DraftMode::Off => false,
+                DraftMode::Chain => !has_trained,
+                _ => true,
+            };
+            let lookup = wants_lookup.then(|| job.prepared.prompt.iter().copied().collect());
+            let wants_trained = !matches!(draft, DraftMode::Off | DraftMode::Lookup);
+            let trained = match &mut self.start.trained {
+                Some(trained) if wants_trained => trained.open(rows_max),
+                _ => None,
+            };
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
@@ -200,6 +223,11 @@ impl Device {
                 commit: 0,
                 round: 0,
                 lookup,
+                trained,
+                has_draft_rows: false,
+                fed: 0,
+                unfed: 0..0,
+                deep: Vec::new(),
                 held_back: Vec::new(),
                 sent_at: None,
                 sent_id: 0,
@@ -393,5 +421,8 @@ impl Device {
             let _ = self.endpoint.send_message(connection, active.wire_id, &Message::End);
         }
         self.pages.give_back(active.sequence.into_pages());
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+            trained.close(session);
+        }
     }
 }
