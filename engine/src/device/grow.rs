@@ -254,7 +254,8 @@ impl Device {
         }
         let hidden_size = self.start.facts.hidden_size;
         let Active { walk, unsent, tokens, .. } = active;
-        (self.shallow.clear(), self.deep.clear());
+        self.shallow.clear();
+        self.deep.clear();
         let mut ids = [0; PENDING_ROWS_MAX];
         let mut drafts = 0;
         for row in walk.path().filter(|row| row.source.is_some()) {

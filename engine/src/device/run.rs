@@ -85,7 +85,7 @@ impl Start {
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
             next_wire_id: 1,
-            told_untrained: false,
+            missing: Missing::default(),
             acceptance: Acceptance::default(),
             costs: Costs::default(),
             tree: Tree::default(),
@@ -121,8 +121,7 @@ pub(super) struct Device {
     waiting: VecDeque<Job>,
     pages: PagePool,
     next_wire_id: u32,
-    /// Whether it was said that there is no trained drafter.
-    told_untrained: bool,
+    missing: Missing,
     /// How good guesses were, over all requests.
     pub(super) acceptance: Acceptance,
     /// What rounds cost, over all requests.
@@ -137,6 +136,25 @@ pub(super) struct Device {
     pub(super) pruned: Vec<u32>,
     pub(super) logits: Vec<f32>, // [vocab_size]
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
+}
+
+/// What was said to be missing: each is said once.
+#[derive(Default)]
+struct Missing {
+    trained: bool,
+    streaming: bool,
+}
+
+impl Missing {
+    fn tell(&mut self, draft: DraftMode, has_trained: bool) {
+        let mode = draft.name();
+        if draft.wants_trained() && !has_trained && !std::mem::replace(&mut self.trained, true) {
+            tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
+        }
+        if draft.wants_streaming() && !std::mem::replace(&mut self.streaming, true) {
+            tracing::warn!(mode, "this version sends no rows before earlier verdicts are back");
+        }
+    }
 }
 
 impl Device {
@@ -193,13 +211,7 @@ impl Device {
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
             let draft = job.prepared.request.draft;
             let has_trained = self.start.trained.is_some();
-            if draft.wants_trained()
-                && !has_trained
-                && !std::mem::replace(&mut self.told_untrained, true)
-            {
-                let mode = draft.name();
-                tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
-            }
+            self.missing.tell(draft, has_trained);
             let wants_lookup = match draft {
                 DraftMode::Off => false,
                 DraftMode::Chain => !has_trained,
@@ -329,6 +341,8 @@ impl Device {
                 tracing::info!(%reason, "the cloud is away");
                 self.reason = reason;
                 self.set_connected(false);
+                // A round that an outage falls into says nothing about rounds.
+                self.actives.iter_mut().for_each(|active| active.sent_at = None);
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");

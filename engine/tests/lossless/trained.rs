@@ -107,7 +107,7 @@ impl Trained for StandIn {
             let right = self.script.get(position as usize + 1).copied().unwrap_or(3);
             let source = Source { drafter: Drafter::Adapter, class: 0 };
             // Every fourth position the best guess is wrong; the second is right.
-            let first = if position % 4 == 0 { 1 + right } else { right };
+            let first = if position.is_multiple_of(4) { 1 + right } else { right };
             let tokens = [first % 512, right, 5, 6];
             for (token, probability) in tokens.into_iter().zip([0.6, 0.25, 0.1, 0.05]).take(width) {
                 guesses.push((node, Guess { token, probability, source }));
