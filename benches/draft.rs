@@ -162,15 +162,24 @@ fn main() {
         engines.push((*mode, Engine::open(config).expect("the engine opens")));
     }
     let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
-    for (category, prompt) in prompts(&text).into_iter().step_by(args.every) {
+    let prompts: Vec<_> = prompts(&text).into_iter().step_by(args.every).collect();
+    for (done, (category, prompt)) in prompts.iter().enumerate() {
         let mut said = None;
         for (index, (mode, engine)) in engines.iter().enumerate() {
-            let request = Request::chat(&prompt).max_tokens(args.tokens).draft(*mode);
+            let request = Request::chat(prompt).max_tokens(args.tokens).draft(*mode);
             let (tokens, timings) = answer(engine, request);
             sums.entry((index, category.clone())).or_default().add(&timings);
             sums.entry((index, "~ all".into())).or_default().add(&timings);
             let said = said.get_or_insert_with(|| tokens.clone());
             assert_eq!(&tokens, said, "{} says something else", mode.name());
+            eprintln!(
+                "{}/{} {category}, {}: {} tokens, {:.2} a round",
+                done + 1,
+                prompts.len(),
+                mode.name(),
+                tokens.len(),
+                timings.accept_len
+            );
         }
     }
     println!(

@@ -9,6 +9,8 @@
 #[path = "lossless/drafts.rs"]
 mod drafts;
 mod support;
+#[path = "lossless/trained.rs"]
+mod trained;
 
 use std::collections::HashSet;
 use std::sync::Arc;

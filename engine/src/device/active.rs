@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
+use crate::draft::trained::SessionId;
 use crate::draft::{Lookup, Source};
 use crate::metrics::Meter;
 use crate::sequence::Sequence;
@@ -67,6 +68,17 @@ pub(super) struct Active {
     pub(super) round: u32,
     /// What stood in the prompt and in the answer; `None` if this request has no drafts.
     pub(super) lookup: Option<Lookup>,
+    /// Its session with the trained drafter.
+    pub(super) trained: Option<SessionId>,
+    /// Whether the trained drafter holds rows of a tree.
+    pub(super) has_draft_rows: bool,
+    /// Positions that the trained drafter has taken.
+    pub(super) fed: u32,
+    /// Positions whose shallow rows stand at the front of `unsent.hidden`, decided, and have not
+    /// been looked at for the trained drafter.
+    pub(super) unfed: Range<u32>,
+    /// The deep row of the last visited position; empty if it is not known. `[hidden_size]`
+    pub(super) deep: Vec<f32>,
     /// Guesses right below the last decided token that were not sent: they are tested all the
     /// same, so that a drafter that is not asked can become better.
     pub(super) held_back: Vec<(TokenId, Source)>,
@@ -125,6 +137,8 @@ impl Active {
         self.commit = 0;
         self.held_back.clear();
         self.sent_at = None;
+        self.unfed = 0..0;
+        self.deep.clear();
         self.sent_id = 0;
         self.decided = 1..1;
         self.meter.rows_lost();

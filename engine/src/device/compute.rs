@@ -6,9 +6,6 @@ use hat_transport::message::{RowsHead, Want};
 use super::active::{Active, Phase, Unsent};
 use super::run::Device;
 use crate::config::ChunkPolicy;
-use crate::draft::lookup::BRANCHES_MAX;
-use crate::draft::{BUDGET_DEFAULT, DraftMode};
-use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, Event, wire};
 
 impl Device {
@@ -19,7 +16,8 @@ impl Device {
             .filter(|index| self.actives[*index].wants_compute())
             .min_by_key(|index| self.actives[*index].rows() - self.actives[*index].computed());
         let Some(index) = next else { return false };
-        if self.actives[index].is_decoding() && self.draft(index) > 1 {
+        self.feed_trained(index);
+        if self.actives[index].is_decoding() && self.draft(index) {
             self.compute_tree(index);
         } else {
             self.compute_chunk(index);
@@ -59,6 +57,7 @@ impl Device {
         }
         let decides = end == active.tokens.len();
         active.set_unsent(first_id, parent, count as usize, decides);
+        active.unfed = first..first + count;
         let in_prefill = active.answer.tokens().is_empty();
         if decides {
             let last_id = first_id + count - 1;
@@ -70,99 +69,6 @@ impl Device {
             active.meter.counts.chunks.push(count);
             let event = Event::Prefill { sent: first + count, total: active.rows() };
             let _ = active.job.events.send(Ok(event));
-        }
-    }
-
-    /// Drafts below the last decided token of a request, into `self.tree`. Returns the rows of a
-    /// round, that token's own included.
-    fn draft(&mut self, index: usize) -> usize {
-        let active = &mut self.actives[index];
-        let root = *active.tokens.last().expect("a prompt has a token");
-        // The last token of the answer needs no row, and so no row may lead beyond it.
-        let depth_max = active.job.prepared.rows_max() - 1 - active.rows();
-        self.tree.reset(root, depth_max);
-        active.held_back.clear();
-        let Some(lookup) = &active.lookup else { return 1 };
-        let began = self.start.shared.clock.now();
-        let mode = active.job.prepared.request.draft;
-        let branches = match mode {
-            DraftMode::Off => return 1,
-            DraftMode::Chain | DraftMode::Lookup => 1,
-            _ => BRANCHES_MAX,
-        };
-        let (tree, acceptance) = (&mut self.tree, &self.acceptance);
-        lookup.propose(
-            branches,
-            |source| acceptance.rate(source),
-            |branch| tree.offer(0, branch.iter().copied()),
-        );
-        let rows_max = PENDING_ROWS_MAX
-            .min(self.peer_pending_max)
-            .min(self.peer_rows_max as usize)
-            .min(self.start.config.limits.step_rows_max as usize)
-            .min(BUDGET_DEFAULT + 1);
-        tree.grow(rows_max, 0.0);
-        if mode == DraftMode::Auto {
-            let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
-            let drafts = self.costs.drafts_that_pay(probabilities);
-            let held_back = tree.nodes().iter().skip(1 + drafts).filter(|node| node.depth == 1);
-            active.held_back.extend(held_back.filter_map(|node| Some((node.token, node.source?))));
-            tree.truncate(1 + drafts);
-        }
-        let took = self.start.shared.clock.now().duration_since(began);
-        self.costs.draft.note(took.as_secs_f64());
-        tree.nodes().len()
-    }
-
-    /// Computes the rows of `self.tree`: the decided token's, and those of the drafts below it.
-    fn compute_tree(&mut self, index: usize) {
-        let active = &mut self.actives[index];
-        let position = active.computed();
-        let (root_id, tip) = (active.sequence.last_id() + 1, active.sequence.tip());
-        let id = |node: usize| root_id + u32::try_from(node).expect("a tree is small");
-        let nodes = self.tree.nodes();
-        let place = active
-            .sequence
-            .append_committed(root_id, 1, tip)
-            .expect("ids go on after the last one, and the session reserved all rows");
-        let parents = &mut active.unsent.parents;
-        parents.clear();
-        parents.extend(nodes.iter().skip(1).map(|node| id(node.parent)));
-        active
-            .sequence
-            .append_pending(root_id + 1, parents)
-            .expect("nothing else pends, and a tree fits what was reserved for it");
-        self.plan.clear();
-        self.plan.push_committed(place, 1);
-        for node in 1..nodes.len() {
-            let known = self.plan.push_pending(&active.sequence, id(node));
-            debug_assert!(known, "it was appended above");
-        }
-        self.plan.end_sequence(&active.sequence);
-        self.tokens.clear();
-        self.tokens.extend(nodes.iter().map(|node| node.token));
-        let hidden_size = self.start.facts.hidden_size;
-        active.unsent.hidden.resize(nodes.len() * hidden_size, 0.0);
-        let began = self.start.shared.clock.now();
-        self.start.model.input(&self.plan.plan(), &self.tokens, &mut active.unsent.hidden);
-        let took = self.start.shared.clock.now().duration_since(began);
-        self.costs.device.note(nodes.len(), took.as_secs_f64());
-        let finite = first_not_finite(&active.unsent.hidden, hidden_size).unwrap_or(nodes.len());
-        if finite == 0 {
-            return self.fail(index, Error::NotFinite { position });
-        }
-        // A guess may be as wrong as it likes: its row is left out, and those after it.
-        active.sequence.retract(id(finite));
-        active.unsent.parents.truncate(finite - 1);
-        active.set_unsent(root_id, tip, 1, true);
-        active.unsent.count = finite;
-        let round = active.round + 1;
-        for (place, node) in nodes[..finite].iter().enumerate() {
-            let parent = if place == 0 { tip } else { id(node.parent) };
-            active.walk.push(id(place), parent, node.token, node.source, round);
-            if let Some(source) = node.source {
-                active.meter.drafted(source.drafter.name());
-            }
         }
     }
 
@@ -223,7 +129,7 @@ impl Device {
 impl Active {
     /// `count` decided rows of `unsent.hidden` are to be sent, and with them what the cloud shall
     /// keep.
-    fn set_unsent(&mut self, first_id: u32, parent: u32, count: usize, decides: bool) {
+    pub(super) fn set_unsent(&mut self, first_id: u32, parent: u32, count: usize, decides: bool) {
         if self.decided.is_empty() {
             self.decided = first_id..first_id;
         }
@@ -274,6 +180,6 @@ impl Unsent {
 }
 
 /// The first row that holds something that is no number.
-fn first_not_finite(hidden: &[f32], hidden_size: usize) -> Option<usize> {
+pub(super) fn first_not_finite(hidden: &[f32], hidden_size: usize) -> Option<usize> {
     hidden.iter().position(|number| !number.is_finite()).map(|at| at / hidden_size)
 }

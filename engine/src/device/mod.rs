@@ -2,6 +2,7 @@
 
 mod active;
 mod compute;
+mod grow;
 mod run;
 mod verify;
 mod walk;
@@ -21,6 +22,7 @@ use hat_transport::link::{LinkKind, Waker};
 use crate::answer::Prepared;
 use crate::cloud::Cloud;
 use crate::config::{CloudAddress, EngineConfig};
+use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
 use crate::model::{DeviceForward, DeviceModel};
 use crate::page::pages_for;
@@ -90,9 +92,20 @@ impl Engine {
     /// store holds the pages that `config.limits` asks for.
     #[doc(hidden)]
     pub fn serve(
+        config: EngineConfig,
+        bundle: &Bundle,
+        model: Box<dyn DeviceForward>,
+    ) -> Result<Self, Error> {
+        Self::serve_drafting(config, bundle, model, None)
+    }
+
+    /// As [`Engine::serve`], with a trained drafter.
+    #[doc(hidden)]
+    pub fn serve_drafting(
         mut config: EngineConfig,
         bundle: &Bundle,
         model: Box<dyn DeviceForward>,
+        trained: Option<Box<dyn Trained>>,
     ) -> Result<Self, Error> {
         let split_layer = split_layer(&config, bundle)?;
         let mut cloud = None;
@@ -124,7 +137,7 @@ impl Engine {
         let describe = model.describe();
         let queue_max = config.limits.queue_max;
         let facts = BundleFacts::for_device(bundle, split_layer);
-        let start = run::Start { config, facts, model, shared: shared.clone(), incoming };
+        let start = run::Start { config, facts, model, trained, shared: shared.clone(), incoming };
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())
             .spawn(move || start.run(&ready))

@@ -18,6 +18,8 @@ use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
 use crate::config::{CloudAddress, EngineConfig};
+use crate::draft::trained::Trained;
+use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, Costs, DraftMode, Tree};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
@@ -32,6 +34,7 @@ pub(super) struct Start {
     pub(super) config: EngineConfig,
     pub(super) facts: BundleFacts,
     pub(super) model: Box<dyn DeviceForward>,
+    pub(super) trained: Option<Box<dyn Trained>>,
     pub(super) shared: Arc<Shared>,
     pub(super) incoming: Receiver<Job>,
 }
@@ -82,11 +85,14 @@ impl Start {
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
             next_wire_id: 1,
-            told_untrained: false,
+            missing: Missing::default(),
             acceptance: Acceptance::default(),
             costs: Costs::default(),
             tree: Tree::default(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
+            guesses: Vec::with_capacity(PENDING_ROWS_MAX),
+            shallow: Vec::new(),
+            deep: Vec::new(),
             moves: Vec::with_capacity(PENDING_ROWS_MAX),
             pruned: Vec::with_capacity(PENDING_ROWS_MAX),
             plan: PlanBuffers::with_capacity(step_rows, 1, pages),
@@ -115,8 +121,7 @@ pub(super) struct Device {
     waiting: VecDeque<Job>,
     pages: PagePool,
     next_wire_id: u32,
-    /// Whether it was said that there is no trained drafter.
-    told_untrained: bool,
+    missing: Missing,
     /// How good guesses were, over all requests.
     pub(super) acceptance: Acceptance,
     /// What rounds cost, over all requests.
@@ -124,10 +129,32 @@ pub(super) struct Device {
     pub(super) plan: PlanBuffers,
     pub(super) tree: Tree,
     pub(super) tokens: Vec<TokenId>, // of a tree's rows
+    pub(super) guesses: Vec<(usize, Guess)>,
+    pub(super) shallow: Vec<f32>, // [accepted rows, hidden_size]
+    pub(super) deep: Vec<f32>,    // [accepted rows, hidden_size]
     pub(super) moves: Vec<RowMove>,
     pub(super) pruned: Vec<u32>,
     pub(super) logits: Vec<f32>, // [vocab_size]
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
+}
+
+/// What was said to be missing: each is said once.
+#[derive(Default)]
+struct Missing {
+    trained: bool,
+    streaming: bool,
+}
+
+impl Missing {
+    fn tell(&mut self, draft: DraftMode, has_trained: bool) {
+        let mode = draft.name();
+        if draft.wants_trained() && !has_trained && !std::mem::replace(&mut self.trained, true) {
+            tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
+        }
+        if draft.wants_streaming() && !std::mem::replace(&mut self.streaming, true) {
+            tracing::warn!(mode, "this version sends no rows before earlier verdicts are back");
+        }
+    }
 }
 
 impl Device {
@@ -140,8 +167,9 @@ impl Device {
             self.drop_cancelled();
             self.drop_overdue(now);
             self.open_sessions(now);
-            let busy = self.compute_one();
+            let mut busy = self.compute_one();
             self.send_unsent();
+            busy |= self.feed_sent();
             let timeout = if busy { Some(Duration::ZERO) } else { self.wait_for(now) };
             self.endpoint.turn(timeout, &mut events)?;
             for event in events.drain(..) {
@@ -182,12 +210,19 @@ impl Device {
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
             let draft = job.prepared.request.draft;
-            if draft.wants_trained() && !std::mem::replace(&mut self.told_untrained, true) {
-                let mode = draft.name();
-                tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
-            }
-            let drafts = draft != DraftMode::Off;
-            let lookup = drafts.then(|| job.prepared.prompt.iter().copied().collect());
+            let has_trained = self.start.trained.is_some();
+            self.missing.tell(draft, has_trained);
+            let wants_lookup = match draft {
+                DraftMode::Off => false,
+                DraftMode::Chain => !has_trained,
+                _ => true,
+            };
+            let lookup = wants_lookup.then(|| job.prepared.prompt.iter().copied().collect());
+            let wants_trained = !matches!(draft, DraftMode::Off | DraftMode::Lookup);
+            let trained = match &mut self.start.trained {
+                Some(trained) if wants_trained => trained.open(rows_max),
+                _ => None,
+            };
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
@@ -200,6 +235,11 @@ impl Device {
                 commit: 0,
                 round: 0,
                 lookup,
+                trained,
+                has_draft_rows: false,
+                fed: 0,
+                unfed: 0..0,
+                deep: Vec::new(),
                 held_back: Vec::new(),
                 sent_at: None,
                 sent_id: 0,
@@ -301,6 +341,8 @@ impl Device {
                 tracing::info!(%reason, "the cloud is away");
                 self.reason = reason;
                 self.set_connected(false);
+                // A round that an outage falls into says nothing about rounds.
+                self.actives.iter_mut().for_each(|active| active.sent_at = None);
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");
@@ -393,5 +435,8 @@ impl Device {
             let _ = self.endpoint.send_message(connection, active.wire_id, &Message::End);
         }
         self.pages.give_back(active.sequence.into_pages());
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+            trained.close(session);
+        }
     }
 }

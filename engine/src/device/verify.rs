@@ -191,6 +191,7 @@ impl Device {
     /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
     /// with the next rows, and forgets the rest.
     fn leave_tree(&mut self, index: usize, id: u32) {
+        self.feed_path(index);
         let active = &mut self.actives[index];
         active.walk.clear();
         if active.sequence.place(id).is_some() {

@@ -24,6 +24,13 @@ pub(super) struct Row {
     output: Option<Vec<f32>>,
 }
 
+impl Row {
+    /// What came back for it, the tail layers applied if the walk has been there.
+    pub(super) fn output(&self) -> Option<&[f32]> {
+        self.output.as_deref()
+    }
+}
+
 /// The rows below the last decided token, and the place of the walk.
 #[derive(Debug, Default)]
 pub(super) struct Walk {
@@ -99,6 +106,12 @@ impl Walk {
         }
     }
 
+    /// The rows from the root to where the walk stands, the last first.
+    pub(super) fn path(&self) -> impl Iterator<Item = &Row> + Clone {
+        let find = |id: u32| self.rows.iter().find(|row| row.id == id);
+        std::iter::successors(self.at.and_then(find), move |row| find(row.parent))
+    }
+
     /// Whether it stands nowhere: no row that is there decides the next token.
     pub(super) fn is_over(&self) -> bool {
         self.at.is_none()
@@ -139,6 +152,8 @@ mod tests {
         assert_eq!(walk.next(), Some((12, 1, &mut [12.0][..])));
         assert!(walk.step(8));
         assert!(walk.next().is_none(), "13 is away");
+        let path: Vec<_> = walk.path().map(|row| (row.id, row.output().is_some())).collect();
+        assert_eq!(path, [(13, false), (12, true), (10, true)]);
         assert!(!walk.step(99));
     }
 

@@ -7,11 +7,13 @@
 //!
 //! - [`tree`]: guesses of several drafters merged, the most probable ones first
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
+//! - [`trained`]: the seam of drafters that compute
 //! - [`policy`]: how many of them pay
 
 pub mod lookup;
 mod mode;
 pub mod policy;
+pub mod trained;
 pub mod tree;
 
 pub use lookup::Lookup;
@@ -27,17 +29,20 @@ pub const BUDGET_DEFAULT: usize = 32;
 pub enum Drafter {
     /// [`Lookup`]: what followed the same words before.
     Lookup,
+    /// [`trained`]: a small model.
+    Adapter,
 }
 
 impl Drafter {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::Lookup];
+    pub const ALL: [Self; 2] = [Self::Lookup, Self::Adapter];
 
     /// The name in JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
+            Self::Adapter => "adapter",
         }
     }
 }

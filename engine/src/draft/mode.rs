@@ -17,9 +17,10 @@ pub enum DraftMode {
     Tree,
     /// Lookup alone.
     Lookup,
-    /// As `Tree`, and rows go up before earlier verdicts are back.
+    /// As `Tree` in this version: rows do not yet go up before earlier verdicts are back, and the
+    /// engine says so once.
     Stream,
-    /// Everything at once.
+    /// Everything that there is, whether it pays or not: `Tree` in this version.
     All,
 }
 
@@ -40,6 +41,12 @@ impl DraftMode {
             Self::Stream => "stream",
             Self::All => "all",
         }
+    }
+
+    /// Whether it asks for rows that go up before earlier verdicts are back.
+    #[must_use]
+    pub const fn wants_streaming(self) -> bool {
+        matches!(self, Self::Stream | Self::All)
     }
 
     /// Whether it asks for a trained drafter by name.

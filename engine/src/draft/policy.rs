@@ -139,7 +139,7 @@ pub struct Acceptance {
 
 impl Default for Acceptance {
     fn default() -> Self {
-        Self { rates: [LOOKUP_FIRST] }
+        Self { rates: [LOOKUP_FIRST, [0.5; CLASSES]] }
     }
 }
 

@@ -18,12 +18,12 @@ use super::{assert_same, wide_or};
 const TOKENS: u32 = 48;
 
 /// A sampler that leaves `words` tokens; they are spread over the vocabulary.
-fn few(words: u32, sampler: SamplerConfig) -> SamplerConfig {
+pub(super) fn few(words: u32, sampler: SamplerConfig) -> SamplerConfig {
     let logit_bias = (0..words).map(|word| (30 + word * 17 % 400, 60.0)).collect();
     SamplerConfig { logit_bias, ..sampler }
 }
 
-fn request(sampler: SamplerConfig) -> Request {
+pub(super) fn request(sampler: SamplerConfig) -> Request {
     Request::tokens(long_prompt(75)).sampler(sampler).max_tokens(TOKENS).ignore_eos().hash_logits()
 }
 
@@ -46,7 +46,12 @@ fn requests() -> Vec<Request> {
     greedy.into_iter().chain(seeded).chain(fields).map(request).collect()
 }
 
-fn whole(bundles: &Bundles, split_layer: u32, wire: Codec, requests: &[Request]) -> Vec<Metrics> {
+pub(super) fn whole(
+    bundles: &Bundles,
+    split_layer: u32,
+    wire: Codec,
+    requests: &[Request],
+) -> Vec<Metrics> {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
     let mut whole = Whole::open(backend, &bundles.path, Some(split_layer), wire, 8192).unwrap();
     let mut answer = |request: &Request| *whole.generate(request.clone(), |_| {}).unwrap().1;

@@ -1,0 +1,84 @@
+//! The seam of drafters that compute: small models over rows that the device has anyway.
+//!
+//! A trained drafter reads the device's own *shallow* rows (the output of the input submodel), and
+//! may read the *deep* rows that came back for decided tokens, as they go into the final norm. It
+//! keeps KV of its own. For each session the device calls, in this order:
+//!
+//! 1. [`Trained::commit`] with rows of the decided path: the prompt's, then each round's. Each
+//!    position once, in order, also over reconnects.
+//! 2. [`Trained::propose`] for node 0 of a new tree, which is the last committed row; then, as the
+//!    tree grows level by level, for the nodes whose shallow rows were computed since.
+//! 3. [`Trained::rollback`] when the verdict is there: the tree's rows are void. What was right
+//!    comes again as step 1, now with deep rows.
+
+use std::ops::Range;
+
+use super::tree::{Guess, Node};
+use crate::backend::TokenId;
+
+/// A session of a trained drafter.
+pub type SessionId = u32;
+
+/// Rows of the decided path, at the positions that follow those committed before.
+#[derive(Clone, Copy, Debug)]
+pub struct Decided<'a> {
+    /// Position of the first.
+    pub first: u32,
+    /// Their tokens. `[rows]`
+    pub tokens: &'a [TokenId],
+    /// Their shallow rows. `[rows, hidden_size]`
+    pub shallow: &'a [f32],
+    /// The deep rows of the positions before each of them, `[rows, hidden_size]`; `None` where
+    /// these did not come back: in a prompt.
+    pub deep_before: Option<&'a [f32]>,
+}
+
+/// Nodes of a draft tree whose shallow rows are new.
+#[derive(Clone, Copy, Debug)]
+pub struct Drafted<'a> {
+    /// All nodes so far; parents come first, and node 0 is the last committed row.
+    pub nodes: &'a [Node],
+    /// Index of the first new one; the new ones are the last.
+    pub first: usize,
+    /// Position of node 0; that of a node is as much greater as it is deep.
+    pub root_position: u32,
+    /// Shallow rows of the new ones. `[nodes.len() - first, hidden_size]`
+    pub shallow: &'a [f32],
+}
+
+impl Drafted<'_> {
+    /// Indices of the new nodes.
+    #[must_use]
+    pub fn new_nodes(&self) -> Range<usize> {
+        self.first..self.nodes.len()
+    }
+}
+
+/// A drafter that computes.
+pub trait Trained: Send {
+    /// One line for people: its size, what it reads.
+    fn describe(&self) -> String;
+
+    /// Opens a session of at most `rows_max` positions; `None` if there is no room for it, and the
+    /// request is drafted without.
+    fn open(&mut self, rows_max: u32) -> Option<SessionId>;
+
+    /// Ends a session.
+    fn close(&mut self, session: SessionId);
+
+    /// Takes rows of the decided path.
+    fn commit(&mut self, session: SessionId, rows: &Decided<'_>);
+
+    /// Guesses what follows each of the new nodes, at most `width` tokens each: index of the node,
+    /// and a guess with its probability, into `guesses`.
+    fn propose(
+        &mut self,
+        session: SessionId,
+        rows: &Drafted<'_>,
+        width: usize,
+        guesses: &mut Vec<(usize, Guess)>,
+    );
+
+    /// Forgets the rows of the tree.
+    fn rollback(&mut self, session: SessionId);
+}

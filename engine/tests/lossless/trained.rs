@@ -1,0 +1,182 @@
+//! A drafter that computes, plugged into the engine: a stand-in that knows the answer, guesses
+//! right and wrong, and checks what the device promises it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use hat_engine::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_engine::draft::tree::Guess;
+use hat_engine::draft::{Drafter, Source};
+use hat_engine::internal::{DeviceModel, pages_for, processor};
+use hat_engine::options::{Codec, DraftMode, Processor};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
+
+use super::drafts::{few, request, whole};
+use super::support::{Bundles, collect_with, long_prompt};
+use super::{assert_same, support::hand::HIDDEN};
+
+/// What the stand-in was given in its sessions.
+#[derive(Default)]
+struct Seen {
+    /// Token and shallow row of each committed position, of the session at hand.
+    path: Vec<(u32, Vec<f32>)>,
+    /// Shallow rows of the tree at hand, by its nodes.
+    tree: Vec<Vec<f32>>,
+    /// Rows of decided tokens that came with the deep row before them.
+    deep: usize,
+    sessions: usize,
+    closed: usize,
+    /// Committed rows that had been in a tree, bit for bit the same.
+    kept: usize,
+    /// The shallow rows of the last tree, by the tokens below its root.
+    drafted: HashMap<Vec<u32>, Vec<f32>>,
+    /// Position of its root.
+    root: u32,
+}
+
+/// Knows what will be said.
+struct StandIn {
+    script: Vec<u32>, // prompt and answer
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Trained for StandIn {
+    fn describe(&self) -> String {
+        "a stand-in".into()
+    }
+
+    fn open(&mut self, _: u32) -> Option<SessionId> {
+        let mut seen = self.seen.lock().unwrap();
+        seen.path.clear();
+        seen.sessions += 1;
+        Some(7)
+    }
+
+    fn close(&mut self, session: SessionId) {
+        assert_eq!(session, 7);
+        self.seen.lock().unwrap().closed += 1;
+    }
+
+    fn commit(&mut self, _: SessionId, rows: &Decided<'_>) {
+        let seen = &mut *self.seen.lock().unwrap();
+        assert_eq!(rows.first as usize, seen.path.len(), "positions come once, in order");
+        assert!(seen.tree.is_empty(), "a tree is rolled back before anything is committed");
+        let shallow = rows.shallow.chunks_exact(HIDDEN);
+        assert_eq!(shallow.len(), rows.tokens.len());
+        for (index, (token, row)) in rows.tokens.iter().zip(shallow).enumerate() {
+            assert_eq!(self.script[seen.path.len()], *token, "position {}", seen.path.len());
+            let below_root = (rows.first == seen.root + 1).then(|| &rows.tokens[..=index]);
+            if let Some(drafted) = below_root.and_then(|path| seen.drafted.get(path)) {
+                assert_eq!(drafted, row, "not the row that was drafted");
+                seen.kept += 1;
+            }
+            seen.path.push((*token, row.to_vec()));
+        }
+        if let Some(deep) = rows.deep_before {
+            assert_eq!(deep.len(), rows.shallow.len());
+            assert!(deep.iter().any(|number| *number != 0.0));
+            seen.deep += rows.tokens.len();
+        }
+    }
+
+    fn propose(
+        &mut self,
+        _: SessionId,
+        rows: &Drafted<'_>,
+        width: usize,
+        guesses: &mut Vec<(usize, Guess)>,
+    ) {
+        let seen = &mut *self.seen.lock().unwrap();
+        assert_eq!(rows.root_position as usize + 1, seen.path.len(), "the root is committed");
+        assert_eq!(rows.first, seen.tree.len(), "nodes come in order");
+        if rows.first == 0 {
+            assert_eq!(seen.path.last().unwrap().1, rows.shallow, "the root's own row");
+            seen.drafted.clear();
+            seen.root = rows.root_position;
+        }
+        for (node, row) in rows.new_nodes().zip(rows.shallow.chunks_exact(HIDDEN)) {
+            seen.tree.push(row.to_vec());
+            let position = rows.root_position + rows.nodes[node].depth;
+            let mut path = Vec::new();
+            let mut at = node;
+            while at != 0 {
+                path.insert(0, rows.nodes[at].token);
+                at = rows.nodes[at].parent;
+            }
+            seen.drafted.insert(path, row.to_vec());
+            let right = self.script.get(position as usize + 1).copied().unwrap_or(3);
+            let source = Source { drafter: Drafter::Adapter, class: 0 };
+            // Every fourth position the best guess is wrong; the second is right.
+            let first = if position.is_multiple_of(4) { 1 + right } else { right };
+            let tokens = [first % 512, right, 5, 6];
+            for (token, probability) in tokens.into_iter().zip([0.6, 0.25, 0.1, 0.05]).take(width) {
+                guesses.push((node, Guess { token, probability, source }));
+            }
+        }
+    }
+
+    fn rollback(&mut self, _: SessionId) {
+        self.seen.lock().unwrap().tree.clear();
+    }
+}
+
+/// An engine whose trained drafter knows `answer`.
+fn engine(bundles: &Bundles, cloud: &str, answer: &Metrics) -> (Engine, Arc<Mutex<Seen>>) {
+    let config = EngineConfig::new(bundles.path.join("device")).cloud(cloud);
+    let half = hat_loader::Bundle::open(&config.bundle).unwrap();
+    let pages = pages_for(config.limits.kv_rows_max as usize + 64);
+    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let model = DeviceModel::load(backend, &half, 1, 512, pages).unwrap();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let script = [long_prompt(75), answer.token_ids.clone()].concat();
+    let stand_in = StandIn { script, seen: seen.clone() };
+    let trained: Box<dyn Trained> = Box::new(stand_in);
+    (Engine::serve_drafting(config, &half, Box::new(model), Some(trained)).unwrap(), seen)
+}
+
+#[test]
+fn a_computing_drafter_changes_nothing_but_rounds() {
+    for tail_layers in [0, 1] {
+        let bundles = Bundles::generated(1, tail_layers);
+        let requests: Vec<Request> = vec![
+            request(Default::default()),
+            request(few(
+                4,
+                hat_engine::options::SamplerConfig { temperature: 0.9, ..Default::default() },
+            )),
+        ];
+        let answers = whole(&bundles, 1, Codec::F16, &requests);
+        for (request, answer) in requests.iter().zip(&answers) {
+            for mode in [DraftMode::Chain, DraftMode::Tree, DraftMode::All, DraftMode::Auto] {
+                for restarts in [false, true] {
+                    let config = || CloudConfig::new(bundles.path.join("cloud"));
+                    let mut cloud = Some(Cloud::start(config()).unwrap());
+                    let address = cloud.as_ref().unwrap().address();
+                    let (engine, seen) = engine(&bundles, &address.to_string(), answer);
+                    let mut tokens = 0;
+                    let split = collect_with(&engine, request.clone().draft(mode), |_| {
+                        tokens += 1;
+                        if restarts && [3, 20].contains(&tokens) {
+                            drop(cloud.take());
+                            cloud = Some(Cloud::start(config().listen(address)).unwrap());
+                        }
+                    });
+                    let case = format!("tail {tail_layers}, {}, {restarts}", mode.name());
+                    assert_same(&case, answer, &split);
+                    drop(engine);
+                    let seen = seen.lock().unwrap();
+                    assert_eq!(seen.sessions, 1, "{case}");
+                    assert!(seen.deep > 10, "{case}: {} with deep rows", seen.deep);
+                    if mode != DraftMode::Auto {
+                        let accept_len = split.timings.accept_len;
+                        let least = if mode == DraftMode::Chain { 1.9 } else { 3.0 };
+                        assert!(restarts || accept_len > least, "{case}: {accept_len}");
+                        assert!(seen.kept > 10, "{case}: {} rows kept", seen.kept);
+                        let drafters = &split.timings.drafters;
+                        assert!(drafters["adapter"].accepted > 0, "{case}: {drafters:?}");
+                    }
+                }
+            }
+        }
+    }
+}
