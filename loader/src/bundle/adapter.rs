@@ -2,7 +2,8 @@
 //!
 //! One safetensors file: matrices in row order, f16 or q8_0 (as bytes, `[n, bytes of a row]`),
 //! norms f32, `vocabulary` u32; and texts: `format_version`, `kind`, `model_id`, `split_layer`,
-//! and `training`, which is for people. It comes from somebody else's machine, so everything is checked.
+//! and `training`, which is for people. It comes from somebody else's machine, so everything is
+//! checked.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -207,7 +208,7 @@ impl Adapter {
 }
 
 /// Adds a drafter to the device bundle at `directory`, in place of the one it has. The manifest
-/// is replaced last, so the bundle is whole at any moment.
+/// names no drafter while the file is replaced, so the bundle can be opened at any moment.
 ///
 /// # Errors
 /// As [`Adapter::read`]; and if `directory` is no device's bundle, or the disk says no.
@@ -227,12 +228,19 @@ pub fn add_adapter_bytes(directory: &Path, name: &Path, bytes: &[u8]) -> Result<
         return Err(BundleError::NotABundle { path, reason });
     }
     Adapter::from_bytes(name, bytes, &manifest)?;
+    if manifest.files.remove(ADAPTER).is_some() {
+        replace_manifest(directory, &manifest)?;
+    }
     let entry = replace(directory, ADAPTER, bytes)?;
     manifest.files.insert(ADAPTER.to_owned(), entry);
-    let path = directory.join(MANIFEST);
-    let json = serde_json::to_string_pretty(&manifest).map_err(BundleError::json(&path))?;
-    replace(directory, MANIFEST, json.as_bytes())?;
+    replace_manifest(directory, &manifest)?;
     write::sync_directory(directory)
+}
+
+fn replace_manifest(directory: &Path, manifest: &Manifest) -> Result<(), BundleError> {
+    let path = directory.join(MANIFEST);
+    let json = serde_json::to_string_pretty(manifest).map_err(BundleError::json(&path))?;
+    replace(directory, MANIFEST, json.as_bytes()).map(drop)
 }
 
 /// Writes a file under another name and renames it.

@@ -1,8 +1,8 @@
 //! Bundles: one directory a role, used straight from the memory map.
 //!
 //! `device/` holds the tensors of the input and the output submodel, the tokenizer and the chat
-//! template, and a trained drafter if there is one; `cloud/` holds the tensors of the middle submodel and nothing else. Each has a
-//! `bundle.json`, the [`Manifest`], and `weights.safetensors`, in which a matrix is one run of
+//! template, and a trained drafter if there is one; `cloud/` holds the tensors of the middle
+//! submodel and nothing else. Each has a `bundle.json`, the [`Manifest`], and `weights.safetensors`, in which a matrix is one run of
 //! bytes in the panel layout and a vector is f32. Both halves carry one [`ModelId`].
 
 mod adapter;

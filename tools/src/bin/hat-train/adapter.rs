@@ -124,8 +124,7 @@ impl Adapter {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
+    use hat_engine::backend::cpu::CpuBackend;
     use hat_engine::internal::{
         DraftForward as _, DraftModel, PlanBuffers, Sequence, processor, tiny_bundle,
     };
@@ -154,10 +153,9 @@ mod tests {
         assert!(off <= share * size, "{what}: off by {off} where numbers are about {size}");
     }
 
-    /// The engine's drafter against the one that is trained, over a decided path and a tree.
-    fn same_forward(kind: Kind, half: bool, share: f32) {
-        let directory = tempfile::tempdir().unwrap();
-        let device = Bundle::open(&tiny_bundle(directory.path()).unwrap().join("device")).unwrap();
+    /// A device bundle with a random drafter of `kind`, and the drafter as `eval` reads it.
+    fn bundle(directory: &Path, kind: Kind, half: bool) -> (Bundle, Adapter) {
+        let device = Bundle::open(&tiny_bundle(directory).unwrap().join("device")).unwrap();
         let dims = Dims::new(device.config());
         let mut params = Params::zeros(kind, &dims);
         for (stream, values) in (0..).zip(&mut params.values) {
@@ -173,13 +171,56 @@ mod tests {
             prompts: vec![],
         };
         let (model_id, vocabulary) = (device.model_id().to_string(), vec![9, 2, 30, 4, 17]);
-        let path = directory.path().join("adapter.safetensors");
+        let path = directory.join("adapter.safetensors");
         let written = Adapter { params, model_id, split_layer: 1, vocabulary, training };
         written.write(&path, half).unwrap();
-        let adapter = Adapter::read(&path, &dims, &device).unwrap();
         hat_loader::add_adapter(device.directory(), &path).unwrap();
-        let device = Bundle::open(device.directory()).unwrap();
+        let adapter = Adapter::read(&path, &dims, &device).unwrap();
+        (Bundle::open(device.directory()).unwrap(), adapter)
+    }
 
+    /// A session of the engine's drafter.
+    struct Session {
+        drafter: DraftModel<CpuBackend>,
+        sequence: Sequence,
+        plan: PlanBuffers,
+    }
+
+    impl Session {
+        fn decided(&mut self, count: u32, shallow: &[f32], deep: &[f32], drafts: bool) -> Vec<f32> {
+            let Self { drafter, sequence, plan } = self;
+            let id = sequence.last_id() + 1;
+            let place = sequence.append_committed(id, count, sequence.tip()).unwrap();
+            plan.clear();
+            plan.push_committed(place, count);
+            plan.end_sequence(sequence);
+            let mut y = vec![0.0; shallow.len()];
+            if drafts {
+                drafter.decide(&plan.plan(), shallow, deep, &mut y);
+            } else {
+                drafter.remember(&plan.plan(), shallow, deep);
+            }
+            y
+        }
+
+        fn guess(&mut self, parent: u32, shallow: &[f32], y_before: &[f32]) -> (u32, Vec<f32>) {
+            let Self { drafter, sequence, plan } = self;
+            let id = sequence.last_id() + 1;
+            sequence.append_pending(id, &[parent]).unwrap();
+            plan.clear();
+            assert!(plan.push_pending(sequence, id));
+            plan.end_sequence(sequence);
+            let mut y = vec![0.0; shallow.len()];
+            drafter.guess(&plan.plan(), shallow, y_before, &mut y);
+            (id, y)
+        }
+    }
+
+    /// The engine's drafter against the one that is trained, over a decided path and a tree.
+    fn same_forward(kind: Kind, half: bool, share: f32) {
+        let directory = tempfile::tempdir().unwrap();
+        let (device, adapter) = bundle(directory.path(), kind, half);
+        let dims = Dims::new(device.config());
         // Nine tokens, of which four are the prompt; deep rows are there from the last of those.
         let (shallow, deep) = (noise(9, dims.hidden, 50, 3.0), noise(9, dims.hidden, 51, 40.0));
         let mut reader = WeightReader::new().unwrap();
@@ -194,69 +235,40 @@ mod tests {
         let unroll = Unroll::forward(&adapter.params, &dims, &batch, 3);
 
         let backend = processor::cpu(Processor::Auto, 1).unwrap();
-        let mut drafter = DraftModel::load(backend, &device, 16, 4).unwrap().unwrap();
+        let drafter = DraftModel::load(backend, &device, 16, 4).unwrap().unwrap();
         assert_eq!(drafter.split_layer(), 1);
-        let mut before = Rows::zeros((9, dims.hidden));
-        before.slice_mut(ndarray::s![4.., ..]).assign(&deep.slice(ndarray::s![3..8, ..]));
-        let mut sequence = Sequence::new(vec![2, 1], 60);
-        let mut plan = PlanBuffers::default();
-        let mut decided = |sequence: &mut Sequence, drafter: &mut DraftModel<_>, first, last| {
-            let (id, count) = (sequence.last_id() + 1, u32::try_from(last + 1 - first).unwrap());
-            let place = sequence.append_committed(id, count, sequence.tip()).unwrap();
-            plan.clear();
-            plan.push_committed(place, count);
-            plan.end_sequence(sequence);
-            let (s, d) = (rows(&shallow, first, last), rows(&before, first, last));
-            let mut y = vec![0.0; s.len()];
-            if last < 4 {
-                drafter.remember(&plan.plan(), s, d);
-            } else {
-                drafter.decide(&plan.plan(), s, d, &mut y);
-            }
-            y
-        };
-        decided(&mut sequence, &mut drafter, 0, 3);
-        let y = decided(&mut sequence, &mut drafter, 4, 5);
+        let sequence = Sequence::new(vec![2, 1], 60);
+        let mut session = Session { drafter, sequence, plan: PlanBuffers::default() };
+        let none = Rows::zeros((4, dims.hidden));
+        session.decided(4, rows(&shallow, 0, 3), rows(&none, 0, 3), false);
+        let y = session.decided(2, rows(&shallow, 4, 5), rows(&deep, 3, 4), true);
         close(&y, rows(unroll.y(1), 0, 1), share, "decided rows");
 
         // Below position 5: a wrong guess, the right one, and the right one below that.
-        let tip = sequence.tip();
-        let root = y[dims.hidden..].to_vec();
-        let mut plan = PlanBuffers::default();
-        let mut guess = |sequence: &mut Sequence, parent, s: &[f32], y_before: &[f32]| {
-            let id = sequence.last_id() + 1;
-            sequence.append_pending(id, &[parent]).unwrap();
-            plan.clear();
-            assert!(plan.push_pending(sequence, id));
-            plan.end_sequence(sequence);
-            let mut y = vec![0.0; s.len()];
-            drafter.guess(&plan.plan(), s, y_before, &mut y);
-            (id, y)
-        };
-        guess(&mut sequence, tip, rows(&deep, 0, 0), &root);
-        let (child, y2) = guess(&mut sequence, tip, rows(&shallow, 6, 6), &root);
+        let (tip, root) = (session.sequence.tip(), &y[dims.hidden..]);
+        session.guess(tip, rows(&deep, 0, 0), root);
+        let (child, y2) = session.guess(tip, rows(&shallow, 6, 6), root);
         close(&y2, rows(unroll.y(2), 2, 2), share, "a child");
-        let (_, y3) = guess(&mut sequence, child, rows(&shallow, 7, 7), &y2);
+        let (_, y3) = session.guess(child, rows(&shallow, 7, 7), &y2);
         close(&y3, rows(unroll.y(3), 3, 3), share, "a grandchild");
-
-        // What the drafter takes for likely, against the same rows of the head in f32.
-        let mut likely = Vec::new();
-        drafter.likeliest(&y3, 3, &mut likely);
-        let name = if device.config().tie_word_embeddings {
-            "model.embed_tokens.weight"
-        } else {
-            "lm_head.weight"
-        };
+        let name = crate::fit::head_name(&device);
         let head = reader.read(&device, name, Some(&adapter.vocabulary)).unwrap();
-        let y3 = Rows::from_shape_vec((1, dims.hidden), y3).unwrap();
-        let logits = linear(&y3, &head);
+        check_likeliest(&mut session.drafter, &adapter.vocabulary, &head, y3);
+    }
+
+    /// What the drafter takes for likely, against the same rows of the head in f32.
+    fn check_likeliest(
+        drafter: &mut DraftModel<CpuBackend>,
+        vocabulary: &[u32],
+        head: &Rows,
+        y: Vec<f32>,
+    ) {
+        let mut likely = Vec::new();
+        drafter.likeliest(&y, 3, &mut likely);
+        let logits = linear(&Rows::from_shape_vec((1, y.len()), y).unwrap(), head);
         let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
-        let mut wanted: Vec<(u32, f32)> = adapter
-            .vocabulary
-            .iter()
-            .zip(logits.iter())
-            .map(|(token, logit)| (*token, logit.exp() / sum))
-            .collect();
+        let probabilities = logits.iter().map(|logit| logit.exp() / sum);
+        let mut wanted: Vec<(u32, f32)> = vocabulary.iter().copied().zip(probabilities).collect();
         wanted.sort_by(|a, b| b.1.total_cmp(&a.1));
         assert_eq!(likely.len(), 3);
         for (likely, wanted) in likely.iter().zip(&wanted) {

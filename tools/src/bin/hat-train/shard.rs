@@ -1,7 +1,7 @@
 //! Shards: what `collect` writes and `fit` reads, one safetensors file for some sequences.
 //!
-//! A sequence is its tokens, a shallow row for each of them but the last at each split layer, and deep rows
-//! from `deep_first` on. The deep row is the model's last hidden row before the final norm, as
+//! A sequence is its tokens, a shallow row for each of them but the last at each split layer, and
+//! deep rows from `deep_first` on. The deep row is the model's last hidden row before the final norm, as
 //! the wire returns it: norm and head make the target's whole distribution of it again, in less
 //! room than the 200 most likely tokens would take, and a drafter reads the row itself.
 
@@ -289,8 +289,6 @@ fn front<T: Copy>(from: &mut &[T], count: usize) -> Vec<T> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
     use super::*;
 
     fn collection() -> Collection {

@@ -1,8 +1,8 @@
 //! The target model, run over many sequences in one step, with its rows held out at some layers.
 //!
 //! It is the engine's own device and middle submodel, one after the other in one process. Rows
-//! are rounded to f16 where they would cross the link, before the first tapped layer and at the end, so the
-//! rows that are kept are those that a device has.
+//! are rounded to f16 where they would cross the link, before the first tapped layer and at the
+//! end, so the rows that are kept are those that a device has.
 
 use std::path::Path;
 

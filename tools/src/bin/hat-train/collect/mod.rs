@@ -290,7 +290,7 @@ impl<'a> Collector<'a> {
         let stat = rustix::fs::statvfs(&self.args.out).with_context(|| {
             format!("asking how full the disk of {} is", self.args.out.display())
         })?;
-        let free_mib = stat.f_bavail * stat.f_frsize >> 20;
+        let free_mib = (stat.f_bavail * stat.f_frsize) >> 20;
         ensure!(
             free_mib >= self.args.disk_free_min,
             "{free_mib} MiB are left on the disk of {} (--disk-free-min {}), of which {} MiB are \

@@ -301,7 +301,7 @@ impl Prompts {
         if let Some(question) = value["question"].as_str() {
             self.questions.push(question.to_owned());
             let n = self.questions.len();
-            if n % 16 == 0 {
+            if n.is_multiple_of(16) {
                 let language = ["German", "French", "Spanish", "Italian"][n / 16 % 4];
                 self.tasks.push(format!("Translate English to {language}: {question}"));
             }
@@ -384,8 +384,6 @@ fn shuffle<T>(list: &mut [T], seed: u64, stream: u32) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
     use super::*;
 
     fn prompts(seed: u64) -> Prompts {

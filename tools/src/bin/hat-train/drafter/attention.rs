@@ -24,7 +24,8 @@ impl Span {
     }
 }
 
-/// Keys and values of one step, keys rotated. Step 1 has rows for all positions, later ones for queries.
+/// Keys and values of one step, keys rotated. Step 1 has rows for all positions, later ones for
+/// queries.
 pub(super) struct KeyValues {
     pub(super) k: Rows,
     pub(super) v: Rows,

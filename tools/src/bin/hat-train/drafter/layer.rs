@@ -154,21 +154,7 @@ pub(super) fn backward(
     rope(&mut dq, place.query_positions, &dims.inv_freq, -1.0);
     let own = &mut dkeys[place.step - 1];
     rope(&mut own.k, place.positions, &dims.inv_freq, -1.0);
-    let mut dnormed = Rows::zeros(step.normed.dim());
-    for (d, weight) in [(&own.k, K), (&own.v, V)] {
-        add_linear_dw(d, &step.normed, &mut g[weight]);
-        add_linear_dx(d, &p[weight], &mut dnormed);
-    }
-    match place.queries {
-        Some(queries) => {
-            add_linear_dw(&dq, &gather(&step.normed, queries), &mut g[Q]);
-            scatter_add(&dq.dot(&p[Q]), queries, &mut dnormed);
-        }
-        None => {
-            add_linear_dw(&dq, &step.normed, &mut g[Q]);
-            add_linear_dx(&dq, &p[Q], &mut dnormed);
-        }
-    }
+    let dnormed = project_backward(p, g, place, &step.normed, &dq, own);
     let mut du = Rows::zeros(step.u.dim());
     let norm = Some((&p[INPUT_NORM], &mut g[INPUT_NORM]));
     rms_norm_backward(&step.u, norm, &step.normed_scales, &dnormed, &mut du);
@@ -182,6 +168,33 @@ pub(super) fn backward(
         add_linear_dx(&at_queries, &p[W2], ddeep);
     }
     (du, ddeep)
+}
+
+/// Returns the derivative of what queries, keys and values are made of.
+fn project_backward(
+    p: &[Rows],
+    g: &mut [Rows],
+    place: &Place<'_>,
+    normed: &Rows,
+    dq: &Rows,
+    own: &KeyValues,
+) -> Rows {
+    let mut dnormed = Rows::zeros(normed.dim());
+    for (d, weight) in [(&own.k, K), (&own.v, V)] {
+        add_linear_dw(d, normed, &mut g[weight]);
+        add_linear_dx(d, &p[weight], &mut dnormed);
+    }
+    match place.queries {
+        Some(queries) => {
+            add_linear_dw(dq, &gather(normed, queries), &mut g[Q]);
+            scatter_add(&dq.dot(&p[Q]), queries, &mut dnormed);
+        }
+        None => {
+            add_linear_dw(dq, normed, &mut g[Q]);
+            add_linear_dx(dq, &p[Q], &mut dnormed);
+        }
+    }
+    dnormed
 }
 
 /// Returns the derivative of the feed-forward part's input.

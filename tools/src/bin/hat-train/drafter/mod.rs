@@ -13,8 +13,8 @@
 //! feed-forward part, as in HAT (arXiv 2503.18989).
 //!
 //! Training unrolls: step 1 reads the true deep row of the token before, step `k` what step
-//! `k - 1` said of it, and attends to what a device has then: keys of step 1 up to where the round began,
-//! and after that one key of each later step.
+//! `k - 1` said of it, and attends to what a device has then: keys of step 1 up to where the round
+//! began, and after that one key of each later step.
 
 mod attention;
 mod layer;

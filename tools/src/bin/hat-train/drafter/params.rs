@@ -145,7 +145,7 @@ impl Params {
     }
 
     /// Layer `index` of the model where the kind has one, `W1` the identity times `scale`; the
-    /// outputs are left for [`super::Unroll::ridge`]. The paper's attention starts from the layer too.
+    /// outputs are left for a fit. The paper's attention starts from the layer too.
     pub(crate) fn from_model(
         kind: Kind,
         dims: &Dims,
@@ -162,9 +162,9 @@ impl Params {
             .find(|bundle| bundle.holds(&(index..index + 1)))
             .with_context(|| format!("no half of the bundle holds layer {index}"))?;
         let mut reader = WeightReader::new()?;
-        for parameter in INPUT_NORM..=DOWN {
+        for (parameter, name) in PARAMETERS.iter().enumerate().take(DOWN + 1).skip(INPUT_NORM) {
             if Self::has(kind, parameter) {
-                let name = format!("model.layers.{index}.{}", PARAMETERS[parameter]);
+                let name = format!("model.layers.{index}.{name}");
                 params.values[parameter] = reader.read(holder, &name, None)?;
             }
         }

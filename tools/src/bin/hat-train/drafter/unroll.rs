@@ -195,8 +195,6 @@ fn shift(rows: &Rows, spans: &[Span], by: isize) -> Rows {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
     use super::super::params::{Kind, PARAMETERS};
     use super::*;
 

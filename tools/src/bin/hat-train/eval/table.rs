@@ -99,7 +99,8 @@ impl Table {
                 .hits
                 .iter()
                 .map(|hits| {
-                    json!({"positions": hits[0], "top1": share(hits[1], hits[0]), "top5": share(hits[2], hits[0])})
+                    let [top1, top5] = [share(hits[1], hits[0]), share(hits[2], hits[0])];
+                    json!({"positions": hits[0], "top1": top1, "top5": top5})
                 })
                 .collect();
             let rules: serde_json::Map<String, Value> = self

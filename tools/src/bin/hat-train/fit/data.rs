@@ -14,8 +14,8 @@ use crate::shard::{self, Collection, Recording, SequenceFacts, Shard};
 
 /// Shards whose sequences are mixed.
 const POOL_SHARDS: usize = 8;
-/// One job in so many is never trained on.
-const HELD_OUT_EVERY: u64 = 50;
+/// One job in so many is never trained on; a prime, so that each kind of prompt has its share.
+const HELD_OUT_EVERY: u64 = 53;
 
 /// Whether a job is kept for `eval`.
 pub(crate) const fn is_held_out(job: u64) -> bool {

@@ -138,7 +138,8 @@ impl Loss {
     }
 }
 
-/// The mean smooth L1 distance of two rows in units of the target's root mean square, and its derivative by `y`.
+/// The mean smooth L1 distance of two rows in units of the target's root mean square, and its
+/// derivative by `y`.
 fn smooth_l1(
     y: ndarray::ArrayView1<'_, f32>,
     target: ndarray::ArrayView1<'_, f32>,

@@ -230,12 +230,12 @@ impl<'a> Trainer<'a> {
             self.step += 1;
             seen += target.nrows();
             recent.push(losses);
-            if self.step % 20 == 0 || self.step == steps {
+            if self.step.is_multiple_of(20) || self.step == steps {
                 let speed = seen as f64 / start.elapsed().as_secs_f64();
                 eprintln!("step {}/{steps}: {}, {speed:.0} positions/s", self.step, mean(&recent));
                 recent.clear();
             }
-            if self.step % self.args.checkpoint == 0 || self.step == steps {
+            if self.step.is_multiple_of(self.args.checkpoint) || self.step == steps {
                 self.write_checkpoint()?;
             }
         }

@@ -118,8 +118,6 @@ fn scale(b: &mut [f64], row: usize, factor: f64, columns: usize) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
     use super::*;
 
     #[test]
