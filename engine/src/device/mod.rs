@@ -4,6 +4,7 @@ mod active;
 mod compute;
 mod grow;
 mod run;
+mod trained;
 mod verify;
 mod walk;
 
@@ -19,12 +20,13 @@ use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{LinkKind, Waker};
 
+use self::trained::DraftSessions;
 use crate::answer::Prepared;
 use crate::cloud::Cloud;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
-use crate::model::{DeviceForward, DeviceModel};
+use crate::model::{DeviceForward, DeviceModel, DraftForward as _, DraftModel};
 use crate::page::pages_for;
 use crate::request::CancelOnDrop;
 use crate::sequence::PENDING_ROWS_MAX;
@@ -85,7 +87,8 @@ impl Engine {
         let backend = processor::cpu(config.processor, config.threads)?;
         let rows = config.limits.step_rows_max as usize;
         let model = DeviceModel::load(backend, &bundle, split_layer, rows, pages)?;
-        Self::serve(config, &bundle, Box::new(model))
+        let trained = trained(&config, &bundle, split_layer)?;
+        Self::serve_drafting(config, &bundle, Box::new(model), trained)
     }
 
     /// Serves a model that is already loaded (tests that plant faults in its backend). Its KV
@@ -248,6 +251,28 @@ impl Drop for Engine {
             let _ = thread.join();
         }
     }
+}
+
+/// The trained drafter of a device's bundle, if it has one that was trained for this split.
+///
+/// # Errors
+/// [`Error::Bundle`] if its file is bad, [`Error::Backend`].
+fn trained(
+    config: &EngineConfig,
+    bundle: &Bundle,
+    split_layer: usize,
+) -> Result<Option<Box<dyn Trained>>, Error> {
+    let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
+    let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
+    let backend = processor::cpu(config.processor, config.threads)?;
+    let Some(model) = DraftModel::load(backend, bundle, rows, pages)? else { return Ok(None) };
+    if model.split_layer() != split_layer {
+        let trained_for = model.split_layer();
+        tracing::warn!(trained_for, split_layer, "the trained drafter is for another split");
+        return Ok(None);
+    }
+    let hidden_size = bundle.config().hidden_size;
+    Ok(Some(Box::new(DraftSessions::new(Box::new(model), hidden_size, rows, pages))))
 }
 
 /// Opens a device's bundle.
