@@ -18,6 +18,10 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const FILE_BYTES: u64 = 98_362_432;
 const FILE_BLAKE3: &str = "5f4fa13bfc6dd4a91fd00e22974a9c4e9ed628fd7d7f307398ddf30260d6b2c3";
 
+/// The default model's trained drafter, for a device of [`SPLIT_LAYER_DEFAULT`] layers;
+/// `docs/DRAFTER.md` is its card.
+const DRAFTER: &[u8] = include_bytes!("../drafters/SmolLM2-135M-Instruct-split2.safetensors");
+
 /// Layers before the cloud's unless asked otherwise.
 pub const SPLIT_LAYER_DEFAULT: usize = 2;
 
@@ -125,15 +129,37 @@ pub fn default_bundle(
     tail_layers: usize,
 ) -> anyhow::Result<PathBuf> {
     let version = hat_loader::bundle::FORMAT_VERSION;
-    let name = format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}");
-    let out = cache.join("bundles").join(name);
-    if out.join("device/bundle.json").is_file() && out.join("cloud/bundle.json").is_file() {
-        return Ok(out);
+    let mut name = format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}");
+    let has_drafter = split_layer == SPLIT_LAYER_DEFAULT;
+    if has_drafter {
+        // Programs with another drafter, or from before there was one, keep their own bundle.
+        name.push_str(&format!("-drafter-{}", &blake3::hash(DRAFTER).to_hex()[..8]));
     }
-    let model = default_model(cache)?;
-    let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
-    split(&model, options, &out)?;
+    let out = cache.join("bundles").join(name);
+    if !out.join("device/bundle.json").is_file() || !out.join("cloud/bundle.json").is_file() {
+        let model = default_model(cache)?;
+        let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
+        split(&model, options, &out)?;
+    }
+    if has_drafter {
+        let device = out.join("device");
+        // A bundle works without it; a cache that can't be written to still serves.
+        if let Err(error) = with_drafter(&device) {
+            eprintln!("{} stays without the trained drafter: {error:#}", device.display());
+        }
+    }
     Ok(out)
+}
+
+/// Adds this program's drafter to a bundle that does not have it.
+fn with_drafter(device: &Path) -> anyhow::Result<()> {
+    let bundle = hat_loader::Bundle::open(device)?;
+    let has = bundle.manifest().files.get(hat_loader::bundle::ADAPTER);
+    if has.is_none_or(|entry| entry.blake3 != blake3::hash(DRAFTER).to_hex().as_str()) {
+        let name = Path::new("the built-in drafter");
+        hat_loader::bundle::add_adapter_bytes(device, name, DRAFTER)?;
+    }
+    Ok(())
 }
 
 /// Splits a model into the bundle `out`, behind a progress bar.

@@ -12,8 +12,9 @@
 //!
 //! `y` times some rows of the LM head gives the likeliest next tokens. Decided tokens leave keys
 //! that were made with true deep rows; a draft tree hangs keys below them that were made with
-//! guessed ones, and those are made again once the tokens are decided. Kinds without deep rows lack `W2` and
-//! `Wf`, and the paper's (arXiv 2503.18989) lacks the feed-forward part and `W1` as well.
+//! guessed ones, and those are made again once the tokens are decided. Kinds without deep rows
+//! lack `W2` and `Wf`, and the paper's (arXiv 2503.18989) lacks the feed-forward part and `W1` as
+//! well.
 
 use hat_loader::layout;
 use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};

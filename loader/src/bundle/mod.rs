@@ -2,8 +2,9 @@
 //!
 //! `device/` holds the tensors of the input and the output submodel, the tokenizer and the chat
 //! template, and a trained drafter if there is one; `cloud/` holds the tensors of the middle
-//! submodel and nothing else. Each has a `bundle.json`, the [`Manifest`], and `weights.safetensors`, in which a matrix is one run of
-//! bytes in the panel layout and a vector is f32. Both halves carry one [`ModelId`].
+//! submodel and nothing else. Each has a `bundle.json`, the [`Manifest`], and
+//! `weights.safetensors`, in which a matrix is one run of bytes in the panel layout and a vector
+//! is f32. Both halves carry one [`ModelId`].
 
 mod adapter;
 mod convert;

@@ -1,9 +1,9 @@
 //! Shards: what `collect` writes and `fit` reads, one safetensors file for some sequences.
 //!
 //! A sequence is its tokens, a shallow row for each of them but the last at each split layer, and
-//! deep rows from `deep_first` on. The deep row is the model's last hidden row before the final norm, as
-//! the wire returns it: norm and head make the target's whole distribution of it again, in less
-//! room than the 200 most likely tokens would take, and a drafter reads the row itself.
+//! deep rows from `deep_first` on. The deep row is the model's last hidden row before the final
+//! norm, as the wire returns it: norm and head make the target's whole distribution of it again,
+//! in less room than the 200 most likely tokens would take, and a drafter reads the row itself.
 
 use std::collections::HashMap;
 use std::fs;

@@ -2,6 +2,7 @@
 
 mod simulate;
 mod table;
+mod time;
 
 use std::collections::HashSet;
 use std::fs;
@@ -26,9 +27,12 @@ pub(crate) struct EvalArgs {
     /// The drafter: what `fit` wrote. Without one, prompt lookup alone is measured.
     #[arg(long, value_name = "FILE")]
     adapter: Option<PathBuf>,
+    /// Time a draft step of the engine, with so many threads.
+    #[arg(long, value_name = "THREADS", requires = "adapter")]
+    time: Option<usize>,
     /// Directories that `collect` wrote. Of one to learn from, the answers that `fit` leaves out
     /// are used, greedy ones alone; of an evaluation set, all.
-    #[arg(required = true)]
+    #[arg(required_unless_present = "time")]
     recordings: Vec<PathBuf>,
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
@@ -55,6 +59,9 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let device = Bundle::open(&path.join("device"))?;
     let drafter = args.adapter.as_deref().map(|adapter| Drafter::open(adapter, &device));
     let drafter = drafter.transpose()?;
+    if let (Some(path), Some(threads)) = (&args.adapter, args.time) {
+        time::print(path, &device, threads)?;
+    }
     let mut tables = Vec::new();
     for directory in &args.recordings {
         let collection = Collection::read(directory)?;

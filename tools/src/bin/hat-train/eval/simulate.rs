@@ -36,10 +36,21 @@ pub(super) struct Rule {
     pub(super) name: &'static str,
     /// Nodes, those of the lookup included.
     pub(super) nodes: usize,
-    /// Whether the drafter's nodes are its first guesses, one below the other.
-    pub(super) is_chain: bool,
+    /// How the drafter grows its nodes.
+    pub(super) growth: Growth,
     /// Most tokens of prompt lookup.
     pub(super) lookup: usize,
+}
+
+/// How a drafter grows its nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Growth {
+    /// Not at all: lookup alone.
+    None,
+    /// Its first guesses, one below the other.
+    Chain,
+    /// The most probable first.
+    Tree,
 }
 
 /// An answer and what was guessed.
@@ -98,12 +109,11 @@ impl<'a> Trial<'a> {
             let copied = self.look_up(last, rule.lookup.min(rule.nodes));
             let left = answer[last + 1..].iter();
             let by_lookup = copied.iter().zip(left).take_while(|(a, b)| a == b).count();
-            let (by_drafter, nodes) = match &self.guesses {
-                None => (0, 0),
-                Some(guesses) if rule.is_chain => {
-                    self.chain(guesses, last, rule.nodes - copied.len())
-                }
-                Some(guesses) => self.tree(guesses, last, rule.nodes - copied.len()),
+            let left = rule.nodes - copied.len();
+            let (by_drafter, nodes) = match (&self.guesses, rule.growth) {
+                (None, _) | (_, Growth::None) => (0, 0),
+                (Some(guesses), Growth::Chain) => self.chain(guesses, last, left),
+                (Some(guesses), Growth::Tree) => self.tree(guesses, last, left),
             };
             score.rounds += 1;
             score.nodes += copied.len() + nodes;
@@ -244,7 +254,7 @@ mod tests {
         Trial { source: "test", prompt, tokens, guesses }
     }
 
-    const CHAIN: Rule = Rule { name: "chain", nodes: 2, is_chain: true, lookup: 0 };
+    const CHAIN: Rule = Rule { name: "chain", nodes: 2, growth: Growth::Chain, lookup: 0 };
 
     #[test]
     fn a_chain_accepts_what_is_right_from_its_front() {
@@ -265,7 +275,7 @@ mod tests {
         let steps = vec![vec![guess(&[(9, 0.6), (6, 0.3)]), guess(&[(7, 0.9), (8, 0.05)])]];
         let trial = trial(&tokens, 1, Some(Guesses { steps }));
         let rounds = |nodes| {
-            let rule = Rule { name: "tree", nodes, is_chain: false, lookup: 0 };
+            let rule = Rule { name: "tree", nodes, growth: Growth::Tree, lookup: 0 };
             trial.play(&rule).rounds
         };
         // By probability: 9 (.6), 9-7 (.54), 6 (.3), 6-7 (.27).
@@ -281,7 +291,7 @@ mod tests {
         let trial = trial(&tokens, 11, None); // the answer is 3 4 9
         assert_eq!(trial.look_up(0, 6), [4, 9, 2, 3, 8, 1]);
         assert_eq!(trial.look_up(0, 2), [4, 9]);
-        let rule = Rule { name: "lookup", nodes: 6, is_chain: true, lookup: 6 };
+        let rule = Rule { name: "lookup", nodes: 6, growth: Growth::None, lookup: 6 };
         assert_eq!(trial.play(&rule), Score { tokens: 2, rounds: 1, nodes: 6 });
     }
 }

@@ -4,25 +4,25 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::simulate::{Rule, Trial};
+use super::simulate::{Growth, Rule, Trial};
 use crate::shard::Recording;
 
 /// Ways of drafting that are compared. Trees count the nodes of the lookup in.
 const RULES: [Rule; 10] = [
-    rule("lookup 6", 6, true, 6),
-    rule("lookup 10", 10, true, 10),
-    rule("chain 4", 4, true, 0),
-    rule("tree 8", 8, false, 0),
-    rule("tree 16", 16, false, 0),
-    rule("tree 32", 32, false, 0),
-    rule("chain 4 + lookup 6", 10, true, 6),
-    rule("tree 8 with lookup 4", 8, false, 4),
-    rule("tree 16 with lookup 6", 16, false, 6),
-    rule("tree 32 with lookup 8", 32, false, 8),
+    rule("lookup 6", 6, Growth::None, 6),
+    rule("lookup 10", 10, Growth::None, 10),
+    rule("chain 4", 4, Growth::Chain, 0),
+    rule("tree 8", 8, Growth::Tree, 0),
+    rule("tree 16", 16, Growth::Tree, 0),
+    rule("tree 32", 32, Growth::Tree, 0),
+    rule("chain 4 + lookup 6", 10, Growth::Chain, 6),
+    rule("tree 8 with lookup 4", 8, Growth::Tree, 4),
+    rule("tree 16 with lookup 6", 16, Growth::Tree, 6),
+    rule("tree 32 with lookup 8", 32, Growth::Tree, 8),
 ];
 
-const fn rule(name: &'static str, nodes: usize, is_chain: bool, lookup: usize) -> Rule {
-    Rule { name, nodes, is_chain, lookup }
+const fn rule(name: &'static str, nodes: usize, growth: Growth, lookup: usize) -> Rule {
+    Rule { name, nodes, growth, lookup }
 }
 
 /// Draft steps whose guesses are counted.
@@ -86,8 +86,7 @@ impl Table {
 
     fn rules(&self) -> impl Iterator<Item = (usize, &'static Rule)> + use<> {
         let has_drafter = self.has_drafter;
-        let is_there =
-            move |(_, rule): &(usize, &Rule)| has_drafter || rule.name.starts_with("lookup");
+        let is_there = move |(_, rule): &(usize, &Rule)| has_drafter || rule.growth == Growth::None;
         RULES.iter().enumerate().filter(is_there)
     }
 

@@ -1,0 +1,83 @@
+//! What a draft step of the engine costs, beside the bytes that it has to read.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use hat_engine::backend::{AttendPlan, PAGE_SIZE};
+use hat_engine::internal::{DraftForward as _, DraftModel, PlanBuffers, Sequence, processor};
+use hat_engine::options::Processor;
+use hat_loader::{Adapter, Bundle};
+
+/// Positions before the draft.
+const CONTEXT: usize = 256;
+/// Runs of which the median counts.
+const RUNS: usize = 41;
+/// Guesses of each row.
+const GUESSES: usize = 8;
+
+/// Prints times of one and of eight rows, with the head.
+pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Result<()> {
+    let adapter = Adapter::read(path, device)?;
+    let bytes = bytes(&adapter, device)?;
+    let rows_max = CONTEXT.max(8);
+    let pages = rows_max.div_ceil(PAGE_SIZE) + 1;
+    let backend = processor::cpu(Processor::Auto, threads)?;
+    let mut drafter = DraftModel::new(backend, device, &adapter, rows_max, pages)?;
+    let hidden = device.config().hidden_size;
+    let row: Vec<f32> = (0..hidden * rows_max).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
+    let pages = (0..u32::try_from(pages)?).collect();
+    let mut sequence = Sequence::new(pages, u32::try_from(CONTEXT + 8)?);
+    let mut plan = PlanBuffers::default();
+    let place = sequence.append_committed(1, u32::try_from(CONTEXT)?, 0)?;
+    plan.clear();
+    plan.push_committed(place, u32::try_from(CONTEXT)?);
+    plan.end_sequence(&sequence);
+    drafter.remember(&plan.plan(), &row[..CONTEXT * hidden], &row[..CONTEXT * hidden]);
+    for rows in [1u32, 8] {
+        let tip = sequence.tip();
+        let first = sequence.last_id() + 1;
+        sequence.append_pending(first, &vec![tip; rows as usize])?;
+        plan.clear();
+        for id in first..first + rows {
+            plan.push_pending(&sequence, id);
+        }
+        plan.end_sequence(&sequence);
+        let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
+        sequence.commit(tip, &mut Vec::new(), &mut Vec::new())?;
+        println!(
+            "a draft step of {rows} rows with its head: {:.2} ms, reading {:.1} MB of weights",
+            took.as_secs_f64() * 1e3,
+            bytes as f64 / 1e6
+        );
+    }
+    Ok(())
+}
+
+fn median<B: hat_engine::backend::Backend>(
+    drafter: &mut DraftModel<B>,
+    plan: &AttendPlan<'_>,
+    rows: &[f32],
+) -> Duration {
+    let (mut y, mut likely) = (vec![0.0; rows.len()], Vec::new());
+    let mut times = Vec::with_capacity(RUNS);
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        drafter.guess(plan, rows, rows, &mut y);
+        likely.clear();
+        drafter.likeliest(&y, GUESSES, &mut likely);
+        times.push(start.elapsed());
+    }
+    times.sort_unstable();
+    times[RUNS / 2]
+}
+
+/// Bytes of the drafter's weights and its rows of the head.
+fn bytes(adapter: &Adapter, device: &Bundle) -> anyhow::Result<usize> {
+    let mut bytes = 0;
+    for (name, _) in adapter.kind().tensors(device.config()) {
+        bytes += adapter.rows(name).map_err(anyhow::Error::msg)?.bytes.len();
+    }
+    let head = device.tensor(crate::fit::head_name(device))?;
+    let row = head.dtype.row_bytes(device.config().hidden_size).unwrap_or_default();
+    Ok(bytes + adapter.vocabulary().len() * row)
+}
