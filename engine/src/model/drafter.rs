@@ -21,7 +21,7 @@ use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorByte
 
 use super::llama::{ModelShape, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, TokenId, Write};
+use crate::backend::{AttendPlan, Backend, LinearInto, TokenId, Write};
 
 /// A token and how probable the drafter thinks it is, given that all before it is right.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -216,10 +216,12 @@ impl<B: Backend> DraftModel<B> {
         let Buffers { normed, x, q, k, v, angles, .. } = buffers;
         let rows = plan.rows();
         backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
-        backend.linear(rows, normed, &self.k_proj, None, Write::Store, k);
-        backend.linear(rows, normed, &self.v_proj, None, Write::Store, v);
+        let into = |weight, out| LinearInto { weight, bias: None, out };
+        let (key, value) = (into(&self.k_proj, &mut *k), into(&self.v_proj, &mut *v));
         if wanted {
-            backend.linear(rows, normed, &self.q_proj, None, Write::Store, q);
+            backend.linear_each(rows, normed, [key, value, into(&self.q_proj, &mut *q)]);
+        } else {
+            backend.linear_each(rows, normed, [key, value]);
         }
         backend.rope_angles(plan.positions, &shape.inv_freq, angles);
         backend.rope_append(plan, &shape.attend, 0, angles, q, k, v, kv);

@@ -77,11 +77,11 @@ enter! {
     }
     fn rotate(head: &mut [f32], angles: &[f32]) { math::rotate(head, angles) }
     fn attend(
-    task: &AttendTask<'_>,
-    scratch: &mut AttendScratch,
-    out: &mut Part<'_, f32>,
-    at: (usize, usize)
-) {
+        task: &AttendTask<'_>,
+        scratch: &mut AttendScratch,
+        out: &mut Part<'_, f32>,
+        at: (usize, usize)
+    ) {
         attend_task(task, scratch, out, at, Ops)
     }
     fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
