@@ -167,7 +167,9 @@ impl Answer {
     /// [`Answer::take_greatest`].
     #[must_use]
     pub fn wants_greatest(&self) -> bool {
-        self.sampler.is_greatest() && self.logits_hash.is_none() && self.top_logprobs.is_none()
+        self.sampler.config().is_plain_greedy()
+            && self.logits_hash.is_none()
+            && self.top_logprobs.is_none()
     }
 
     /// Takes the logits that follow `position`, and decides the next token.

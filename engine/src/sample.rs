@@ -114,7 +114,8 @@ impl SamplerConfig {
         Ok(())
     }
 
-    /// Whether the greatest logit is all that matters, so that no full row of logits is needed.
+    /// Whether the choice is the greatest logit, of equal ones the lowest token, so that no full
+    /// row of logits is needed.
     #[must_use]
     pub fn is_plain_greedy(&self) -> bool {
         self.temperature == 0.0 && !self.penalises() && self.logit_bias.is_empty()
@@ -236,14 +237,6 @@ impl Sampler {
         let choice = self.choose_adjusted(logits, position);
         self.adjusted = adjusted;
         choice
-    }
-
-    /// Whether the choice is the greatest logit, of equal ones the lowest token, and nothing else
-    /// about the logits counts.
-    #[must_use]
-    pub fn is_greatest(&self) -> bool {
-        let config = &self.config;
-        config.temperature == 0.0 && !config.penalises() && config.logit_bias.is_empty()
     }
 
     fn choose_adjusted(&mut self, logits: &[f32], position: u32) -> Result<Choice, SampleError> {

@@ -28,9 +28,12 @@ fn model_like(vocab: usize, seed: u32) -> Vec<f32> {
 /// The definition, without shortcuts: rank all, cut, add noise, take the greatest.
 fn by_definition(config: &SamplerConfig, logits: &[f32], position: u32) -> TokenId {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    ids.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
-    let max = f64::from(logits[ids[0] as usize]);
-    let share = |id: u32| exp(f64::from(logits[id as usize]) - max);
+    // Equal as numbers is equal: -0 ties with 0, which `total_cmp` would tell apart.
+    let descending = |a: f64, b: f64| b.partial_cmp(&a).expect("no NaN");
+    let logit = |id: u32| f64::from(logits[id as usize]);
+    ids.sort_by(|&a, &b| descending(logit(a), logit(b)).then(a.cmp(&b)));
+    let max = logit(ids[0]);
+    let share = |id: u32| exp(logit(id) - max);
     if config.top_k > 0 {
         ids.truncate(config.top_k as usize);
     }
@@ -47,16 +50,16 @@ fn by_definition(config: &SamplerConfig, logits: &[f32], position: u32) -> Token
     }
     if config.min_p > 0.0 {
         let floor = max + ln(f64::from(config.min_p));
-        ids.retain(|&id| f64::from(logits[id as usize]) >= floor);
+        ids.retain(|&id| logit(id) >= floor);
     }
     let mut scores: Vec<(f64, u32)> = ids
         .iter()
         .map(|&id| {
             let noise = noise::gumbel(Noise::new(config.seed, 0, position).word(id));
-            (f64::from(logits[id as usize]) / f64::from(config.temperature) + noise, id)
+            (logit(id) / f64::from(config.temperature) + noise, id)
         })
         .collect();
-    scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    scores.sort_by(|a, b| descending(a.0, b.0).then(a.1.cmp(&b.1)));
     scores[0].1
 }
 
@@ -66,6 +69,8 @@ fn greedy_takes_the_greatest_and_the_lowest_id_among_equals() {
     assert!(greedy.is_plain_greedy());
     assert_eq!(token(&greedy, &[1.0, 3.0, 3.0, -1.0], 0), 1);
     assert_eq!(token(&greedy, &[-0.0, 0.0, f32::NEG_INFINITY], 5), 0);
+    let first_only = SamplerConfig { top_p: 0.0, ..sampled(0) };
+    assert_eq!(token(&first_only, &[-0.0, 0.0], 0), 0);
     assert_eq!(token(&greedy, &[f32::NEG_INFINITY, -1e30], 5), 1);
 }
 
