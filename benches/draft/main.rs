@@ -2,10 +2,11 @@
 //!
 //! `cargo bench -p hat-benches --bench draft -- PROMPTS.jsonl [--every N] [--tokens N]
 //! [--modes off,lookup,tree] [--split-layer N] [--threads N] [--rtt-ms N [--mbit UP,DOWN]]
-//! [--cloud-step-ms X]`
+//! [--cloud-step-ms X] [--temperature X] [--bundle DIR]`
 //!
 //! A line of the file is an object with `turns` (the first is asked, through the chat template) and
-//! `category`. Answers are greedy and end by themselves or after `--tokens`. Modes take turns
+//! `category`. Answers are greedy, or sampled with seeds 0, 1 and so on, and end by themselves or
+//! after `--tokens`. Without `--bundle` the default model says them. Modes take turns
 //! prompt by prompt, so times compare; both roles run on this machine, over loopback or, with
 //! `--rtt-ms`, over an emulated link; with `--cloud-step-ms` the cloud answers from memory, each
 //! step in that time, as a GPU would. Tokens per round are (tokens - 1) / rounds, summed over
@@ -18,12 +19,12 @@ mod memory;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hat_engine::internal::{MiddleModel, open_cloud_bundle, pool_pages, processor};
-use hat_engine::options::{CloudAddress, DraftMode, Processor, Timings};
+use hat_engine::options::{CloudAddress, DraftMode, Processor, SamplerConfig, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_loader::{Bundle, Submodel};
 use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
@@ -41,13 +42,15 @@ struct Args {
     rtt: Option<Duration>,
     mbit: (f64, f64),
     cloud_step: Option<Duration>,
+    temperature: f32,
+    bundle: Option<PathBuf>,
     /// Bytes of a row on the wire.
     row_bytes: u64,
 }
 
 const USAGE: &str = "PROMPTS.jsonl [--every N] [--tokens N] [--modes off,lookup,..] \
                      [--split-layer N] [--threads N] [--rtt-ms N] [--mbit UP,DOWN] \
-                     [--cloud-step-ms X]";
+                     [--cloud-step-ms X] [--temperature X] [--bundle DIR]";
 
 impl Args {
     fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
@@ -61,6 +64,8 @@ impl Args {
             rtt: None,
             mbit: (60.0, 100.0),
             cloud_step: None,
+            temperature: 0.0,
+            bundle: None,
             row_bytes: 0,
         };
         while let Some(arg) = args.next() {
@@ -71,6 +76,8 @@ impl Args {
                 "--split-layer" => parsed.split_layer = args.next()?.parse().ok()?,
                 "--threads" => parsed.threads = args.next()?.parse().ok()?,
                 "--rtt-ms" => parsed.rtt = Some(Duration::from_millis(args.next()?.parse().ok()?)),
+                "--temperature" => parsed.temperature = args.next()?.parse().ok()?,
+                "--bundle" => parsed.bundle = Some(args.next()?.into()),
                 "--cloud-step-ms" => {
                     let ms: f64 = args.next()?.parse().ok().filter(|ms| *ms >= 0.0)?;
                     parsed.cloud_step = Some(Duration::try_from_secs_f64(ms / 1e3).ok()?);
@@ -90,6 +97,14 @@ impl Args {
             }
         }
         (!parsed.path.is_empty()).then_some(parsed)
+    }
+
+    /// What is asked, without drafts.
+    fn request(&self, prompt: &str, seed: usize) -> Request {
+        let (temperature, seed) = (self.temperature, seed as u64);
+        let sampler = SamplerConfig { temperature, seed, ..SamplerConfig::default() };
+        let request = Request::chat(prompt).max_tokens(self.tokens).sampler(sampler);
+        request.draft(DraftMode::Off)
     }
 }
 
@@ -256,8 +271,10 @@ fn main() {
         return;
     };
     let text = std::fs::read_to_string(&args.path).expect("the file of prompts");
-    let cache = pull::cache_dir().expect("a cache directory");
-    let bundle = pull::default_bundle(&cache, args.split_layer, 0).expect("the default model");
+    let bundle = args.bundle.clone().unwrap_or_else(|| {
+        let cache = pull::cache_dir().expect("a cache directory");
+        pull::default_bundle(&cache, args.split_layer, 0).expect("the default model")
+    });
     let device = Bundle::open(&bundle.join("device")).expect("the device's half");
     args.row_bytes = 2 * device.config().hidden_size as u64; // f16
     let (cloud, learning) = start_cloud(&args, &bundle);
@@ -275,13 +292,12 @@ fn main() {
     for (done, (category, prompt)) in prompts.iter().enumerate() {
         let mut said = None;
         if let Some((learning, teacher)) = learning.as_ref().zip(teacher.as_ref()) {
-            let request = Request::chat(prompt).max_tokens(args.tokens).draft(DraftMode::Off);
             learning.set(true);
-            said = Some(answer(teacher, &cloud, request).tokens);
+            said = Some(answer(teacher, &cloud, args.request(prompt, done)).tokens);
             learning.set(false);
         }
         for (index, (mode, engine)) in engines.iter().enumerate() {
-            let request = Request::chat(prompt).max_tokens(args.tokens).draft(*mode);
+            let request = args.request(prompt, done).draft(*mode);
             let answered = answer(engine, &cloud, request);
             sums.entry((index, category.clone())).or_default().add(&answered);
             sums.entry((index, "~ all".into())).or_default().add(&answered);

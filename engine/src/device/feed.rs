@@ -3,6 +3,7 @@
 
 use super::active::Active;
 use super::run::Device;
+use crate::draft::foresee::Draw;
 use crate::draft::trained::{Decided, Drafted};
 use crate::draft::{CHAIN_PROBABILITY_MIN, DraftMode};
 use crate::sequence::PENDING_ROWS_MAX;
@@ -33,13 +34,15 @@ impl Device {
         if first == end {
             return;
         }
+        let request = &active.job.prepared.request;
+        let is_chain = request.draft == DraftMode::Chain;
         let rows = Drafted {
+            draw: Draw::new(&request.sampler, request.choice),
             nodes: &drafts.tree.nodes()[..end],
             first,
             root_position: active.sequence.committed() - 1,
             shallow: &active.unsent.hidden[first * hidden_size..end * hidden_size],
         };
-        let is_chain = active.job.prepared.request.draft == DraftMode::Chain;
         self.guesses.clear();
         trained.propose(session, &rows, if is_chain { 1 } else { WIDTH }, &mut self.guesses);
         active.has_draft_rows = true;
