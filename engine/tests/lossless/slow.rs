@@ -94,3 +94,35 @@ fn rows_meet_rows_that_are_away() {
         assert!(stream.rounds <= tree.rounds, "{stream:?}\n{tree:?}");
     }
 }
+
+/// Requests are given up while their rows are away: what still comes back for them is let go, and
+/// the one beside them says what it would have said alone.
+#[test]
+fn verdicts_for_cancelled_requests_harm_nobody() {
+    let bundles = Bundles::generated(1, 0);
+    let requests = [request(Default::default())];
+    let whole = whole(&bundles, 1, Codec::F16, &requests);
+    add_noise(&bundles, AdapterKind::Deep);
+    let (cloud, link) = far_cloud(&bundles, |_| {});
+    let config = EngineConfig::new(bundles.path.join("device"));
+    let engine = Engine::open(config.cloud(link.address().to_string())).unwrap();
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(|| collect(&engine, requests[0].clone().draft(DraftMode::All)));
+        let mut given_up = 0;
+        while !beside.is_finished() {
+            let request = requests[0].clone().draft(DraftMode::All);
+            let mut generation = engine.generate(request).unwrap();
+            for _ in 0..3 + given_up % 5 {
+                generation.next().unwrap().unwrap();
+            }
+            given_up += 1;
+        }
+        assert!(given_up > 2, "{given_up} were given up");
+        assert_same("beside cancelled ones", &whole[0], &beside.join().unwrap());
+    });
+    let start = std::time::Instant::now();
+    while cloud.counters().sessions.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "a session is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
