@@ -183,7 +183,7 @@ impl Active {
     /// Tokens that a tree below the last decided one may reach down: the last token of the answer
     /// needs no row, and so no row may lead beyond it.
     pub(super) fn depth_max(&self) -> u32 {
-        self.job.prepared.rows_max() - 1 - self.rows()
+        self.job.prepared.rows_max().saturating_sub(self.rows() + 1)
     }
 
     pub(super) fn draft_mode(&self) -> DraftMode {

@@ -9,7 +9,7 @@ use crate::draft::{CHAIN_PROBABILITY_MIN, DraftMode};
 use crate::sequence::PENDING_ROWS_MAX;
 
 /// Guesses of the trained drafter for one node.
-const WIDTH: usize = 4;
+const WIDTH: usize = 8;
 
 impl Device {
     /// Whether the trained drafter is asked in this round.

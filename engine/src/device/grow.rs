@@ -212,10 +212,6 @@ impl Device {
         mut nodes: Range<usize>,
         bounds: Bounds,
     ) -> io::Result<()> {
-        let level = match self.actives[index].draft_mode() {
-            DraftMode::Chain => 1,
-            _ => LEVEL_NODES,
-        };
         // What is added to a tree goes up at once, or not at all.
         let goes_ahead = nodes.start == 0;
         self.actives[index].unsent.grows = goes_ahead;
@@ -226,6 +222,11 @@ impl Device {
                 break;
             }
             self.ask(index);
+            let level = match self.actives[index].draft_mode() {
+                DraftMode::Chain => 1,
+                _ if end < LEVEL_NODES => LEVEL_NODES / 2,
+                _ => LEVEL_NODES,
+            };
             let nodes_max = bounds.nodes_max.min(end + level);
             nodes = self.grow(index, Bounds { nodes_max, ..bounds });
             if nodes.is_empty() {
