@@ -1,5 +1,6 @@
 //! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
 
+mod plot;
 mod simulate;
 mod table;
 mod time;
@@ -14,6 +15,7 @@ use hat_engine::pull;
 use hat_loader::Bundle;
 use indicatif::ProgressBar;
 
+use self::plot::Curves;
 use self::simulate::{Guess, Guesses, Trial};
 use self::table::Table;
 use crate::adapter::Adapter;
@@ -37,21 +39,28 @@ pub(crate) struct EvalArgs {
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
+    /// Use every Nth answer of each directory alone.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    every: usize,
     /// Use at most so many answers of each directory.
     #[arg(long)]
     answers: Option<usize>,
+    /// Draw tokens a round against the node budget, of all answers together, as SVG.
+    #[arg(long, value_name = "FILE", requires = "adapter")]
+    plot: Option<PathBuf>,
     /// Write the table as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Deepest guess.
+/// Draft steps that are computed.
 const DEPTH_MAX: usize = 8;
 /// Guesses that are kept of each draft step.
-const GUESSES_MAX: usize = 12;
+const GUESSES_MAX: usize = 5;
 
 /// Prints a table for each directory.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    ensure!(args.every > 0, "--every: at least 1");
     let path = match &args.bundle {
         Some(bundle) => bundle.clone(),
         None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
@@ -62,6 +71,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     if let (Some(path), Some(threads)) = (&args.adapter, args.time) {
         time::print(path, &device, threads)?;
     }
+    let mut curves = args.plot.as_ref().map(|_| Curves::default());
     let mut tables = Vec::new();
     for directory in &args.recordings {
         let collection = Collection::read(directory)?;
@@ -72,18 +82,26 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             collection.model_id,
             device.model_id()
         );
-        let recordings = answers(directory, &collection, drafter.as_ref(), args.answers)?;
+        let recordings = answers(directory, &collection, drafter.as_ref(), args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
         let bar = ProgressBar::new(recordings.len() as u64);
         let mut table = Table::new(&recordings, drafter.is_some());
         for recording in &recordings {
             let guesses = drafter.as_ref().map(|drafter| drafter.guesses(recording));
-            table.take(&Trial::new(recording, guesses));
+            let trial = Trial::new(recording, guesses);
+            table.take(&trial);
+            if let Some(curves) = &mut curves {
+                curves.take(&trial);
+            }
             bar.inc(1);
         }
         bar.finish_and_clear();
         println!("## {} answers of {}\n\n{table}", recordings.len(), directory.display());
         tables.push(table.json(&directory.display().to_string()));
+    }
+    if let (Some(path), Some(curves)) = (&args.plot, &curves) {
+        println!("{curves}");
+        curves.draw(path)?;
     }
     if let Some(path) = &args.json {
         let adapter = args.adapter.as_ref().map(|path| path.display().to_string());
@@ -93,6 +111,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             "training": training,
             "depth_max": DEPTH_MAX,
             "tables": tables,
+            "budgets": curves.as_ref().map(Curves::json),
         });
         fs::write(path, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("writing {}", path.display()))?;
@@ -105,7 +124,7 @@ fn answers(
     directory: &Path,
     collection: &Collection,
     drafter: Option<&Drafter>,
-    most: Option<usize>,
+    args: &EvalArgs,
 ) -> anyhow::Result<Vec<Recording>> {
     let layer = drafter.map_or(collection.split_layers[0], |drafter| drafter.adapter.split_layer);
     let mut found = Vec::new();
@@ -126,8 +145,8 @@ fn answers(
         }
     }
     found.sort_by_key(|recording| recording.facts.job);
-    found.truncate(most.unwrap_or(usize::MAX));
-    Ok(found)
+    let found = found.into_iter().step_by(args.every);
+    Ok(found.take(args.answers.unwrap_or(usize::MAX)).collect())
 }
 
 /// A drafter and the parts of the model that it guesses with.
