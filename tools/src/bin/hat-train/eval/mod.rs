@@ -16,7 +16,7 @@ use hat_loader::Bundle;
 use indicatif::ProgressBar;
 
 use self::plot::Curves;
-use self::simulate::{Guess, Guesses, Trial};
+use self::simulate::{Growth, Guess, Guesses, Trial};
 use self::table::Table;
 use crate::adapter::Adapter;
 use crate::drafter::{Dims, Rows, Unroll, WeightReader, linear};
@@ -48,6 +48,12 @@ pub(crate) struct EvalArgs {
     /// Draw tokens a round against the node budget, of all answers together, as SVG.
     #[arg(long, value_name = "FILE", requires = "adapter")]
     plot: Option<PathBuf>,
+    /// Guesses of the drafter for each node of a tree; the device's own number otherwise.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    width: usize,
+    /// Nodes of a tree that are computed together; the device's own number otherwise.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    level: usize,
     /// Write the table as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -56,11 +62,14 @@ pub(crate) struct EvalArgs {
 /// Draft steps that are computed.
 const DEPTH_MAX: usize = 8;
 /// Guesses that are kept of each draft step.
-const GUESSES_MAX: usize = 5;
+const GUESSES_MAX: usize = 16;
 
 /// Prints a table for each directory.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(args.every > 0, "--every: at least 1");
+    ensure!((1..=GUESSES_MAX).contains(&args.width), "--width: 1 to {GUESSES_MAX}");
+    ensure!(args.level > 0, "--level: at least 1");
+    let tree = Growth::Tree { width: args.width, level: args.level };
     let path = match &args.bundle {
         Some(bundle) => bundle.clone(),
         None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
@@ -71,7 +80,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     if let (Some(path), Some(threads)) = (&args.adapter, args.time) {
         time::print(path, &device, threads)?;
     }
-    let mut curves = args.plot.as_ref().map(|_| Curves::default());
+    let mut curves = args.plot.as_ref().map(|_| Curves::new(tree));
     let mut tables = Vec::new();
     for directory in &args.recordings {
         let collection = Collection::read(directory)?;
@@ -85,7 +94,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         let recordings = answers(directory, &collection, drafter.as_ref(), args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
         let bar = ProgressBar::new(recordings.len() as u64);
-        let mut table = Table::new(&recordings, drafter.is_some());
+        let mut table = Table::new(&recordings, drafter.is_some(), tree);
         for recording in &recordings {
             let guesses = drafter.as_ref().map(|drafter| drafter.guesses(recording));
             let trial = Trial::new(recording, guesses);

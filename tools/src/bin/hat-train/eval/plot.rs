@@ -12,23 +12,28 @@ use serde_json::{Value, json};
 
 use super::simulate::{Growth, Rule, Trial};
 
-/// Most nodes of a tree, its root not counted; the last is all that may pend with their root.
+/// Most nodes of a tree, its root not counted; the last is all that may pend beside the root.
 const BUDGETS: [usize; 9] = [1, 2, 4, 8, 16, 24, 32, 48, NODES_MAX - 1];
 
-/// A way of drafting: name, growth, branches of lookup, colour.
-const WAYS: [(&str, Growth, usize, RGBColor); 4] = [
-    ("tree with lookup", Growth::Tree, BRANCHES_MAX, RGBColor(0, 90, 160)),
-    ("tree", Growth::Tree, 0, RGBColor(0, 150, 110)),
-    ("lookup", Growth::None, 1, RGBColor(210, 130, 0)),
-    ("chain", Growth::Chain, 0, RGBColor(150, 60, 140)),
+/// Ways of drafting, and the colours of their curves.
+const WAYS: [(&str, RGBColor); 4] = [
+    ("tree with lookup", RGBColor(0, 90, 160)),
+    ("tree", RGBColor(0, 150, 110)),
+    ("lookup", RGBColor(210, 130, 0)),
+    ("chain", RGBColor(150, 60, 140)),
 ];
+
+/// How each of [`WAYS`] grows, and its branches of lookup.
+const fn growths(tree: Growth) -> [(Growth, usize); WAYS.len()] {
+    [(tree, BRANCHES_MAX), (tree, 0), (Growth::None, 1), (Growth::Chain, 0)]
+}
 
 /// Pixels.
 const SIZE: (u32, u32) = (720, 440);
 
 /// Tokens and rounds of each way of drafting and budget.
-#[derive(Default)]
 pub(super) struct Curves {
+    growths: [(Growth, usize); WAYS.len()],
     points: [[Point; BUDGETS.len()]; WAYS.len()],
 }
 
@@ -46,9 +51,14 @@ impl Point {
 }
 
 impl Curves {
+    /// No answers yet; trees grow as `tree` says.
+    pub(super) fn new(tree: Growth) -> Self {
+        Self { growths: growths(tree), points: Default::default() }
+    }
+
     /// Plays one answer in each way.
     pub(super) fn take(&mut self, trial: &Trial<'_>) {
-        for ((_, growth, lookup, _), points) in WAYS.into_iter().zip(&mut self.points) {
+        for ((growth, lookup), points) in self.growths.into_iter().zip(&mut self.points) {
             for (nodes, point) in BUDGETS.into_iter().zip(points) {
                 let score = trial.play(&Rule { nodes, growth, lookup }, &mut point.acceptance);
                 point.tokens += score.tokens;
@@ -94,13 +104,12 @@ impl Curves {
             .y_desc("tokens a round trip")
             .label_style(("sans-serif", 14))
             .draw()?;
-        for ((name, _, _, colour), points) in WAYS.into_iter().zip(&self.points) {
+        for ((name, colour), points) in WAYS.into_iter().zip(&self.points) {
             let at = |(nodes, point): (usize, &Point)| (nodes, point.tokens_a_round());
             let line = || BUDGETS.into_iter().zip(points).map(at);
-            chart
-                .draw_series(LineSeries::new(line(), colour.stroke_width(2)))?
-                .label(name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour));
+            chart.draw_series(LineSeries::new(line(), colour.stroke_width(2)))?.label(name).legend(
+                move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)),
+            );
             chart.draw_series(line().map(|at| Circle::new(at, 3, colour.filled())))?;
         }
         chart
@@ -137,9 +146,9 @@ mod tests {
             let start = line.find(&format!("{name}=\"")).unwrap() + name.len() + 2;
             line[start..].split('"').next().unwrap().to_owned()
         };
-        let curves = svg
-            .lines()
-            .filter(|line| line.starts_with("<polyline") && line.contains("stroke-width=\"2\""));
+        let curves = svg.lines().filter(|line| {
+            line.contains("stroke-width=\"2\"") && line.matches(',').count() == BUDGETS.len()
+        });
         let point = |point: &str| {
             let (x, y) = point.split_once(',').unwrap();
             (x.parse().unwrap(), y.parse().unwrap())
@@ -155,7 +164,7 @@ mod tests {
 
     #[test]
     fn each_way_is_a_line_through_its_figures() {
-        let mut curves = Curves::default();
+        let mut curves = Curves::new(Growth::None);
         for (way, points) in (1..).zip(&mut curves.points) {
             for (budget, point) in (1..).zip(points) {
                 (point.tokens, point.rounds) = (way * budget + 10, 10);

@@ -53,16 +53,20 @@ pub(super) enum Growth {
     /// Its first guesses, one below the other.
     Chain,
     /// The most probable first.
-    Tree,
+    Tree {
+        /// Guesses for each node.
+        width: usize,
+        /// Nodes that are computed together.
+        level: usize,
+    },
 }
 
 impl Growth {
-    /// Guesses for each node, and nodes that are computed together: those of the device.
     const fn width_and_level(self) -> (usize, usize) {
         match self {
             Self::None => (0, usize::MAX),
             Self::Chain => (1, 1),
-            Self::Tree => (4, 8),
+            Self::Tree { width, level } => (width, level),
         }
     }
 }
@@ -187,6 +191,8 @@ fn walk(tree: &Tree, said: &[u32], acceptance: &mut Acceptance) -> usize {
 mod tests {
     use super::*;
 
+    const TREE: Growth = Growth::Tree { width: 4, level: 8 };
+
     fn guess(pairs: &[(u32, f32)]) -> Vec<Guess> {
         pairs
             .iter()
@@ -228,7 +234,7 @@ mod tests {
         let grown = |nodes| {
             let mut tree = Tree::default();
             tree.reset(5, 2);
-            trial.grow(&Rule { nodes, growth: Growth::Tree, lookup: 0 }, 0, &mut tree);
+            trial.grow(&Rule { nodes, growth: TREE, lookup: 0 }, 0, &mut tree);
             tree
         };
         // The first level takes both guesses for 5. Below 9 stands what follows 6: with 7 its
@@ -267,7 +273,7 @@ mod tests {
             Some(Guesses { steps: vec![at.iter().map(|pair| guess(&[*pair])).collect()] })
         };
         let with = trial(&tokens, 9, guesses());
-        let rounds = |lookup| play(&with, 8, Growth::Tree, lookup).rounds;
+        let rounds = |lookup| play(&with, 8, TREE, lookup).rounds;
         assert_eq!([rounds(0), rounds(1)], [2, 1]);
         assert_eq!(play(&trial(&tokens, 9, None), 8, Growth::None, 1).rounds, 2);
     }

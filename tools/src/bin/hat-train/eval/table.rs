@@ -10,19 +10,20 @@ use super::simulate::{Growth, Rule, Trial};
 use crate::shard::Recording;
 
 /// Ways of drafting that are compared. Trees count the nodes of the lookup in.
-const RULES: [(&str, Rule); 8] = [
-    ("lookup", rule(32, Growth::None, 1)),
-    ("chain 4", rule(4, Growth::Chain, 0)),
-    ("tree 8", rule(8, Growth::Tree, 0)),
-    ("tree 16", rule(16, Growth::Tree, 0)),
-    ("tree 32", rule(32, Growth::Tree, 0)),
-    ("tree 8 with lookup", rule(8, Growth::Tree, BRANCHES_MAX)),
-    ("tree 16 with lookup", rule(16, Growth::Tree, BRANCHES_MAX)),
-    ("tree 32 with lookup", rule(32, Growth::Tree, BRANCHES_MAX)),
-];
+const RULES: usize = 8;
 
-const fn rule(nodes: usize, growth: Growth, lookup: usize) -> Rule {
-    Rule { nodes, growth, lookup }
+fn rules(tree: Growth) -> [(&'static str, Rule); RULES] {
+    let rule = |nodes, growth, lookup| Rule { nodes, growth, lookup };
+    [
+        ("lookup", rule(32, Growth::None, 1)),
+        ("chain 4", rule(4, Growth::Chain, 0)),
+        ("tree 8", rule(8, tree, 0)),
+        ("tree 16", rule(16, tree, 0)),
+        ("tree 32", rule(32, tree, 0)),
+        ("tree 8 with lookup", rule(8, tree, BRANCHES_MAX)),
+        ("tree 16 with lookup", rule(16, tree, BRANCHES_MAX)),
+        ("tree 32 with lookup", rule(32, tree, BRANCHES_MAX)),
+    ]
 }
 
 /// Draft steps whose guesses are counted.
@@ -39,9 +40,9 @@ struct Sums {
     /// Positions, first guesses right, one of five right.
     hits: [[usize; 3]; STEPS],
     /// Tokens, rounds and nodes by rule.
-    scores: [[usize; 3]; RULES.len()],
+    scores: [[usize; 3]; RULES],
     /// Sum of the answers' own tokens a round, by rule.
-    ratios: [f64; RULES.len()],
+    ratios: [f64; RULES],
 }
 
 /// Figures of one set of answers.
@@ -49,6 +50,7 @@ pub(super) struct Table {
     /// The first is `all`.
     categories: Vec<(String, Sums)>,
     has_drafter: bool,
+    rules: [(&'static str, Rule); RULES],
     /// What each rule has learned of lookup so far.
     acceptance: Vec<Acceptance>,
 }
@@ -58,7 +60,7 @@ fn category(source: &str) -> &str {
 }
 
 impl Table {
-    pub(super) fn new(recordings: &[Recording], has_drafter: bool) -> Self {
+    pub(super) fn new(recordings: &[Recording], has_drafter: bool, tree: Growth) -> Self {
         let mut categories = vec![("all".to_owned(), Sums::default())];
         for recording in recordings {
             let name = category(&recording.facts.source);
@@ -66,12 +68,12 @@ impl Table {
                 categories.push((name.to_owned(), Sums::default()));
             }
         }
-        let acceptance = vec![Acceptance::default(); RULES.len()];
-        Self { categories, has_drafter, acceptance }
+        let acceptance = vec![Acceptance::default(); RULES];
+        Self { categories, has_drafter, rules: rules(tree), acceptance }
     }
 
     pub(super) fn take(&mut self, trial: &Trial<'_>) {
-        let taught = RULES.iter().zip(&mut self.acceptance);
+        let taught = self.rules.iter().zip(&mut self.acceptance);
         let scores: Vec<_> =
             taught.map(|((_, rule), acceptance)| trial.play(rule, acceptance)).collect();
         let name = category(trial.source);
@@ -90,9 +92,9 @@ impl Table {
     }
 
     /// The rules that there is a drafter for, by number and name.
-    fn rules(&self) -> impl Iterator<Item = (usize, &'static str)> + use<> {
+    fn rules(&self) -> impl Iterator<Item = (usize, &'static str)> {
         let has_drafter = self.has_drafter;
-        let rules = RULES.iter().enumerate();
+        let rules = self.rules.iter().enumerate();
         rules
             .filter(move |(_, (_, rule))| has_drafter || rule.growth == Growth::None)
             .map(|(index, (name, _))| (index, *name))
