@@ -54,6 +54,9 @@ pub(crate) struct EvalArgs {
     /// Nodes of a tree that are computed together; the device's own number otherwise.
     #[arg(long, value_name = "N", default_value_t = 8)]
     level: usize,
+    /// Divide the drafter's logits by so much: below 1 it is surer of its first guesses.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f32,
     /// Write the table as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -69,6 +72,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(args.every > 0, "--every: at least 1");
     ensure!((1..=GUESSES_MAX).contains(&args.width), "--width: 1 to {GUESSES_MAX}");
     ensure!(args.level > 0, "--level: at least 1");
+    ensure!(args.temperature > 0.0, "--temperature: above 0");
     let tree = Growth::Tree { width: args.width, level: args.level };
     let path = match &args.bundle {
         Some(bundle) => bundle.clone(),
@@ -96,7 +100,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         let bar = ProgressBar::new(recordings.len() as u64);
         let mut table = Table::new(&recordings, drafter.is_some(), tree);
         for recording in &recordings {
-            let guesses = drafter.as_ref().map(|drafter| drafter.guesses(recording));
+            let guesses =
+                drafter.as_ref().map(|drafter| drafter.guesses(recording, args.temperature));
             let trial = Trial::new(recording, guesses);
             table.take(&trial);
             if let Some(curves) = &mut curves {
@@ -181,12 +186,12 @@ impl Drafter {
     }
 
     /// What the drafter guesses at each position and depth, on the way of the answer.
-    fn guesses(&self, recording: &Recording) -> Guesses {
+    fn guesses(&self, recording: &Recording, temperature: f32) -> Guesses {
         let (batch, _) = batch_of(&[recording], self.dims.hidden, 0, &self.norm);
         let unroll = Unroll::forward(&self.adapter.params, &self.dims, &batch, DEPTH_MAX);
         let mut steps = Vec::with_capacity(unroll.len());
         for step in 1..=unroll.len() {
-            let logits = linear(unroll.y(step), &self.head);
+            let logits = linear(unroll.y(step), &self.head) / temperature;
             steps.push(logits.rows().into_iter().map(|row| self.best(row)).collect());
         }
         Guesses { steps }
