@@ -223,6 +223,17 @@ mod tests {
     }
 
     #[test]
+    fn each_depth_asks_its_own_draft_step_and_deeper_ones_the_last() {
+        let tokens = [1, 5, 6, 7, 8, 9, 10];
+        let step = |said: [u32; 5]| said.iter().map(|token| guess(&[(*token, 0.9)])).collect();
+        let steps = vec![step([6, 0, 0, 0, 0]), step([0, 7, 8, 0, 0])];
+        let trial = trial(&tokens, 1, Some(Guesses { steps }));
+        let score = Score { tokens: 5, rounds: 2, nodes: 3 };
+        assert_eq!(play(&trial, 3, Growth::Chain, 0), score);
+        assert_eq!([trial.hits(1), trial.hits(2)], [[5, 1, 1], [4, 2, 2]]);
+    }
+
+    #[test]
     fn a_tree_takes_the_most_probable_nodes() {
         let tokens = [1, 5, 6, 7, 2, 3];
         let steps = vec![vec![
