@@ -44,8 +44,13 @@ pub struct Timings {
     pub drafters: BTreeMap<&'static str, DraftCounts>,
     /// Most rows away at one time, prompt included.
     pub rows_in_flight_max: u32,
-    /// Rounds that found their drafts made while the round before was away.
+    /// Times that the walk went on into drafts made while those above were away.
     pub predraft_hits: u32,
+    /// Time spent on drafts and on the device's own layers for them, decided rows of rounds with
+    /// drafts included.
+    pub drafting_ms: f64,
+    /// Time spent in tail layers, LM head and sampling.
+    pub head_ms: f64,
     /// Pages of the prompt that the cloud had already.
     pub pages_reused: u32,
     /// Bytes sent to the cloud.
@@ -325,7 +330,7 @@ mod tests {
             names.join(" "),
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
-             pages_reused bytes_up bytes_down chunks"
+             drafting_ms head_ms pages_reused bytes_up bytes_down chunks"
         );
     }
 

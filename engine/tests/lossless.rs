@@ -8,6 +8,8 @@
 
 #[path = "lossless/drafts.rs"]
 mod drafts;
+#[path = "lossless/slow.rs"]
+mod slow;
 mod support;
 #[path = "lossless/trained.rs"]
 mod trained;

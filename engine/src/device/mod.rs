@@ -2,6 +2,7 @@
 
 mod active;
 mod compute;
+mod feed;
 mod grow;
 mod run;
 mod trained;

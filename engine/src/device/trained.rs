@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::draft::Source;
 use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
 use crate::draft::tree::Guess;
-use crate::draft::{CLASSES, Drafter, Source};
 use crate::model::{DraftForward, Likely};
 use crate::page::{PagePool, pages_for};
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
@@ -191,9 +191,7 @@ impl Trained for DraftSessions {
         let each = self.likely.len() / new.len().max(1);
         for (node, likely) in new.zip(self.likely.chunks_exact(each.max(1))) {
             for (rank, Likely { token, probability }) in likely.iter().enumerate() {
-                // Alike are guesses of one rank.
-                let class = u8::try_from(rank.min(CLASSES - 1)).expect("few classes");
-                let source = Source { drafter: Drafter::Adapter, class };
+                let source = Source::adapter(rank, *probability);
                 guesses.push((node, Guess { token: *token, probability: *probability, source }));
             }
         }

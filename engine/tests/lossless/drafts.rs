@@ -28,7 +28,7 @@ pub(super) fn request(sampler: SamplerConfig) -> Request {
 }
 
 /// Greedy and sampled; few words, more words, all words; then each sampler field.
-fn requests() -> Vec<Request> {
+pub(super) fn requests() -> Vec<Request> {
     let off = SamplerConfig::default;
     let sampled = |seed| SamplerConfig { temperature: 0.9, seed, ..off() };
     let greedy = [few(2, off()), few(5, off()), few(12, off()), off()];
