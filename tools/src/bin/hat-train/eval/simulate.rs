@@ -1,6 +1,6 @@
 //! Rounds of drafting over a recorded greedy answer: what would have been accepted.
 //!
-//! Trees, prompt lookup and the rates that it learns are the engine's own; how they take turns is
+//! Trees, prompt lookup and the rates that are learned are the engine's own; how they take turns is
 //! what its device does. A device computes the shallow rows of its own drafts exactly, so what a
 //! drafter says below right guesses is known from the recording. Below a wrong guess it isn't:
 //! there the guesses at the same depth of the right path stand in. They decide only which nodes a
@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use hat_engine::draft::{Acceptance, Drafter, Lookup, Source, Tree, tree};
+use hat_engine::draft::{Acceptance, Lookup, Source, Tree, tree};
 
 use crate::shard::Recording;
 
@@ -130,7 +130,7 @@ impl<'a> Trial<'a> {
             tree.reset(answer[last], u32::try_from(depth_max).expect("a context fits u32"));
             let rate = |source| acceptance.rate(source);
             lookup.propose(rule.lookup, rate, |branch| tree.offer(0, branch.iter().copied()));
-            self.grow(rule, last, &mut tree);
+            self.grow(rule, last, acceptance, &mut tree);
             score.rounds += 1;
             score.nodes += tree.nodes().len() - 1;
             let end = last + 1 + walk(&tree, &answer[last + 1..], acceptance);
@@ -143,27 +143,38 @@ impl<'a> Trial<'a> {
     }
 
     /// Grows the tree below the decided token `last`, in turns with the drafter.
-    fn grow(&self, rule: &Rule, last: usize, tree: &mut Tree) {
+    fn grow(&self, rule: &Rule, last: usize, acceptance: &Acceptance, tree: &mut Tree) {
         let nodes_max = rule.nodes + 1;
-        let (width, level) = rule.growth.width_and_level();
+        let (_, level) = rule.growth.width_and_level();
         let mut new = 0..1;
         while !new.is_empty() && new.end < nodes_max {
             let end = new.end;
-            self.propose(last, width, new, tree);
+            self.propose(rule.growth, last, new, acceptance, tree);
             new = tree.grow(nodes_max.min(end.saturating_add(level)), 0.0);
         }
     }
 
     /// Offers what the drafter guesses below `nodes`.
-    fn propose(&self, last: usize, width: usize, nodes: Range<usize>, tree: &mut Tree) {
+    fn propose(
+        &self,
+        growth: Growth,
+        last: usize,
+        nodes: Range<usize>,
+        acceptance: &Acceptance,
+        tree: &mut Tree,
+    ) {
         let Some(guesses) = &self.guesses else { return };
+        let (width, _) = growth.width_and_level();
         for node in nodes {
             let depth = tree.nodes()[node].depth as usize;
             let at = guesses.at(last + depth, depth + 1).unwrap_or_default();
-            for (class, guess) in (0..).zip(at.iter().take(width)) {
-                let source = Source { drafter: Drafter::Adapter, class };
-                let Guess { token, probability } = *guess;
-                tree.offer(node, [tree::Guess { token, probability, source }]);
+            for (rank, Guess { token, probability }) in at.iter().copied().take(width).enumerate() {
+                let source = Source::adapter(rank, probability);
+                let mut guess = tree::Guess { token, probability, source };
+                if growth != Growth::Chain {
+                    guess.probability = acceptance.corrected(&guess);
+                }
+                tree.offer(node, [guess]);
             }
         }
     }
@@ -189,6 +200,8 @@ fn walk(tree: &Tree, said: &[u32], acceptance: &mut Acceptance) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use hat_engine::draft::Drafter;
+
     use super::*;
 
     const TREE: Growth = Growth::Tree { width: 4, level: 8 };
@@ -245,7 +258,8 @@ mod tests {
         let grown = |nodes| {
             let mut tree = Tree::default();
             tree.reset(5, 2);
-            trial.grow(&Rule { nodes, growth: TREE, lookup: 0 }, 0, &mut tree);
+            let rule = Rule { nodes, growth: TREE, lookup: 0 };
+            trial.grow(&rule, 0, &Acceptance::default(), &mut tree);
             tree
         };
         // The first level takes both guesses for 5. Below 9 stands what follows 6: with 7 its
