@@ -204,6 +204,7 @@ pub(crate) const HOSTS: &[&str] = &[
     "www.kernel.org",
     "man7.org",
     "localhost",
+    "www.w3.org", // the name space of SVG
     "127.0.0.1",
     "[::1]",
     "0.0.0.0",
