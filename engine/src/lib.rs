@@ -41,6 +41,7 @@
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
 //! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
+//! | `chunk` | how a prompt is cut |
 //! | `sched`, `sequence`, `page`, `pack`, `wire` | rows: which run, where they are, how they go |
 //! | `model` | decoder layers, submodels, the whole model as a yardstick |
 //! | `backend` | kernels |
@@ -48,6 +49,8 @@
 mod answer;
 #[doc(hidden)]
 pub mod backend;
+#[doc(hidden)]
+pub mod chunk;
 mod cloud;
 mod config;
 mod device;

@@ -32,6 +32,7 @@ impl Device {
         let policy = match self.start.config.chunks {
             ChunkPolicy::Off => u32::MAX,
             ChunkPolicy::Fixed(rows) => rows,
+            _ => crate::chunk::CHUNK_ROWS_DEFAULT,
         };
         let rows_max = policy.min(self.peer_rows_max).min(self.start.config.limits.step_rows_max);
         let count = (active.rows() - first).min(rows_max);
