@@ -10,11 +10,13 @@ use super::{Ahead, ChunkCosts, FOREVER_S, Limits, equal};
 /// Cells of the prompt: a longer one is cut more coarsely than the grain.
 const CELLS_MAX: u32 = 256;
 /// Ways that are kept for one prefix.
-const WAYS_MAX: usize = 16;
+const WAYS_MAX: usize = 8;
 /// Up to so many cells all sizes are tried, and beyond that four in each doubling.
 const CELLS_DENSE: u32 = 24;
 /// Gains below this share of the finish are not looked for.
-const GAIN_MIN: f64 = 1e-3;
+const GAIN_MIN: f64 = 2e-3;
+/// Chunks that the last improvements may look at.
+const POLISH_MAX: u64 = 8192;
 /// Of two ways that differ by less than this share of the finish, one is kept.
 const ALIKE: f64 = 1e-4;
 
@@ -47,6 +49,10 @@ struct Task<'a> {
     cell: u32,
     rows_max: u32,
     step_s_max: f64,
+    /// No chunk takes longer on the device than on the uplink.
+    device_is_faster: bool,
+    /// No chunk takes longer on the uplink than in a stage.
+    uplink_is_faster: bool,
 }
 
 impl Search {
@@ -74,16 +80,28 @@ impl Search {
     ) -> f64 {
         self.evaluated = 0;
         let rows_max = limits.rows_max.clamp(1, rows.max(1));
-        let cell = limits.grain.clamp(1, rows_max).max(rows.div_ceil(CELLS_MAX));
+        let cell = limits.grain.max(rows.div_ceil(CELLS_MAX)).clamp(1, rows_max);
         let step_s_max = if limits.step_s_max > 0.0 { limits.step_s_max } else { 0.0 };
         let step_s_max = if limits.step_s_max.is_nan() { f64::INFINITY } else { step_s_max };
-        // A cell that exceeds the budget is cut once more when the plan is written.
-        let task = Task { costs, held, rows, cell: cell.min(rows_max), rows_max, step_s_max };
+        let stages = f64::from(costs.stages);
+        let task = Task {
+            costs,
+            held,
+            rows,
+            cell,
+            rows_max,
+            step_s_max,
+            device_is_faster: costs.device.fixed <= costs.frame_s
+                && costs.device.per_row <= costs.row_up_s,
+            uplink_is_faster: costs.frame_s <= costs.cloud.fixed / stages
+                && costs.row_up_s <= costs.cloud.per_row / stages,
+        };
         let best_s = self.try_equal(&task, ahead, sizes);
         let cells = rows.div_ceil(task.cell);
         let mut found_s = best_s;
         if cells <= 4 * CELLS_MAX {
             found_s = self.try_cuts(&task, ahead, best_s, cells, sizes);
+            found_s = self.polish(&task, ahead, found_s, sizes);
         }
         if sizes.is_empty() {
             equal(rows, task.cell, sizes);
@@ -110,14 +128,10 @@ impl Search {
 
     /// When chunks of `size` end, if that is allowed and before `best_s`.
     fn try_size(&mut self, task: &Task<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
-        let chunks = f64::from(task.rows.div_ceil(size));
-        let Task { costs, rows, held, .. } = *task;
-        let up_s = chunks * costs.frame_s + f64::from(rows) * costs.row_up_s;
-        let step_s = (chunks * costs.cloud.fixed + f64::from(rows) * costs.cloud.per_row)
-            / f64::from(costs.stages);
-        if up_s.max(step_s) >= best_s {
+        if task.bound_of(&ahead, size) >= best_s {
             return None;
         }
+        let Task { costs, rows, held, .. } = *task;
         let (mut at, mut done) = (ahead, 0);
         while done < rows {
             let count = size.min(rows - done);
@@ -170,9 +184,10 @@ impl Search {
                         break;
                     }
                     last = step;
-                    let way = task.extend(at, before, from, step);
+                    let mut way = task.extend(at, before, from, step);
                     self.evaluated += 1;
                     if step < rest {
+                        task.settle(&mut way.at, from + step);
                         self.keep(task, way, from + step, best_s);
                     } else if way.at.last_s < best_s * (1.0 - GAIN_MIN) {
                         (best_s, end) = (way.at.last_s, Some(way));
@@ -222,6 +237,74 @@ impl Search {
         self.counts[to as usize] = count;
     }
 
+    /// Moves single cuts by a cell, and leaves cuts out, as long as that helps. Returns the earlier
+    /// of `best_s` and what it comes to.
+    fn polish(
+        &mut self,
+        task: &Task<'_>,
+        ahead: Ahead,
+        mut best_s: f64,
+        sizes: &mut Vec<u32>,
+    ) -> f64 {
+        let end = self.evaluated + POLISH_MAX;
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            let (mut at, mut done) = (ahead, 0);
+            let mut index = 0;
+            while index + 1 < sizes.len() {
+                let both = sizes[index] + sizes[index + 1];
+                for first in
+                    [sizes[index] + task.cell, sizes[index].saturating_sub(task.cell), both]
+                {
+                    if self.evaluated > end {
+                        return best_s;
+                    }
+                    if first == 0 || first > both {
+                        continue;
+                    }
+                    let rest = sizes[index + 2..].iter().copied();
+                    let changed = [first, both - first].into_iter().chain(rest);
+                    let finish_s = self.finish(task, at, done, changed, best_s);
+                    if finish_s < best_s * (1.0 - 1e-4) {
+                        best_s = finish_s;
+                        again = true;
+                        sizes[index] = first;
+                        sizes[index + 1] = both - first;
+                        if first == both {
+                            sizes.remove(index + 1);
+                        }
+                        break;
+                    }
+                }
+                at.push(task.costs, sizes[index], task.held.saturating_add(done));
+                done += sizes[index];
+                index += 1;
+            }
+        }
+        best_s
+    }
+
+    /// When chunks of `sizes` after `done` rows end; infinite if not before `best_s` or not
+    /// allowed.
+    fn finish(
+        &mut self,
+        task: &Task<'_>,
+        mut at: Ahead,
+        mut done: u32,
+        sizes: impl Iterator<Item = u32>,
+        best_s: f64,
+    ) -> f64 {
+        for size in sizes.filter(|size| *size > 0) {
+            if !task.allows(size, done) || at.last_s >= best_s {
+                return f64::INFINITY;
+            }
+            at.push(task.costs, size, task.held.saturating_add(done));
+            self.evaluated += 1;
+            done += size;
+        }
+        at.last_s
+    }
+
     /// The sizes of the way that ends with `way`.
     fn write(&mut self, task: &Task<'_>, mut way: Way, cells: u32, sizes: &mut Vec<u32>) {
         self.best.clear();
@@ -256,6 +339,50 @@ impl Task<'_> {
         let prefix = self.held.saturating_add(from * self.cell);
         at.push(self.costs, self.rows_of(from, step), prefix);
         Way { at, before, from }
+    }
+
+    /// Puts off each time of `at`, reached after `cells` cells, as far as that changes nothing of
+    /// what can follow: ways that differ in what doesn't matter become alike.
+    fn settle(&self, at: &mut Ahead, cells: u32) {
+        let Self { costs, held, rows, .. } = *self;
+        let done = (cells * self.cell).min(rows);
+        let most = self.rows_max.min(rows - done);
+        let least = self.cell.min(most);
+        let up_s = |rows: u32| costs.frame_s + costs.row_up_s * f64::from(rows);
+        let others = f64::from(costs.stages - 1);
+        let latency_s = costs.up_latency_s + costs.cloud_wait_s;
+        // Whatever comes next comes no earlier than its smallest chunk can.
+        at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least));
+        at.stage_s = at.stage_s.max(at.uplink_s + up_s(least) + latency_s);
+        let least_s = costs.stage(least, held.saturating_add(done));
+        at.last_s = at.last_s.max(at.stage_s + others * least_s);
+        // A place that is faster than the next one, whatever the chunk, and is free so early that
+        // the largest chunk would wait behind it, is never waited for.
+        if self.device_is_faster {
+            at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most));
+        }
+        let most_s = costs.stage(most, held.saturating_add(rows - most));
+        at.stage_s = at.stage_s.max(at.last_s - others * most_s);
+        if self.uplink_is_faster {
+            at.uplink_s = at.uplink_s.max(at.stage_s - latency_s - up_s(most));
+        }
+    }
+
+    /// As [`Task::bound`], for chunks of `size` from the start.
+    fn bound_of(&self, ahead: &Ahead, size: u32) -> f64 {
+        let Self { costs, held, rows, .. } = *self;
+        let (count, stages) = (f64::from(rows.div_ceil(size)), f64::from(costs.stages));
+        let last = rows - (rows.div_ceil(size).max(1) - 1) * size;
+        let last_s = costs.stage(last, held);
+        let latency_s = costs.up_latency_s + costs.cloud_wait_s;
+        let all = |fixed: f64, each: f64| count * fixed + f64::from(rows) * each;
+        let first_s = ahead.device_s + costs.device.seconds(size.min(rows));
+        let up_s = ahead.uplink_s.max(first_s) + all(costs.frame_s, costs.row_up_s);
+        let enter_s = first_s + costs.frame_s + costs.row_up_s * f64::from(size.min(rows));
+        let steps_s = all(costs.cloud.fixed, costs.cloud.per_row) / stages;
+        let ended_s = ahead.stage_s.max(enter_s + latency_s) + steps_s + (stages - 1.0) * last_s;
+        let made_s = ahead.device_s + all(costs.device.fixed, costs.device.per_row);
+        ended_s.max(up_s.max(made_s) + latency_s + stages * last_s)
     }
 
     /// The last step can't end before this if `at` is reached after `cells` cells: each place

@@ -361,7 +361,7 @@ proptest! {
         let best = best_equal(&costs, &limits, 0, rows);
         let mut planner = Planner::default();
         let auto = planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, rows);
-        prop_assert!(auto.finish_s <= best, "{} {} {:?}", auto.finish_s, best, auto.sizes);
+        prop_assert!(auto.finish_s <= best * (1.0 + 1e-12), "{} {} {:?}", auto.finish_s, best, auto.sizes);
     }
 
     /// Whatever the estimates: all rows, within the limits, and a number.
