@@ -146,7 +146,7 @@ pub(crate) struct DeviceRunArgs {
     /// The cloud, as host:port. Without, one is started in this process.
     #[arg(long, env = "HAT_CLOUD", value_name = "ADDR")]
     cloud: Option<String>,
-    /// How rows are coded on the wire: f16 or f32.
+    /// How rows are coded on the wire: f32, f16, int8 or int4.
     #[arg(long, env = "HAT_WIRE", default_value = "f16", value_parser = parse_codec)]
     wire: Codec,
     /// Rows of a prompt chunk, or off for whole prompts.
@@ -158,7 +158,7 @@ pub(crate) struct DeviceRunArgs {
 }
 
 fn parse_codec(text: &str) -> Result<Codec, String> {
-    Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16"))
+    Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
 
 impl DeviceRunArgs {
