@@ -227,6 +227,25 @@ pub struct Ahead {
 }
 
 impl Ahead {
+    /// The same, seen so many seconds later.
+    #[must_use]
+    pub fn later(self, seconds: f64) -> Self {
+        let later = |time: f64| (time - seconds).max(0.0);
+        Self {
+            device_s: later(self.device_s),
+            uplink_s: later(self.uplink_s),
+            stage_s: later(self.stage_s),
+            last_s: later(self.last_s),
+        }
+    }
+
+    /// The same with one more chunk of `rows` rows, which comes behind `prefix` rows.
+    #[must_use]
+    pub fn behind(mut self, costs: &ChunkCosts, rows: u32, prefix: u32) -> Self {
+        self.push(&costs.sane(), rows, prefix);
+        self
+    }
+
     /// One more chunk of `rows` rows behind `prefix` rows. Costs are sane.
     #[inline]
     fn push(&mut self, costs: &ChunkCosts, rows: u32, prefix: u32) {

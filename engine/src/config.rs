@@ -9,6 +9,7 @@ use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
 pub use crate::chunk::ChunkPolicy;
+use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
 
 /// The bounds of a role. Each queue and store has one.
@@ -83,6 +84,8 @@ pub struct EngineConfig {
     pub wire: Codec,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
+    /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
+    pub past_share: f64,
     /// What moves bytes.
     pub link: LinkKind,
     /// Compute threads.
@@ -122,6 +125,7 @@ impl EngineConfig {
             split_layer: None,
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
+            past_share: PAST_DEFAULT,
             link: LinkKind::Mio,
             threads: default_threads(),
             processor: Processor::Auto,

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use self::histogram::Histogram;
+use crate::monitor::Estimates;
 
 /// The `timings` object of `generate --json` and of the HTTP API.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -54,6 +55,11 @@ pub struct Timings {
     pub bytes_down: u64,
     /// Rows of each chunk of the prompt.
     pub chunks: Vec<u32>,
+    /// The chunks as they were first planned by measured times, those before that included; empty
+    /// if no plan was made.
+    pub chunks_planned: Vec<u32>,
+    /// When the first token was expected by that plan, from the request on; 0 without one.
+    pub ttft_predicted_ms: f64,
 }
 
 /// What one drafter did in one generation. A token that two drafters guessed at one place counts
@@ -103,6 +109,18 @@ impl Meter {
         }
         self.last_token = Some(now);
         self.counts.predicted_n += 1;
+    }
+
+    /// What is left of the prompt is planned to go in chunks of `sizes`, with the first token
+    /// `finish_s` from now. The first plan counts; later ones know more of what has happened.
+    pub fn planned(&mut self, now: Instant, sizes: &[u32], finish_s: f64) {
+        if !self.counts.chunks_planned.is_empty() {
+            return;
+        }
+        self.counts.chunks_planned.extend_from_slice(&self.counts.chunks);
+        self.counts.chunks_planned.extend_from_slice(sizes);
+        let elapsed = now.saturating_duration_since(self.started).as_secs_f64();
+        self.counts.ttft_predicted_ms = (elapsed + finish_s) * 1e3;
     }
 
     /// Rows go up to the cloud.
@@ -199,6 +217,8 @@ pub struct EngineMetrics {
     pub ttft_us: Histogram,
     /// Time between tokens, microseconds.
     pub tbt_us: Histogram,
+    /// What the device knew of link and cloud when the last request ended.
+    pub estimates: Estimates,
 }
 
 impl EngineMetrics {

@@ -12,6 +12,7 @@ use crate::metrics::Meter;
 use crate::sequence::Sequence;
 
 use super::Job;
+use super::plan::Sizing;
 use super::walk::Walk;
 
 /// Where a request's session in the cloud stands.
@@ -62,6 +63,8 @@ pub(super) struct Active {
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
     pub(super) walk: Walk,
+    /// Chunks of the prompt that are on their way.
+    pub(super) sizing: Sizing,
     /// The last row of the path that the cloud has not been told to keep; 0 if there is none.
     pub(super) commit: u32,
     /// How many waits have ended.
@@ -134,6 +137,7 @@ impl Active {
         self.unsent.count = 0;
         self.unsent.sent = 0;
         self.walk.clear();
+        self.sizing = Sizing::default();
         self.commit = 0;
         self.held_back.clear();
         self.sent_at = None;

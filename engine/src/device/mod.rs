@@ -3,6 +3,7 @@
 mod active;
 mod compute;
 mod grow;
+mod plan;
 mod run;
 mod trained;
 mod verify;

@@ -13,16 +13,19 @@ use hat_transport::message::{Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Phase, Unsent};
+use super::plan::Sizing;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
+use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::trained::Trained;
 use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, Costs, DraftMode, Tree};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
+use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
@@ -88,6 +91,9 @@ impl Start {
             missing: Missing::default(),
             acceptance: Acceptance::default(),
             costs: Costs::default(),
+            monitor: Monitor::new(self.config.past_share),
+            planner: Planner::default(),
+            began: self.shared.clock.now(),
             tree: Tree::default(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -126,6 +132,11 @@ pub(super) struct Device {
     pub(super) acceptance: Acceptance,
     /// What rounds cost, over all requests.
     pub(super) costs: Costs,
+    /// What chunks cost, over all requests.
+    pub(super) monitor: Monitor,
+    pub(super) planner: Planner,
+    /// The monitor's times count from here.
+    pub(super) began: Instant,
     pub(super) plan: PlanBuffers,
     pub(super) tree: Tree,
     pub(super) tokens: Vec<TokenId>, // of a tree's rows
@@ -232,6 +243,7 @@ impl Device {
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),
+                sizing: Sizing::default(),
                 commit: 0,
                 round: 0,
                 lookup,
@@ -403,10 +415,14 @@ impl Device {
     }
 
     pub(super) fn finish(&mut self, index: usize, finish_reason: FinishReason) {
+        let estimates = self.estimates();
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
-        self.start.shared.metrics().add(&active.meter);
+        let mut sums = self.start.shared.metrics();
+        sums.add(&active.meter);
+        sums.estimates = estimates;
+        drop(sums);
         let metrics = Box::new(Metrics {
             timings,
             token_ids: active.answer.tokens().to_vec(),

@@ -48,13 +48,20 @@ impl Device {
     /// What the first output after rows were sent says of link and cloud.
     fn note_costs(&mut self, index: usize, head: &OutputHead) {
         let now = self.start.shared.clock.now();
-        let Some((sent_at, rows)) = self.actives[index].sent_at.take() else { return };
+        let Some((sent_at, rows)) = self.actives[index].sent_at.take() else {
+            let active = &self.actives[index];
+            if active.answer.tokens().is_empty() {
+                self.note_returned(index, active.unsent.count, head, None);
+            }
+            return;
+        };
         let step = f64::from(head.step_us) * 1e-6;
         let total = now.duration_since(sent_at).as_secs_f64();
         let step_rows = head.step_rows as usize;
         self.costs.step.note(step_rows, step);
         self.costs.wait.note(rows, (total - step).max(0.0));
         self.costs.others.note(step_rows.saturating_sub(rows) as f64);
+        self.note_returned(index, rows, head, Some(total));
     }
 
     /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
@@ -136,6 +143,7 @@ impl Device {
             let goes_on = self.decide(index, id, greatest);
             let took = self.start.shared.clock.now().duration_since(began);
             self.costs.head.note(took.as_secs_f64());
+            self.monitor.note_head(took.as_secs_f64());
             if !goes_on {
                 return;
             }
