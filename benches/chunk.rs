@@ -1,18 +1,21 @@
 //! Chunks of a prompt: what a plan costs, and what it is worth.
 //!
-//!     cargo bench -p hat-benches --bench chunk -- [--measure] [--rows N] [--rounds N]
+//!     cargo bench -p hat-benches --bench chunk -- [--measure] [--tiny] [--rows N] [--rounds N]
 //!         [--wire f16,int8] [--chunks off,32,128,512,paper,auto] [--mbit UP,DOWN] [--rtt-ms N]
 //!
 //! Planning: the bound is a millisecond for 4,096 rows at a grain of 32. With `--measure`, the
 //! default model's TTFT over an emulated link, policies in turn, all against the first policy of
 //! the list in pairs of one round. Its bound is the greatest of upload, device and cloud, each
 //! alone, and one round trip: bytes up over the rate, and the device's and the cloud's own
-//! estimates of their time. Both roles run on this machine.
+//! estimates of their time. Both roles run on this machine. `--tiny` takes a generated model with
+//! rows of 64 numbers instead: over a slow link it shows the overlap where computing is next to
+//! nothing, also on a machine that is busy with other things.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Line, Planner};
+use hat_engine::internal::tiny_bundle;
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
@@ -20,6 +23,7 @@ use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
 /// What the command line says.
 struct Args {
     measure: bool,
+    tiny: bool,
     rows: usize,
     rounds: usize,
     wires: Vec<Codec>,
@@ -34,6 +38,7 @@ impl Args {
         let sizes = [32, 64, 128, 256].map(Fixed);
         let mut parsed = Self {
             measure: false,
+            tiny: false,
             rows: 1000,
             rounds: 7,
             wires: vec![Codec::F16, Codec::Int8],
@@ -45,6 +50,7 @@ impl Args {
             match arg.as_str() {
                 "--bench" => {}
                 "--measure" => parsed.measure = true,
+                "--tiny" => parsed.tiny = true,
                 "--rows" => parsed.rows = args.next()?.parse().ok()?,
                 "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
                 "--rtt-ms" => parsed.rtt = Duration::from_millis(args.next()?.parse().ok()?),
@@ -143,9 +149,13 @@ fn planning() {
 
 fn measure(args: &Args, wire: Codec) {
     let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let cache = pull::cache_dir().expect("a cache directory");
-    let split = pull::SPLIT_LAYER_DEFAULT;
-    let bundle = pull::default_bundle(&cache, split, 0).expect("the default model");
+    let scratch = std::env::temp_dir().join(format!("hat-bench-chunk-{}", std::process::id()));
+    let bundle = if args.tiny {
+        tiny_bundle(&scratch).expect("a place for a small model")
+    } else {
+        let cache = pull::cache_dir().expect("a cache directory");
+        pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the default model")
+    };
     let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads);
     let cloud = Cloud::start(cloud).expect("the cloud starts");
     let mut links = Vec::new();
@@ -194,6 +204,9 @@ fn measure(args: &Args, wire: Codec) {
             last.chunks,
         );
     }
+    if args.tiny {
+        let _ = std::fs::remove_dir_all(&scratch);
+    }
 }
 
 /// The slowest place alone, and a round trip.
@@ -216,7 +229,8 @@ fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
 
 /// A prompt of `rows` tokens that no other is like, and one token of an answer.
 fn ask(engine: &Engine, rows: usize) -> Timings {
-    let tokens = (0..rows).map(|index| (index * 7919 % 40_000 + 100) as u32).collect();
+    // Ids that each vocabulary has.
+    let tokens = (0..rows).map(|index| (index * 7919 % 200 + 10) as u32).collect();
     let request = Request::tokens(tokens).max_tokens(1).ignore_eos().draft(DraftMode::Off);
     for event in engine.generate(request).expect("a good request") {
         if let Event::Done { metrics, .. } = event.expect("an answer") {

@@ -8,7 +8,9 @@
 //! go through each codec, and at each position of that answer the distribution is compared with
 //! the one of f32. A codec changes the greedy text if and only if the likeliest token differs
 //! somewhere along it, so no second answer is needed. `up` is the way to the cloud alone, `both`
-//! what a session does.
+//! what a session does. Two controls: f32 itself, where nothing may change, and `ulp`, rows whose
+//! numbers are moved by one part in 2^23, which shows how much of a change is the arithmetic's own:
+//! activations are rounded to 8 bits in each layer, and the least nudge moves some of them.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -172,7 +174,7 @@ struct Damage {
 fn errors(prompts: &Path, count: usize) {
     let mut model = Model::open();
     let prompts = read(prompts, &model.tokenizer, count);
-    let codecs = [Codec::F16, Codec::Int8, Codec::Int4];
+    let codecs = [Some(Codec::F32), None, Some(Codec::F16), Some(Codec::Int8), Some(Codec::Int4)];
     let mut damages = vec![[Damage::default(), Damage::default()]; codecs.len()];
     let began = Instant::now();
     for (index, prompt) in prompts.iter().enumerate() {
@@ -189,7 +191,7 @@ fn errors(prompts: &Path, count: usize) {
             let positions = damage.kl.len();
             println!(
                 "{:<6} {way:<5} {:9.2e} {:9.2e}  {:8.2} %        {:4} of {}",
-                codec.name(),
+                codec.map_or("ulp", Codec::name),
                 damage.kl.iter().sum::<f64>() / positions as f64,
                 damage.kl[positions * 99 / 100],
                 100.0 * damage.agreed as f64 / positions as f64,
@@ -201,7 +203,12 @@ fn errors(prompts: &Path, count: usize) {
 }
 
 /// One prompt: answered with f32 rows, then compared.
-fn measure(model: &mut Model, prompt: &[TokenId], codecs: &[Codec], damages: &mut [[Damage; 2]]) {
+fn measure(
+    model: &mut Model,
+    prompt: &[TokenId],
+    codecs: &[Option<Codec>],
+    damages: &mut [[Damage; 2]],
+) {
     let mut tokens = prompt.to_vec();
     let (mut wanted, mut sequence) = (vec![], Model::sequence());
     let mut fresh = 0;
@@ -226,7 +233,7 @@ fn measure(model: &mut Model, prompt: &[TokenId], codecs: &[Codec], damages: &mu
     let first = prompt.len() - 1;
     for (codec, damages) in codecs.iter().zip(damages) {
         let deep = model.deep(&crossed(*codec, &shallow, hidden))[first * hidden..].to_vec();
-        let back = crossed(*codec, &deep, hidden);
+        let back = crossed(codec.map(Codec::down), &deep, hidden);
         for (damage, rows) in damages.iter_mut().zip([deep, back]) {
             let mut same = true;
             for (row, wanted) in rows.chunks_exact(hidden).zip(&wanted) {
@@ -241,7 +248,11 @@ fn measure(model: &mut Model, prompt: &[TokenId], codecs: &[Codec], damages: &mu
     }
 }
 
-fn crossed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<f32> {
+/// Rows through a codec; through none, nudged by an ulp.
+fn crossed(codec: Option<Codec>, rows: &[f32], hidden: usize) -> Vec<f32> {
+    let Some(codec) = codec else {
+        return rows.iter().map(|number| number * (1.0 + f32::EPSILON)).collect();
+    };
     let mut bytes = vec![0; rows.len() / hidden * codec.row_bytes(hidden)];
     let mut back = vec![0.0; rows.len()];
     codec.pack(rows, hidden, &mut bytes).expect("a good model's rows are finite");

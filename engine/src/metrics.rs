@@ -336,6 +336,18 @@ mod tests {
         assert_eq!((metrics.tbt_us.count(), metrics.ttft_us.count()), (16, 2));
     }
 
+    #[test]
+    fn the_first_plan_counts() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start, 300);
+        meter.counts.chunks.push(128);
+        meter.planned(start + Duration::from_millis(40), &[100, 72], 0.2);
+        meter.planned(start + Duration::from_millis(90), &[72], 0.5);
+        let timings = meter.timings();
+        assert_eq!(timings.chunks_planned, [128, 100, 72]);
+        assert!((timings.ttft_predicted_ms - 240.0).abs() < 1e-6, "{}", timings.ttft_predicted_ms);
+    }
+
     /// The names are a contract: scripts read them.
     #[test]
     fn json_names_are_fixed() {
@@ -345,7 +357,7 @@ mod tests {
             names.join(" "),
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
-             pages_reused bytes_up bytes_down chunks"
+             pages_reused bytes_up bytes_down chunks chunks_planned ttft_predicted_ms"
         );
     }
 

@@ -19,8 +19,10 @@ const PAST_MAX: f64 = 0.99;
 const SAMPLE_BYTES: u64 = 32 << 10;
 /// Seconds of a rate's sample.
 const SAMPLE_S: f64 = 2e-3;
-/// Processor time of sending a chunk, header and system call.
+/// Processor time of sending a chunk: checksum and system call.
 const FRAME_S: f64 = 30e-6;
+/// Bytes of a chunk that are no rows: the frame's header and the head of ROWS.
+const FRAME_BYTES: f64 = 48.0;
 
 /// A moving average.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -191,7 +193,7 @@ impl Monitor {
     pub fn costs(&self, row_bytes: usize, layers: (u32, u32)) -> Option<ChunkCosts> {
         let CloudCost { fixed, per_row, .. } = self.device.cost()?;
         let device = Line { fixed, per_row };
-        let row_up_s = self.uplink.byte_s.value()? * row_bytes as f64;
+        let byte_s = self.uplink.byte_s.value()?;
         let rtt_s = self.rtt.value().unwrap_or(0.0);
         let guess = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
@@ -199,8 +201,8 @@ impl Monitor {
         };
         Some(ChunkCosts {
             device,
-            frame_s: FRAME_S,
-            row_up_s,
+            frame_s: FRAME_S + FRAME_BYTES * byte_s,
+            row_up_s: byte_s * row_bytes as f64,
             up_latency_s: rtt_s / 2.0,
             cloud: self.step.cost().unwrap_or_else(guess),
             stages: 1,

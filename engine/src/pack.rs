@@ -101,6 +101,17 @@ impl Codec {
         Self::ALL.into_iter().find(|codec| codec.name() == name)
     }
 
+    /// The codec of rows that come back in a session of this one. Nothing follows a row that comes
+    /// back but the final norm and the head, so its error is all in the logits, and few rows come
+    /// back: int4 sessions get them as int8.
+    #[must_use]
+    pub const fn down(self) -> Self {
+        match self {
+            Self::Int4 => Self::Int8,
+            same => same,
+        }
+    }
+
     /// Bytes of one row of `hidden` numbers.
     #[must_use]
     pub const fn row_bytes(self, hidden: usize) -> usize {

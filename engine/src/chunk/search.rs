@@ -110,12 +110,13 @@ impl Search {
         found_s + costs.return_s
     }
 
-    /// All plans of one size. Returns the earliest last step, infinite if no size is allowed.
+    /// All plans of one size, from a cell up: smaller ones promise little, and what each chunk
+    /// costs is known too badly to take a hundred for that. Returns the earliest last step, infinite if no size is allowed.
     fn try_equal(&mut self, task: &Task<'_>, ahead: Ahead, sizes: &mut Vec<u32>) -> f64 {
         sizes.clear();
         let (mut best_s, mut best_size) = (f64::INFINITY, None);
         // From the top, so that of plans that end together the one with the fewest chunks wins.
-        for size in (1..=task.rows_max).rev() {
+        for size in (task.cell..=task.rows_max).rev() {
             if let Some(finish_s) = self.try_size(task, ahead, size, best_s) {
                 (best_s, best_size) = (finish_s, Some(size));
             }

@@ -24,6 +24,10 @@ fn names_and_ids_are_fixed() {
         assert_eq!(Codec::from_id(codec.id()), Some(codec));
         assert_eq!(Codec::from_name(codec.name()), Some(codec));
     }
+    assert_eq!(Codec::Int4.down(), Codec::Int8);
+    for codec in [Codec::F32, Codec::F16, Codec::Int8] {
+        assert_eq!(codec.down(), codec);
+    }
     assert_eq!([4, 255].map(Codec::from_id), [None, None]);
     assert_eq!(["int5", "", "F16"].map(Codec::from_name), [None, None, None]);
     // A block and a short one; an odd number of halves.
