@@ -118,7 +118,7 @@ fn exact(costs: &ChunkCosts, rows: u32, grain: u32) -> f64 {
     fronts[0].push(Ahead::default());
     for from in 0..cells {
         for at in fronts[from].clone() {
-            for to in from + 1..=cells {
+            for (to, front) in fronts.iter_mut().enumerate().skip(from + 1) {
                 let mut at = at;
                 at.push(costs, row(to) - row(from), row(from));
                 let no_later = |one: &Ahead, other: &Ahead| {
@@ -127,9 +127,9 @@ fn exact(costs: &ChunkCosts, rows: u32, grain: u32) -> f64 {
                         && one.stage_s <= other.stage_s
                         && one.last_s <= other.last_s
                 };
-                if !fronts[to].iter().any(|other| no_later(other, &at)) {
-                    fronts[to].retain(|other| !no_later(&at, other));
-                    fronts[to].push(at);
+                if !front.iter().any(|other| no_later(other, &at)) {
+                    front.retain(|other| !no_later(&at, other));
+                    front.push(at);
                 }
             }
         }
