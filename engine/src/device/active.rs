@@ -13,6 +13,7 @@ use crate::metrics::Meter;
 use crate::sequence::Sequence;
 
 use super::Job;
+use super::plan::Sizing;
 use super::walk::Walk;
 
 /// Where a request's session in the cloud stands.
@@ -120,6 +121,8 @@ pub(super) struct Active {
     pub(super) round_now: Option<Round>,
     /// What asking the trained drafter has brought.
     pub(super) asking: Asking,
+    /// Chunks of the prompt that are on their way.
+    pub(super) sizing: Sizing,
     /// The last row of the path that the cloud has not been told to keep; 0 if there is none. It
     /// goes with the first frame of a chunk.
     pub(super) commit: u32,
@@ -214,6 +217,7 @@ impl Active {
         self.walk.clear();
         self.drafts.clear();
         self.round_now = None;
+        self.sizing = Sizing::default();
         self.commit = 0;
         self.held_back.clear();
         self.timed = None;

@@ -8,7 +8,6 @@ use hat_transport::message::{RowsHead, Want};
 
 use super::active::{Active, Phase, Timed, Unsent};
 use super::run::Device;
-use crate::config::ChunkPolicy;
 use crate::{Error, Event, wire};
 
 impl Device {
@@ -37,15 +36,10 @@ impl Device {
 
     /// Computes decided rows: a chunk of the prompt, or the last token alone.
     fn compute_chunk(&mut self, index: usize) {
+        let count = self.chunk_rows(index);
         let active = &mut self.actives[index];
         active.drafts.clear();
         let first = active.computed();
-        let policy = match self.start.config.chunks {
-            ChunkPolicy::Off => u32::MAX,
-            ChunkPolicy::Fixed(rows) => rows,
-        };
-        let rows_max = policy.min(self.peer_rows_max).min(self.start.config.limits.step_rows_max);
-        let count = (active.rows() - first).min(rows_max);
         let (first_id, parent) = (active.sequence.last_id() + 1, active.sequence.tip());
         let place = active
             .sequence
@@ -62,6 +56,7 @@ impl Device {
         self.start.model.input(&self.plan.plan(), tokens, &mut active.unsent.hidden);
         let took = self.start.shared.clock.now().duration_since(began);
         self.costs.device.note(count as usize, took.as_secs_f64());
+        self.monitor.note_device(count, took.as_secs_f64());
         if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return self.fail(index, Error::NotFinite { position: first + row });

@@ -4,6 +4,7 @@ mod active;
 mod compute;
 mod feed;
 mod grow;
+mod plan;
 mod run;
 mod trained;
 mod verify;

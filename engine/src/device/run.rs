@@ -13,10 +13,12 @@ use hat_transport::message::{Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
+use super::plan::Sizing;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
+use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
 use crate::draft::trained::Trained;
@@ -24,6 +26,7 @@ use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, Costs, DraftMode};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
+use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
@@ -90,6 +93,9 @@ impl Start {
             acceptance: Acceptance::default(),
             costs: Costs::default(),
             events: Vec::new(),
+            monitor: Monitor::new(self.config.past_share),
+            planner: Planner::default(),
+            began: self.shared.clock.now(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             kept: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -128,6 +134,11 @@ pub(super) struct Device {
     pub(super) acceptance: Acceptance,
     /// What rounds cost, over all requests.
     pub(super) costs: Costs,
+    /// What chunks cost, over all requests.
+    pub(super) monitor: Monitor,
+    pub(super) planner: Planner,
+    /// The monitor's times count from here.
+    pub(super) began: Instant,
     pub(super) plan: PlanBuffers,
     /// What has arrived and has not been looked at.
     pub(super) events: Vec<LinkEvent>,
@@ -236,6 +247,7 @@ impl Device {
                 drafts: Drafts::default(),
                 round_now: None,
                 asking: Asking::default(),
+                sizing: Sizing::default(),
                 commit: 0,
                 round: 0,
                 lookup,
@@ -407,10 +419,14 @@ impl Device {
     }
 
     pub(super) fn finish(&mut self, index: usize, finish_reason: FinishReason) {
+        let estimates = self.estimates();
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
-        self.start.shared.metrics().add(&active.meter);
+        let mut sums = self.start.shared.metrics();
+        sums.add(&active.meter);
+        sums.estimates = estimates;
+        drop(sums);
         let metrics = Box::new(Metrics {
             timings,
             token_ids: active.answer.tokens().to_vec(),

@@ -24,7 +24,7 @@ impl Device {
         active.deadline = None;
         let count = usize::from(output.head.count);
         self.row.resize(count.max(1) * hidden_size, 0.0);
-        let codec = self.start.config.wire;
+        let codec = self.start.config.wire.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
             return Err(format!("{} bytes for {count} rows", output.payload.len()));
         }
@@ -49,18 +49,24 @@ impl Device {
     /// What the first output after rows were sent says of link and cloud.
     fn note_costs(&mut self, index: usize, output: &Output<'_>) {
         let now = self.start.shared.clock.now();
+        let head = &output.head;
         let timed = &mut self.actives[index].timed;
         let Some(Timed { at, rows, .. }) =
             timed.take_if(|timed| output.ids.iter().any(|id| id >= timed.first_id))
         else {
+            let active = &self.actives[index];
+            if active.answer.tokens().is_empty() {
+                self.note_returned(index, active.unsent.count, head, None);
+            }
             return;
         };
-        let step = f64::from(output.head.step_us) * 1e-6;
+        let step = f64::from(head.step_us) * 1e-6;
         let total = now.duration_since(at).as_secs_f64();
-        let step_rows = output.head.step_rows as usize;
+        let step_rows = head.step_rows as usize;
         self.costs.step.note(step_rows, step);
         self.costs.wait.note(rows, (total - step).max(0.0));
         self.costs.others.note(step_rows.saturating_sub(rows) as f64);
+        self.note_returned(index, rows, head, Some(total));
     }
 
     /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
@@ -146,6 +152,7 @@ impl Device {
             active.meter.counts.rounds = round;
             let took = self.start.shared.clock.now().duration_since(began).as_secs_f64();
             self.costs.head.note(took);
+            self.monitor.note_head(took);
             active.meter.counts.head_ms += took * 1e3;
             if !self.decide(index, id, greatest) {
                 return;

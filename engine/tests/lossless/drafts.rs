@@ -105,6 +105,21 @@ fn every_draft_mode_says_the_same() {
 }
 
 #[test]
+fn every_draft_mode_says_the_same_in_every_codec() {
+    let bundles = Bundles::generated(1, 0);
+    let requests = [&requests()[..3], &requests()[4..6]].concat();
+    for wire in [Codec::F32, Codec::Int8, Codec::Int4] {
+        let whole = whole(&bundles, 1, wire, &requests);
+        let config = EngineConfig::new(bundles.path.join("device")).link(LinkKind::Memory);
+        let config = config.wire(wire).chunks(ChunkPolicy::Auto);
+        let engine = Engine::open(config).unwrap();
+        for mode in DraftMode::ALL {
+            assert_all(&format!("{wire:?}"), &engine, mode, &requests, &whole);
+        }
+    }
+}
+
+#[test]
 fn drafts_over_every_link_split_and_tail_say_the_same() {
     let requests = [&requests()[..3], &requests()[4..7]].concat();
     for tail_layers in [0, 1] {
