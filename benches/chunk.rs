@@ -14,7 +14,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Line, Planner};
+use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_engine::internal::tiny_bundle;
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
@@ -133,7 +133,7 @@ fn planning() {
             times.sort_by(f64::total_cmp);
             let evaluated = planner.evaluated();
             let mut finish = |policy| planner.plan(policy, &costs, &limits, 0, 4096).finish_s * 1e3;
-            let sizes = (1..=rows_max).map(ChunkPolicy::Fixed);
+            let sizes = (GRAIN_DEFAULT..=rows_max).map(ChunkPolicy::Fixed);
             let best = sizes.map(&mut finish).fold(f64::INFINITY, f64::min);
             println!(
                 "{name:<10} {rows_max:9}   {:5.3} ({:.3} - {:.3})   {evaluated:9}   {:.1}, {best:.1}, {:.1} ms",

@@ -217,8 +217,6 @@ pub(crate) const HOSTS: &[&str] = &[
     "example.com",
     "example.org",
     "evil.example",
-    // The name space that a drawing has to declare.
-    "www.w3.org",
 ];
 
 /// Registries by host, also without a scheme. In two parts, as below.
