@@ -2,22 +2,26 @@
 
 use indicatif::ProgressBar;
 
-use crate::costs::{Calibrated, CostFile, Published, Ranged};
+use crate::costs::{CostFile, Ranged};
 use crate::figures::Figures;
 use crate::policy::Policy;
+use crate::random::{Purpose, unit};
 use crate::text::Guessing;
 use crate::world::{Run, World};
 
 /// Requests of one trial, and how many seeds are averaged.
-const REQUESTS: usize = 400;
-const SEEDS: u64 = 2;
+const REQUESTS: usize = 500;
+const SEEDS: u64 = 3;
+/// Points that are tried before the search begins, and how many of them it begins from.
+const POINTS: u64 = 64;
+const STARTS: usize = 2;
 /// First and last step of the search, as a share of a number's range.
-const STEP_FIRST: f64 = 0.2;
-const STEP_LAST: f64 = 0.01;
+const STEP_FIRST: f64 = 0.1;
+const STEP_LAST: f64 = 0.012;
 /// Weight of a standard deviation beside a mean.
 const SPREAD_WEIGHT: f64 = 0.1;
-/// A number is as good as the best while the mean square deviation grows by no more than this.
-const SLACK: f64 = 0.01 * 0.01;
+/// A number is as good as the best while the deviation (root mean square) grows by no more.
+const SLACK: f64 = 0.01;
 
 /// What came out.
 pub(crate) struct Outcome {
@@ -28,24 +32,50 @@ pub(crate) struct Outcome {
     pub(crate) good: [[f64; 2]; 5],
 }
 
-/// Searches along one number after the other, in ever smaller steps.
+/// Tries points all over the ranges, then searches from the best ones along one number after the
+/// other, in ever smaller steps.
 pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
     let guessing = Guessing::fit(&file.drafters);
-    let mut best = file.clone();
-    let mut least = error(&best, &guessing);
+    let mut points: Vec<(f64, CostFile)> = (0..POINTS)
+        .map(|point| {
+            let mut trial = file.clone();
+            for (index, ranged) in trial.calibrated.each_mut().into_iter().enumerate() {
+                let share = unit(point, Purpose::Point, index as u64, 0);
+                ranged.value = ranged.low + share * (ranged.high - ranged.low);
+            }
+            bar.inc(1);
+            (error(&trial, &guessing), trial)
+        })
+        .collect();
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    points.truncate(STARTS);
+    let searched = points.into_iter().map(|(least, from)| search(from, least, &guessing, bar));
+    let (least, mut best) =
+        searched.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are starting points");
+    let good = std::array::from_fn(|index| reach(&best, least, index, &guessing, bar));
+    for ranged in best.calibrated.each_mut() {
+        ranged.value = (ranged.value * 1e3).round() / 1e3;
+    }
+    Outcome { file: best, deviation: least.sqrt(), good }
+}
+
+fn search(
+    mut best: CostFile,
+    mut least: f64,
+    guessing: &Guessing,
+    bar: &ProgressBar,
+) -> (f64, CostFile) {
     let mut step = STEP_FIRST;
     while step > STEP_LAST {
         let before = least;
-        for index in 0..Calibrated::NAMES.len() {
-            for sign in [1.0, -1.0] {
-                while let Some(trial) = moved(&best, index, sign * step) {
-                    let trial_error = error(&trial, &guessing);
-                    bar.inc(1);
-                    if trial_error >= least {
-                        break;
-                    }
-                    (best, least) = (trial, trial_error);
+        for (index, sign) in (0..5).flat_map(|index| [(index, 1.0), (index, -1.0)]) {
+            while let Some(trial) = moved(&best, index, sign * step) {
+                let trial_error = error(&trial, guessing);
+                bar.inc(1);
+                if trial_error >= least {
+                    break;
                 }
+                (best, least) = (trial, trial_error);
             }
         }
         if least >= before {
@@ -53,11 +83,7 @@ pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
         }
         bar.set_message(format!("{:.1} % off, step {step:.3}", 100.0 * least.sqrt()));
     }
-    let good = std::array::from_fn(|index| reach(&best, least, index, &guessing, bar));
-    for ranged in best.calibrated.each_mut() {
-        ranged.value = (ranged.value * 1e4).round() / 1e4;
-    }
-    Outcome { file: best, deviation: least.sqrt(), good }
+    (least, best)
 }
 
 /// How far a number may go to either side.
@@ -72,7 +98,7 @@ fn reach(
         let mut at = best.clone();
         while let Some(next) = moved(&at, index, sign * 0.04) {
             bar.inc(1);
-            if error(&next, guessing) > least + SLACK {
+            if error(&next, guessing).sqrt() > least.sqrt() + SLACK {
                 break;
             }
             at = next;
@@ -92,42 +118,38 @@ fn moved(file: &CostFile, index: usize, share: f64) -> Option<CostFile> {
 
 /// Mean square deviation from the rows that calibrate.
 fn error(file: &CostFile, guessing: &Guessing) -> f64 {
-    let rows: Vec<&Published> = file.published.iter().filter(|row| row.calibrates).collect();
-    let (mut sum, mut weight) = (0.0, 0.0);
-    for row in rows {
-        let figures = predict(file, guessing, &row.policy, row.rate);
-        for (index, pair) in figures.chunks(2).enumerate() {
-            let (published, of) = match index {
-                0 => (row.ttft_ms, [1.0, 0.0]),
-                1 => (row.tbt_ms, [1.0, 0.0]),
-                _ => (row.step_ms.map(|[mean, _]| mean), [1.0, SPREAD_WEIGHT]),
-            };
-            let Some(published) = published else { continue };
-            let off = pair[0] / published - 1.0;
-            sum += of[0] * off * off;
-            weight += of[0];
-            if let Some([_, spread]) = row.step_ms.filter(|_| of[1] > 0.0) {
-                let off = pair[1] / spread - 1.0;
-                sum += of[1] * off * off;
-                weight += of[1];
-            }
+    let (mut sum, mut weights) = (0.0, 0.0);
+    let mut add = |weight: f64, published: f64, simulated: f64| {
+        let off = simulated / published - 1.0;
+        sum += weight * off * off;
+        weights += weight;
+    };
+    let mut known: Vec<(&str, f64, Figures)> = vec![];
+    for row in file.published.iter().filter(|row| row.calibrates) {
+        let same =
+            |(policy, rate, _): &&(&str, f64, Figures)| *policy == row.policy && *rate == row.rate;
+        if !known.iter().any(|run| same(&run)) {
+            let figures = simulate(file, guessing, &row.policy, row.rate);
+            known.push((&row.policy, row.rate, figures));
+        }
+        let (_, _, figures) = known.iter().find(same).expect("it was just put there");
+        row.ttft_ms.into_iter().for_each(|ttft| add(1.0, ttft, figures.ttft()));
+        row.tbt_ms.into_iter().for_each(|tbt| add(1.0, tbt, figures.tbt()));
+        if let Some([mean, spread]) = row.step_ms {
+            add(1.0, mean, figures.step_ms[0]);
+            add(SPREAD_WEIGHT, spread, figures.step_ms[1]);
         }
     }
-    sum / f64::max(weight, 1e-9)
+    sum / f64::max(weights, 1e-9)
 }
 
-/// TTFT, TBT and step, each with a spread (0 for the first two), averaged over seeds.
-fn predict(file: &CostFile, guessing: &Guessing, policy: &str, rate: f64) -> [f64; 6] {
+fn simulate(file: &CostFile, guessing: &Guessing, policy: &str, rate: f64) -> Figures {
     let policy = Policy::named(policy).expect("a published row names a policy");
-    let mut all = [0.0; 6];
-    for seed in 1..=SEEDS {
+    let run = |seed| {
         let run = Run { rate, requests: REQUESTS, ..Run::of(&policy, seed) };
         let mut world = World::new(file, guessing, run);
         world.live(&mut |_| {});
-        let figures = Figures::of(&policy.name, &world);
-        let [step, spread] = figures.step_ms;
-        let these = [figures.ttft(), 0.0, figures.tbt(), 0.0, step, spread];
-        all.iter_mut().zip(these).for_each(|(all, this)| *all += this / SEEDS as f64);
-    }
-    all
+        Figures::of(&policy.name, &world)
+    };
+    Figures::pool((1..=SEEDS).map(run).collect())
 }

@@ -5,9 +5,10 @@ use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 
 /// Cost files that come with the tool, by name.
-pub(crate) const BUILT_IN: [(&str, &str); 3] = [
+pub(crate) const BUILT_IN: [(&str, &str); 4] = [
     ("specbench-7b", include_str!("costs/specbench-7b.json")),
     ("cnndm-13b", include_str!("costs/cnndm-13b.json")),
+    ("cnndm-13b-761", include_str!("costs/cnndm-13b-761.json")),
     ("this-machine", include_str!("costs/this-machine.json")),
 ];
 
@@ -292,6 +293,25 @@ impl CostFile {
             ]);
         }
         numbers
+    }
+
+    /// One line for people.
+    pub(crate) fn describe(&self) -> String {
+        let kind = |kind: &DeviceKind| format!("{} {}", kind.count, kind.name);
+        let devices: Vec<String> = self.devices.iter().map(kind).collect();
+        let stages = self.cloud.stages;
+        format!("{}: {}, {}, {stages} stages", self.name, self.model.name, devices.join(" + "))
+    }
+
+    /// The same with so many devices, the kinds in their proportions.
+    pub(crate) fn with_devices(mut self, count: usize) -> Self {
+        let all: usize = self.devices.iter().map(|kind| kind.count).sum();
+        let mut left = count;
+        for kind in &mut self.devices {
+            kind.count = (kind.count * count).div_ceil(all).min(left);
+            left -= kind.count;
+        }
+        self
     }
 
     /// What one stage of the cloud takes.

@@ -61,6 +61,40 @@ impl Figures {
         }
     }
 
+    /// Of several runs of one policy, all of one length.
+    pub(crate) fn pool(parts: Vec<Self>) -> Self {
+        let count = parts.len() as f64;
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().expect("there is a run");
+        for part in parts {
+            all.ttft_ms.extend(part.ttft_ms);
+            all.tbt_ms.extend(part.tbt_ms);
+            let ours = all.numbers_mut();
+            let [accept_len, rows_a_token, bytes_up, bytes_down, chunks] =
+                [part.accept_len, part.rows_a_token, part.bytes_up, part.bytes_down, part.chunks];
+            let [step, spread] = part.step_ms;
+            let theirs = [accept_len, rows_a_token, bytes_up, bytes_down, chunks, step, spread];
+            ours.into_iter().zip(theirs).for_each(|(sum, number)| *sum += number);
+        }
+        all.numbers_mut().into_iter().for_each(|sum| *sum /= count);
+        all.ttft_ms.sort_by(f64::total_cmp);
+        all.tbt_ms.sort_by(f64::total_cmp);
+        all
+    }
+
+    fn numbers_mut(&mut self) -> [&mut f64; 7] {
+        let [step, spread] = &mut self.step_ms;
+        [
+            &mut self.accept_len,
+            &mut self.rows_a_token,
+            &mut self.bytes_up,
+            &mut self.bytes_down,
+            &mut self.chunks,
+            step,
+            spread,
+        ]
+    }
+
     pub(crate) fn ttft(&self) -> f64 {
         mean(&self.ttft_ms)
     }

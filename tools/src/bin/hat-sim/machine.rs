@@ -56,8 +56,6 @@ impl Task {
 /// One device.
 pub(crate) struct Device {
     pub(crate) costs: DeviceCosts,
-    pub(crate) up_bytes_s: f64,
-    pub(crate) down_bytes_s: f64,
     pub(crate) replica: usize,
     pub(crate) processor: Processor,
     pub(crate) up: Uplink,
@@ -124,6 +122,8 @@ pub(crate) struct Message {
     pub(crate) context: u32,
     /// Somebody waits for a token.
     pub(crate) urgent: bool,
+    /// The first of its round: what came before and has not run is void.
+    pub(crate) first: bool,
     pub(crate) reply: Option<Reply>,
     pub(crate) bytes_left: u64,
     /// Not yet begun: the sender pays for the message itself.
@@ -155,6 +155,21 @@ pub(crate) struct Uplink {
 impl Uplink {
     pub(crate) fn push(&mut self, message: Message) {
         self.queues[usize::from(!message.urgent)].push_back(message);
+    }
+
+    /// Drops what a request has not begun to send; returns its rows and bytes.
+    pub(crate) fn forget(&mut self, request: usize) -> (u64, u64) {
+        let (mut rows, mut bytes) = (0, 0);
+        let mut stays = |message: &Message| {
+            let goes = message.request == request && message.fresh;
+            if goes {
+                rows += u64::from(message.rows);
+                bytes += message.bytes_left;
+            }
+            !goes
+        };
+        self.queues.iter_mut().for_each(|queue| queue.retain(&mut stays));
+        (rows, bytes)
     }
 
     /// Begins the next frame; returns its bytes, and whether its message is new.
@@ -300,6 +315,13 @@ impl Replica {
         self.clock.queued_max = self.clock.queued_max.max(self.scheduler.queued());
         if let Some(began) = began {
             self.clock.took += began.elapsed();
+        }
+    }
+
+    /// Drops what a request has waiting.
+    pub(crate) fn forget(&mut self, request: usize) {
+        if self.waiting.remove(&request).is_some() {
+            self.scheduler.forget(request as u64);
         }
     }
 

@@ -67,7 +67,8 @@ pub(crate) struct Policy {
     pub(crate) switches: Switches,
 }
 
-/// Confidence below which a chain ends; its last token is kept, as in Kangaroo.
+/// Confidence below which a chain ends: the guess itself is not sent, drafting ahead begins with
+/// it and its siblings. (Kangaroo sends it.)
 pub(crate) const THRESHOLD: f64 = 0.6;
 /// Drafts of a chain at most.
 pub(crate) const CHAIN_MAX: usize = 6;
@@ -151,9 +152,16 @@ impl Policy {
             "hat+streaming" => Switches { streaming: true, ..HAT },
             "ours-without-streaming" => Switches { streaming: false, ..OURS },
             "ours" => OURS,
+            "auto" => Switches {
+                parallel: false,
+                streaming: false,
+                codec: RowCodec::F16,
+                prefix: false,
+                ..OURS
+            },
             "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
             _ => bail!(
-                "policy {name:?} is none of u-sarathi, u-medusa, lookup, {}",
+                "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",
                 ABLATION.join(", ")
             ),
         };
@@ -183,7 +191,8 @@ mod tests {
 
     #[test]
     fn each_name_is_a_policy_and_differs_from_the_others() {
-        let names: Vec<&str> = ABLATION.into_iter().chain(["u-sarathi", "u-medusa"]).collect();
+        let names: Vec<&str> =
+            ABLATION.into_iter().chain(["u-sarathi", "u-medusa", "lookup", "auto"]).collect();
         let policies: Vec<Policy> = names.iter().map(|name| Policy::named(name).unwrap()).collect();
         for (index, policy) in policies.iter().enumerate() {
             for other in &policies[..index] {

@@ -13,6 +13,7 @@ pub(crate) enum Purpose {
     Copied,
     Wrong,
     Replica,
+    Point,
 }
 
 /// SplitMix64's mixing step.

@@ -127,13 +127,10 @@ impl Round {
         let mut steps = vec![];
         loop {
             let tail = self.nodes.len() - 1;
-            let ends = tail > 0 && self.ends_chain(tail);
             let mut seconds = making.device.layers.seconds(1);
-            if !ends {
-                self.ask(&making.text, tail, 1, false);
+            if self.goes_on(tail) {
                 seconds += making.proposal_seconds(1);
-                self.tree.grow(tail + 2, 0.0);
-                self.nodes.resize(self.tree.nodes().len(), Node::default());
+                self.lengthen(making, tail);
             }
             steps.push(seconds);
             if self.nodes.len() == tail + 1 {
@@ -153,12 +150,21 @@ impl Round {
         steps
     }
 
-    /// Whether a chain ends with node `tail`: it is long enough, or the drafter was not sure of it.
-    fn ends_chain(&self, tail: usize) -> bool {
-        let node = self.tree.nodes()[tail];
-        let above = self.nodes[node.parent].opinion;
-        let sure = above.is_some_and(|opinion| opinion.confidence() >= THRESHOLD);
-        node.depth as usize >= CHAIN_MAX || node.depth >= self.depth_max || !sure
+    /// Whether a chain may become longer than its node `tail`.
+    fn goes_on(&self, tail: usize) -> bool {
+        let depth = self.tree.nodes()[tail].depth;
+        (depth as usize) < CHAIN_MAX && depth < self.depth_max
+    }
+
+    /// Asks what follows a chain's tail, and adds it if the drafter is sure of it.
+    fn lengthen(&mut self, making: &Making<'_>, tail: usize) {
+        let opinion = self.opinion(&making.text, tail, false);
+        self.nodes[tail].opinion = Some(opinion);
+        if opinion.confidence() >= THRESHOLD {
+            self.offer(tail, 1);
+            self.tree.grow(self.nodes.len() + 1, 0.0);
+            self.nodes.resize(self.tree.nodes().len(), Node::default());
+        }
     }
 
     fn make_tree(&mut self, making: &mut Making<'_>) -> Vec<f64> {
@@ -253,35 +259,43 @@ impl Round {
             return None;
         }
         let chain = making.switches.shape == Shape::Chain;
-        let asked = self.ask_likeliest(making, if chain { 1 } else { LEVEL_NODES });
+        let asked = if chain {
+            self.lengthen_likeliest(making)
+        } else {
+            let asked = self.ask_likeliest(making, LEVEL_NODES);
+            self.grow(making, before, (BUDGET_DEFAULT + 1).min(before + LEVEL_NODES));
+            asked
+        };
         if asked == 0 {
             return None;
-        }
-        if chain {
-            self.tree.grow(before + 1, 0.0);
-            self.nodes.resize(self.tree.nodes().len(), Node::default());
-        } else {
-            self.grow(making, before, (BUDGET_DEFAULT + 1).min(before + LEVEL_NODES));
         }
         let new = self.nodes.len() - before;
         let layers = if new > 0 { making.device.layers.seconds(new) } else { 0.0 };
         Some(making.proposal_seconds(asked) + layers)
     }
 
+    /// Lengthens the chain of first guesses; says how many nodes were asked about.
+    fn lengthen_likeliest(&mut self, making: &Making<'_>) -> usize {
+        let may_ask = |node: &usize| self.nodes[*node].opinion.is_none() && self.goes_on(*node);
+        let probability = |node: &usize| self.tree.nodes()[*node].probability;
+        let nodes = (0..self.nodes.len()).filter(may_ask);
+        let Some(tail) = nodes.max_by(|a, b| probability(a).total_cmp(&probability(b))) else {
+            return 0;
+        };
+        self.lengthen(making, tail);
+        1
+    }
+
     /// Asks about the `most` likeliest nodes that were not asked about; says how many there were.
     fn ask_likeliest(&mut self, making: &Making<'_>, most: usize) -> usize {
-        let chain = making.switches.shape == Shape::Chain;
         let may_ask = |node: &usize| {
-            let deep = self.tree.nodes()[*node].depth >= self.depth_max;
-            let ends = chain && *node > 0 && self.ends_chain(*node);
-            self.nodes[*node].opinion.is_none() && !deep && !ends
+            self.nodes[*node].opinion.is_none() && self.tree.nodes()[*node].depth < self.depth_max
         };
         let mut nodes: Vec<usize> = (0..self.nodes.len()).filter(may_ask).collect();
         let probability = |node: &usize| self.tree.nodes()[*node].probability;
         nodes.sort_by(|a, b| probability(b).total_cmp(&probability(a)).then(a.cmp(b)));
         nodes.truncate(most);
-        let width = if chain { 1 } else { WIDTH };
-        nodes.iter().for_each(|node| self.ask(&making.text, *node, width, false));
+        nodes.iter().for_each(|node| self.ask(&making.text, *node, WIDTH, false));
         nodes.len()
     }
 
@@ -371,8 +385,9 @@ impl Round {
             place[index] = Some(new);
             self.nodes.push(nodes[index]);
         }
-        let width = if making.switches.shape == Shape::Chain { 1 } else { WIDTH };
-        (0..self.nodes.len()).for_each(|node| self.offer(node, width));
+        if making.switches.shape == Shape::Tree {
+            (0..self.nodes.len()).for_each(|node| self.offer(node, WIDTH));
+        }
         if making.switches.lookup {
             self.offer_lookup(making);
         }

@@ -125,6 +125,15 @@ impl Guessing {
         guessing
     }
 
+    /// The same texts, guessed by an adapter whose tree of so many nodes gives so many tokens a
+    /// round: for a what-if.
+    pub(crate) fn with_tree(&self, nodes: usize, tokens: f64) -> Self {
+        let with = |middle| Self { adapter: middle, ..self.clone() };
+        with(bisect(-8.0, 8.0, tokens, |middle| {
+            with(middle).tokens_a_round(|text, at| tree(text, at, nodes))
+        }))
+    }
+
     /// Tokens a round when `drafts` says how many drafts are right at a position.
     fn tokens_a_round(&self, drafts: impl Fn(&Text<'_>, u32) -> u32) -> f64 {
         const TOKENS: u32 = 128;
@@ -148,11 +157,8 @@ impl Guessing {
 fn chain(text: &Text<'_>, last: u32) -> u32 {
     for step in 1..=CHAIN_MAX as u32 {
         let opinion = text.opinion(last + step, step, false);
-        if !opinion.holds(1) {
+        if opinion.confidence() < THRESHOLD || !opinion.holds(1) {
             return step - 1;
-        }
-        if opinion.confidence() < THRESHOLD {
-            return step;
         }
     }
     CHAIN_MAX as u32

@@ -12,14 +12,18 @@ use crate::machine::{
     seconds,
 };
 use crate::policy::{Chunking, Policy, Switches};
-use crate::random::{Purpose, permutation, unit};
+use crate::random::{Purpose, unit};
 use crate::round::{Making, Round};
 use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
 const UNCUT_ROWS_MAX: u32 = 16_384;
 /// Sizes between which a planner's line over a roofline is drawn.
-const LINE_ROWS: [usize; 2] = [32, 512];
+const LINE_ROWS: [usize; 2] = [1, 512];
+/// One chunk may keep a stage so many times as long as a step of one row.
+const STEP_MAX: f64 = 1.5;
+/// How long a link keeps its rate.
+const RATE_HOLDS: Time = 100_000_000;
 
 /// A run.
 #[derive(Clone, Debug)]
@@ -89,6 +93,15 @@ pub(crate) struct Request {
     head_s: f64,
     /// An `Extend` waits or runs.
     extending: bool,
+}
+
+/// Rows that go up together.
+struct Rows {
+    rows: u32,
+    context: u32,
+    reply: Option<Reply>,
+    urgent: bool,
+    first: bool,
 }
 
 /// Somebody worked from one time to another.
@@ -234,7 +247,11 @@ impl<'a> World<'a> {
             Chunking::Auto => Some(ChunkPolicy::Auto),
         };
         let costs = self.chunk_costs(device);
-        let limits = Limits { rows_max: self.file.cloud.rows_max, ..Limits::default() };
+        let limits = Limits {
+            rows_max: self.file.cloud.rows_max,
+            step_s_max: STEP_MAX * self.stage.seconds(1, 0),
+            ..Limits::default()
+        };
         let sizes = match policy {
             None => vec![rows],
             Some(policy) => self.planner.plan(policy, &costs, &limits, held, rows).sizes.to_vec(),
@@ -250,11 +267,11 @@ impl<'a> World<'a> {
         let stages = f64::from(self.file.cloud.stages);
         let cloud = line(self.stage.work);
         let one_way_s = self.file.link.one_way_ms * 1e-3;
-        let row_s = self.row_bytes as f64 / device.down_bytes_s;
+        let row_s = self.row_bytes as f64 / middle(self.file.link.down_mb_s);
         ChunkCosts {
             device: line(device.costs.layers),
             frame_s: self.file.calibrated.message_ms.value * 1e-3,
-            row_up_s: self.row_bytes as f64 / device.up_bytes_s,
+            row_up_s: self.row_bytes as f64 / middle(self.file.link.up_mb_s),
             up_latency_s: one_way_s,
             cloud: CloudCost {
                 fixed: cloud.fixed * stages,
@@ -347,7 +364,7 @@ impl<'a> World<'a> {
             Task::Chunk { request, chunk } => self.chunk_done(device, request, chunk),
             Task::Head { request, reply } => self.head_done(device, request, reply),
             Task::Round { request, .. } => {
-                self.send_round(device, request);
+                self.send_round(device, request, true);
                 if self.run.switches.streaming {
                     self.want_more(device, request);
                 }
@@ -355,7 +372,7 @@ impl<'a> World<'a> {
             Task::Extend { request, .. } => {
                 self.requests[request].extending = false;
                 if self.requests[request].round.unsent() > 0 {
-                    self.send_round(device, request);
+                    self.send_round(device, request, false);
                 }
                 self.want_more(device, request);
             }
@@ -375,11 +392,11 @@ impl<'a> World<'a> {
             self.devices[device].processor.push(Task::Chunk { request: index, chunk: chunk + 1 });
         }
         let reply = last.then_some(Reply { rows: 1, last_id: 0 });
-        self.send(device, index, rows, context, reply, false);
+        self.send(device, index, Rows { rows, context, reply, urgent: false, first: false });
     }
 
     /// What is new of a round goes up.
-    fn send_round(&mut self, device: usize, index: usize) {
+    fn send_round(&mut self, device: usize, index: usize, first: bool) {
         let request = &mut self.requests[index];
         let rows = request.round.unsent() as u32;
         let last_id = request.round.send();
@@ -390,26 +407,26 @@ impl<'a> World<'a> {
             self.devices[device].away += 1;
         }
         let context = request.held + request.sent_rows + request.emitted - 1;
-        self.send(device, index, rows, context, Some(reply), true);
+        self.send(device, index, Rows { rows, context, reply: Some(reply), urgent: true, first });
     }
 
-    fn send(
-        &mut self,
-        device: usize,
-        index: usize,
-        rows: u32,
-        context: u32,
-        reply: Option<Reply>,
-        urgent: bool,
-    ) {
+    fn send(&mut self, device: usize, request: usize, sent: Rows) {
+        let Rows { rows, context, reply, urgent, first } = sent;
         let bytes_left = bytes(rows, self.row_bytes);
-        let request = &mut self.requests[index];
-        request.bytes_up += bytes_left;
-        request.rows_up += u64::from(rows);
+        self.requests[request].bytes_up += bytes_left;
+        self.requests[request].rows_up += u64::from(rows);
         let (fresh, enqueued) = (true, 0);
-        let message =
-            Message { request: index, rows, context, urgent, reply, bytes_left, fresh, enqueued };
-        self.devices[device].up.push(message);
+        self.devices[device].up.push(Message {
+            request,
+            rows,
+            context,
+            urgent,
+            first,
+            reply,
+            bytes_left,
+            fresh,
+            enqueued,
+        });
         self.start_frame(device);
     }
 
@@ -466,6 +483,11 @@ impl<'a> World<'a> {
         let request = &mut self.requests[index];
         request.extending = false;
         request.sent = None;
+        if self.run.switches.streaming {
+            let (rows, bytes) = self.devices[device].up.forget(index);
+            request.rows_up -= rows;
+            request.bytes_up -= bytes;
+        }
         self.devices[device].processor.push(Task::Round { request: index });
     }
 
@@ -473,7 +495,8 @@ impl<'a> World<'a> {
         let of_device = &mut self.devices[device];
         let Some((bytes, fresh)) = of_device.up.start() else { return };
         let message_s = if fresh { self.file.calibrated.message_ms.value * 1e-3 } else { 0.0 };
-        let took = nanoseconds(bytes as f64 / of_device.up_bytes_s + message_s);
+        let rate = rate(self.file.link.up_mb_s, self.run.seed, device, self.now);
+        let took = nanoseconds(bytes as f64 / rate + message_s);
         let prompt = of_device.up.sending.is_some_and(|(message, _)| !message.urgent);
         self.trace(Lane::Uplink, took, prompt);
         self.push(self.now + took, Event::FrameSent(device));
@@ -482,6 +505,9 @@ impl<'a> World<'a> {
     fn arrives(&mut self, device: usize, message: usize) {
         let replica = self.devices[device].replica;
         let message = self.messages.take(message);
+        if message.first && self.run.switches.streaming {
+            self.replicas[replica].forget(message.request);
+        }
         let cut = match self.run.switches.chunking {
             Chunking::Cloud(rows) => rows,
             _ => u32::MAX,
@@ -530,7 +556,8 @@ impl<'a> World<'a> {
         let bytes = bytes(delivery.reply.rows, self.row_bytes);
         self.requests[delivery.request].bytes_down += bytes;
         down.busy = true;
-        let took = nanoseconds(bytes as f64 / self.devices[device].down_bytes_s);
+        let rate = rate(self.file.link.down_mb_s, !self.run.seed, device, self.now);
+        let took = nanoseconds(bytes as f64 / rate);
         self.trace(Lane::Downlink, took, false);
         self.push(self.now + took, Event::Delivered(device));
     }
@@ -593,28 +620,28 @@ fn line(roofline: Roofline) -> Line {
     Line { fixed: (low - per_row * LINE_ROWS[0] as f64).max(0.0), per_row }
 }
 
-/// The devices, their rates evenly spaced between the ends of their ranges, in an order by the
-/// seed.
+/// Bytes a second of one direction of a device's link at a time: drawn anew between the ends of its
+/// range as time goes on.
+fn rate([low, high]: [f64; 2], seed: u64, device: usize, now: Time) -> f64 {
+    let share = unit(seed, Purpose::Rate, device as u64, now / RATE_HOLDS);
+    1e6 * (low + (high - low) * share)
+}
+
+/// Bytes a second in the long run.
+fn middle([low, high]: [f64; 2]) -> f64 {
+    1e6 * f64::midpoint(low, high)
+}
+
 fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
     let kinds = file.devices.iter().flat_map(|kind| std::iter::repeat_n(kind, kind.count));
-    let kinds: Vec<_> = kinds.collect();
-    let count = kinds.len();
-    let up = permutation(run.seed, Purpose::Rate, count);
-    let down = permutation(run.seed ^ 1, Purpose::Rate, count);
-    let rate = |[low, high]: [f64; 2], place: usize| {
-        1e6 * (low + (high - low) * (place as f64 + 0.5) / count as f64)
-    };
     let replica = |index: usize| {
         let share = unit(run.seed, Purpose::Replica, index as u64, 0);
         (share * run.replicas as f64) as usize
     };
     kinds
-        .iter()
         .enumerate()
         .map(|(index, kind)| Device {
             costs: file.device(kind),
-            up_bytes_s: rate(file.link.up_mb_s, up[index]),
-            down_bytes_s: rate(file.link.down_mb_s, down[index]),
             replica: replica(index),
             processor: Default::default(),
             up: Default::default(),
