@@ -52,7 +52,10 @@ pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
     let searched = points.into_iter().map(|(least, from)| search(from, least, &guessing, bar));
     let (least, mut best) =
         searched.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are starting points");
-    let good = std::array::from_fn(|index| reach(&best, least, index, &guessing, bar));
+    let good: [[f64; 2]; 5] =
+        std::array::from_fn(|index| reach(&best, least, index, &guessing, bar));
+    // A cost that the rows do not ask for is not assumed.
+    best.calibrated.message_ms.value = good[4][0];
     for ranged in best.calibrated.each_mut() {
         ranged.value = (ranged.value * 1e3).round() / 1e3;
     }

@@ -266,12 +266,14 @@ impl Round {
             self.grow(making, before, (BUDGET_DEFAULT + 1).min(before + LEVEL_NODES));
             asked
         };
-        if asked == 0 {
+        // What lookup says of a new root needs nobody to be asked.
+        let new = self.nodes.len() - before;
+        if asked + new == 0 {
             return None;
         }
-        let new = self.nodes.len() - before;
+        let asking = if asked > 0 { making.proposal_seconds(asked) } else { 0.0 };
         let layers = if new > 0 { making.device.layers.seconds(new) } else { 0.0 };
-        Some(making.proposal_seconds(asked) + layers)
+        Some(asking + layers)
     }
 
     /// Lengthens the chain of first guesses; says how many nodes were asked about.

@@ -93,6 +93,10 @@ pub(crate) struct Request {
     head_s: f64,
     /// An `Extend` waits or runs.
     extending: bool,
+    /// Whether this round's rows go up before earlier verdicts are back.
+    streams: bool,
+    /// When this round began, and after how many tokens.
+    began: (Time, u32),
 }
 
 /// Rows that go up together.
@@ -296,7 +300,6 @@ impl<'a> World<'a> {
 
     /// What a task takes, or `None` if there is nothing to do any more.
     fn begin(&mut self, device: usize, task: Task) -> Option<f64> {
-        let switches = self.run.switches;
         let Self { devices, requests, guessing, run, file, now, .. } = self;
         let of_device = &mut devices[device];
         let idle = of_device.processor.idle(*now);
@@ -305,6 +308,7 @@ impl<'a> World<'a> {
         | Task::Chunk { request: index, .. }
         | Task::Extend { request: index, .. }) = task;
         let request = &mut requests[index];
+        let switches = Switches { streaming: request.streams, ..run.switches };
         let left = file.workload.new_tokens - request.emitted;
         let text = Text { guessing, seed: run.seed, request: index as u64 };
         let mut making = Making {
@@ -365,7 +369,7 @@ impl<'a> World<'a> {
             Task::Head { request, reply } => self.head_done(device, request, reply),
             Task::Round { request, .. } => {
                 self.send_round(device, request, true);
-                if self.run.switches.streaming {
+                if self.requests[request].streams {
                     self.want_more(device, request);
                 }
             }
@@ -452,7 +456,7 @@ impl<'a> World<'a> {
         let of_device = &mut self.devices[device];
         let text = Text { guessing: self.guessing, seed: self.run.seed, request: index as u64 };
         let mut making = Making {
-            switches: self.run.switches,
+            switches: Switches { streaming: request.streams, ..self.run.switches },
             text,
             device: &of_device.costs,
             measured: &mut of_device.measured,
@@ -481,13 +485,21 @@ impl<'a> World<'a> {
 
     fn next_round(&mut self, device: usize, index: usize) {
         let request = &mut self.requests[index];
+        let of_device = &mut self.devices[device];
+        if request.rounds > 0 {
+            let tokens = f64::from(request.emitted - request.began.1);
+            let took_s = seconds(self.now - request.began.0);
+            of_device.pace[usize::from(request.streams)].note(tokens, took_s);
+        }
+        request.began = (self.now, request.emitted);
         request.extending = false;
         request.sent = None;
-        if self.run.switches.streaming {
+        if request.streams {
             let (rows, bytes) = self.devices[device].up.forget(index);
             request.rows_up -= rows;
             request.bytes_up -= bytes;
         }
+        request.streams = self.run.switches.streaming && self.devices[device].streaming_pays();
         self.devices[device].processor.push(Task::Round { request: index });
     }
 
@@ -609,6 +621,8 @@ impl Request {
             ahead: 0,
             head_s: 0.0,
             extending: false,
+            streams: false,
+            began: (0, 0),
         }
     }
 }
@@ -649,6 +663,8 @@ fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
             measured: Default::default(),
             acceptance: Default::default(),
             queue_s: Default::default(),
+            pace: Default::default(),
+            rounds: 0,
             open: 0,
             away: 0,
         })
