@@ -1,60 +1,31 @@
 //! The world in virtual time: requests come, devices and clouds work, tokens appear.
 
+mod setting;
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Line, Planner};
+use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Planner};
 
-use crate::costs::{CostFile, Roofline, Stage};
+pub(crate) use self::setting::{Lane, Run, Span};
+use self::setting::{devices, line, middle, rate};
+use crate::costs::{CostFile, Stage};
 use crate::load::{Ask, requests};
 use crate::machine::{
     Delivery, Device, Message, OnTheWay, Replica, Reply, Step, Task, Time, bytes, nanoseconds,
     seconds,
 };
-use crate::policy::{Chunking, Policy, Switches};
+use crate::policy::{Chunking, Switches};
 use crate::random::{Purpose, unit};
 use crate::round::{Making, Round};
 use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
 const UNCUT_ROWS_MAX: u32 = 16_384;
-/// Sizes between which a planner's line over a roofline is drawn.
-const LINE_ROWS: [usize; 2] = [1, 512];
 /// One chunk may keep a stage so many times as long as a step of one row.
 const STEP_MAX: f64 = 1.5;
-/// How long a link keeps its rate.
-const RATE_HOLDS: Time = 100_000_000;
-
-/// A run.
-#[derive(Clone, Debug)]
-pub(crate) struct Run {
-    pub(crate) switches: Switches,
-    pub(crate) seed: u64,
-    /// Requests a second.
-    pub(crate) rate: f64,
-    pub(crate) requests: usize,
-    pub(crate) replicas: usize,
-    /// Measure what the scheduler takes, in real time.
-    pub(crate) timed: bool,
-    /// Keep who worked when.
-    pub(crate) traced: bool,
-}
-
-impl Run {
-    /// One cloud, nothing measured or kept; a rate and a number of requests are to be set.
-    pub(crate) fn of(policy: &Policy, seed: u64) -> Self {
-        let (rate, requests, replicas) = (1.0, 1, 1);
-        Self {
-            switches: policy.switches,
-            seed,
-            rate,
-            requests,
-            replicas,
-            timed: false,
-            traced: false,
-        }
-    }
-}
 
 /// What happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,24 +77,6 @@ struct Rows {
     reply: Option<Reply>,
     urgent: bool,
     first: bool,
-}
-
-/// Somebody worked from one time to another.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
-    pub(crate) lane: Lane,
-    pub(crate) from_s: f64,
-    pub(crate) to_s: f64,
-    pub(crate) prompt: bool,
-}
-
-/// Who works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
-    Device,
-    Uplink,
-    Stage(usize),
-    Downlink,
 }
 
 /// All there is.
@@ -626,50 +579,3 @@ impl Request {
         }
     }
 }
-
-/// A line through a roofline at two sizes.
-fn line(roofline: Roofline) -> Line {
-    let [low, high] = LINE_ROWS.map(|rows| roofline.seconds(rows));
-    let per_row = (high - low) / (LINE_ROWS[1] - LINE_ROWS[0]) as f64;
-    Line { fixed: (low - per_row * LINE_ROWS[0] as f64).max(0.0), per_row }
-}
-
-/// Bytes a second of one direction of a device's link at a time: drawn anew between the ends of its
-/// range as time goes on.
-fn rate([low, high]: [f64; 2], seed: u64, device: usize, now: Time) -> f64 {
-    let share = unit(seed, Purpose::Rate, device as u64, now / RATE_HOLDS);
-    1e6 * (low + (high - low) * share)
-}
-
-/// Bytes a second in the long run.
-fn middle([low, high]: [f64; 2]) -> f64 {
-    1e6 * f64::midpoint(low, high)
-}
-
-fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
-    let kinds = file.devices.iter().flat_map(|kind| std::iter::repeat_n(kind, kind.count));
-    let replica = |index: usize| {
-        let share = unit(run.seed, Purpose::Replica, index as u64, 0);
-        (share * run.replicas as f64) as usize
-    };
-    kinds
-        .enumerate()
-        .map(|(index, kind)| Device {
-            costs: file.device(kind),
-            replica: replica(index),
-            processor: Default::default(),
-            up: Default::default(),
-            down: Default::default(),
-            measured: Default::default(),
-            acceptance: Default::default(),
-            queue_s: Default::default(),
-            pace: Default::default(),
-            rounds: 0,
-            open: 0,
-            away: 0,
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests;

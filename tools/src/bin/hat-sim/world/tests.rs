@@ -3,7 +3,7 @@
 use super::*;
 use crate::figures::Figures;
 use crate::machine::bytes;
-use crate::policy::{ABLATION, U_SHAPE};
+use crate::policy::{ABLATION, Policy, U_SHAPE};
 
 const ALL: [&str; 3] = ["u-sarathi", "u-medusa", "lookup"];
 
