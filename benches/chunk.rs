@@ -136,7 +136,8 @@ fn planning() {
             let sizes = (GRAIN_DEFAULT..=rows_max).map(ChunkPolicy::Fixed);
             let best = sizes.map(&mut finish).fold(f64::INFINITY, f64::min);
             println!(
-                "{name:<10} {rows_max:9}   {:5.3} ({:.3} - {:.3})   {evaluated:9}   {:.1}, {best:.1}, {:.1} ms",
+                "{name:<10} {rows_max:9}   {:5.3} ({:.3} - {:.3})   {evaluated:9}   \
+                 {:.1}, {best:.1}, {:.1} ms",
                 times[25],
                 times[0],
                 times[49],

@@ -111,7 +111,8 @@ impl Search {
     }
 
     /// All plans of one size, from a cell up: smaller ones promise little, and what each chunk
-    /// costs is known too badly to take a hundred for that. Returns the earliest last step, infinite if no size is allowed.
+    /// costs is known too badly to take a hundred for that. Returns the earliest last step,
+    /// infinite if no size is allowed.
     fn try_equal(&mut self, task: &Task<'_>, ahead: Ahead, sizes: &mut Vec<u32>) -> f64 {
         sizes.clear();
         let (mut best_s, mut best_size) = (f64::INFINITY, None);

@@ -56,7 +56,10 @@ fn no_limits(rows_max: u32) -> Limits {
 
 fn any_costs() -> impl Strategy<Value = ChunkCosts> {
     // Exponents: from microseconds to tens of milliseconds, or nothing at all.
-    let seconds = |low: f64, high: f64| prop_oneof![1 => Just(0.0), 6 => (low..high).prop_map(|exponent: f64| exponent.exp2())];
+    let seconds = |low: f64, high: f64| {
+        let exponents = (low..high).prop_map(f64::exp2);
+        prop_oneof![1 => Just(0.0), 6 => exponents]
+    };
     let places = (seconds(-14.0, -6.0), seconds(-16.0, -8.0), seconds(-14.0, -6.0));
     let ways = (seconds(-16.0, -8.0), seconds(-12.0, -4.0), seconds(-12.0, -5.0));
     let cloud = (seconds(-16.0, -8.0), seconds(-26.0, -18.0), seconds(-12.0, -5.0));
@@ -338,7 +341,8 @@ proptest! {
     fn the_recurrence_is_the_flow_shop(
         costs in any_costs(), held in 0u32..2000, sizes in prop::collection::vec(1u32..400, 0..24),
     ) {
-        let (short, long) = (finish_s(&costs, held, &sizes), finish_by_stages(&costs, held, &sizes));
+        let short = finish_s(&costs, held, &sizes);
+        let long = finish_by_stages(&costs, held, &sizes);
         prop_assert!((short - long).abs() <= 1e-9 * long, "{} {}", short, long);
     }
 
@@ -361,7 +365,8 @@ proptest! {
         let best = best_equal(&costs, &limits, 0, rows);
         let mut planner = Planner::default();
         let auto = planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, rows);
-        prop_assert!(auto.finish_s <= best * (1.0 + 1e-12), "{} {} {:?}", auto.finish_s, best, auto.sizes);
+        let most = best * (1.0 + 1e-12);
+        prop_assert!(auto.finish_s <= most, "{} {} {:?}", auto.finish_s, best, auto.sizes);
     }
 
     /// Whatever the estimates: all rows, within the limits, and a number.
@@ -405,7 +410,8 @@ proptest! {
         let mut prefix = 0;
         for &size in planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, rows).sizes {
             let step_s = costs.stage(size, prefix);
-            prop_assert!(step_s <= limits.step_s_max || size <= GRAIN_DEFAULT, "{} {}", size, step_s);
+            let is_short = step_s <= limits.step_s_max || size <= GRAIN_DEFAULT;
+            prop_assert!(is_short, "{} {}", size, step_s);
             prefix += size;
         }
     }

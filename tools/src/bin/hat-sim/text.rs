@@ -1,12 +1,12 @@
 //! A text that is known only by how well it can be guessed.
 //!
 //! At each position of an answer a trained drafter has a confidence, and is right that often; the
-//! right token may also be its second guess, its third, and so on. Confidences are logistic in their
-//! logits around a middle that a published number of tokens a round fixes; the spread over positions, the
-//! fall with each draft step and the shares of the later guesses are those of our measured
-//! drafter. Prompt lookup is right in runs: a copied run begins now and then, and goes on with one
-//! probability. Both are functions of the seed, the request and the position, so all policies meet
-//! the same texts.
+//! right token may also be its second guess, its third, and so on. Confidences are logistic in
+//! their logits around a middle that a published number of tokens a round fixes; the spread over
+//! positions, the fall with each draft step and the shares of the later guesses are those of our
+//! measured drafter. Prompt lookup is right in runs: a copied run begins now and then, and goes on
+//! with one probability. Both are functions of the seed, the request and the position, so all
+//! policies meet the same texts.
 
 use hat_engine::draft::tree::Guess;
 use hat_engine::draft::{Drafter as Who, Source};

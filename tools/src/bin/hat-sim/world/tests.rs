@@ -137,7 +137,8 @@ fn better_machines_and_links_never_take_longer() {
     // What adapts tries the worse way too, and learns by what it happens to see.
     for (policy, slack) in [("u-shape", 1.001), ("hat", 1.001), ("ours", 1.05)] {
         let (ttft, tbt) = at(policy, &|_| {});
-        let better: [(&str, &dyn Fn(&mut CostFile)); 4] = [
+        type Change<'a> = &'a dyn Fn(&mut CostFile);
+        let better: [(&str, Change<'_>); 4] = [
             ("uplink", &|file| file.link.up_mb_s = [20.0, 20.0]),
             ("stage", &|file| file.calibrated.cloud_read.value *= 1.3),
             ("device", &|file| file.calibrated.device_read.value *= 1.3),
