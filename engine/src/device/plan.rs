@@ -17,6 +17,8 @@ impl Device {
     /// Rows of the next chunk of request `index`. While too little is known for a plan, chunks
     /// have the default size; later ones of the same prompt may know more.
     pub(super) fn chunk_rows(&mut self, index: usize) -> u32 {
+        // Looked at for each chunk, whatever the policy: between two looks only the mean is seen.
+        let left_bytes = self.note_link();
         let active = &self.actives[index];
         let done = active.computed();
         let left = active.rows() - done;
@@ -27,7 +29,8 @@ impl Device {
             ChunkPolicy::Off => left,
             ChunkPolicy::Fixed(rows) => rows,
             ChunkPolicy::Paper | ChunkPolicy::Auto if in_prefill => {
-                self.planned_rows(index, policy, rows_max).unwrap_or(CHUNK_ROWS_DEFAULT)
+                let planned = self.planned_rows(index, policy, rows_max, left_bytes);
+                planned.unwrap_or(CHUNK_ROWS_DEFAULT)
             }
             _ => CHUNK_ROWS_DEFAULT,
         };
@@ -35,8 +38,13 @@ impl Device {
     }
 
     /// The first chunk of a plan for what is left of a prompt; `None` if too little is known.
-    fn planned_rows(&mut self, index: usize, policy: ChunkPolicy, rows_max: u32) -> Option<u32> {
-        let left_bytes = self.note_link();
+    fn planned_rows(
+        &mut self,
+        index: usize,
+        policy: ChunkPolicy,
+        rows_max: u32,
+        left_bytes: u64,
+    ) -> Option<u32> {
         let costs = self.monitor.costs(self.row_bytes(), self.layers())?;
         let now = self.start.shared.clock.now();
         let active = &mut self.actives[index];
