@@ -128,6 +128,7 @@ struct Sums {
     tested: u32,
     accepted: u32,
     bytes_up: u64,
+    bytes_down: u64,
     prompt: u64,
     seconds: f64,
     steps: f64,
@@ -157,6 +158,7 @@ impl Sums {
         self.tested += timings.draft_n_tested;
         self.accepted += timings.draft_n_accepted;
         self.bytes_up += timings.bytes_up;
+        self.bytes_down += timings.bytes_down;
         if timings.tokens_per_second > 0.0 {
             self.seconds += f64::from(after_first) / timings.tokens_per_second;
         }
@@ -181,7 +183,7 @@ impl Sums {
         let per_round = |count: u32| f64::from(count) / f64::from(self.rounds.max(1));
         println!(
             "{:<7} {category:<16} {:>4} {:>7} {:>7} {:>7.2} {:>8.2} {:>7.2} {:>7.2} {:>8.2} \
-             {:>8.2} {:>5.1}% {:>9}",
+             {:>8.2} {:>5.1}% {:>9} {:>10}",
             mode.name(),
             self.prompts,
             self.tokens,
@@ -194,6 +196,7 @@ impl Sums {
             self.bound(args) * 1e3 / f64::from(self.tokens.max(1)),
             100.0 * self.drafting / self.seconds,
             self.bytes_up,
+            self.bytes_down,
         );
     }
 }
@@ -248,7 +251,7 @@ fn open_engine(args: &Args, bundle: &Path, cloud: SocketAddr) -> Engine {
 
 fn print_head() {
     println!(
-        "{:<7} {:<16} {:>4} {:>7} {:>7} {:>7} {:>8} {:>7} {:>7} {:>8} {:>8} {:>6} {:>9}",
+        "{:<7} {:<16} {:>4} {:>7} {:>7} {:>7} {:>8} {:>7} {:>7} {:>8} {:>8} {:>6} {:>9} {:>10}",
         "mode",
         "category",
         "n",
@@ -261,7 +264,8 @@ fn print_head() {
         "ms/tok",
         "bound",
         "draft",
-        "bytes up"
+        "bytes up",
+        "bytes down"
     );
 }
 
