@@ -125,20 +125,21 @@ fn a_prompt_in_chunks_takes_what_the_planner_says() {
     }
 }
 
+type Change<'a> = &'a dyn Fn(&mut CostFile);
+
 #[test]
 fn better_machines_and_links_never_take_longer() {
     let base = alone();
-    let at = |policy: &str, change: &dyn Fn(&mut CostFile)| {
+    let at = |policy: &str, change: Change<'_>| {
         let mut file = base.clone();
         change(&mut file);
         let figures = figures(&file, policy, 1, 0.01, 24);
         (figures.ttft(), figures.tbt())
     };
-    // Not `ours`: what adapts tries the worse way too, and learns by what it happens to see, so a
-    // few requests tell its times to a tenth at best.
-    for (policy, slack) in [("u-shape", 1.001), ("hat", 1.001)] {
+    // What adapts tries the worse way too, and learns by what it happens to see: up to 6 % were
+    // lost to a faster uplink, 7 % to a better drafter.
+    for (policy, slack) in [("u-shape", 1.001), ("hat", 1.001), ("ours", 1.1)] {
         let (ttft, tbt) = at(policy, &|_| {});
-        type Change<'a> = &'a dyn Fn(&mut CostFile);
         let better: [(&str, Change<'_>); 4] = [
             ("uplink", &|file| file.link.up_mb_s = [20.0, 20.0]),
             ("stage", &|file| file.calibrated.cloud_read.value *= 1.3),
@@ -152,7 +153,8 @@ fn better_machines_and_links_never_take_longer() {
         }
         let surer = at(policy, &|file| file.drafters.adapter.tokens = 2.6);
         if policy != "u-shape" {
-            assert!(surer.1 < tbt, "{policy}: a better drafter, {} and {tbt}", surer.1);
+            let most = if policy == "ours" { tbt * slack } else { tbt };
+            assert!(surer.1 < most, "{policy}: a better drafter, {} and {tbt}", surer.1);
         }
     }
 }
