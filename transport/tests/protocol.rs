@@ -106,6 +106,7 @@ fn open() -> Vec<u8> {
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 512,
+        pages: &[*b"a page's own id."],
     }))
 }
 
@@ -209,6 +210,7 @@ fn the_tables_are_what_the_code_says() {
 #[test]
 fn the_sizes_are_what_the_code_says() {
     assert!(DOCUMENT.contains(&format!("HELLO ({} bytes", Hello::BYTES)));
+    assert!(DOCUMENT.contains(&format!("OPEN ({} bytes", Open::BYTES)));
     assert!(DOCUMENT.contains(&format!("ROWS ({} bytes", RowsHead::BYTES)));
     assert!(DOCUMENT.contains(&format!("OUTPUT ({} bytes", OutputHead::BYTES)));
     // A pool buffer holds what the document says that a frame is at most.

@@ -1,5 +1,7 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
+mod prefix;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,19 +14,21 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Busy, CloseCode, Hello, Message, Open, SessionError, SessionErrorCode,
+    Busy, CloseCode, Hello, Message, Open, Opened, SessionError, SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
 use super::output::Outputs;
 use super::session::{Offence, Session};
 use super::step::Job;
+pub(super) use self::prefix::scope_of;
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
 use crate::pack::{Codec, PackError};
-use crate::page::{PagePool, pages_for};
+use crate::page::PagePool;
+use crate::prefix::PrefixCache;
 use crate::sched::{Scheduler, SessionKey, Work};
-use crate::sequence::{PENDING_ROWS_MAX, Sequence};
+use crate::sequence::Sequence;
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
 
 /// What the io thread starts with.
@@ -68,6 +72,7 @@ impl Start {
             endpoint,
             scheduler: Scheduler::new(limits.step_rows_max, limits.queue_max as usize),
             pages: PagePool::new(self.pages),
+            prefixes: PrefixCache::default(),
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
@@ -101,6 +106,7 @@ struct Io {
     endpoint: Endpoint,
     scheduler: Scheduler,
     pages: PagePool,
+    prefixes: PrefixCache,
     sessions: HashMap<SessionKey, Session>,
     keys: HashMap<(ConnectionId, u32), SessionKey>,
     next_key: SessionKey,
@@ -189,11 +195,9 @@ impl Io {
         let taken = match kind {
             Kind::Rows => self.take_rows(key, frame),
             Kind::Commit => self.take_commit(key, &frame),
-            Kind::End => {
-                self.end(key);
+            Kind::End => self.end_named(key, &frame).map(|()| {
                 self.answer(connection, wire_id, &Message::Ended);
-                Ok(())
-            }
+            }),
             Kind::Cancel => {
                 self.cancel(key);
                 self.answer(connection, wire_id, &Message::Cancelled);
@@ -218,8 +222,8 @@ impl Io {
             Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
         };
         match opened {
-            Ok(true) => self.answer(connection, wire_id, &Message::Opened),
-            Ok(false) => {
+            Ok(Some(opened)) => self.answer(connection, wire_id, &Message::Opened(opened)),
+            Ok(None) => {
                 self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
                 let busy = Message::Busy(Busy { retry_after_ms: RETRY_AFTER_MS });
                 self.answer(connection, wire_id, &busy);
@@ -228,20 +232,20 @@ impl Io {
         }
     }
 
-    /// Opens a session; `false` if there is no room now.
+    /// Opens a session; `None` if there is no room now.
     fn admit(
         &mut self,
         connection: ConnectionId,
         wire_id: u32,
-        open: &Open,
-    ) -> Result<bool, Offence> {
+        open: &Open<'_>,
+    ) -> Result<Option<Opened>, Offence> {
         use SessionErrorCode as Code;
         if wire_id == 0 || self.keys.contains_key(&(connection, wire_id)) {
             let text = format!("session id {wire_id} is taken");
             return Err(Offence::new(Code::NoSuchSession, text));
         }
         let layers = u32::from(open.entry_layer)..u32::from(open.exit_layer);
-        wire::check_layers(layers.clone(), &self.start.bundle.layers)
+        wire::check_layers(layers, &self.start.bundle.layers)
             .map_err(|reason| Offence::new(Code::Layers, reason))?;
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
@@ -261,18 +265,18 @@ impl Io {
             return Err(Offence::new(Code::BadShape, text));
         }
         if self.sessions.len() >= limits.sessions_max as usize {
-            return Ok(false);
+            return Ok(None);
         }
-        let pages = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
-        let Ok(pages) = self.pages.take(pages) else { return Ok(false) };
+        let Some((pages, held)) = self.reserve(open)? else { return Ok(None) };
         let key = self.next_key;
         self.next_key += 1;
-        let sequence = Sequence::new(pages, open.rows_max);
-        let session = Session::new(key, connection, wire_id, codec, layers, sequence);
+        let sequence = Sequence::on_held(pages, open.rows_max, held);
+        let session = Session::new(key, connection, wire_id, codec, open, sequence);
         self.sessions.insert(key, session);
         self.keys.insert((connection, wire_id), key);
         self.start.counters.opened.fetch_add(1, Ordering::Relaxed);
-        Ok(true)
+        let pages = u16::try_from(held).expect("at most as many as one frame names");
+        Ok(Some(Opened { pages }))
     }
 
     fn take_rows(&mut self, key: SessionKey, frame: Frame) -> Result<(), Offence> {
@@ -320,6 +324,7 @@ impl Io {
                     self.end(work.session);
                     self.refuse(connection, wire_id, offence);
                 }
+                self.name_prompt(work.session);
             }
             self.works = works;
             if self.start.to_step.send(job).is_err() {
@@ -443,6 +448,8 @@ impl Io {
     fn note_gauges(&self) {
         let counters = &self.start.counters;
         counters.sessions.store(self.sessions.len() as u64, Ordering::Relaxed);
-        counters.pages_free.store(self.pages.free() as u64, Ordering::Relaxed);
+        let (free, idle) = (self.pages.free() as u64, self.pages.idle() as u64);
+        counters.pages_free.store(free + idle, Ordering::Relaxed);
+        counters.pages_idle.store(idle, Ordering::Relaxed);
     }
 }

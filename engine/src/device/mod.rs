@@ -5,6 +5,7 @@ mod compute;
 mod feed;
 mod grow;
 mod plan;
+mod prefix;
 mod run;
 mod trained;
 mod verify;

@@ -55,7 +55,7 @@ impl Hand {
         }
     }
 
-    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
+    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open<'_>)) {
         let mut open = Open {
             entry_layer: 1,
             exit_layer: 4,
@@ -63,6 +63,7 @@ impl Hand {
             kv_type: 1,
             arithmetic_id: 1,
             rows_max: 100,
+            pages: &[],
         };
         change(&mut open);
         self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
