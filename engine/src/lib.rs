@@ -39,7 +39,7 @@
 //! |---|---|
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
-//! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
+//! | `answer`, `turns`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
 //! | `chunk`, `monitor` | how a prompt is cut, and what is known of link and cloud |
 //! | `sched`, `sequence`, `page`, `prefix`, `pack`, `wire` | rows: which run, where, how they go |
@@ -81,6 +81,7 @@ mod sequence;
 mod stop;
 #[doc(hidden)]
 pub mod token;
+mod turns;
 mod whole;
 mod wire;
 

@@ -117,6 +117,8 @@ pub struct Opened {
 /// The device is done with a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct End<'a> {
+    /// First keep the path to this row and prune the rest; 0 for nothing.
+    pub commit: u32,
     /// Full pages of the committed path, from its first row on; at most [`PAGE_IDS_MAX`]. The
     /// cloud may keep them for sessions to come.
     pub pages: &'a [PageId],
@@ -254,7 +256,7 @@ impl<'a> Message<'a> {
             Kind::Commit => Self::Commit(Commit { row: from.id("row")? }),
             Kind::Cancel => Self::Cancel,
             Kind::Cancelled => Self::Cancelled,
-            Kind::End => Self::End(End { pages: from.page_ids()? }),
+            Kind::End => Self::End(End::read(&mut from)?),
             Kind::Ended => Self::Ended,
             Kind::Dropped => Self::Dropped(Dropped::read(&mut from)?),
             Kind::SessionError => Self::SessionError(SessionError::read(&mut from)?),
@@ -293,7 +295,7 @@ impl<'a> Message<'a> {
             Self::Hello(_) => Hello::BYTES,
             Self::Close(close) => close.encoded_len(),
             Self::Open(open) => Open::BYTES + size_of_val(open.pages),
-            Self::End(end) => 2 + size_of_val(end.pages),
+            Self::End(end) => End::BYTES + size_of_val(end.pages),
             Self::Opened(_) => 2,
             Self::Rows(rows) => rows.encoded_len(),
             Self::Output(output) => output.encoded_len(),
@@ -316,7 +318,10 @@ impl<'a> Message<'a> {
             Self::Close(close) => close.write(&mut to),
             Self::Open(open) => open.write(&mut to),
             Self::Opened(opened) => to.u16(opened.pages),
-            Self::End(end) => to.page_ids(end.pages),
+            Self::End(end) => {
+                to.u32(end.commit);
+                to.page_ids(end.pages);
+            }
             Self::Rows(rows) => rows.write(&mut to),
             Self::Output(output) => output.write(&mut to),
             Self::Commit(commit) => to.u32(commit.row),
@@ -360,6 +365,15 @@ impl<'a> Open<'a> {
         to.u32(self.arithmetic_id);
         to.u32(self.rows_max);
         to.page_ids(self.pages);
+    }
+}
+
+impl<'a> End<'a> {
+    /// Bytes before the page ids.
+    pub const BYTES: usize = 6;
+
+    fn read(from: &mut Reader<'a>) -> Result<Self, MessageError> {
+        Ok(Self { commit: from.u32("commit")?, pages: from.page_ids()? })
     }
 }
 

@@ -2,12 +2,14 @@
 //! ends. What is held is computed here, too, and not sent.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{Commit, End, Message, PAGE_IDS_MAX};
+use hat_transport::message::{End, Message, PAGE_IDS_MAX};
 use hat_transport::turn::ConnectionId;
 
 use super::active::{Active, Phase};
+use super::Shared;
 use super::run::Device;
 use crate::Error;
+use crate::answer::Prepared;
 use crate::backend::PAGE_SIZE;
 use crate::chunk::CHUNK_ROWS_DEFAULT;
 use crate::config::EngineConfig;
@@ -80,15 +82,21 @@ impl Active {
     }
 }
 
+impl Active {
+    /// The answer has ended: the next turn of its conversation goes on from the same ids.
+    pub(super) fn note_turn(&self, shared: &Shared) {
+        let Prepared { rendered: Some(rendered), prompt, .. } = &self.job.prepared else { return };
+        let (answer, text) = (self.answer.tokens(), self.answer.text());
+        shared.turns().note(rendered, prompt, answer, text, &shared.tokenizer);
+    }
+}
+
 impl Device {
     /// Tells the cloud that a request is done with its session, and which pages may be kept.
     pub(super) fn end_session(&mut self, connection: ConnectionId, active: &Active) {
         let pages = active.pages_of(active.sequence.committed() as usize);
-        if active.commit != 0 && !pages.is_empty() {
-            let commit = Message::Commit(Commit { row: active.commit });
-            let _ = self.endpoint.send_message(connection, active.wire_id, &commit);
-        }
-        let end = Message::End(End { pages });
+        let commit = if pages.is_empty() { 0 } else { active.commit };
+        let end = Message::End(End { commit, pages });
         if self.endpoint.send_message(connection, active.wire_id, &end).is_err() {
             // Without names it is shorter.
             let end = Message::End(End::default());

@@ -434,6 +434,7 @@ impl Device {
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
+        active.note_turn(&self.start.shared);
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;

@@ -92,7 +92,7 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         Message::Commit(Commit { row: 5 }),
         Message::Cancel,
         Message::Cancelled,
-        Message::End(End { pages: &PAGES[1..] }),
+        Message::End(End { commit: 9, pages: &PAGES[1..] }),
         Message::End(End::default()),
         Message::Ended,
         Message::Dropped(Dropped { first_id: 4, count: 2 }),
@@ -181,8 +181,8 @@ fn wrong_outputs_and_small_messages() {
     assert_eq!(wrong_field(Kind::SessionError, &[99, 0]), "code");
     let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(wrong_field(Kind::Open, &turned), "entry_layer");
-    assert_eq!(wrong_field(Kind::End, &[0, 16]), "pages");
-    let error = Message::decode(Kind::End, &[255, 15]).unwrap_err();
+    assert_eq!(wrong_field(Kind::End, &[0, 0, 0, 0, 0, 16]), "pages");
+    let error = Message::decode(Kind::End, &[0, 0, 0, 0, 255, 15]).unwrap_err();
     assert_eq!(error, MessageError::Short { field: "pages", needed: 65_520, left: 0 });
     let long = [&[1, 0][..], &[b'a'; TEXT_BYTES_MAX + 1]].concat();
     assert_eq!(wrong_field(Kind::SessionError, &long), "text");
@@ -227,7 +227,7 @@ proptest! {
         flip in any::<prop::sample::Index>(),
         bits in 0u8..4,
     ) {
-        let end = encode(&Message::End(End { pages: &PAGES }));
+        let end = encode(&Message::End(End { commit: 9, pages: &PAGES }));
         for body in [noise, small, rows(), output(), encode(&Message::Hello(hello())), end] {
             let mut data = [&[kind][..], &body].concat();
             let at = flip.index(data.len());

@@ -67,7 +67,10 @@ impl Io {
                 return Err(Offence::new(SessionErrorCode::BadShape, error.to_string()));
             }
         };
-        let session = &self.sessions[&key];
+        let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
+        if end.commit != 0 {
+            session.take_commit(end.commit, &mut self.moves)?;
+        }
         let full = session.full_pages().min(end.pages.len());
         let (names, pages) = (&end.pages[..full], session.sequence.pages());
         self.prefixes.keep(&mut self.pages, session.scope, names, pages);
