@@ -114,10 +114,8 @@ fn encode(
             let refused = |error: crate::token::TokenError| Error::Template(error.to_string());
             let rendered = tokenizer.render(messages, &options).map_err(refused)?;
             // Encoding takes its time, and is nobody else's.
-            let known = turns
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .find(&rendered, tokenizer);
+            let known =
+                turns.lock().unwrap_or_else(PoisonError::into_inner).find(&rendered, tokenizer);
             let (from, mut ids) = known.unwrap_or_default();
             ids.extend(tokenizer.encode_rendered(&rendered, from).map_err(refused)?);
             Ok((ids, Some(rendered)))

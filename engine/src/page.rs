@@ -47,11 +47,7 @@ impl PagePool {
     /// A pool of pages `0..pages`, all free.
     #[must_use]
     pub fn new(pages: u32) -> Self {
-        Self {
-            free: (0..pages).collect(),
-            pages: vec![Page::default(); pages as usize],
-            idle: 0,
-        }
+        Self { free: (0..pages).collect(), pages: vec![Page::default(); pages as usize], idle: 0 }
     }
 
     /// Free pages.

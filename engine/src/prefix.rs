@@ -128,13 +128,7 @@ impl PrefixCache {
 
     /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known
     /// keep the page that they have, and pages that are kept their id.
-    pub fn keep(
-        &mut self,
-        pool: &mut PagePool,
-        scope: PrefixScope,
-        ids: &[PageId],
-        pages: &[u32],
-    ) {
+    pub fn keep(&mut self, pool: &mut PagePool, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
         for (id, page) in ids.iter().zip(pages) {
             if !pool.is_kept(*page) {
                 self.entries.entry((scope, *id)).or_insert_with(|| {

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::message::{
-    CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, End, Hello, KV_F16, Message, Open,
-    Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
+    CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, End, Hello, KV_F16, Message,
+    Open, Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
 };
 use hat_transport::pool::{Pool, PoolConfig};
 

@@ -18,10 +18,10 @@ use hat_transport::message::{
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
+pub(super) use self::prefix::scope_of;
 use super::output::Outputs;
 use super::session::{Offence, Session};
 use super::step::Job;
-pub(super) use self::prefix::scope_of;
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
 use crate::pack::{Codec, PackError};

@@ -5,8 +5,8 @@ use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{End, Message, PAGE_IDS_MAX};
 use hat_transport::turn::ConnectionId;
 
-use super::active::{Active, Phase};
 use super::Shared;
+use super::active::{Active, Phase};
 use super::run::Device;
 use crate::Error;
 use crate::answer::Prepared;

@@ -101,8 +101,11 @@ enum Act {
 fn acts() -> impl Strategy<Value = Vec<Act>> {
     let any_session = any::<prop::sample::Index>;
     let act = prop_oneof![
-        (0u8..3, 0usize..7, 1usize..4)
-            .prop_map(|(trunk, pages, extra)| Act::Open { trunk, pages, extra }),
+        (0u8..3, 0usize..7, 1usize..4).prop_map(|(trunk, pages, extra)| Act::Open {
+            trunk,
+            pages,
+            extra
+        }),
         (any_session(), 0usize..9).prop_map(|(session, pages)| Act::Name { session, pages }),
         any_session().prop_map(|session| Act::End { session }),
     ];

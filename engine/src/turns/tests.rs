@@ -71,8 +71,8 @@ fn another_text_is_encoded_as_it_is() {
     let first_ids = ids(&mut turns, &tokenizer, &first);
     turns.note(&first, &first_ids, &letters(&tokenizer, "there"), "there", &tokenizer);
     let others: [&[&str]; 5] = [
-        &["hello", "there now", "in"],  // the text goes on where the answer ended
-        &["hello", "the", "in"],        // it ends before
+        &["hello", "there now", "in"], // the text goes on where the answer ended
+        &["hello", "the", "in"],       // it ends before
         &["hallo", "there", "in"],
         &["hello", "there<|im_end|>", "in"], // what stands there is text, not the control token
         &["hello"],

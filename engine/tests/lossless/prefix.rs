@@ -139,9 +139,8 @@ fn devices_with_one_secret_share_while_they_run() {
         Engine::open(config).unwrap()
     };
     let request = ask(&long_prompt(210), SamplerConfig::default());
-    let [f16, f32] = [Codec::F16, Codec::F32].map(|wire| {
-        whole(&bundles, 1, wire, std::slice::from_ref(&request)).remove(0)
-    });
+    let [f16, f32] = [Codec::F16, Codec::F32]
+        .map(|wire| whole(&bundles, 1, wire, std::slice::from_ref(&request)).remove(0));
     let [one, other, stranger] = [1, 1, 2].map(|secret| device(secret, Codec::F16));
     let exact = device(1, Codec::F32);
     let mut tokens = 0;

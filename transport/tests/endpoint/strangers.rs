@@ -209,7 +209,8 @@ fn a_closed_connection_takes_nothing() {
     let mut pair = Pair::new(LinkKind::Memory);
     pair.up();
     pair.device.close(pair.dialled, CloseCode::Done, "enough");
-    let error = pair.device.send_message(pair.dialled, 1, &Message::End(End::default())).unwrap_err();
+    let error =
+        pair.device.send_message(pair.dialled, 1, &Message::End(End::default())).unwrap_err();
     assert_eq!(error.refusal, Refusal::Gone);
     assert!(pair.device.counters(pair.dialled).is_none());
 }
