@@ -38,7 +38,7 @@ fn later_turns_send_less_than_a_twentieth() {
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
     let mut whole = Whole::open(backend, &bundles.path, None, Codec::F16, 8192).unwrap();
-    let mut says = vec![Message::new(Role::User, text_of(1200))];
+    let mut says = vec![Message::new(Role::User, text_of(1350))];
     let first = turn(&engine, &mut whole, &says);
     assert!(first.timings.prompt_n > 900, "{} tokens", first.timings.prompt_n);
     assert_eq!(first.timings.pages_reused, 0);

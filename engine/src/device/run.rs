@@ -198,7 +198,8 @@ impl Device {
         for active in &self.actives {
             active.fail(Error::Stopped("it was closed".into()));
         }
-        Ok(())
+        // What was said last may be the names of pages to keep.
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
     fn dial(&mut self) {
