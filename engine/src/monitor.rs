@@ -161,10 +161,15 @@ impl Monitor {
         self.rtt.note(0.0, seconds);
     }
 
+    /// A step of `rows` rows took so long; this device's own had `prefix` rows before them.
+    pub fn note_step(&mut self, rows: u32, prefix: u32, seconds: f64) {
+        self.step.note(self.past, rows, prefix, seconds);
+    }
+
     /// The first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
         let Returned { sent_bytes, prefix, step_rows, step_s, away_s } = *returned;
-        self.step.note(self.past, step_rows, prefix, step_s);
+        self.note_step(step_rows, prefix, step_s);
         if let Some(away_s) = away_s {
             let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
             self.wait.note(self.past, (away_s - step_s - link_s).max(0.0));
