@@ -2,6 +2,7 @@
 //!
 //!     cargo bench -p hat-benches --bench chunk -- [--measure] [--tiny] [--rows N] [--rounds N]
 //!         [--wire f16,int8] [--chunks off,32,128,512,paper,auto] [--mbit UP,DOWN] [--rtt-ms N]
+//!         [--stages N]
 //!
 //! Planning: the bound is a millisecond for 4,096 rows at a grain of 32. With `--measure`, the
 //! default model's TTFT over an emulated link, policies in turn, all against the first policy of
@@ -30,6 +31,7 @@ struct Args {
     policies: Vec<ChunkPolicy>,
     mbit: (f64, f64),
     rtt: Duration,
+    stages: usize,
 }
 
 impl Args {
@@ -45,6 +47,7 @@ impl Args {
             policies: [&[Auto][..], &sizes, &[Off, Paper]].concat(),
             mbit: (60.0, 100.0),
             rtt: Duration::from_millis(10),
+            stages: 1,
         };
         while let Some(arg) = args.next() {
             match arg.as_str() {
@@ -54,6 +57,7 @@ impl Args {
                 "--rows" => parsed.rows = args.next()?.parse().ok()?,
                 "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
                 "--rtt-ms" => parsed.rtt = Duration::from_millis(args.next()?.parse().ok()?),
+                "--stages" => parsed.stages = args.next()?.parse().ok()?,
                 "--mbit" => {
                     let rates = args.next()?;
                     let (up, down) = rates.split_once(',')?;
@@ -157,7 +161,7 @@ fn measure(args: &Args, wire: Codec) {
         let cache = pull::cache_dir().expect("a cache directory");
         pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the default model")
     };
-    let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads);
+    let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads).stages(args.stages);
     let cloud = Cloud::start(cloud).expect("the cloud starts");
     let mut links = Vec::new();
     let mut engines = Vec::new();
@@ -183,10 +187,11 @@ fn measure(args: &Args, wire: Codec) {
         }
     }
     println!(
-        "== {} rows as {}, {} threads, {:.0} Mbit/s up, round trip {:.0} ms, {} rounds",
+        "== {} rows as {}, {} threads, {} stages, {:.0} Mbit/s up, round trip {:.0} ms, {} rounds",
         args.rows,
         wire.name(),
         threads,
+        args.stages,
         args.mbit.0,
         args.rtt.as_secs_f64() * 1e3,
         args.rounds

@@ -79,7 +79,6 @@ impl Flow {
 pub struct Monitor {
     past: f64,
     uplink: Flow,
-    downlink: Flow,
     rtt: Moving,
     wait: Moving,
     head: Moving,
@@ -99,8 +98,6 @@ impl Default for Monitor {
 pub struct Estimates {
     /// Bytes a second to the cloud.
     pub uplink_bytes_s: Option<f64>,
-    /// Bytes a second from the cloud.
-    pub downlink_bytes_s: Option<f64>,
     /// Round-trip time, seconds.
     pub rtt_s: Option<f64>,
     /// What a chunk of a prompt costs.
@@ -130,7 +127,6 @@ impl Monitor {
         Self {
             past,
             uplink: Flow::default(),
-            downlink: Flow::default(),
             rtt: Moving::default(),
             wait: Moving::default(),
             head: Moving::default(),
@@ -148,11 +144,6 @@ impl Monitor {
     /// or queued are left.
     pub fn note_uplink(&mut self, now_s: f64, arrived: u64, left: u64) {
         self.uplink.note(self.past, now_s, arrived, left > 0);
-    }
-
-    /// By `now_s`, `arrived` bytes have come from the cloud; `busy`: a burst of frames goes on.
-    pub fn note_downlink(&mut self, now_s: f64, arrived: u64, busy: bool) {
-        self.downlink.note(self.past, now_s, arrived, busy);
     }
 
     /// The link's round-trip time, as it stands.
@@ -219,10 +210,9 @@ impl Monitor {
     /// All of it, as of now.
     #[must_use]
     pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
-        let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
+        let byte_s = self.uplink.byte_s.value();
         Estimates {
-            uplink_bytes_s: rate(&self.uplink),
-            downlink_bytes_s: rate(&self.downlink),
+            uplink_bytes_s: byte_s.filter(|&byte_s| byte_s > 0.0).map(f64::recip),
             rtt_s: self.rtt.value(),
             chunk: self.costs(row_bytes, layers, stages),
         }
