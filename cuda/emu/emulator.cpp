@@ -1,7 +1,17 @@
 // All kernels as one library: hat_emu_launch runs one of them on the CPU.
 #include "emulator.h"
 
+#include "accept_tree.cu"
+#include "attend_prefill.cu"
+#include "attend_verify.cu"
+#include "compact.cu"
+#include "embed.cu"
+#include "gemv.cu"
+#include "quantise_rows.cu"
 #include "rms_norm.cu"
+#include "rope_append.cu"
+#include "silu_mul.cu"
+#include "top_k.cu"
 
 namespace {
 
@@ -18,7 +28,30 @@ struct Entry {
 
 #define ENTRY(kernel) {#kernel, params_bytes(kernel), [](const void *p) { enter(kernel, p); }}
 const Entry ENTRIES[] = {
+    ENTRY(accept_tree),
+    ENTRY(attend_merge_128),
+    ENTRY(attend_merge_64),
+    ENTRY(attend_prefill_128),
+    ENTRY(attend_prefill_64),
+    ENTRY(attend_verify_128),
+    ENTRY(attend_verify_64),
+    ENTRY(compact),
+    ENTRY(dequantise_q8),
+    ENTRY(embed),
+    ENTRY(gemv_q4_0_1),
+    ENTRY(gemv_q4_0_8),
+    ENTRY(gemv_q4_1_1),
+    ENTRY(gemv_q4_1_8),
+    ENTRY(gemv_q8_0_1),
+    ENTRY(gemv_q8_0_8),
+    ENTRY(narrow_f16),
+    ENTRY(quantise_q8),
     ENTRY(rms_norm),
+    ENTRY(rope_append),
+    ENTRY(silu_mul),
+    ENTRY(top_k_merge),
+    ENTRY(top_k_slices),
+    ENTRY(widen_f16),
 };
 
 } // namespace

@@ -176,6 +176,8 @@ static inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_
   for (int i = 0; i < 4; ++i) sum[i] += meeting.product[row + i / 2 * 8][column + i % 2];
 }
 
+static inline void compiler_barrier() {}
+
 /// 16 bytes of global memory to shared memory, or zeros.
 static inline void copy_async(void *to, const void *from, bool real) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulator::fail("cp.async: not 16-byte aligned");

@@ -214,13 +214,20 @@ impl<T> SliceMut<'_, T> {
 }
 
 /// The bytes of numbers.
+#[cfg(feature = "emulator")]
 pub(crate) fn bytes<T: Number>(numbers: &[T]) -> &[u8] {
     // SAFETY: `Number` is implemented here alone, for types without padding.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 
 /// The bytes of numbers, to write.
+#[cfg(feature = "emulator")]
 pub(crate) fn bytes_mut<T: Number>(numbers: &mut [T]) -> &mut [u8] {
     // SAFETY: as above, and every bit pattern is a value of each of them.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// A count as a kernel takes it.
+pub(crate) fn count(number: usize) -> u32 {
+    u32::try_from(number).expect("a GPU does not hold 2^32 rows or columns")
 }

@@ -13,10 +13,21 @@
 
 #[rustfmt::skip] // made by bindgen, compared byte for byte
 mod abi;
+pub mod accept_tree;
+pub mod attend;
+pub mod embed;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod gemv;
 pub mod gpu;
 pub mod kernel;
+pub mod kv;
 #[cfg(feature = "nvrtc")]
 pub mod nvrtc;
+pub mod plan;
+pub mod quantise_rows;
 pub mod rms_norm;
+pub mod rope_append;
+pub mod silu_mul;
+pub mod table;
+pub mod top_k;

@@ -1,7 +1,7 @@
 //! Launcher of `rms_norm.cu`.
 
 use crate::abi;
-use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut};
+use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 
 /// Operands of [`rms_norm`] and [`add_rms_norm`].
@@ -75,9 +75,4 @@ fn queue(
     };
     // SAFETY: one block a row; each touches `columns` numbers of its row, as asserted.
     unsafe { gpu.launch(launch, &params) }
-}
-
-/// A count that a kernel takes.
-pub(crate) fn count(number: usize) -> u32 {
-    u32::try_from(number).expect("a GPU does not hold 2^32 rows or columns")
 }

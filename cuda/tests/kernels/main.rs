@@ -7,5 +7,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod artefacts;
+mod attention;
+mod choice;
+mod gemv;
 mod norm;
+mod panels;
+mod rows;
+mod sequences;
 mod stand;
