@@ -39,14 +39,22 @@ pub enum GpuError {
         /// What for.
         purpose: &'static str,
     },
-    /// A kernel failed. The driver's errors of this kind are sticky: the GPU is lost to this
-    /// process.
+    /// A kernel or a copy was refused; the GPU goes on.
     #[error("{gpu}: {kernel} failed: {reason}")]
     Launch {
         /// Which GPU.
         gpu: String,
-        /// Which kernel.
+        /// Which kernel or call.
         kernel: &'static str,
+        /// What is said about it.
+        reason: String,
+    },
+    /// The GPU is lost to this process: a fault in a kernel, or a broken driver. All that was
+    /// queued is void, and so is the content of its memory.
+    #[error("{gpu} is lost to this process: {reason}")]
+    Lost {
+        /// Which GPU.
+        gpu: String,
         /// What is said about it.
         reason: String,
     },
@@ -214,14 +222,14 @@ impl<T> SliceMut<'_, T> {
 }
 
 /// The bytes of numbers.
-#[cfg(feature = "emulator")]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) fn bytes<T: Number>(numbers: &[T]) -> &[u8] {
     // SAFETY: `Number` is implemented here alone, for types without padding.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 
 /// The bytes of numbers, to write.
-#[cfg(feature = "emulator")]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(crate) fn bytes_mut<T: Number>(numbers: &mut [T]) -> &mut [u8] {
     // SAFETY: as above, and every bit pattern is a value of each of them.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }

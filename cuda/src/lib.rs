@@ -1,7 +1,8 @@
 //! CUDA kernels and their safe launchers. Knows no model, layer or session: slices and numbers.
 //!
-//! - [`gpu`] is the seam: memory and launches. `Emulator` (feature `emulator`) runs the kernels
-//!   on the CPU, for tests.
+//! - [`gpu`] is the seam: memory and launches. `driver` (feature `cuda`) stands behind it with a
+//!   real GPU, whose driver is looked for at run time; `emulator` (feature `emulator`) runs the
+//!   kernels on the CPU, for tests.
 //! - One module for each kernel file, with its stem: shapes are asserted there, above the launch.
 //! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
 //! - `nvrtc` (feature `nvrtc`) is the compiler behind `hat-kernels`.
@@ -14,7 +15,11 @@
 #[rustfmt::skip] // made by bindgen, compared byte for byte
 mod abi;
 pub mod accept_tree;
+#[cfg(feature = "cuda")]
+pub mod artefact;
 pub mod attend;
+#[cfg(feature = "cuda")]
+pub mod driver;
 pub mod embed;
 #[cfg(feature = "emulator")]
 pub mod emulator;
