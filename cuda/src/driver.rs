@@ -404,9 +404,8 @@ impl Gpu for Cuda {
         self.check("cuCtxSetCurrent", current)?;
         // SAFETY: `part` checked the range. `from` is pageable memory, which the driver copies
         // before the call returns.
-        let copied = unsafe {
-            result::memcpy_htod_async(address, bytes(from), self.context.stream)
-        };
+        let copied =
+            unsafe { result::memcpy_htod_async(address, bytes(from), self.context.stream) };
         self.check("cuMemcpyHtoDAsync", copied)
     }
 

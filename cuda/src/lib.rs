@@ -35,4 +35,6 @@ pub mod rms_norm;
 pub mod rope_append;
 pub mod silu_mul;
 pub mod table;
+#[cfg(all(feature = "cuda", feature = "emulator"))]
+pub mod test_gpu;
 pub mod top_k;

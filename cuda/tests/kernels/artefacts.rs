@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use hat_cuda::kernel::Kernel;
 use serde_json::Value;
 
-use crate::stand::emulator;
+use hat_cuda::test_gpu::TestGpu;
+
+use crate::stand::gpu;
 
 fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
@@ -70,7 +72,7 @@ fn artefacts_are_whole_and_hold_every_kernel() {
 
 #[test]
 fn the_emulator_holds_every_kernel() {
-    let Some(emulator) = emulator() else { return };
+    let Some(TestGpu::Emulator(emulator)) = gpu() else { return };
     let names = |kernels: Vec<String>| kernels.into_iter().collect::<BTreeSet<_>>();
     let emulated = emulator.kernels().into_iter().map(|(name, _)| name).collect();
     let all = Kernel::ALL.iter().map(|kernel| kernel.name().to_owned()).collect();

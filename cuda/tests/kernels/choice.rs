@@ -4,7 +4,7 @@ use hat_cuda::accept_tree::{Accepted, Trees, accept_tree};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::top_k::TopK;
 
-use crate::stand::{Random, emulator, memory, same_under_all_schedules};
+use crate::stand::{Random, gpu, memory, same_under_all_schedules};
 
 /// The k largest by sorting: value falling, column rising.
 fn expected(row: &[f32], k: usize) -> (Vec<f32>, Vec<u32>) {
@@ -16,16 +16,16 @@ fn expected(row: &[f32], k: usize) -> (Vec<f32>, Vec<u32>) {
 
 #[test]
 fn top_k_is_a_sort() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let mut random = Random(30);
     for (rows, columns, k) in [(1, 1, 1), (2, 2048, 5), (3, 2049, 64), (2, 5000, 1), (1, 64, 64)] {
         let mut x = random.numbers(rows * columns, 4.0);
         // Many ties, within a slice and across.
         x.iter_mut().for_each(|x| *x = (*x * 8.0).round() / 8.0);
-        let top = same_under_all_schedules(&mut emulator, |emulator| {
-            let from = memory(emulator, &x);
-            let mut top = TopK::new(emulator, rows, columns, k).unwrap();
-            top.run(emulator, rows, k, from.slice()).unwrap()
+        let top = same_under_all_schedules(&mut gpu, |gpu| {
+            let from = memory(gpu, &x);
+            let mut top = TopK::new(gpu, rows, columns, k).unwrap();
+            top.run(gpu, rows, k, from.slice()).unwrap()
         });
         for (r, row) in x.chunks(columns).enumerate() {
             let (values, found) = expected(row, k);
@@ -38,12 +38,12 @@ fn top_k_is_a_sort() {
 
 #[test]
 fn top_k_says_which_rows_are_not_finite() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let mut x = Random(31).numbers(4 * 3000, 1.0);
     (x[2999], x[3000 + 5], x[3 * 3000]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
-    let from = memory(&mut emulator, &x);
-    let mut top = TopK::new(&mut emulator, 4, 3000, 2).unwrap();
-    let found = top.run(&mut emulator, 4, 2, from.slice()).unwrap();
+    let from = memory(&mut gpu, &x);
+    let mut top = TopK::new(&mut gpu, 4, 3000, 2).unwrap();
+    let found = top.run(&mut gpu, 4, 2, from.slice()).unwrap();
     assert_eq!(found.finite, [false, false, true, false]);
 }
 
@@ -63,7 +63,7 @@ fn walk(parents: &[u32], tokens: &[u32], choices: &[u32]) -> Accepted {
 
 #[test]
 fn accept_tree_walks_like_the_device() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let mut random = Random(32);
     let (mut indptr, mut parents, mut tokens, mut choices) = (vec![0u32], vec![], vec![], vec![]);
     let mut expected = Vec::new();
@@ -82,8 +82,7 @@ fn accept_tree_walks_like_the_device() {
         expected.push(walk(&parents[first..], &tokens[first..], &choices[first..]));
     }
     let trees = Trees { indptr: &indptr, parents: &parents, tokens: &tokens, choices: &choices };
-    let accepted =
-        same_under_all_schedules(&mut emulator, |emulator| accept_tree(emulator, &trees).unwrap());
+    let accepted = same_under_all_schedules(&mut gpu, |gpu| accept_tree(gpu, &trees).unwrap());
     assert_eq!(accepted, expected);
     let deepest = expected.iter().map(|accepted| accepted.path.len()).max();
     assert!(deepest > Some(5), "the walks are too short to show anything: {deepest:?}");

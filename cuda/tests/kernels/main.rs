@@ -11,6 +11,7 @@ mod attention;
 mod choice;
 mod gemv;
 mod norm;
+mod on_driver;
 mod panels;
 mod rows;
 mod sequences;

@@ -1,11 +1,11 @@
 //! rms_norm.
 
-use hat_cuda::emulator::Emulator;
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::rms_norm::{RmsNorm, add_rms_norm, rms_norm};
+use hat_cuda::test_gpu::TestGpu;
 
 use crate::stand::{
-    Random, assert_close, bits, emulator, memory, numbers, room, same_under_all_schedules,
+    Random, assert_close, bits, gpu, memory, numbers, room, same_under_all_schedules,
 };
 
 const EPS: f32 = 1e-5;
@@ -17,34 +17,29 @@ fn expected(x: &[f32], weight: &[f32]) -> Vec<f64> {
 }
 
 /// `out`, and `x` after it.
-fn run(
-    emulator: &mut Emulator,
-    x: &[f32],
-    add: Option<&[f32]>,
-    weight: &[f32],
-) -> (Vec<f32>, Vec<f32>) {
+fn run(gpu: &mut TestGpu, x: &[f32], add: Option<&[f32]>, weight: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let rows = x.len() / weight.len();
-    let (mut x_memory, weight_memory) = (memory(emulator, x), memory(emulator, weight));
-    let mut out = room::<f32>(emulator, x.len());
+    let (mut x_memory, weight_memory) = (memory(gpu, x), memory(gpu, weight));
+    let mut out = room::<f32>(gpu, x.len());
     let to = RmsNorm { weight: weight_memory.slice(), eps: EPS, out: out.slice_mut() };
     match add {
-        None => rms_norm(emulator, rows, x_memory.slice(), to).unwrap(),
+        None => rms_norm(gpu, rows, x_memory.slice(), to).unwrap(),
         Some(add) => {
-            let add = memory(emulator, add);
-            add_rms_norm(emulator, rows, x_memory.slice_mut(), add.slice(), to).unwrap();
+            let add = memory(gpu, add);
+            add_rms_norm(gpu, rows, x_memory.slice_mut(), add.slice(), to).unwrap();
         }
     }
-    (numbers(emulator, &out, x.len()), numbers(emulator, &x_memory, x.len()))
+    (numbers(gpu, &out, x.len()), numbers(gpu, &x_memory, x.len()))
 }
 
 #[test]
 fn rms_norm_means_what_it_says() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let mut random = Random(1);
     for columns in [4, 64, 576, 1020, 4096] {
         let (x, weight) = (random.numbers(3 * columns, 3.0), random.numbers(columns, 1.0));
-        let (out, after) = same_under_all_schedules(&mut emulator, |emulator| {
-            let (out, after) = run(emulator, &x, None, &weight);
+        let (out, after) = same_under_all_schedules(&mut gpu, |gpu| {
+            let (out, after) = run(gpu, &x, None, &weight);
             (bits(&out), bits(&after))
         });
         assert_eq!(after, bits(&x), "x is only read");
@@ -57,25 +52,25 @@ fn rms_norm_means_what_it_says() {
 
 #[test]
 fn the_residual_is_added_first_and_kept() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let (mut random, columns) = (Random(2), 576);
     let (x, add) = (random.numbers(2 * columns, 2.0), random.numbers(2 * columns, 2.0));
     let weight = random.numbers(columns, 1.0);
-    let (out, after) = run(&mut emulator, &x, Some(&add), &weight);
+    let (out, after) = run(&mut gpu, &x, Some(&add), &weight);
     let sum: Vec<f32> = x.iter().zip(&add).map(|(x, add)| x + add).collect();
     assert_eq!(bits(&after), bits(&sum));
-    let (alone, _) = run(&mut emulator, &sum, None, &weight);
+    let (alone, _) = run(&mut gpu, &sum, None, &weight);
     assert_eq!(bits(&out), bits(&alone));
 }
 
 #[test]
 fn a_row_does_not_depend_on_its_neighbours() {
-    let Some(mut emulator) = emulator() else { return };
+    let Some(mut gpu) = gpu() else { return };
     let (mut random, columns) = (Random(3), 576);
     let (x, weight) = (random.numbers(5 * columns, 3.0), random.numbers(columns, 1.0));
-    let (together, _) = run(&mut emulator, &x, None, &weight);
+    let (together, _) = run(&mut gpu, &x, None, &weight);
     for (row, together) in x.chunks(columns).zip(together.chunks(columns)) {
-        let (alone, _) = run(&mut emulator, row, None, &weight);
+        let (alone, _) = run(&mut gpu, row, None, &weight);
         assert_eq!(bits(&alone), bits(together));
     }
 }

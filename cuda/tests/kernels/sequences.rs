@@ -2,10 +2,10 @@
 
 use half::f16;
 use hat_cuda::attend::{Cut, Parts, attend};
-use hat_cuda::emulator::{Emulator, EmulatorMemory};
 use hat_cuda::gpu::{Gpu as _, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
+use hat_cuda::test_gpu::{TestGpu, TestMemory};
 
 use crate::stand::{Random, memory, numbers, room};
 
@@ -109,15 +109,10 @@ impl Batch {
         }
     }
 
-    pub fn on_gpu(
-        &self,
-        emulator: &mut Emulator,
-        heads: &Heads,
-        pages: usize,
-    ) -> PlanOnGpu<EmulatorMemory> {
+    pub fn on_gpu(&self, gpu: &mut TestGpu, heads: &Heads, pages: usize) -> PlanOnGpu<TestMemory> {
         let (rows, tails) = (self.positions.len(), self.tail_slots.len());
-        let mut plan = PlanOnGpu::new(emulator, rows, tails, self.page_indices.len()).unwrap();
-        plan.write(emulator, &self.plan(), heads, pages).unwrap();
+        let mut plan = PlanOnGpu::new(gpu, rows, tails, self.page_indices.len()).unwrap();
+        plan.write(gpu, &self.plan(), heads, pages).unwrap();
         plan
     }
 }
@@ -163,11 +158,11 @@ impl Store {
         }
     }
 
-    pub fn on_gpu(&self, emulator: &mut Emulator) -> Kv<EmulatorMemory> {
-        let mut kv = Kv::new(emulator, self.shape).unwrap();
+    pub fn on_gpu(&self, gpu: &mut TestGpu) -> Kv<TestMemory> {
+        let mut kv = Kv::new(gpu, self.shape).unwrap();
         for (memory, numbers) in kv.memory_mut().into_iter().zip([&self.k, &self.v]) {
             let bits: Vec<u16> = numbers.iter().map(|number| number.to_bits()).collect();
-            emulator.upload(&bits, memory, 0).unwrap();
+            gpu.upload(&bits, memory, 0).unwrap();
         }
         kv
     }
@@ -212,7 +207,7 @@ pub fn expected(
 
 /// What the kernels say: `[rows][heads][head_dim]`.
 pub fn attended(
-    emulator: &mut Emulator,
+    gpu: &mut TestGpu,
     store: &Store,
     layer: usize,
     heads: &Heads,
@@ -221,13 +216,13 @@ pub fn attended(
     cut: Cut,
 ) -> Vec<f32> {
     let batch = Batch::new(sequences);
-    let plan = batch.on_gpu(emulator, heads, store.shape.pages);
-    let kv = store.on_gpu(emulator);
+    let plan = batch.on_gpu(gpu, heads, store.shape.pages);
+    let kv = store.on_gpu(gpu);
     let longest = batch.positions.iter().max().unwrap() + 1;
     let splits = (longest as usize).div_ceil(256);
-    let mut parts = Parts::new(emulator, heads, batch.positions.len(), splits).unwrap();
-    let (q_memory, mut out) = (memory(emulator, q), room::<f32>(emulator, q.len()));
+    let mut parts = Parts::new(gpu, heads, batch.positions.len(), splits).unwrap();
+    let (q_memory, mut out) = (memory(gpu, q), room::<f32>(gpu, q.len()));
     let (from, to) = (q_memory.slice(), out.slice_mut());
-    attend(emulator, &plan, heads, layer, cut, from, &kv, &mut parts, to).unwrap();
-    numbers(emulator, &out, q.len())
+    attend(gpu, &plan, heads, layer, cut, from, &kv, &mut parts, to).unwrap();
+    numbers(gpu, &out, q.len())
 }

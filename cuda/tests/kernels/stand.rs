@@ -3,14 +3,30 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use hat_cuda::emulator::{Build, Emulator, EmulatorError, EmulatorMemory, Schedule};
+use hat_cuda::driver::Cuda;
+use hat_cuda::emulator::{Build, Emulator, EmulatorError, Schedule};
 use hat_cuda::gpu::{Gpu as _, Number};
+use hat_cuda::test_gpu::{TestGpu, TestMemory};
 
-/// The emulator, or nothing (and a word about it) where it can't be built.
-pub fn emulator() -> Option<Emulator> {
-    let build = Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")));
-    match Emulator::new(&build) {
-        Ok(emulator) => Some(emulator),
+/// In the environment: the number of the GPU that the tests run on. Without it, the emulator.
+pub const GPU: &str = "HAT_TEST_GPU";
+/// In the environment: another folder of kernels for the emulator. For tests of the tests.
+pub const KERNELS: &str = "HAT_TEST_KERNELS";
+
+/// The folder of what is compiled for tests.
+pub fn build() -> Build {
+    let mut build = Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")));
+    if let Some(kernels) = std::env::var_os(KERNELS) {
+        build.kernels = kernels.into();
+    }
+    build
+}
+
+/// The path of something that needs a C++ compiler, or nothing (and a word about it) where there
+/// is none.
+pub fn compiled<T>(result: Result<T, EmulatorError>) -> Option<T> {
+    match result {
+        Ok(compiled) => Some(compiled),
         Err(error @ EmulatorError::NoCompiler) => {
             let required = std::env::var_os("HAT_REQUIRE_EMULATOR").is_some();
             assert!(!required, "{error}");
@@ -22,41 +38,51 @@ pub fn emulator() -> Option<Emulator> {
     }
 }
 
+/// The GPU that the environment names, or else the emulator; nothing where that can't be built.
+pub fn gpu() -> Option<TestGpu> {
+    if let Some(ordinal) = std::env::var_os(GPU) {
+        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
+        let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
+        return Some(TestGpu::Cuda(Box::new(cuda)));
+    }
+    compiled(Emulator::new(&build())).map(TestGpu::Emulator)
+}
+
 /// Runs a case under every schedule; the results have to be the same bytes.
 pub fn same_under_all_schedules<T: PartialEq + std::fmt::Debug>(
-    emulator: &mut Emulator,
-    mut case: impl FnMut(&mut Emulator) -> T,
+    gpu: &mut TestGpu,
+    mut case: impl FnMut(&mut TestGpu) -> T,
 ) -> T {
-    emulator.set_schedule(Schedule::ALL[0]);
-    let first = case(emulator);
+    gpu.set_schedule(Schedule::ALL[0]);
+    let first = case(gpu);
     for schedule in &Schedule::ALL[1..] {
-        emulator.set_schedule(*schedule);
-        let other = case(emulator);
+        gpu.set_schedule(*schedule);
+        let other = case(gpu);
         assert!(other == first, "{schedule:?} changes the result");
     }
     first
 }
 
 /// Memory that holds these numbers.
-pub fn memory<T: Number>(emulator: &mut Emulator, numbers: &[T]) -> EmulatorMemory {
-    let mut memory = emulator.alloc(size_of_val(numbers), "a test").unwrap();
-    emulator.upload(numbers, &mut memory, 0).unwrap();
+pub fn memory<T: Number>(gpu: &mut TestGpu, numbers: &[T]) -> TestMemory {
+    let mut memory = gpu.alloc(size_of_val(numbers), "a test").unwrap();
+    gpu.upload(numbers, &mut memory, 0).unwrap();
     memory
 }
 
 /// Memory for so many numbers, poisoned.
-pub fn room<T: Number>(emulator: &mut Emulator, count: usize) -> EmulatorMemory {
-    emulator.alloc(count * size_of::<T>(), "a test").unwrap()
+pub fn room<T: Number>(gpu: &mut TestGpu, count: usize) -> TestMemory {
+    gpu.alloc(count * size_of::<T>(), "a test").unwrap()
 }
 
 /// What memory holds, from its begin.
 pub fn numbers<T: Number + Default>(
-    emulator: &mut Emulator,
-    memory: &EmulatorMemory,
+    gpu: &mut TestGpu,
+    memory: &TestMemory,
     count: usize,
 ) -> Vec<T> {
     let mut out = vec![T::default(); count];
-    emulator.download(memory, 0, &mut out).unwrap();
+    gpu.download(memory, 0, &mut out).unwrap();
     out
 }
 
