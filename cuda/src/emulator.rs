@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::hash::Hasher as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use libloading::Library;
 
@@ -230,8 +230,19 @@ pub struct Emulator {
     functions: Arc<Functions>,
     schedule: Schedule,
     counts: Counts,
-    allocations: Vec<std::sync::Weak<Block>>,
+    allocations: Vec<Weak<Block>>,
+    recorder: Option<Recorder>,
 }
+
+/// Where launches are written down, to be run again by another build (`emu/replay.cpp`).
+struct Recorder {
+    folder: PathBuf,
+    /// Launches so far, by kernel.
+    recorded: Vec<(Kernel, u32)>,
+}
+
+/// Launches of one kernel that are written down at most.
+const RECORDED_MAX: u32 = 8;
 
 /// Memory of the emulator.
 pub struct EmulatorMemory {
@@ -315,7 +326,14 @@ impl Emulator {
             schedule: Schedule::InOrder,
             counts: Counts::default(),
             allocations: Vec::new(),
+            recorder: None,
         })
+    }
+
+    /// Writes launches from now on to files in `folder`, with the memory that they name: some of
+    /// each kernel.
+    pub fn record_to(&mut self, folder: &Path) {
+        self.recorder = Some(Recorder { folder: folder.to_owned(), recorded: Vec::new() });
     }
 
     /// The order of threads from now on.
@@ -413,25 +431,78 @@ impl Gpu for Emulator {
             schedule: self.schedule.number(),
         };
         let mut counts = Counts::default();
+        let blocks: Vec<_> = self.allocations.iter().filter_map(Weak::upgrade).collect();
         let guard = running();
+        // The same launches come again under other schedules.
+        let recorder = self.recorder.as_mut().filter(|_| self.schedule == Schedule::InOrder);
+        if let Some(recorder) = recorder {
+            // SAFETY: the block is plain numbers and pointers; `abi.h` leaves no padding.
+            let params = unsafe { std::slice::from_raw_parts(raw.params.cast(), size_of::<P>()) };
+            let recorded = recorder.record(launch, params, &blocks);
+            recorded.map_err(|error| failed(format!("recording: {error}")))?;
+        }
         // SAFETY: the block has the size that it says, and the caller's promise covers the rest.
         let message = unsafe { (self.functions.launch)(&raw const raw, &raw mut counts) };
         let message = (!message.is_null())
             // SAFETY: a terminated text that lives until the next launch, which waits for `guard`.
             .then(|| unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned());
-        let whole = || {
-            let known = self.allocations.iter().filter_map(std::sync::Weak::upgrade);
-            known.into_iter().all(|block| block.is_whole())
-        };
         if let Some(message) = message {
             return Err(failed(message));
         }
-        if !whole() {
+        if !blocks.iter().all(|block| block.is_whole()) {
             return Err(failed("it wrote outside of an allocation".to_owned()));
         }
         drop(guard);
         self.counts.add(counts);
         Ok(())
+    }
+}
+
+impl Recorder {
+    /// One file: the kernel, its grid and block, and the memory that it names. Numbers are u64,
+    /// little-endian; texts and contents follow their lengths.
+    fn record(
+        &mut self,
+        launch: Launch,
+        params: &[u8],
+        blocks: &[Arc<Block>],
+    ) -> std::io::Result<()> {
+        let kernel = launch.kernel;
+        let at = self.recorded.iter().position(|(known, _)| *known == kernel);
+        let at = at.unwrap_or_else(|| {
+            self.recorded.push((kernel, 0));
+            self.recorded.len() - 1
+        });
+        let number = self.recorded[at].1;
+        self.recorded[at].1 += 1;
+        if number >= RECORDED_MAX {
+            return Ok(());
+        }
+        let mut file = Vec::new();
+        let mut part = |part: &[u8]| {
+            file.extend((part.len() as u64).to_le_bytes());
+            file.extend(part);
+        };
+        part(kernel.name().as_bytes());
+        let [x, y, z] = launch.grid;
+        let shape = [x, y, z, kernel.threads()].map(u32::to_le_bytes);
+        part(shape.as_flattened());
+        part(params);
+        for block in blocks {
+            let begin = block.pointer() as u64;
+            let is_named = |word: &[u8; 8]| {
+                let word = u64::from_le_bytes(*word);
+                word >= begin && word < begin + block.bytes as u64
+            };
+            if params.as_chunks().0.iter().any(is_named) {
+                part(&begin.to_le_bytes());
+                // SAFETY: the content lives as long as the block; no kernel runs.
+                part(unsafe { std::slice::from_raw_parts(block.pointer(), block.bytes) });
+            }
+        }
+        let thread = unique();
+        let name = format!("{}-{thread:x}-{number}.launch", kernel.name());
+        std::fs::write(self.folder.join(name), file)
     }
 }
 

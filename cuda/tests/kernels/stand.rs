@@ -13,6 +13,9 @@ pub const GPU: &str = "HAT_TEST_GPU";
 /// In the environment: another folder of kernels for the emulator. For tests of the tests.
 pub const KERNELS: &str = "HAT_TEST_KERNELS";
 
+/// In the environment: where the emulator writes launches down.
+pub const RECORD: &str = "HAT_TEST_RECORD";
+
 /// The folder of what is compiled for tests.
 pub fn build() -> Build {
     let mut build = Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")));
@@ -45,7 +48,11 @@ pub fn gpu() -> Option<TestGpu> {
         let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
         return Some(TestGpu::Cuda(Box::new(cuda)));
     }
-    compiled(Emulator::new(&build())).map(TestGpu::Emulator)
+    let mut emulator = compiled(Emulator::new(&build()))?;
+    if let Some(folder) = std::env::var_os(RECORD) {
+        emulator.record_to(Path::new(&folder));
+    }
+    Some(TestGpu::Emulator(emulator))
 }
 
 /// Runs a case under every schedule; the results have to be the same bytes.
