@@ -20,8 +20,10 @@ fn top_k_is_a_sort() {
     let mut random = Random(30);
     for (rows, columns, k) in [(1, 1, 1), (2, 2048, 5), (3, 2049, 64), (2, 5000, 1), (1, 64, 64)] {
         let mut x = random.numbers(rows * columns, 4.0);
-        // Many ties, within a slice and across.
+        // Many ties, within a slice and across; but the last row is led by its end.
         x.iter_mut().for_each(|x| *x = (*x * 8.0).round() / 8.0);
+        let last = rows * columns - 1;
+        (x[last], x[last / 2 * 2]) = (9.0, 9.0);
         let top = same_under_all_schedules(&mut gpu, |gpu| {
             let from = memory(gpu, &x);
             let mut top = TopK::new(gpu, rows, columns, k).unwrap();

@@ -10,6 +10,7 @@ mod artefacts;
 mod attention;
 mod choice;
 mod gemv;
+mod model;
 mod mutants;
 mod norm;
 mod on_driver;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hat_cuda::emulator::{Build, EmulatorError};
 
-use crate::mutants::{MUTANTS, Mutant};
+use crate::mutants::{Mutant, mutants};
 use crate::stand::{KERNELS, RECORD, build, compiled};
 
 const SANITIZERS: &[&str] =
@@ -24,7 +24,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 /// Runs this program's tests by name; `None` if they take too long.
-fn tests(names: &[&str], environment: &[(&str, &Path)]) -> Option<Output> {
+fn tests(names: &[String], environment: &[(&str, &Path)]) -> Option<Output> {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(names).args(["--skip", "on_driver", "--skip", "artefacts"]);
     command.envs(environment.iter().copied()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -49,14 +49,10 @@ fn recorded() -> Vec<PathBuf> {
     entries.collect()
 }
 
-/// Runs recorded launches of some kernels under the sanitizers.
-fn replay(build: &Build, launches: &[PathBuf], kernels: &str) -> Result<Output, EmulatorError> {
+/// Runs recorded launches under the sanitizers.
+fn replay(build: &Build, launches: &[PathBuf]) -> Result<Output, EmulatorError> {
     let program = build.compile("replay.cpp", SANITIZERS, "exe")?;
-    let of_them = launches.iter().filter(|path| {
-        let name = path.file_name().unwrap().to_str().unwrap();
-        kernels.is_empty() || name.starts_with(kernels)
-    });
-    Ok(Command::new(program).args(of_them).output().unwrap())
+    Ok(Command::new(program).args(launches).output().unwrap())
 }
 
 #[test]
@@ -70,7 +66,7 @@ fn all_launches_are_clean_under_the_sanitizers() {
         let has = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(name);
         assert!(launches.iter().any(has), "no launch of {name}");
     }
-    let output = replay(&build(), &launches, "").unwrap();
+    let output = replay(&build(), &launches).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
 }
@@ -86,10 +82,10 @@ fn changed(mutant: &Mutant) -> Build {
         }
         let name = path.file_name().unwrap();
         let mut text = std::fs::read_to_string(&path).unwrap();
-        if name == mutant.file {
-            let places = text.matches(mutant.from).count();
+        if name == mutant.file.as_str() {
+            let places = text.matches(&mutant.from).count();
             assert_eq!(places, 1, "{}: `{}`", mutant.file, mutant.from);
-            text = text.replace(mutant.from, mutant.to);
+            text = text.replace(&mutant.from, &mutant.to);
         }
         std::fs::write(kernels.join(name), text).unwrap();
     }
@@ -102,25 +98,25 @@ fn fate(mutant: &Mutant, launches: &[PathBuf]) -> &'static str {
     let flags = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];
     // What does not compile shows nothing of the tests.
     let library = build.compile("emulator.cpp", &flags, "so").unwrap();
-    let found = tests(mutant.tests, &[(KERNELS, &build.kernels)]);
+    let found = tests(&mutant.tests, &[(KERNELS, &build.kernels)]);
     std::fs::remove_file(library).unwrap();
     match found {
         None => return "time",
         Some(output) if !output.status.success() => return "tests",
         Some(_) => {}
     }
-    let output = replay(&build, launches, mutant.launches).unwrap();
+    let output = replay(&build, launches).unwrap();
     std::fs::remove_file(build.compile("replay.cpp", SANITIZERS, "exe").unwrap()).unwrap();
     if output.status.success() { "lives" } else { "sanitizers" }
 }
 
 #[test]
-#[ignore = "takes many minutes: a build for each mutant; its table is in docs/KERNELS.md"]
+#[ignore = "takes many minutes: a build for each mutant; docs/KERNELS.md has the table"]
 fn mutants_die() {
     let launches = recorded();
     let only = std::env::var("HAT_TEST_MUTANT").ok();
     let mut wrong = Vec::new();
-    for mutant in MUTANTS {
+    for mutant in &mutants() {
         if only.as_ref().is_some_and(|only| !mutant.what.contains(only)) {
             continue;
         }
