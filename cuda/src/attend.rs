@@ -83,10 +83,10 @@ pub fn attend<G: Gpu>(
     let (tasks, splits) = (plan.task_count(), plan.splits());
     let room = parts.fit(rows * heads.heads * splits, head_dim);
     let params = abi::hat_attend {
-        q: q.pointer(),
+        q: q.vectors(),
         k_pages,
         v_pages,
-        out: out.pointer(),
+        out: out.vectors(),
         split_sums: parts.sums.slice_mut().pointer(),
         split_weights: parts.weights.slice_mut().pointer(),
         tasks: plan.tasks(),

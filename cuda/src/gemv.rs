@@ -62,7 +62,7 @@ pub fn gemv(gpu: &mut impl Gpu, rows: usize, mut to: Gemv<'_>) -> Result<(), Gpu
         other => panic!("gemv has no kernel for {other:?}"),
     };
     let params = abi::hat_gemv {
-        q: q.pointer(),
+        q: q.vectors(),
         d: d.pointer(),
         s: s.pointer(),
         weight: to.weight.pointer(),

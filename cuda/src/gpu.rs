@@ -184,6 +184,12 @@ impl<T> Slice<'_, T> {
     pub(crate) fn pointer(&self) -> *const T {
         self.address as *const T
     }
+
+    /// For kernels that read 16 bytes at a time.
+    pub(crate) fn vectors(&self) -> *const T {
+        assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
+        self.pointer()
+    }
 }
 
 impl<T> SliceMut<'_, T> {
@@ -218,6 +224,12 @@ impl<T> SliceMut<'_, T> {
 
     pub(crate) fn pointer(&mut self) -> *mut T {
         self.address as *mut T
+    }
+
+    /// For kernels that write 16 bytes at a time.
+    pub(crate) fn vectors(&mut self) -> *mut T {
+        assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
+        self.pointer()
     }
 }
 

@@ -83,13 +83,13 @@ impl<M: Memory> Kv<M> {
     /// K and V of one layer, to read.
     pub(crate) fn pages(&self, layer: usize) -> [*const u16; 2] {
         let range = self.layer(layer);
-        [&self.k, &self.v].map(|memory| memory.slice().range(range.clone()).pointer())
+        [&self.k, &self.v].map(|memory| memory.slice().range(range.clone()).vectors())
     }
 
     /// K and V of one layer, to write.
     pub(crate) fn pages_mut(&mut self, layer: usize) -> [*mut u16; 2] {
         let range = self.layer(layer);
-        [&mut self.k, &mut self.v].map(|memory| memory.slice_mut().range(range.clone()).pointer())
+        [&mut self.k, &mut self.v].map(|memory| memory.slice_mut().range(range.clone()).vectors())
     }
 
     /// Moves rows for all layers, group by group: `indptr` is `[groups + 1]`. Moves of a group are

@@ -109,8 +109,8 @@ pub fn narrow_f16(
     report: SliceMut<'_, u32>,
 ) -> Result<(), GpuError> {
     assert!(half.len() >= x.len(), "{} numbers in {}", x.len(), half.len());
-    let x_pointer = x.pointer().cast_mut(); // only read
-    queue_rows(gpu, Kernel::NarrowF16, columns, x.len(), (x_pointer, half.pointer()), report)
+    let x_pointer = x.vectors().cast_mut(); // only read
+    queue_rows(gpu, Kernel::NarrowF16, columns, x.len(), (x_pointer, half.vectors()), report)
 }
 
 /// Rows from f16. `report[r]` is 0 or [`NOT_FINITE`].
@@ -128,8 +128,8 @@ pub fn widen_f16(
     report: SliceMut<'_, u32>,
 ) -> Result<(), GpuError> {
     assert!(x.len() >= half.len(), "{} numbers in {}", half.len(), x.len());
-    let half_pointer = half.pointer().cast_mut(); // only read
-    queue_rows(gpu, Kernel::WidenF16, columns, half.len(), (x.pointer(), half_pointer), report)
+    let half_pointer = half.vectors().cast_mut(); // only read
+    queue_rows(gpu, Kernel::WidenF16, columns, half.len(), (x.vectors(), half_pointer), report)
 }
 
 fn queue_rows(

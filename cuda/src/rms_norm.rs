@@ -29,7 +29,7 @@ pub fn rms_norm(
     to: RmsNorm<'_>,
 ) -> Result<(), GpuError> {
     // The kernel writes x only if there is something to add.
-    queue(gpu, rows, x.len(), x.pointer().cast_mut(), std::ptr::null(), to)
+    queue(gpu, rows, x.len(), x.vectors().cast_mut(), std::ptr::null(), to)
 }
 
 /// `x += add`, then as [`rms_norm`].
@@ -47,7 +47,7 @@ pub fn add_rms_norm(
     to: RmsNorm<'_>,
 ) -> Result<(), GpuError> {
     assert!(add.len() >= rows * to.weight.len(), "numbers to add: {}", add.len());
-    queue(gpu, rows, x.len(), x.pointer(), add.pointer(), to)
+    queue(gpu, rows, x.len(), x.vectors(), add.vectors(), to)
 }
 
 fn queue(
@@ -68,8 +68,8 @@ fn queue(
     let params = abi::hat_rms_norm {
         x,
         add,
-        weight: to.weight.pointer(),
-        out: to.out.pointer(),
+        weight: to.weight.vectors(),
+        out: to.out.vectors(),
         columns: count(columns),
         eps: to.eps,
     };

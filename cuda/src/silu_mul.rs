@@ -21,8 +21,8 @@ pub fn silu_mul(
     if numbers == 0 {
         return Ok(());
     }
-    let out = gate.pointer();
-    let params = abi::hat_silu_mul { gate: out, up: up.pointer(), out, count: numbers as u64 };
+    let out = gate.vectors();
+    let params = abi::hat_silu_mul { gate: out, up: up.vectors(), out, count: numbers as u64 };
     let grid = [count(numbers.div_ceil(1024)), 1, 1];
     // SAFETY: each thread touches four numbers below `count`, in place.
     unsafe { gpu.launch(Launch { kernel: Kernel::SiluMul, grid }, &params) }

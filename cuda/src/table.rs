@@ -106,6 +106,6 @@ impl<'a> Table<'a> {
     }
 
     pub(crate) fn pointer(&self) -> *const u8 {
-        self.bytes.pointer()
+        self.bytes.vectors()
     }
 }

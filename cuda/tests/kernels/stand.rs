@@ -110,6 +110,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// In `0..limit`.
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
     /// In `-1..1`.
     pub fn number(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
