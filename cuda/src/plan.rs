@@ -112,6 +112,13 @@ impl<M: Memory> PlanOnGpu<M> {
         Ok(Self { numbers, tasks, staging, parts, rows: 0, task_count: 0, splits: 0 })
     }
 
+    /// Whether there is room for a plan of this size.
+    #[must_use]
+    pub fn has_room(&self, rows: usize, tails: usize, pages: usize) -> bool {
+        let numbers = 4 * (4 * rows + 1 + tails + pages);
+        numbers <= self.numbers.bytes() && 4 * TASK_WORDS * rows <= self.tasks.bytes()
+    }
+
     /// Takes a plan over a store of `pages` pages.
     ///
     /// # Errors
@@ -256,10 +263,11 @@ fn words(task: &abi::hat_attend_task) -> [u32; TASK_WORDS] {
     [first_row, rows, first_page, first_tile, plain_end, end, 0, 0]
 }
 
-/// Whether ends are in order and the last one is `len`.
+/// Whether ends are in order and the last one is at most `len`: what is behind it belongs to
+/// sequences that are not in this plan.
 fn is_indptr(indptr: &[u32], len: usize) -> bool {
     indptr.first() == Some(&0)
-        && indptr.last().is_some_and(|last| *last as usize == len)
+        && indptr.last().is_some_and(|last| *last as usize <= len)
         && indptr.is_sorted()
 }
 
@@ -271,6 +279,7 @@ fn check(plan: &Plan<'_>, heads: &Heads, pages: usize) {
     assert!(is_indptr(plan.tail_indptr, plan.tail_slots.len()), "ends of tails");
     assert_eq!(plan.q_indptr.len(), plan.page_indptr.len(), "sequences");
     assert!(is_indptr(plan.q_indptr, rows), "ends of sequences");
+    assert_eq!(plan.q_indptr.last().map(|last| *last as usize), Some(rows), "rows of sequences");
     assert!(is_indptr(plan.page_indptr, plan.page_indices.len()), "ends of pages");
     let known = plan.page_indices.iter().all(|page| (*page as usize) < pages);
     assert!(known, "a page of {pages}: {:?}", plan.page_indices);
