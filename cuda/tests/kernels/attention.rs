@@ -174,6 +174,22 @@ fn a_row_does_not_depend_on_the_shape_of_its_tree() {
     assert_eq!(bits(&as_tree[30 * width..31 * width]), bits(&as_chain));
 }
 
+/// Rows of heads, rotated as docs/ARITHMETIC.md says. `angles` is `[rows][dim]`.
+fn rotated(x: &[f32], angles: &[f32], dim: usize) -> Vec<f32> {
+    let width = x.len() / (angles.len() / dim);
+    let number = |at: usize| {
+        let (row, i) = (at / width, at % dim);
+        let (cos, sin) = angles[row * dim..][..dim].split_at(dim / 2);
+        if i < dim / 2 {
+            x[at].mul_add(cos[i], -(x[at + dim / 2] * sin[i]))
+        } else {
+            let i = i - dim / 2;
+            x[at].mul_add(cos[i], x[at - dim / 2] * sin[i])
+        }
+    };
+    (0..x.len()).map(number).collect()
+}
+
 #[test]
 fn rope_append_rotates_and_puts_rows_to_their_slots() {
     let Some(mut gpu) = gpu() else { return };
@@ -212,21 +228,7 @@ fn rope_append_rotates_and_puts_rows_to_their_slots() {
             let [k, v] = kv.memory().map(|memory| numbers::<u16>(gpu, memory, store.k.len()));
             (bits(&numbers::<f32>(gpu, &q_memory, q.len())), k, v)
         });
-        let rotated = |x: &[f32]| -> Vec<f32> {
-            let heads = x.len() / rows / dim;
-            let number = |at: usize| {
-                let (row, i) = (at / dim / heads, at % dim);
-                let (cos, sin) = angles[row * dim..][..dim].split_at(dim / 2);
-                // ARITHMETIC.md: fma(x, cos, -(y sin)), fma(y, cos, x sin).
-                if i < dim / 2 {
-                    x[at].mul_add(cos[i], -(x[at + dim / 2] * sin[i]))
-                } else {
-                    let i = i - dim / 2;
-                    x[at].mul_add(cos[i], x[at - dim / 2] * sin[i])
-                }
-            };
-            (0..x.len()).map(number).collect()
-        };
+        let rotated = |x: &[f32]| rotated(x, &angles, dim);
         assert_eq!(got_q, bits(&rotated(&q)));
         let (mut expected_k, mut expected_v) = (store.k.clone(), store.v.clone());
         let (turned, mut row_index) = (rotated(&k), 0);

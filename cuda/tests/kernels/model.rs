@@ -251,6 +251,20 @@ fn whole(
     (tokens, logits)
 }
 
+/// The rows of a tree below `context` positions.
+fn tree_of(context: u32, parents: &[u32]) -> Vec<Row> {
+    let mut rows: Vec<Row> = Vec::new();
+    for (node, parent) in parents.iter().enumerate() {
+        let mut keys: Vec<u32> = match node {
+            0 => (0..context).collect(),
+            _ => rows[*parent as usize].keys.clone(),
+        };
+        keys.push(context + node as u32);
+        rows.push(Row { slot: context + node as u32, keys, prefix_len: context });
+    }
+    rows
+}
+
 #[test]
 fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
     let Some(mut gpu) = gpu() else { return };
@@ -295,16 +309,7 @@ fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
         let wrong = |i: u32| (right(i) + 1) % VOCABULARY as u32;
         let text = [right(0), wrong(1), right(1), wrong(2), right(2), wrong(2)];
         let parents = [0u32, 0, 0, 2, 2, 1];
-        let mut rows: Vec<Row> = Vec::new();
-        for (node, parent) in parents.iter().enumerate() {
-            let mut keys: Vec<u32> = match node {
-                0 => (0..at).collect(),
-                _ => rows[*parent as usize].keys.clone(),
-            };
-            keys.push(at + node as u32);
-            rows.push(Row { slot: at + node as u32, keys, prefix_len: at });
-        }
-        let batch = [Sequence { rows, pages: pages.clone() }];
+        let batch = [Sequence { rows: tree_of(at, &parents), pages: pages.clone() }];
         let (logits, choices) = split.step(gpu, &model, &text, &batch);
         let trees = Trees { indptr: &[0, 6], parents: &parents, tokens: &text, choices: &choices };
         let accepted = accept_tree(gpu, &trees).unwrap().remove(0);

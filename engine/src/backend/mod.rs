@@ -5,6 +5,8 @@
 //! backend reproduces to the bit is written in `docs/ARITHMETIC.md` under its arithmetic id.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 
 use hat_loader::Tensor;
