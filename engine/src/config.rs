@@ -8,42 +8,9 @@ pub use hat_transport::link::LinkKind;
 use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
+pub use crate::chunk::ChunkPolicy;
+use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
-
-/// How a prompt is cut into chunks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ChunkPolicy {
-    /// The whole prompt at once, up to the cloud's row budget.
-    Off,
-    /// So many rows each.
-    Fixed(u32),
-}
-
-impl Default for ChunkPolicy {
-    fn default() -> Self {
-        Self::Fixed(CHUNK_ROWS_DEFAULT)
-    }
-}
-
-impl std::str::FromStr for ChunkPolicy {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "off" => Ok(Self::Off),
-            _ => match text.parse::<u32>() {
-                Ok(rows) if rows > 0 => Ok(Self::Fixed(rows)),
-                _ => {
-                    Err(Error::field("chunks", format!("{text:?} is neither a row count nor off")))
-                }
-            },
-        }
-    }
-}
-
-/// Rows of a prompt chunk unless configured.
-pub const CHUNK_ROWS_DEFAULT: u32 = 128;
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +84,8 @@ pub struct EngineConfig {
     pub wire: Codec,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
+    /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
+    pub past_share: f64,
     /// What moves bytes.
     pub link: LinkKind,
     /// Compute threads.
@@ -156,6 +125,7 @@ impl EngineConfig {
             split_layer: None,
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
+            past_share: PAST_DEFAULT,
             link: LinkKind::Mio,
             threads: default_threads(),
             processor: Processor::Auto,

@@ -41,6 +41,7 @@
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
 //! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
+//! | `chunk`, `monitor` | how a prompt is cut, and what is known of link and cloud |
 //! | `sched`, `sequence`, `page`, `pack`, `wire` | rows: which run, where they are, how they go |
 //! | `model` | decoder layers, submodels, the whole model as a yardstick |
 //! | `backend` | kernels |
@@ -48,6 +49,8 @@
 mod answer;
 #[doc(hidden)]
 pub mod backend;
+#[doc(hidden)]
+pub mod chunk;
 mod cloud;
 mod config;
 mod device;
@@ -58,6 +61,8 @@ mod error;
 pub mod http;
 mod metrics;
 mod model;
+#[doc(hidden)]
+pub mod monitor;
 #[doc(hidden)]
 pub mod pack;
 mod page;
@@ -92,6 +97,7 @@ pub mod options {
     pub use crate::draft::DraftMode;
     pub use crate::error::ErrorKind;
     pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};
+    pub use crate::monitor::Estimates;
     pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use crate::sample::SamplerConfig;
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use self::histogram::Histogram;
+use crate::monitor::Estimates;
 
 /// The `timings` object of `generate --json` and of the HTTP API.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -44,8 +45,13 @@ pub struct Timings {
     pub drafters: BTreeMap<&'static str, DraftCounts>,
     /// Most rows away at one time, prompt included.
     pub rows_in_flight_max: u32,
-    /// Rounds that found their drafts made while the round before was away.
+    /// Times that the walk went on into drafts made while those above were away.
     pub predraft_hits: u32,
+    /// Time spent on drafts and on the device's own layers for them, decided rows of rounds with
+    /// drafts included.
+    pub drafting_ms: f64,
+    /// Time spent in tail layers, LM head and sampling.
+    pub head_ms: f64,
     /// Pages of the prompt that the cloud had already.
     pub pages_reused: u32,
     /// Bytes sent to the cloud.
@@ -54,6 +60,11 @@ pub struct Timings {
     pub bytes_down: u64,
     /// Rows of each chunk of the prompt.
     pub chunks: Vec<u32>,
+    /// The chunks as they were first planned by measured times, those before that included; empty
+    /// if no plan was made.
+    pub chunks_planned: Vec<u32>,
+    /// When the first token was expected by that plan, from the request on; 0 without one.
+    pub ttft_predicted_ms: f64,
 }
 
 /// What one drafter did in one generation. A token that two drafters guessed at one place counts
@@ -103,6 +114,18 @@ impl Meter {
         }
         self.last_token = Some(now);
         self.counts.predicted_n += 1;
+    }
+
+    /// What is left of the prompt is planned to go in chunks of `sizes`, with the first token
+    /// `finish_s` from now. The first plan counts; later ones know more of what has happened.
+    pub fn planned(&mut self, now: Instant, sizes: &[u32], finish_s: f64) {
+        if !self.counts.chunks_planned.is_empty() {
+            return;
+        }
+        self.counts.chunks_planned.extend_from_slice(&self.counts.chunks);
+        self.counts.chunks_planned.extend_from_slice(sizes);
+        let elapsed = now.saturating_duration_since(self.started).as_secs_f64();
+        self.counts.ttft_predicted_ms = (elapsed + finish_s) * 1e3;
     }
 
     /// Rows go up to the cloud.
@@ -199,6 +222,8 @@ pub struct EngineMetrics {
     pub ttft_us: Histogram,
     /// Time between tokens, microseconds.
     pub tbt_us: Histogram,
+    /// What the device knew of link and cloud when the last request ended.
+    pub estimates: Estimates,
 }
 
 impl EngineMetrics {
@@ -316,6 +341,18 @@ mod tests {
         assert_eq!((metrics.tbt_us.count(), metrics.ttft_us.count()), (16, 2));
     }
 
+    #[test]
+    fn the_first_plan_counts() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start, 300);
+        meter.counts.chunks.push(128);
+        meter.planned(start + Duration::from_millis(40), &[100, 72], 0.2);
+        meter.planned(start + Duration::from_millis(90), &[72], 0.5);
+        let timings = meter.timings();
+        assert_eq!(timings.chunks_planned, [128, 100, 72]);
+        assert!((timings.ttft_predicted_ms - 240.0).abs() < 1e-6, "{}", timings.ttft_predicted_ms);
+    }
+
     /// The names are a contract: scripts read them.
     #[test]
     fn json_names_are_fixed() {
@@ -325,7 +362,8 @@ mod tests {
             names.join(" "),
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
-             pages_reused bytes_up bytes_down chunks"
+             drafting_ms head_ms pages_reused bytes_up bytes_down chunks \
+             chunks_planned ttft_predicted_ms"
         );
     }
 

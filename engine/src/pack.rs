@@ -2,18 +2,29 @@
 //!
 //! A codec is chosen when a session opens and stays. A payload is `rows` rows one after another,
 //! each [`Codec::row_bytes`] long, numbers little-endian, no padding. `--whole` applies the same
-//! loss by [`Codec::round_trip`] where rows would cross.
+//! loss where rows would cross.
+
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "functions compiled for AVX2, entered after the CPU was asked")]
+mod avx2;
+mod block;
+#[cfg(test)]
+mod tests;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+
+use self::block::{Bytes, Grid, Nibbles};
 
 /// The largest finite f16; greater values are cut to it.
 const F16_MAX: f32 = 65504.0;
 /// Numbers converted at a time, on the stack.
 const BLOCK: usize = 256;
+/// Numbers that share a scale.
+const INT8_BLOCK: usize = 64;
+const INT4_BLOCK: usize = 32;
 
-/// How the numbers of a row are written. HELLO names a codec by its id; 2 (int8) and 3 (int4) are
-/// reserved.
+/// How the numbers of a row are written. HELLO names a codec by its id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Codec {
@@ -22,6 +33,12 @@ pub enum Codec {
     /// IEEE binary16, rounded to nearest even; beyond +-65504 cut to that.
     #[default]
     F16,
+    /// Blocks of 64 numbers as 8-bit integers with one scale, the greatest number of each apart as
+    /// f16: 8.5 bits a number.
+    Int8,
+    /// Blocks of 32 numbers as 4-bit integers with one scale, the greatest number of each apart as
+    /// f16: 5 bits a number.
+    Int4,
 }
 
 /// Rows that can't be packed, or bytes that are no rows.
@@ -48,7 +65,7 @@ pub enum PackError {
 
 impl Codec {
     /// All that this build offers, the least lossy first.
-    pub const ALL: [Self; 2] = [Self::F32, Self::F16];
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Int8, Self::Int4];
 
     /// The id in HELLO.
     #[must_use]
@@ -56,6 +73,8 @@ impl Codec {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,
+            Self::Int8 => 2,
+            Self::Int4 => 3,
         }
     }
 
@@ -71,6 +90,8 @@ impl Codec {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
         }
     }
 
@@ -80,12 +101,25 @@ impl Codec {
         Self::ALL.into_iter().find(|codec| codec.name() == name)
     }
 
+    /// The codec of rows that come back in a session of this one. Nothing follows a row that comes
+    /// back but the final norm and the head, so its error is all in the logits, and few rows come
+    /// back: int4 sessions get them as int8.
+    #[must_use]
+    pub const fn down(self) -> Self {
+        match self {
+            Self::Int4 => Self::Int8,
+            same => same,
+        }
+    }
+
     /// Bytes of one row of `hidden` numbers.
     #[must_use]
     pub const fn row_bytes(self, hidden: usize) -> usize {
         match self {
             Self::F32 => 4 * hidden,
             Self::F16 => 2 * hidden,
+            Self::Int8 => block::row_bytes(hidden, INT8_BLOCK, 8),
+            Self::Int4 => block::row_bytes(hidden, INT4_BLOCK, 4),
         }
     }
 
@@ -99,16 +133,18 @@ impl Codec {
     /// If the lengths do not fit together.
     pub fn pack(self, rows: &[f32], hidden: usize, out: &mut [u8]) -> Result<usize, PackError> {
         assert!(rows.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", rows.len());
-        assert_eq!(out.len(), self.row_bytes(rows.len()), "room for all rows");
+        let row_bytes = self.row_bytes(hidden);
+        assert_eq!(out.len(), rows.len() / hidden * row_bytes, "room for all rows");
         finite(rows, hidden)?;
-        let mut cut = 0;
-        match self {
+        Ok(match self {
             Self::F32 => {
                 for (to, from) in out.chunks_exact_mut(4).zip(rows) {
                     to.copy_from_slice(&from.to_le_bytes());
                 }
+                0
             }
             Self::F16 => {
+                let mut cut = 0;
                 for (to, from) in out.chunks_mut(2 * BLOCK).zip(rows.chunks(BLOCK)) {
                     let mut narrow = [f16::ZERO; BLOCK];
                     cut += to_f16(from, &mut narrow[..from.len()]);
@@ -116,9 +152,11 @@ impl Codec {
                         to.copy_from_slice(&from.to_le_bytes());
                     }
                 }
+                cut
             }
-        }
-        Ok(cut)
+            Self::Int8 => pack_blocks::<Bytes, INT8_BLOCK>(rows, hidden, row_bytes, out),
+            Self::Int4 => pack_blocks::<Nibbles, INT4_BLOCK>(rows, hidden, row_bytes, out),
+        })
     }
 
     /// Reads rows (`[n, hidden]`) from the bytes of a peer.
@@ -131,7 +169,8 @@ impl Codec {
     /// If `out` is not a whole number of rows.
     pub fn unpack(self, bytes: &[u8], hidden: usize, out: &mut [f32]) -> Result<(), PackError> {
         assert!(out.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", out.len());
-        let expected = self.row_bytes(out.len());
+        let row_bytes = self.row_bytes(hidden);
+        let expected = out.len() / hidden * row_bytes;
         if bytes.len() != expected {
             return Err(PackError::Length { expected, got: bytes.len() });
         }
@@ -150,32 +189,59 @@ impl Codec {
                     narrow[..to.len()].convert_to_f32_slice(to);
                 }
             }
+            Self::Int8 => unpack_blocks::<Bytes, INT8_BLOCK>(bytes, hidden, row_bytes, out),
+            Self::Int4 => unpack_blocks::<Nibbles, INT4_BLOCK>(bytes, hidden, row_bytes, out),
         }
         finite(out, hidden)
     }
+}
 
-    /// What a crossing does to rows, in place: the same as pack and unpack. Returns how many
-    /// numbers were cut.
-    ///
-    /// # Errors
-    /// If a number is not finite.
-    ///
-    /// # Panics
-    /// If `rows` is not a whole number of rows.
-    pub fn round_trip(self, rows: &mut [f32], hidden: usize) -> Result<usize, PackError> {
-        assert!(rows.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", rows.len());
-        finite(rows, hidden)?;
-        let mut cut = 0;
-        if self == Self::F16 {
-            for block in rows.chunks_mut(BLOCK) {
-                let mut narrow = [f16::ZERO; BLOCK];
-                let narrow = &mut narrow[..block.len()];
-                cut += to_f16(block, narrow);
-                narrow.convert_to_f32_slice(block);
-            }
-        }
-        Ok(cut)
+/// Writes rows in blocks, with the widest instructions that this CPU has.
+fn pack_blocks<G: Grid, const N: usize>(
+    rows: &[f32],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [u8],
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(cut) = avx2::pack::<G, N>(rows, hidden, row_bytes, out) {
+        return cut;
     }
+    pack_portable::<G, N>(rows, hidden, row_bytes, out)
+}
+
+fn pack_portable<G: Grid, const N: usize>(
+    rows: &[f32],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [u8],
+) -> usize {
+    let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
+    rows.map(|(row, out)| block::pack_row::<G, N>(row, out)).sum()
+}
+
+/// The inverse of [`pack_blocks`].
+fn unpack_blocks<G: Grid, const N: usize>(
+    bytes: &[u8],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::unpack::<G, N>(bytes, hidden, row_bytes, out) {
+        return;
+    }
+    unpack_portable::<G, N>(bytes, hidden, row_bytes, out);
+}
+
+fn unpack_portable<G: Grid, const N: usize>(
+    bytes: &[u8],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [f32],
+) {
+    let rows = bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(hidden));
+    rows.for_each(|(bytes, row)| block::unpack_row::<G, N>(bytes, row));
 }
 
 /// At most [`BLOCK`] numbers; returns how many were cut.
@@ -198,109 +264,4 @@ fn finite(rows: &[f32], hidden: usize) -> Result<(), PackError> {
     }
     let at = rows.iter().position(|x| !x.is_finite()).expect("one is not");
     Err(PackError::NotFinite { row: at / hidden, column: at % hidden })
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn names_and_ids_are_fixed() {
-        assert_eq!(Codec::ALL.map(|codec| (codec.id(), codec.name())), [(0, "f32"), (1, "f16")]);
-        assert_eq!(
-            [0, 1, 2, 3, 255].map(Codec::from_id),
-            [Some(Codec::F32), Some(Codec::F16), None, None, None]
-        );
-        assert_eq!(
-            ["f16", "f32", "int8"].map(Codec::from_name),
-            [Some(Codec::F16), Some(Codec::F32), None]
-        );
-        assert_eq!((Codec::F32.row_bytes(576), Codec::F16.row_bytes(576)), (2304, 1152));
-    }
-
-    #[test]
-    fn bytes_are_little_endian_and_dense() {
-        let rows = [1.0f32, -2.0, 0.5, 65504.0];
-        let mut out = [0u8; 16];
-        assert_eq!(Codec::F32.pack(&rows, 2, &mut out), Ok(0));
-        assert_eq!(out[..8], [0, 0, 0x80, 0x3F, 0, 0, 0, 0xC0]);
-        assert_eq!(Codec::F16.pack(&rows, 2, &mut out[..8]), Ok(0));
-        assert_eq!(out[..8], [0, 0x3C, 0, 0xC0, 0, 0x38, 0xFF, 0x7B]);
-    }
-
-    #[test]
-    fn f16_rounds_to_even_and_cuts_beyond_its_range() {
-        let mut rows = [65505.0f32, -1e30, 2049.0, 2051.0, 6e-8, 2e-8, -0.0, 65503.0];
-        assert_eq!(Codec::F16.round_trip(&mut rows, 4), Ok(2));
-        assert_eq!(rows[..4], [65504.0, -65504.0, 2048.0, 2052.0]);
-        assert_eq!(rows[4], 2f32.powi(-24));
-        assert_eq!((rows[5], rows[6].to_bits(), rows[7]), (0.0, (-0.0f32).to_bits(), 65504.0));
-    }
-
-    #[test]
-    fn what_is_not_finite_is_refused_on_both_sides() {
-        for codec in Codec::ALL {
-            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let mut rows = vec![1.0f32; 3 * 300];
-                rows[2 * 300 + 7] = bad;
-                let refused = Err(PackError::NotFinite { row: 2, column: 7 });
-                let mut bytes = vec![0; codec.row_bytes(rows.len())];
-                assert_eq!(codec.pack(&rows, 300, &mut bytes), refused);
-                assert_eq!(codec.round_trip(&mut rows.clone(), 300), refused);
-                for (to, &from) in bytes.chunks_mut(codec.row_bytes(1)).zip(&rows) {
-                    match codec {
-                        Codec::F32 => to.copy_from_slice(&from.to_le_bytes()),
-                        Codec::F16 => to.copy_from_slice(&f16::from_f32(from).to_le_bytes()),
-                    }
-                }
-                assert_eq!(codec.unpack(&bytes, 300, &mut rows), refused.map(drop));
-            }
-        }
-    }
-
-    #[test]
-    fn lengths_of_a_peer_are_checked() {
-        for codec in Codec::ALL {
-            let bytes = vec![0; codec.row_bytes(8) + 1];
-            let expected = codec.row_bytes(8);
-            for got in [0, 1, expected - 1, expected + 1] {
-                let refused = Err(PackError::Length { expected, got });
-                assert_eq!(codec.unpack(&bytes[..got], 4, &mut [0.0; 8]), refused);
-            }
-            assert_eq!(codec.unpack(&[], 4, &mut []), Ok(()));
-        }
-    }
-
-    proptest! {
-        /// A crossing equals `round_trip`, at any alignment, and a second one changes nothing.
-        #[test]
-        fn crossing_equals_round_trip(
-            bits in prop::collection::vec(any::<u32>(), 1..700), offset in 0usize..4,
-        ) {
-            let rows: Vec<f32> = bits.iter().map(|&b| f32::from_bits(b))
-                .map(|x| if x.is_finite() { x } else { 1.0 }).collect();
-            let hidden = rows.len();
-            for codec in Codec::ALL {
-                let mut bytes = vec![0; offset + codec.row_bytes(hidden)];
-                let cut = codec.pack(&rows, hidden, &mut bytes[offset..]).unwrap();
-                let mut crossed = vec![0.0; hidden];
-                codec.unpack(&bytes[offset..], hidden, &mut crossed).unwrap();
-                let mut tripped = rows.clone();
-                prop_assert_eq!(codec.round_trip(&mut tripped, hidden), Ok(cut));
-                let bits = |rows: &[f32]| rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                prop_assert_eq!(bits(&crossed), bits(&tripped));
-                prop_assert_eq!(codec.round_trip(&mut tripped, hidden), Ok(0));
-                prop_assert_eq!(bits(&crossed), bits(&tripped));
-                for (&x, &y) in rows.iter().zip(&crossed) {
-                    let wanted = match codec {
-                        Codec::F32 => x,
-                        Codec::F16 => f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
-                    };
-                    prop_assert_eq!(y.to_bits(), wanted.to_bits());
-                }
-            }
-        }
-    }
 }

@@ -312,6 +312,12 @@ impl Sampler {
     }
 }
 
+/// The noise of each token at one position, for drafters.
+pub(crate) fn seeded_noise(seed: u64, choice: u32, position: u32) -> impl FnMut(TokenId) -> f64 {
+    let mut noise = Noise::new(seed, choice, position);
+    move |token| gumbel(noise.word(token))
+}
+
 /// The greatest logit, the lowest id among equals; refuses what is no number.
 fn greatest(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
     let mut best = Choice { token: 0, logit: f32::NEG_INFINITY };

@@ -78,6 +78,15 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|number| number.to_bits()).collect()
 }
 
+/// What the link's f16 makes of rows.
+fn over_the_wire(rows: &mut [f32]) {
+    let mut bytes = vec![0; rows.len() * 2];
+    for (row, bytes) in rows.chunks_mut(64).zip(bytes.chunks_mut(128)) {
+        Codec::F16.pack(row, 64, bytes).unwrap();
+        Codec::F16.unpack(bytes, 64, row).unwrap();
+    }
+}
+
 /// Both halves of one session.
 struct Split {
     device: DeviceModel<CudaBackend<Emulator>>,
@@ -99,11 +108,11 @@ impl Split {
     fn step(&mut self, plan: PlanBuffers, tokens: &[u32]) -> Vec<Vec<f32>> {
         let mut hidden = vec![0.0; tokens.len() * 64];
         self.device.input(&plan.plan(), tokens, &mut hidden);
-        Codec::F16.round_trip(&mut hidden, 64).unwrap();
+        over_the_wire(&mut hidden);
         let (entry_layers, moves) = (vec![1], Vec::new());
         let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden };
         self.middle.forward(&mut step);
-        Codec::F16.round_trip(&mut step.hidden, 64).unwrap();
+        over_the_wire(&mut step.hidden);
         let head = |row: &[f32]| {
             let mut logits = vec![0.0; 300];
             self.device.head(row, &mut logits);

@@ -8,6 +8,8 @@
 
 #[path = "lossless/drafts.rs"]
 mod drafts;
+#[path = "lossless/slow.rs"]
+mod slow;
 mod support;
 #[path = "lossless/trained.rs"]
 mod trained;
@@ -108,6 +110,60 @@ fn every_split_chunk_size_and_link_says_the_same() {
             }
         }
     }
+}
+
+/// Each codec is another model, so to speak, and each is said the same by both: in chunks of any
+/// policy, with and without tail layers (which make all rows cross twice), drafted or not.
+#[test]
+fn every_codec_and_chunk_policy_says_the_same() {
+    let mut hashes = HashSet::new();
+    for tail_layers in [0, 1] {
+        let bundles = Bundles::generated(1, tail_layers);
+        for wire in Codec::ALL {
+            let whole = yardstick(&bundles, 1, wire);
+            hashes.insert(whole[0].logits_blake3.clone());
+            for (link, chunks) in [
+                (LinkKind::Memory, ChunkPolicy::Fixed(20)),
+                (LinkKind::Mio, ChunkPolicy::Auto),
+                (LinkKind::IoUring, ChunkPolicy::Paper),
+            ] {
+                let config = EngineConfig::new(bundles.path.join("device"));
+                let config = config.wire(wire).chunks(chunks).link(link);
+                let engine = Engine::open(config).unwrap();
+                let case = format!("tail {tail_layers}, {wire:?}, {link}, {chunks:?}");
+                // The second time the planner knows link and cloud.
+                assert_answers(&case, &engine, &whole);
+                assert_answers(&case, &engine, &whole);
+            }
+        }
+    }
+    // Rows as f32 cross without a trace, so tail layers change nothing there alone.
+    assert_eq!(hashes.len(), 7, "codecs and tails that can't be told apart test nothing");
+}
+
+/// A prompt is planned by what earlier prompts taught, and the plan is what is sent.
+#[test]
+fn prompts_are_planned_once_something_is_known() {
+    let bundles = Bundles::generated(1, 0);
+    let config = EngineConfig::new(bundles.path.join("device")).chunks(ChunkPolicy::Auto);
+    let engine = Engine::open(config).unwrap();
+    let ask = |rows| {
+        let request = Request::tokens(long_prompt(rows)).max_tokens(2).ignore_eos();
+        collect(&engine, request).timings
+    };
+    assert!(engine.metrics().estimates.chunk.is_none());
+    for _ in 0..4 {
+        ask(1500);
+    }
+    let estimates = engine.metrics().estimates;
+    let costs = estimates.chunk.expect("four prompts of 1,500 rows were timed");
+    assert!(costs.device.per_row > 0.0 && costs.row_up_s > 0.0 && costs.cloud.per_row > 0.0);
+    assert!(estimates.uplink_bytes_s.is_some() && estimates.rtt_s.is_some(), "{estimates:?}");
+    let timings = ask(1500);
+    assert_eq!(timings.chunks.iter().sum::<u32>(), 1500);
+    assert_eq!(timings.chunks_planned.iter().sum::<u32>(), 1500);
+    assert_eq!(timings.chunks.first(), timings.chunks_planned.first());
+    assert!(timings.ttft_predicted_ms > 0.0);
 }
 
 /// The pair of halves that holds all layers for a split at `split_layer`.

@@ -263,5 +263,10 @@ fn lies_end_the_liars_session_and_nobody_elses() {
     assert_eq!(liar.error(30).0, Code::BadShape);
 
     assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
-    assert_eq!(cloud.counters().sessions.load(Ordering::Relaxed), 0);
+    // The honest device says END when its answer is there already.
+    let start = Instant::now();
+    while cloud.counters().sessions.load(Ordering::Relaxed) > 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "a session is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

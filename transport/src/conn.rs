@@ -92,6 +92,10 @@ pub struct Traffic {
     pub duplicate_frames: u64,
     /// Received body bytes that were copied within this process.
     pub copied_bytes: u64,
+    /// Bytes of sequenced frames that the peer has acknowledged.
+    pub acked_bytes: u64,
+    /// Bytes of sequenced frames that are queued, or sent and not acknowledged.
+    pub unacked_bytes: u64,
     /// Smoothed round-trip time.
     pub rtt: Option<Duration>,
 }
@@ -352,7 +356,9 @@ impl Connection {
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         let copied_bytes = self.traffic.copied_bytes + self.deframer.copied_bytes();
-        Traffic { copied_bytes, rtt: self.timers.rtt(), ..self.traffic }
+        let (acked_bytes, unacked_bytes) = self.send.bytes();
+        let rtt = self.timers.rtt();
+        Traffic { copied_bytes, acked_bytes, unacked_bytes, rtt, ..self.traffic }
     }
 
     fn note_received(&mut self, now: Instant, bytes: usize) {

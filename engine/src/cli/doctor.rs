@@ -4,12 +4,17 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
+use hat_engine::chunk::{Limits, Planner};
 use hat_engine::internal::{processor, short_model_id};
-use hat_engine::options::{ErrorKind, Processor};
+use hat_engine::options::{ChunkPolicy, ErrorKind, Processor};
+use hat_engine::token::Special;
 use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
 use hat_loader::Bundle;
 
 use super::DeviceRunArgs;
+
+/// Rows of the prompt that is planned for.
+const PLANNED_ROWS: u32 = 1024;
 
 /// What this machine, this link and this bundle will do.
 #[derive(Args)]
@@ -102,6 +107,56 @@ impl DoctorArgs {
                     return Ok(false);
                 }
             }
+        }
+        self.chunks(&engine)
+    }
+
+    /// Times one longer prompt, and says how prompts would be cut.
+    fn chunks(&self, engine: &Engine) -> anyhow::Result<bool> {
+        let words = "A longer prompt shows how fast rows are made, sent and computed. ".repeat(60);
+        let rows = PLANNED_ROWS.min(engine.context() / 2);
+        let tokens = engine.tokenizer().encode_prompt(&words, Special::AsText)?;
+        let tokens: Vec<_> = tokens.into_iter().cycle().take(rows as usize).collect();
+        let request = Request::tokens(tokens).max_tokens(2).ignore_eos();
+        for event in engine.generate(request)? {
+            if let Event::Done { metrics, .. } = event? {
+                let timings = metrics.timings;
+                println!(
+                    "prompt of {rows}: TTFT {:.1} ms in chunks of {:?}{}",
+                    timings.ttft_ms,
+                    timings.chunks,
+                    match timings.ttft_predicted_ms > 0.0 {
+                        true => format!(", {:.1} ms were expected", timings.ttft_predicted_ms),
+                        false => String::new(),
+                    },
+                );
+            }
+        }
+        let estimates = engine.metrics().estimates;
+        let Some(costs) = estimates.chunk else {
+            println!("chunks: too little was measured to plan; they have the default size");
+            return Ok(true);
+        };
+        let megabytes = |rate: Option<f64>| rate.map_or(0.0, |rate| rate / 1e6);
+        println!(
+            "link: {:.1} MB/s up, round trip {:.2} ms; device {:.3} ms a row; cloud {:.1} ms a \
+             step and {:.3} ms a row",
+            megabytes(estimates.uplink_bytes_s),
+            estimates.rtt_s.unwrap_or(0.0) * 1e3,
+            costs.device.per_row * 1e3,
+            costs.cloud.fixed * 1e3,
+            costs.cloud.per_row * 1e3,
+        );
+        let (mut planner, limits) = (Planner::default(), Limits::default());
+        for policy in
+            [self.device.chunks(), ChunkPolicy::Off, ChunkPolicy::Paper, ChunkPolicy::Auto]
+        {
+            let plan = planner.plan(policy, &costs, &limits, 0, rows);
+            println!(
+                "  --chunks {policy}: {:?}, first token expected after {:.0} ms",
+                plan.sizes,
+                plan.finish_s * 1e3
+            );
         }
         Ok(true)
     }

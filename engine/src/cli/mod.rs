@@ -146,10 +146,11 @@ pub(crate) struct DeviceRunArgs {
     /// The cloud, as host:port. Without, one is started in this process.
     #[arg(long, env = "HAT_CLOUD", value_name = "ADDR")]
     cloud: Option<String>,
-    /// How rows are coded on the wire: f16 or f32.
+    /// How rows are coded on the wire: f32, f16, int8 or int4.
     #[arg(long, env = "HAT_WIRE", default_value = "f16", value_parser = parse_codec)]
     wire: Codec,
-    /// Rows of a prompt chunk, or off for whole prompts.
+    /// How prompts are cut: off for whole prompts, rows of a chunk, paper for HAT's balance of
+    /// upload and cloud, or auto for sizes planned by what is measured.
     #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
     chunks: ChunkPolicy,
     /// Seconds that a request waits for a cloud that is away.
@@ -158,7 +159,7 @@ pub(crate) struct DeviceRunArgs {
 }
 
 fn parse_codec(text: &str) -> Result<Codec, String> {
-    Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16"))
+    Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
 
 impl DeviceRunArgs {
@@ -180,6 +181,10 @@ impl DeviceRunArgs {
             config = config.threads(threads);
         }
         Ok(config)
+    }
+
+    pub(crate) fn chunks(&self) -> ChunkPolicy {
+        self.chunks
     }
 
     pub(crate) fn wire(&self) -> Codec {

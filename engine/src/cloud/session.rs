@@ -233,7 +233,8 @@ impl Session {
         hidden: &mut Vec<f32>,
     ) -> Result<(), Offence> {
         let start = hidden.len();
-        hidden.resize(start + payload.len() / self.codec.row_bytes(1), 0.0);
+        let rows = payload.len() / self.codec.row_bytes(hidden_size);
+        hidden.resize(start + rows * hidden_size, 0.0);
         self.codec
             .unpack(payload, hidden_size, &mut hidden[start..])
             .map_err(|error| Offence::new(SessionErrorCode::BadValue, error.to_string()))

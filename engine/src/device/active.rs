@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
+use crate::draft::policy::Asking;
 use crate::draft::trained::SessionId;
-use crate::draft::{Lookup, Source};
+use crate::draft::{DraftMode, Lookup, Source, Tree};
 use crate::metrics::Meter;
 use crate::sequence::Sequence;
 
 use super::Job;
+use super::plan::Sizing;
 use super::walk::Walk;
 
 /// Where a request's session in the cloud stands.
@@ -25,27 +27,79 @@ pub(super) enum Phase {
     Open,
 }
 
-/// Rows that are computed and not all sent yet.
+/// Rows that are computed, and how many of them are sent: a chunk of decided rows, or the rows of
+/// the draft tree's nodes, in order.
 #[derive(Default)]
 pub(super) struct Unsent {
-    /// Id of the first of them.
-    pub(super) first_id: u32,
-    /// Parent of the first of them.
+    /// Id of the first row that is not sent; the ids of the others follow.
+    pub(super) next_id: u32,
+    /// Parent of the first row, if that is decided.
     pub(super) parent: u32,
     /// How many of them are decided, and so a chain; the others pend.
     pub(super) decided: usize,
-    /// Parents of those that pend.
+    /// Parents of the rows of the chunk at hand that pend.
     pub(super) parents: Vec<u32>,
-    /// What the cloud is to keep before it looks at them; 0 for nothing new.
-    pub(super) commit: u32,
     /// Whether the last decided row leads to a token; those that pend do.
     pub(super) decides: bool,
+    /// Whether more rows are being made that run together with these.
+    pub(super) grows: bool,
     /// Rows. `[count, hidden_size]`
     pub(super) hidden: Vec<f32>,
+    /// Row that the chunk at hand begins with.
+    pub(super) begin: usize,
     /// Rows of `hidden` already sent.
     pub(super) sent: usize,
     /// Rows in `hidden`.
     pub(super) count: usize,
+}
+
+/// The draft tree below the last decided token; its rows stand in [`Unsent::hidden`].
+#[derive(Default)]
+pub(super) struct Drafts {
+    /// Empty if the last decided token has no row, or one without drafts.
+    pub(super) tree: Tree,
+    /// Row ids of its nodes.
+    pub(super) ids: Vec<u32>,
+    /// So many of its nodes, the first ones, the trained drafter was asked about.
+    pub(super) asked: usize,
+    /// Whether the last guess of a chain was not sure enough to go on below it.
+    pub(super) is_unsure: bool,
+    /// Whether nothing is to be added before the walk has moved.
+    pub(super) is_full: bool,
+}
+
+impl Drafts {
+    pub(super) fn clear(&mut self) {
+        self.tree.clear();
+        self.ids.clear();
+        self.asked = 0;
+        self.is_unsure = false;
+        self.is_full = false;
+    }
+}
+
+/// Rows that were sent, whose way there and back is timed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timed {
+    /// When the last of them was sent.
+    pub(super) at: Instant,
+    /// Id of the first.
+    pub(super) first_id: u32,
+    /// How many there are.
+    pub(super) rows: usize,
+}
+
+/// What a round has brought so far.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Round {
+    /// When its first row was begun.
+    pub(super) began: Instant,
+    /// Tokens of the answer before it.
+    pub(super) tokens: usize,
+    /// Whether the trained drafter is asked in it.
+    pub(super) asked: bool,
+    /// Seconds spent on drafts and their rows.
+    pub(super) drafting: f64,
 }
 
 /// One request that runs.
@@ -62,7 +116,15 @@ pub(super) struct Active {
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
     pub(super) walk: Walk,
-    /// The last row of the path that the cloud has not been told to keep; 0 if there is none.
+    pub(super) drafts: Drafts,
+    /// The round at hand; `None` before the first.
+    pub(super) round_now: Option<Round>,
+    /// What asking the trained drafter has brought.
+    pub(super) asking: Asking,
+    /// Chunks of the prompt that are on their way.
+    pub(super) sizing: Sizing,
+    /// The last row of the path that the cloud has not been told to keep; 0 if there is none. It
+    /// goes with the first frame of a chunk.
     pub(super) commit: u32,
     /// How many waits have ended.
     pub(super) round: u32,
@@ -82,9 +144,8 @@ pub(super) struct Active {
     /// Guesses right below the last decided token that were not sent: they are tested all the
     /// same, so that a drafter that is not asked can become better.
     pub(super) held_back: Vec<(TokenId, Source)>,
-    /// When the last of the rows that lead to a token was sent, and how many these were; `None`
-    /// if they are back, or can't be timed.
-    pub(super) sent_at: Option<(Instant, usize)>,
+    /// Rows that lead to tokens; `None` if they are back, or can't be timed.
+    pub(super) timed: Option<Timed>,
     /// The last row that was sent.
     pub(super) sent_id: u32,
     /// Decided rows whose output has not come back; only the tail layers get all of them.
@@ -112,6 +173,26 @@ impl Active {
             && self.computed() < self.rows()
     }
 
+    /// Whether there may be drafts to add to a tree whose rows are away.
+    pub(super) fn wants_more_drafts(&self) -> bool {
+        self.phase == Phase::Open
+            && self.unsent.sent == self.unsent.count
+            && !self.walk.is_over()
+            && !self.drafts.is_full
+            && !self.drafts.tree.nodes().is_empty()
+            && self.draft_mode().streams()
+    }
+
+    /// Tokens that a tree below the last decided one may reach down: the last token of the answer
+    /// needs no row, and so no row may lead beyond it.
+    pub(super) fn depth_max(&self) -> u32 {
+        self.job.prepared.rows_max().saturating_sub(self.rows() + 1)
+    }
+
+    pub(super) fn draft_mode(&self) -> DraftMode {
+        self.job.prepared.request.draft
+    }
+
     /// Whether all that is to be computed is the last decided token: drafts may hang below it.
     pub(super) fn is_decoding(&self) -> bool {
         !self.answer.tokens().is_empty() && self.computed() + 1 == self.rows()
@@ -134,9 +215,12 @@ impl Active {
         self.unsent.count = 0;
         self.unsent.sent = 0;
         self.walk.clear();
+        self.drafts.clear();
+        self.round_now = None;
+        self.sizing = Sizing::default();
         self.commit = 0;
         self.held_back.clear();
-        self.sent_at = None;
+        self.timed = None;
         self.unfed = 0..0;
         self.deep.clear();
         self.sent_id = 0;

@@ -1,40 +1,45 @@
-//! What the device computes and sends: chunks of the prompt, and rounds of decoding.
+//! What the device computes next, and how it goes up: chunks of the prompt, rounds of decoding.
+
+use std::io;
+use std::time::Duration;
 
 use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
 use hat_transport::message::{RowsHead, Want};
 
-use super::active::{Active, Phase, Unsent};
+use super::active::{Active, Phase, Timed, Unsent};
 use super::run::Device;
-use crate::config::ChunkPolicy;
 use crate::{Error, Event, wire};
 
 impl Device {
     /// Computes one chunk of one request, the one with the fewest rows left first: a decode step
-    /// is not kept waiting by another's long prompt. Says whether there was anything to do.
-    pub(super) fn compute_one(&mut self) -> bool {
+    /// is not kept waiting by another's long prompt. If there is none, adds drafts to a tree whose
+    /// rows are away. Says whether there was anything to do.
+    pub(super) fn compute_one(&mut self) -> io::Result<bool> {
         let next = (0..self.actives.len())
             .filter(|index| self.actives[*index].wants_compute())
             .min_by_key(|index| self.actives[*index].rows() - self.actives[*index].computed());
-        let Some(index) = next else { return false };
-        self.feed_trained(index);
-        if self.actives[index].is_decoding() && self.draft(index) {
-            self.compute_tree(index);
-        } else {
-            self.compute_chunk(index);
+        if let Some(index) = next {
+            self.feed_trained(index);
+            if self.actives[index].is_decoding() && self.draft(index) {
+                self.compute_tree(index)?;
+            } else {
+                self.compute_chunk(index);
+            }
+            return Ok(true);
         }
-        true
+        let Some(index) = self.actives.iter().position(Active::wants_more_drafts) else {
+            return Ok(false);
+        };
+        self.draft_more(index)?;
+        Ok(true)
     }
 
     /// Computes decided rows: a chunk of the prompt, or the last token alone.
     fn compute_chunk(&mut self, index: usize) {
+        let count = self.chunk_rows(index);
         let active = &mut self.actives[index];
+        active.drafts.clear();
         let first = active.computed();
-        let policy = match self.start.config.chunks {
-            ChunkPolicy::Off => u32::MAX,
-            ChunkPolicy::Fixed(rows) => rows,
-        };
-        let rows_max = policy.min(self.peer_rows_max).min(self.start.config.limits.step_rows_max);
-        let count = (active.rows() - first).min(rows_max);
         let (first_id, parent) = (active.sequence.last_id() + 1, active.sequence.tip());
         let place = active
             .sequence
@@ -51,6 +56,7 @@ impl Device {
         self.start.model.input(&self.plan.plan(), tokens, &mut active.unsent.hidden);
         let took = self.start.shared.clock.now().duration_since(began);
         self.costs.device.note(count as usize, took.as_secs_f64());
+        self.monitor.note_device(count, took.as_secs_f64());
         if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return self.fail(index, Error::NotFinite { position: first + row });
@@ -75,14 +81,29 @@ impl Device {
     /// Sends what is computed, as far as there are buffers and credit.
     pub(super) fn send_unsent(&mut self) {
         for index in 0..self.actives.len() {
-            while self.actives[index].phase == Phase::Open
-                && self.actives[index].unsent.sent < self.actives[index].unsent.count
-            {
-                if !self.send_frame(index) {
-                    return;
-                }
+            if !self.send_frames(index) {
+                return;
             }
         }
+    }
+
+    /// Sends what one request has; says whether it could send all.
+    fn send_frames(&mut self, index: usize) -> bool {
+        while self.actives[index].phase == Phase::Open
+            && self.actives[index].unsent.sent < self.actives[index].unsent.count
+        {
+            if !self.send_frame(index) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Gives the link what a request has so far, so that it is on its way while more is computed.
+    /// What arrives meanwhile is looked at later.
+    pub(super) fn send_ahead(&mut self, index: usize) -> io::Result<()> {
+        self.send_frames(index);
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
     /// Sends one frame of what is computed; says whether it could.
@@ -91,13 +112,13 @@ impl Device {
         let hidden_size = self.start.facts.hidden_size;
         let codec = self.start.config.wire;
         let active = &mut self.actives[index];
-        let unsent = &active.unsent;
         let rows_max = wire::rows_per_frame(codec, hidden_size);
-        let head = unsent.head(rows_max, self.start.facts.has_tail);
+        let head = active.head(rows_max, self.start.facts.has_tail);
+        let unsent = &active.unsent;
         let rows = usize::from(head.count);
+        let parents = if head.tree { unsent.parents_of(rows) } else { &[] };
         let bytes = head.payload_start() + rows * codec.row_bytes(hidden_size);
         let Some(mut body) = self.endpoint.buffer(bytes) else { return false };
-        let parents = if head.tree { unsent.parents_of(rows) } else { &[] };
         let start = head.encode(parents, body.body_mut());
         let hidden = &unsent.hidden[unsent.sent * hidden_size..][..rows * hidden_size];
         let cut = codec
@@ -107,21 +128,15 @@ impl Device {
             tracing::warn!(cut, "numbers beyond the wire codec's range were cut");
         }
         let in_answer = !active.answer.tokens().is_empty();
-        let urgent = in_answer && unsent.decided == 1;
+        let urgent = in_answer && unsent.decided <= 1;
         let priority = if urgent { Priority::Verify } else { Priority::Prompt };
         let sent = self.endpoint.send(connection, Kind::Rows, active.wire_id, priority, body);
         if sent.is_err() {
             return false;
         }
         active.meter.rows_sent(u32::from(head.count));
-        active.sent_id = head.first_id + u32::from(head.count) - 1;
         active.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
-        active.unsent.sent += rows;
-        // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || active.computed() as usize == active.unsent.count;
-        if active.unsent.sent == active.unsent.count && active.unsent.decides && alone {
-            active.sent_at = Some((self.start.shared.clock.now(), active.unsent.count));
-        }
+        active.note_sent(&head, self.start.shared.clock.now());
         true
     }
 }
@@ -134,48 +149,84 @@ impl Active {
             self.decided = first_id..first_id;
         }
         self.decided.end = first_id + u32::try_from(count).expect("a chunk is small");
-        self.unsent.first_id = first_id;
-        self.unsent.parent = parent;
-        self.unsent.commit = std::mem::take(&mut self.commit);
-        self.unsent.decided = count;
-        self.unsent.decides = decides;
-        self.unsent.count = count;
-        self.unsent.sent = 0;
+        let hidden = std::mem::take(&mut self.unsent.hidden);
+        let mut parents = std::mem::take(&mut self.unsent.parents);
+        parents.clear();
+        self.unsent = Unsent {
+            next_id: first_id,
+            parent,
+            decided: count,
+            parents,
+            decides,
+            grows: false,
+            hidden,
+            begin: 0,
+            sent: 0,
+            count,
+        };
     }
-}
 
-impl Unsent {
     /// The head of the next frame, of at most `rows_max` rows. Decided rows and those that pend
     /// never share a frame.
     fn head(&self, rows_max: usize, has_tail: bool) -> RowsHead {
-        let tree = self.sent >= self.decided;
-        let end = if tree { self.count } else { self.decided };
-        let rows = (end - self.sent).min(rows_max);
-        let first_id = self.first_id + u32::try_from(self.sent).expect("a chunk is small");
-        let is_last_decided = self.decides && self.sent + rows == self.decided;
+        let unsent = &self.unsent;
+        let sent = unsent.sent;
+        let tree = sent >= unsent.decided;
+        let end = if tree { unsent.count } else { unsent.decided };
+        let rows = (end - sent).min(rows_max);
+        let is_last_decided = unsent.decides && sent + rows == unsent.decided;
         RowsHead {
-            first_id,
+            first_id: unsent.next_id,
             count: u16::try_from(rows).expect("a frame holds few rows"),
             tree,
             decided: !tree,
-            more: self.sent + rows < self.count,
+            more: sent + rows < unsent.count || unsent.grows,
             want: match (tree || has_tail, is_last_decided) {
                 (true, _) => Want::All,
                 (false, true) => Want::Last,
                 (false, false) => Want::None,
             },
-            parent: match (self.sent, tree) {
-                (0, _) => self.parent,
-                (_, true) => self.parents_of(1)[0],
-                (_, false) => first_id - 1,
+            parent: match (sent, tree) {
+                (_, true) => unsent.parents_of(1)[0],
+                (0, false) => unsent.parent,
+                (_, false) => unsent.next_id - 1,
             },
-            commit: if self.sent == 0 { self.commit } else { 0 },
+            commit: if sent == unsent.begin { self.commit } else { 0 },
         }
     }
 
+    /// A frame with this head was sent.
+    fn note_sent(&mut self, head: &RowsHead, now: std::time::Instant) {
+        let in_answer = !self.answer.tokens().is_empty();
+        // A chunk of a longer prompt waits for those before it as well.
+        let alone = in_answer || self.computed() as usize == self.unsent.count;
+        let unsent = &mut self.unsent;
+        if unsent.sent == unsent.begin {
+            self.commit = 0;
+        }
+        unsent.sent += usize::from(head.count);
+        unsent.next_id = head.first_id + u32::from(head.count);
+        self.sent_id = unsent.next_id - 1;
+        let is_whole = unsent.sent == unsent.count && !unsent.grows;
+        if is_whole && unsent.decides && alone {
+            let rows = unsent.sent - unsent.begin;
+            let first_id = unsent.next_id - u32::try_from(rows).expect("a chunk is small");
+            self.timed.get_or_insert(Timed { at: now, first_id, rows });
+        }
+    }
+}
+
+impl Unsent {
     /// Parents of the next `rows` rows, which pend.
     fn parents_of(&self, rows: usize) -> &[u32] {
-        &self.parents[self.sent - self.decided..][..rows]
+        &self.parents[self.sent - self.begin.max(self.decided)..][..rows]
+    }
+
+    /// Rows of which the cloud has not heard are void; a chunk that it has in part goes up whole.
+    pub(super) fn drop_unheard(&mut self) {
+        if self.sent == self.begin {
+            self.count = self.sent;
+        }
     }
 }
 

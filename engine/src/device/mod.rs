@@ -2,7 +2,9 @@
 
 mod active;
 mod compute;
+mod feed;
 mod grow;
+mod plan;
 mod run;
 mod trained;
 mod verify;

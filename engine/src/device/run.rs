@@ -12,17 +12,21 @@ use hat_transport::link::Waker;
 use hat_transport::message::{Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
-use super::active::{Active, Phase, Unsent};
+use super::active::{Active, Drafts, Phase, Unsent};
+use super::plan::Sizing;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{RowMove, TokenId};
+use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
+use crate::draft::policy::Asking;
 use crate::draft::trained::Trained;
 use crate::draft::tree::Guess;
-use crate::draft::{Acceptance, Costs, DraftMode, Tree};
+use crate::draft::{Acceptance, Costs, DraftMode};
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
+use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
@@ -88,8 +92,12 @@ impl Start {
             missing: Missing::default(),
             acceptance: Acceptance::default(),
             costs: Costs::default(),
-            tree: Tree::default(),
+            events: Vec::new(),
+            monitor: Monitor::new(self.config.past_share),
+            planner: Planner::default(),
+            began: self.shared.clock.now(),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
+            kept: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
             shallow: Vec::new(),
             deep: Vec::new(),
@@ -126,9 +134,16 @@ pub(super) struct Device {
     pub(super) acceptance: Acceptance,
     /// What rounds cost, over all requests.
     pub(super) costs: Costs,
+    /// What chunks cost, over all requests.
+    pub(super) monitor: Monitor,
+    pub(super) planner: Planner,
+    /// The monitor's times count from here.
+    pub(super) began: Instant,
     pub(super) plan: PlanBuffers,
-    pub(super) tree: Tree,
+    /// What has arrived and has not been looked at.
+    pub(super) events: Vec<LinkEvent>,
     pub(super) tokens: Vec<TokenId>, // of a tree's rows
+    pub(super) kept: Vec<usize>,     // nodes of a tree
     pub(super) guesses: Vec<(usize, Guess)>,
     pub(super) shallow: Vec<f32>, // [accepted rows, hidden_size]
     pub(super) deep: Vec<f32>,    // [accepted rows, hidden_size]
@@ -142,7 +157,6 @@ pub(super) struct Device {
 #[derive(Default)]
 struct Missing {
     trained: bool,
-    streaming: bool,
 }
 
 impl Missing {
@@ -151,15 +165,11 @@ impl Missing {
         if draft.wants_trained() && !has_trained && !std::mem::replace(&mut self.trained, true) {
             tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
         }
-        if draft.wants_streaming() && !std::mem::replace(&mut self.streaming, true) {
-            tracing::warn!(mode, "this version sends no rows before earlier verdicts are back");
-        }
     }
 }
 
 impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
-        let mut events = Vec::new();
         self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
             let now = self.start.shared.clock.now();
@@ -167,14 +177,17 @@ impl Device {
             self.drop_cancelled();
             self.drop_overdue(now);
             self.open_sessions(now);
-            let mut busy = self.compute_one();
+            let mut busy = self.compute_one()?;
             self.send_unsent();
             busy |= self.feed_sent();
+            busy |= !self.events.is_empty();
             let timeout = if busy { Some(Duration::ZERO) } else { self.wait_for(now) };
+            let mut events = std::mem::take(&mut self.events);
             self.endpoint.turn(timeout, &mut events)?;
             for event in events.drain(..) {
                 self.take(event);
             }
+            self.events = events;
         }
         for active in &self.actives {
             active.fail(Error::Stopped("it was closed".into()));
@@ -218,9 +231,8 @@ impl Device {
                 _ => true,
             };
             let lookup = wants_lookup.then(|| job.prepared.prompt.iter().copied().collect());
-            let wants_trained = !matches!(draft, DraftMode::Off | DraftMode::Lookup);
             let trained = match &mut self.start.trained {
-                Some(trained) if wants_trained => trained.open(rows_max),
+                Some(trained) if draft.asks_trained() => trained.open(rows_max),
                 _ => None,
             };
             self.actives.push(Active {
@@ -232,6 +244,10 @@ impl Device {
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),
+                drafts: Drafts::default(),
+                round_now: None,
+                asking: Asking::default(),
+                sizing: Sizing::default(),
                 commit: 0,
                 round: 0,
                 lookup,
@@ -241,7 +257,7 @@ impl Device {
                 unfed: 0..0,
                 deep: Vec::new(),
                 held_back: Vec::new(),
-                sent_at: None,
+                timed: None,
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
@@ -342,7 +358,7 @@ impl Device {
                 self.reason = reason;
                 self.set_connected(false);
                 // A round that an outage falls into says nothing about rounds.
-                self.actives.iter_mut().for_each(|active| active.sent_at = None);
+                self.actives.iter_mut().for_each(|active| active.timed = None);
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");
@@ -403,10 +419,14 @@ impl Device {
     }
 
     pub(super) fn finish(&mut self, index: usize, finish_reason: FinishReason) {
+        let estimates = self.estimates();
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
-        self.start.shared.metrics().add(&active.meter);
+        let mut sums = self.start.shared.metrics();
+        sums.add(&active.meter);
+        sums.estimates = estimates;
+        drop(sums);
         let metrics = Box::new(Metrics {
             timings,
             token_ids: active.answer.tokens().to_vec(),

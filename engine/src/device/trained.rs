@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use crate::backend::TokenId;
+use crate::draft::Source;
+use crate::draft::foresee::SHORTLIST;
 use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
 use crate::draft::tree::Guess;
-use crate::draft::{CLASSES, Drafter, Source};
 use crate::model::{DraftForward, Likely};
 use crate::page::{PagePool, pages_for};
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
@@ -21,6 +23,7 @@ pub(super) struct DraftSessions {
     zeros: Vec<f32>, // [step_rows_max, hidden_size]
     level: Level,
     likely: Vec<Likely>,
+    shortlist: Vec<(TokenId, f32)>,
 }
 
 /// Nodes of one depth on their way through the model.
@@ -64,6 +67,7 @@ impl DraftSessions {
             zeros: vec![0.0; step_rows_max * hidden_size],
             level: Level::default(),
             likely: Vec::new(),
+            shortlist: Vec::with_capacity(SHORTLIST),
         }
     }
 
@@ -187,14 +191,21 @@ impl Trained for DraftSessions {
         let new = rows.new_nodes();
         self.likely.clear();
         let y = &said[new.start * hidden_size..new.end * hidden_size];
-        self.model.likeliest(y, width, &mut self.likely);
+        let wide = if rows.draw.is_some() { SHORTLIST.max(width) } else { width };
+        self.model.likeliest(y, wide, &mut self.likely);
         let each = self.likely.len() / new.len().max(1);
         for (node, likely) in new.zip(self.likely.chunks_exact(each.max(1))) {
-            for (rank, Likely { token, probability }) in likely.iter().enumerate() {
-                // Alike are guesses of one rank.
-                let class = u8::try_from(rank.min(CLASSES - 1)).expect("few classes");
-                let source = Source { drafter: Drafter::Adapter, class };
-                guesses.push((node, Guess { token: *token, probability: *probability, source }));
+            self.shortlist.clear();
+            self.shortlist.extend(likely.iter().map(|likely| (likely.token, likely.probability)));
+            if let Some(draw) = rows.draw {
+                // The token after a node stands one behind it.
+                let position = rows.root_position + rows.nodes[node].depth + 1;
+                draw.foresee(position, &mut self.shortlist);
+            }
+            for (rank, (token, probability)) in self.shortlist.iter().take(width).enumerate() {
+                let (token, probability) = (*token, *probability);
+                let source = Source::adapter(rank, probability);
+                guesses.push((node, Guess { token, probability, source }));
             }
         }
     }

@@ -1,10 +1,11 @@
 //! Outputs that come back, and the walk that turns them into tokens.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{Output, OutputHead};
+use hat_transport::message::Output;
 
+use super::active::Timed;
 use super::run::Device;
-use super::walk::Taken;
+use super::walk::{Taken, Visit};
 use crate::Error;
 use crate::backend::TokenId;
 use crate::sequence::RowPlace;
@@ -23,7 +24,7 @@ impl Device {
         active.deadline = None;
         let count = usize::from(output.head.count);
         self.row.resize(count.max(1) * hidden_size, 0.0);
-        let codec = self.start.config.wire;
+        let codec = self.start.config.wire.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
             return Err(format!("{} bytes for {count} rows", output.payload.len()));
         }
@@ -33,7 +34,7 @@ impl Device {
         if let Some(id) = output.ids.iter().find(|id| *id > active.sent_id) {
             return Err(format!("row {id}, which was not sent"));
         }
-        self.note_costs(index, &output.head);
+        self.note_costs(index, output);
         let active = &self.actives[index];
         // Decided rows come before those that pend below them.
         let decided = output.ids.iter().take_while(|id| active.decided.contains(id)).count();
@@ -46,15 +47,26 @@ impl Device {
     }
 
     /// What the first output after rows were sent says of link and cloud.
-    fn note_costs(&mut self, index: usize, head: &OutputHead) {
+    fn note_costs(&mut self, index: usize, output: &Output<'_>) {
         let now = self.start.shared.clock.now();
-        let Some((sent_at, rows)) = self.actives[index].sent_at.take() else { return };
+        let head = &output.head;
+        let timed = &mut self.actives[index].timed;
+        let Some(Timed { at, rows, .. }) =
+            timed.take_if(|timed| output.ids.iter().any(|id| id >= timed.first_id))
+        else {
+            let active = &self.actives[index];
+            if active.answer.tokens().is_empty() {
+                self.note_returned(index, active.unsent.count, head, None);
+            }
+            return;
+        };
         let step = f64::from(head.step_us) * 1e-6;
-        let total = now.duration_since(sent_at).as_secs_f64();
+        let total = now.duration_since(at).as_secs_f64();
         let step_rows = head.step_rows as usize;
         self.costs.step.note(step_rows, step);
         self.costs.wait.note(rows, (total - step).max(0.0));
         self.costs.others.note(step_rows.saturating_sub(rows) as f64);
+        self.note_returned(index, rows, head, Some(total));
     }
 
     /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
@@ -116,12 +128,17 @@ impl Device {
     fn walk(&mut self, index: usize) {
         loop {
             let active = &mut self.actives[index];
-            let Some((id, round, output)) = active.walk.next() else { return };
+            let Some(visit) = active.walk.next() else { return };
+            let Visit { id, round, was_drafted, output } = visit;
             let began = self.start.shared.clock.now();
-            // Rows that pend have not been through the tail layers; their ancestors have.
-            if self.start.facts.has_tail && active.sequence.place(id).is_some() {
+            // Drafted rows have not been through the tail layers; their ancestors have.
+            if self.start.facts.has_tail && was_drafted {
                 self.plan.clear();
-                self.plan.push_pending(&active.sequence, id);
+                if !self.plan.push_pending(&active.sequence, id) {
+                    // Its token was decided before it came back: it is the last of the path.
+                    let last = active.sequence.committed() - 1;
+                    self.plan.push_committed(RowPlace { position: last, slot: last }, 1);
+                }
                 self.plan.end_sequence(&active.sequence);
                 self.start.model.tail(&self.plan.plan(), output);
             }
@@ -133,10 +150,11 @@ impl Device {
             };
             active.round = round;
             active.meter.counts.rounds = round;
-            let goes_on = self.decide(index, id, greatest);
-            let took = self.start.shared.clock.now().duration_since(began);
-            self.costs.head.note(took.as_secs_f64());
-            if !goes_on {
+            let took = self.start.shared.clock.now().duration_since(began).as_secs_f64();
+            self.costs.head.note(took);
+            self.monitor.note_head(took);
+            active.meter.counts.head_ms += took * 1e3;
+            if !self.decide(index, id, greatest) {
                 return;
             }
         }
@@ -181,7 +199,10 @@ impl Device {
             self.retire(index);
             return false;
         }
-        if emitted.token.is_some_and(|token| active.walk.step(token)) {
+        if let Some(step) = emitted.token.and_then(|token| active.walk.step(token)) {
+            active.meter.counts.predraft_hits += u32::from(step.into_next_wave);
+            // Where the walk stands now, more may be drafted.
+            active.drafts.is_full = false;
             return true;
         }
         self.leave_tree(index, id);
@@ -191,18 +212,37 @@ impl Device {
     /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
     /// with the next rows, and forgets the rest.
     fn leave_tree(&mut self, index: usize, id: u32) {
-        self.feed_path(index);
+        // The last decided token has no row yet.
+        let end = self.actives[index].tokens.len() - 1;
+        self.feed_path(index, end);
+        let now = self.start.shared.clock.now();
         let active = &mut self.actives[index];
         active.walk.clear();
-        if active.sequence.place(id).is_some() {
-            self.moves.clear();
-            self.pruned.clear();
-            active
-                .sequence
-                .commit(id, &mut self.moves, &mut self.pruned)
-                .expect("the walk stands on rows that pend");
-            self.start.model.compact(&self.moves);
-            active.commit = id;
+        active.drafts.clear();
+        active.unsent.drop_unheard();
+        if let Some(round) = active.round_now.take() {
+            let took = now.duration_since(round.began).as_secs_f64();
+            let tokens = active.answer.tokens().len() - round.tokens;
+            self.costs.note_round(tokens);
+            if round.asked {
+                active.asking.note(tokens, took, self.costs.plain_rate());
+            }
         }
+        if active.sequence.place(id).is_some() {
+            self.commit(index, id);
+        }
+    }
+
+    /// Keeps the path to row `id`, which pends, here now and in the cloud with the next rows.
+    pub(super) fn commit(&mut self, index: usize, id: u32) {
+        let active = &mut self.actives[index];
+        self.moves.clear();
+        self.pruned.clear();
+        active
+            .sequence
+            .commit(id, &mut self.moves, &mut self.pruned)
+            .expect("the walk stands on rows that pend");
+        self.start.model.compact(&self.moves);
+        active.commit = id;
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::backend::TokenId;
 use crate::draft::Source;
+use crate::sequence::PENDING_ROWS_MAX;
 
 /// A row that was sent, or will be.
 #[derive(Debug)]
@@ -16,8 +17,13 @@ pub(super) struct Row {
     pub(super) parent: u32,
     /// Its token.
     pub(super) token: TokenId,
-    /// Who drafted the token; `None` if it was decided before the row was made.
+    /// Who drafted the token; `None` if it is decided: before the row was made, or since, and
+    /// the walk has begun anew here.
     pub(super) source: Option<Source>,
+    /// Whether the token was a guess when the row was made.
+    was_drafted: bool,
+    /// Which of the times that rows were made this was; see [`Walk::push`].
+    wave: u32,
     /// How many waits end when it comes back.
     pub(super) round: u32,
     /// What came back. `[hidden_size]`
@@ -36,7 +42,26 @@ impl Row {
 pub(super) struct Walk {
     rows: Vec<Row>, // in order of ids
     at: Option<u32>,
+    wave: u32,
     spare: Vec<Vec<f32>>,
+}
+
+/// The walk goes on below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// Whether the row there was made while the one above was away.
+    pub(super) into_next_wave: bool,
+}
+
+/// A row whose output is back, and decides the next token.
+pub(super) struct Visit<'a> {
+    pub(super) id: u32,
+    /// How many waits have ended with it.
+    pub(super) round: u32,
+    /// Whether the tail layers have not seen it: its token was a guess when the row was made.
+    pub(super) was_drafted: bool,
+    /// For the caller to work on in place. `[hidden_size]`
+    pub(super) output: &'a mut [f32],
 }
 
 /// What became of an output.
@@ -51,6 +76,11 @@ pub(super) enum Taken {
 }
 
 impl Walk {
+    /// Rows that are pushed from now on are made while those before are away.
+    pub(super) fn begin_wave(&mut self) {
+        self.wave = self.wave.wrapping_add(1);
+    }
+
     /// A row goes up. If the walk stands nowhere it stands before this one.
     pub(super) fn push(
         &mut self,
@@ -61,7 +91,8 @@ impl Walk {
         round: u32,
     ) {
         debug_assert!(self.rows.last().is_none_or(|last| last.id < id));
-        self.rows.push(Row { id, parent, token, source, round, output: None });
+        let (was_drafted, wave) = (source.is_some(), self.wave);
+        self.rows.push(Row { id, parent, token, source, was_drafted, wave, round, output: None });
         self.at.get_or_insert(id);
     }
 
@@ -82,10 +113,16 @@ impl Walk {
 
     /// The row that decides the next token, and its output for the caller to work on in place;
     /// `None` as long as it is not back.
-    pub(super) fn next(&mut self) -> Option<(u32, u32, &mut [f32])> {
+    pub(super) fn next(&mut self) -> Option<Visit<'_>> {
         let at = self.at?;
         let row = self.rows.iter_mut().find(|row| row.id == at)?;
-        Some((row.id, row.round, row.output.as_deref_mut()?))
+        let output = row.output.as_deref_mut()?;
+        Some(Visit { id: at, round: row.round, was_drafted: row.was_drafted, output })
+    }
+
+    /// The row before which the walk stands.
+    pub(super) fn at(&self) -> Option<u32> {
+        self.at
     }
 
     /// Drafted rows right below the place of the walk: their tokens and who drafted them.
@@ -94,15 +131,32 @@ impl Walk {
         below.filter_map(|row| Some((row.token, row.source?)))
     }
 
-    /// `token` is decided: goes on to its row, if there is one below. Says whether.
-    pub(super) fn step(&mut self, token: TokenId) -> bool {
-        let below = self.rows.iter().find(|row| Some(row.parent) == self.at && row.token == token);
-        match below {
-            Some(row) => {
-                self.at = Some(row.id);
-                true
+    /// `token` is decided: goes on to its row, if there is one below.
+    pub(super) fn step(&mut self, token: TokenId) -> Option<Step> {
+        let wave = self.rows.iter().find(|row| Some(row.id) == self.at).map(|row| row.wave);
+        let mut below = self.rows.iter().filter(|row| Some(row.parent) == self.at);
+        let row = below.find(|row| row.token == token)?;
+        self.at = Some(row.id);
+        Some(Step { into_next_wave: wave != Some(row.wave) })
+    }
+
+    /// Makes the row before which the walk stands the first one: those that do not hang below it
+    /// are forgotten.
+    pub(super) fn begin_here(&mut self) {
+        let Some(at) = self.at else { return };
+        let (mut kept, mut count) = ([0; PENDING_ROWS_MAX + 1], 0);
+        let spare = &mut self.spare;
+        self.rows.retain_mut(|row| {
+            let keeps = row.id == at || kept[..count].contains(&row.parent);
+            if keeps {
+                (kept[count], count) = (row.id, count + 1);
+            } else {
+                spare.extend(row.output.take());
             }
-            None => false,
+            keeps
+        });
+        if let Some(first) = self.rows.first_mut() {
+            first.source = None;
         }
     }
 
@@ -139,6 +193,35 @@ mod tests {
         walk
     }
 
+    fn visit(walk: &mut Walk) -> (u32, u32, bool, Vec<f32>) {
+        let visit = walk.next().expect("it is back");
+        (visit.id, visit.round, visit.was_drafted, visit.output.to_vec())
+    }
+
+    #[test]
+    fn the_walk_begins_anew_where_it_stands() {
+        let mut walk = walk();
+        let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
+        walk.begin_wave();
+        walk.push(14, 13, 9, source, 1);
+        walk.push(15, 11, 9, source, 1);
+        for id in [10, 11, 12] {
+            assert_eq!(walk.take(id, &[0.0]), Taken::Awaited);
+        }
+        assert_eq!(walk.step(7), Some(Step { into_next_wave: false }));
+        assert_eq!(walk.step(8), Some(Step { into_next_wave: false }));
+        assert_eq!(walk.at(), Some(13));
+        walk.begin_here();
+        assert_eq!(walk.take(11, &[0.0]), Taken::Unknown);
+        assert_eq!(walk.take(15, &[0.0]), Taken::Unknown);
+        walk.take(13, &[13.0]);
+        assert_eq!(visit(&mut walk), (13, 1, true, vec![13.0]));
+        let path: Vec<_> = walk.path().map(|row| (row.id, row.source.is_some())).collect();
+        assert_eq!(path, [(13, false)]);
+        assert_eq!(walk.step(9), Some(Step { into_next_wave: true }));
+        assert_eq!(walk.path().count(), 2);
+    }
+
     #[test]
     fn the_walk_follows_decided_tokens_as_far_as_outputs_are_back() {
         let mut walk = walk();
@@ -146,15 +229,15 @@ mod tests {
         assert_eq!(walk.take(12, &[12.0]), Taken::Awaited);
         assert!(walk.next().is_none(), "the first row is not back");
         assert_eq!(walk.take(10, &[10.0]), Taken::Awaited);
-        assert_eq!(walk.next(), Some((10, 1, &mut [10.0][..])));
+        assert_eq!(visit(&mut walk), (10, 1, false, vec![10.0]));
         assert_eq!(walk.drafts().map(|draft| draft.0).collect::<Vec<_>>(), [6, 7]);
-        assert!(walk.step(7));
-        assert_eq!(walk.next(), Some((12, 1, &mut [12.0][..])));
-        assert!(walk.step(8));
+        assert_eq!(walk.step(7), Some(Step { into_next_wave: false }));
+        assert_eq!(visit(&mut walk), (12, 1, true, vec![12.0]));
+        assert!(walk.step(8).is_some());
         assert!(walk.next().is_none(), "13 is away");
         let path: Vec<_> = walk.path().map(|row| (row.id, row.output().is_some())).collect();
         assert_eq!(path, [(13, false), (12, true), (10, true)]);
-        assert!(!walk.step(99));
+        assert!(walk.step(99).is_none());
     }
 
     #[test]
@@ -170,6 +253,6 @@ mod tests {
         assert_eq!(walk.take(11, &[0.0]), Taken::Unknown);
         walk.push(20, 19, 1, None, 2);
         walk.take(20, &[3.0, 4.0]);
-        assert_eq!(walk.next(), Some((20, 2, &mut [3.0, 4.0][..])));
+        assert_eq!(visit(&mut walk), (20, 2, false, vec![3.0, 4.0]));
     }
 }

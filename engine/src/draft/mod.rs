@@ -6,10 +6,12 @@
 //! emits, whatever was guessed: drafters are free to be wrong, and only speed depends on them.
 //!
 //! - [`tree`]: guesses of several drafters merged, the most probable ones first
+//! - [`foresee`]: what seeded noise says of a choice to come
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
 //! - [`trained`]: the seam of drafters that compute
 //! - [`policy`]: how many of them pay
 
+pub mod foresee;
 pub mod lookup;
 mod mode;
 pub mod policy;
@@ -23,6 +25,13 @@ pub use tree::{Node, Tree};
 
 /// Nodes of a draft tree unless a policy says less, the decided token at its root not counted.
 pub const BUDGET_DEFAULT: usize = 32;
+
+/// Drafts of a chain at most (Kangaroo, arXiv 2404.18911, whose adapter HAT uses).
+pub const CHAIN_MAX: usize = 6;
+
+/// A chain ends with the first guess that is less probable than this, as in HAT (arXiv
+/// 2503.18989).
+pub const CHAIN_PROBABILITY_MIN: f32 = 0.6;
 
 /// Who proposed a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,3 +67,17 @@ pub struct Source {
 
 /// Classes of proposals that a drafter tells apart.
 pub const CLASSES: usize = 16;
+
+impl Source {
+    /// A proposal of the trained drafter, which says itself how probable it is: alike are those
+    /// of like probability, first choices and others apart.
+    #[must_use]
+    pub fn adapter(rank: usize, probability: f32) -> Self {
+        let bin = (probability.clamp(0.0, 1.0) * BINS as f32) as usize;
+        let class = bin.min(BINS - 1) + if rank == 0 { 0 } else { BINS };
+        Self { drafter: Drafter::Adapter, class: u8::try_from(class).expect("few classes") }
+    }
+}
+
+/// Parts of `0..=1` that tell proposals of the trained drafter apart.
+const BINS: usize = CLASSES / 2;

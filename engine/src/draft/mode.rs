@@ -17,10 +17,10 @@ pub enum DraftMode {
     Tree,
     /// Lookup alone.
     Lookup,
-    /// As `Tree` in this version: rows do not yet go up before earlier verdicts are back, and the
-    /// engine says so once.
+    /// As `Tree`, and while its rows are away more go up, below what is likely or was right so
+    /// far, where that pays by what is measured.
     Stream,
-    /// Everything that there is, whether it pays or not: `Tree` in this version.
+    /// As `Stream`, with as many rows away as there may be, whether it pays or not.
     All,
 }
 
@@ -43,10 +43,16 @@ impl DraftMode {
         }
     }
 
-    /// Whether it asks for rows that go up before earlier verdicts are back.
+    /// Whether rows may go up before earlier verdicts are back.
     #[must_use]
-    pub const fn wants_streaming(self) -> bool {
-        matches!(self, Self::Stream | Self::All)
+    pub const fn streams(self) -> bool {
+        matches!(self, Self::Auto | Self::Stream | Self::All)
+    }
+
+    /// Whether the trained drafter is asked if there is one.
+    #[must_use]
+    pub const fn asks_trained(self) -> bool {
+        !matches!(self, Self::Off | Self::Lookup)
     }
 
     /// Whether it asks for a trained drafter by name.

@@ -2,11 +2,16 @@
 //!
 //! A round of `k` drafts is expected to yield `1 + p_1 + .. + p_k` tokens (the decided one, and
 //! each draft with its probability) and to take
-//! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + draft`. All of these are moving
-//! averages of what was seen, the first three as functions of the rows. Zero drafts may win. Pure:
-//! the caller measures.
+//! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`. All of these are moving
+//! averages of what was seen, the first three as functions of the rows. Zero drafts may win.
+//!
+//! Rows that go up while others are away pay by other rules, since nobody waits for them unless
+//! the walk comes by: see [`Costs::wave`]. Pure: the caller measures.
 
-use super::{CLASSES, Drafter, Source};
+use std::time::Instant;
+
+use super::tree::Guess;
+use super::{BINS, CLASSES, Drafter, Source};
 
 /// Share of the past in a moving average of times, as in the paper (arXiv 2503.18989).
 pub const PAST: f64 = 0.8;
@@ -15,7 +20,7 @@ pub const PAST: f64 = 0.8;
 /// brings nothing costs others too.
 const GAIN_MIN: f64 = 1.03;
 
-/// A moving average of seconds.
+/// A moving average, of seconds mostly.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Average {
     value: Option<f64>,
@@ -23,14 +28,14 @@ pub struct Average {
 
 impl Average {
     /// Takes one measurement.
-    pub fn note(&mut self, seconds: f64) {
-        let past = self.value.unwrap_or(seconds);
-        self.value = Some(PAST * past + (1.0 - PAST) * seconds);
+    pub fn note(&mut self, value: f64) {
+        let past = self.value.unwrap_or(value);
+        self.value = Some(PAST * past + (1.0 - PAST) * value);
     }
 
     /// What it is now; 0 before the first measurement.
     #[must_use]
-    pub fn seconds(&self) -> f64 {
+    pub fn mean(&self) -> f64 {
         self.value.unwrap_or(0.0)
     }
 }
@@ -96,8 +101,10 @@ pub struct Costs {
     pub others: Average,
     /// Tail layers, LM head and sampling of one visited row.
     pub head: Average,
-    /// Drafting itself.
-    pub draft: Average,
+    /// Tokens of a round.
+    pub tokens: Average,
+    /// Drafts that are added while rows are away: making them.
+    pub wave: Average,
 }
 
 impl Costs {
@@ -105,29 +112,116 @@ impl Costs {
     /// little is known.
     #[must_use]
     pub fn round(&self, rows: usize) -> Option<f64> {
-        let others = self.others.seconds().round() as usize;
+        let others = self.others.mean().round() as usize;
         let step = self.step.seconds(rows + others)?;
         Some(self.device.seconds(rows)? + self.wait.seconds(rows)? + step)
     }
 
-    /// How many drafts of a tree pay. `probabilities` are those of its nodes, in the order in which
-    /// it grew, the root left out. While too little is known the answer is none: plain rounds
-    /// teach.
+    /// Tokens a second without any drafts; `None` if too little is known.
     #[must_use]
-    pub fn drafts_that_pay(&self, probabilities: impl IntoIterator<Item = f32>) -> usize {
-        let head = self.head.seconds();
+    pub fn plain_rate(&self) -> Option<f64> {
+        let round = self.round(1)? + self.head.mean();
+        (round > 0.0).then_some(1.0 / round)
+    }
+
+    /// How many drafts of a tree pay, after so many seconds of `drafting`. `probabilities` are
+    /// those of its nodes, in the order in which it grew, the root left out. While too little is
+    /// known the answer is none: plain rounds teach.
+    #[must_use]
+    pub fn drafts_that_pay(
+        &self,
+        probabilities: impl IntoIterator<Item = f32>,
+        drafting: f64,
+    ) -> usize {
+        let head = self.head.mean();
         let Some(plain) = self.round(1) else { return 0 };
-        let (mut best, mut rate_max) = (0, GAIN_MIN / (plain + head).max(f64::MIN_POSITIVE));
+        let plain = plain + head + drafting;
+        let (mut best, mut rate_max) = (0, GAIN_MIN / plain.max(f64::MIN_POSITIVE));
         let mut tokens = 1.0;
         for (drafts, probability) in (1..).zip(probabilities) {
             tokens += f64::from(probability);
             let Some(round) = self.round(drafts + 1) else { break };
-            let rate = tokens / (round + self.draft.seconds() + tokens * head);
+            let rate = tokens / (round + drafting + tokens * head);
             if rate > rate_max {
                 (best, rate_max) = (drafts, rate);
             }
         }
         best
+    }
+
+    /// A round has brought so many tokens.
+    pub fn note_round(&mut self, tokens: usize) {
+        self.tokens.note(tokens as f64);
+    }
+
+    /// How many rows, of at most `rows_max`, may be added while others are away, and how probable
+    /// each has to be.
+    ///
+    /// They run in a step of their own. If the walk comes by, a wait is saved; if it leaves the
+    /// tree before, the next root may find the cloud busy with them. It does not if that step is
+    /// shorter than the link's way there and back, and so no longer step is sent. A row that the
+    /// walk comes by saves the time that a token takes; it has to be worth more than the time that
+    /// the row costs device and cloud.
+    #[must_use]
+    pub fn wave(&self, rows_max: usize) -> (usize, f32) {
+        let none = (0, 0.0);
+        let others = self.others.mean().round() as usize;
+        let step = |rows: usize| self.step.seconds(rows + others);
+        let device = |rows: usize| self.device.seconds(rows);
+        let (Some(wait), Some(round)) = (self.wait.seconds(1), self.round(1)) else { return none };
+        let Some(rows) = (1..=rows_max).rev().find(|rows| step(*rows).is_some_and(|s| s <= wait))
+        else {
+            return none;
+        };
+        let each = |of: &dyn Fn(usize) -> Option<f64>| {
+            Some((of(rows.max(2))? - of(1)?).max(0.0) / (rows.max(2) - 1) as f64)
+        };
+        let (Some(step), Some(device)) = (each(&step), each(&device)) else { return none };
+        let token = (round + self.head.mean()) / self.tokens.mean().max(1.0);
+        (rows, ((step + device) / token.max(f64::MIN_POSITIVE)).min(1.0) as f32)
+    }
+
+    /// Whether the output of `rows` rows that were sent at `sent` will be back before another wave
+    /// of drafts could be made.
+    #[must_use]
+    pub fn is_due(&self, now: Instant, sent: Instant, rows: usize) -> bool {
+        let others = self.others.mean().round() as usize;
+        let away = self.wait.seconds(rows).zip(self.step.seconds(rows + others));
+        let (wait, step) = away.unwrap_or_default();
+        now.duration_since(sent).as_secs_f64() + self.wave.mean() > wait + step
+    }
+}
+
+/// Whether asking the trained drafter pays for one request, by what it has brought.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asking {
+    /// Tokens and seconds of rounds in which it was asked.
+    tokens: Average,
+    seconds: Average,
+    /// Rounds to leave out after a round that did not pay; doubles each time.
+    pause: u32,
+    left: u32,
+}
+
+/// Longest time without asking, in rounds.
+const PAUSE_MAX: u32 = 32;
+
+impl Asking {
+    /// A round in which it was asked has brought so many tokens in so many seconds. `plain` is what
+    /// a second brings without drafts, if that is known.
+    pub fn note(&mut self, tokens: usize, seconds: f64, plain: Option<f64>) {
+        self.tokens.note(tokens as f64);
+        self.seconds.note(seconds);
+        let pays = plain.is_none_or(|plain| self.tokens.mean() >= plain * self.seconds.mean());
+        self.pause = if pays { 0 } else { (2 * self.pause).clamp(1, PAUSE_MAX) };
+        self.left = self.pause;
+    }
+
+    /// Whether to ask in the round that begins.
+    pub fn is_worth_it(&mut self) -> bool {
+        let asks = self.left == 0;
+        self.left = self.left.saturating_sub(1);
+        asks
     }
 }
 
@@ -139,7 +233,8 @@ pub struct Acceptance {
 
 impl Default for Acceptance {
     fn default() -> Self {
-        Self { rates: [LOOKUP_FIRST, [0.5; CLASSES]] }
+        let middle = |class: usize| middle_of_bin(class % BINS);
+        Self { rates: [LOOKUP_FIRST, std::array::from_fn(middle)] }
     }
 }
 
@@ -149,6 +244,11 @@ const LOOKUP_FIRST: [f32; CLASSES] = [
     0.08, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.82,
 ];
 
+/// The probability that guesses of a class of the trained drafter claim, by and large.
+fn middle_of_bin(bin: usize) -> f32 {
+    (bin as f32 + 0.5) / BINS as f32
+}
+
 /// Weight of one test: a single token says little, and a round tests several.
 const PRESENT: f32 = 0.02;
 
@@ -157,6 +257,14 @@ impl Acceptance {
     #[must_use]
     pub fn rate(&self, source: Source) -> f32 {
         self.rates[source.drafter as usize][usize::from(source.class)]
+    }
+
+    /// How probable a guess of the trained drafter is: what it says, times how often guesses of
+    /// its class were right over how often they should have been.
+    #[must_use]
+    pub fn corrected(&self, guess: &Guess) -> f32 {
+        let claimed = middle_of_bin(usize::from(guess.source.class) % BINS);
+        (guess.probability * self.rate(guess.source) / claimed).min(1.0)
     }
 
     /// A guess from `source` was compared with the decided token.
@@ -200,11 +308,11 @@ mod tests {
     #[test]
     fn averages_forget_by_a_fifth() {
         let mut average = Average::default();
-        assert_eq!(average.seconds(), 0.0);
+        assert_eq!(average.mean(), 0.0);
         average.note(1.0);
-        assert_eq!(average.seconds(), 1.0);
+        assert_eq!(average.mean(), 1.0);
         average.note(2.0);
-        assert!((average.seconds() - 1.2).abs() < 1e-12);
+        assert!((average.mean() - 1.2).abs() < 1e-12);
     }
 
     #[test]
@@ -226,7 +334,9 @@ mod tests {
 
     #[test]
     fn nothing_is_drafted_before_anything_is_known() {
-        assert_eq!(Costs::default().drafts_that_pay(falling(1.0, 1.0)), 0);
+        assert_eq!(Costs::default().drafts_that_pay(falling(1.0, 1.0), 0.0), 0);
+        assert_eq!(Costs::default().wave(16), (0, 0.0));
+        assert_eq!(Costs::default().plain_rate(), None);
     }
 
     #[test]
@@ -251,7 +361,7 @@ mod tests {
             table.into_iter().enumerate()
         {
             let costs = costs((fixed, each), wait, head);
-            assert_eq!(costs.drafts_that_pay(falling(first, by)), drafts, "row {index}");
+            assert_eq!(costs.drafts_that_pay(falling(first, by), 0.0), drafts, "row {index}");
         }
     }
 
@@ -259,7 +369,7 @@ mod tests {
     fn more_waiting_never_means_fewer_drafts() {
         let mut before = 0;
         for wait_ms in [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0] {
-            let drafts = costs((5.0, 1.0), wait_ms, 1.0).drafts_that_pay(falling(0.6, 0.85));
+            let drafts = costs((5.0, 1.0), wait_ms, 1.0).drafts_that_pay(falling(0.6, 0.85), 0.0);
             assert!(drafts >= before, "{drafts} drafts at {wait_ms} ms, {before} before");
             before = drafts;
         }
@@ -270,9 +380,74 @@ mod tests {
     fn a_full_cloud_makes_rows_dear() {
         let mut costs = costs((5.0, 0.0), 5.0, 1.0);
         costs.step = by_rows(&[(1, 5e-3), (16, 5e-3), (64, 5e-3), (128, 40e-3)]);
-        let alone = costs.drafts_that_pay(falling(0.5, 0.8));
+        let alone = costs.drafts_that_pay(falling(0.5, 0.8), 0.0);
         costs.others.note(64.0);
-        assert!(costs.drafts_that_pay(falling(0.5, 0.8)) < alone);
+        assert!(costs.drafts_that_pay(falling(0.5, 0.8), 0.0) < alone);
+    }
+
+    #[test]
+    fn rows_in_the_shadow_of_others_pay_by_the_link() {
+        // Steps of 5 ms and half a millisecond a row; device 0.3 ms and 0.1 ms a row.
+        let of = |wait_ms| {
+            let mut costs = costs((5.0, 0.5), wait_ms, 1.0);
+            costs.note_round(3);
+            costs.wave(16)
+        };
+        assert_eq!(of(3.0).0, 0, "any step is longer than the link's way");
+        assert_eq!(of(8.0).0, 6);
+        let (rows, floor) = of(100.0);
+        assert_eq!(rows, 16);
+        // 0.6 ms a row against (100 + 5.5 + 0.4 + 1) / 3 ms a token.
+        assert!((floor - 0.6 / 35.63).abs() < 1e-3, "{floor}");
+        assert!(of(40.0).1 > floor, "a nearer cloud asks for surer guesses");
+    }
+
+    #[test]
+    fn what_is_nearly_back_is_waited_for() {
+        let mut costs = costs((5.0, 0.0), 20.0, 1.0);
+        costs.wave.note(4e-3);
+        let sent = Instant::now();
+        let after = |ms: u64| sent + std::time::Duration::from_millis(ms);
+        assert!(!costs.is_due(after(20), sent, 8));
+        assert!(costs.is_due(after(22), sent, 8));
+    }
+
+    #[test]
+    fn a_drafter_that_does_not_pay_is_asked_ever_less() {
+        let mut asking = Asking::default();
+        let asked: Vec<u32> = (0..100)
+            .filter(|_| {
+                let asks = asking.is_worth_it();
+                if asks {
+                    asking.note(1, 0.012, Some(100.0));
+                }
+                asks
+            })
+            .collect();
+        assert_eq!(asked, [0, 2, 5, 10, 19, 36, 69]);
+        (0..9).for_each(|_| asking.note(4, 0.012, Some(100.0)));
+        assert!((0..9).all(|_| asking.is_worth_it()), "it pays again");
+        asking.note(1, 9.0, None);
+        assert!(asking.is_worth_it(), "nothing to compare with");
+    }
+
+    #[test]
+    fn what_the_trained_drafter_claims_is_corrected() {
+        let mut acceptance = Acceptance::default();
+        let guess = |rank, probability| {
+            let source = Source::adapter(rank, probability);
+            Guess { token: 1, probability, source }
+        };
+        assert_eq!(acceptance.corrected(&guess(0, 0.55)), 0.55);
+        for round in 0..2000 {
+            acceptance.note(guess(0, 0.55).source, round % 5 == 0);
+        }
+        let corrected = acceptance.corrected(&guess(0, 0.55));
+        assert!((0.15..0.25).contains(&corrected), "{corrected}");
+        assert!(acceptance.corrected(&guess(0, 0.6)) > corrected);
+        assert_eq!(acceptance.corrected(&guess(1, 0.55)), 0.55, "another class");
+        assert_eq!(Source::adapter(0, 1.0).class, 7);
+        assert_eq!(Source::adapter(3, 0.0).class, 8);
     }
 
     #[test]

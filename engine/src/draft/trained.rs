@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use super::foresee::Draw;
 use super::tree::{Guess, Node};
 use crate::backend::TokenId;
 
@@ -44,6 +45,8 @@ pub struct Drafted<'a> {
     pub root_position: u32,
     /// Shallow rows of the new ones. `[nodes.len() - first, hidden_size]`
     pub shallow: &'a [f32],
+    /// How what follows will be drawn; `None` if the likeliest token is taken.
+    pub draw: Option<Draw<'a>>,
 }
 
 impl Drafted<'_> {

@@ -7,6 +7,7 @@
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use super::Source;
 use crate::backend::TokenId;
@@ -44,6 +45,8 @@ pub struct Guess {
 #[derive(Debug, Default)]
 pub struct Tree {
     nodes: Vec<Node>,
+    /// Candidates that became nodes, and which; several may have become one.
+    taken: Vec<(Candidate, usize)>,
     candidates: BinaryHeap<Candidate>,
     guesses: Vec<Guess>,
     depth_max: u32,
@@ -61,12 +64,18 @@ struct Candidate {
 impl Tree {
     /// Begins anew below the decided token `root`. Nodes will be at most `depth_max` deep.
     pub fn reset(&mut self, root: TokenId, depth_max: u32) {
-        self.nodes.clear();
-        self.candidates.clear();
-        self.guesses.clear();
+        self.clear();
         self.depth_max = depth_max;
         let (parent, depth, probability, source) = (0, 0, 1.0, None);
         self.nodes.push(Node { token: root, parent, depth, probability, source });
+    }
+
+    /// Forgets everything, the root as well.
+    pub fn clear(&mut self) {
+        self.nodes.clear();
+        self.taken.clear();
+        self.candidates.clear();
+        self.guesses.clear();
     }
 
     /// The nodes, the root first and parents before children.
@@ -84,7 +93,7 @@ impl Tree {
 
     /// Makes nodes of the best candidates until there are `nodes_max` nodes, the root included,
     /// or the next candidate's probability is below `floor`. Returns the new nodes' indices.
-    pub fn grow(&mut self, nodes_max: usize, floor: f32) -> std::ops::Range<usize> {
+    pub fn grow(&mut self, nodes_max: usize, floor: f32) -> Range<usize> {
         let before = self.nodes.len();
         while self.nodes.len() < nodes_max.min(NODES_MAX) {
             let Some(candidate) = self.candidates.peek().copied() else { break };
@@ -106,16 +115,58 @@ impl Tree {
                     self.nodes.len() - 1
                 }
             };
+            self.taken.push((candidate, node));
             self.consider(node, candidate.guess + 1, candidate.end);
         }
         before..self.nodes.len()
     }
 
-    /// Drops all nodes from `len` on; what is left is a tree, since parents come first. Nothing
-    /// can be grown below what was dropped.
+    /// Makes candidates again of all nodes from `len` on; what is left is a tree, since parents
+    /// come first.
     pub fn truncate(&mut self, len: usize) {
-        self.nodes.truncate(len.max(1));
+        let len = len.max(1);
+        self.nodes.truncate(len);
+        self.candidates.retain(|candidate| candidate.parent < len);
+        let back = self.taken.iter().filter(|(from, node)| from.parent < len && *node >= len);
+        self.candidates.extend(back.map(|(candidate, _)| *candidate));
+        self.taken.retain(|(_, node)| *node < len);
+    }
+
+    /// Drops all nodes from `len` on, and all candidates.
+    pub fn end(&mut self, len: usize) {
+        self.nodes.truncate(len);
+        self.taken.clear();
         self.candidates.clear();
+    }
+
+    /// Makes `node` the root: keeps what hangs below it, and forgets the rest and all
+    /// candidates. What was node `kept[i]` is node `i` then. Nodes will be at most `depth_max`
+    /// deep; those that are deeper already stay.
+    pub fn reroot(&mut self, node: usize, depth_max: u32, kept: &mut Vec<usize>) {
+        self.taken.clear();
+        self.candidates.clear();
+        self.guesses.clear();
+        self.depth_max = depth_max;
+        let Node { token, depth, probability, .. } = self.nodes[node];
+        kept.clear();
+        kept.push(node);
+        for index in node + 1..self.nodes.len() {
+            // Parents come first, so a kept parent is known by now, and its new index too.
+            let Some(parent) = kept.iter().position(|kept| *kept == self.nodes[index].parent)
+            else {
+                continue;
+            };
+            let below = self.nodes[index];
+            self.nodes[kept.len()] = Node {
+                parent,
+                depth: below.depth - depth,
+                probability: (below.probability / probability.max(f32::MIN_POSITIVE)).min(1.0),
+                ..below
+            };
+            kept.push(index);
+        }
+        self.nodes.truncate(kept.len());
+        self.nodes[0] = Node { token, parent: 0, depth: 0, probability: 1.0, source: None };
     }
 
     /// The child of `parent` with this token.
@@ -232,13 +283,61 @@ mod tests {
     }
 
     #[test]
-    fn a_truncated_tree_grows_no_more() {
-        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.5)], &[(3, 0.4)]]);
-        tree.grow(3, 0.0);
-        tree.truncate(2);
-        assert_eq!(tree.grow(64, 0.0), 2..2);
-        tree.truncate(0);
-        assert_eq!(shape(&tree), [(9, 0, 1.0)]);
+    fn a_truncated_tree_grows_as_before() {
+        let branches: [&[(TokenId, f32)]; 3] =
+            [&[(1, 0.5), (2, 0.5), (3, 0.5)], &[(4, 0.4), (5, 0.75)], &[(1, 0.3), (6, 0.9)]];
+        // A branch that joined another may now be ahead of it: the same nodes, in another order.
+        let nodes = |tree: &Tree| {
+            let mut nodes: Vec<_> = tree
+                .nodes()
+                .iter()
+                .map(|node| (node.token, node.depth, node.probability))
+                .collect();
+            nodes.sort_by(|a, b| a.partial_cmp(b).unwrap());
+            nodes
+        };
+        let mut whole = tree(10, &branches);
+        whole.grow(64, 0.0);
+        assert_eq!(whole.nodes().len(), 7);
+        for grown in 1..=7 {
+            for len in 0..grown {
+                let mut tree = tree(10, &branches);
+                tree.grow(grown, 0.0);
+                tree.truncate(len);
+                assert_eq!(tree.nodes().len(), len.max(1));
+                tree.grow(64, 0.0);
+                assert_eq!(nodes(&tree), nodes(&whole), "{len} of {grown}");
+            }
+        }
+        whole.end(2);
+        assert_eq!(whole.grow(64, 0.0), 2..2);
+        assert_eq!(shape(&whole), [(9, 0, 1.0), (1, 0, 0.5)]);
+    }
+
+    #[test]
+    fn below_a_new_root_nothing_is_lost() {
+        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.8), (3, 0.5)], &[(4, 0.4), (5, 0.75)]]);
+        tree.offer(0, branch(2, &[(6, 0.01)]));
+        tree.grow(5, 0.0);
+        tree.offer(1, branch(2, &[(7, 0.3)]));
+        tree.grow(6, 0.0);
+        assert_eq!(tree.nodes().len(), 6);
+        let mut kept = Vec::new();
+        tree.reroot(1, 9, &mut kept);
+        assert_eq!(kept, [1, 2, 5]);
+        assert_eq!(shape(&tree), [(1, 0, 1.0), (2, 0, 0.8), (3, 1, 0.4)]);
+        assert_eq!(tree.nodes().iter().map(|node| node.depth).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(tree.nodes()[0].source, None);
+        assert_eq!(tree.grow(64, 0.0), 3..3, "candidates are gone");
+        tree.offer(0, branch(0, &[(2, 0.9), (8, 0.5)]));
+        assert_eq!(tree.grow(64, 0.0), 3..4);
+        assert_eq!(shape(&tree)[3], (8, 1, 0.4));
+        tree.reroot(0, 9, &mut kept);
+        assert_eq!(kept, [0, 1, 2, 3]);
+        tree.reroot(3, 0, &mut kept);
+        assert_eq!(shape(&tree), [(8, 0, 1.0)]);
+        tree.offer(0, branch(0, &[(2, 0.9)]));
+        assert_eq!(tree.grow(64, 0.0), 1..1, "no room below");
     }
 
     /// By brute force: of all prefix-closed sets of that size none has a greater sum.

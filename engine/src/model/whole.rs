@@ -71,7 +71,7 @@ impl<B: Backend> WholeModel<B> {
             normed: backend.alloc(1, shape.hidden_size)?,
             logits: backend.alloc(1, shape.vocab_size)?,
             row: vec![0.0; shape.hidden_size],
-            wire: vec![0; codec.row_bytes(shape.hidden_size)],
+            wire: Vec::new(),
             position: 0,
             codec,
             crossings,
@@ -131,8 +131,11 @@ impl<B: Backend> WholeModel<B> {
         self.backend.embed(&[token], &self.embed_tokens, &mut self.x);
         self.scratch.start_step(&mut self.backend, &self.shape, plan.positions);
         for index in 0..=self.layers.len() {
-            if index == self.crossings.start || index == self.crossings.end {
-                self.cross()?;
+            if index == self.crossings.start {
+                self.cross(self.codec)?;
+            }
+            if index == self.crossings.end {
+                self.cross(self.codec.down())?;
             }
             let Self { backend, shape, layers, x, kv, scratch, .. } = self;
             if let Some(layer) = layers.get(index) {
@@ -150,12 +153,13 @@ impl<B: Backend> WholeModel<B> {
     }
 
     /// What the link does to a row: there and back through the codec.
-    fn cross(&mut self) -> Result<(), Error> {
+    fn cross(&mut self, codec: Codec) -> Result<(), Error> {
         self.backend.download(&self.x, 0, &mut self.row);
         let (hidden_size, position) = (self.shape.hidden_size, self.position);
-        self.codec
+        self.wire.resize(codec.row_bytes(hidden_size), 0);
+        codec
             .pack(&self.row, hidden_size, &mut self.wire)
-            .and_then(|_| self.codec.unpack(&self.wire, hidden_size, &mut self.row))
+            .and_then(|_| codec.unpack(&self.wire, hidden_size, &mut self.row))
             .map_err(|_| Error::NotFinite { position })?;
         self.backend.upload(&self.row, &mut self.x);
         Ok(())

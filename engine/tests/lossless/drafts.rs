@@ -28,7 +28,7 @@ pub(super) fn request(sampler: SamplerConfig) -> Request {
 }
 
 /// Greedy and sampled; few words, more words, all words; then each sampler field.
-fn requests() -> Vec<Request> {
+pub(super) fn requests() -> Vec<Request> {
     let off = SamplerConfig::default;
     let sampled = |seed| SamplerConfig { temperature: 0.9, seed, ..off() };
     let greedy = [few(2, off()), few(5, off()), few(12, off()), off()];
@@ -100,6 +100,21 @@ fn every_draft_mode_says_the_same() {
             DraftMode::Off => assert_eq!(drafted, 0),
             DraftMode::Auto => {}
             _ => assert!(accepted > 40 && accepted < drafted, "{accepted} of {drafted}"),
+        }
+    }
+}
+
+#[test]
+fn every_draft_mode_says_the_same_in_every_codec() {
+    let bundles = Bundles::generated(1, 0);
+    let requests = [&requests()[..3], &requests()[4..6]].concat();
+    for wire in [Codec::F32, Codec::Int8, Codec::Int4] {
+        let whole = whole(&bundles, 1, wire, &requests);
+        let config = EngineConfig::new(bundles.path.join("device")).link(LinkKind::Memory);
+        let config = config.wire(wire).chunks(ChunkPolicy::Auto);
+        let engine = Engine::open(config).unwrap();
+        for mode in DraftMode::ALL {
+            assert_all(&format!("{wire:?}"), &engine, mode, &requests, &whole);
         }
     }
 }

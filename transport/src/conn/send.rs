@@ -102,11 +102,18 @@ pub(super) struct SendState {
     queued_frames: usize,
     /// Bytes of frames that are queued or sent.
     held_bytes: usize,
+    /// Bytes of frames that were acknowledged.
+    acked_bytes: u64,
 }
 
 impl SendState {
     pub(super) fn is_drained(&self) -> bool {
         self.queued_frames == 0 && self.sent.is_empty()
+    }
+
+    /// Bytes that were acknowledged, and those that are queued or sent and were not.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.acked_bytes, self.held_bytes as u64)
     }
 
     fn next_seq(&self) -> u32 {
@@ -131,6 +138,7 @@ impl SendState {
             let sent = self.sent.pop_front().expect("ack is not ahead of what was sent");
             sent_at = sent.at;
             self.held_bytes -= sent.bytes;
+            self.acked_bytes += sent.bytes as u64;
             self.oldest = self.oldest.wrapping_add(1);
             self.replay = self.replay.saturating_sub(1);
         }

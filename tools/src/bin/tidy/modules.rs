@@ -94,13 +94,16 @@ fn root_kind(file: &str, tree: &Tree) -> Option<Kind> {
             Some(Kind::Test)
         }
         // A flat crate, whose manifest names its files: benches.
-        (_, _) if is_crate(folder) => {
-            let manifest = &tree[&format!("{folder}/Cargo.toml")];
-            let named = manifest.contains(&format!("path = \"{name}\""));
-            named.then_some(Kind::Test)
-        }
+        (_, _) if is_crate(folder) => is_named(folder, name, tree),
+        (_, "main.rs") if is_crate(parent) => is_named(parent, &format!("{last}/main.rs"), tree),
         _ => None,
     }
+}
+
+/// Whether the manifest in `folder` gives `path` to a target.
+fn is_named(folder: &str, path: &str, tree: &Tree) -> Option<Kind> {
+    let manifest = &tree[&format!("{folder}/Cargo.toml")];
+    manifest.contains(&format!("path = \"{path}\"")).then_some(Kind::Test)
 }
 
 /// Where the file of a module may be.

@@ -1,5 +1,6 @@
 //! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
 
+mod plot;
 mod simulate;
 mod table;
 mod time;
@@ -14,7 +15,8 @@ use hat_engine::pull;
 use hat_loader::Bundle;
 use indicatif::ProgressBar;
 
-use self::simulate::{Guess, Guesses, Trial};
+use self::plot::Curves;
+use self::simulate::{Growth, Guess, Guesses, Trial};
 use self::table::Table;
 use crate::adapter::Adapter;
 use crate::drafter::{Dims, Rows, Unroll, WeightReader, linear};
@@ -37,21 +39,41 @@ pub(crate) struct EvalArgs {
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
+    /// Use every Nth answer of each directory alone.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    every: usize,
     /// Use at most so many answers of each directory.
     #[arg(long)]
     answers: Option<usize>,
+    /// Draw tokens a round against the node budget, of all answers together, as SVG.
+    #[arg(long, value_name = "FILE", requires = "adapter")]
+    plot: Option<PathBuf>,
+    /// Guesses of the drafter for each node of a tree; the device's own number otherwise.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    width: usize,
+    /// Nodes of a tree that are computed together; the device's own number otherwise.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    level: usize,
+    /// Divide the drafter's logits by so much: below 1 it is surer of its first guesses.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f32,
     /// Write the table as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Deepest guess.
+/// Draft steps that are computed.
 const DEPTH_MAX: usize = 8;
 /// Guesses that are kept of each draft step.
-const GUESSES_MAX: usize = 12;
+const GUESSES_MAX: usize = 16;
 
 /// Prints a table for each directory.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    ensure!(args.every > 0, "--every: at least 1");
+    ensure!((1..=GUESSES_MAX).contains(&args.width), "--width: 1 to {GUESSES_MAX}");
+    ensure!(args.level > 0, "--level: at least 1");
+    ensure!(args.temperature > 0.0, "--temperature: above 0");
+    let tree = Growth::Tree { width: args.width, level: args.level };
     let path = match &args.bundle {
         Some(bundle) => bundle.clone(),
         None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
@@ -62,6 +84,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     if let (Some(path), Some(threads)) = (&args.adapter, args.time) {
         time::print(path, &device, threads)?;
     }
+    let mut curves = args.plot.as_ref().map(|_| Curves::new(tree));
     let mut tables = Vec::new();
     for directory in &args.recordings {
         let collection = Collection::read(directory)?;
@@ -72,18 +95,27 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             collection.model_id,
             device.model_id()
         );
-        let recordings = answers(directory, &collection, drafter.as_ref(), args.answers)?;
+        let recordings = answers(directory, &collection, drafter.as_ref(), args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
         let bar = ProgressBar::new(recordings.len() as u64);
-        let mut table = Table::new(&recordings, drafter.is_some());
+        let mut table = Table::new(&recordings, drafter.is_some(), tree);
         for recording in &recordings {
-            let guesses = drafter.as_ref().map(|drafter| drafter.guesses(recording));
-            table.take(&Trial::new(recording, guesses));
+            let guesses =
+                drafter.as_ref().map(|drafter| drafter.guesses(recording, args.temperature));
+            let trial = Trial::new(recording, guesses);
+            table.take(&trial);
+            if let Some(curves) = &mut curves {
+                curves.take(&trial);
+            }
             bar.inc(1);
         }
         bar.finish_and_clear();
         println!("## {} answers of {}\n\n{table}", recordings.len(), directory.display());
         tables.push(table.json(&directory.display().to_string()));
+    }
+    if let (Some(path), Some(curves)) = (&args.plot, &curves) {
+        println!("{curves}");
+        curves.draw(path)?;
     }
     if let Some(path) = &args.json {
         let adapter = args.adapter.as_ref().map(|path| path.display().to_string());
@@ -93,6 +125,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             "training": training,
             "depth_max": DEPTH_MAX,
             "tables": tables,
+            "budgets": curves.as_ref().map(Curves::json),
         });
         fs::write(path, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("writing {}", path.display()))?;
@@ -105,7 +138,7 @@ fn answers(
     directory: &Path,
     collection: &Collection,
     drafter: Option<&Drafter>,
-    most: Option<usize>,
+    args: &EvalArgs,
 ) -> anyhow::Result<Vec<Recording>> {
     let layer = drafter.map_or(collection.split_layers[0], |drafter| drafter.adapter.split_layer);
     let mut found = Vec::new();
@@ -126,8 +159,8 @@ fn answers(
         }
     }
     found.sort_by_key(|recording| recording.facts.job);
-    found.truncate(most.unwrap_or(usize::MAX));
-    Ok(found)
+    let found = found.into_iter().step_by(args.every);
+    Ok(found.take(args.answers.unwrap_or(usize::MAX)).collect())
 }
 
 /// A drafter and the parts of the model that it guesses with.
@@ -153,12 +186,12 @@ impl Drafter {
     }
 
     /// What the drafter guesses at each position and depth, on the way of the answer.
-    fn guesses(&self, recording: &Recording) -> Guesses {
+    fn guesses(&self, recording: &Recording, temperature: f32) -> Guesses {
         let (batch, _) = batch_of(&[recording], self.dims.hidden, 0, &self.norm);
         let unroll = Unroll::forward(&self.adapter.params, &self.dims, &batch, DEPTH_MAX);
         let mut steps = Vec::with_capacity(unroll.len());
         for step in 1..=unroll.len() {
-            let logits = linear(unroll.y(step), &self.head);
+            let logits = linear(unroll.y(step), &self.head) / temperature;
             steps.push(logits.rows().into_iter().map(|row| self.best(row)).collect());
         }
         Guesses { steps }

@@ -1,12 +1,14 @@
 //! Rounds of drafting over a recorded greedy answer: what would have been accepted.
 //!
-//! A device computes the shallow rows of its own drafts exactly, so what a drafter says below
-//! right guesses is known from the recording. Below a wrong guess it isn't: there the probabilities
-//! that it gives at the same depth of the right path stand in. They decide only which nodes a
+//! Trees, prompt lookup and the rates that are learned are the engine's own; how they take turns is
+//! what its device does. A device computes the shallow rows of its own drafts exactly, so what a
+//! drafter says below right guesses is known from the recording. Below a wrong guess it isn't:
+//! there the guesses at the same depth of the right path stand in. They decide only which nodes a
 //! wrong branch takes from the budget, never what is accepted.
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::ops::Range;
+
+use hat_engine::draft::{Acceptance, Lookup, Source, Tree, tree};
 
 use crate::shard::Recording;
 
@@ -24,6 +26,8 @@ pub(super) struct Guesses {
 }
 
 impl Guesses {
+    /// What follows `position`, `depth` tokens below the last decided one. Below the last step its
+    /// guesses stand in.
     fn at(&self, position: usize, depth: usize) -> Option<&[Guess]> {
         let step = &self.steps[(depth - 1).min(self.steps.len() - 1)];
         step.get(position).map(Vec::as_slice)
@@ -33,12 +37,11 @@ impl Guesses {
 /// How a round drafts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
-    pub(super) name: &'static str,
-    /// Nodes, those of the lookup included.
+    /// Most nodes, whoever guessed them.
     pub(super) nodes: usize,
     /// How the drafter grows its nodes.
     pub(super) growth: Growth,
-    /// Most tokens of prompt lookup.
+    /// Most branches of prompt lookup.
     pub(super) lookup: usize,
 }
 
@@ -50,7 +53,22 @@ pub(super) enum Growth {
     /// Its first guesses, one below the other.
     Chain,
     /// The most probable first.
-    Tree,
+    Tree {
+        /// Guesses for each node.
+        width: usize,
+        /// Nodes that are computed together.
+        level: usize,
+    },
+}
+
+impl Growth {
+    const fn width_and_level(self) -> (usize, usize) {
+        match self {
+            Self::None => (0, usize::MAX),
+            Self::Chain => (1, 1),
+            Self::Tree { width, level } => (width, level),
+        }
+    }
 }
 
 /// An answer and what was guessed.
@@ -66,12 +84,9 @@ pub(super) struct Trial<'a> {
 pub(super) struct Score {
     pub(super) tokens: usize,
     pub(super) rounds: usize,
-    /// Nodes that were sent.
+    /// Nodes that were sent, roots not counted.
     pub(super) nodes: usize,
 }
-
-/// Longest run of words that prompt lookup goes by.
-const WORDS_MAX: usize = 3;
 
 impl<'a> Trial<'a> {
     pub(super) fn new(recording: &'a Recording, guesses: Option<Guesses>) -> Self {
@@ -101,147 +116,95 @@ impl<'a> Trial<'a> {
     }
 
     /// Plays the whole answer. The first token comes with the prompt and does not count.
-    pub(super) fn play(&self, rule: &Rule) -> Score {
+    /// `acceptance` is what the answers before have taught.
+    pub(super) fn play(&self, rule: &Rule, acceptance: &mut Acceptance) -> Score {
         let answer = self.answer();
+        let known = if rule.lookup > 0 { &self.tokens[..=self.prompt] } else { &[] };
+        let mut lookup: Lookup = known.iter().copied().collect();
+        let mut tree = Tree::default();
         let mut score = Score { tokens: answer.len() - 1, ..Score::default() };
         let mut last = 0; // the token that is decided already
         while last + 1 < answer.len() {
-            let copied = self.look_up(last, rule.lookup.min(rule.nodes));
-            let left = answer[last + 1..].iter();
-            let by_lookup = copied.iter().zip(left).take_while(|(a, b)| a == b).count();
-            let left = rule.nodes - copied.len();
-            let (by_drafter, nodes) = match (&self.guesses, rule.growth) {
-                (None, _) | (_, Growth::None) => (0, 0),
-                (Some(guesses), Growth::Chain) => self.chain(guesses, last, left),
-                (Some(guesses), Growth::Tree) => self.tree(guesses, last, left),
-            };
+            // The last token of the answer needs no row.
+            let depth_max = answer.len() - 2 - last;
+            tree.reset(answer[last], u32::try_from(depth_max).expect("a context fits u32"));
+            let rate = |source| acceptance.rate(source);
+            lookup.propose(rule.lookup, rate, |branch| tree.offer(0, branch.iter().copied()));
+            self.grow(rule, last, acceptance, &mut tree);
             score.rounds += 1;
-            score.nodes += copied.len() + nodes;
-            last += by_lookup.max(by_drafter) + 1;
+            score.nodes += tree.nodes().len() - 1;
+            let end = last + 1 + walk(&tree, &answer[last + 1..], acceptance);
+            if rule.lookup > 0 {
+                answer[last + 1..=end].iter().for_each(|token| lookup.push(*token));
+            }
+            last = end;
         }
         score
     }
 
-    /// How many first guesses in a row are right.
-    fn chain(&self, guesses: &Guesses, last: usize, nodes: usize) -> (usize, usize) {
-        let right = |depth: &usize| {
-            let guess = guesses.at(last + depth - 1, *depth).and_then(|at| at.first());
-            let wanted = self.answer().get(last + depth);
-            guess.zip(wanted).is_some_and(|(guess, wanted)| guess.token == *wanted)
-        };
-        ((1..=nodes).take_while(right).count(), nodes)
+    /// Grows the tree below the decided token `last`, in turns with the drafter.
+    fn grow(&self, rule: &Rule, last: usize, acceptance: &Acceptance, tree: &mut Tree) {
+        let nodes_max = rule.nodes + 1;
+        let (_, level) = rule.growth.width_and_level();
+        let mut new = 0..1;
+        while !new.is_empty() && new.end < nodes_max {
+            let end = new.end;
+            self.propose(rule.growth, last, new, acceptance, tree);
+            new = tree.grow(nodes_max.min(end.saturating_add(level)), 0.0);
+        }
     }
 
-    /// How deep the right path reaches into a tree of the most probable nodes.
-    fn tree(&self, guesses: &Guesses, last: usize, nodes: usize) -> (usize, usize) {
-        let mut heap = BinaryHeap::new();
-        let push = |heap: &mut BinaryHeap<Candidate>, parent: &Candidate, rank: usize| {
-            let depth = parent.depth + 1;
-            if depth > super::DEPTH_MAX {
-                return;
-            }
-            let at = guesses.at(last + depth - 1, depth);
-            let Some(guess) = at.and_then(|at| at.get(rank)) else { return };
-            let wanted = self.answer().get(last + depth);
-            heap.push(Candidate {
-                probability: parent.probability * guess.probability,
-                above: parent.probability,
-                depth,
-                rank,
-                parent_is_right: parent.is_right,
-                is_right: parent.is_right && wanted == Some(&guess.token),
-            });
-        };
-        let root = Candidate {
-            probability: 1.0,
-            above: 1.0,
-            depth: 0,
-            rank: 0,
-            parent_is_right: true,
-            is_right: true,
-        };
-        push(&mut heap, &root, 0);
-        let (mut taken, mut deepest) = (0, 0);
-        while taken < nodes {
-            let Some(node) = heap.pop() else { break };
-            taken += 1;
-            if node.is_right {
-                deepest = deepest.max(node.depth);
-            }
-            push(&mut heap, &node, 0);
-            let parent = Candidate {
-                probability: node.above,
-                depth: node.depth - 1,
-                is_right: node.parent_is_right,
-                ..node
-            };
-            push(&mut heap, &parent, node.rank + 1);
-        }
-        (deepest, taken)
-    }
-
-    /// What followed the last words where they stood last before.
-    fn look_up(&self, last: usize, most: usize) -> &[u32] {
-        let said = &self.tokens[..=self.prompt + last];
-        if most == 0 {
-            return &[];
-        }
-        for words in (1..=WORDS_MAX.min(said.len() - 1)).rev() {
-            let key = &said[said.len() - words..];
-            let before = &said[..said.len() - 1];
-            if let Some(found) = before.windows(words).rposition(|window| window == key) {
-                let from = found + words;
-                return &said[from..said.len().min(from + most)];
+    /// Offers what the drafter guesses below `nodes`.
+    fn propose(
+        &self,
+        growth: Growth,
+        last: usize,
+        nodes: Range<usize>,
+        acceptance: &Acceptance,
+        tree: &mut Tree,
+    ) {
+        let Some(guesses) = &self.guesses else { return };
+        let (width, _) = growth.width_and_level();
+        for node in nodes {
+            let depth = tree.nodes()[node].depth as usize;
+            let at = guesses.at(last + depth, depth + 1).unwrap_or_default();
+            for (rank, Guess { token, probability }) in at.iter().copied().take(width).enumerate() {
+                let source = Source::adapter(rank, probability);
+                let mut guess = tree::Guess { token, probability, source };
+                if growth != Growth::Chain {
+                    guess.probability = acceptance.corrected(&guess);
+                }
+                tree.offer(node, [guess]);
             }
         }
-        &[]
     }
 }
 
-/// A node that may come into the tree.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    /// Of the whole path to it.
-    probability: f32,
-    /// Of the path to its parent.
-    above: f32,
-    depth: usize,
-    /// Among its siblings.
-    rank: usize,
-    parent_is_right: bool,
-    is_right: bool,
-}
-
-impl Candidate {
-    fn key(&self) -> (f32, std::cmp::Reverse<usize>, std::cmp::Reverse<usize>) {
-        (self.probability, std::cmp::Reverse(self.depth), std::cmp::Reverse(self.rank))
+/// How many drafts in a row are what was said, `said`; every test teaches `acceptance`.
+fn walk(tree: &Tree, said: &[u32], acceptance: &mut Acceptance) -> usize {
+    let mut node = 0;
+    for (accepted, token) in said.iter().enumerate() {
+        let children = tree.nodes().iter().skip(1).filter(|child| child.parent == node);
+        for child in children {
+            if let Some(source) = child.source {
+                acceptance.note(source, child.token == *token);
+            }
+        }
+        match tree.child(node, *token) {
+            Some(child) => node = child,
+            None => return accepted,
+        }
     }
+    unreachable!("a tree is not as deep as the answer is long")
 }
-
-impl Ord for Candidate {
-    fn cmp(&self, other: &Self) -> Ordering {
-        let ((p, depth, rank), (q, other_depth, other_rank)) = (self.key(), other.key());
-        p.total_cmp(&q).then(depth.cmp(&other_depth)).then(rank.cmp(&other_rank))
-    }
-}
-
-impl PartialOrd for Candidate {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Candidate {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Candidate {}
 
 #[cfg(test)]
 mod tests {
+    use hat_engine::draft::Drafter;
+
     use super::*;
+
+    const TREE: Growth = Growth::Tree { width: 4, level: 8 };
 
     fn guess(pairs: &[(u32, f32)]) -> Vec<Guess> {
         pairs
@@ -254,44 +217,89 @@ mod tests {
         Trial { source: "test", prompt, tokens, guesses }
     }
 
-    const CHAIN: Rule = Rule { name: "chain", nodes: 2, growth: Growth::Chain, lookup: 0 };
+    fn play(trial: &Trial<'_>, nodes: usize, growth: Growth, lookup: usize) -> Score {
+        trial.play(&Rule { nodes, growth, lookup }, &mut Acceptance::default())
+    }
 
     #[test]
     fn a_chain_accepts_what_is_right_from_its_front() {
-        // Answer 5 6 7 8 9; guesses at each position, the same at each depth.
-        let tokens = [1, 5, 6, 7, 8, 9];
-        let right = [(6, 0.9), (7, 0.9), (0, 0.9), (9, 0.9)];
+        // Answer 5 6 7 8 9 10; guesses at each position, the same at each depth.
+        let tokens = [1, 5, 6, 7, 8, 9, 10];
+        let right = [(6, 0.9), (7, 0.9), (0, 0.9), (9, 0.9), (0, 0.9)];
         let steps = vec![right.iter().map(|pair| guess(&[*pair])).collect()];
         let trial = trial(&tokens, 1, Some(Guesses { steps }));
-        // 5: 6 and 7 are accepted, 8 follows; 8: 9 is accepted, and the answer is at its end.
-        assert_eq!(trial.play(&CHAIN), Score { tokens: 4, rounds: 2, nodes: 4 });
-        assert_eq!(trial.hits(1), [4, 3, 3]);
-        assert_eq!(trial.hits(2), [3, 2, 2]);
+        // 5: 6 and 7 are accepted, 8 follows; 8: 9 is accepted, and 10, the last, needs no draft.
+        let score = Score { tokens: 5, rounds: 2, nodes: 2 + 1 };
+        assert_eq!(play(&trial, 2, Growth::Chain, 0), score);
+        assert_eq!(trial.hits(1), [5, 3, 3]);
+        assert_eq!(trial.hits(2), [4, 2, 2]);
+    }
+
+    #[test]
+    fn each_depth_asks_its_own_draft_step_and_deeper_ones_the_last() {
+        let tokens = [1, 5, 6, 7, 8, 9, 10];
+        let step = |said: [u32; 5]| said.iter().map(|token| guess(&[(*token, 0.9)])).collect();
+        let steps = vec![step([6, 0, 0, 0, 0]), step([0, 7, 8, 0, 0])];
+        let trial = trial(&tokens, 1, Some(Guesses { steps }));
+        let score = Score { tokens: 5, rounds: 2, nodes: 3 };
+        assert_eq!(play(&trial, 3, Growth::Chain, 0), score);
+        assert_eq!([trial.hits(1), trial.hits(2)], [[5, 1, 1], [4, 2, 2]]);
     }
 
     #[test]
     fn a_tree_takes_the_most_probable_nodes() {
-        let tokens = [1, 5, 6, 7];
-        let steps = vec![vec![guess(&[(9, 0.6), (6, 0.3)]), guess(&[(7, 0.9), (8, 0.05)])]];
+        let tokens = [1, 5, 6, 7, 2, 3];
+        let steps = vec![vec![
+            guess(&[(9, 0.6), (6, 0.3)]),
+            guess(&[(7, 0.9), (8, 0.05)]),
+            guess(&[(4, 0.5), (2, 0.4)]),
+        ]];
         let trial = trial(&tokens, 1, Some(Guesses { steps }));
-        let rounds = |nodes| {
-            let rule = Rule { name: "tree", nodes, growth: Growth::Tree, lookup: 0 };
-            trial.play(&rule).rounds
+        let grown = |nodes| {
+            let mut tree = Tree::default();
+            tree.reset(5, 2);
+            let rule = Rule { nodes, growth: TREE, lookup: 0 };
+            trial.grow(&rule, 0, &Acceptance::default(), &mut tree);
+            tree
         };
-        // By probability: 9 (.6), 9-7 (.54), 6 (.3), 6-7 (.27).
-        assert_eq!([rounds(1), rounds(2)], [2, 2]); // nothing is right, twice
-        assert_eq!(rounds(3), 1); // 6, and 7 comes with it
-        let Some(guesses) = &trial.guesses else { panic!("there are some") };
-        assert_eq!([trial.tree(guesses, 0, 3), trial.tree(guesses, 0, 4)], [(1, 3), (2, 4)]);
+        // The first level takes both guesses for 5. Below 9 stands what follows 6: with 7 its
+        // path is worth .54, below 6 it is worth .27, and 8 below 9 only .03.
+        let tokens = |tree: &Tree| -> Vec<u32> {
+            tree.nodes().iter().skip(1).map(|node| node.token).collect()
+        };
+        assert_eq!(tokens(&grown(1)), [9]);
+        assert_eq!(tokens(&grown(4)), [9, 6, 7, 7]);
+        assert_eq!(tokens(&grown(5)), [9, 6, 7, 7, 8]);
+        let said = &trial.answer()[1..];
+        let accepted = |nodes| walk(&grown(nodes), said, &mut Acceptance::default());
+        assert_eq!([accepted(1), accepted(2), accepted(3), accepted(4)], [0, 1, 1, 2]);
     }
 
     #[test]
-    fn lookup_copies_what_followed_the_longest_run_of_words() {
-        let tokens = [7, 1, 2, 3, 4, 9, 2, 3, 8, 1, 2, 3, 4, 9];
-        let trial = trial(&tokens, 11, None); // the answer is 3 4 9
-        assert_eq!(trial.look_up(0, 6), [4, 9, 2, 3, 8, 1]);
-        assert_eq!(trial.look_up(0, 2), [4, 9]);
-        let rule = Rule { name: "lookup", nodes: 6, growth: Growth::None, lookup: 6 };
-        assert_eq!(trial.play(&rule), Score { tokens: 2, rounds: 1, nodes: 6 });
+    fn lookup_copies_and_learns_from_one_answer_to_the_next() {
+        let tokens = [7, 1, 2, 3, 4, 9, 2, 3, 8, 1, 2, 3, 4, 9, 5];
+        let trial = trial(&tokens, 11, None); // the answer is 3 4 9 5
+        let score = play(&trial, 6, Growth::None, 1);
+        assert_eq!(score, Score { tokens: 3, rounds: 1, nodes: 2 });
+        let rule = Rule { nodes: 6, growth: Growth::None, lookup: 1 };
+        let mut acceptance = Acceptance::default();
+        let class = |class| Source { drafter: Drafter::Lookup, class };
+        let before = acceptance.rate(class(2));
+        trial.play(&rule, &mut acceptance);
+        assert!(acceptance.rate(class(2)) > before, "a match of three words was right");
+    }
+
+    #[test]
+    fn drafter_and_lookup_share_one_tree() {
+        // Lookup copies 4 9 after "1 2 3"; the drafter has only the first of these, and 6 6 6.
+        let tokens = [7, 1, 2, 3, 4, 9, 8, 1, 2, 3, 4, 9, 6, 5];
+        let guesses = || {
+            let at = [(4, 0.9), (6, 0.2), (6, 0.9), (0, 0.1)];
+            Some(Guesses { steps: vec![at.iter().map(|pair| guess(&[*pair])).collect()] })
+        };
+        let with = trial(&tokens, 9, guesses());
+        let rounds = |lookup| play(&with, 8, TREE, lookup).rounds;
+        assert_eq!([rounds(0), rounds(1)], [2, 1]);
+        assert_eq!(play(&trial(&tokens, 9, None), 8, Growth::None, 1).rounds, 2);
     }
 }

@@ -2,27 +2,28 @@
 
 use std::fmt;
 
+use hat_engine::draft::Acceptance;
+use hat_engine::draft::lookup::BRANCHES_MAX;
 use serde_json::{Value, json};
 
 use super::simulate::{Growth, Rule, Trial};
 use crate::shard::Recording;
 
 /// Ways of drafting that are compared. Trees count the nodes of the lookup in.
-const RULES: [Rule; 10] = [
-    rule("lookup 6", 6, Growth::None, 6),
-    rule("lookup 10", 10, Growth::None, 10),
-    rule("chain 4", 4, Growth::Chain, 0),
-    rule("tree 8", 8, Growth::Tree, 0),
-    rule("tree 16", 16, Growth::Tree, 0),
-    rule("tree 32", 32, Growth::Tree, 0),
-    rule("chain 4 + lookup 6", 10, Growth::Chain, 6),
-    rule("tree 8 with lookup 4", 8, Growth::Tree, 4),
-    rule("tree 16 with lookup 6", 16, Growth::Tree, 6),
-    rule("tree 32 with lookup 8", 32, Growth::Tree, 8),
-];
+const RULES: usize = 8;
 
-const fn rule(name: &'static str, nodes: usize, growth: Growth, lookup: usize) -> Rule {
-    Rule { name, nodes, growth, lookup }
+fn rules(tree: Growth) -> [(&'static str, Rule); RULES] {
+    let rule = |nodes, growth, lookup| Rule { nodes, growth, lookup };
+    [
+        ("lookup", rule(32, Growth::None, 1)),
+        ("chain 4", rule(4, Growth::Chain, 0)),
+        ("tree 8", rule(8, tree, 0)),
+        ("tree 16", rule(16, tree, 0)),
+        ("tree 32", rule(32, tree, 0)),
+        ("tree 8 with lookup", rule(8, tree, BRANCHES_MAX)),
+        ("tree 16 with lookup", rule(16, tree, BRANCHES_MAX)),
+        ("tree 32 with lookup", rule(32, tree, BRANCHES_MAX)),
+    ]
 }
 
 /// Draft steps whose guesses are counted.
@@ -39,9 +40,9 @@ struct Sums {
     /// Positions, first guesses right, one of five right.
     hits: [[usize; 3]; STEPS],
     /// Tokens, rounds and nodes by rule.
-    scores: [[usize; 3]; RULES.len()],
+    scores: [[usize; 3]; RULES],
     /// Sum of the answers' own tokens a round, by rule.
-    ratios: [f64; RULES.len()],
+    ratios: [f64; RULES],
 }
 
 /// Figures of one set of answers.
@@ -49,6 +50,9 @@ pub(super) struct Table {
     /// The first is `all`.
     categories: Vec<(String, Sums)>,
     has_drafter: bool,
+    rules: [(&'static str, Rule); RULES],
+    /// What each rule has learned of lookup so far.
+    acceptance: Vec<Acceptance>,
 }
 
 fn category(source: &str) -> &str {
@@ -56,7 +60,7 @@ fn category(source: &str) -> &str {
 }
 
 impl Table {
-    pub(super) fn new(recordings: &[Recording], has_drafter: bool) -> Self {
+    pub(super) fn new(recordings: &[Recording], has_drafter: bool, tree: Growth) -> Self {
         let mut categories = vec![("all".to_owned(), Sums::default())];
         for recording in recordings {
             let name = category(&recording.facts.source);
@@ -64,11 +68,14 @@ impl Table {
                 categories.push((name.to_owned(), Sums::default()));
             }
         }
-        Self { categories, has_drafter }
+        let acceptance = vec![Acceptance::default(); RULES];
+        Self { categories, has_drafter, rules: rules(tree), acceptance }
     }
 
     pub(super) fn take(&mut self, trial: &Trial<'_>) {
-        let scores = RULES.map(|rule| trial.play(&rule));
+        let taught = self.rules.iter().zip(&mut self.acceptance);
+        let scores: Vec<_> =
+            taught.map(|((_, rule), acceptance)| trial.play(rule, acceptance)).collect();
         let name = category(trial.source);
         for (_, sums) in self.categories.iter_mut().filter(|(n, _)| n == "all" || n == name) {
             sums.answers += 1;
@@ -84,10 +91,13 @@ impl Table {
         }
     }
 
-    fn rules(&self) -> impl Iterator<Item = (usize, &'static Rule)> + use<> {
+    /// The rules that there is a drafter for, by number and name.
+    fn rules(&self) -> impl Iterator<Item = (usize, &'static str)> {
         let has_drafter = self.has_drafter;
-        let is_there = move |(_, rule): &(usize, &Rule)| has_drafter || rule.growth == Growth::None;
-        RULES.iter().enumerate().filter(is_there)
+        let rules = self.rules.iter().enumerate();
+        rules
+            .filter(move |(_, (_, rule))| has_drafter || rule.growth == Growth::None)
+            .map(|(index, (name, _))| (index, *name))
     }
 
     /// The same figures for programs.
@@ -104,7 +114,7 @@ impl Table {
                 .collect();
             let rules: serde_json::Map<String, Value> = self
                 .rules()
-                .map(|(index, rule)| {
+                .map(|(index, name)| {
                     let [tokens, rounds, nodes] = sums.scores[index];
                     let figures = json!({
                         "tokens_a_round": share(tokens, rounds),
@@ -113,7 +123,7 @@ impl Table {
                         "rounds": rounds,
                         "tokens": tokens,
                     });
-                    (rule.name.to_owned(), figures)
+                    (name.to_owned(), figures)
                 })
                 .collect();
             let figures = json!({"answers": sums.answers, "steps": steps, "rules": rules});
@@ -147,10 +157,10 @@ impl fmt::Display for Table {
                 line(&format!("step {} {name}", step + 1), &cell)?;
             }
         }
-        for (index, rule) in self.rules() {
+        for (index, name) in self.rules() {
             let cell =
                 |sums: &Sums| format!("{:.2}", share(sums.scores[index][0], sums.scores[index][1]));
-            line(rule.name, &cell)?;
+            line(name, &cell)?;
         }
         Ok(())
     }

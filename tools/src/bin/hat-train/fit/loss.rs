@@ -173,3 +173,60 @@ fn argmax(row: ndarray::ArrayView1<'_, f32>) -> usize {
     });
     first.0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers in -1..1 that look random.
+    fn noise(rows: usize, columns: usize, stream: u32) -> Rows {
+        Rows::from_shape_fn((rows, columns), |(row, column)| {
+            let at = [u32::try_from(row).unwrap(), u32::try_from(column).unwrap(), stream, 8];
+            let [word, ..] = hat_engine::sample::noise::philox(at, [5, 6]);
+            word as f32 / 2_147_483_648.0 - 1.0
+        })
+    }
+
+    /// The derivative of each kind's loss is its slope, at the first draft step and at a later one.
+    #[test]
+    fn derivatives_are_slopes() {
+        const HIDDEN: usize = 6;
+        let spans = [Span { all: 0..5, queries: 0..3 }, Span { all: 5..9, queries: 3..6 }];
+        for (kind, step) in [(Kind::Deep, 1), (Kind::Deep, 3), (Kind::Layer, 1), (Kind::Paper, 1)] {
+            let loss = Loss {
+                weights: LossWeights::of(kind),
+                norm: FinalNorm { weight: Rows::ones((1, HIDDEN)), eps: 1e-5 },
+                head: noise(40, HIDDEN, 1) * 2.0,
+                frequent: 10,
+                drawn: 7,
+                seed: 3,
+            };
+            let (head, correction) = loss.choose_head(4);
+            assert_eq!(head.nrows(), 17);
+            let target = noise(6, HIDDEN, 2);
+            let wanted = probabilities(linear(&target, &head), &correction);
+            let of = |y: &Rows| {
+                loss.of_step(y, &spans, step, &target, &wanted, &head, &correction, 0.64)
+            };
+            let value = |y: &Rows| {
+                let of = of(y).0;
+                let LossWeights { divergence, smooth } = loss.weights;
+                0.64 * (f64::from(divergence) * of.divergence + f64::from(smooth) * of.smooth)
+            };
+            let y = noise(6, HIDDEN, 3) * 2.0;
+            let dy = of(&y).1;
+            let largest = dy.iter().fold(0f32, |most, d| most.max(d.abs()));
+            for (at, d) in dy.indexed_iter() {
+                let moved = |by: f32| {
+                    let mut y = y.clone();
+                    y[at] += by;
+                    value(&y)
+                };
+                let slope = ((moved(1e-2) - moved(-1e-2)) / 2e-2) as f32;
+                assert!((slope - d).abs() < 0.02 * largest, "{kind:?} {step} {at:?}: {slope}, {d}");
+                // The first rows of a span have no earlier step to go by: they do not count.
+                assert_eq!(*d == 0.0, at.0 % 3 < step - 1, "{kind:?} {step} {at:?}");
+            }
+        }
+    }
+}

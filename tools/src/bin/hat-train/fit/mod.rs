@@ -1,27 +1,27 @@
 //! `fit`: trains a drafter on what `collect` gathered.
 
+mod checkpoint;
 mod data;
 mod loss;
 mod optimiser;
 mod ridge;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use hat_engine::pull;
 use hat_loader::Bundle;
-use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
+use self::checkpoint::{Checkpoint, Origin};
 use self::data::Plan;
 use self::loss::{Loss, LossWeights, StepLoss};
 use self::optimiser::{AdamW, Schedule};
 use crate::adapter::{Adapter, TrainingFacts};
-use crate::drafter::{Dims, Kind, Params, Unroll, WeightReader, write_tensors};
+use crate::drafter::{Dims, Kind, Params, Unroll, WeightReader};
 use crate::shard::Collection;
 
 pub(crate) use self::data::{FinalNorm, batch_of, is_held_out};
@@ -85,6 +85,9 @@ pub(crate) struct FitArgs {
     /// Seed of order and draws.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Start from this checkpoint of another run of the same drafter, not from the model's layer.
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
 }
 
 /// Weights of the draft steps in the loss.
@@ -109,6 +112,15 @@ struct Recipe {
     decay: f32,
     warmup: usize,
     seed: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    from: Option<Box<Origin>>,
+}
+
+impl Recipe {
+    /// Optimiser steps that the numbers have seen before this run.
+    fn steps_before(&self) -> usize {
+        self.from.as_ref().map_or(0, |origin| origin.steps())
+    }
 }
 
 const CHECKPOINT: &str = "checkpoint.safetensors";
@@ -167,11 +179,16 @@ impl<'a> Trainer<'a> {
             collection.model_id,
             path.display()
         );
-        let checkpoint = args.out.join(CHECKPOINT);
-        let bytes = checkpoint.is_file().then(|| fs::read(&checkpoint)).transpose()?;
         let mut recipe = recipe_of(args, model_id);
-        if let Some(bytes) = &bytes {
-            recipe.shards = check_recipe(&checkpoint, bytes, &recipe)?.shards;
+        let origin = args.from.as_deref().map(Checkpoint::read).transpose()?;
+        if let Some(origin) = &origin {
+            recipe.from = Some(Box::new(origin.origin(&recipe)?));
+        }
+        let path = args.out.join(CHECKPOINT);
+        let own = path.is_file().then(|| Checkpoint::read(&path)).transpose()?;
+        if let Some(own) = &own {
+            own.ensure_is_of(&recipe)?;
+            recipe.shards = own.recipe.shards;
         }
         let plan = Plan::new(&args.collection, &collection, &mut recipe)?;
         let dims = Dims::new(device.config());
@@ -188,14 +205,15 @@ impl<'a> Trainer<'a> {
             drawn: recipe.drawn,
             seed: recipe.seed,
         };
-        let (params, optimiser, step) = match bytes {
-            Some(bytes) => resume(args, &dims, &checkpoint, &bytes)?,
+        let kind = args.drafter;
+        let step = own.as_ref().map_or(0, |own| own.step);
+        let (params, optimiser) = match own.or(origin) {
+            Some(checkpoint) => checkpoint.restore(kind, &dims)?,
             None => {
-                let (kind, layer) = (args.drafter, args.split_layer);
-                let scale = plan.shallow_scale()?;
+                let (layer, scale) = (args.split_layer, plan.shallow_scale()?);
                 let mut params = Params::from_model(kind, &dims, &[&device, &cloud], layer, scale)?;
                 ridge::start_outputs(&mut params, &dims, &plan, &loss)?;
-                (params, AdamW::new(kind, &dims), 0)
+                (params, AdamW::new(kind, &dims))
             }
         };
         Ok(Self { args, recipe, dims, plan, loss, params, optimiser, step, vocabulary, collection })
@@ -265,14 +283,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_checkpoint(&self) -> anyhow::Result<()> {
-        let mut tensors = self.params.tensors("");
-        tensors.extend(self.optimiser.first.tensors("first."));
-        tensors.extend(self.optimiser.second.tensors("second."));
-        let metadata = BTreeMap::from([
-            ("step".to_owned(), self.step.to_string()),
-            ("recipe".to_owned(), serde_json::to_string(&self.recipe)?),
-        ]);
-        write_tensors(&self.args.out.join(CHECKPOINT), &tensors, metadata)
+        let path = self.args.out.join(CHECKPOINT);
+        checkpoint::write(&path, &self.params, &self.optimiser, self.step, &self.recipe)
     }
 }
 
@@ -293,6 +305,7 @@ fn recipe_of(args: &FitArgs, model_id: String) -> Recipe {
         decay: args.decay,
         warmup: args.warmup,
         seed: args.seed,
+        from: None,
     }
 }
 
@@ -300,35 +313,6 @@ fn recipe_of(args: &FitArgs, model_id: String) -> Recipe {
 pub(crate) fn head_name(device: &Bundle) -> &'static str {
     let tied = device.config().tie_word_embeddings;
     if tied { "model.embed_tokens.weight" } else { "lm_head.weight" }
-}
-
-fn metadata_of(path: &Path, bytes: &[u8], name: &str) -> anyhow::Result<String> {
-    let (_, metadata) =
-        SafeTensors::read_metadata(bytes).with_context(|| format!("in {}", path.display()))?;
-    let value = metadata.metadata().as_ref().and_then(|metadata| metadata.get(name).cloned());
-    value.with_context(|| format!("{}: no {name} in its metadata", path.display()))
-}
-
-/// The recipe of a checkpoint, which has to be `wanted` but for the number of shards.
-fn check_recipe(path: &Path, bytes: &[u8], wanted: &Recipe) -> anyhow::Result<Recipe> {
-    let found: Recipe = serde_json::from_str(&metadata_of(path, bytes, "recipe")?)
-        .with_context(|| format!("{}: recipe", path.display()))?;
-    let wanted = Recipe { shards: found.shards, ..wanted.clone() };
-    ensure!(found == wanted, "{} is of another run: {found:?}, now {wanted:?}", path.display());
-    Ok(found)
-}
-
-fn resume(
-    args: &FitArgs,
-    dims: &Dims,
-    path: &Path,
-    bytes: &[u8],
-) -> anyhow::Result<(Params, AdamW, usize)> {
-    let file = SafeTensors::deserialize(bytes).with_context(|| format!("in {}", path.display()))?;
-    let step = metadata_of(path, bytes, "step")?.parse().context("step")?;
-    let read = |prefix| Params::from_tensors(args.drafter, dims, &file, prefix, path);
-    let optimiser = AdamW { first: read("first.")?, second: read("second.")?, step };
-    Ok((read("")?, optimiser, step))
 }
 
 /// The mean of some steps' losses, as a text.

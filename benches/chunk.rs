@@ -1,0 +1,242 @@
+//! Chunks of a prompt: what a plan costs, and what it is worth.
+//!
+//!     cargo bench -p hat-benches --bench chunk -- [--measure] [--tiny] [--rows N] [--rounds N]
+//!         [--wire f16,int8] [--chunks off,32,128,512,paper,auto] [--mbit UP,DOWN] [--rtt-ms N]
+//!
+//! Planning: the bound is a millisecond for 4,096 rows at a grain of 32. With `--measure`, the
+//! default model's TTFT over an emulated link, policies in turn, all against the first policy of
+//! the list in pairs of one round. Its bound is the greatest of upload, device and cloud, each
+//! alone, and one round trip: bytes up over the rate, and the device's and the cloud's own
+//! estimates of their time. Both roles run on this machine. `--tiny` takes a generated model with
+//! rows of 64 numbers instead: over a slow link it shows the overlap where computing is next to
+//! nothing, also on a machine that is busy with other things.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
+use hat_engine::internal::tiny_bundle;
+use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
+
+/// What the command line says.
+struct Args {
+    measure: bool,
+    tiny: bool,
+    rows: usize,
+    rounds: usize,
+    wires: Vec<Codec>,
+    policies: Vec<ChunkPolicy>,
+    mbit: (f64, f64),
+    rtt: Duration,
+}
+
+impl Args {
+    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
+        use ChunkPolicy::{Auto, Fixed, Off, Paper};
+        let sizes = [32, 64, 128, 256].map(Fixed);
+        let mut parsed = Self {
+            measure: false,
+            tiny: false,
+            rows: 1000,
+            rounds: 7,
+            wires: vec![Codec::F16, Codec::Int8],
+            policies: [&[Auto][..], &sizes, &[Off, Paper]].concat(),
+            mbit: (60.0, 100.0),
+            rtt: Duration::from_millis(10),
+        };
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--bench" => {}
+                "--measure" => parsed.measure = true,
+                "--tiny" => parsed.tiny = true,
+                "--rows" => parsed.rows = args.next()?.parse().ok()?,
+                "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
+                "--rtt-ms" => parsed.rtt = Duration::from_millis(args.next()?.parse().ok()?),
+                "--mbit" => {
+                    let rates = args.next()?;
+                    let (up, down) = rates.split_once(',')?;
+                    parsed.mbit = (up.parse().ok()?, down.parse().ok()?);
+                }
+                "--wire" => {
+                    let names = args.next()?;
+                    parsed.wires = names.split(',').map(Codec::from_name).collect::<Option<_>>()?;
+                }
+                "--chunks" => {
+                    let names = args.next()?;
+                    parsed.policies =
+                        names.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
+                }
+                _ => return None,
+            }
+        }
+        Some(parsed)
+    }
+}
+
+fn main() {
+    let Some(args) = Args::parse(std::env::args().skip(1)) else {
+        println!("chunk: an argument is not understood; see the top of benches/chunk.rs");
+        return;
+    };
+    planning();
+    if args.measure {
+        args.wires.iter().for_each(|wire| measure(&args, *wire));
+    }
+}
+
+/// Costs of a phone's link before a GPU, of two slow ends, and of three equal places.
+fn regimes() -> [(&'static str, ChunkCosts); 4] {
+    let link = ChunkCosts {
+        device: Line { fixed: 2e-3, per_row: 60e-6 },
+        frame_s: 0.5e-3,
+        row_up_s: 1.1e-3,
+        up_latency_s: 5e-3,
+        cloud: CloudCost { fixed: 6e-3, per_row: 90e-6, per_row_context: 20e-9 },
+        stages: 1,
+        cloud_wait_s: 2e-3,
+        return_s: 8e-3,
+    };
+    let compute = ChunkCosts {
+        row_up_s: 10e-6,
+        cloud: CloudCost { fixed: 5e-3, per_row: 1.2e-3, per_row_context: 0.3e-6 },
+        ..link
+    };
+    let balanced = ChunkCosts {
+        device: Line { fixed: 1e-3, per_row: 1e-3 },
+        row_up_s: 1e-3,
+        cloud: CloudCost { fixed: 4e-3, per_row: 0.9e-3, per_row_context: 50e-9 },
+        ..link
+    };
+    let stages =
+        ChunkCosts { stages: 4, cloud: CloudCost { per_row: 4e-3, ..balanced.cloud }, ..balanced };
+    [("link", link), ("compute", compute), ("balanced", balanced), ("4 stages", stages)]
+}
+
+fn planning() {
+    println!("== a plan of 4,096 rows at a grain of 32; bound 1 ms");
+    println!(
+        "regime     step rows   ms (least - most)   evaluated   finish: auto, best size, paper"
+    );
+    let mut planner = Planner::default();
+    for (name, costs) in regimes() {
+        for rows_max in [512, 4096] {
+            let limits = Limits { rows_max, ..Limits::default() };
+            let mut times: Vec<f64> = (0..50)
+                .map(|_| {
+                    let began = Instant::now();
+                    black_box(planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, 4096));
+                    began.elapsed().as_secs_f64() * 1e3
+                })
+                .collect();
+            times.sort_by(f64::total_cmp);
+            let evaluated = planner.evaluated();
+            let mut finish = |policy| planner.plan(policy, &costs, &limits, 0, 4096).finish_s * 1e3;
+            let sizes = (GRAIN_DEFAULT..=rows_max).map(ChunkPolicy::Fixed);
+            let best = sizes.map(&mut finish).fold(f64::INFINITY, f64::min);
+            println!(
+                "{name:<10} {rows_max:9}   {:5.3} ({:.3} - {:.3})   {evaluated:9}   \
+                 {:.1}, {best:.1}, {:.1} ms",
+                times[25],
+                times[0],
+                times[49],
+                finish(ChunkPolicy::Auto),
+                finish(ChunkPolicy::Paper),
+            );
+        }
+    }
+}
+
+fn measure(args: &Args, wire: Codec) {
+    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let scratch = std::env::temp_dir().join(format!("hat-bench-chunk-{}", std::process::id()));
+    let bundle = if args.tiny {
+        tiny_bundle(&scratch).expect("a place for a small model")
+    } else {
+        let cache = pull::cache_dir().expect("a cache directory");
+        pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the default model")
+    };
+    let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads);
+    let cloud = Cloud::start(cloud).expect("the cloud starts");
+    let mut links = Vec::new();
+    let mut engines = Vec::new();
+    for policy in &args.policies {
+        let config = EmulatorConfig::new(cloud.address()).rtt(args.rtt);
+        let mut config = config.mbit(args.mbit.0, args.mbit.1);
+        config.calibration = Some(Calibration::measure(&config).expect("a link"));
+        let link = Emulator::start(config).expect("a link");
+        let mut config = EngineConfig::new(bundle.join("device")).threads(threads);
+        config = config.wire(wire).chunks(*policy);
+        config.cloud = CloudAddress::Remote(link.address().to_string());
+        links.push(link);
+        engines.push(Engine::open(config).expect("the engine opens"));
+    }
+    let mut timings: Vec<Vec<Timings>> = vec![Vec::new(); engines.len()];
+    // The first round warms the maps and teaches the planner.
+    for round in 0..=args.rounds {
+        for (engine, timings) in engines.iter().zip(&mut timings) {
+            let timed = ask(engine, args.rows);
+            if round > 0 {
+                timings.push(timed);
+            }
+        }
+    }
+    println!(
+        "== {} rows as {}, {} threads, {:.0} Mbit/s up, round trip {:.0} ms, {} rounds",
+        args.rows,
+        wire.name(),
+        threads,
+        args.mbit.0,
+        args.rtt.as_secs_f64() * 1e3,
+        args.rounds
+    );
+    println!("chunks  TTFT ms (least - most)       / first  expected  bound  chunks of the last");
+    for ((policy, engine), timed) in args.policies.iter().zip(&engines).zip(&timings) {
+        let (ttft, least, most) = spread(timed.iter().map(|timing| timing.ttft_ms));
+        let pairs = timed.iter().zip(&timings[0]).map(|(this, first)| this.ttft_ms / first.ttft_ms);
+        let last = timed.last().expect("at least one round");
+        println!(
+            "{:<6} {ttft:8.1} ({least:.1} - {most:.1})   {:6.3}   {:7.1}  {:6.1}  {:?}",
+            policy.to_string(),
+            spread(pairs).0,
+            last.ttft_predicted_ms,
+            bound_ms(args, engine, last),
+            last.chunks,
+        );
+    }
+    if args.tiny {
+        let _ = std::fs::remove_dir_all(&scratch);
+    }
+}
+
+/// The slowest place alone, and a round trip.
+fn bound_ms(args: &Args, engine: &Engine, timings: &Timings) -> f64 {
+    let upload_ms = timings.bytes_up as f64 * 8.0 / args.mbit.0 / 1e3;
+    let rows = timings.prompt_n;
+    let compute_ms =
+        engine.metrics().estimates.chunk.map_or(0.0, |costs| {
+            costs.device.seconds(rows).max(costs.cloud.seconds(rows, 0)) * 1e3
+        });
+    upload_ms.max(compute_ms) + args.rtt.as_secs_f64() * 1e3
+}
+
+/// Median, least and greatest.
+fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    (values[values.len() / 2], values[0], values[values.len() - 1])
+}
+
+/// A prompt of `rows` tokens that no other is like, and one token of an answer.
+fn ask(engine: &Engine, rows: usize) -> Timings {
+    // Ids that each vocabulary has.
+    let tokens = (0..rows).map(|index| (index * 7919 % 200 + 10) as u32).collect();
+    let request = Request::tokens(tokens).max_tokens(1).ignore_eos().draft(DraftMode::Off);
+    for event in engine.generate(request).expect("a good request") {
+        if let Event::Done { metrics, .. } = event.expect("an answer") {
+            return metrics.timings;
+        }
+    }
+    unreachable!("an answer ends with Done")
+}

@@ -1,0 +1,112 @@
+//! How many rows of a prompt go next, by what was measured; and what is measured.
+
+use hat_transport::message::OutputHead;
+
+use super::run::Device;
+use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
+use crate::monitor::{Estimates, Returned};
+
+/// Where a prompt stands on its way.
+#[derive(Debug, Default)]
+pub(super) struct Sizing {
+    /// What is ahead of the next chunk, and when that was so.
+    ahead: Option<(Ahead, std::time::Instant)>,
+}
+
+impl Device {
+    /// Rows of the next chunk of request `index`. While too little is known for a plan, chunks
+    /// have the default size; later ones of the same prompt may know more.
+    pub(super) fn chunk_rows(&mut self, index: usize) -> u32 {
+        // Looked at for each chunk, whatever the policy: between two looks only the mean is seen.
+        let left_bytes = self.note_link();
+        let active = &self.actives[index];
+        let done = active.computed();
+        let left = active.rows() - done;
+        let rows_max = self.peer_rows_max.min(self.start.config.limits.step_rows_max);
+        let in_prefill = active.answer.tokens().is_empty();
+        let policy = self.start.config.chunks;
+        let rows = match policy {
+            ChunkPolicy::Off => left,
+            ChunkPolicy::Fixed(rows) => rows,
+            ChunkPolicy::Paper | ChunkPolicy::Auto if in_prefill => {
+                let planned = self.planned_rows(index, policy, rows_max, left_bytes);
+                planned.unwrap_or(CHUNK_ROWS_DEFAULT)
+            }
+            _ => CHUNK_ROWS_DEFAULT,
+        };
+        rows.min(left).min(rows_max)
+    }
+
+    /// The first chunk of a plan for what is left of a prompt; `None` if too little is known.
+    fn planned_rows(
+        &mut self,
+        index: usize,
+        policy: ChunkPolicy,
+        rows_max: u32,
+        left_bytes: u64,
+    ) -> Option<u32> {
+        let costs = self.monitor.costs(self.row_bytes(), self.layers())?;
+        let now = self.start.shared.clock.now();
+        let active = &mut self.actives[index];
+        let (done, rows) = (active.computed(), active.rows() - active.computed());
+        let mut ahead = active.sizing.ahead.map_or_else(Ahead::default, |(ahead, at)| {
+            ahead.later(now.duration_since(at).as_secs_f64())
+        });
+        ahead.uplink_s = ahead.uplink_s.max(self.monitor.uplink_busy_s(left_bytes));
+        let limits = Limits { rows_max, ..Limits::default() };
+        let plan = self.planner.plan_after(policy, &costs, &limits, ahead, done, rows);
+        let next = *plan.sizes.first()?;
+        active.meter.planned(now, plan.sizes, plan.finish_s);
+        active.sizing.ahead = Some((ahead.behind(&costs, next, done), now));
+        Some(next)
+    }
+
+    /// Looks at what the link counts; returns the bytes that are not acknowledged.
+    fn note_link(&mut self) -> u64 {
+        let counters = self.connection.and_then(|id| self.endpoint.counters(id));
+        let Some(counters) = counters else { return 0 };
+        let now = self.start.shared.clock.now();
+        let now_s = now.duration_since(self.began).as_secs_f64();
+        let traffic = counters.traffic;
+        self.monitor.note_uplink(now_s, traffic.acked_bytes, traffic.unacked_bytes);
+        if let Some(rtt) = traffic.rtt {
+            self.monitor.note_rtt(rtt.as_secs_f64());
+        }
+        traffic.unacked_bytes
+    }
+
+    /// An output came back for `rows` rows that were sent together, `away_s` after that if no
+    /// others were ahead of them.
+    pub(super) fn note_returned(
+        &mut self,
+        index: usize,
+        rows: usize,
+        head: &OutputHead,
+        away_s: Option<f64>,
+    ) {
+        self.note_link();
+        let prefix = self.actives[index].computed();
+        self.monitor.note_returned(&Returned {
+            sent_bytes: (rows * self.row_bytes()) as u64,
+            prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
+            step_rows: head.step_rows,
+            step_s: f64::from(head.step_us) * 1e-6,
+            away_s,
+        });
+    }
+
+    /// What is known now.
+    pub(super) fn estimates(&self) -> Estimates {
+        self.monitor.estimates(self.row_bytes(), self.layers())
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.start.config.wire.row_bytes(self.start.facts.hidden_size)
+    }
+
+    /// Layers here before the cloud's, and the cloud's.
+    fn layers(&self) -> (u32, u32) {
+        let layers = &self.start.facts.layers;
+        (layers.start, layers.end - layers.start)
+    }
+}

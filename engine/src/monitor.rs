@@ -1,0 +1,225 @@
+//! What a device knows of itself, its link and its cloud: moving averages of what it has seen.
+//!
+//! The device notes how long its own layers took, how many bytes the cloud has acknowledged, and
+//! what each first output says of the step that made it. [`Monitor::costs`] makes of that what
+//! the chunk planner asks for. Pure: times and counts are arguments, seconds from any fixed start.
+
+mod fit;
+#[cfg(test)]
+mod tests;
+
+pub use self::fit::Fit;
+use crate::chunk::{ChunkCosts, CloudCost, Line};
+
+/// Share of the past in a moving average unless configured, as in the paper (arXiv 2503.18989).
+pub const PAST_DEFAULT: f64 = 0.8;
+/// The greatest share of the past: an average that never moves is no estimate.
+const PAST_MAX: f64 = 0.99;
+/// Bytes of a rate's sample: one acknowledgement more or less says little of fewer.
+const SAMPLE_BYTES: u64 = 32 << 10;
+/// Seconds of a rate's sample.
+const SAMPLE_S: f64 = 2e-3;
+/// Processor time of sending a chunk: checksum and system call.
+const FRAME_S: f64 = 30e-6;
+/// Bytes of a chunk that are no rows: the frame's header and the head of ROWS.
+const FRAME_BYTES: f64 = 48.0;
+
+/// A moving average.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Moving(Option<f64>);
+
+impl Moving {
+    /// Takes one measurement; what is no number from 0 up says nothing.
+    pub fn note(&mut self, past: f64, value: f64) {
+        if value.is_finite() && value >= 0.0 {
+            self.0 = Some(self.0.map_or(value, |before| past * before + (1.0 - past) * value));
+        }
+    }
+
+    /// What it is now; `None` before the first measurement.
+    #[must_use]
+    pub fn value(&self) -> Option<f64> {
+        self.0
+    }
+}
+
+/// Seconds a byte takes, from counts of bytes that have arrived.
+#[derive(Clone, Copy, Debug, Default)]
+struct Flow {
+    byte_s: Moving,
+    /// When the sample at hand began, and how many bytes had arrived by then.
+    from: Option<(f64, u64)>,
+    /// Whether more was on its way at the last note.
+    busy: bool,
+}
+
+impl Flow {
+    /// By `now_s`, `arrived` bytes have arrived in all; `busy`: more is on its way. Between two
+    /// notes of a busy flow bytes arrive as fast as they can; otherwise they may have come sooner,
+    /// and only what is faster than known is news.
+    fn note(&mut self, past: f64, now_s: f64, arrived: u64, busy: bool) {
+        let stays_busy = std::mem::replace(&mut self.busy, busy) && busy;
+        if let Some((since_s, before)) = self.from {
+            let (took_s, bytes) = (now_s - since_s, arrived.saturating_sub(before));
+            if bytes < SAMPLE_BYTES && stays_busy && arrived >= before {
+                return;
+            }
+            let byte_s = took_s / bytes.max(1) as f64;
+            let faster = self.byte_s.value().is_none_or(|known| byte_s < known);
+            if bytes >= SAMPLE_BYTES && (faster || stays_busy && took_s >= SAMPLE_S) {
+                self.byte_s.note(past, byte_s);
+            }
+        }
+        self.from = Some((now_s, arrived));
+    }
+}
+
+/// What was measured of a device, its link and its cloud.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    past: f64,
+    uplink: Flow,
+    downlink: Flow,
+    rtt: Moving,
+    wait: Moving,
+    head: Moving,
+    device: Fit,
+    step: Fit,
+}
+
+impl Default for Monitor {
+    fn default() -> Self {
+        Self::new(PAST_DEFAULT)
+    }
+}
+
+/// A copy of the estimates, for people and reports. What is not known yet is `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Estimates {
+    /// Bytes a second to the cloud.
+    pub uplink_bytes_s: Option<f64>,
+    /// Bytes a second from the cloud.
+    pub downlink_bytes_s: Option<f64>,
+    /// Round-trip time, seconds.
+    pub rtt_s: Option<f64>,
+    /// What a chunk of a prompt costs.
+    pub chunk: Option<ChunkCosts>,
+}
+
+/// What the first output after rows were sent says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Returned {
+    /// Bytes of the rows that were sent together.
+    pub sent_bytes: u64,
+    /// Rows before them in their session.
+    pub prefix: u32,
+    /// Rows of the step, those of other sessions included.
+    pub step_rows: u32,
+    /// How long the step took.
+    pub step_s: f64,
+    /// From the end of sending to the output; `None` if others were ahead of these rows.
+    pub away_s: Option<f64>,
+}
+
+impl Monitor {
+    /// Knows nothing. `past` is the share of the past in all averages, from 0 to below 1.
+    #[must_use]
+    pub fn new(past: f64) -> Self {
+        let past = if past > 0.0 { past.min(PAST_MAX) } else { 0.0 };
+        Self {
+            past,
+            uplink: Flow::default(),
+            downlink: Flow::default(),
+            rtt: Moving::default(),
+            wait: Moving::default(),
+            head: Moving::default(),
+            device: Fit::default(),
+            step: Fit::default(),
+        }
+    }
+
+    /// The device's own layers took so long for a chunk.
+    pub fn note_device(&mut self, rows: u32, seconds: f64) {
+        self.device.note(self.past, rows, 0, seconds);
+    }
+
+    /// By `now_s`, the cloud has acknowledged `arrived` bytes in all, and so many that were sent
+    /// or queued are left.
+    pub fn note_uplink(&mut self, now_s: f64, arrived: u64, left: u64) {
+        self.uplink.note(self.past, now_s, arrived, left > 0);
+    }
+
+    /// By `now_s`, `arrived` bytes have come from the cloud; `busy`: a burst of frames goes on.
+    pub fn note_downlink(&mut self, now_s: f64, arrived: u64, busy: bool) {
+        self.downlink.note(self.past, now_s, arrived, busy);
+    }
+
+    /// The link's round-trip time, as it stands.
+    pub fn note_rtt(&mut self, seconds: f64) {
+        // The link smooths it already.
+        self.rtt.note(0.0, seconds);
+    }
+
+    /// The first output of rows that were sent together.
+    pub fn note_returned(&mut self, returned: &Returned) {
+        let Returned { sent_bytes, prefix, step_rows, step_s, away_s } = *returned;
+        self.step.note(self.past, step_rows, prefix, step_s);
+        if let Some(away_s) = away_s {
+            let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
+            self.wait.note(self.past, (away_s - step_s - link_s).max(0.0));
+        }
+    }
+
+    /// Tail layers, LM head and sampling of one row took so long.
+    pub fn note_head(&mut self, seconds: f64) {
+        self.head.note(self.past, seconds);
+    }
+
+    fn byte_up_s(&self) -> f64 {
+        self.uplink.byte_s.value().unwrap_or(0.0)
+    }
+
+    /// Until bytes that are sent or queued, and not acknowledged, have left: seconds.
+    #[must_use]
+    pub fn uplink_busy_s(&self, left: u64) -> f64 {
+        (left as f64 * self.byte_up_s() - self.rtt.value().unwrap_or(0.0)).max(0.0)
+    }
+
+    /// What a chunk costs whose rows have `row_bytes` bytes; `None` while device or uplink are
+    /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
+    /// device: `layers` are those of the device and of the cloud.
+    #[must_use]
+    pub fn costs(&self, row_bytes: usize, layers: (u32, u32)) -> Option<ChunkCosts> {
+        let CloudCost { fixed, per_row, .. } = self.device.cost()?;
+        let device = Line { fixed, per_row };
+        let byte_s = self.uplink.byte_s.value()?;
+        let rtt_s = self.rtt.value().unwrap_or(0.0);
+        let guess = || {
+            let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
+            CloudCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
+        };
+        Some(ChunkCosts {
+            device,
+            frame_s: FRAME_S + FRAME_BYTES * byte_s,
+            row_up_s: byte_s * row_bytes as f64,
+            up_latency_s: rtt_s / 2.0,
+            cloud: self.step.cost().unwrap_or_else(guess),
+            stages: 1,
+            cloud_wait_s: self.wait.value().unwrap_or(0.0),
+            return_s: rtt_s / 2.0 + self.head.value().unwrap_or(0.0),
+        })
+    }
+
+    /// All of it, as of now.
+    #[must_use]
+    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32)) -> Estimates {
+        let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
+        Estimates {
+            uplink_bytes_s: rate(&self.uplink),
+            downlink_bytes_s: rate(&self.downlink),
+            rtt_s: self.rtt.value(),
+            chunk: self.costs(row_bytes, layers),
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! The block codecs compiled for AVX2. No intrinsics: the loops are the portable ones.
+
+use super::block::{Grid, pack_row, unpack_row};
+
+/// As [`pack_row`], for each row; `None` if this CPU has no AVX2.
+pub(super) fn pack<G: Grid, const N: usize>(
+    rows: &[f32],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [u8],
+) -> Option<usize> {
+    if !is_x86_feature_detected!("avx2") {
+        return None;
+    }
+    // SAFETY: this CPU has AVX2, as was asked right above.
+    Some(unsafe { pack_avx2::<G, N>(rows, hidden, row_bytes, out) })
+}
+
+/// As [`unpack_row`], for each row; says whether this CPU has AVX2, and if not does nothing.
+pub(super) fn unpack<G: Grid, const N: usize>(
+    bytes: &[u8],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [f32],
+) -> bool {
+    if !is_x86_feature_detected!("avx2") {
+        return false;
+    }
+    // SAFETY: this CPU has AVX2, as was asked right above.
+    unsafe { unpack_avx2::<G, N>(bytes, hidden, row_bytes, out) };
+    true
+}
+
+#[target_feature(enable = "avx2")]
+fn pack_avx2<G: Grid, const N: usize>(
+    rows: &[f32],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [u8],
+) -> usize {
+    let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
+    rows.map(|(row, out)| pack_row::<G, N>(row, out)).sum()
+}
+
+#[target_feature(enable = "avx2")]
+fn unpack_avx2<G: Grid, const N: usize>(
+    bytes: &[u8],
+    hidden: usize,
+    row_bytes: usize,
+    out: &mut [f32],
+) {
+    let rows = bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(hidden));
+    rows.for_each(|(bytes, row)| unpack_row::<G, N>(bytes, row));
+}

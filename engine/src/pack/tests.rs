@@ -1,0 +1,230 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn packed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<u8> {
+    let mut bytes = vec![0; codec.row_bytes(hidden) * (rows.len() / hidden)];
+    codec.pack(rows, hidden, &mut bytes).unwrap();
+    bytes
+}
+
+fn crossed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len()];
+    codec.unpack(&packed(codec, rows, hidden), hidden, &mut out).unwrap();
+    out
+}
+
+#[test]
+fn names_and_ids_are_fixed() {
+    assert_eq!(
+        Codec::ALL.map(|codec| (codec.id(), codec.name(), codec.row_bytes(576))),
+        [(0, "f32", 2304), (1, "f16", 1152), (2, "int8", 612), (3, "int4", 360)]
+    );
+    for codec in Codec::ALL {
+        assert_eq!(Codec::from_id(codec.id()), Some(codec));
+        assert_eq!(Codec::from_name(codec.name()), Some(codec));
+    }
+    assert_eq!(Codec::Int4.down(), Codec::Int8);
+    for codec in [Codec::F32, Codec::F16, Codec::Int8] {
+        assert_eq!(codec.down(), codec);
+    }
+    assert_eq!([4, 255].map(Codec::from_id), [None, None]);
+    assert_eq!(["int5", "", "F16"].map(Codec::from_name), [None, None, None]);
+    // A block and a short one; an odd number of halves.
+    assert_eq!((Codec::Int8.row_bytes(65), Codec::Int4.row_bytes(37)), (73, 27));
+    assert_eq!((Codec::Int8.row_bytes(64), Codec::Int4.row_bytes(32)), (68, 20));
+}
+
+#[test]
+fn bytes_are_little_endian_and_dense() {
+    let rows = [1.0f32, -2.0, 0.5, 65504.0];
+    assert_eq!(packed(Codec::F32, &rows, 2)[..8], [0, 0, 0x80, 0x3F, 0, 0, 0, 0xC0]);
+    assert_eq!(packed(Codec::F16, &rows, 2), [0, 0x3C, 0, 0xC0, 0, 0x38, 0xFF, 0x7B]);
+}
+
+#[test]
+fn blocks_are_a_scale_the_greatest_number_and_codes() {
+    // The greatest is 1000, the next 127: scale 1. Ties go to even.
+    let row = [3.0f32, -127.0, 1000.0, 2.5, 3.5];
+    let bytes = [0, 0x3C, 0xD0, 0x63, 3, 0x81, 0x80, 2, 4];
+    assert_eq!(packed(Codec::Int8, &row, 5), bytes);
+    assert_eq!(crossed(Codec::Int8, &row, 5), [3.0, -127.0, 1000.0, 2.0, 4.0]);
+    // Scale 0.5; of two greatest ones the first is apart. Low halves: 8, 7, -2; high: -7, 1.
+    let row = [-10.0f32, 3.5, -1.0, -3.5, 0.5];
+    assert_eq!(packed(Codec::Int4, &row, 5), [0, 0x38, 0, 0xC9, 0x98, 0x17, 0x0E]);
+    assert_eq!(crossed(Codec::Int4, &row, 5), row);
+    assert_eq!(packed(Codec::Int4, &[2.0, -2.0], 2), [0x92, 0x34, 0, 0x40, 0x98]);
+    // Nothing but zeros, and one number alone.
+    assert_eq!(packed(Codec::Int8, &[0.0; 3], 3), [0, 0, 0, 0, 0x80, 0, 0]);
+    assert_eq!(crossed(Codec::Int4, &[-7.25], 1), [-7.25]);
+}
+
+#[test]
+fn one_great_number_leaves_its_neighbours_alone() {
+    let mut row: Vec<f32> = (0..64).map(|index| (index as f32 * 0.7).sin()).collect();
+    row[40] = 22_544.0;
+    for (codec, most) in [(Codec::Int8, 0.005), (Codec::Int4, 0.08)] {
+        let got = crossed(codec, &row, 64);
+        assert_eq!(got[40], 22_544.0);
+        for (got, wanted) in got.iter().zip(&row) {
+            assert!((got - wanted).abs() < most, "{codec:?}: {got} for {wanted}");
+        }
+    }
+}
+
+#[test]
+fn f16_rounds_to_even_and_all_but_f32_cut_beyond_its_range() {
+    let rows = [65505.0f32, -1e30, 2049.0, 2051.0, 6e-8, 2e-8, -0.0, 65503.0];
+    let got = crossed(Codec::F16, &rows, 4);
+    assert_eq!(got[..4], [65504.0, -65504.0, 2048.0, 2052.0]);
+    assert_eq!(got[4], 2f32.powi(-24));
+    assert_eq!((got[5], got[6].to_bits(), got[7]), (0.0, (-0.0f32).to_bits(), 65504.0));
+    for (codec, cut) in Codec::ALL.into_iter().zip([0, 2, 2, 2]) {
+        let mut bytes = vec![0; 2 * codec.row_bytes(4)];
+        assert_eq!(codec.pack(&rows, 4, &mut bytes), Ok(cut), "{codec:?}");
+        assert!(crossed(codec, &rows, 4).iter().all(|number| number.is_finite()));
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_refused_on_both_sides() {
+    let refused = Err(PackError::NotFinite { row: 2, column: 7 });
+    for codec in Codec::ALL {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut rows = vec![1.0f32; 3 * 300];
+            let mut bytes = packed(codec, &rows, 300);
+            rows[2 * 300 + 7] = bad;
+            assert_eq!(codec.pack(&rows, 300, &mut bytes.clone()), refused);
+            let row = 2 * codec.row_bytes(300);
+            match codec {
+                Codec::F32 => bytes[row + 28..][..4].copy_from_slice(&bad.to_le_bytes()),
+                Codec::F16 => {
+                    bytes[row + 14..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                }
+                Codec::Int8 | Codec::Int4 => {
+                    // The number apart is bad, and then the scale: that takes all with it.
+                    bytes[row + 2..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                    bytes[row + 4] = if codec == Codec::Int8 { 1 } else { 0x11 };
+                    let byte = row + 4 + 7;
+                    bytes[byte] = if codec == Codec::Int8 { 0x80 } else { 0x18 };
+                    let refused = codec.unpack(&bytes, 300, &mut rows.clone());
+                    assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 7 }));
+                    bytes[row..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                    let refused = codec.unpack(&bytes, 300, &mut rows);
+                    assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 0 }));
+                    continue;
+                }
+            }
+            assert_eq!(codec.unpack(&bytes, 300, &mut rows), refused.clone().map(drop));
+        }
+    }
+}
+
+#[test]
+fn lengths_of_a_peer_are_checked() {
+    for codec in Codec::ALL {
+        let expected = 2 * codec.row_bytes(4);
+        let bytes = vec![0; expected + 1];
+        for got in [0, 1, expected - 1, expected + 1] {
+            let refused = Err(PackError::Length { expected, got });
+            assert_eq!(codec.unpack(&bytes[..got], 4, &mut [0.0; 8]), refused);
+        }
+        assert_eq!(codec.unpack(&[], 4, &mut []), Ok(()));
+    }
+}
+
+/// Residual rows: mostly small numbers, some great ones, and all kinds of bits.
+fn any_rows() -> impl Strategy<Value = Vec<f32>> {
+    let number = prop_oneof![
+        8 => -3.0f32..3.0,
+        1 => -30000.0f32..30000.0,
+        1 => any::<u32>().prop_map(f32::from_bits)
+            .prop_map(|x| if x.is_finite() { x } else { 1.0 }),
+    ];
+    prop::collection::vec(number, 1..700)
+}
+
+proptest! {
+    /// F32 and F16 give what `half` gives, at any alignment, and a second crossing changes
+    /// nothing.
+    #[test]
+    fn plain_codecs_round_each_number(rows in any_rows(), offset in 0usize..4) {
+        let hidden = rows.len();
+        for codec in [Codec::F32, Codec::F16] {
+            let mut bytes = vec![0; offset + codec.row_bytes(hidden)];
+            codec.pack(&rows, hidden, &mut bytes[offset..]).unwrap();
+            let mut got = vec![0.0; hidden];
+            codec.unpack(&bytes[offset..], hidden, &mut got).unwrap();
+            let bits = |rows: &[f32]| rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&crossed(codec, &got, hidden)), bits(&got));
+            for (&x, &y) in rows.iter().zip(&got) {
+                let wanted = match codec {
+                    Codec::F32 => x,
+                    _ => f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
+                };
+                prop_assert_eq!(y.to_bits(), wanted.to_bits());
+            }
+        }
+    }
+
+    /// In each block the greatest number comes back as f16, and the others within half a step of
+    /// the next greatest one's scale.
+    #[test]
+    fn blocks_keep_their_promise(rows in any_rows()) {
+        for (codec, block, most) in [(Codec::Int8, 64, 127.0f32), (Codec::Int4, 32, 7.0)] {
+            let got = crossed(codec, &rows, rows.len());
+            for (got, rows) in got.chunks(block).zip(rows.chunks(block)) {
+                let cut: Vec<f32> = rows.iter().map(|x| x.clamp(-65504.0, 65504.0)).collect();
+                let mut sizes: Vec<f32> = cut.iter().map(|x| x.abs()).collect();
+                let greatest = sizes.iter().copied().fold(0.0, f32::max);
+                let at = sizes.iter().position(|&size| size == greatest).unwrap();
+                sizes.remove(at);
+                let scale = sizes.iter().copied().fold(0.0, f32::max) / most;
+                prop_assert_eq!(got[at], f16::from_f32(cut[at]).to_f32());
+                for (index, (&got, &wanted)) in got.iter().zip(&cut).enumerate() {
+                    // f16 rounds the scale, by as much as its least step for the tiniest.
+                    let allowed = scale * 0.505 + most * 3.1e-8;
+                    prop_assert!(index == at || (got - wanted).abs() <= allowed,
+                        "{codec:?} {index}: {got} for {wanted}, scale {scale}");
+                }
+            }
+        }
+    }
+
+    /// A row's bytes depend on nothing but the row, and not on the instructions either.
+    #[test]
+    fn rows_are_packed_one_by_one_and_the_same_everywhere(rows in any_rows(), parts in 1usize..4) {
+        let hidden = rows.len() / parts.min(rows.len());
+        let rows = &rows[..rows.len() / hidden * hidden];
+        for codec in [Codec::Int8, Codec::Int4] {
+            let row_bytes = codec.row_bytes(hidden);
+            let bytes = packed(codec, rows, hidden);
+            let mut portable = vec![0; bytes.len()];
+            let mut back = vec![0.0; rows.len()];
+            if codec == Codec::Int8 {
+                pack_portable::<Bytes, 64>(rows, hidden, row_bytes, &mut portable);
+                unpack_portable::<Bytes, 64>(&bytes, hidden, row_bytes, &mut back);
+            } else {
+                pack_portable::<Nibbles, 32>(rows, hidden, row_bytes, &mut portable);
+                unpack_portable::<Nibbles, 32>(&bytes, hidden, row_bytes, &mut back);
+            }
+            prop_assert_eq!(&portable, &bytes);
+            prop_assert_eq!(&back, &crossed(codec, rows, hidden));
+            for (row, bytes) in rows.chunks(hidden).zip(bytes.chunks(row_bytes)) {
+                prop_assert_eq!(&packed(codec, row, hidden), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_rows_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..200), hidden in 1usize..100,
+    ) {
+        for codec in Codec::ALL {
+            let rows = bytes.len() / codec.row_bytes(hidden);
+            let mut out = vec![0.0; rows * hidden];
+            let taken = codec.unpack(&bytes[..rows * codec.row_bytes(hidden)], hidden, &mut out);
+            prop_assert_eq!(taken.is_ok(), out.iter().all(|number| number.is_finite()));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Very many devices on a few clouds, and what the engine's scheduler itself takes.
+
+use std::time::Instant;
+
+use anyhow::ensure;
+use clap::Args;
+use hat_engine::sched::{Scheduler, Work};
+use indicatif::ProgressBar;
+use serde_json::json;
+
+use crate::costs::CostFile;
+use crate::figures::Figures;
+use crate::policy::Policy;
+use crate::text::Guessing;
+use crate::world::{Run, World};
+
+/// A step that the scheduler's time is held against.
+const STEP_MS: f64 = 7.0;
+/// Plans that are timed.
+const PLANS: usize = 2000;
+/// Sessions, and rows of each, in the timed plans.
+const TIMED: [(u64, u32); 5] = [(16, 8), (64, 8), (256, 8), (256, 1), (1024, 1)];
+
+#[derive(Args)]
+pub(crate) struct FleetArgs {
+    /// Devices, 1 to 1000000, of the kinds of the workload.
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    devices: usize,
+    /// Identical clouds; a device stays with one, 1 to 10000.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    replicas: usize,
+    /// Requests of each device in an hour.
+    #[arg(long, value_name = "N", default_value_t = 12.0)]
+    hourly: f64,
+    /// Virtual seconds in which requests come.
+    #[arg(long, value_name = "N", default_value_t = 60.0)]
+    seconds: f64,
+    /// Whose machines and prompts.
+    #[arg(long, value_name = "NAME|PATH", default_value = "specbench-7b")]
+    workload: String,
+    /// By which policy.
+    #[arg(long, value_name = "NAME", default_value = "ours")]
+    policy: String,
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Print the figures as one line of JSON, the last.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
+    ensure!((1..=1_000_000).contains(&args.devices), "--devices: allowed are 1 to 1000000");
+    ensure!((1..=10_000).contains(&args.replicas), "--replicas: allowed are 1 to 10000");
+    let rate = args.devices as f64 * args.hourly / 3600.0;
+    let requests = rate * args.seconds;
+    ensure!((1.0..=2e6).contains(&requests), "--hourly, --seconds: {requests} requests");
+    let file = CostFile::open(&args.workload)?.with_devices(args.devices);
+    let policy = Policy::named(&args.policy)?;
+    let guessing = Guessing::fit(&file.drafters);
+    let (replicas, requests) = (args.replicas, requests as usize);
+    let run = Run { rate, requests, replicas, timed: true, ..Run::of(&policy, args.seed) };
+    let mut world = World::new(&file, &guessing, run);
+    let bar = ProgressBar::new(requests as u64);
+    let began = Instant::now();
+    world.live(&mut |finished| bar.set_position(finished as u64));
+    bar.finish_and_clear();
+    let took_s = began.elapsed().as_secs_f64();
+    let figures = Figures::of(&policy.name, &world);
+    println!("{} devices, {replicas} clouds, {rate:.0} requests / s\n", args.devices);
+    println!("{}\n|---|---|---|---|---|---|---|---|---|\n{}", Figures::HEAD, figures.row());
+    println!("\n{} requests simulated in {took_s:.1} s of real time", world.finished);
+    let clocks = || world.replicas.iter().map(|replica| &replica.clock);
+    let plans: u64 = clocks().map(|clock| clock.plans).sum();
+    let spent_us: f64 = clocks().map(|clock| clock.took.as_secs_f64() * 1e6).sum();
+    let refused: u64 = clocks().map(|clock| clock.refused).sum();
+    let queued = clocks().map(|clock| clock.queued_max).max().unwrap_or(0);
+    let plan_us = spent_us / plans.max(1) as f64;
+    println!("{plans} steps; the scheduler took {plan_us:.2} us of each, {queued} works waited");
+    let mut costs = vec![];
+    for (sessions, rows) in TIMED {
+        let us = scheduler_us(sessions, rows);
+        let share = us * 1e-3 / STEP_MS;
+        println!(
+            "{sessions} sessions with {rows} rows each: {us:.1} us a step, {:.2} % of {STEP_MS} ms",
+            100.0 * share
+        );
+        costs.push(json!({ "sessions": sessions, "rows": rows, "us": us, "of_7_ms": share }));
+    }
+    if args.json {
+        let fleet = json!({
+            "devices": args.devices, "replicas": replicas, "rate": rate, "refused": refused,
+            "plan_us": plan_us, "plans": plans, "queued_max": queued, "scheduler": costs,
+        });
+        println!("{}", json!({ "policies": [figures.json()], "fleet": fleet }));
+    }
+    Ok(())
+}
+
+/// Microseconds in which the scheduler plans a step and takes the next rows of those who ran,
+/// with so many sessions waiting: the scheduler's share of an io thread's turn.
+fn scheduler_us(sessions: u64, rows: u32) -> f64 {
+    let mut scheduler = Scheduler::new(512, 4096);
+    let work = |session| Work { session, rows, urgent: true, class: 0 };
+    for session in 0..sessions {
+        scheduler.enqueue(work(session)).expect("the queue is long enough");
+    }
+    let mut step = vec![];
+    let mut times = Vec::with_capacity(PLANS);
+    for _ in 0..PLANS {
+        let began = Instant::now();
+        scheduler.plan(&mut step);
+        for done in &step {
+            scheduler.enqueue(work(done.session)).expect("its place is free");
+        }
+        times.push(began.elapsed().as_secs_f64() * 1e6);
+    }
+    times.sort_by(f64::total_cmp);
+    times[PLANS / 2]
+}

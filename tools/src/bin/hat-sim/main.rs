@@ -1,0 +1,206 @@
+//! `hat-sim`: many devices and a cloud in virtual time, under the engine's own scheduler, chunk
+//! sizer and draft policy.
+
+mod calibrate;
+mod costs;
+mod figures;
+mod fleet;
+mod load;
+mod machine;
+mod plot;
+mod policy;
+mod random;
+mod round;
+mod show;
+mod text;
+mod trial;
+mod world;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::ProgressBar;
+use serde_json::json;
+
+use crate::costs::{Calibrated, CostFile, Ranged};
+use crate::figures::Figures;
+use crate::policy::{ABLATION, COMPARED};
+use crate::trial::{Compared, Trials};
+
+/// Simulates devices and a cloud in virtual time, and compares ways of splitting a model.
+#[derive(Parser)]
+#[command(name = "hat-sim", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compare policies on the paper's testbed.
+    Paper(PaperArgs),
+    /// The published ablation, then our causes one by one and together; all published figures
+    /// beside simulated ones.
+    Ablation(Load),
+    /// Find what the paper does not state from its U-shape rows alone.
+    Calibrate(CalibrateArgs),
+    /// Very many devices on a few clouds, and what the scheduler itself takes.
+    Fleet(fleet::FleetArgs),
+}
+
+#[derive(Args)]
+struct CalibrateArgs {
+    /// specbench-7b, cnndm-13b, or the path of a cost file with published rows.
+    #[arg(long, value_name = "NAME|PATH")]
+    workload: String,
+}
+
+#[derive(Args)]
+struct PaperArgs {
+    #[command(flatten)]
+    load: Load,
+    /// Policies, by name.
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    policies: Vec<String>,
+}
+
+/// What is asked of whom.
+#[derive(Args)]
+struct Load {
+    /// specbench-7b, cnndm-13b, this-machine, or the path of a cost file.
+    #[arg(long, value_name = "NAME|PATH")]
+    workload: String,
+    /// Requests a second over all devices, 0.001 to 1000; the workload's own without.
+    #[arg(long, value_name = "N", value_parser = rate)]
+    rate: Option<f64>,
+    /// Of requests, texts and rates.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Runs with seeds from there on, whose figures are pooled, 1 to 100.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=100))]
+    runs: u64,
+    /// Requests of a run, 1 to 1000000.
+    #[arg(long, value_name = "N", default_value_t = 600, value_parser = count)]
+    requests: usize,
+    /// What if the adapter's tree of 32 nodes gave so many tokens a round, 1 to 8? (EAGLE-2: 4.34
+    /// in its own benchmark.)
+    #[arg(long, value_name = "N", value_parser = tokens)]
+    what_if_tree: Option<f64>,
+    /// Write plots (SVG) into this folder: figures against the rate, distributions, timelines.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print all figures as one line of JSON, the last.
+    #[arg(long)]
+    json: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=1000.0).contains(&rate) => Ok(rate),
+        _ => Err("allowed are 0.001 to 1000 requests a second".to_owned()),
+    }
+}
+
+fn tokens(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(tokens) if (1.0..=8.0).contains(&tokens) => Ok(tokens),
+        _ => Err("allowed are 1 to 8 tokens a round".to_owned()),
+    }
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(count) if (1..=1_000_000).contains(&count) => Ok(count),
+        _ => Err("allowed are 1 to 1000000".to_owned()),
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Paper(args) => paper(&args),
+        Command::Ablation(args) => ablation(&args),
+        Command::Fleet(args) => fleet::fleet(&args),
+        Command::Calibrate(args) => calibrate(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-sim: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn paper(args: &PaperArgs) -> anyhow::Result<()> {
+    let names: Vec<&str> = match args.policies.is_empty() {
+        true => COMPARED.to_vec(),
+        false => args.policies.iter().map(String::as_str).collect(),
+    };
+    run(&args.load, &names, Some("rates"))
+}
+
+fn ablation(args: &Load) -> anyhow::Result<()> {
+    run(args, &ABLATION, None)
+}
+
+/// Runs policies; prints their figures, and the published ones of `table` or of all beside them.
+fn run(load: &Load, names: &[&str], table: Option<&str>) -> anyhow::Result<()> {
+    let file = CostFile::open(&load.workload)?;
+    let rate = load.rate.unwrap_or(file.workload.rate);
+    let mut trials = Trials::new(&file, load.seed, load.runs, load.requests);
+    println!("{}", file.describe());
+    println!("{rate} requests a second, {} x {} of them", load.runs, load.requests);
+    if let Some(tokens) = load.what_if_tree {
+        trials.what_if(tokens);
+        println!("WHAT IF a tree of 32 guesses gave {tokens} tokens a round?");
+    }
+    println!();
+    println!("{}", Figures::HEAD);
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let mut all = vec![];
+    for name in names {
+        let figures = trials.figures(name, rate)?;
+        println!("{}", figures.row());
+        all.push(figures);
+    }
+    let of = |name: &str| all.iter().find(|figures| figures.policy == name);
+    if let (Some(hat), Some(ours)) = (of("hat"), of("ours")) {
+        let [ttft, tbt] = [ours.ttft() / hat.ttft(), ours.tbt() / hat.tbt()];
+        println!("\nours / hat, both simulated: TTFT {ttft:.2}, TBT {tbt:.2}");
+    }
+    let compared = trials.compare(table)?;
+    if !compared.is_empty() {
+        println!("\n{}\n|---|---|---|---|---|---|---|", Compared::HEAD);
+        compared.iter().for_each(|compared| println!("{}", compared.row()));
+    }
+    if let Some(out) = &load.out {
+        let count = show::plots(out, &file, &mut trials, names, rate)?;
+        println!("\n{count} plots in {}", out.display());
+    }
+    if load.json {
+        let policies: Vec<_> = all.iter().map(Figures::json).collect();
+        println!("{}", json!({ "policies": policies }));
+    }
+    Ok(())
+}
+
+fn calibrate(args: &CalibrateArgs) -> anyhow::Result<()> {
+    let file = CostFile::open(&args.workload)?;
+    let bar = ProgressBar::new_spinner();
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    let outcome = calibrate::calibrate(&file, &bar);
+    bar.finish_and_clear();
+    println!("{}", file.describe());
+    println!("Facts: {}", file.source);
+    println!("{}: {:.1} % off the rows that calibrate", file.name, 100.0 * outcome.deviation);
+    println!("| number | value | as good from .. to | allowed |");
+    println!("|---|---|---|---|");
+    let numbers = outcome.file.calibrated.each();
+    for ((name, number), good) in Calibrated::NAMES.iter().zip(numbers).zip(outcome.good) {
+        let Ranged { value, low, high } = number;
+        println!("| {name} | {value:.4} | {:.3} .. {:.3} | {low} .. {high} |", good[0], good[1]);
+    }
+    Ok(())
+}

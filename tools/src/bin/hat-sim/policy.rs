@@ -1,0 +1,204 @@
+//! Policies: switches over one cost file, and nothing else.
+
+use anyhow::bail;
+
+/// How a prompt goes up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chunking {
+    /// In one piece; the cloud runs it in one step.
+    Off,
+    /// In one piece; the cloud cuts it into steps of so many rows.
+    Cloud(u32),
+    /// In equal chunks by the published balance rule.
+    Paper,
+    /// In chunks by the dynamic program.
+    Auto,
+}
+
+/// Who guesses by computing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trained {
+    Nobody,
+    /// An adapter behind the input submodel.
+    Adapter,
+    /// Heads over the last deep row.
+    Heads,
+}
+
+/// How guesses grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// One below the other, until the drafter's confidence is below a threshold.
+    Chain,
+    /// The most probable first, as many as pay.
+    Tree,
+}
+
+/// How the numbers of a row cross the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowCodec {
+    F16,
+    Int8,
+}
+
+/// The switches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Switches {
+    pub(crate) chunking: Chunking,
+    pub(crate) trained: Trained,
+    pub(crate) shape: Shape,
+    /// Prompt lookup guesses too.
+    pub(crate) lookup: bool,
+    /// Drafting goes on below the likeliest tail while rows are away.
+    pub(crate) parallel: bool,
+    /// What is drafted while rows are away goes up before their verdict is back.
+    pub(crate) streaming: bool,
+    /// The draft head tells fewer tokens apart.
+    pub(crate) short_head: bool,
+    pub(crate) codec: RowCodec,
+    /// Rows that the cloud holds already do not go up again.
+    pub(crate) prefix: bool,
+}
+
+/// Switches with a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Policy {
+    pub(crate) name: String,
+    pub(crate) switches: Switches,
+}
+
+/// Confidence below which a chain ends: the guess itself is not sent, drafting ahead begins with
+/// it and its siblings. (Kangaroo sends it.)
+pub(crate) const THRESHOLD: f64 = 0.6;
+/// Drafts of a chain at most.
+pub(crate) const CHAIN_MAX: usize = 6;
+/// Nodes of the tree that heads grow.
+pub(crate) const HEADS_NODES: usize = 8;
+/// Branches that are drafted ahead below a chain's tail.
+pub(crate) const AHEAD_WIDTH: usize = 4;
+/// Rows of a step where the cloud alone cuts prompts.
+const CLOUD_CHUNK_ROWS: u32 = 128;
+
+/// A hidden layer cut in two and nothing more.
+pub(crate) const U_SHAPE: Switches = Switches {
+    chunking: Chunking::Off,
+    trained: Trained::Nobody,
+    shape: Shape::Chain,
+    lookup: false,
+    parallel: false,
+    streaming: false,
+    short_head: false,
+    codec: RowCodec::F16,
+    prefix: false,
+};
+
+/// HAT as published.
+pub(crate) const HAT: Switches =
+    Switches { chunking: Chunking::Paper, trained: Trained::Adapter, parallel: true, ..U_SHAPE };
+
+/// Everything that there is.
+pub(crate) const OURS: Switches = Switches {
+    chunking: Chunking::Auto,
+    trained: Trained::Adapter,
+    shape: Shape::Tree,
+    lookup: true,
+    parallel: true,
+    streaming: true,
+    short_head: true,
+    codec: RowCodec::Int8,
+    prefix: true,
+};
+
+/// Policies that are compared unless others are named.
+pub(crate) const COMPARED: [&str; 5] = ["u-shape", "u-sarathi", "u-medusa", "hat", "ours"];
+
+/// The published ablation, then our causes one by one on top of HAT, then together.
+pub(crate) const ABLATION: [&str; 14] = [
+    "u-shape",
+    "pc",
+    "sd",
+    "sd+pc",
+    "hat",
+    "hat+auto",
+    "hat+int8",
+    "hat+prefix",
+    "hat+short-head",
+    "hat+tree",
+    "hat+lookup",
+    "hat+streaming",
+    "ours-without-streaming",
+    "ours",
+];
+
+impl Policy {
+    /// The policy of a name.
+    pub(crate) fn named(name: &str) -> anyhow::Result<Self> {
+        let paper = Switches { chunking: Chunking::Paper, ..U_SHAPE };
+        let drafts = Switches { trained: Trained::Adapter, ..U_SHAPE };
+        let switches = match name {
+            "u-shape" => U_SHAPE,
+            "u-sarathi" => Switches { chunking: Chunking::Cloud(CLOUD_CHUNK_ROWS), ..U_SHAPE },
+            "u-medusa" => Switches { trained: Trained::Heads, shape: Shape::Tree, ..U_SHAPE },
+            "pc" => paper,
+            "sd" => drafts,
+            "sd+pc" => Switches { chunking: Chunking::Paper, ..drafts },
+            "hat" => HAT,
+            "hat+auto" => Switches { chunking: Chunking::Auto, ..HAT },
+            "hat+int8" => Switches { codec: RowCodec::Int8, ..HAT },
+            "hat+prefix" => Switches { prefix: true, ..HAT },
+            "hat+short-head" => Switches { short_head: true, ..HAT },
+            "hat+tree" => Switches { shape: Shape::Tree, ..HAT },
+            "hat+lookup" => Switches { lookup: true, ..HAT },
+            "hat+streaming" => Switches { streaming: true, ..HAT },
+            "ours-without-streaming" => Switches { streaming: false, ..OURS },
+            "ours" => OURS,
+            "auto" => Switches {
+                parallel: false,
+                streaming: false,
+                codec: RowCodec::F16,
+                prefix: false,
+                ..OURS
+            },
+            "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
+            _ => bail!(
+                "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",
+                ABLATION.join(", ")
+            ),
+        };
+        Ok(Self { name: name.to_owned(), switches })
+    }
+}
+
+impl Switches {
+    /// Bytes of a row of `hidden` numbers; int8 has an f16 scale for each 32 of them.
+    pub(crate) fn row_bytes(&self, hidden: usize) -> u64 {
+        let bytes = match self.codec {
+            RowCodec::F16 => 2 * hidden,
+            RowCodec::Int8 => hidden + hidden / 32 * 2,
+        };
+        bytes as u64
+    }
+
+    /// Whether there is anything to draft with.
+    pub(crate) fn drafts(&self) -> bool {
+        self.lookup || self.trained != Trained::Nobody
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_name_is_a_policy_and_differs_from_the_others() {
+        let names: Vec<&str> =
+            ABLATION.into_iter().chain(["u-sarathi", "u-medusa", "lookup", "auto"]).collect();
+        let policies: Vec<Policy> = names.iter().map(|name| Policy::named(name).unwrap()).collect();
+        for (index, policy) in policies.iter().enumerate() {
+            for other in &policies[..index] {
+                assert_ne!(policy.switches, other.switches, "{} and {}", policy.name, other.name);
+            }
+        }
+        assert!(Policy::named("best").unwrap_err().to_string().contains("ours"));
+    }
+}

@@ -1,0 +1,92 @@
+//! Chance without state: a draw is a hash of what it is for, so it does not depend on what else
+//! was drawn before, and all policies meet the same requests and the same texts.
+
+/// What a draw is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Purpose {
+    Arrival,
+    Device,
+    Prompt,
+    Rate,
+    Confidence,
+    Rank,
+    Copied,
+    Wrong,
+    Replica,
+    Point,
+}
+
+/// SplitMix64's mixing step.
+fn mix(mut bits: u64) -> u64 {
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    bits ^ (bits >> 31)
+}
+
+/// A number in `0.0..1.0`, the same for the same arguments.
+pub(crate) fn unit(seed: u64, purpose: Purpose, first: u64, second: u64) -> f64 {
+    const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+    let mut bits = mix(seed.wrapping_add(GOLDEN));
+    for part in [purpose as u64, first, second] {
+        bits = mix(bits ^ part.wrapping_add(1).wrapping_mul(GOLDEN));
+    }
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// `0..count` in an order that depends on the seed.
+pub(crate) fn permutation(seed: u64, purpose: Purpose, count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    for last in (1..count).rev() {
+        let at = (unit(seed, purpose, last as u64, count as u64) * (last + 1) as f64) as usize;
+        order.swap(last, at.min(last));
+    }
+    order
+}
+
+/// The value below which a share `share` of the standard normal distribution lies, to 0.0005
+/// (Abramowitz and Stegun 26.2.23).
+pub(crate) fn normal_quantile(share: f64) -> f64 {
+    let tail = share.min(1.0 - share).max(1e-12);
+    let t = (-2.0 * tail.ln()).sqrt();
+    let above = 2.515_517 + t * (0.802_853 + t * 0.010_328);
+    let below = 1.0 + t * (1.432_788 + t * (0.189_269 + t * 0.001_308));
+    let value = t - above / below;
+    if share < 0.5 { -value } else { value }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_are_even_and_depend_on_each_argument() {
+        let mean: f64 = (0..10_000).map(|i| unit(1, Purpose::Rank, i, 7)).sum::<f64>() / 10_000.0;
+        assert!((mean - 0.5).abs() < 0.01, "{mean}");
+        let base = unit(1, Purpose::Rank, 2, 3);
+        assert_eq!(base, unit(1, Purpose::Rank, 2, 3));
+        for other in [
+            unit(2, Purpose::Rank, 2, 3),
+            unit(1, Purpose::Rate, 2, 3),
+            unit(1, Purpose::Rank, 3, 3),
+            unit(1, Purpose::Rank, 2, 4),
+            unit(1, Purpose::Rank, 3, 2),
+        ] {
+            assert!((base - other).abs() > 1e-9);
+        }
+    }
+
+    #[test]
+    fn a_permutation_has_each_once() {
+        let mut order = permutation(5, Purpose::Prompt, 100);
+        assert_ne!(order[..5], [0, 1, 2, 3, 4]);
+        order.sort_unstable();
+        assert!(order.into_iter().eq(0..100));
+    }
+
+    #[test]
+    fn quantiles_of_the_normal_distribution() {
+        for (share, value) in [(0.5, 0.0), (0.9, 1.2816), (0.975, 1.96), (0.1, -1.2816)] {
+            assert!((normal_quantile(share) - value).abs() < 1e-3, "{share}");
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! Rounds of one answer: a tree of guesses grows, rows go up, a walk decides tokens. No clock and
+//! no machine: what it costs is returned as seconds on the device, when it happens is the world's.
+
+use hat_engine::draft::{Acceptance, BUDGET_DEFAULT, Costs, Tree};
+
+use crate::costs::DeviceCosts;
+use crate::policy::{AHEAD_WIDTH, CHAIN_MAX, HEADS_NODES, Shape, Switches, THRESHOLD, Trained};
+use crate::text::{Opinion, Text, WIDTH_MAX};
+
+/// Guesses of a trained drafter for one node of a tree, as in the engine.
+const WIDTH: usize = 4;
+/// Nodes that are computed together, as in the engine.
+const LEVEL_NODES: usize = 8;
+
+/// What a round is made with.
+pub(crate) struct Making<'a> {
+    pub(crate) switches: Switches,
+    pub(crate) text: Text<'a>,
+    pub(crate) device: &'a DeviceCosts,
+    /// What this device has measured.
+    pub(crate) measured: &'a mut Costs,
+    pub(crate) acceptance: &'a mut Acceptance,
+}
+
+/// A tree of guesses below the last decided token, and where the walk stands in it.
+#[derive(Debug, Default)]
+pub(crate) struct Round {
+    tree: Tree,
+    /// Beside the tree's nodes.
+    nodes: Vec<Node>,
+    /// Answer position of the root, which is decided.
+    root: u32,
+    /// The deepest node whose row may be asked for.
+    depth_max: u32,
+    /// Where the walk stands.
+    at: usize,
+    /// Row ids, in order of sending.
+    last_id: u32,
+    returned_id: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Node {
+    /// 0 if it was not sent.
+    id: u32,
+    /// What the drafter says follows, if it was asked.
+    opinion: Option<Opinion>,
+}
+
+/// What a walk came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Walked {
+    /// Tokens decided.
+    pub(crate) tokens: u32,
+    /// No row that is sent, or will be, goes on from there.
+    pub(crate) over: bool,
+    /// Drafting ahead had the token that was decided last.
+    pub(crate) ahead: bool,
+}
+
+impl Round {
+    /// Begins below the decided answer position `root`; `rows_left` tokens may follow it.
+    fn begin(&mut self, root: u32, rows_left: u32) {
+        self.root = root;
+        self.depth_max = rows_left.saturating_sub(1);
+        self.tree.reset(root, self.depth_max);
+        self.nodes.clear();
+        self.nodes.push(Node::default());
+        self.at = 0;
+    }
+
+    /// Rows that are in the tree and not sent.
+    pub(crate) fn unsent(&self) -> usize {
+        self.nodes.iter().filter(|node| node.id == 0).count()
+    }
+
+    /// Marks all rows as sent; returns the id of the last.
+    pub(crate) fn send(&mut self) -> u32 {
+        for node in self.nodes.iter_mut().filter(|node| node.id == 0) {
+            self.last_id += 1;
+            node.id = self.last_id;
+        }
+        self.last_id
+    }
+
+    /// Rows of the tree that are on their way with an id of at most `last`.
+    pub(crate) fn awaited(&self, last: u32) -> usize {
+        let away = |node: &&Node| node.id > self.returned_id && node.id <= last;
+        self.nodes.iter().filter(away).count()
+    }
+
+    /// A whole round for those who wait for each verdict: the tree, and the seconds of each
+    /// step of making it.
+    pub(crate) fn make(&mut self, making: &mut Making<'_>, root: u32, rows_left: u32) -> Vec<f64> {
+        self.begin(root, rows_left);
+        if self.depth_max == 0 || !making.switches.drafts() {
+            return vec![making.device.layers.seconds(1)];
+        }
+        match (making.switches.trained, making.switches.shape) {
+            (Trained::Heads, _) => self.make_by_heads(making),
+            (Trained::Adapter, Shape::Chain) => self.make_chain(making),
+            (Trained::Adapter, Shape::Tree) => self.make_tree(making),
+            (Trained::Nobody, _) => {
+                self.offer_lookup(making);
+                self.grow(making, 1, BUDGET_DEFAULT + 1);
+                vec![making.device.layers.seconds(self.nodes.len())]
+            }
+        }
+    }
+
+    fn make_by_heads(&mut self, making: &Making<'_>) -> Vec<f64> {
+        let mut node = 0;
+        while node < self.nodes.len() {
+            self.ask(&making.text, node, WIDTH_MAX, true);
+            let len = self.nodes.len();
+            if len <= HEADS_NODES {
+                self.tree.grow(len + 1, 0.0);
+                self.nodes.resize(self.tree.nodes().len(), Node::default());
+            }
+            node += 1;
+        }
+        let device = making.device;
+        vec![device.heads.seconds(1) + device.layers.seconds(self.nodes.len())]
+    }
+
+    fn make_chain(&mut self, making: &mut Making<'_>) -> Vec<f64> {
+        let mut steps = vec![];
+        loop {
+            let tail = self.nodes.len() - 1;
+            let mut seconds = making.device.layers.seconds(1);
+            if self.goes_on(tail) {
+                seconds += making.proposal_seconds(1);
+                self.lengthen(making, tail);
+            }
+            steps.push(seconds);
+            if self.nodes.len() == tail + 1 {
+                break;
+            }
+        }
+        if making.switches.lookup {
+            self.offer_lookup(making);
+            let before = self.nodes.len();
+            self.grow(making, before, BUDGET_DEFAULT + 1);
+            if self.nodes.len() > before {
+                let more = making.device.layers.seconds(self.nodes.len() - before + 1);
+                let last = steps.last_mut().expect("a chain has its root's step");
+                *last += more - making.device.layers.seconds(1);
+            }
+        }
+        steps
+    }
+
+    /// Whether a chain may become longer than its node `tail`.
+    fn goes_on(&self, tail: usize) -> bool {
+        let depth = self.tree.nodes()[tail].depth;
+        (depth as usize) < CHAIN_MAX && depth < self.depth_max
+    }
+
+    /// Asks what follows a chain's tail, and adds it if the drafter is sure of it.
+    fn lengthen(&mut self, making: &Making<'_>, tail: usize) {
+        let opinion = self.opinion(&making.text, tail, false);
+        self.nodes[tail].opinion = Some(opinion);
+        if opinion.confidence() >= THRESHOLD {
+            self.offer(tail, 1);
+            self.tree.grow(self.nodes.len() + 1, 0.0);
+            self.nodes.resize(self.tree.nodes().len(), Node::default());
+        }
+    }
+
+    fn make_tree(&mut self, making: &mut Making<'_>) -> Vec<f64> {
+        let mut steps = vec![];
+        if making.switches.lookup {
+            self.offer_lookup(making);
+        }
+        let rows_max = BUDGET_DEFAULT + 1;
+        let mut from = 0;
+        while from < self.nodes.len() {
+            let rows = self.nodes.len() - from;
+            let mut seconds = making.device.layers.seconds(rows);
+            let end = self.nodes.len();
+            if end < rows_max {
+                (from..end).for_each(|node| self.ask(&making.text, node, WIDTH, false));
+                seconds += making.proposal_seconds(rows);
+                self.grow(making, end, rows_max.min(end + LEVEL_NODES));
+            }
+            steps.push(seconds);
+            from = end;
+        }
+        steps
+    }
+
+    /// Offers what prompt lookup says of the root.
+    fn offer_lookup(&mut self, making: &Making<'_>) {
+        let acceptance = &*making.acceptance;
+        let rate = |source| acceptance.rate(source);
+        let branch = making.text.copy(self.root, rate);
+        self.tree.offer(0, branch);
+    }
+
+    /// Asks the drafter what follows a node.
+    fn ask(&mut self, text: &Text<'_>, node: usize, width: usize, heads: bool) {
+        if self.nodes[node].opinion.is_some() {
+            return;
+        }
+        let opinion = self.opinion(text, node, heads);
+        self.nodes[node].opinion = Some(opinion);
+        self.offer(node, width);
+    }
+
+    fn offer(&mut self, node: usize, width: usize) {
+        let Some(opinion) = self.nodes[node].opinion else { return };
+        let at = self.tree.nodes()[node];
+        for guess in opinion.guesses(self.root + at.depth + 1, at.token, width) {
+            self.tree.offer(node, [guess]);
+        }
+    }
+
+    fn opinion(&self, text: &Text<'_>, node: usize, heads: bool) -> Opinion {
+        let at = self.tree.nodes()[node];
+        let step = at.depth + 1;
+        if self.is_right(node) {
+            text.opinion(self.root + step, step, heads)
+        } else {
+            text.opinion_on_wrong(at.token, step, heads)
+        }
+    }
+
+    fn is_right(&self, node: usize) -> bool {
+        let node = self.tree.nodes()[node];
+        node.token == self.root + node.depth
+    }
+
+    /// Grows to at most `rows_max` nodes, and keeps those that pay; `least` are kept anyway.
+    fn grow(&mut self, making: &Making<'_>, least: usize, rows_max: usize) {
+        self.tree.grow(rows_max, 0.0);
+        let probabilities = self.tree.nodes().iter().skip(1).map(|node| node.probability);
+        let end = (1 + making.measured.drafts_that_pay(probabilities, 0.0)).max(least);
+        if end < self.tree.nodes().len() {
+            self.tree.truncate(end);
+        }
+        self.nodes.resize(self.tree.nodes().len(), Node::default());
+    }
+
+    /// The first rows for those who do not wait: the root, and what lookup has.
+    pub(crate) fn open(&mut self, making: &mut Making<'_>, root: u32, rows_left: u32) -> f64 {
+        self.begin(root, rows_left);
+        if making.switches.lookup && self.depth_max > 0 {
+            self.offer_lookup(making);
+            self.grow(making, 1, BUDGET_DEFAULT + 1);
+        }
+        making.device.layers.seconds(self.nodes.len())
+    }
+
+    /// More rows below those that are away: asks the drafter about the likeliest, and adds what
+    /// pays. Returns the seconds, or `None` if there is nothing to add.
+    pub(crate) fn extend(&mut self, making: &mut Making<'_>) -> Option<f64> {
+        let before = self.nodes.len();
+        if making.switches.trained != Trained::Adapter || before > BUDGET_DEFAULT {
+            return None;
+        }
+        let chain = making.switches.shape == Shape::Chain;
+        let asked = if chain {
+            self.lengthen_likeliest(making)
+        } else {
+            let asked = self.ask_likeliest(making, LEVEL_NODES);
+            self.grow(making, before, (BUDGET_DEFAULT + 1).min(before + LEVEL_NODES));
+            asked
+        };
+        // What lookup says of a new root needs nobody to be asked.
+        let new = self.nodes.len() - before;
+        if asked + new == 0 {
+            return None;
+        }
+        let asking = if asked > 0 { making.proposal_seconds(asked) } else { 0.0 };
+        let layers = if new > 0 { making.device.layers.seconds(new) } else { 0.0 };
+        Some(asking + layers)
+    }
+
+    /// Lengthens the chain of first guesses; says how many nodes were asked about.
+    fn lengthen_likeliest(&mut self, making: &Making<'_>) -> usize {
+        let may_ask = |node: &usize| self.nodes[*node].opinion.is_none() && self.goes_on(*node);
+        let probability = |node: &usize| self.tree.nodes()[*node].probability;
+        let nodes = (0..self.nodes.len()).filter(may_ask);
+        let Some(tail) = nodes.max_by(|a, b| probability(a).total_cmp(&probability(b))) else {
+            return 0;
+        };
+        self.lengthen(making, tail);
+        1
+    }
+
+    /// Asks about the `most` likeliest nodes that were not asked about; says how many there were.
+    fn ask_likeliest(&mut self, making: &Making<'_>, most: usize) -> usize {
+        let may_ask = |node: &usize| {
+            self.nodes[*node].opinion.is_none() && self.tree.nodes()[*node].depth < self.depth_max
+        };
+        let mut nodes: Vec<usize> = (0..self.nodes.len()).filter(may_ask).collect();
+        let probability = |node: &usize| self.tree.nodes()[*node].probability;
+        nodes.sort_by(|a, b| probability(b).total_cmp(&probability(a)).then(a.cmp(b)));
+        nodes.truncate(most);
+        nodes.iter().for_each(|node| self.ask(&making.text, *node, WIDTH, false));
+        nodes.len()
+    }
+
+    /// Rows up to id `last` are back: walks as far as they lead.
+    pub(crate) fn walk(&mut self, making: &mut Making<'_>, last: u32) -> Walked {
+        self.returned_id = self.returned_id.max(last);
+        let streaming = making.switches.streaming;
+        let mut walked = Walked { tokens: 0, over: false, ahead: false };
+        loop {
+            let node = self.nodes[self.at];
+            if node.id == 0 || node.id > self.returned_id {
+                break;
+            }
+            walked.tokens += 1;
+            let depth = self.tree.nodes()[self.at].depth;
+            self.note_children(making.acceptance, self.root + depth + 1);
+            match self.tree.child(self.at, self.root + depth + 1) {
+                Some(child) if depth < self.depth_max => self.at = child,
+                _ => {
+                    walked.over = true;
+                    self.returned_id = self.last_id; // whatever is away is void
+                    walked.ahead = making.switches.parallel
+                        && !streaming
+                        && making.switches.trained == Trained::Adapter
+                        && self.is_ahead(&making.text);
+                    return walked;
+                }
+            }
+        }
+        if streaming && self.at > 0 {
+            self.take_root(making);
+        }
+        walked
+    }
+
+    /// The guesses below where the walk stands are compared with the decided token.
+    fn note_children(&self, acceptance: &mut Acceptance, right: u32) {
+        let below = |node: &&hat_engine::draft::Node| node.parent == self.at && node.depth > 0;
+        for node in self.tree.nodes().iter().filter(below) {
+            if let Some(source) = node.source {
+                acceptance.note(source, node.token == right);
+            }
+        }
+    }
+
+    /// While rows were away, the drafter went on below the likeliest tails. Whether that includes
+    /// the token decided after where the walk stands.
+    fn is_ahead(&self, text: &Text<'_>) -> bool {
+        let nodes = self.tree.nodes();
+        let is_leaf = |node: &usize| !nodes[node + 1..].iter().any(|below| below.parent == *node);
+        let mut tails: Vec<(f64, usize, usize)> = vec![];
+        for leaf in (0..nodes.len()).filter(is_leaf) {
+            let opinion = self.opinion(text, leaf, false);
+            let probability = f64::from(nodes[leaf].probability);
+            tails.extend(
+                (0..AHEAD_WIDTH).map(|rank| (probability * opinion.probability(rank), leaf, rank)),
+            );
+        }
+        tails.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        let right = self.opinion(text, self.at, false).right();
+        tails
+            .iter()
+            .take(AHEAD_WIDTH)
+            .any(|(_, leaf, rank)| *leaf == self.at && right == Some(*rank))
+    }
+
+    /// Makes the node at which the walk stands the root: what is not below it is void.
+    fn take_root(&mut self, making: &Making<'_>) {
+        let old = std::mem::take(&mut self.tree);
+        let nodes = std::mem::take(&mut self.nodes);
+        let at = old.nodes()[self.at];
+        let mut place = vec![None; nodes.len()];
+        place[self.at] = Some(0);
+        self.root += at.depth;
+        self.depth_max -= at.depth;
+        self.tree.reset(at.token, self.depth_max);
+        self.nodes.push(nodes[self.at]);
+        for index in self.at + 1..nodes.len() {
+            let node = old.nodes()[index];
+            let (Some(parent), Some(source)) = (place[node.parent], node.source) else { continue };
+            let above = old.nodes()[node.parent].probability.max(f32::MIN_POSITIVE);
+            let probability = node.probability / above;
+            let guess = hat_engine::draft::tree::Guess { token: node.token, probability, source };
+            self.tree.offer(parent, [guess]);
+            let new = self.nodes.len();
+            self.tree.grow(new + 1, 0.0);
+            place[index] = Some(new);
+            self.nodes.push(nodes[index]);
+        }
+        if making.switches.shape == Shape::Tree {
+            (0..self.nodes.len()).for_each(|node| self.offer(node, WIDTH));
+        }
+        if making.switches.lookup {
+            self.offer_lookup(making);
+        }
+        self.at = 0;
+    }
+}
+
+impl Making<'_> {
+    /// Seconds of asking the adapter about so many nodes.
+    fn proposal_seconds(&self, rows: usize) -> f64 {
+        let head = if self.switches.short_head { self.device.short_head } else { self.device.head };
+        self.device.adapter.seconds(rows) + head.seconds(rows)
+    }
+
+    /// Seconds of one step of drafting ahead.
+    pub(crate) fn ahead_seconds(&self) -> f64 {
+        self.device.layers.seconds(AHEAD_WIDTH) + self.proposal_seconds(AHEAD_WIDTH)
+    }
+}

@@ -1,0 +1,104 @@
+//! Which plots a comparison of policies comes with.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use crate::costs::CostFile;
+use crate::figures::Figures;
+use crate::plot::{Captions, Curve, curves, distribution, timeline};
+use crate::policy::Policy;
+use crate::trial::Trials;
+use crate::world::{Run, Span, World};
+
+/// Requests a second of the plots against the rate, as shares of the workload's own.
+const RATES: [f64; 6] = [0.17, 0.33, 0.5, 0.67, 0.83, 1.0];
+/// Rounds that a timeline shows after the first token.
+const ROUNDS: u32 = 3;
+
+/// Writes all plots of `names` below `out`; returns how many.
+pub(crate) fn plots(
+    out: &Path,
+    file: &CostFile,
+    trials: &mut Trials<'_>,
+    names: &[&str],
+    rate: f64,
+) -> anyhow::Result<usize> {
+    std::fs::create_dir_all(out).with_context(|| format!("folder {}", out.display()))?;
+    against_rate(out, file, trials, names, rate)?;
+    distributions(out, file, trials, names, rate)?;
+    for name in names {
+        let path = out.join(format!("timeline-{name}.svg"));
+        let spans = one_request(file, trials, name)?;
+        timeline(&path, &format!("{name}: one request alone, {}", file.name), &spans)?;
+    }
+    Ok(4 + names.len())
+}
+
+fn against_rate(
+    out: &Path,
+    file: &CostFile,
+    trials: &mut Trials<'_>,
+    names: &[&str],
+    rate: f64,
+) -> anyhow::Result<()> {
+    let (mut ttft, mut tbt) = (vec![], vec![]);
+    for name in names {
+        let mut of_name = |of: &dyn Fn(&Figures) -> f64| -> anyhow::Result<Curve> {
+            let mut points = vec![];
+            for share in RATES {
+                points.push((share * rate, of(&trials.figures(name, share * rate)?)));
+            }
+            Ok(Curve { name: (*name).to_owned(), points })
+        };
+        ttft.push(of_name(&Figures::ttft)?);
+        tbt.push(of_name(&Figures::tbt)?);
+    }
+    for (what, lines) in [("TTFT", ttft), ("TBT", tbt)] {
+        let title = format!("{what}, {}", file.name);
+        let y = if what == "TTFT" { "TTFT, ms (mean)" } else { "TBT, ms (mean)" };
+        let captions = Captions { title, x: "requests a second", y, left: true };
+        curves(&out.join(format!("{}-rate.svg", what.to_lowercase())), &captions, &lines)?;
+    }
+    Ok(())
+}
+
+fn distributions(
+    out: &Path,
+    file: &CostFile,
+    trials: &mut Trials<'_>,
+    names: &[&str],
+    rate: f64,
+) -> anyhow::Result<()> {
+    let (mut ttft, mut tbt) = (vec![], vec![]);
+    for name in names {
+        let figures = trials.figures(name, rate)?;
+        ttft.push(distribution(&figures, &figures.ttft_ms));
+        tbt.push(distribution(&figures, &figures.tbt_ms));
+    }
+    for (what, lines) in [("TTFT", ttft), ("TBT", tbt)] {
+        let title = format!("{what} at {rate} requests a second, {}", file.name);
+        let captions = Captions { title, x: "ms", y: "share of requests", left: false };
+        curves(&out.join(format!("{}-cdf.svg", what.to_lowercase())), &captions, &lines)?;
+    }
+    Ok(())
+}
+
+/// What all machines do for the first request of a world in which there is one.
+fn one_request(file: &CostFile, trials: &Trials<'_>, name: &str) -> anyhow::Result<Vec<Span>> {
+    let run = Run { traced: true, ..Run::of(&Policy::named(name)?, 1) };
+    let mut world = World::new(file, trials.guessing(), run);
+    world.live(&mut |_| {});
+    let request = &world.requests[0];
+    let start_s = request.ask.at_s;
+    let round_s = (request.last_s - request.first_s) / f64::from(request.rounds);
+    let end_s = request.first_s + f64::from(ROUNDS) * round_s;
+    let shown = world.spans.iter().filter(|span| span.from_s < end_s);
+    Ok(shown
+        .map(|span| Span {
+            from_s: span.from_s - start_s,
+            to_s: span.to_s.min(end_s) - start_s,
+            ..*span
+        })
+        .collect())
+}
