@@ -194,8 +194,10 @@ pub struct CloudConfig {
     pub listen: SocketAddr,
     /// What moves bytes.
     pub link: LinkKind,
-    /// Compute threads.
+    /// Compute threads, shared among the stages.
     pub threads: usize,
+    /// Pipeline stages: runs of layers that compute at the same time, each on threads of its own.
+    pub stages: usize,
     /// Which kernels compute.
     pub processor: Processor,
     /// Bounds.
@@ -213,6 +215,7 @@ impl CloudConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             link: LinkKind::Mio,
             threads: default_threads(),
+            stages: 1,
             processor: Processor::Auto,
             limits: Limits::cloud(),
             memory: None,
@@ -237,6 +240,13 @@ impl CloudConfig {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads;
+        self
+    }
+
+    /// Pipeline stages.
+    #[must_use]
+    pub fn stages(mut self, stages: usize) -> Self {
+        self.stages = stages;
         self
     }
 

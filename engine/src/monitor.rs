@@ -188,9 +188,9 @@ impl Monitor {
 
     /// What a chunk costs whose rows have `row_bytes` bytes; `None` while device or uplink are
     /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
-    /// device: `layers` are those of the device and of the cloud.
+    /// device: `layers` are those of the device and of the cloud, which are `stages` runs.
     #[must_use]
-    pub fn costs(&self, row_bytes: usize, layers: (u32, u32)) -> Option<ChunkCosts> {
+    pub fn costs(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Option<ChunkCosts> {
         let CloudCost { fixed, per_row, .. } = self.device.cost()?;
         let device = Line { fixed, per_row };
         let byte_s = self.uplink.byte_s.value()?;
@@ -205,7 +205,7 @@ impl Monitor {
             row_up_s: byte_s * row_bytes as f64,
             up_latency_s: rtt_s / 2.0,
             cloud: self.step.cost().unwrap_or_else(guess),
-            stages: 1,
+            stages,
             cloud_wait_s: self.wait.value().unwrap_or(0.0),
             return_s: rtt_s / 2.0 + self.head.value().unwrap_or(0.0),
         })
@@ -213,13 +213,13 @@ impl Monitor {
 
     /// All of it, as of now.
     #[must_use]
-    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32)) -> Estimates {
+    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
         let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
         Estimates {
             uplink_bytes_s: rate(&self.uplink),
             downlink_bytes_s: rate(&self.downlink),
             rtt_s: self.rtt.value(),
-            chunk: self.costs(row_bytes, layers),
+            chunk: self.costs(row_bytes, layers, stages),
         }
     }
 }

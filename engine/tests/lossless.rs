@@ -206,12 +206,20 @@ fn every_weight_type_says_the_same() {
     }
 }
 
-/// One cloud, devices with different splits, all their requests at once.
+/// One cloud, devices with different splits, all their requests at once; its layers as one run,
+/// and as the stages of a pipeline, one of which begins after every device's entry layer.
 #[test]
-fn batch_mates_do_not_matter() {
+fn batch_mates_and_stages_do_not_matter() {
+    for stages in [1, 2, 3] {
+        batch_mates_do_not_matter(stages);
+    }
+}
+
+fn batch_mates_do_not_matter(stages: usize) {
     let wide = Bundles::generated(1, 0);
     let narrow = Bundles::generated(2, 0);
-    let cloud = Cloud::start(CloudConfig::new(wide.path.join("cloud"))).unwrap();
+    let config = CloudConfig::new(wide.path.join("cloud")).stages(stages);
+    let cloud = Cloud::start(config).unwrap();
     let device = |split_layer, chunks| {
         let config = EngineConfig::new(narrow.path.join("device"))
             .cloud(cloud.address().to_string())
@@ -227,7 +235,7 @@ fn batch_mates_do_not_matter() {
             for (index, request) in requests().into_iter().enumerate() {
                 let expected = &whole[index];
                 scope.spawn(move || {
-                    let case = format!("split {split_layer}, request {index}");
+                    let case = format!("{stages} stages, split {split_layer}, request {index}");
                     assert_same(&case, expected, &collect(engine, request));
                 });
             }

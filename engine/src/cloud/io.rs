@@ -32,6 +32,8 @@ pub(super) struct Start {
     pub(super) config: CloudConfig,
     pub(super) bundle: BundleFacts,
     pub(super) pages: u32,
+    /// Pipeline stages.
+    pub(super) stages: usize,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
@@ -71,7 +73,7 @@ impl Start {
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
-            jobs: vec![Job::default(), Job::default()],
+            jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
             outbox: VecDeque::new(),
             moves: Vec::new(),
@@ -84,6 +86,7 @@ impl Start {
         let BundleFacts { hidden_size, layers, model_id, .. } = &self.bundle;
         Hello {
             row_budget: self.config.limits.step_rows_max,
+            stages: u16::try_from(self.stages).unwrap_or(u16::MAX),
             ..wire::hello(wire::Role::Cloud, *model_id, *hidden_size, layers.clone())
         }
     }

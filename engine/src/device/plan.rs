@@ -45,7 +45,7 @@ impl Device {
         rows_max: u32,
         left_bytes: u64,
     ) -> Option<u32> {
-        let costs = self.monitor.costs(self.row_bytes(), self.layers())?;
+        let costs = self.monitor.costs(self.row_bytes(), self.layers(), self.peer_stages)?;
         let now = self.start.shared.clock.now();
         let active = &mut self.actives[index];
         let (done, rows) = (active.computed(), active.rows() - active.computed());
@@ -97,7 +97,7 @@ impl Device {
 
     /// What is known now.
     pub(super) fn estimates(&self) -> Estimates {
-        self.monitor.estimates(self.row_bytes(), self.layers())
+        self.monitor.estimates(self.row_bytes(), self.layers(), self.peer_stages)
     }
 
     fn row_bytes(&self) -> usize {

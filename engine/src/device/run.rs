@@ -82,6 +82,7 @@ impl Start {
             cloud: cloud.clone(),
             connection: None,
             peer_rows_max: limits.step_rows_max,
+            peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
             connected: false,
             reason: "not connected yet".into(),
@@ -120,6 +121,8 @@ pub(super) struct Device {
     pub(super) connected: bool,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
+    /// Pipeline stages of the cloud.
+    pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
     pub(super) peer_pending_max: usize,
     /// Why the cloud is away, for people.
@@ -347,6 +350,7 @@ impl Device {
             LinkEvent::Up { hello, resumed, .. } => {
                 self.set_connected(true);
                 self.peer_rows_max = hello.row_budget.max(1);
+                self.peer_stages = u32::from(hello.stages.max(1));
                 self.peer_pending_max = usize::from(hello.rows_pending_max);
                 if !resumed {
                     self.actives.iter_mut().for_each(|active| active.restart(None));

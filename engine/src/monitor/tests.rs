@@ -79,7 +79,7 @@ fn upload(monitor: &mut Monitor, bytes_s: f64, from_s: f64, seconds: f64) {
 #[test]
 fn the_uplink_is_timed_while_it_is_busy() {
     let mut monitor = Monitor::default();
-    let rate = |monitor: &Monitor| monitor.estimates(1, (1, 1)).uplink_bytes_s;
+    let rate = |monitor: &Monitor| monitor.estimates(1, (1, 1), 1).uplink_bytes_s;
     assert_eq!(rate(&monitor), None);
     upload(&mut monitor, 7.5e6, 0.0, 0.1);
     assert!(close(rate(&monitor).unwrap(), 7.5e6, 0.01), "{:?}", rate(&monitor));
@@ -110,16 +110,16 @@ fn the_uplink_is_timed_while_it_is_busy() {
 #[test]
 fn what_is_shown_is_what_comes_out() {
     let mut monitor = Monitor::default();
-    assert_eq!(monitor.costs(1152, (2, 28)), None);
+    assert_eq!(monitor.costs(1152, (2, 28), 1), None);
     let device = Line { fixed: 0.5e-3, per_row: 0.1e-3 };
     for rows in [1, 32, 128, 256] {
         monitor.note_device(rows, device.seconds(rows));
     }
-    assert_eq!(monitor.costs(1152, (2, 28)), None);
+    assert_eq!(monitor.costs(1152, (2, 28), 1), None);
     upload(&mut monitor, 7.5e6, 0.0, 0.2);
     monitor.note_rtt(10e-3);
     // No output yet: the cloud's 28 layers are as fast as the two here.
-    let guess = monitor.costs(1152, (2, 28)).unwrap();
+    let guess = monitor.costs(1152, (2, 28), 1).unwrap();
     assert!(close(guess.cloud.per_row, 14.0 * device.per_row, 0.01), "{guess:?}");
     let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
@@ -131,7 +131,7 @@ fn what_is_shown_is_what_comes_out() {
         monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, away_s });
     }
     monitor.note_head(1e-3);
-    let costs = monitor.costs(1152, (2, 28)).unwrap();
+    let costs = monitor.costs(1152, (2, 28), 1).unwrap();
     assert!(close(costs.device.per_row, device.per_row, 0.01), "{costs:?}");
     assert!(close(costs.row_up_s, 1152.0 / 7.5e6, 0.01), "{costs:?}");
     assert!(close(costs.up_latency_s, 5e-3, 1e-9) && close(costs.return_s, 6e-3, 1e-9));
@@ -160,7 +160,7 @@ fn hostile_estimates_give_a_plan() {
                 away_s: Some(seconds),
             };
             monitor.note_returned(&returned);
-            if let Some(costs) = monitor.costs(usize::MAX, (0, u32::MAX)) {
+            if let Some(costs) = monitor.costs(usize::MAX, (0, u32::MAX), u32::MAX) {
                 let mut planner = Planner::default();
                 let plan = planner.plan(ChunkPolicy::Auto, &costs, &Limits::default(), 0, 1000);
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
@@ -168,6 +168,6 @@ fn hostile_estimates_give_a_plan() {
         }
         // One measurement moves it, always.
         monitor.note_head(5.0);
-        assert!(monitor.estimates(1, (1, 1)).rtt_s.is_some());
+        assert!(monitor.estimates(1, (1, 1), 1).rtt_s.is_some());
     }
 }
