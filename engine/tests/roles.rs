@@ -150,9 +150,8 @@ fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
         let config = CloudConfig::new(bundles.path.join("cloud"));
         let half = hat_loader::Bundle::open(&config.bundle).unwrap();
         let pages = pool_pages(&config);
-        let stage = |number| -> Box<dyn MiddleForward> {
-            Box::new(Stage { breaks: number == broken })
-        };
+        let stage =
+            |number| -> Box<dyn MiddleForward> { Box::new(Stage { breaks: number == broken }) };
         let models = (0..stages).map(stage).collect();
         let cloud = Cloud::serve_stages(config, &half, models, pages).unwrap();
         let engine = Engine::open(device(&bundles, cloud.address())).unwrap();

@@ -1,8 +1,8 @@
 //! CUDA, or whatever runs hat-cuda's kernels: one method of [`Backend`] for each launcher.
 //!
 //! Weights go up once, in the layout that they have. A step's plan goes up when it changes, so once
-//! for all layers. The trait's methods return no errors: if the GPU is lost they do nothing, and
-//! what is downloaded is NaN, which the loops refuse as they refuse every row that is not finite.
+//! for all layers. The trait's methods return no errors: the first one is kept for
+//! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
 use hat_cuda::attend::{self, Cut, Parts};
 use hat_cuda::embed;
@@ -19,7 +19,8 @@ use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, KvShape, RowMove, TokenId, Top, Write,
+    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape,
+    RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cuda";
@@ -29,7 +30,8 @@ const SPLIT: usize = 256;
 /// A GPU as a backend.
 pub struct CudaBackend<G: Gpu> {
     gpu: G,
-    lost: bool,
+    /// What nobody has asked for yet, or what lasts.
+    fault: Option<BackendFault>,
     /// Activations as int8 blocks: q, d, s.
     blocks: Option<[G::Memory; 3]>,
     /// Token ids on their way.
@@ -115,7 +117,7 @@ impl<G: Gpu> CudaBackend<G> {
     pub fn new(gpu: G) -> Self {
         Self {
             gpu,
-            lost: false,
+            fault: None,
             blocks: None,
             tokens: None,
             other: None,
@@ -126,19 +128,15 @@ impl<G: Gpu> CudaBackend<G> {
         }
     }
 
-    /// Whether the GPU is lost to this process.
-    pub fn is_lost(&self) -> bool {
-        self.lost
-    }
-
-    /// Runs work unless the GPU is lost; an error loses it.
+    /// Runs work unless work before has failed.
     fn queue(&mut self, work: impl FnOnce(&mut Self) -> Result<(), GpuError>) {
-        if self.lost {
+        if self.fault.is_some() {
             return;
         }
         if let Err(error) = work(self) {
-            tracing::error!(%error, "the GPU is lost");
-            self.lost = true;
+            let lasts = matches!(error, GpuError::Lost { .. });
+            self.planned = Planned::default();
+            self.fault = Some(BackendFault { backend: NAME, reason: error.to_string(), lasts });
         }
     }
 
@@ -246,7 +244,18 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     type Kv = kv::Kv<G::Memory>;
 
     fn describe(&self) -> String {
-        format!("cuda: {}", self.gpu.describe())
+        format!("cuda: {}, arithmetic {ARITHMETIC_CUDA}", self.gpu.describe())
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        ARITHMETIC_CUDA
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        match &self.fault {
+            Some(fault) if fault.lasts => Some(fault.clone()),
+            _ => self.fault.take(),
+        }
     }
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Self::Buffer, BackendError> {
@@ -292,7 +301,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     fn download(&mut self, from: &Self::Buffer, first_row: usize, to: &mut [f32]) {
         let at = first_row * from.columns;
         self.queue(|this| this.gpu.download(&from.memory, at, to));
-        if self.lost {
+        if self.fault.is_some() {
             to.fill(f32::NAN);
         }
     }
