@@ -79,7 +79,6 @@ impl Flow {
 pub struct Monitor {
     past: f64,
     uplink: Flow,
-    downlink: Flow,
     rtt: Moving,
     wait: Moving,
     head: Moving,
@@ -99,8 +98,6 @@ impl Default for Monitor {
 pub struct Estimates {
     /// Bytes a second to the cloud.
     pub uplink_bytes_s: Option<f64>,
-    /// Bytes a second from the cloud.
-    pub downlink_bytes_s: Option<f64>,
     /// Round-trip time, seconds.
     pub rtt_s: Option<f64>,
     /// What a chunk of a prompt costs.
@@ -130,7 +127,6 @@ impl Monitor {
         Self {
             past,
             uplink: Flow::default(),
-            downlink: Flow::default(),
             rtt: Moving::default(),
             wait: Moving::default(),
             head: Moving::default(),
@@ -150,21 +146,21 @@ impl Monitor {
         self.uplink.note(self.past, now_s, arrived, left > 0);
     }
 
-    /// By `now_s`, `arrived` bytes have come from the cloud; `busy`: a burst of frames goes on.
-    pub fn note_downlink(&mut self, now_s: f64, arrived: u64, busy: bool) {
-        self.downlink.note(self.past, now_s, arrived, busy);
-    }
-
     /// The link's round-trip time, as it stands.
     pub fn note_rtt(&mut self, seconds: f64) {
         // The link smooths it already.
         self.rtt.note(0.0, seconds);
     }
 
+    /// A step of `rows` rows took so long; this device's own had `prefix` rows before them.
+    pub fn note_step(&mut self, rows: u32, prefix: u32, seconds: f64) {
+        self.step.note(self.past, rows, prefix, seconds);
+    }
+
     /// The first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
         let Returned { sent_bytes, prefix, step_rows, step_s, away_s } = *returned;
-        self.step.note(self.past, step_rows, prefix, step_s);
+        self.note_step(step_rows, prefix, step_s);
         if let Some(away_s) = away_s {
             let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
             self.wait.note(self.past, (away_s - step_s - link_s).max(0.0));
@@ -214,10 +210,9 @@ impl Monitor {
     /// All of it, as of now.
     #[must_use]
     pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
-        let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
+        let byte_s = self.uplink.byte_s.value();
         Estimates {
-            uplink_bytes_s: rate(&self.uplink),
-            downlink_bytes_s: rate(&self.downlink),
+            uplink_bytes_s: byte_s.filter(|&byte_s| byte_s > 0.0).map(f64::recip),
             rtt_s: self.rtt.value(),
             chunk: self.costs(row_bytes, layers, stages),
         }

@@ -112,6 +112,21 @@ pub struct Dropped {
     pub count: u16,
 }
 
+/// Rows of which none was to come back have been computed, and what their step took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// Id of the first.
+    pub first_id: u32,
+    /// How many consecutive ids; at least 1.
+    pub count: u16,
+    /// Microseconds that they waited for their step.
+    pub queue_us: u32,
+    /// Microseconds that the step took.
+    pub step_us: u32,
+    /// Rows in the step, other sessions' included.
+    pub step_rows: u32,
+}
+
 /// Why a session failed. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -209,6 +224,8 @@ pub enum Message<'a> {
     SessionError(SessionError<'a>),
     /// BUSY.
     Busy(Busy),
+    /// COMPUTED.
+    Computed(Computed),
 }
 
 impl<'a> Message<'a> {
@@ -233,6 +250,7 @@ impl<'a> Message<'a> {
             Kind::Dropped => Self::Dropped(Dropped::read(&mut from)?),
             Kind::SessionError => Self::SessionError(SessionError::read(&mut from)?),
             Kind::Busy => Self::Busy(Busy { retry_after_ms: from.u32("retry_after_ms")? }),
+            Kind::Computed => Self::Computed(Computed::read(&mut from)?),
             Kind::Ack | Kind::Ping | Kind::Pong => return Err(MessageError::Kind { kind }),
         };
         from.finish()?;
@@ -257,6 +275,7 @@ impl<'a> Message<'a> {
             Self::Dropped(_) => Kind::Dropped,
             Self::SessionError(_) => Kind::SessionError,
             Self::Busy(_) => Kind::Busy,
+            Self::Computed(_) => Kind::Computed,
         }
     }
 
@@ -271,6 +290,7 @@ impl<'a> Message<'a> {
             Self::Output(output) => output.encoded_len(),
             Self::Commit(_) | Self::Busy(_) => 4,
             Self::Dropped(_) => Dropped::BYTES,
+            Self::Computed(_) => Computed::BYTES,
             Self::SessionError(error) => 2 + wire::cut(error.text).len(),
             Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => 0,
         }
@@ -298,6 +318,7 @@ impl<'a> Message<'a> {
                 to.bytes(wire::cut(error.text).as_bytes());
             }
             Self::Busy(busy) => to.u32(busy.retry_after_ms),
+            Self::Computed(computed) => computed.write(&mut to),
             Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => {}
         }
         to.written()
@@ -336,6 +357,30 @@ impl Dropped {
         let (first_id, count) = (from.id("first_id")?, from.count("count")?);
         wire::last_id(first_id, count)?;
         Ok(Self { first_id, count })
+    }
+}
+
+impl Computed {
+    const BYTES: usize = 18;
+
+    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        let (first_id, count) = (from.id("first_id")?, from.count("count")?);
+        wire::last_id(first_id, count)?;
+        Ok(Self {
+            first_id,
+            count,
+            queue_us: from.u32("queue_us")?,
+            step_us: from.u32("step_us")?,
+            step_rows: from.u32("step_rows")?,
+        })
+    }
+
+    fn write(&self, to: &mut Writer<'_>) {
+        to.u32(self.first_id);
+        to.u16(self.count);
+        to.u32(self.queue_us);
+        to.u32(self.step_us);
+        to.u32(self.step_rows);
     }
 }
 

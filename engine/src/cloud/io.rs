@@ -372,6 +372,10 @@ impl Io {
         let (connection, wire_id) = (session.connection, session.wire_id);
         let hidden_size = self.start.bundle.hidden_size;
         let mut outputs = Outputs::of(job, index, session.codec, hidden_size, took_us);
+        if let Some(computed) = outputs.computed() {
+            self.answer(connection, wire_id, &Message::Computed(computed));
+            return Ok(());
+        }
         while let Some(bytes) = outputs.next_bytes() {
             // Frames of one session keep their order: once one waits, all wait.
             let buffer = if self.outbox.is_empty() { self.endpoint.buffer(bytes) } else { None };

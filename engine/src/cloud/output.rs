@@ -1,6 +1,6 @@
-//! `OUTPUT` frames of one session out of a finished step.
+//! `OUTPUT` frames of one session out of a finished step, or `COMPUTED` if it wants none.
 
-use hat_transport::message::OutputHead;
+use hat_transport::message::{Computed, OutputHead};
 
 use super::session::StepRows;
 use super::step::Job;
@@ -37,6 +37,15 @@ impl<'a> Outputs<'a> {
             done: 0,
             frame: 0,
         }
+    }
+
+    /// What is said of a chunk of which no row comes back; `None` if some do, or if it ran as
+    /// zeros since something is wrong with it.
+    pub(super) fn computed(&self) -> Option<Computed> {
+        let OutputHead { queue_us, step_us, step_rows, .. } = self.head;
+        let (first_id, rows) = (*self.rows.ids.first()?, self.rows.ids.len());
+        let count = u16::try_from(rows).ok().filter(|_| self.rows.wanted.is_empty())?;
+        Some(Computed { first_id, count, queue_us, step_us, step_rows })
     }
 
     /// Bytes of the next frame's body; `None` when all rows are out.

@@ -1,6 +1,7 @@
 //! How many rows of a prompt go next, by what was measured; and what is measured.
 
-use hat_transport::message::OutputHead;
+use hat_transport::frame::HEADER_BYTES;
+use hat_transport::message::{Computed, OutputHead};
 
 use super::run::Device;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
@@ -73,6 +74,26 @@ impl Device {
             self.monitor.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
+    }
+
+    /// A chunk of a prompt has been computed, long before the prompt's first output.
+    pub(super) fn take_computed(
+        &mut self,
+        index: usize,
+        computed: &Computed,
+        bytes: usize,
+    ) -> Result<(), String> {
+        let Computed { first_id, count, step_us, step_rows, .. } = *computed;
+        let last_id = first_id + u32::from(count) - 1;
+        let active = &mut self.actives[index];
+        active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        active.deadline = None;
+        if last_id > active.sent_id {
+            return Err(format!("row {last_id}, which was not sent"));
+        }
+        // Ids count the positions of a prompt from 1 on; later rows all come back.
+        self.monitor.note_step(step_rows, first_id - 1, f64::from(step_us) * 1e-6);
+        Ok(())
     }
 
     /// An output came back for `rows` rows that were sent together, `away_s` after that if no

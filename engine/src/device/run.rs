@@ -423,6 +423,9 @@ impl Device {
                 Ok(())
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
+            Ok(Message::Computed(computed)) => {
+                self.take_computed(index, &computed, frame.body.len())
+            }
             Ok(Message::Busy(busy)) => {
                 let wait = Duration::from_millis(u64::from(busy.retry_after_ms));
                 self.reason = "it has no room for another session".into();

@@ -78,6 +78,8 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         arithmetic_id: 1,
         rows_max: 2048,
     };
+    let computed =
+        Computed { first_id: 65, count: 64, queue_us: 120, step_us: 7000, step_rows: 90 };
     let error = SessionError { code: SessionErrorCode::BadParent, text: "row 7 is unknown" };
     let messages = [
         Message::Hello(hello()),
@@ -94,6 +96,7 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         Message::Dropped(Dropped { first_id: 4, count: 2 }),
         Message::SessionError(error),
         Message::Busy(Busy { retry_after_ms: 250 }),
+        Message::Computed(computed),
     ];
     messages.iter().for_each(check_lengths);
     for kind in [Kind::Ack, Kind::Ping, Kind::Pong] {
@@ -170,9 +173,11 @@ fn wrong_outputs_and_small_messages() {
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 2, &[1])), "reserved");
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 16, &[0; 4])), "ids");
     assert_eq!(wrong_field(Kind::Commit, &[0; 4]), "row");
-    assert_eq!(wrong_field(Kind::Dropped, &[0, 0, 0, 0, 1, 0]), "first_id");
-    assert_eq!(wrong_field(Kind::Dropped, &[1, 0, 0, 0, 0, 0]), "count");
-    assert_eq!(wrong_field(Kind::Dropped, &[255, 255, 255, 255, 2, 0]), "first_id");
+    for kind in [Kind::Dropped, Kind::Computed] {
+        assert_eq!(wrong_field(kind, &[0, 0, 0, 0, 1, 0]), "first_id");
+        assert_eq!(wrong_field(kind, &[1, 0, 0, 0, 0, 0]), "count");
+        assert_eq!(wrong_field(kind, &[255, 255, 255, 255, 2, 0]), "first_id");
+    }
     assert_eq!(wrong_field(Kind::SessionError, &[99, 0]), "code");
     let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(wrong_field(Kind::Open, &turned), "entry_layer");
