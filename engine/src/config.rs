@@ -94,6 +94,9 @@ pub struct EngineConfig {
     pub processor: Processor,
     /// Bounds.
     pub limits: Limits,
+    /// The only arithmetic that the cloud's layers may compute in; any that is known without.
+    /// 1 is that of the CPUs, 2 that of CUDA (`docs/ARITHMETIC.md`, `docs/KERNELS.md`).
+    pub cloud_arithmetic: Option<u32>,
     /// How long a request waits for a cloud that is away before it fails.
     pub reconnect: Duration,
     /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
@@ -130,6 +133,7 @@ impl EngineConfig {
             threads: default_threads(),
             processor: Processor::Auto,
             limits: Limits::device(),
+            cloud_arithmetic: None,
             reconnect: Duration::from_secs(30),
             memory: None,
         }

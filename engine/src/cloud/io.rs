@@ -1,9 +1,11 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
+mod fault;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
@@ -21,11 +23,12 @@ use super::session::{Offence, Session};
 use super::step::Job;
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
+use crate::backend::BackendFault;
 use crate::pack::{Codec, PackError};
 use crate::page::{PagePool, pages_for};
 use crate::sched::{Scheduler, SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
+use crate::wire::{self, BundleFacts, KV_TYPE_F16};
 
 /// What the io thread starts with.
 pub(super) struct Start {
@@ -34,6 +37,10 @@ pub(super) struct Start {
     pub(super) pages: u32,
     /// Pipeline stages.
     pub(super) stages: usize,
+    /// What the stages compute in.
+    pub(super) arithmetic_id: u32,
+    /// What a fault that lasts is told to.
+    pub(super) fault: Arc<OnceLock<BackendFault>>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
@@ -58,7 +65,7 @@ impl Start {
             }
         };
         if let Err(error) = io.serve() {
-            tracing::error!(%error, "the link failed; the cloud stops");
+            tracing::error!(%error, "the cloud stops");
         }
     }
 
@@ -87,6 +94,7 @@ impl Start {
         let BundleFacts { hidden_size, layers, model_id, .. } = &self.bundle;
         Hello {
             row_budget: self.config.limits.step_rows_max,
+            arithmetic_id: self.arithmetic_id,
             stages: u16::try_from(self.stages).unwrap_or(u16::MAX),
             ..wire::hello(wire::Role::Cloud, *model_id, *hidden_size, layers.clone())
         }
@@ -139,6 +147,9 @@ impl Io {
                         return Err(std::io::Error::other("the step thread has ended"));
                     }
                 }
+            }
+            if let Some(fault) = self.start.fault.get() {
+                return Err(std::io::Error::other(fault.clone()));
             }
             self.flush_outbox();
             self.plan();
@@ -253,10 +264,10 @@ impl Io {
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
         })?;
-        if open.arithmetic_id != ARITHMETIC_ID || open.kv_type != KV_TYPE_F16 {
+        let here = self.start.arithmetic_id;
+        if open.arithmetic_id != here || open.kv_type != KV_TYPE_F16 {
             let text = format!(
-                "arithmetic {} and KV type {} were asked for, {ARITHMETIC_ID} and {KV_TYPE_F16} \
-                 run here",
+                "arithmetic {} and KV type {} were asked for, {here} and {KV_TYPE_F16} run here",
                 open.arithmetic_id, open.kv_type
             );
             return Err(Offence::new(Code::Arithmetic, text));
@@ -336,7 +347,10 @@ impl Io {
     }
 
     /// Sends back what a finished step computed.
-    fn finish(&mut self, job: Job) {
+    fn finish(&mut self, mut job: Job) {
+        if let Some(fault) = job.fault.take() {
+            self.close_all(fault);
+        }
         let step_rows = job.step.plan.rows();
         let counters = &self.start.counters;
         counters.steps.fetch_add(1, Ordering::Relaxed);

@@ -9,8 +9,8 @@ mod step;
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::bounded;
@@ -18,6 +18,7 @@ use hat_loader::{Bundle, Role, Submodel};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 
+use crate::backend::BackendFault;
 use crate::config::CloudConfig;
 use crate::model::{MiddleForward, MiddleModel};
 use crate::page::pages_for;
@@ -43,6 +44,8 @@ pub struct CloudCounters {
     pub sessions: AtomicU64,
     /// Free KV pages now.
     pub pages_free: AtomicU64,
+    /// Steps that a backend did not compute.
+    pub faults: AtomicU64,
 }
 
 /// A running cloud. Dropping it stops it.
@@ -51,6 +54,7 @@ pub struct Cloud {
     describe: String,
     counters: Arc<CloudCounters>,
     stop: Arc<AtomicBool>,
+    fault: Arc<OnceLock<BackendFault>>,
     waker: Waker,
     threads: Vec<JoinHandle<()>>,
 }
@@ -93,6 +97,7 @@ impl Cloud {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let describe = describe(&stages);
         let counters = Arc::new(CloudCounters::default());
+        let fault = Arc::new(OnceLock::new());
         let stop = Arc::new(AtomicBool::new(false));
         let (to_step, jobs) = bounded(1);
         let (done, from_step) = bounded(jobs_of(stages.len()));
@@ -102,6 +107,8 @@ impl Cloud {
             bundle: crate::wire::BundleFacts::for_cloud(bundle),
             pages,
             stages: stages.len(),
+            arithmetic_id: arithmetic_of(&stages)?,
+            fault: fault.clone(),
             clock: clock.clone(),
             counters: counters.clone(),
             stop: stop.clone(),
@@ -116,7 +123,7 @@ impl Cloud {
         };
         let mut threads = vec![io_thread];
         threads.extend(step::spawn_stages(stages, jobs, &done, &waker, &clock)?);
-        Ok(Self { address, describe, counters, stop, waker, threads })
+        Ok(Self { address, describe, counters, stop, fault, waker, threads })
     }
 
     /// Where it listens; the port is the one that the system chose if 0 was configured.
@@ -137,11 +144,20 @@ impl Cloud {
         &self.counters
     }
 
-    /// Waits until it stops by itself, which it does only when its io thread fails.
-    pub fn join(mut self) {
+    /// Waits until it stops by itself, which it does only when its link or its backend fails.
+    pub fn join(self) {
+        let _ = self.join_for_fault();
+    }
+
+    /// As [`Cloud::join`], and says whether a backend was lost, so that another one may serve the
+    /// sessions, which their devices replay.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn join_for_fault(mut self) -> Option<BackendFault> {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.fault.get().cloned()
     }
 }
 
@@ -214,6 +230,16 @@ fn runs_of_layers(layers: Range<usize>, stages: usize) -> Result<Vec<Range<usize
 /// Steps that circulate: one in each stage, and one that is planned meanwhile.
 fn jobs_of(stages: usize) -> usize {
     stages + 1
+}
+
+/// The one arithmetic of all stages.
+fn arithmetic_of(stages: &[Box<dyn MiddleForward>]) -> Result<u32, Error> {
+    let mut ids: Vec<u32> = stages.iter().map(|stage| stage.arithmetic_id()).collect();
+    ids.dedup();
+    match ids[..] {
+        [id] => Ok(id),
+        _ => Err(Error::field("stages", format!("compute in several arithmetics: {ids:?}"))),
+    }
 }
 
 fn describe(stages: &[Box<dyn MiddleForward>]) -> String {

@@ -10,7 +10,7 @@ use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
 use crate::Error;
-use crate::backend::cpu::lower_priority;
+use crate::backend::{BackendFault, cpu::lower_priority};
 use crate::model::{MiddleForward, MiddleStep};
 use crate::sched::SessionKey;
 
@@ -25,6 +25,8 @@ pub(super) struct Job {
     pub(super) rows: Vec<StepRows>,
     /// How long the stages computed, all together.
     pub(super) took: Duration,
+    /// Why its rows mean nothing, if they don't.
+    pub(super) fault: Option<BackendFault>,
 }
 
 impl Job {
@@ -36,6 +38,7 @@ impl Job {
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
         self.took = Duration::ZERO;
+        self.fault = None;
     }
 
     /// Puts the oldest chunk of `session` into this step. What is wrong with it comes back as an
@@ -127,7 +130,10 @@ impl Stage {
     fn run(mut self) {
         for mut job in &self.jobs {
             let start = self.clock.now();
-            self.model.forward(&mut job.step);
+            if job.fault.is_none() {
+                self.model.forward(&mut job.step);
+                job.fault = self.model.fault();
+            }
             job.took += self.clock.now().duration_since(start);
             if self.next.send(job).is_err() {
                 return;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
 use hat_transport::link::Waker;
-use hat_transport::message::{Message, Open, Role, SessionErrorCode};
+use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
@@ -17,7 +17,7 @@ use super::plan::Sizing;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
-use crate::backend::{RowMove, TokenId};
+use crate::backend::{BackendError, BackendFault, RowMove, TokenId};
 use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
@@ -57,8 +57,8 @@ impl Start {
             }
         };
         if let Err(error) = device.serve() {
-            tracing::error!(%error, "the link failed; the device stops");
-            let text = format!("its link failed: {error}");
+            tracing::error!(%error, "the device stops");
+            let text = error.to_string();
             for active in &device.actives {
                 active.fail(Error::Stopped(text.clone()));
             }
@@ -71,7 +71,10 @@ impl Start {
         };
         let facts = &self.facts;
         let layers = facts.layers.clone();
-        let hello = wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers);
+        let hello = Hello {
+            arithmetic_id: self.model.arithmetic_id(),
+            ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
+        };
         let clock = self.shared.clock.clone();
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
@@ -84,8 +87,11 @@ impl Start {
             peer_rows_max: limits.step_rows_max,
             peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
+            peer_arithmetic: ARITHMETIC_ID,
+            lost: None,
             connected: false,
             reason: "not connected yet".into(),
+            refused: None,
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
@@ -125,8 +131,14 @@ pub(super) struct Device {
     pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
     pub(super) peer_pending_max: usize,
+    /// What the cloud's layers compute in.
+    peer_arithmetic: u32,
+    /// Why this device's own backend is lost, if it is.
+    pub(super) lost: Option<BackendFault>,
     /// Why the cloud is away, for people.
     reason: String,
+    /// Why this device does not want the cloud that it found.
+    refused: Option<String>,
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
@@ -156,6 +168,9 @@ pub(super) struct Device {
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
 }
 
+/// How long a device waits before it replays a session that the cloud lost.
+const LOST_WAIT: Duration = Duration::from_millis(100);
+
 /// What was said to be missing: each is said once.
 #[derive(Default)]
 struct Missing {
@@ -175,6 +190,9 @@ impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
         self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
+            if let Some(fault) = &self.lost {
+                return Err(std::io::Error::other(fault.clone()));
+            }
             let now = self.start.shared.clock.now();
             self.admit();
             self.drop_cancelled();
@@ -264,6 +282,7 @@ impl Device {
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
+                lost_n: 0,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -320,7 +339,7 @@ impl Device {
                 exit_layer: layer(facts.layers.end),
                 codec: self.start.config.wire.id(),
                 kv_type: KV_TYPE_F16,
-                arithmetic_id: ARITHMETIC_ID,
+                arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),
             });
             let wire_id = self.next_wire_id;
@@ -347,7 +366,14 @@ impl Device {
 
     fn take(&mut self, event: LinkEvent) {
         match event {
-            LinkEvent::Up { hello, resumed, .. } => {
+            LinkEvent::Up { connection, hello, resumed, .. } => {
+                let wanted = self.start.config.cloud_arithmetic;
+                if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
+                    self.endpoint.close(connection, CloseCode::Incompatible, &reason);
+                    self.refused = Some(reason);
+                    return;
+                }
+                self.peer_arithmetic = hello.arithmetic_id;
                 self.set_connected(true);
                 self.peer_rows_max = hello.row_budget.max(1);
                 self.peer_stages = u32::from(hello.stages.max(1));
@@ -366,7 +392,7 @@ impl Device {
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");
-                self.reason = error.to_string();
+                self.reason = self.refused.take().unwrap_or_else(|| error.to_string());
                 self.set_connected(false);
                 self.connection = None;
                 for index in (0..self.actives.len()).rev() {
@@ -393,6 +419,7 @@ impl Device {
             Ok(Message::Opened) => {
                 self.actives[index].phase = Phase::Open;
                 self.actives[index].deadline = None;
+                self.actives[index].meter.computed_in(self.peer_arithmetic);
                 Ok(())
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
@@ -411,6 +438,12 @@ impl Device {
             Ok(Message::SessionError(error)) => match error.code {
                 SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => {
                     self.actives[index].restart(None);
+                    Ok(())
+                }
+                SessionErrorCode::Resource if self.actives[index].may_lose_session() => {
+                    tracing::warn!(text = %error.text, "the cloud lost the session");
+                    self.actives[index].start_deadline(now, self.start.config.reconnect);
+                    self.actives[index].restart(Some(now + LOST_WAIT));
                     Ok(())
                 }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),
@@ -444,11 +477,28 @@ impl Device {
         self.retire(index);
     }
 
-    /// Ends a request with an error.
+    /// Ends a request with an error; all of them, if what is wrong is this device's backend.
     pub(super) fn fail(&mut self, index: usize, error: Error) {
+        if matches!(error, Error::NotFinite { .. })
+            && let Some(fault) = self.start.model.fault()
+        {
+            return self.fail_all(&fault);
+        }
         self.start.shared.metrics().requests_failed += 1;
         self.actives[index].fail(error);
         self.retire(index);
+    }
+
+    /// The backend did not compute what it was asked to, and its KV store means nothing now: ends
+    /// every request. If the fault lasts, the device stops after that.
+    fn fail_all(&mut self, fault: &BackendFault) {
+        tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
+        for index in (0..self.actives.len()).rev() {
+            self.start.shared.metrics().requests_failed += 1;
+            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
+            self.retire(index);
+        }
+        self.lost = fault.lasts.then(|| fault.clone());
     }
 
     /// Forgets a request, and tells the cloud if it has a session.
