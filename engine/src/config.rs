@@ -101,6 +101,9 @@ pub struct EngineConfig {
     pub processor: Processor,
     /// Bounds.
     pub limits: Limits,
+    /// The only arithmetic that the cloud's layers may compute in; any that is known without.
+    /// 1 is that of the CPUs, 2 that of CUDA (`docs/ARITHMETIC.md`, `docs/KERNELS.md`).
+    pub cloud_arithmetic: Option<u32>,
     /// How long a request waits for a cloud that is away before it fails.
     pub reconnect: Duration,
     /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
@@ -139,6 +142,7 @@ impl EngineConfig {
             threads: default_threads(),
             processor: Processor::Auto,
             limits: Limits::device(),
+            cloud_arithmetic: None,
             reconnect: Duration::from_secs(30),
             memory: None,
         }
@@ -217,8 +221,10 @@ pub struct CloudConfig {
     pub listen: SocketAddr,
     /// What moves bytes.
     pub link: LinkKind,
-    /// Compute threads.
+    /// Compute threads, shared among the stages.
     pub threads: usize,
+    /// Pipeline stages: runs of layers that compute at the same time, each on threads of its own.
+    pub stages: usize,
     /// Which kernels compute.
     pub processor: Processor,
     /// Bounds.
@@ -236,6 +242,7 @@ impl CloudConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             link: LinkKind::Mio,
             threads: default_threads(),
+            stages: 1,
             processor: Processor::Auto,
             limits: Limits::cloud(),
             memory: None,
@@ -260,6 +267,13 @@ impl CloudConfig {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads;
+        self
+    }
+
+    /// Pipeline stages.
+    #[must_use]
+    pub fn stages(mut self, stages: usize) -> Self {
+        self.stages = stages;
         self
     }
 

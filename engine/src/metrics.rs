@@ -66,6 +66,9 @@ pub struct Timings {
     pub chunks_planned: Vec<u32>,
     /// When the first token was expected by that plan, from the request on; 0 without one.
     pub ttft_predicted_ms: f64,
+    /// What the cloud's layers computed in, by arithmetic id; more than one if the answer went on
+    /// with a cloud of another kind. One alone gives the same text again.
+    pub arithmetic_ids: Vec<u32>,
 }
 
 /// What one drafter did in one generation. A token that two drafters guessed at one place counts
@@ -144,6 +147,13 @@ impl Meter {
     #[must_use]
     pub fn ttft(&self) -> Option<Duration> {
         self.first_token.map(|first| first.saturating_duration_since(self.started))
+    }
+
+    /// Rows are computed in this arithmetic from now on.
+    pub fn computed_in(&mut self, arithmetic_id: u32) {
+        if self.counts.arithmetic_ids.last() != Some(&arithmetic_id) {
+            self.counts.arithmetic_ids.push(arithmetic_id);
+        }
     }
 
     /// Rows are on their way up no more: the link to them is lost.

@@ -29,7 +29,7 @@ pub struct PrefixScope {
     pub codec: u8,
     /// How keys and values are stored.
     pub kv_type: u8,
-    /// The arithmetic that they are computed in.
+    /// The arithmetic of the cloud's layers.
     pub arithmetic_id: u32,
 }
 
@@ -42,15 +42,22 @@ pub struct PageNames {
 }
 
 impl PageNames {
-    /// An empty path.
+    /// An empty path of rows that a device computes in `device_arithmetic_id` up to the cloud's
+    /// first layer.
     #[must_use]
-    pub fn new(secret: &PrefixSecret, model_id: &[u8; 32], scope: PrefixScope) -> Self {
+    pub fn new(
+        secret: &PrefixSecret,
+        model_id: &[u8; 32],
+        device_arithmetic_id: u32,
+        scope: PrefixScope,
+    ) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(secret);
         hasher.update(model_id);
         hasher.update(&scope.entry_layer.to_le_bytes());
         hasher.update(&scope.exit_layer.to_le_bytes());
         hasher.update(&[scope.codec, scope.kv_type]);
         hasher.update(&scope.arithmetic_id.to_le_bytes());
+        hasher.update(&device_arithmetic_id.to_le_bytes());
         Self { hasher, rows: 0, ids: Vec::new() }
     }
 
@@ -138,6 +145,14 @@ impl PrefixCache {
             }
         }
         self.touch(scope, ids);
+    }
+
+    /// Keeps nothing any longer.
+    pub fn clear(&mut self, pool: &mut PagePool) {
+        self.by_use.clear();
+        for (_, entry) in self.entries.drain() {
+            pool.release(entry.page);
+        }
     }
 
     /// Evicts until `wanted` pages are free, or nothing is idle.

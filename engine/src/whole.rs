@@ -76,6 +76,7 @@ impl<B: Backend> Whole<B> {
         let vocab_size = self.device.config().vocab_size;
         let prepared = Prepared::new(request, &self.tokenizer, vocab_size, self.context)?;
         let mut meter = Meter::new(self.clock.now(), prepared.prompt_n());
+        meter.computed_in(self.model.arithmetic_id());
         let mut answer = Answer::new(&prepared, &self.tokenizer, self.device.config());
         self.model.reset();
         let (last, prompt) = prepared.prompt.split_last().expect("a prompt has a token");

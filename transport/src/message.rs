@@ -12,7 +12,7 @@ use crate::frame::Kind;
 use wire::{Reader, Writer};
 
 pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, Role};
-pub use rows::{Ids, Output, OutputHead, Rows, RowsHead, Want};
+pub use rows::{Arrivals, Ids, Output, OutputHead, Rows, RowsHead, Want};
 
 /// Codec of wire rows: IEEE binary32.
 pub const CODEC_F32: u8 = 0;
@@ -140,6 +140,23 @@ pub struct Dropped {
     pub count: u16,
 }
 
+/// Rows of which none was to come back have been computed, and what their step took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// Id of the first.
+    pub first_id: u32,
+    /// How many consecutive ids; at least 1.
+    pub count: u16,
+    /// Microseconds that they waited for their step.
+    pub queue_us: u32,
+    /// Microseconds that the step took.
+    pub step_us: u32,
+    /// Rows in the step, other sessions' included.
+    pub step_rows: u32,
+    /// How fast the device's frames come in.
+    pub arrivals: Arrivals,
+}
+
 /// Why a session failed. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -237,6 +254,8 @@ pub enum Message<'a> {
     SessionError(SessionError<'a>),
     /// BUSY.
     Busy(Busy),
+    /// COMPUTED.
+    Computed(Computed),
 }
 
 impl<'a> Message<'a> {
@@ -261,6 +280,7 @@ impl<'a> Message<'a> {
             Kind::Dropped => Self::Dropped(Dropped::read(&mut from)?),
             Kind::SessionError => Self::SessionError(SessionError::read(&mut from)?),
             Kind::Busy => Self::Busy(Busy { retry_after_ms: from.u32("retry_after_ms")? }),
+            Kind::Computed => Self::Computed(Computed::read(&mut from)?),
             Kind::Ack | Kind::Ping | Kind::Pong => return Err(MessageError::Kind { kind }),
         };
         from.finish()?;
@@ -285,6 +305,7 @@ impl<'a> Message<'a> {
             Self::Dropped(_) => Kind::Dropped,
             Self::SessionError(_) => Kind::SessionError,
             Self::Busy(_) => Kind::Busy,
+            Self::Computed(_) => Kind::Computed,
         }
     }
 
@@ -301,6 +322,7 @@ impl<'a> Message<'a> {
             Self::Output(output) => output.encoded_len(),
             Self::Commit(_) | Self::Busy(_) => 4,
             Self::Dropped(_) => Dropped::BYTES,
+            Self::Computed(_) => Computed::BYTES,
             Self::SessionError(error) => 2 + wire::cut(error.text).len(),
             Self::Cancel | Self::Cancelled | Self::Ended => 0,
         }
@@ -334,6 +356,7 @@ impl<'a> Message<'a> {
                 to.bytes(wire::cut(error.text).as_bytes());
             }
             Self::Busy(busy) => to.u32(busy.retry_after_ms),
+            Self::Computed(computed) => computed.write(&mut to),
             Self::Cancel | Self::Cancelled | Self::Ended => {}
         }
         to.written()
@@ -384,6 +407,32 @@ impl Dropped {
         let (first_id, count) = (from.id("first_id")?, from.count("count")?);
         wire::last_id(first_id, count)?;
         Ok(Self { first_id, count })
+    }
+}
+
+impl Computed {
+    const BYTES: usize = 26;
+
+    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        let (first_id, count) = (from.id("first_id")?, from.count("count")?);
+        wire::last_id(first_id, count)?;
+        Ok(Self {
+            first_id,
+            count,
+            queue_us: from.u32("queue_us")?,
+            step_us: from.u32("step_us")?,
+            step_rows: from.u32("step_rows")?,
+            arrivals: Arrivals::read(from)?,
+        })
+    }
+
+    fn write(&self, to: &mut Writer<'_>) {
+        to.u32(self.first_id);
+        to.u16(self.count);
+        to.u32(self.queue_us);
+        to.u32(self.step_us);
+        to.u32(self.step_rows);
+        self.arrivals.write(to);
     }
 }
 

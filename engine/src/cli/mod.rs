@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, Processor, SamplerConfig,
 };
@@ -159,6 +160,10 @@ pub(crate) struct DeviceRunArgs {
     #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
         value_parser = parse_switch, value_name = "on|off")]
     prefix: bool,
+    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
+    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
+          value_parser = parse_share)]
+    past_share: f64,
     /// Seconds that a request waits for a cloud that is away.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
@@ -176,6 +181,11 @@ fn parse_switch(text: &str) -> Result<bool, String> {
     }
 }
 
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
+    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
+}
+
 impl DeviceRunArgs {
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
@@ -183,6 +193,7 @@ impl DeviceRunArgs {
             .wire(self.wire)
             .chunks(self.chunks)
             .prefix(self.prefix);
+        config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.split_layer = self.bundle.split_layer();
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);

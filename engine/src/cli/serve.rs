@@ -27,12 +27,16 @@ pub(crate) struct CloudArgs {
     /// Positions of all sessions together.
     #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N")]
     kv_rows_max: Option<u32>,
+    /// Pipeline stages: runs of layers that compute at the same time and share the threads.
+    #[arg(long, env = "HAT_STAGES", default_value_t = 1, value_name = "N")]
+    stages: usize,
 }
 
 impl CloudArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let mut config =
             self.run.cloud_config(self.bundle.half(cache, "cloud")?).listen(self.listen);
+        config = config.stages(self.stages);
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
         let cloud = Cloud::start(config)?;

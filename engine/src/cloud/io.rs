@@ -1,11 +1,12 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
+mod fault;
 mod prefix;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
@@ -14,7 +15,7 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Busy, CloseCode, Hello, Message, Open, Opened, SessionError, SessionErrorCode,
+    Arrivals, Busy, CloseCode, Hello, Message, Open, Opened, SessionError, SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
@@ -24,18 +25,25 @@ use super::session::{Offence, Session};
 use super::step::Job;
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
+use crate::backend::BackendFault;
 use crate::pack::{Codec, PackError};
 use crate::page::PagePool;
 use crate::prefix::PrefixCache;
 use crate::sched::{Scheduler, SessionKey, Work};
 use crate::sequence::Sequence;
-use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
+use crate::wire::{self, BundleFacts, KV_TYPE_F16};
 
 /// What the io thread starts with.
 pub(super) struct Start {
     pub(super) config: CloudConfig,
     pub(super) bundle: BundleFacts,
     pub(super) pages: u32,
+    /// Pipeline stages.
+    pub(super) stages: usize,
+    /// What the stages compute in.
+    pub(super) arithmetic_id: u32,
+    /// What a fault that lasts is told to.
+    pub(super) fault: Arc<OnceLock<BackendFault>>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
@@ -60,7 +68,7 @@ impl Start {
             }
         };
         if let Err(error) = io.serve() {
-            tracing::error!(%error, "the link failed; the cloud stops");
+            tracing::error!(%error, "the cloud stops");
         }
     }
 
@@ -76,9 +84,10 @@ impl Start {
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
-            jobs: vec![Job::default(), Job::default()],
+            jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
             outbox: VecDeque::new(),
+            told: HashMap::new(),
             moves: Vec::new(),
             start: self,
         };
@@ -89,6 +98,8 @@ impl Start {
         let BundleFacts { hidden_size, layers, model_id, .. } = &self.bundle;
         Hello {
             row_budget: self.config.limits.step_rows_max,
+            arithmetic_id: self.arithmetic_id,
+            stages: u16::try_from(self.stages).unwrap_or(u16::MAX),
             ..wire::hello(wire::Role::Cloud, *model_id, *hidden_size, layers.clone())
         }
     }
@@ -113,6 +124,8 @@ struct Io {
     jobs: Vec<Job>,
     works: Vec<Work>,
     outbox: VecDeque<Output>,
+    /// Arrived bytes, and how long they took, that each connection was told of.
+    told: HashMap<ConnectionId, (u64, Duration)>,
     /// Moves of commits that came on their own, for the next step.
     moves: Vec<crate::backend::RowMove>,
 }
@@ -140,6 +153,9 @@ impl Io {
                     }
                 }
             }
+            if let Some(fault) = self.start.fault.get() {
+                return Err(std::io::Error::other(fault.clone()));
+            }
             self.flush_outbox();
             self.plan();
             self.note_gauges();
@@ -163,6 +179,7 @@ impl Io {
             Event::Down { reason, .. } => tracing::info!(%reason, "connection down"),
             Event::Gone { connection, error } => {
                 tracing::info!(%error, "connection gone");
+                self.told.remove(&connection);
                 self.drop_sessions_of(connection);
             }
             _ => {}
@@ -250,10 +267,10 @@ impl Io {
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
         })?;
-        if open.arithmetic_id != ARITHMETIC_ID || open.kv_type != KV_TYPE_F16 {
+        let here = self.start.arithmetic_id;
+        if open.arithmetic_id != here || open.kv_type != KV_TYPE_F16 {
             let text = format!(
-                "arithmetic {} and KV type {} were asked for, {ARITHMETIC_ID} and {KV_TYPE_F16} \
-                 run here",
+                "arithmetic {} and KV type {} were asked for, {here} and {KV_TYPE_F16} run here",
                 open.arithmetic_id, open.kv_type
             );
             return Err(Offence::new(Code::Arithmetic, text));
@@ -334,7 +351,10 @@ impl Io {
     }
 
     /// Sends back what a finished step computed.
-    fn finish(&mut self, job: Job) {
+    fn finish(&mut self, mut job: Job) {
+        if let Some(fault) = job.fault.take() {
+            self.close_all(fault);
+        }
         let step_rows = job.step.plan.rows();
         let counters = &self.start.counters;
         counters.steps.fetch_add(1, Ordering::Relaxed);
@@ -359,7 +379,13 @@ impl Io {
         let Some(session) = self.sessions.get(&job.sessions[index]) else { return Ok(()) };
         let (connection, wire_id) = (session.connection, session.wire_id);
         let hidden_size = self.start.bundle.hidden_size;
-        let mut outputs = Outputs::of(job, index, session.codec, hidden_size, took_us);
+        let codec = session.codec;
+        let arrivals = self.arrivals_of(connection);
+        let mut outputs = Outputs::of(job, index, codec, hidden_size, took_us, arrivals);
+        if let Some(computed) = outputs.computed() {
+            self.answer(connection, wire_id, &Message::Computed(computed));
+            return Ok(());
+        }
         while let Some(bytes) = outputs.next_bytes() {
             // Frames of one session keep their order: once one waits, all wait.
             let buffer = if self.outbox.is_empty() { self.endpoint.buffer(bytes) } else { None };
@@ -384,6 +410,18 @@ impl Io {
             outputs.advance();
         }
         Ok(())
+    }
+
+    /// What `connection` brought, and how fast, since the last time that it was told.
+    fn arrivals_of(&mut self, connection: ConnectionId) -> Arrivals {
+        let Some(counters) = self.endpoint.counters(connection) else { return Arrivals::default() };
+        let now = (counters.traffic.arrived_bytes, counters.traffic.arrived_in);
+        let (bytes, time) = self.told.insert(connection, now).unwrap_or_default();
+        let us = now.1.saturating_sub(time).as_micros();
+        Arrivals {
+            bytes: u32::try_from(now.0.saturating_sub(bytes)).unwrap_or(u32::MAX),
+            us: u32::try_from(us).unwrap_or(u32::MAX),
+        }
     }
 
     fn flush_outbox(&mut self) {

@@ -157,7 +157,12 @@ pub(super) struct Active {
     pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
+    /// How often the cloud lost the session since the last token.
+    pub(super) lost_n: u32,
 }
+
+/// A cloud that loses a session so often before it gives a token will not give one.
+const LOST_MAX: u32 = 3;
 
 impl Active {
     /// Rows of the decided path that the device's own layers have computed and committed.
@@ -209,6 +214,7 @@ impl Active {
         if let Some(names) = &mut self.names {
             names.push(token);
         }
+        self.lost_n = 0;
         if let Some(lookup) = &mut self.lookup {
             lookup.push(token);
         }
@@ -236,6 +242,12 @@ impl Active {
         self.decided = 1..1;
         self.meter.rows_lost();
         self.phase = Phase::Closed { not_before };
+    }
+
+    /// The cloud lost the session: says whether it is worth another try.
+    pub(super) fn may_lose_session(&mut self) -> bool {
+        self.lost_n += 1;
+        self.lost_n <= LOST_MAX
     }
 
     /// Starts the clock on a cloud that is away, if it does not run already.

@@ -10,39 +10,57 @@ use super::active::{Active, Phase};
 use super::run::Device;
 use crate::Error;
 use crate::answer::Prepared;
-use crate::backend::PAGE_SIZE;
+use crate::backend::{PAGE_SIZE, TokenId};
 use crate::chunk::CHUNK_ROWS_DEFAULT;
 use crate::config::EngineConfig;
-use crate::prefix::{PageId, PageNames, PrefixScope};
-use crate::wire::{ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
+use crate::prefix::{PageId, PageNames, PrefixScope, PrefixSecret};
+use crate::wire::{BundleFacts, KV_TYPE_F16};
 
-/// Names of an empty path's pages; `None` if this device uploads all rows. Tail layers need all
-/// rows that come back, so with them it does.
-///
-/// # Errors
-/// [`Error::Io`] if the system gives no random bytes for a secret.
-pub(super) fn page_names(
-    config: &EngineConfig,
-    facts: &BundleFacts,
-) -> Result<Option<PageNames>, Error> {
-    if !config.prefix || facts.has_tail {
-        return Ok(None);
+/// Names the pages of a device's paths.
+pub(super) struct PageNamer {
+    secret: PrefixSecret,
+    model_id: [u8; 32],
+    arithmetic_id: u32,
+    scope: PrefixScope,
+}
+
+impl PageNamer {
+    /// `None` if all rows go up. Tail layers need all rows that come back, so with them they do.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system gives no random bytes for a secret.
+    pub(super) fn new(
+        config: &EngineConfig,
+        facts: &BundleFacts,
+        arithmetic_id: u32,
+    ) -> Result<Option<Self>, Error> {
+        if !config.prefix || facts.has_tail {
+            return Ok(None);
+        }
+        let mut secret = [0; 32];
+        match config.prefix_secret {
+            Some(known) => secret = known,
+            None => getrandom::fill(&mut secret)
+                .map_err(|error| Error::io("making a secret for page names", error.into()))?,
+        }
+        let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
+        let scope = PrefixScope {
+            entry_layer: layer(facts.layers.start),
+            exit_layer: layer(facts.layers.end),
+            codec: config.wire.id(),
+            kv_type: KV_TYPE_F16,
+            arithmetic_id: 0,
+        };
+        Ok(Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope }))
     }
-    let mut secret = [0; 32];
-    match config.prefix_secret {
-        Some(known) => secret = known,
-        None => getrandom::fill(&mut secret)
-            .map_err(|error| Error::io("making a secret for page names", error.into()))?,
+
+    /// Names of the pages of `tokens` where the cloud computes in `cloud_arithmetic_id`.
+    pub(super) fn names(&self, cloud_arithmetic_id: u32, tokens: &[TokenId]) -> PageNames {
+        let scope = PrefixScope { arithmetic_id: cloud_arithmetic_id, ..self.scope };
+        let mut names = PageNames::new(&self.secret, &self.model_id, self.arithmetic_id, scope);
+        names.extend(tokens);
+        names
     }
-    let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
-    let scope = PrefixScope {
-        entry_layer: layer(facts.layers.start),
-        exit_layer: layer(facts.layers.end),
-        codec: config.wire.id(),
-        kv_type: KV_TYPE_F16,
-        arithmetic_id: ARITHMETIC_ID,
-    };
-    Ok(Some(PageNames::new(&secret, &facts.model_id, scope)))
 }
 
 impl Active {

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
 use hat_transport::link::Waker;
-use hat_transport::message::{Message, Open, Role, SessionErrorCode};
+use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
 use super::plan::Sizing;
-use super::prefix::page_names;
+use super::prefix::PageNamer;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
-use crate::backend::{RowMove, TokenId};
+use crate::backend::{BackendError, BackendFault, RowMove, TokenId};
 use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
@@ -29,7 +29,6 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
-use crate::prefix::PageNames;
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -59,8 +58,8 @@ impl Start {
             }
         };
         if let Err(error) = device.serve() {
-            tracing::error!(%error, "the link failed; the device stops");
-            let text = format!("its link failed: {error}");
+            tracing::error!(%error, "the device stops");
+            let text = error.to_string();
             for active in &device.actives {
                 active.fail(Error::Stopped(text.clone()));
             }
@@ -73,9 +72,12 @@ impl Start {
         };
         let facts = &self.facts;
         let layers = facts.layers.clone();
-        let hello = wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers);
+        let hello = Hello {
+            arithmetic_id: self.model.arithmetic_id(),
+            ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
+        };
         let clock = self.shared.clock.clone();
-        let names = page_names(&self.config, facts)?;
+        let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -85,13 +87,17 @@ impl Start {
             cloud: cloud.clone(),
             connection: None,
             peer_rows_max: limits.step_rows_max,
+            peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
+            peer_arithmetic: ARITHMETIC_ID,
+            lost: None,
             connected: false,
             reason: "not connected yet".into(),
+            refused: None,
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
-            names,
+            namer,
             next_wire_id: 1,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
@@ -99,7 +105,7 @@ impl Start {
             events: Vec::new(),
             monitor: Monitor::new(self.config.past_share),
             planner: Planner::default(),
-            began: self.shared.clock.now(),
+            arrived: (0, Duration::ZERO),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             kept: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -124,16 +130,24 @@ pub(super) struct Device {
     pub(super) connected: bool,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
+    /// Pipeline stages of the cloud.
+    pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
     pub(super) peer_pending_max: usize,
+    /// What the cloud's layers compute in.
+    peer_arithmetic: u32,
+    /// Why this device's own backend is lost, if it is.
+    pub(super) lost: Option<BackendFault>,
     /// Why the cloud is away, for people.
     reason: String,
+    /// Why this device does not want the cloud that it found.
+    refused: Option<String>,
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
     pages: PagePool,
-    /// Names of an empty path's pages.
-    names: Option<PageNames>,
+    /// Names pages; `None` if all rows go up.
+    namer: Option<PageNamer>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -143,8 +157,8 @@ pub(super) struct Device {
     /// What chunks cost, over all requests.
     pub(super) monitor: Monitor,
     pub(super) planner: Planner,
-    /// The monitor's times count from here.
-    pub(super) began: Instant,
+    /// Bytes from the cloud, and how long they took, that the monitor knows of.
+    pub(super) arrived: (u64, Duration),
     pub(super) plan: PlanBuffers,
     /// What has arrived and has not been looked at.
     pub(super) events: Vec<LinkEvent>,
@@ -158,6 +172,9 @@ pub(super) struct Device {
     pub(super) logits: Vec<f32>, // [vocab_size]
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
 }
+
+/// How long a device waits before it replays a session that the cloud lost.
+const LOST_WAIT: Duration = Duration::from_millis(100);
 
 /// What was said to be missing: each is said once.
 #[derive(Default)]
@@ -178,6 +195,9 @@ impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
         self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
+            if let Some(fault) = &self.lost {
+                return Err(std::io::Error::other(fault.clone()));
+            }
             let now = self.start.shared.clock.now();
             self.admit();
             self.drop_cancelled();
@@ -242,17 +262,13 @@ impl Device {
                 Some(trained) if draft.asks_trained() => trained.open(rows_max),
                 _ => None,
             };
-            let mut names = self.names.clone();
-            if let Some(names) = &mut names {
-                names.extend(&job.prepared.prompt);
-            }
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
                 phase: Phase::Closed { not_before: None },
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
-                names,
+                names: None,
                 held: 0,
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
@@ -274,6 +290,7 @@ impl Device {
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
+                lost_n: 0,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -325,12 +342,14 @@ impl Device {
             if not_before.is_some_and(|time| now < time) {
                 continue;
             }
+            let namer = self.namer.as_ref();
+            active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
                 codec: self.start.config.wire.id(),
                 kv_type: KV_TYPE_F16,
-                arithmetic_id: ARITHMETIC_ID,
+                arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),
                 pages: active.pages_to_find(),
             });
@@ -360,9 +379,17 @@ impl Device {
 
     fn take(&mut self, event: LinkEvent) {
         match event {
-            LinkEvent::Up { hello, resumed, .. } => {
+            LinkEvent::Up { connection, hello, resumed, .. } => {
+                let wanted = self.start.config.cloud_arithmetic;
+                if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
+                    self.endpoint.close(connection, CloseCode::Incompatible, &reason);
+                    self.refused = Some(reason);
+                    return;
+                }
+                self.peer_arithmetic = hello.arithmetic_id;
                 self.set_connected(true);
                 self.peer_rows_max = hello.row_budget.max(1);
+                self.peer_stages = u32::from(hello.stages.max(1));
                 self.peer_pending_max = usize::from(hello.rows_pending_max);
                 if !resumed {
                     self.actives.iter_mut().for_each(|active| active.restart(None));
@@ -378,7 +405,7 @@ impl Device {
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");
-                self.reason = error.to_string();
+                self.reason = self.refused.take().unwrap_or_else(|| error.to_string());
                 self.set_connected(false);
                 self.connection = None;
                 for index in (0..self.actives.len()).rev() {
@@ -402,8 +429,14 @@ impl Device {
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
-            Ok(Message::Opened(opened)) => self.actives[index].opened(opened.pages),
+            Ok(Message::Opened(opened)) => {
+                self.actives[index].meter.computed_in(self.peer_arithmetic);
+                self.actives[index].opened(opened.pages)
+            }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
+            Ok(Message::Computed(computed)) => {
+                self.take_computed(index, &computed, frame.body.len())
+            }
             Ok(Message::Busy(busy)) => {
                 let wait = Duration::from_millis(u64::from(busy.retry_after_ms));
                 self.reason = "it has no room for another session".into();
@@ -416,6 +449,12 @@ impl Device {
             Ok(Message::SessionError(error)) => match error.code {
                 SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => {
                     self.actives[index].restart(None);
+                    Ok(())
+                }
+                SessionErrorCode::Resource if self.actives[index].may_lose_session() => {
+                    tracing::warn!(text = %error.text, "the cloud lost the session");
+                    self.actives[index].start_deadline(now, self.start.config.reconnect);
+                    self.actives[index].restart(Some(now + LOST_WAIT));
                     Ok(())
                 }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),
@@ -450,11 +489,28 @@ impl Device {
         self.retire(index);
     }
 
-    /// Ends a request with an error.
+    /// Ends a request with an error; all of them, if what is wrong is this device's backend.
     pub(super) fn fail(&mut self, index: usize, error: Error) {
+        if matches!(error, Error::NotFinite { .. })
+            && let Some(fault) = self.start.model.fault()
+        {
+            return self.fail_all(&fault);
+        }
         self.start.shared.metrics().requests_failed += 1;
         self.actives[index].fail(error);
         self.retire(index);
+    }
+
+    /// The backend did not compute what it was asked to, and its KV store means nothing now: ends
+    /// every request. If the fault lasts, the device stops after that.
+    fn fail_all(&mut self, fault: &BackendFault) {
+        tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
+        for index in (0..self.actives.len()).rev() {
+            self.start.shared.metrics().requests_failed += 1;
+            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
+            self.retire(index);
+        }
+        self.lost = fault.lasts.then(|| fault.clone());
     }
 
     /// Forgets a request, and tells the cloud if it has a session.

@@ -25,6 +25,7 @@ fn hello() -> Hello {
         rows_pending_max: 64,
         page_size: 32,
         kv_type: KV_F16,
+        stages: 4,
         ..Hello::new(Role::Cloud)
     }
 }
@@ -49,9 +50,10 @@ fn rows() -> Vec<u8> {
 }
 
 fn output() -> Vec<u8> {
-    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3 };
+    let arrivals = Arrivals { bytes: 4, us: 5 };
+    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
     let mut body = vec![7; head.payload_start() + 4];
-    assert_eq!(head.encode(&[10, 12], &mut body), 24);
+    assert_eq!(head.encode(&[10, 12], &mut body), 32);
     body
 }
 
@@ -80,6 +82,9 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         rows_max: 2048,
         pages: &PAGES,
     };
+    let arrivals = Arrivals { bytes: 65_568, us: 8700 };
+    let computed =
+        Computed { first_id: 65, count: 64, queue_us: 120, step_us: 7000, step_rows: 90, arrivals };
     let error = SessionError { code: SessionErrorCode::BadParent, text: "row 7 is unknown" };
     let messages = [
         Message::Hello(hello()),
@@ -98,6 +103,7 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         Message::Dropped(Dropped { first_id: 4, count: 2 }),
         Message::SessionError(error),
         Message::Busy(Busy { retry_after_ms: 250 }),
+        Message::Computed(computed),
     ];
     messages.iter().for_each(check_lengths);
     for kind in [Kind::Ack, Kind::Ping, Kind::Pong] {
@@ -140,7 +146,6 @@ fn wrong_hellos() {
         (44, &[0; 4], "frame_bytes_max"),
         (88, &[31, 0], "entry_layer"),
         (105, &[2], "role"),
-        (106, &[0, 1], "reserved"),
     ] {
         assert_eq!(wrong_field(Kind::Hello, &patched(body.clone(), offset, bytes)), field);
     }
@@ -173,11 +178,13 @@ fn wrong_rows() {
 fn wrong_outputs_and_small_messages() {
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 0, &[0; 2])), "count");
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 2, &[1])), "reserved");
-    assert_eq!(wrong_field(Kind::Output, &patched(output(), 16, &[0; 4])), "ids");
+    assert_eq!(wrong_field(Kind::Output, &patched(output(), 24, &[0; 4])), "ids");
     assert_eq!(wrong_field(Kind::Commit, &[0; 4]), "row");
-    assert_eq!(wrong_field(Kind::Dropped, &[0, 0, 0, 0, 1, 0]), "first_id");
-    assert_eq!(wrong_field(Kind::Dropped, &[1, 0, 0, 0, 0, 0]), "count");
-    assert_eq!(wrong_field(Kind::Dropped, &[255, 255, 255, 255, 2, 0]), "first_id");
+    for kind in [Kind::Dropped, Kind::Computed] {
+        assert_eq!(wrong_field(kind, &[0, 0, 0, 0, 1, 0]), "first_id");
+        assert_eq!(wrong_field(kind, &[1, 0, 0, 0, 0, 0]), "count");
+        assert_eq!(wrong_field(kind, &[255, 255, 255, 255, 2, 0]), "first_id");
+    }
     assert_eq!(wrong_field(Kind::SessionError, &[99, 0]), "code");
     let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(wrong_field(Kind::Open, &turned), "entry_layer");
