@@ -1,5 +1,6 @@
 //! Pages that the cloud may hold from earlier sessions: asked for when one opens, named when it
-//! ends. What is held is computed here, too, and not sent.
+//! ends. What it holds is not sent, and not computed either if this device and its drafter have
+//! their own pages of it still.
 
 use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{End, Message, PAGE_IDS_MAX};
@@ -75,8 +76,8 @@ impl Active {
         self.pages_of(self.tokens.len() - 1)
     }
 
-    /// `OPEN` was answered: the cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, pages: u16) -> Result<(), String> {
+    /// The cloud holds so many of the pages that were named.
+    fn opened(&mut self, pages: u16) -> Result<(), String> {
         let asked = self.pages_to_find().len();
         if usize::from(pages) > asked {
             return Err(format!("it holds {pages} pages of the {asked} that were named"));
@@ -110,6 +111,46 @@ impl Active {
 }
 
 impl Device {
+    /// `OPEN` was answered: the cloud holds so many of the pages that were named.
+    pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), String> {
+        let active = &mut self.actives[index];
+        active.opened(pages)?;
+        let Active { names, tokens, sequence, fed, .. } = active;
+        let Some(names) = names else { return Ok(()) };
+        // What the cloud lacks has to be sent, and so computed.
+        let names = names.of_rows(tokens.len() - 1, usize::from(pages));
+        let mut pages = names.len();
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+            // The drafter takes each row once: those that it has, or begins behind.
+            if *fed == 0 {
+                let rows = trained.begin_behind(session, names) * PAGE_SIZE;
+                *fed = u32::try_from(rows).expect("within the context");
+            }
+            pages = pages.min(*fed as usize / PAGE_SIZE);
+        }
+        self.prefixes.begin_behind(&mut self.pages, sequence, &names[..pages]);
+        Ok(())
+    }
+
+    /// A request has its answer: the pages of its path may serve the next.
+    pub(super) fn keep_pages(&mut self, index: usize) {
+        let active = &self.actives[index];
+        let names = active.pages_of(active.sequence.committed() as usize);
+        let pages = active.sequence.pages();
+        self.prefixes.keep(&mut self.pages, PrefixScope::ONE, names, pages);
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+            trained.keep(session, active.pages_of(active.fed as usize));
+        }
+    }
+
+    /// The KV store means nothing now.
+    pub(super) fn forget_pages(&mut self) {
+        self.prefixes.clear(&mut self.pages);
+        if let Some(trained) = &mut self.start.trained {
+            trained.forget();
+        }
+    }
+
     /// Tells the cloud that a request is done with its session, and which pages may be kept.
     pub(super) fn end_session(&mut self, connection: ConnectionId, active: &Active) {
         let pages = active.pages_of(active.sequence.committed() as usize);

@@ -29,6 +29,7 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
+use crate::prefix::{PrefixCache, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -97,6 +98,7 @@ impl Start {
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            prefixes: PrefixCache::default(),
             namer,
             next_wire_id: 1,
             missing: Missing::default(),
@@ -145,7 +147,9 @@ pub(super) struct Device {
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
-    pages: PagePool,
+    pub(super) pages: PagePool,
+    /// Pages of the device's own layers, kept from earlier requests.
+    pub(super) prefixes: PrefixCache,
     /// Names pages; `None` if all rows go up.
     namer: Option<PageNamer>,
     next_wire_id: u32,
@@ -245,7 +249,8 @@ impl Device {
             let Some(job) = self.waiting.front() else { return };
             let rows_max = job.prepared.rows_max();
             let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-            let Ok(pages) = self.pages.take(wanted) else { return };
+            let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
+            let Some((pages, _)) = admitted else { return };
             let job = self.waiting.pop_front().expect("looked at above");
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
@@ -431,7 +436,7 @@ impl Device {
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].meter.computed_in(self.peer_arithmetic);
-                self.actives[index].opened(opened.pages)
+                self.opened(index, opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
             Ok(Message::Computed(computed)) => {
@@ -475,6 +480,8 @@ impl Device {
         let text = active.answer.finish();
         let timings = active.meter.timings();
         active.note_turn(&self.start.shared);
+        self.keep_pages(index);
+        let active = &mut self.actives[index];
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;
@@ -510,6 +517,7 @@ impl Device {
             self.actives[index].fail(BackendError::Fault(fault.clone()).into());
             self.retire(index);
         }
+        self.forget_pages();
         self.lost = fault.lasts.then(|| fault.clone());
     }
 
