@@ -284,6 +284,7 @@ impl Io {
             session: key,
             rows: complete.rows,
             urgent: complete.urgent,
+            device: 0,
             class: session.exit_layer,
         };
         self.scheduler
