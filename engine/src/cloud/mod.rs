@@ -1,10 +1,13 @@
 //! The cloud role: an io thread that owns link, sessions, scheduler and pages, and a step thread
 //! that owns the backend, with two bounded queues between them.
 
+mod admission;
 mod io;
+mod outbox;
 mod output;
 mod session;
 mod step;
+mod void;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -38,6 +41,12 @@ pub struct CloudCounters {
     pub opened: AtomicU64,
     /// Sessions and connections refused or ended for something that the peer did.
     pub refused: AtomicU64,
+    /// Idle sessions ended for the sake of others.
+    pub evicted: AtomicU64,
+    /// Devices told to come back later.
+    pub busy: AtomicU64,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: AtomicU64,
     /// Sessions open now.
     pub sessions: AtomicU64,
     /// Free KV pages now.

@@ -1,6 +1,6 @@
 //! One step on its way between the io thread and the step thread.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::clock::Clock;
@@ -19,6 +19,8 @@ pub(super) struct Job {
     pub(super) sessions: Vec<SessionKey>,
     /// Rows of each of them. `[sessions]`
     pub(super) rows: Vec<StepRows>,
+    /// When the step began.
+    pub(super) began: Option<Instant>,
     /// How long the step took.
     pub(super) took: Duration,
 }
@@ -31,6 +33,14 @@ impl Job {
         self.step.hidden.clear();
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
+    }
+
+    /// How long the rows of session `index` waited for the step.
+    pub(super) fn queue_us(&self, index: usize) -> u32 {
+        let waited = self.began.zip(self.rows[index].complete_at);
+        let waited = waited
+            .map_or(Duration::ZERO, |(began, complete)| began.saturating_duration_since(complete));
+        u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
     }
 
     /// Puts the oldest chunk of `session` into this step. What is wrong with it comes back as an
@@ -82,6 +92,7 @@ pub(super) fn run_steps(
 ) {
     for mut job in jobs {
         let start = clock.now();
+        job.began = Some(start);
         model.forward(&mut job.step);
         job.took = clock.now().duration_since(start);
         if done.send(job).is_err() {
