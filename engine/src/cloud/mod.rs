@@ -2,10 +2,13 @@
 //! for each pipeline stage, which owns a backend and a run of layers, with bounded queues between
 //! them.
 
+mod admission;
 mod io;
+mod outbox;
 mod output;
 mod session;
 mod step;
+mod void;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -40,6 +43,12 @@ pub struct CloudCounters {
     pub opened: AtomicU64,
     /// Sessions and connections refused or ended for something that the peer did.
     pub refused: AtomicU64,
+    /// Idle sessions ended for the sake of others.
+    pub evicted: AtomicU64,
+    /// Devices told to come back later.
+    pub busy: AtomicU64,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: AtomicU64,
     /// Sessions open now.
     pub sessions: AtomicU64,
     /// Free KV pages now.
