@@ -12,6 +12,7 @@ use hat_transport::turn::ConnectionId;
 
 use super::io::Io;
 use super::session::Offence;
+use crate::sched::DeviceKey;
 
 /// Soonest that a refused device is asked back.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -31,7 +32,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// A device that found no room.
 #[derive(Clone, Copy, Debug)]
 struct Refused {
-    connection: ConnectionId,
+    device: DeviceKey,
     /// Of the session that found no room.
     pages: usize,
     times: u32,
@@ -66,16 +67,16 @@ impl Admission {
         self.life_s = Some(self.life_s.map_or(life, |past| PAST * past + (1.0 - PAST) * life));
     }
 
-    /// Pages that are kept from `connection`, which has `sessions` sessions: what the device
+    /// Pages that are kept from `device`, which has `sessions` sessions: what the device
     /// first in line needs for its next one. `None` if nobody is before it.
     pub(super) fn kept_from(
         &mut self,
         now: Instant,
-        connection: ConnectionId,
+        device: DeviceKey,
         sessions: u32,
     ) -> Option<usize> {
         self.refused.retain(|refused| refused.until > now);
-        let own = self.refused.iter().position(|refused| refused.connection == connection);
+        let own = self.refused.iter().position(|refused| refused.device == device);
         let own_times = own.map_or(0, |own| self.refused[own].times);
         let before = &self.refused[..own.unwrap_or(self.refused.len())];
         let is_before = |refused: &&Refused| {
@@ -105,17 +106,17 @@ impl Admission {
     pub(super) fn refuse(
         &mut self,
         now: Instant,
-        connection: ConnectionId,
+        device: DeviceKey,
         pages: usize,
         sessions: u32,
         retry: Duration,
     ) -> Duration {
-        let own = self.refused.iter().position(|refused| refused.connection == connection);
+        let own = self.refused.iter().position(|refused| refused.device == device);
         let times = own.map_or(1, |own| self.refused[own].times + 1);
         let is_first = times >= REFUSALS_MAX;
         let retry = if is_first { retry.min(FIRST_RETRY_MAX) } else { retry };
         let until = now + retry + GRACE;
-        let refused = Refused { connection, pages, times, sessions, until };
+        let refused = Refused { device, pages, times, sessions, until };
         match own {
             Some(own) => self.refused[own] = refused,
             None => self.refused.push(refused),
@@ -124,21 +125,22 @@ impl Admission {
     }
 
     /// A device got in, or is gone: it waits no longer.
-    pub(super) fn forget(&mut self, connection: ConnectionId) {
-        self.refused.retain(|refused| refused.connection != connection);
+    pub(super) fn forget(&mut self, device: DeviceKey) {
+        self.refused.retain(|refused| refused.device != device);
     }
 }
 
 impl Io {
     /// Makes room for a session of so many pages; says whether there is.
     pub(super) fn make_room(&mut self, connection: ConnectionId, pages: usize) -> bool {
-        let sessions = self.guests.get(&connection).map_or(0, |guest| guest.sessions);
+        let Some(guest) = self.guests.get(&connection) else { return false };
+        let (device, sessions) = (guest.device, guest.sessions);
         let limits = &self.start.config.limits;
         let sessions_max = limits.sessions_max as usize;
         if sessions >= limits.sessions_per_device_max {
             return false;
         }
-        let kept = self.admission.kept_from(self.now, connection, sessions);
+        let kept = self.admission.kept_from(self.now, device, sessions);
         let pages = pages + kept.unwrap_or(0);
         let places = 1 + usize::from(kept.is_some());
         // A cache of prefixes gives its pages up here, before any session does.
@@ -182,12 +184,77 @@ impl Io {
 
     /// What a device is told that finds no room for a session of so many pages.
     pub(super) fn retry_after_ms(&mut self, connection: ConnectionId, pages: usize) -> u32 {
-        let sessions = self.guests.get(&connection).map_or(0, |guest| guest.sessions);
+        let guest = self.guests.get(&connection);
+        let (device, sessions) = guest.map_or((0, 0), |guest| (guest.device, guest.sessions));
         let mut retry = self.admission.next_turn(self.now, self.sessions.len());
         // Whoever has all it may have waits for itself, and is in nobody's line.
         if sessions < self.start.config.limits.sessions_per_device_max {
-            retry = self.admission.refuse(self.now, connection, pages, sessions, retry);
+            retry = self.admission.refuse(self.now, device, pages, sessions, retry);
         }
         u32::try_from(retry.as_millis()).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn devices_are_asked_back_one_after_the_other() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.note_life(1000 * MS);
+        // Ten sessions of a second each: one ends each 100 ms.
+        let turns: Vec<_> = (0..5).map(|_| admission.next_turn(now, 10)).collect();
+        assert_eq!(turns, [100 * MS, 200 * MS, 300 * MS, 400 * MS, 500 * MS]);
+        let later = now + 2000 * MS;
+        assert_eq!(admission.next_turn(later, 10), 100 * MS);
+        for _ in 0..200 {
+            admission.note_life(MS);
+        }
+        assert_eq!(admission.next_turn(later + 1000 * MS, 10), RETRY_MIN);
+    }
+
+    #[test]
+    fn no_time_is_beyond_the_longest_and_they_differ() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.note_life(Duration::from_secs(1 << 40));
+        let turns: Vec<_> = (0..64).map(|_| admission.next_turn(now, 3)).collect();
+        assert!(turns.iter().all(|turn| (RETRY_MAX / 2..=RETRY_MAX).contains(turn)), "{turns:?}");
+        let apart: std::collections::HashSet<_> = turns.iter().collect();
+        assert_eq!(apart.len(), 16);
+    }
+
+    #[test]
+    fn whoever_was_refused_again_and_again_goes_first() {
+        let (mut admission, mut now) = (Admission::default(), Instant::now());
+        for times in 1..=REFUSALS_MAX {
+            let retry = admission.refuse(now, 7, 100, 1, 5000 * MS);
+            assert_eq!(retry, if times < 3 { 5000 * MS } else { FIRST_RETRY_MAX });
+            now += retry;
+            let kept = (times == REFUSALS_MAX).then_some(100);
+            assert_eq!(admission.kept_from(now, 8, 1), kept, "after {times} refusals");
+        }
+        assert_eq!(admission.kept_from(now, 7, 1), None, "not from itself");
+        // Two that were refused often do not block each other.
+        for _ in 0..REFUSALS_MAX {
+            admission.refuse(now, 8, 50, 1, 50 * MS);
+        }
+        assert_eq!(admission.kept_from(now, 8, 1), Some(100));
+        assert_eq!(admission.kept_from(now, 7, 1), None);
+        admission.forget(7);
+        assert_eq!(admission.kept_from(now, 8, 1), None);
+        assert_eq!(admission.kept_from(now, 9, 0), Some(50));
+        now += 50 * MS + GRACE;
+        assert_eq!(admission.kept_from(now, 9, 0), None, "8 has not come back");
+    }
+
+    #[test]
+    fn a_device_without_sessions_goes_before_another_ones_next() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.refuse(now, 7, 100, 0, 500 * MS);
+        assert_eq!(admission.kept_from(now, 8, 1), Some(100));
+        assert_eq!(admission.kept_from(now, 8, 0), None);
     }
 }

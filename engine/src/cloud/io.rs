@@ -76,7 +76,7 @@ impl Start {
         let limits = self.config.limits;
         let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
         // A session has one work there at a time, so there is room for all.
-        let queue_max = limits.queue_max.max(limits.sessions_max) as usize;
+        let queue_max = limits.sessions_max as usize;
         let io = Io {
             endpoint,
             now: self.clock.now(),
@@ -181,8 +181,9 @@ impl Io {
             Event::Gone { connection, error } => {
                 tracing::info!(%error, "connection gone");
                 self.drop_sessions_of(connection);
-                self.guests.remove(&connection);
-                self.admission.forget(connection);
+                if let Some(guest) = self.guests.remove(&connection) {
+                    self.admission.forget(guest.device);
+                }
             }
             _ => {}
         }
@@ -298,9 +299,9 @@ impl Io {
         let session = Session::new(key, connection, wire_id, codec, layers, sequence, self.now);
         self.sessions.insert(key, session);
         self.keys.insert((connection, wire_id), key);
-        self.admission.forget(connection);
         if let Some(guest) = self.guests.get_mut(&connection) {
             guest.sessions += 1;
+            self.admission.forget(guest.device);
         }
         self.start.counters.opened.fetch_add(1, Ordering::Relaxed);
         Ok(None)
