@@ -11,6 +11,7 @@ use crate::Error;
 pub use crate::chunk::ChunkPolicy;
 use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
+pub use crate::prefix::PrefixSecret;
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +108,12 @@ pub struct EngineConfig {
     pub chunks: ChunkPolicy,
     /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
     pub past_share: f64,
+    /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
+    /// go up.
+    pub prefix: bool,
+    /// Key of the names by which pages are asked for; devices that share it share their prompts'
+    /// pages. `None` is a key for this engine alone.
+    pub prefix_secret: Option<PrefixSecret>,
     /// What moves bytes.
     pub link: LinkKind,
     /// Compute threads.
@@ -150,6 +157,8 @@ impl EngineConfig {
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
             past_share: PAST_DEFAULT,
+            prefix: true,
+            prefix_secret: None,
             link: LinkKind::Mio,
             threads: default_threads(),
             processor: Processor::Auto,
@@ -198,6 +207,20 @@ impl EngineConfig {
     #[must_use]
     pub fn wire(mut self, wire: Codec) -> Self {
         self.wire = wire;
+        self
+    }
+
+    /// Whether rows of a prompt that the cloud still holds stay here.
+    #[must_use]
+    pub fn prefix(mut self, prefix: bool) -> Self {
+        self.prefix = prefix;
+        self
+    }
+
+    /// Key of the names by which pages are asked for.
+    #[must_use]
+    pub fn prefix_secret(mut self, secret: PrefixSecret) -> Self {
+        self.prefix_secret = Some(secret);
         self
     }
 

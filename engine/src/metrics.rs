@@ -52,7 +52,8 @@ pub struct Timings {
     pub drafting_ms: f64,
     /// Time spent in tail layers, LM head and sampling.
     pub head_ms: f64,
-    /// Pages of the prompt that the cloud had already.
+    /// Pages of prompt and answer that the cloud had already when the session opened, or opened
+    /// again: their rows were not sent.
     pub pages_reused: u32,
     /// Bytes sent to the cloud.
     pub bytes_up: u64,

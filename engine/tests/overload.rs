@@ -113,7 +113,7 @@ fn a_device_that_opens_a_thousand_sessions_shuts_nobody_out() {
         let mut note = |event: &LinkEvent| {
             let LinkEvent::Frame { frame, .. } = event else { return };
             match Message::decode(frame.kind, &frame.body).unwrap() {
-                Message::Opened => opened += 1,
+                Message::Opened(_) => opened += 1,
                 Message::Busy(told) => busy.push(told.retry_after_ms),
                 _ => {}
             }

@@ -126,7 +126,8 @@ fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
     writeln!(file, "{text}")
 }
 
-fn state_dir() -> anyhow::Result<PathBuf> {
+/// Where secrets of this user's roles are kept.
+pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
     let base = std::env::var_os("XDG_STATE_HOME")
         .filter(|path| !path.is_empty())
         .map(PathBuf::from)

@@ -143,11 +143,11 @@ impl Io {
         let kept = self.admission.kept_from(self.now, device, sessions);
         let pages = pages + kept.unwrap_or(0);
         let places = 1 + usize::from(kept.is_some());
-        // A cache of prefixes gives its pages up here, before any session does.
-        if self.sessions.len() + places > sessions_max || self.pages.free() < pages {
+        // Pages that are kept for prompts to come give way before any session does.
+        if self.sessions.len() + places > sessions_max || self.pages.available() < pages {
             self.evict_idle(pages, places);
         }
-        self.sessions.len() + places <= sessions_max && self.pages.free() >= pages
+        self.sessions.len() + places <= sessions_max && self.pages.available() >= pages
     }
 
     /// Ends idle sessions, the longest idle first, until so many pages and places are free; none
@@ -162,14 +162,14 @@ impl Io {
             .collect();
         let sessions_max = self.start.config.limits.sessions_max as usize;
         let in_idle: usize = idle.iter().map(|(_, _, pages)| pages).sum();
-        let is_enough = self.pages.free() + in_idle >= pages
+        let is_enough = self.pages.available() + in_idle >= pages
             && self.sessions.len() - idle.len() + places <= sessions_max;
         if !is_enough {
             return;
         }
         idle.sort_unstable();
         for (active_at, key, _) in idle {
-            if self.sessions.len() + places <= sessions_max && self.pages.free() >= pages {
+            if self.sessions.len() + places <= sessions_max && self.pages.available() >= pages {
                 return;
             }
             let session = &self.sessions[&key];

@@ -1,6 +1,7 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
 mod fault;
+mod prefix;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -14,10 +15,13 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Arrivals, Busy, CloseCode, Dropped, Hello, Message, Open, SessionError, SessionErrorCode,
+    Arrivals, Busy, CloseCode, Dropped, Hello, Message, Open, Opened, SessionError,
+    SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
+use self::prefix::check_names;
+pub(super) use self::prefix::scope_of;
 use super::admission::Admission;
 use super::outbox::{Guest, Output};
 use super::output::Outputs;
@@ -28,9 +32,17 @@ use crate::Error;
 use crate::backend::BackendFault;
 use crate::pack::{Codec, PackError};
 use crate::page::{PagePool, pages_for};
+use crate::prefix::PrefixCache;
 use crate::sched::{DeviceKey, Scheduler, SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, BundleFacts, KV_TYPE_F16};
+
+/// What becomes of a session that a device wants to open.
+enum Admitted {
+    Open(Opened),
+    /// Milliseconds.
+    RetryAfter(u32),
+}
 
 /// What the io thread starts with.
 pub(super) struct Start {
@@ -86,6 +98,7 @@ impl Start {
             admission: Admission::default(),
             dropped: Vec::new(),
             pages: PagePool::new(self.pages),
+            prefixes: PrefixCache::default(),
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
@@ -117,6 +130,7 @@ pub(super) struct Io {
     pub(super) now: Instant,
     scheduler: Scheduler,
     pub(super) pages: PagePool,
+    prefixes: PrefixCache,
     pub(super) sessions: HashMap<SessionKey, Session>,
     pub(super) keys: HashMap<(ConnectionId, u32), SessionKey>,
     next_key: SessionKey,
@@ -218,11 +232,9 @@ impl Io {
         let taken = match kind {
             Kind::Rows => self.take_rows(key, frame),
             Kind::Commit => self.take_commit(key, &frame),
-            Kind::End => {
-                self.end(key);
+            Kind::End => self.end_named(key, &frame).map(|()| {
                 self.answer(connection, wire_id, &Message::Ended);
-                Ok(())
-            }
+            }),
             Kind::Cancel => {
                 self.cancel(key);
                 self.answer(connection, wire_id, &Message::Cancelled);
@@ -247,8 +259,10 @@ impl Io {
             Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
         };
         match opened {
-            Ok(None) => self.answer(connection, wire_id, &Message::Opened),
-            Ok(Some(retry_after_ms)) => {
+            Ok(Admitted::Open(opened)) => {
+                self.answer(connection, wire_id, &Message::Opened(opened));
+            }
+            Ok(Admitted::RetryAfter(retry_after_ms)) => {
                 self.start.counters.busy.fetch_add(1, Ordering::Relaxed);
                 self.answer(connection, wire_id, &Message::Busy(Busy { retry_after_ms }));
             }
@@ -256,20 +270,20 @@ impl Io {
         }
     }
 
-    /// Opens a session; if there is no room now, says after how many ms there may be.
+    /// Opens a session, or says when there may be room for it.
     fn admit(
         &mut self,
         connection: ConnectionId,
         wire_id: u32,
-        open: &Open,
-    ) -> Result<Option<u32>, Offence> {
+        open: &Open<'_>,
+    ) -> Result<Admitted, Offence> {
         use SessionErrorCode as Code;
         if wire_id == 0 || self.keys.contains_key(&(connection, wire_id)) {
             let text = format!("session id {wire_id} is taken");
             return Err(Offence::new(Code::NoSuchSession, text));
         }
         let layers = u32::from(open.entry_layer)..u32::from(open.exit_layer);
-        wire::check_layers(layers.clone(), &self.start.bundle.layers)
+        wire::check_layers(layers, &self.start.bundle.layers)
             .map_err(|reason| Offence::new(Code::Layers, reason))?;
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
@@ -288,15 +302,16 @@ impl Io {
             let text = format!("{} positions asked for, the context is {context}", open.rows_max);
             return Err(Offence::new(Code::BadShape, text));
         }
-        let pages = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
-        if !self.make_room(connection, pages) {
-            return Ok(Some(self.retry_after_ms(connection, pages)));
+        check_names(open)?;
+        let wanted = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
+        if !self.make_room(connection, wanted) {
+            return Ok(Admitted::RetryAfter(self.retry_after_ms(connection, wanted)));
         }
-        let pages = self.pages.take(pages).expect("there is room");
+        let (pages, held) = self.reserve(open, wanted);
         let key = self.next_key;
         self.next_key += 1;
-        let sequence = Sequence::new(pages, open.rows_max);
-        let session = Session::new(key, connection, wire_id, codec, layers, sequence, self.now);
+        let sequence = Sequence::on_held(pages, open.rows_max, held);
+        let session = Session::new(key, connection, wire_id, codec, open, sequence, self.now);
         self.sessions.insert(key, session);
         self.keys.insert((connection, wire_id), key);
         if let Some(guest) = self.guests.get_mut(&connection) {
@@ -304,7 +319,8 @@ impl Io {
             self.admission.forget(guest.device);
         }
         self.start.counters.opened.fetch_add(1, Ordering::Relaxed);
-        Ok(None)
+        let pages = u16::try_from(held).expect("at most as many as one frame names");
+        Ok(Admitted::Open(Opened { pages }))
     }
 
     fn take_rows(&mut self, key: SessionKey, frame: Frame) -> Result<(), Offence> {
@@ -377,6 +393,7 @@ impl Io {
                     self.end(work.session);
                     self.refuse(connection, wire_id, offence);
                 }
+                self.name_prompt(work.session);
             }
             works.iter().for_each(|work| self.enqueue_next(work.session));
             self.works = works;
@@ -512,6 +529,8 @@ impl Io {
     fn note_gauges(&self) {
         let counters = &self.start.counters;
         counters.sessions.store(self.sessions.len() as u64, Ordering::Relaxed);
-        counters.pages_free.store(self.pages.free() as u64, Ordering::Relaxed);
+        let (free, idle) = (self.pages.free() as u64, self.pages.idle() as u64);
+        counters.pages_free.store(free + idle, Ordering::Relaxed);
+        counters.pages_idle.store(idle, Ordering::Relaxed);
     }
 }

@@ -28,8 +28,8 @@ use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
 
-/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions` and
-/// `pages_free`, which are what they are now.
+/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
+/// `pages_idle`, which are what they are now.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct CloudCounters {
@@ -51,10 +51,14 @@ pub struct CloudCounters {
     pub dropped: AtomicU64,
     /// Sessions open now.
     pub sessions: AtomicU64,
-    /// Free KV pages now.
+    /// KV pages that a new session can have now, those that are kept for others included.
     pub pages_free: AtomicU64,
     /// Steps that a backend did not compute.
     pub faults: AtomicU64,
+    /// Of these, pages that are kept: a session that names them need not upload their rows.
+    pub pages_idle: AtomicU64,
+    /// Pages that sessions found when they opened.
+    pub pages_reused: AtomicU64,
 }
 
 /// A running cloud. Dropping it stops it.

@@ -1,16 +1,17 @@
 //! One session in the cloud: frames gathered into chunks, and the rows they become.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{Dropped, Message, Rows, SessionErrorCode, Want};
+use hat_transport::message::{Dropped, Message, Open, Rows, SessionErrorCode, Want};
 use hat_transport::turn::ConnectionId;
 
-use crate::backend::RowMove;
+use super::io::scope_of;
+use crate::backend::{PAGE_SIZE, RowMove};
 use crate::pack::Codec;
+use crate::prefix::{PageId, PrefixScope};
 use crate::sched::SessionKey;
 use crate::sequence::{PlanBuffers, Sequence, SequenceError};
 
@@ -86,6 +87,12 @@ pub(super) struct Session {
     pub(super) entry_layer: u32,
     pub(super) exit_layer: u32,
     pub(super) sequence: Sequence,
+    /// What its rows depend on beside their tokens.
+    pub(super) scope: PrefixScope,
+    /// Names of its prompt's full pages; empty when all are known.
+    names: Vec<PageId>,
+    /// So many of them are known.
+    named: usize,
     pub(super) items: VecDeque<Item>,
     pub(super) gathering: Chunk,
     /// Whether the scheduler knows of the first chunk. It hears of the next one when that has
@@ -111,7 +118,7 @@ impl Session {
         connection: ConnectionId,
         wire_id: u32,
         codec: Codec,
-        layers: Range<u32>,
+        open: &Open<'_>,
         sequence: Sequence,
         now: Instant,
     ) -> Self {
@@ -120,15 +127,37 @@ impl Session {
             connection,
             wire_id,
             codec,
-            entry_layer: layers.start,
-            exit_layer: layers.end,
+            entry_layer: u32::from(open.entry_layer),
+            exit_layer: u32::from(open.exit_layer),
+            named: sequence.committed() as usize / PAGE_SIZE,
             sequence,
+            scope: scope_of(open),
+            names: open.pages.to_vec(),
             items: VecDeque::new(),
             gathering: Chunk::default(),
             is_queued: false,
             in_flight: 0,
             opened_at: now,
             active_at: now,
+        }
+    }
+
+    /// Pages that its committed rows fill.
+    pub(super) fn full_pages(&self) -> usize {
+        self.sequence.committed() as usize / PAGE_SIZE
+    }
+
+    /// Names of its first pages, if more of them are full than are known.
+    pub(super) fn names_to_keep(&self) -> Option<&[PageId]> {
+        let full = self.full_pages().min(self.names.len());
+        (full > self.named).then(|| &self.names[..full])
+    }
+
+    /// The pages of [`Session::names_to_keep`] are known now.
+    pub(super) fn names_were_kept(&mut self) {
+        self.named = self.full_pages().min(self.names.len());
+        if self.named == self.names.len() {
+            self.names = Vec::new();
         }
     }
 

@@ -14,6 +14,7 @@ use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
 use super::plan::Sizing;
+use super::prefix::page_names;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
@@ -28,6 +29,7 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
+use crate::prefix::PageNames;
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -76,6 +78,7 @@ impl Start {
             ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
         };
         let clock = self.shared.clock.clone();
+        let names = page_names(&self.config, facts)?;
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -95,6 +98,7 @@ impl Start {
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            names,
             next_wire_id: 1,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
@@ -143,6 +147,8 @@ pub(super) struct Device {
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
     pages: PagePool,
+    /// Names of an empty path's pages.
+    names: Option<PageNames>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -213,7 +219,8 @@ impl Device {
         for active in &self.actives {
             active.fail(Error::Stopped("it was closed".into()));
         }
-        Ok(())
+        // What was said last may be the names of pages to keep.
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
     fn dial(&mut self) {
@@ -256,12 +263,18 @@ impl Device {
                 Some(trained) if draft.asks_trained() => trained.open(rows_max),
                 _ => None,
             };
+            let mut names = self.names.clone();
+            if let Some(names) = &mut names {
+                names.extend(&job.prepared.prompt);
+            }
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
                 phase: Phase::Closed { not_before: None },
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
+                names,
+                held: 0,
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),
@@ -341,11 +354,14 @@ impl Device {
                 kv_type: KV_TYPE_F16,
                 arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),
+                pages: active.pages_to_find(),
             });
+            let bytes = open.encoded_len();
             let wire_id = self.next_wire_id;
             if self.endpoint.send_message(connection, wire_id, &open).is_ok() {
                 self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
                 active.wire_id = wire_id;
+                active.note_message(bytes);
                 active.phase = Phase::Opening;
             }
         }
@@ -416,11 +432,10 @@ impl Device {
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
-            Ok(Message::Opened) => {
-                self.actives[index].phase = Phase::Open;
-                self.actives[index].deadline = None;
-                self.actives[index].meter.computed_in(self.peer_arithmetic);
-                Ok(())
+            Ok(Message::Opened(opened)) => {
+                let active = &mut self.actives[index];
+                active.meter.computed_in(self.peer_arithmetic);
+                active.opened(opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
             Ok(Message::Computed(computed)) => {
@@ -464,6 +479,7 @@ impl Device {
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
+        active.note_turn(&self.start.shared);
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;
@@ -510,7 +526,7 @@ impl Device {
             && !matches!(active.phase, Phase::Closed { .. })
             && active.wire_id != 0
         {
-            let _ = self.endpoint.send_message(connection, active.wire_id, &Message::End);
+            self.end_session(connection, &active);
         }
         self.pages.give_back(active.sequence.into_pages());
         if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {

@@ -210,6 +210,9 @@ impl Device {
         }
         let heard = emitted.event.is_none_or(|event| active.job.events.send(Ok(event)).is_ok());
         if let Some(reason) = emitted.finish {
+            if self.actives[index].sequence.place(id).is_some() {
+                self.commit(index, id);
+            }
             self.finish(index, reason);
             return false;
         }

@@ -8,7 +8,7 @@ use hat_engine::Cloud;
 use hat_transport::clock::SystemClock;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::message::{End, Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
 use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
 
 use super::Bundles;
@@ -77,7 +77,7 @@ impl Hand {
         }
     }
 
-    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
+    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open<'_>)) {
         let mut open = Open {
             entry_layer: 1,
             exit_layer: 4,
@@ -85,6 +85,7 @@ impl Hand {
             kv_type: 1,
             arithmetic_id: 1,
             rows_max: 100,
+            pages: &[],
         };
         change(&mut open);
         self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
@@ -97,6 +98,21 @@ impl Hand {
         body.body_mut()[start..].copy_from_slice(payload);
         let (connection, priority) = (self.connection, Priority::Prompt);
         self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
+    }
+
+    /// How many pages `session` found.
+    pub fn opened(&mut self, session: u32) -> u16 {
+        self.until(|event| {
+            let Event::Frame { frame, .. } = event else { return None };
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::Opened(opened)) if frame.session == session => Some(opened.pages),
+                _ => None,
+            }
+        })
+    }
+
+    pub fn end(&mut self, session: u32, end: End<'_>) {
+        self.endpoint.send_message(self.connection, session, &Message::End(end)).unwrap();
     }
 
     /// The next `count` output rows of `session`: ids and bytes.

@@ -72,6 +72,8 @@ const PURE: &[&str] = &[
     "engine/src/monitor.rs",
     "engine/src/monitor/",
     "engine/src/page.rs",
+    "engine/src/prefix.rs",
+    "engine/src/prefix/",
     "engine/src/sequence.rs",
     "engine/src/pack.rs",
     "engine/src/pack/",
