@@ -29,6 +29,8 @@ pub struct Limits {
     pub kv_rows_max: u32,
     /// Connections at once (cloud).
     pub connections_max: u32,
+    /// Sessions of one connection at once (cloud): one device can't shut others out.
+    pub sessions_per_device_max: u32,
 }
 
 impl Limits {
@@ -42,6 +44,7 @@ impl Limits {
             context_max: 8192,
             kv_rows_max: 4 * 8192,
             connections_max: 1,
+            sessions_per_device_max: 4,
         }
     }
 
@@ -55,6 +58,24 @@ impl Limits {
             context_max: 8192,
             kv_rows_max: 4 * 8192,
             connections_max: 256,
+            sessions_per_device_max: 256,
+        }
+    }
+
+    /// Refuses bounds under which nothing could ever run.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let fields = [
+            ("sessions_max", self.sessions_max),
+            ("step_rows_max", self.step_rows_max),
+            ("queue_max", self.queue_max),
+            ("context_max", self.context_max),
+            ("kv_rows_max", self.kv_rows_max),
+            ("connections_max", self.connections_max),
+            ("sessions_per_device_max", self.sessions_per_device_max),
+        ];
+        match fields.into_iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err(Error::field(field, "0 leaves room for nothing: at least 1")),
+            None => Ok(()),
         }
     }
 }
@@ -229,6 +250,9 @@ pub struct CloudConfig {
     pub processor: Processor,
     /// Bounds.
     pub limits: Limits,
+    /// A session of which nothing was heard for so long gives its pages up when others need them,
+    /// and a device that has taken nothing for so long, though its queue is full, is sent away.
+    pub idle_after: Duration,
     /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,
 }
@@ -245,6 +269,7 @@ impl CloudConfig {
             stages: 1,
             processor: Processor::Auto,
             limits: Limits::cloud(),
+            idle_after: Duration::from_secs(10),
             memory: None,
         }
     }
@@ -281,8 +306,9 @@ impl CloudConfig {
     ///
     /// # Errors
     /// A listen address that other machines can reach: there is no TLS yet, so hidden states
-    /// would cross the network in the clear and anybody could open sessions.
+    /// would cross the network in the clear and anybody could open sessions. A bound of 0.
     pub fn check(&self) -> Result<(), Error> {
+        self.limits.check()?;
         check_loopback("listen", self.listen)
     }
 }

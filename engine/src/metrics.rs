@@ -374,7 +374,7 @@ mod tests {
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
              drafting_ms head_ms pages_reused bytes_up bytes_down chunks \
-             chunks_planned ttft_predicted_ms"
+             chunks_planned ttft_predicted_ms arithmetic_ids"
         );
     }
 

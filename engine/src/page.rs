@@ -62,6 +62,12 @@ impl PagePool {
         self.idle
     }
 
+    /// Pages that a session can have: those that are kept give way.
+    #[must_use]
+    pub fn available(&self) -> usize {
+        self.free.len() + self.idle
+    }
+
     /// Sessions that hold `page`.
     #[must_use]
     pub fn holders(&self, page: u32) -> u32 {

@@ -130,7 +130,7 @@ impl PrefixCache {
         let held = pages.len();
         pages.iter().for_each(|page| pool.hold(*page));
         let fresh = wanted - held;
-        if fresh > pool.free() + pool.idle() {
+        if fresh > pool.available() {
             pool.give_back(pages);
             return None;
         }
@@ -181,12 +181,10 @@ impl PrefixCache {
         self.touch(scope, ids);
     }
 
-    /// Keeps nothing any longer.
+    /// Forgets all pages: what they hold means nothing any more.
     pub fn clear(&mut self, pool: &mut PagePool) {
         self.by_use.clear();
-        for (_, entry) in self.entries.drain() {
-            pool.release(entry.page);
-        }
+        self.entries.drain().for_each(|(_, entry)| pool.release(entry.page));
     }
 
     /// Evicts until `wanted` pages are free, or nothing is idle.

@@ -101,7 +101,8 @@ impl Sequence {
             committed: 0,
             tip: 0,
             last_id: 0,
-            pending: Vec::with_capacity(PENDING_ROWS_MAX),
+            // Most sessions of a cloud wait, and their pages are memory enough.
+            pending: Vec::new(),
         }
     }
 

@@ -155,15 +155,15 @@ pub(crate) struct DeviceRunArgs {
     /// upload and cloud, or auto for sizes planned by what is measured.
     #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
     chunks: ChunkPolicy,
+    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
+    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
+          value_parser = parse_share)]
+    past_share: f64,
     /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
     /// names is kept in the state directory.
     #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
         value_parser = parse_switch, value_name = "on|off")]
     prefix: bool,
-    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
-    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
-          value_parser = parse_share)]
-    past_share: f64,
     /// Seconds that a request waits for a cloud that is away.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
@@ -173,17 +173,17 @@ fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
 
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
+    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
+}
+
 fn parse_switch(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
         _ => Err(format!("{text:?} is neither on nor off")),
     }
-}
-
-fn parse_share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
-    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
 }
 
 impl DeviceRunArgs {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -30,6 +31,12 @@ pub(crate) struct CloudArgs {
     /// Pipeline stages: runs of layers that compute at the same time and share the threads.
     #[arg(long, env = "HAT_STAGES", default_value_t = 1, value_name = "N")]
     stages: usize,
+    /// Sessions of one device at once.
+    #[arg(long, env = "HAT_SESSIONS_PER_DEVICE_MAX", value_name = "N")]
+    sessions_per_device_max: Option<u32>,
+    /// Seconds without a sign of life after which a session gives its memory up if others need it.
+    #[arg(long, env = "HAT_IDLE_AFTER", value_name = "SECONDS", default_value_t = 10.0)]
+    idle_after: f64,
 }
 
 impl CloudArgs {
@@ -39,6 +46,10 @@ impl CloudArgs {
         config = config.stages(self.stages);
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
+        let per_device = &mut config.limits.sessions_per_device_max;
+        *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
+        config.idle_after = Duration::try_from_secs_f64(self.idle_after)
+            .context("--idle-after: a number of seconds from 0 up is wanted")?;
         let cloud = Cloud::start(config)?;
         eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
         cloud.join();

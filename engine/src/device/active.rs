@@ -211,10 +211,10 @@ impl Active {
     /// A token was decided.
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.tokens.push(token);
+        self.lost_n = 0;
         if let Some(names) = &mut self.names {
             names.push(token);
         }
-        self.lost_n = 0;
         if let Some(lookup) = &mut self.lookup {
             lookup.push(token);
         }

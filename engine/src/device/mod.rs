@@ -92,6 +92,7 @@ impl Engine {
     /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
+        config.limits.check()?;
         let bundle = open_bundle(&config.bundle)?;
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);

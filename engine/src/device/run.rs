@@ -464,7 +464,8 @@ impl Device {
                 }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),
             },
-            Ok(Message::Ended | Message::Cancelled | Message::Dropped(_)) => Ok(()),
+            Ok(Message::Dropped(dropped)) => self.take_dropped(index, &dropped),
+            Ok(Message::Ended | Message::Cancelled) => Ok(()),
             Ok(other) => Err(format!("it sent {:?}, which a cloud does not", other.kind())),
             Err(error) => Err(format!("a {:?} frame is malformed: {error}", frame.kind)),
         };

@@ -1,5 +1,6 @@
 //! A device that speaks the protocol by hand, truthfully or not.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,15 @@ pub const HIDDEN: usize = 64;
 
 impl Hand {
     pub fn connect(bundles: &Bundles, cloud: &Cloud) -> Self {
+        Self::connect_to(bundles, cloud.address(), |_| {})
+    }
+
+    /// A device at any address, with queues of any length.
+    pub fn connect_to(
+        bundles: &Bundles,
+        address: SocketAddr,
+        edit: impl FnOnce(&mut EndpointConfig),
+    ) -> Self {
         let bundle = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
         let hello = Hello {
             model_id: *bundle.model_id().as_bytes(),
@@ -36,8 +46,10 @@ impl Hand {
         };
         let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
         let clock = Arc::new(SystemClock);
-        let mut endpoint = Endpoint::new(link, clock, EndpointConfig::new(hello));
-        let connection = endpoint.dial(cloud.address());
+        let mut config = EndpointConfig::new(hello);
+        edit(&mut config);
+        let mut endpoint = Endpoint::new(link, clock, config);
+        let connection = endpoint.dial(address);
         let mut hand = Self { endpoint, connection };
         hand.until(|event| matches!(event, Event::Up { .. }).then_some(()));
         hand
@@ -52,6 +64,16 @@ impl Hand {
                 return found;
             }
             assert!(start.elapsed() < Duration::from_secs(5), "no answer");
+        }
+    }
+
+    /// Takes turns for so long; counts what comes.
+    pub fn turn_for(&mut self, time: Duration, mut count: impl FnMut(&Event)) {
+        let start = Instant::now();
+        let mut events = Vec::new();
+        while start.elapsed() < time {
+            self.endpoint.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+            events.drain(..).for_each(|event| count(&event));
         }
     }
 

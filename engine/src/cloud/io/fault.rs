@@ -21,6 +21,8 @@ impl Io {
         tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
         self.start.counters.faults.fetch_add(1, Ordering::Relaxed);
         self.moves.clear();
+        // Pages have their names from when their rows are planned.
+        self.prefixes.clear(&mut self.pages);
         let text = fault.to_string();
         let keys: Vec<_> = self.sessions.keys().copied().collect();
         for key in keys {
@@ -30,8 +32,6 @@ impl Io {
             let error = SessionError { code: SessionErrorCode::Resource, text: &text };
             self.answer(connection, wire_id, &Message::SessionError(error));
         }
-        // Pages have their names from when their rows are planned.
-        self.prefixes.clear(&mut self.pages);
         if fault.lasts {
             let mut events = Vec::new();
             for _ in 0..FAREWELL_TURNS {

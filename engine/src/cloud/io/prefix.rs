@@ -9,10 +9,8 @@ use hat_transport::message::{Message, Open, SessionErrorCode};
 use super::super::session::Offence;
 use super::Io;
 use crate::backend::PAGE_SIZE;
-use crate::page::pages_for;
 use crate::prefix::PrefixScope;
 use crate::sched::SessionKey;
-use crate::sequence::PENDING_ROWS_MAX;
 
 /// What the rows of a session to be depend on.
 pub(in crate::cloud) fn scope_of(open: &Open<'_>) -> PrefixScope {
@@ -25,28 +23,30 @@ pub(in crate::cloud) fn scope_of(open: &Open<'_>) -> PrefixScope {
     }
 }
 
+/// Whether an OPEN names no more pages than a prompt can fill: its last row is always computed.
+pub(super) fn check_names(open: &Open<'_>) -> Result<(), Offence> {
+    let named_max = open.rows_max.saturating_sub(1) as usize / PAGE_SIZE;
+    if open.pages.len() <= named_max {
+        return Ok(());
+    }
+    let text = format!(
+        "{} full pages of a prompt are named, {} positions have at most {named_max}",
+        open.pages.len(),
+        open.rows_max
+    );
+    Err(Offence::new(SessionErrorCode::BadShape, text))
+}
+
 impl Io {
-    /// All pages that a session can need, and how many of them, the first ones, hold its prompt
-    /// already; `None` if there is no room now.
-    pub(super) fn reserve(
-        &mut self,
-        open: &Open<'_>,
-    ) -> Result<Option<(Vec<u32>, usize)>, Offence> {
-        // The last row of a prompt is always computed.
-        let named_max = open.rows_max.saturating_sub(1) as usize / PAGE_SIZE;
-        if open.pages.len() > named_max {
-            let text = format!(
-                "{} full pages of a prompt are named, {} positions have at most {named_max}",
-                open.pages.len(),
-                open.rows_max
-            );
-            return Err(Offence::new(SessionErrorCode::BadShape, text));
-        }
-        let wanted = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
-        let admitted = self.prefixes.admit(&mut self.pages, scope_of(open), open.pages, wanted);
-        let held = admitted.as_ref().map_or(0, |(_, held)| *held as u64);
-        self.start.counters.pages_reused.fetch_add(held, Ordering::Relaxed);
-        Ok(admitted)
+    /// The `wanted` pages of a session, for which there is room, and how many of them, the first
+    /// ones, hold its prompt already.
+    pub(super) fn reserve(&mut self, open: &Open<'_>, wanted: usize) -> (Vec<u32>, usize) {
+        let (pages, held) = self
+            .prefixes
+            .admit(&mut self.pages, scope_of(open), open.pages, wanted)
+            .expect("there is room");
+        self.start.counters.pages_reused.fetch_add(held as u64, Ordering::Relaxed);
+        (pages, held)
     }
 
     /// Names the pages of a session's prompt that its planned rows fill. Others may have them from

@@ -28,6 +28,7 @@ pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "engine/src/backend/cpu/threads.rs",
     "engine/src/pack/avx2.rs",
     "engine/tests/allocations.rs",
+    "engine/tests/sessions.rs",
     "benches/peak.rs",
     "cuda/src/",
 ];
