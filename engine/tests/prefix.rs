@@ -4,14 +4,21 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use hat_engine::backend::Backend;
 use hat_engine::internal::{Whole, processor};
-use hat_engine::options::{Codec, DraftMode, Message, Processor, Role};
+use hat_engine::options::{Codec, DraftMode, ErrorKind, Message as Says, Processor, Role};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
-use hat_transport::message::{End, PageId, RowsHead, SessionErrorCode};
+use hat_transport::clock::SystemClock;
+use hat_transport::link::LinkKind;
+use hat_transport::message::{
+    End, Hello, Message, Opened, PageId, Role as WireRole, RowsHead, SessionErrorCode,
+};
+use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 use support::hand::{HIDDEN, Hand, chain};
 use support::{Bundles, collect};
 
@@ -21,7 +28,7 @@ fn text_of(letters: usize) -> String {
 }
 
 /// One turn of a conversation, compared with what the whole model says to the ids that it has.
-fn turn(engine: &Engine, whole: &mut Whole<impl Backend>, says: &[Message]) -> Metrics {
+fn turn(engine: &Engine, whole: &mut Whole<impl Backend>, says: &[Says]) -> Metrics {
     let request = |request: Request| request.max_tokens(6).hash_logits().draft(DraftMode::Off);
     let asked = request(Request::conversation(says.to_vec()));
     let ids = engine.prompt_ids(asked.clone()).unwrap();
@@ -38,14 +45,14 @@ fn later_turns_send_their_own_rows() {
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
     let mut whole = Whole::open(backend, &bundles.path, None, Codec::F16, 8192).unwrap();
-    let mut says = vec![Message::new(Role::User, text_of(1350))];
+    let mut says = vec![Says::new(Role::User, text_of(1350))];
     let first = turn(&engine, &mut whole, &says);
     assert!(first.timings.prompt_n > 900, "{} tokens", first.timings.prompt_n);
     assert_eq!(first.timings.pages_reused, 0);
     let mut before = first.clone();
     for text in ["a", "so", "be"] {
-        says.push(Message::new(Role::Assistant, before.text));
-        says.push(Message::new(Role::User, text));
+        says.push(Says::new(Role::Assistant, before.text));
+        says.push(Says::new(Role::User, text));
         let next = turn(&engine, &mut whole, &says);
         // All full pages of the turn before; the last token of its answer has no row.
         let rows = before.timings.prompt_n + before.timings.predicted_n - 1;
@@ -146,4 +153,52 @@ fn lies_about_pages_end_the_session_that_lies() {
     hand.open(5, |open| open.rows_max = 200);
     hand.open(6, |open| (open.rows_max, open.pages) = (200, &[[7; 16]]));
     assert_eq!(decided(&mut hand, 5, 0, 40), decided(&mut hand, 6, 0, 40));
+}
+
+/// A cloud that says that it has what nobody named: the request ends, and says why.
+#[test]
+fn a_cloud_that_claims_pages_is_found_out() {
+    let bundles = Bundles::generated(1, 0);
+    let half = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
+    let hello = Hello {
+        model_id: *half.model_id().as_bytes(),
+        arithmetic_id: 1,
+        hidden_size: u32::try_from(HIDDEN).unwrap(),
+        entry_layer: 1,
+        exit_layer: 4,
+        codecs: 3,
+        row_budget: 512,
+        rows_pending_max: 64,
+        page_size: 32,
+        kv_type: 1,
+        ..Hello::new(WireRole::Cloud)
+    };
+    let any_port = Some("127.0.0.1:0".parse().unwrap());
+    let link = hat_transport::link::open(LinkKind::Mio, any_port).unwrap().link;
+    let mut cloud = Endpoint::new(link, Arc::new(SystemClock), EndpointConfig::new(hello));
+    let address = cloud.local_address().unwrap().to_string();
+    let config = EngineConfig::new(bundles.path.join("device")).cloud(address);
+    let engine = Engine::open(config).unwrap();
+    let prompt = support::long_prompt(100);
+    let mut generation = engine.generate(Request::tokens(prompt)).unwrap();
+    let (start, mut events) = (Instant::now(), Vec::new());
+    let error = loop {
+        match generation.try_next() {
+            Some(Err(error)) => break error,
+            event => assert!(event.is_none(), "{event:?}"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "nobody minds");
+        cloud.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+        for event in events.drain(..) {
+            if let Event::Frame { connection, frame } = event
+                && let Ok(Message::Open(open)) = Message::decode(frame.kind, &frame.body)
+            {
+                assert_eq!(open.pages.len(), 3);
+                let opened = Message::Opened(Opened { pages: 4 });
+                cloud.send_message(connection, frame.session, &opened).unwrap();
+            }
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::Peer);
+    assert!(error.to_string().contains("4 pages of the 3"), "{error}");
 }
