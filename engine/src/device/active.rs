@@ -152,6 +152,8 @@ pub(super) struct Active {
     pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
+    /// The cloud is there and has no room: after how many ms it said it might.
+    pub(super) busy_ms: Option<u32>,
 }
 
 impl Active {

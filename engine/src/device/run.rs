@@ -261,6 +261,7 @@ impl Device {
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
+                busy_ms: None,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -288,7 +289,13 @@ impl Device {
                 self.actives[index].start_deadline(now, self.start.config.reconnect);
             }
             if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
-                let error = self.peer_error();
+                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
+                    Some(retry_after_ms) => Error::Busy {
+                        reason: format!("cloud {} has no room for another session", self.cloud),
+                        retry_after_ms: u64::from(retry_after_ms),
+                    },
+                    None => self.peer_error(),
+                };
                 self.fail(index, error);
             }
         }
@@ -389,6 +396,7 @@ impl Device {
             Ok(Message::Opened) => {
                 self.actives[index].phase = Phase::Open;
                 self.actives[index].deadline = None;
+                self.actives[index].busy_ms = None;
                 Ok(())
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
@@ -397,6 +405,7 @@ impl Device {
                 self.reason = "it has no room for another session".into();
                 let patience = self.start.config.reconnect;
                 let active = &mut self.actives[index];
+                active.busy_ms = Some(busy.retry_after_ms);
                 active.start_deadline(now, patience);
                 active.restart(Some(now + wait));
                 Ok(())
