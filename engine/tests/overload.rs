@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use hat_engine::internal::{Whole, processor};
-use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Processor};
+use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Limits, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 use hat_transport::message::{Dropped, Message, RowsHead, SessionErrorCode, Want};
 use hat_transport::turn::Event as LinkEvent;
@@ -53,10 +53,12 @@ fn wait_until(what: &str, cloud: &Cloud, is_so: impl Fn(&CloudCounters) -> bool)
     }
 }
 
+type FieldOf = fn(&mut Limits) -> &mut u32;
+
 #[test]
 fn bounds_of_zero_are_refused_by_name() {
     let bundles = Bundles::generated(1, 0);
-    let fields: [(&str, fn(&mut hat_engine::options::Limits) -> &mut u32); 7] = [
+    let fields: [(&str, FieldOf); 7] = [
         ("sessions_max", |limits| &mut limits.sessions_max),
         ("step_rows_max", |limits| &mut limits.step_rows_max),
         ("queue_max", |limits| &mut limits.queue_max),
