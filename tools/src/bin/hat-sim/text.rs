@@ -10,10 +10,10 @@
 
 use hat_engine::draft::tree::Guess;
 use hat_engine::draft::{Drafter as Who, Source};
+use hat_tools::random::{Purpose, unit};
 
 use crate::costs::Drafters;
 use crate::policy::{CHAIN_MAX, HEADS_NODES, THRESHOLD};
-use crate::random::{Purpose, unit};
 
 /// Guesses of one drafter for one position, at most.
 pub(crate) const WIDTH_MAX: usize = 5;

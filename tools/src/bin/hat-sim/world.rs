@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Planner};
+use hat_tools::random::{Purpose, unit};
 
 pub(crate) use self::setting::{Lane, Run, Span};
 use self::setting::{devices, line, middle, rate};
@@ -18,7 +19,6 @@ use crate::machine::{
     seconds,
 };
 use crate::policy::{Chunking, Switches};
-use crate::random::{Purpose, unit};
 use crate::round::{Making, Round};
 use crate::text::{Guessing, Text};
 
