@@ -60,6 +60,11 @@ impl Child {
         self.process.id()
     }
 
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.process.try_wait().ok().flatten()
+    }
+
     /// Tells it to end, and does not wait.
     pub(crate) fn close(&mut self) {
         self.input = None;
@@ -77,7 +82,7 @@ impl Drop for Child {
     fn drop(&mut self) {
         self.close();
         let end = Instant::now() + PATIENCE;
-        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < end {
+        while self.ended().is_none() && Instant::now() < end {
             std::thread::sleep(LOOK);
         }
         self.kill();

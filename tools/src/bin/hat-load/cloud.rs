@@ -11,7 +11,7 @@ use crate::child::Child;
 use crate::speech::{CloudSaid, CloudSetup, Counters};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the first and the last part of a run are, where its memory is compared.
+/// How long the parts of a run are whose memory is compared.
 const PART_S: f64 = 60.0;
 
 pub(crate) struct CloudProcess {
@@ -62,14 +62,18 @@ impl CloudProcess {
         }
     }
 
-    /// Looks at its memory, where the system tells.
-    pub(crate) fn look(&mut self, at_s: f64) {
+    /// Looks whether it lives, and at its memory, where the system tells.
+    pub(crate) fn look(&mut self, at_s: f64) -> anyhow::Result<()> {
+        if let Some(status) = self.child.ended() {
+            bail!("the cloud process ended by itself: {status}");
+        }
         let path = format!("/proc/{}/status", self.child.id());
-        let Ok(status) = std::fs::read_to_string(path) else { return };
+        let Ok(status) = std::fs::read_to_string(path) else { return Ok(()) };
         if let (Some(all_mb), Some(own_mb)) = (field(&status, "VmRSS:"), field(&status, "RssAnon:"))
         {
             self.memory.push(Memory { at_s, all_mb, own_mb });
         }
+        Ok(())
     }
 
     pub(crate) fn memory(&self) -> &[Memory] {
@@ -84,22 +88,24 @@ fn field(status: &str, name: &str) -> Option<f64> {
     Some(kb * 1024.0 / 1e6)
 }
 
-/// Medians of the first and of the last part of a run: a minute each, or a quarter if the run is
-/// shorter than four.
-pub(crate) fn first_and_last(memory: &[Memory]) -> Option<[Memory; 2]> {
-    let end_s = memory.last()?.at_s;
-    let part_s = PART_S.min(end_s / 4.0);
-    let median = |part: &dyn Fn(f64) -> bool| {
+/// Medians of each part of a run: minutes from its end backwards, or quarters if it is shorter
+/// than four.
+pub(crate) fn parts(memory: &[Memory]) -> Vec<Memory> {
+    let Some(end_s) = memory.last().map(|memory| memory.at_s) else { return vec![] };
+    let count = (end_s / PART_S).floor().max(4.0);
+    let part_s = PART_S.min(end_s / count);
+    let part = |index: f64| {
+        let from_s = end_s - (count - index) * part_s;
         let of = |field: &dyn Fn(&Memory) -> f64| {
-            let looked = memory.iter().filter(|memory| part(memory.at_s));
-            let mut values: Vec<f64> = looked.map(field).collect();
+            let of_part = memory.iter().filter(|at| (from_s..=from_s + part_s).contains(&at.at_s));
+            let mut values: Vec<f64> = of_part.map(field).collect();
             values.sort_by(f64::total_cmp);
             quantile(&values, 0.5)
         };
         let [at_s, all_mb] = [of(&|memory| memory.at_s), of(&|memory| memory.all_mb)];
         Memory { at_s, all_mb, own_mb: of(&|memory| memory.own_mb) }
     };
-    Some([median(&|at_s| at_s <= part_s), median(&|at_s| at_s >= end_s - part_s)])
+    (0..count as u32).map(|index| part(f64::from(index))).collect()
 }
 
 /// What a cloud did in a run.
@@ -127,23 +133,25 @@ impl CloudFigures {
             self.rows_a_step(),
             self.step_ms(),
         );
-        if let Some([first, last]) = first_and_last(&self.memory) {
-            println!(
-                "cloud memory, medians around {:.0} s and {:.0} s: resident {:.1} and {:.1} MB, \
-                 without files {:.1} and {:.1} MB",
-                first.at_s, last.at_s, first.all_mb, last.all_mb, first.own_mb, last.own_mb,
-            );
-        }
+        let parts = parts(&self.memory);
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return };
+        let own: Vec<String> = parts.iter().map(|part| format!("{:.1}", part.own_mb)).collect();
+        println!(
+            "cloud memory, medians around {:.0} s and {:.0} s: resident {:.1} and {:.1} MB; \
+             without files {} MB",
+            first.at_s,
+            last.at_s,
+            first.all_mb,
+            last.all_mb,
+            own.join(", "),
+        );
     }
 
     pub(crate) fn json(&self) -> Value {
         let Counters { steps, rows, step_us, opened, refused, sessions, pages_free } =
             self.counters;
-        let memory = first_and_last(&self.memory).map(|parts| {
-            parts.map(|part| {
-                json!({"at_s": part.at_s, "resident_mb": part.all_mb, "own_mb": part.own_mb})
-            })
-        });
+        let part = |part: Memory| json!({"at_s": part.at_s, "resident_mb": part.all_mb, "own_mb": part.own_mb});
+        let memory: Vec<Value> = parts(&self.memory).into_iter().map(part).collect();
         json!({
             "steps": steps,
             "rows": rows,
@@ -171,18 +179,21 @@ mod tests {
     }
 
     #[test]
-    fn the_first_and_the_last_minute_are_compared() {
+    fn minutes_are_compared_and_quarters_of_short_runs() {
         let at = |second: u32| Memory {
             at_s: f64::from(second),
             all_mb: f64::from(second) * 2.0,
             own_mb: if second < 300 { 1.0 } else { 5.0 },
         };
-        let memory: Vec<Memory> = (0..=600).map(at).collect();
-        let [first, last] = first_and_last(&memory).unwrap();
-        assert_eq!((first.at_s, first.all_mb, first.own_mb), (30.0, 60.0, 1.0));
-        assert_eq!((last.at_s, last.all_mb, last.own_mb), (570.0, 1140.0, 5.0));
-        let [first, last] = first_and_last(&memory[..9]).unwrap();
-        assert_eq!((first.at_s, last.at_s), (1.0, 7.0));
-        assert!(first_and_last(&[]).is_none());
+        let memory: Vec<Memory> = (0..=630).map(at).collect();
+        let minutes = parts(&memory);
+        assert_eq!(minutes.len(), 10);
+        // What is over ten minutes is at the beginning.
+        assert_eq!(minutes[0], Memory { at_s: 60.0, all_mb: 120.0, own_mb: 1.0 });
+        assert_eq!(minutes[9], Memory { at_s: 600.0, all_mb: 1200.0, own_mb: 5.0 });
+        assert_eq!((minutes[3].own_mb, minutes[5].own_mb), (1.0, 5.0));
+        let quarters = parts(&memory[..9]);
+        assert_eq!(quarters.iter().map(|part| part.at_s).collect::<Vec<_>>(), [1.0, 3.0, 5.0, 7.0]);
+        assert!(parts(&[]).is_empty());
     }
 }

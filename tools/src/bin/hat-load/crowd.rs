@@ -230,7 +230,7 @@ impl<'a> Crowd<'a> {
             }
             if looked.is_none_or(|looked| now - looked >= MEMORY) {
                 looked = Some(now);
-                self.look(at_s);
+                self.look(at_s)?;
             }
             let due = Duration::try_from_secs_f64(self.due_s - at_s).unwrap_or(Duration::ZERO);
             let wait = if over || self.plan.rate.is_none() { LOOK } else { due.min(LOOK) };
@@ -245,17 +245,19 @@ impl<'a> Crowd<'a> {
     fn is_over(&self, at_s: f64) -> bool {
         self.plan.requests.is_some_and(|requests| self.next_id >= requests)
             || self.plan.seconds.is_some_and(|seconds| at_s >= seconds)
+            || self.places.iter().all(|place| place.device.is_none())
     }
 
-    fn look(&mut self, at_s: f64) {
+    fn look(&mut self, at_s: f64) -> anyhow::Result<()> {
         if let Some(cloud) = &mut self.cloud {
-            cloud.look(at_s);
+            cloud.look(at_s)?;
         }
         let place = if self.plan.requests.is_some() { self.next_id } else { at_s as u64 };
         self.bar.set_position(place);
         let away: usize = self.places.iter().map(|place| place.away.len()).sum();
         let done: u64 = self.places.iter().map(|place| place.tally.done).sum();
         self.bar.set_message(format!("{done} answers, {away} under way"));
+        Ok(())
     }
 
     /// Asks what is due: by the clock, or of each device that has nothing to do.
@@ -300,7 +302,7 @@ impl<'a> Crowd<'a> {
             if place.ends.is_none_or(|ends| ends > now) {
                 continue;
             }
-            let mut ended = place.device.take().expect("a place with an end has a device");
+            let Some(mut ended) = place.device.take() else { continue };
             let share = unit(self.plan.seed, Purpose::Life, device as u64, 2 * place.life + 1);
             if share < 0.5 {
                 ended.kill();
@@ -325,21 +327,24 @@ impl<'a> Crowd<'a> {
         match note.said {
             Said::Ready => place.ready = true,
             Said::Ended(outcome) => self.end(note.device, outcome),
-            Said::Failed(_) | Said::Gone => {
-                let why = match note.said {
-                    Said::Failed(why) => why,
-                    _ => "it ended by itself".to_owned(),
-                };
-                place.ready = false;
-                let mut away: Vec<u64> = place.away.keys().copied().collect();
-                away.sort_unstable();
-                place.tally.failed += u64::from(away.is_empty());
-                for ask in away {
-                    let end = End::Failed(why.clone());
-                    self.end(note.device, Outcome { ask, end, ..Outcome::default() });
-                }
-                self.first_failure.get_or_insert(format!("device {}: {why}", note.device));
-            }
+            Said::Failed(why) => self.fail(note.device, &why),
+            Said::Gone => self.fail(note.device, "it ended by itself"),
+        }
+    }
+
+    /// A device ended that should not have, and with it what it had to do. It is not replaced.
+    fn fail(&mut self, device: usize, why: &str) {
+        let place = &mut self.places[device];
+        if place.device.take().is_none() {
+            return;
+        }
+        (place.ready, place.ends) = (false, None);
+        self.first_failure.get_or_insert(format!("device {device}: {why}"));
+        let away: Vec<u64> = place.away.keys().copied().collect();
+        place.tally.failed += u64::from(away.is_empty());
+        for ask in away {
+            let end = End::Failed(why.to_owned());
+            self.end(device, Outcome { ask, end, ..Outcome::default() });
         }
     }
 
@@ -360,22 +365,16 @@ impl<'a> Crowd<'a> {
 
     fn finish(mut self) -> anyhow::Result<Ended> {
         let seconds = self.begun.elapsed().as_secs_f64();
-        self.look(seconds);
+        self.look(seconds)?;
         for place in &mut self.places {
             place.tally.failed += place.away.len() as u64;
             if let Some(ask) = place.away.keys().min() {
                 let text = format!("request {ask} has no answer");
                 self.first_failure.get_or_insert(text);
             }
-            place.device.iter_mut().for_each(Device::close);
         }
         // What they do with the cloud at their end counts, too.
-        for place in &mut self.places {
-            place.device = None;
-        }
-        for thread in self.ending.drain(..) {
-            let _ = thread.join();
-        }
+        self.end_all();
         let cloud = match &mut self.cloud {
             None => None,
             Some(cloud) => {
@@ -383,12 +382,35 @@ impl<'a> Crowd<'a> {
             }
         };
         self.bar.finish_and_clear();
-        let tallies = self.places.into_iter().map(|place| place.tally).collect();
+        let tallies =
+            self.places.iter_mut().map(|place| std::mem::take(&mut place.tally)).collect();
         let mut figures = Figures::new(tallies, seconds);
         figures.cloud = cloud;
         figures.replaced = self.replaced;
         figures.late_ms_max = self.late_ms_max;
-        Ok(Ended { figures, kept: self.kept, first_failure: self.first_failure })
+        let kept = std::mem::take(&mut self.kept);
+        Ok(Ended { figures, kept, first_failure: self.first_failure.take() })
+    }
+
+    /// All devices at one time: those that are connected say goodbye.
+    fn end_all(&mut self) {
+        for place in &mut self.places {
+            let ready = place.ready;
+            let end = |device: &mut Device| if ready { device.close() } else { device.kill() };
+            place.device.iter_mut().for_each(end);
+        }
+        for place in &mut self.places {
+            place.device = None;
+        }
+        for thread in self.ending.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Crowd<'_> {
+    fn drop(&mut self) {
+        self.end_all();
     }
 }
 
