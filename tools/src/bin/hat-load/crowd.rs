@@ -23,8 +23,10 @@ use crate::whole::Kept;
 const LOOK: Duration = Duration::from_millis(50);
 /// How often the cloud's memory is looked at.
 const MEMORY: Duration = Duration::from_secs(1);
-/// How long the last answers may take.
-const DRAIN: Duration = Duration::from_secs(60);
+/// How long devices may take to start, beside the time to connect.
+const START: Duration = Duration::from_secs(60);
+/// How long it waits at the end while no answer comes.
+const DRAIN: Duration = Duration::from_secs(300);
 
 /// What a device says, with its number and which life of it.
 struct Note {
@@ -165,7 +167,7 @@ impl<'a> Crowd<'a> {
         for device in 0..plan.devices {
             crowd.bear(device)?;
         }
-        let end = Instant::now() + crowd.setup.connect() + DRAIN;
+        let end = Instant::now() + crowd.setup.connect() + START;
         while crowd.places.iter().any(|place| !place.ready) {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
@@ -235,6 +237,7 @@ impl<'a> Crowd<'a> {
             let due = Duration::try_from_secs_f64(self.due_s - at_s).unwrap_or(Duration::ZERO);
             let wait = if over || self.plan.rate.is_none() { LOOK } else { due.min(LOOK) };
             let first = self.notes.recv_timeout(wait);
+            drained = drained.filter(|_| first.is_err());
             for note in first.into_iter().chain(self.notes.try_iter().collect::<Vec<_>>()) {
                 self.hear(note);
             }

@@ -84,12 +84,11 @@ impl Opinion {
         parent: u32,
         width: usize,
     ) -> impl Iterator<Item = Guess> {
-        let source = Source { drafter: Who::Adapter, class: 0 };
         let Self { right, probabilities, .. } = *self;
         (0..self.width.min(width)).map(move |rank| Guess {
             token: if right == Some(rank) { position } else { wrong(parent, rank) },
             probability: probabilities[rank] as f32,
-            source,
+            source: Source::adapter(rank, probabilities[rank] as f32),
         })
     }
 }

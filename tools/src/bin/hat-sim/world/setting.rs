@@ -98,8 +98,6 @@ pub(super) fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
             measured: Default::default(),
             acceptance: Default::default(),
             queue_s: Default::default(),
-            pace: Default::default(),
-            rounds: 0,
             open: 0,
             away: 0,
         })
