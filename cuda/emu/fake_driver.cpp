@@ -2,7 +2,8 @@
 //
 // HAT_FAKE_DRIVER in the environment says what is wrong with it: nothing, "stub", "no-gpu",
 // "old-driver", "old-gpu", "other-gpu" (a capability that has no machine code of ours, so PTX),
-// "other-gpu-old-driver", "no-memory", "fault" (each kernel faults). Handles are checked.
+// "other-gpu-old-driver", "no-memory", "no-memory-once", "fault" (each kernel faults).
+// HAT_FAKE_AFTER says how many allocations or kernels go well before that. Handles are checked.
 #include "emulator.cpp"
 
 #include <atomic>
@@ -20,6 +21,17 @@ std::mutex launching; // the emulator runs one launch at a time
 bool is(const char *what) {
   const char *mode = getenv("HAT_FAKE_DRIVER");
   return mode && strcmp(mode, what) == 0;
+}
+/// How many went well before this one, and how many shall.
+bool is_after(std::atomic<int> &count) {
+  const char *after = getenv("HAT_FAKE_AFTER");
+  return count++ >= (after ? atoi(after) : 0);
+}
+std::atomic<int> allocations, launches;
+std::atomic<bool> lacked;
+bool lacks_memory() {
+  if (is("no-memory")) return is_after(allocations);
+  return is("no-memory-once") && is_after(allocations) && !lacked.exchange(true);
 }
 /// What every call says first.
 int state() { return sticky ? sticky.load() : current_context == &context_of_ours ? 0 : INVALID_CONTEXT; }
@@ -88,7 +100,7 @@ EXPORT int cuModuleGetFunction(void **function, void *module, const char *name) 
 EXPORT int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (state()) return state();
   void *at;
-  if (is("no-memory") || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
+  if (lacks_memory() || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
   memset(at, 0xff, bytes);
   return *address = (uint64_t)at, 0;
 }
@@ -105,7 +117,7 @@ EXPORT int cuLaunchKernel(const Entry *entry, unsigned x, unsigned y, unsigned z
                           unsigned tz, unsigned shared, void *stream, void **params, void **extra) {
   if (state()) return state();
   if (ty != 1 || tz != 1 || shared || extra || stream != &stream_of_ours) return INVALID_VALUE;
-  if (is("fault")) return sticky = ILLEGAL_ADDRESS, 0; // as on a GPU, later calls say so
+  if (is("fault") && is_after(launches)) return sticky = ILLEGAL_ADDRESS, 0; // as on a GPU, later calls say so
   const hat_emu_launch_t launch = {entry->name, params[0], entry->params_bytes, {x, y, z}, threads, 0};
   uint64_t counts[6];
   const std::lock_guard<std::mutex> guard(launching);

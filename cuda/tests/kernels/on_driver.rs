@@ -27,16 +27,7 @@ pub fn assert_passed(output: &Output, at_least: usize) {
 
 /// A folder with a libcuda.so of ours; nothing where it can't be built.
 fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
-    let build = build();
-    let common = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];
-    let library = compiled(build.compile("fake_driver.cpp", &[&common, flags].concat(), "so"))?;
-    let folder = library.with_extension("driver");
-    std::fs::create_dir_all(&folder).unwrap();
-    // Of several tests at once each copies; the last one stays, and all are the same.
-    let own = folder.join(format!("{:?}", std::thread::current().id()));
-    std::fs::copy(&library, &own).unwrap();
-    std::fs::rename(&own, folder.join("libcuda.so")).unwrap();
-    Some(folder)
+    compiled(build().driver(flags))
 }
 
 /// Runs the ignored test `name` under a driver of this kind.

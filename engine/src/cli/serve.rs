@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
+use hat_engine::options::Processor;
 use hat_engine::{Cloud, Engine};
 
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
@@ -27,22 +28,39 @@ pub(crate) struct CloudArgs {
     /// Positions of all sessions together.
     #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N")]
     kv_rows_max: Option<u32>,
-    /// Pipeline stages: runs of layers that compute at the same time and share the threads.
-    #[arg(long, env = "HAT_STAGES", default_value_t = 1, value_name = "N")]
-    stages: usize,
+    /// Pipeline stages: runs of layers that compute at the same time and share the threads. One
+    /// for each GPU of --gpus without.
+    #[arg(long, env = "HAT_STAGES", value_name = "N")]
+    stages: Option<usize>,
+    /// GPUs of the stages, by number; needs --processor cuda.
+    #[arg(long, env = "HAT_GPUS", value_delimiter = ',', value_name = "N,N")]
+    gpus: Vec<usize>,
 }
 
 impl CloudArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let mut config =
             self.run.cloud_config(self.bundle.half(cache, "cloud")?).listen(self.listen);
-        config = config.stages(self.stages);
+        config = config.stages(self.stages.unwrap_or(self.gpus.len().max(1)));
+        config.gpus = self.gpus;
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
-        let cloud = Cloud::start(config)?;
-        eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
-        cloud.join();
-        bail!("the cloud stopped by itself; the log says why")
+        let falls_back = config.processor.falls_back();
+        let mut cloud = Cloud::start(config.clone())?;
+        config = config.listen(cloud.address());
+        loop {
+            eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
+            let Some(fault) = cloud.join_for_fault() else {
+                bail!("the cloud stopped by itself; the log says why");
+            };
+            if !falls_back || config.processor == Processor::Auto {
+                bail!("the cloud stopped: {fault}");
+            }
+            // The devices come back to this address and replay.
+            eprintln!("{fault}; the CPU computes from now on");
+            config.processor = Processor::Auto;
+            cloud = Cloud::start(config.clone())?;
+        }
     }
 }
 
