@@ -1,7 +1,7 @@
 //! What a device knows of itself, its link and its cloud: moving averages of what it has seen.
 //!
-//! The device notes how long its own layers took, how many bytes the cloud has acknowledged, and
-//! what each first output says of the step that made it. [`Monitor::costs`] makes of that what
+//! The device notes how long its own layers took, and what the cloud says of each step and of how
+//! fast frames came in there. [`Monitor::costs`] makes of that what
 //! the chunk planner asks for. Pure: times and counts are arguments, seconds from any fixed start.
 
 mod fit;
@@ -15,10 +15,12 @@ use crate::chunk::{ChunkCosts, CloudCost, Line};
 pub const PAST_DEFAULT: f64 = 0.8;
 /// The greatest share of the past: an average that never moves is no estimate.
 const PAST_MAX: f64 = 0.99;
-/// Bytes of a rate's sample: one acknowledgement more or less says little of fewer.
-const SAMPLE_BYTES: u64 = 32 << 10;
-/// Seconds of a rate's sample.
+/// Bytes of a rate's sample: of fewer, one segment more or less says much.
+const SAMPLE_BYTES: u64 = 8 << 10;
+/// Seconds of a rate's sample, where the link is not so fast that it takes very many bytes.
 const SAMPLE_S: f64 = 2e-3;
+/// Bytes of a sample however short it is.
+const FAST_SAMPLE_BYTES: u64 = 512 << 10;
 /// Processor time of sending a chunk: checksum and system call.
 const FRAME_S: f64 = 30e-6;
 /// Bytes of a chunk that are no rows: the frame's header and the head of ROWS.
@@ -43,34 +45,25 @@ impl Moving {
     }
 }
 
-/// Seconds a byte takes, from counts of bytes that have arrived.
+/// Seconds a byte takes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Flow {
     byte_s: Moving,
-    /// When the sample at hand began, and how many bytes had arrived by then.
-    from: Option<(f64, u64)>,
-    /// Whether more was on its way at the last note.
-    busy: bool,
+    /// The sample at hand: bytes, and how long they took.
+    bytes: u64,
+    seconds: f64,
 }
 
 impl Flow {
-    /// By `now_s`, `arrived` bytes have arrived in all; `busy`: more is on its way. Between two
-    /// notes of a busy flow bytes arrive as fast as they can; otherwise they may have come sooner,
-    /// and only what is faster than known is news.
-    fn note(&mut self, past: f64, now_s: f64, arrived: u64, busy: bool) {
-        let stays_busy = std::mem::replace(&mut self.busy, busy) && busy;
-        if let Some((since_s, before)) = self.from {
-            let (took_s, bytes) = (now_s - since_s, arrived.saturating_sub(before));
-            if bytes < SAMPLE_BYTES && stays_busy && arrived >= before {
-                return;
-            }
-            let byte_s = took_s / bytes.max(1) as f64;
-            let faster = self.byte_s.value().is_none_or(|known| byte_s < known);
-            if bytes >= SAMPLE_BYTES && (faster || stays_busy && took_s >= SAMPLE_S) {
-                self.byte_s.note(past, byte_s);
-            }
+    /// So many bytes came in so long, with the link at work all the time.
+    fn note(&mut self, past: f64, bytes: u64, seconds: f64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.seconds += seconds.max(0.0);
+        let is_long = self.seconds >= SAMPLE_S || self.bytes >= FAST_SAMPLE_BYTES;
+        if self.bytes >= SAMPLE_BYTES && is_long {
+            self.byte_s.note(past, self.seconds / self.bytes as f64);
+            (self.bytes, self.seconds) = (0, 0.0);
         }
-        self.from = Some((now_s, arrived));
     }
 }
 
@@ -79,6 +72,8 @@ impl Flow {
 pub struct Monitor {
     past: f64,
     uplink: Flow,
+    is_uplink_seen: bool,
+    downlink: Flow,
     rtt: Moving,
     wait: Moving,
     head: Moving,
@@ -98,6 +93,8 @@ impl Default for Monitor {
 pub struct Estimates {
     /// Bytes a second to the cloud.
     pub uplink_bytes_s: Option<f64>,
+    /// Bytes a second from the cloud.
+    pub downlink_bytes_s: Option<f64>,
     /// Round-trip time, seconds.
     pub rtt_s: Option<f64>,
     /// What a chunk of a prompt costs.
@@ -127,6 +124,8 @@ impl Monitor {
         Self {
             past,
             uplink: Flow::default(),
+            is_uplink_seen: false,
+            downlink: Flow::default(),
             rtt: Moving::default(),
             wait: Moving::default(),
             head: Moving::default(),
@@ -140,10 +139,16 @@ impl Monitor {
         self.device.note(self.past, rows, 0, seconds);
     }
 
-    /// By `now_s`, the cloud has acknowledged `arrived` bytes in all, and so many that were sent
-    /// or queued are left.
-    pub fn note_uplink(&mut self, now_s: f64, arrived: u64, left: u64) {
-        self.uplink.note(self.past, now_s, arrived, left > 0);
+    /// The cloud says that so many bytes came in so long, with the uplink at work all the time. It
+    /// saw none where the link is so fast that frames are there at once.
+    pub fn note_uplink(&mut self, bytes: u64, seconds: f64) {
+        self.is_uplink_seen = true;
+        self.uplink.note(self.past, bytes, seconds);
+    }
+
+    /// As [`Monitor::note_uplink`], from the cloud to here.
+    pub fn note_downlink(&mut self, bytes: u64, seconds: f64) {
+        self.downlink.note(self.past, bytes, seconds);
     }
 
     /// The link's round-trip time, as it stands.
@@ -189,7 +194,7 @@ impl Monitor {
     pub fn costs(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Option<ChunkCosts> {
         let CloudCost { fixed, per_row, .. } = self.device.cost()?;
         let device = Line { fixed, per_row };
-        let byte_s = self.uplink.byte_s.value()?;
+        let byte_s = self.uplink.byte_s.value().or(self.is_uplink_seen.then_some(0.0))?;
         let rtt_s = self.rtt.value().unwrap_or(0.0);
         let guess = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
@@ -203,16 +208,19 @@ impl Monitor {
             cloud: self.step.cost().unwrap_or_else(guess),
             stages,
             cloud_wait_s: self.wait.value().unwrap_or(0.0),
-            return_s: rtt_s / 2.0 + self.head.value().unwrap_or(0.0),
+            return_s: rtt_s / 2.0
+                + self.downlink.byte_s.value().unwrap_or(0.0) * row_bytes as f64
+                + self.head.value().unwrap_or(0.0),
         })
     }
 
     /// All of it, as of now.
     #[must_use]
     pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
-        let byte_s = self.uplink.byte_s.value();
+        let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
         Estimates {
-            uplink_bytes_s: byte_s.filter(|&byte_s| byte_s > 0.0).map(f64::recip),
+            uplink_bytes_s: rate(&self.uplink),
+            downlink_bytes_s: rate(&self.downlink),
             rtt_s: self.rtt.value(),
             chunk: self.costs(row_bytes, layers, stages),
         }

@@ -157,8 +157,9 @@ fn prompts_are_planned_once_something_is_known() {
     }
     let estimates = engine.metrics().estimates;
     let costs = estimates.chunk.expect("four prompts of 1,500 rows were timed");
-    assert!(costs.device.per_row > 0.0 && costs.row_up_s > 0.0 && costs.cloud.per_row > 0.0);
-    assert!(estimates.uplink_bytes_s.is_some() && estimates.rtt_s.is_some(), "{estimates:?}");
+    // Over loopback a frame may be there at once, and then the link costs nothing.
+    assert!(costs.device.per_row > 0.0 && costs.row_up_s >= 0.0 && costs.cloud.per_row > 0.0);
+    assert!(estimates.rtt_s.is_some(), "{estimates:?}");
     let timings = ask(1500);
     assert_eq!(timings.chunks.iter().sum::<u32>(), 1500);
     assert_eq!(timings.chunks_planned.iter().sum::<u32>(), 1500);

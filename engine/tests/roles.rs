@@ -163,18 +163,18 @@ fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
     }
 }
 
-/// All chunks of a prompt but the last are answered by 18 bytes that say what their steps took.
+/// All chunks of a prompt but the last are answered by 26 bytes that say what their steps took.
 #[test]
 fn chunks_that_return_no_row_say_what_they_took() {
     let bundles = Bundles::generated(1, 0);
     let cloud = cloud(&bundles);
     let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100));
     let engine = Engine::open(config).unwrap();
-    let output = 32 + 16 + 4 + 2 * HIDDEN as u64;
+    let output = 32 + 24 + 4 + 2 * HIDDEN as u64;
     for chunks in [1, 2, 4] {
         let prompt = long_prompt(100 * chunks - 30);
         let metrics = collect(&engine, Request::tokens(prompt).max_tokens(1));
-        let computed = (chunks as u64 - 1) * (32 + 18);
+        let computed = (chunks as u64 - 1) * (32 + 26);
         assert_eq!(metrics.timings.bytes_down, output + computed, "{chunks} chunks");
     }
     let cost = engine.metrics().estimates.chunk.unwrap().cloud;

@@ -12,7 +12,7 @@ use crate::frame::Kind;
 use wire::{Reader, Writer};
 
 pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, Role};
-pub use rows::{Ids, Output, OutputHead, Rows, RowsHead, Want};
+pub use rows::{Arrivals, Ids, Output, OutputHead, Rows, RowsHead, Want};
 
 /// Codec of wire rows: IEEE binary32.
 pub const CODEC_F32: u8 = 0;
@@ -125,6 +125,8 @@ pub struct Computed {
     pub step_us: u32,
     /// Rows in the step, other sessions' included.
     pub step_rows: u32,
+    /// How fast the device's frames come in.
+    pub arrivals: Arrivals,
 }
 
 /// Why a session failed. The numbers are the wire's.
@@ -361,7 +363,7 @@ impl Dropped {
 }
 
 impl Computed {
-    const BYTES: usize = 18;
+    const BYTES: usize = 26;
 
     fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
         let (first_id, count) = (from.id("first_id")?, from.count("count")?);
@@ -372,6 +374,7 @@ impl Computed {
             queue_us: from.u32("queue_us")?,
             step_us: from.u32("step_us")?,
             step_rows: from.u32("step_rows")?,
+            arrivals: Arrivals::read(from)?,
         })
     }
 
@@ -381,6 +384,7 @@ impl Computed {
         to.u32(self.queue_us);
         to.u32(self.step_us);
         to.u32(self.step_rows);
+        self.arrivals.write(to);
     }
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::message::{
-    CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, Hello, KV_F16, Message, Open,
-    Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
+    Arrivals, CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, Hello, KV_F16,
+    Message, Open, Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
 };
 use hat_transport::pool::{Pool, PoolConfig};
 
@@ -130,7 +130,8 @@ fn rows() -> Vec<u8> {
 }
 
 fn output() -> Vec<u8> {
-    let head = OutputHead { count: 1, queue_us: 150, step_us: 2100, step_rows: 12 };
+    let arrivals = Arrivals { bytes: 65_568, us: 8742 };
+    let head = OutputHead { count: 1, queue_us: 150, step_us: 2100, step_rows: 12, arrivals };
     let mut body = vec![0; head.payload_start()];
     head.encode(&[6], &mut body);
     body.extend(ROW);

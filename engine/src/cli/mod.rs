@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, Processor, SamplerConfig,
 };
@@ -157,6 +158,10 @@ pub(crate) struct DeviceRunArgs {
     /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
     cloud_arithmetic: Option<u32>,
+    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
+    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
+          value_parser = parse_share)]
+    past_share: f64,
     /// Seconds that a request waits for a cloud that is away.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
@@ -166,12 +171,18 @@ fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
 
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
+    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
+}
+
 impl DeviceRunArgs {
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
             .link(self.run.link)
             .wire(self.wire)
             .chunks(self.chunks);
+        config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.split_layer = self.bundle.split_layer();
         config.cloud_arithmetic = self.cloud_arithmetic;

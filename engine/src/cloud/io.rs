@@ -14,7 +14,7 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Busy, CloseCode, Hello, Message, Open, SessionError, SessionErrorCode,
+    Arrivals, Busy, CloseCode, Hello, Message, Open, SessionError, SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
@@ -83,6 +83,7 @@ impl Start {
             jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
             outbox: VecDeque::new(),
+            told: HashMap::new(),
             moves: Vec::new(),
             start: self,
         };
@@ -118,6 +119,8 @@ struct Io {
     jobs: Vec<Job>,
     works: Vec<Work>,
     outbox: VecDeque<Output>,
+    /// Arrived bytes, and how long they took, that each connection was told of.
+    told: HashMap<ConnectionId, (u64, Duration)>,
     /// Moves of commits that came on their own, for the next step.
     moves: Vec<crate::backend::RowMove>,
 }
@@ -171,6 +174,7 @@ impl Io {
             Event::Down { reason, .. } => tracing::info!(%reason, "connection down"),
             Event::Gone { connection, error } => {
                 tracing::info!(%error, "connection gone");
+                self.told.remove(&connection);
                 self.drop_sessions_of(connection);
             }
             _ => {}
@@ -371,7 +375,9 @@ impl Io {
         let Some(session) = self.sessions.get(&job.sessions[index]) else { return Ok(()) };
         let (connection, wire_id) = (session.connection, session.wire_id);
         let hidden_size = self.start.bundle.hidden_size;
-        let mut outputs = Outputs::of(job, index, session.codec, hidden_size, took_us);
+        let codec = session.codec;
+        let arrivals = self.arrivals_of(connection);
+        let mut outputs = Outputs::of(job, index, codec, hidden_size, took_us, arrivals);
         if let Some(computed) = outputs.computed() {
             self.answer(connection, wire_id, &Message::Computed(computed));
             return Ok(());
@@ -400,6 +406,18 @@ impl Io {
             outputs.advance();
         }
         Ok(())
+    }
+
+    /// What `connection` brought, and how fast, since the last time that it was told.
+    fn arrivals_of(&mut self, connection: ConnectionId) -> Arrivals {
+        let Some(counters) = self.endpoint.counters(connection) else { return Arrivals::default() };
+        let now = (counters.traffic.arrived_bytes, counters.traffic.arrived_in);
+        let (bytes, time) = self.told.insert(connection, now).unwrap_or_default();
+        let us = now.1.saturating_sub(time).as_micros();
+        Arrivals {
+            bytes: u32::try_from(now.0.saturating_sub(bytes)).unwrap_or(u32::MAX),
+            us: u32::try_from(us).unwrap_or(u32::MAX),
+        }
     }
 
     fn flush_outbox(&mut self) {

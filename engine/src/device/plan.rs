@@ -1,7 +1,7 @@
 //! How many rows of a prompt go next, by what was measured; and what is measured.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{Computed, OutputHead};
+use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::run::Device;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
@@ -66,14 +66,20 @@ impl Device {
     fn note_link(&mut self) -> u64 {
         let counters = self.connection.and_then(|id| self.endpoint.counters(id));
         let Some(counters) = counters else { return 0 };
-        let now = self.start.shared.clock.now();
-        let now_s = now.duration_since(self.began).as_secs_f64();
         let traffic = counters.traffic;
-        self.monitor.note_uplink(now_s, traffic.acked_bytes, traffic.unacked_bytes);
+        let arrived = (traffic.arrived_bytes, traffic.arrived_in);
+        let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
+        let took = arrived.1.saturating_sub(time).as_secs_f64();
+        self.monitor.note_downlink(arrived.0.saturating_sub(bytes), took);
         if let Some(rtt) = traffic.rtt {
             self.monitor.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
+    }
+
+    /// How fast the cloud saw this device's frames come in.
+    pub(super) fn note_arrivals(&mut self, arrivals: Arrivals) {
+        self.monitor.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
 
     /// A chunk of a prompt has been computed, long before the prompt's first output.
@@ -83,7 +89,7 @@ impl Device {
         computed: &Computed,
         bytes: usize,
     ) -> Result<(), String> {
-        let Computed { first_id, count, step_us, step_rows, .. } = *computed;
+        let Computed { first_id, count, step_us, step_rows, arrivals, .. } = *computed;
         let last_id = first_id + u32::from(count) - 1;
         let active = &mut self.actives[index];
         active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
@@ -91,6 +97,7 @@ impl Device {
         if last_id > active.sent_id {
             return Err(format!("row {last_id}, which was not sent"));
         }
+        self.note_arrivals(arrivals);
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         self.monitor.note_step(step_rows, first_id - 1, f64::from(step_us) * 1e-6);
         Ok(())

@@ -102,7 +102,7 @@ impl Start {
             events: Vec::new(),
             monitor: Monitor::new(self.config.past_share),
             planner: Planner::default(),
-            began: self.shared.clock.now(),
+            arrived: (0, Duration::ZERO),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             kept: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -152,8 +152,8 @@ pub(super) struct Device {
     /// What chunks cost, over all requests.
     pub(super) monitor: Monitor,
     pub(super) planner: Planner,
-    /// The monitor's times count from here.
-    pub(super) began: Instant,
+    /// Bytes from the cloud, and how long they took, that the monitor knows of.
+    pub(super) arrived: (u64, Duration),
     pub(super) plan: PlanBuffers,
     /// What has arrived and has not been looked at.
     pub(super) events: Vec<LinkEvent>,

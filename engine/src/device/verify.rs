@@ -50,6 +50,7 @@ impl Device {
     fn note_costs(&mut self, index: usize, output: &Output<'_>) {
         let now = self.start.shared.clock.now();
         let head = &output.head;
+        self.note_arrivals(head.arrivals);
         let timed = &mut self.actives[index].timed;
         let Some(Timed { at, rows, .. }) =
             timed.take_if(|timed| output.ids.iter().any(|id| id >= timed.first_id))

@@ -50,6 +50,23 @@ fn every_draft_mode_says_the_same_over_a_slow_link() {
     }
 }
 
+/// The cloud tells the device how fast its rows come in, however long the device computes between
+/// two chunks. The bounds are wide: others compute on this machine too.
+#[test]
+fn the_uplinks_rate_is_known_after_a_prompt() {
+    let bundles = Bundles::generated(1, 0);
+    let (_cloud, link) = far_cloud(&bundles, |config| {
+        *config = config.clone().mbit(16.0, 16.0);
+    });
+    let config = EngineConfig::new(bundles.path.join("device"));
+    let engine = Engine::open(config.cloud(link.address().to_string())).unwrap();
+    let prompt = super::support::long_prompt(1500);
+    let timings = collect(&engine, Request::tokens(prompt).max_tokens(1)).timings;
+    assert!(timings.chunks.len() > 5 && timings.bytes_up > 1500 * 128, "{timings:?}");
+    let rate = engine.metrics().estimates.uplink_bytes_s.expect("192 kB took a tenth of a second");
+    assert!((1e6..4e6).contains(&rate), "{rate} bytes a second, not 2e6");
+}
+
 #[test]
 fn drafts_over_a_link_that_breaks_say_the_same() {
     let bundles = Bundles::generated(1, 1);

@@ -48,9 +48,10 @@ fn rows() -> Vec<u8> {
 }
 
 fn output() -> Vec<u8> {
-    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3 };
+    let arrivals = Arrivals { bytes: 4, us: 5 };
+    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
     let mut body = vec![7; head.payload_start() + 4];
-    assert_eq!(head.encode(&[10, 12], &mut body), 24);
+    assert_eq!(head.encode(&[10, 12], &mut body), 32);
     body
 }
 
@@ -78,8 +79,9 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         arithmetic_id: 1,
         rows_max: 2048,
     };
+    let arrivals = Arrivals { bytes: 65_568, us: 8700 };
     let computed =
-        Computed { first_id: 65, count: 64, queue_us: 120, step_us: 7000, step_rows: 90 };
+        Computed { first_id: 65, count: 64, queue_us: 120, step_us: 7000, step_rows: 90, arrivals };
     let error = SessionError { code: SessionErrorCode::BadParent, text: "row 7 is unknown" };
     let messages = [
         Message::Hello(hello()),
@@ -171,7 +173,7 @@ fn wrong_rows() {
 fn wrong_outputs_and_small_messages() {
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 0, &[0; 2])), "count");
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 2, &[1])), "reserved");
-    assert_eq!(wrong_field(Kind::Output, &patched(output(), 16, &[0; 4])), "ids");
+    assert_eq!(wrong_field(Kind::Output, &patched(output(), 24, &[0; 4])), "ids");
     assert_eq!(wrong_field(Kind::Commit, &[0; 4]), "row");
     for kind in [Kind::Dropped, Kind::Computed] {
         assert_eq!(wrong_field(kind, &[0, 0, 0, 0, 1, 0]), "first_id");

@@ -8,7 +8,7 @@ mod strangers;
 
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{CloseCode, Message, Open, OutputHead, RowsHead, Want};
+use hat_transport::message::{Arrivals, CloseCode, Message, Open, OutputHead, RowsHead, Want};
 use hat_transport::turn::{ConnectionId, GoneError};
 use pair::{Pair, kinds, take_frame, take_gone};
 
@@ -71,7 +71,8 @@ fn rows_go_up(pair: &mut Pair) {
 }
 
 fn output_comes_down(pair: &mut Pair, cloud_id: ConnectionId) {
-    let head = OutputHead { count: 1, queue_us: 1, step_us: 2, step_rows: 2 };
+    let arrivals = Arrivals::default();
+    let head = OutputHead { count: 1, queue_us: 1, step_us: 2, step_rows: 2, arrivals };
     let mut body = pair.cloud.buffer(head.payload_start() + ROW_BYTES).unwrap();
     let payload = head.encode(&[2], &mut body);
     body[payload..].fill(4);
