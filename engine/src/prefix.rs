@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::backend::{PAGE_SIZE, TokenId};
 use crate::page::PagePool;
+use crate::sequence::Sequence;
 
 /// Name of a page; the wire's (`hat_transport::message::PageId`).
 pub type PageId = [u8; 16];
@@ -29,8 +30,14 @@ pub struct PrefixScope {
     pub codec: u8,
     /// How keys and values are stored.
     pub kv_type: u8,
-    /// The arithmetic that they are computed in.
+    /// The arithmetic of the cloud's layers.
     pub arithmetic_id: u32,
+}
+
+impl PrefixScope {
+    /// Of a store whose sessions are all alike, but for what their pages' names say.
+    pub const ONE: Self =
+        Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
 }
 
 /// The ids of a path's full pages, as the path grows. Each token is hashed once.
@@ -42,15 +49,22 @@ pub struct PageNames {
 }
 
 impl PageNames {
-    /// An empty path.
+    /// An empty path of rows that a device computes in `device_arithmetic_id` up to the cloud's
+    /// first layer.
     #[must_use]
-    pub fn new(secret: &PrefixSecret, model_id: &[u8; 32], scope: PrefixScope) -> Self {
+    pub fn new(
+        secret: &PrefixSecret,
+        model_id: &[u8; 32],
+        device_arithmetic_id: u32,
+        scope: PrefixScope,
+    ) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(secret);
         hasher.update(model_id);
         hasher.update(&scope.entry_layer.to_le_bytes());
         hasher.update(&scope.exit_layer.to_le_bytes());
         hasher.update(&[scope.codec, scope.kv_type]);
         hasher.update(&scope.arithmetic_id.to_le_bytes());
+        hasher.update(&device_arithmetic_id.to_le_bytes());
         Self { hasher, rows: 0, ids: Vec::new() }
     }
 
@@ -124,6 +138,33 @@ impl PrefixCache {
         self.touch(scope, &ids[..held]);
         pages.extend(pool.take(fresh).expect("idle pages have made room"));
         Some((pages, held))
+    }
+
+    /// Lets a sequence begin behind the leading pages of `ids` that are there and that nobody else
+    /// holds, in place of its rows so far; returns how many these are.
+    ///
+    /// # Panics
+    /// If the sequence shares its pages: there might be no room for as many.
+    pub fn begin_behind(
+        &mut self,
+        pool: &mut PagePool,
+        sequence: &mut Sequence,
+        ids: &[PageId],
+    ) -> usize {
+        let rows_max = sequence.rows_max();
+        let own = std::mem::replace(sequence, Sequence::new(Vec::new(), 0)).into_pages();
+        let wanted = own.len();
+        pool.give_back(own);
+        let idle = |id: &&PageId| {
+            let entry = self.entries.get(&(PrefixScope::ONE, **id));
+            entry.is_some_and(|entry| pool.holders(entry.page) == 0)
+        };
+        let idle = ids.iter().take_while(idle).count();
+        let (pages, held) = self
+            .admit(pool, PrefixScope::ONE, &ids[..idle], wanted)
+            .expect("there is room for the pages that it had");
+        *sequence = Sequence::on_held(pages, rows_max, held);
+        held
     }
 
     /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known

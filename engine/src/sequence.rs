@@ -124,6 +124,18 @@ impl Sequence {
         self.committed
     }
 
+    /// Pages that committed rows fill.
+    #[must_use]
+    pub fn full_pages(&self) -> usize {
+        self.committed as usize / PAGE_SIZE
+    }
+
+    /// Most committed rows.
+    #[must_use]
+    pub fn rows_max(&self) -> u32 {
+        self.rows_max
+    }
+
     /// Id of the last committed row; 0 before the first.
     #[must_use]
     pub fn tip(&self) -> u32 {

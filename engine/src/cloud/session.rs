@@ -9,7 +9,7 @@ use hat_transport::message::{Dropped, Message, Open, Rows, SessionErrorCode, Wan
 use hat_transport::turn::ConnectionId;
 
 use super::io::scope_of;
-use crate::backend::{PAGE_SIZE, RowMove};
+use crate::backend::RowMove;
 use crate::pack::Codec;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sched::SessionKey;
@@ -129,7 +129,7 @@ impl Session {
             codec,
             entry_layer: u32::from(open.entry_layer),
             exit_layer: u32::from(open.exit_layer),
-            named: sequence.committed() as usize / PAGE_SIZE,
+            named: sequence.full_pages(),
             sequence,
             scope: scope_of(open),
             names: open.pages.to_vec(),
@@ -142,20 +142,15 @@ impl Session {
         }
     }
 
-    /// Pages that its committed rows fill.
-    pub(super) fn full_pages(&self) -> usize {
-        self.sequence.committed() as usize / PAGE_SIZE
-    }
-
     /// Names of its first pages, if more of them are full than are known.
     pub(super) fn names_to_keep(&self) -> Option<&[PageId]> {
-        let full = self.full_pages().min(self.names.len());
+        let full = self.sequence.full_pages().min(self.names.len());
         (full > self.named).then(|| &self.names[..full])
     }
 
     /// The pages of [`Session::names_to_keep`] are known now.
     pub(super) fn names_were_kept(&mut self) {
-        self.named = self.full_pages().min(self.names.len());
+        self.named = self.sequence.full_pages().min(self.names.len());
         if self.named == self.names.len() {
             self.names = Vec::new();
         }

@@ -14,7 +14,7 @@ use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
 use super::plan::Sizing;
-use super::prefix::page_names;
+use super::prefix::PageNamer;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
@@ -29,7 +29,7 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
-use crate::prefix::PageNames;
+use crate::prefix::{PrefixCache, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -78,7 +78,7 @@ impl Start {
             ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
         };
         let clock = self.shared.clock.clone();
-        let names = page_names(&self.config, facts)?;
+        let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -98,7 +98,8 @@ impl Start {
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
-            names,
+            prefixes: PrefixCache::default(),
+            namer,
             next_wire_id: 1,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
@@ -146,9 +147,11 @@ pub(super) struct Device {
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
-    pages: PagePool,
-    /// Names of an empty path's pages.
-    names: Option<PageNames>,
+    pub(super) pages: PagePool,
+    /// Pages of the device's own layers, kept from earlier requests.
+    pub(super) prefixes: PrefixCache,
+    /// Names pages; `None` if all rows go up.
+    namer: Option<PageNamer>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -246,7 +249,8 @@ impl Device {
             let Some(job) = self.waiting.front() else { return };
             let rows_max = job.prepared.rows_max();
             let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-            let Ok(pages) = self.pages.take(wanted) else { return };
+            let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
+            let Some((pages, _)) = admitted else { return };
             let job = self.waiting.pop_front().expect("looked at above");
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
@@ -263,17 +267,13 @@ impl Device {
                 Some(trained) if draft.asks_trained() => trained.open(rows_max),
                 _ => None,
             };
-            let mut names = self.names.clone();
-            if let Some(names) = &mut names {
-                names.extend(&job.prepared.prompt);
-            }
             self.actives.push(Active {
                 answer,
                 meter: Meter::new(job.asked, job.prepared.prompt_n()),
                 phase: Phase::Closed { not_before: None },
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
-                names,
+                names: None,
                 held: 0,
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
@@ -354,6 +354,8 @@ impl Device {
             if not_before.is_some_and(|time| now < time) {
                 continue;
             }
+            let namer = self.namer.as_ref();
+            active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
@@ -440,10 +442,9 @@ impl Device {
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
-                let active = &mut self.actives[index];
-                active.meter.computed_in(self.peer_arithmetic);
-                active.busy_ms = None;
-                active.opened(opened.pages)
+                self.actives[index].meter.computed_in(self.peer_arithmetic);
+                self.actives[index].busy_ms = None;
+                self.opened(index, opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
             Ok(Message::Computed(computed)) => {
@@ -489,6 +490,8 @@ impl Device {
         let text = active.answer.finish();
         let timings = active.meter.timings();
         active.note_turn(&self.start.shared);
+        self.keep_pages(index);
+        let active = &mut self.actives[index];
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;
@@ -524,6 +527,7 @@ impl Device {
             self.actives[index].fail(BackendError::Fault(fault.clone()).into());
             self.retire(index);
         }
+        self.forget_pages();
         self.lost = fault.lasts.then(|| fault.clone());
     }
 

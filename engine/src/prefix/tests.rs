@@ -10,7 +10,7 @@ const SCOPE: PrefixScope =
     PrefixScope { entry_layer: 2, exit_layer: 30, codec: 1, kv_type: 1, arithmetic_id: 1 };
 
 fn names(secret: u8, scope: PrefixScope, tokens: impl IntoIterator<Item = TokenId>) -> PageNames {
-    let mut names = PageNames::new(&[secret; 32], &[9; 32], scope);
+    let mut names = PageNames::new(&[secret; 32], &[9; 32], 1, scope);
     names.extend(&tokens.into_iter().collect::<Vec<_>>());
     names
 }
@@ -21,8 +21,11 @@ fn names_depend_on_all_that_rows_depend_on() {
     assert_eq!(base.of_rows(100, 9).len(), 3);
     assert_eq!(base.of_rows(95, 9).len(), 2);
     assert_eq!(base.of_rows(100, 1).len(), 1);
-    let mut other_model = PageNames::new(&[1; 32], &[8; 32], SCOPE);
-    other_model.extend(&(0..100).collect::<Vec<_>>());
+    let mut other_model = PageNames::new(&[1; 32], &[8; 32], 1, SCOPE);
+    let mut other_device = PageNames::new(&[1; 32], &[9; 32], 2, SCOPE);
+    for other in [&mut other_model, &mut other_device] {
+        other.extend(&(0..100).collect::<Vec<_>>());
+    }
     let others = [
         names(2, SCOPE, 0..100),
         names(1, PrefixScope { entry_layer: 3, ..SCOPE }, 0..100),
@@ -32,6 +35,7 @@ fn names_depend_on_all_that_rows_depend_on() {
         names(1, PrefixScope { arithmetic_id: 2, ..SCOPE }, 0..100),
         names(1, SCOPE, (0..100).map(|token| token.max(1))),
         other_model,
+        other_device,
     ];
     let mut seen: HashSet<PageId> = base.of_rows(100, 9).iter().copied().collect();
     for other in &others {
@@ -66,7 +70,12 @@ fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
     assert_eq!(cache.entries.len(), 3);
     let (rest, held) = cache.admit(&mut pool, other, &b, 3).unwrap();
     assert_eq!((held, cache.entries.len(), pool.free(), pool.idle()), (0, 0, 0, 0));
+    // Nothing is kept when all is forgotten, whoever holds it.
+    cache.keep(&mut pool, SCOPE, &a, &mine);
     pool.give_back(mine);
+    cache.keep(&mut pool, other, &b, &rest);
+    cache.clear(&mut pool);
+    assert_eq!((cache.by_use.len(), pool.free(), pool.idle()), (0, 3, 0));
     pool.give_back(rest);
     assert_eq!(pool.free(), 6);
 }

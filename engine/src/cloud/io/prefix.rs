@@ -71,7 +71,7 @@ impl Io {
         if end.commit != 0 {
             session.take_commit(end.commit, &mut self.moves)?;
         }
-        let full = session.full_pages().min(end.pages.len());
+        let full = session.sequence.full_pages().min(end.pages.len());
         let (names, pages) = (&end.pages[..full], session.sequence.pages());
         self.prefixes.keep(&mut self.pages, session.scope, names, pages);
         self.end(key);
