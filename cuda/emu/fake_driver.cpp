@@ -2,10 +2,18 @@
 //
 // HAT_FAKE_DRIVER in the environment says what is wrong with it: nothing, "stub", "no-gpu",
 // "old-driver", "old-gpu", "other-gpu" (a capability that has no machine code of ours, so PTX),
-// "other-gpu-old-driver", "no-memory", "fault" (each kernel faults). Handles are checked.
+// "other-gpu-old-driver", "no-memory", "no-memory-once", "fault" (each kernel faults), "no-graphs", "no-pinned".
+// HAT_FAKE_AFTER says how many allocations or kernels go well before that. Handles are checked.
+//
+// Work is done as late as a driver may do it: when somebody waits for the stream, or frees memory. A
+// copy from pinned memory reads it only then.
 #include "emulator.cpp"
 
 #include <atomic>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 
 namespace {
@@ -15,14 +23,50 @@ constexpr int INVALID_VALUE = 1, NO_MEMORY = 2, STUB = 34, NO_GPU = 100, INVALID
 int stream_of_ours, context_of_ours;
 thread_local void *current_context;
 std::atomic<int> sticky;
-std::mutex launching; // the emulator runs one launch at a time
+using Work = std::function<void()>;
+struct Graph {
+  std::vector<Work> launches;
+};
+std::recursive_mutex queue_lock;
+std::deque<Work> later;            // what the stream has to do
+Graph *capturing;                  // or where launches go instead
+std::map<const char *, size_t> pinned;
 
 bool is(const char *what) {
   const char *mode = getenv("HAT_FAKE_DRIVER");
   return mode && strcmp(mode, what) == 0;
 }
+/// How many went well before this one, and how many shall.
+bool is_after(std::atomic<int> &count) {
+  const char *after = getenv("HAT_FAKE_AFTER");
+  return count++ >= (after ? atoi(after) : 0);
+}
+std::atomic<int> allocations, launches;
+std::atomic<bool> lacked;
+bool lacks_memory() {
+  if (is("no-memory")) return is_after(allocations);
+  return is("no-memory-once") && is_after(allocations) && !lacked.exchange(true);
+}
 /// What every call says first.
 int state() { return sticky ? sticky.load() : current_context == &context_of_ours ? 0 : INVALID_CONTEXT; }
+
+int do_all() {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  for (; !later.empty(); later.pop_front())
+    if (!sticky) later.front()();
+  return state();
+}
+bool is_pinned(const void *at, size_t bytes) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  auto found = pinned.upper_bound((const char *)at);
+  return found != pinned.begin() && (const char *)at + bytes <= std::prev(found)->first + std::prev(found)->second;
+}
+int queue(void *stream, Work work) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (stream != &stream_of_ours) return INVALID_VALUE;
+  if (state()) return state();
+  return later.push_back(std::move(work)), 0;
+}
 
 /// Bytes of an image: an ELF file ends with a table, PTX with a zero.
 size_t image_bytes(const unsigned char *image) {
@@ -58,8 +102,41 @@ EXPORT int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &co
 EXPORT int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 EXPORT int cuCtxSetCurrent(void *context) { return current_context = context, sticky.load(); }
 EXPORT int cuStreamCreate(void **stream, unsigned) { return *stream = &stream_of_ours, state(); }
-EXPORT int cuStreamDestroy_v2(void *) { return state(); }
-EXPORT int cuStreamSynchronize(void *stream) { return stream == &stream_of_ours ? state() : INVALID_VALUE; }
+EXPORT int cuStreamDestroy_v2(void *) { return do_all(); }
+EXPORT int cuStreamSynchronize(void *stream) { return stream == &stream_of_ours ? do_all() : INVALID_VALUE; }
+EXPORT int cuStreamBeginCapture_v2(void *stream, int mode) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (stream != &stream_of_ours || capturing || mode != 1) return INVALID_VALUE;
+  queue_lock.lock(); // until the end: other threads have streams of their own
+  return capturing = new Graph, state();
+}
+EXPORT int cuStreamEndCapture(void *stream, Graph **graph) {
+  if (stream != &stream_of_ours || !capturing) return INVALID_VALUE;
+  *graph = capturing, capturing = nullptr;
+  queue_lock.unlock();
+  return is("no-graphs") ? INVALID_VALUE : state();
+}
+EXPORT int cuGraphInstantiateWithFlags(Graph **made, Graph *graph, unsigned long long flags) {
+  return flags ? INVALID_VALUE : (*made = new Graph(*graph), state());
+}
+EXPORT int cuGraphDestroy(Graph *graph) { return delete graph, state(); }
+EXPORT int cuGraphExecDestroy(Graph *graph) { return do_all(), delete graph, state(); }
+EXPORT int cuGraphLaunch(Graph *graph, void *stream) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  for (const Work &work : graph->launches)
+    if (int code = queue(stream, work)) return code;
+  return state();
+}
+EXPORT int cuMemHostAlloc(void **address, size_t bytes, unsigned) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state()) return state();
+  if (is("no-pinned") || posix_memalign(address, 4096, bytes)) return NO_MEMORY;
+  return pinned[(const char *)*address] = bytes, 0;
+}
+EXPORT int cuMemFreeHost(void *address) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  return do_all(), pinned.erase((const char *)address), free(address), state();
+}
 EXPORT int cuGetErrorName(int code, const char **name) {
   *name = code == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
           : code == STUB          ? "CUDA_ERROR_STUB_LIBRARY"
@@ -88,28 +165,33 @@ EXPORT int cuModuleGetFunction(void **function, void *module, const char *name) 
 EXPORT int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   if (state()) return state();
   void *at;
-  if (is("no-memory") || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
+  if (lacks_memory() || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
   memset(at, 0xff, bytes);
   return *address = (uint64_t)at, 0;
 }
-EXPORT int cuMemFree_v2(uint64_t address) { return free((void *)address), state(); }
+EXPORT int cuMemFree_v2(uint64_t address) { return do_all(), free((void *)address), state(); }
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
-  if (stream != &stream_of_ours) return INVALID_VALUE;
-  return state() ? state() : (memcpy((void *)to, from, bytes), 0);
+  if (is_pinned(from, bytes)) return queue(stream, [=] { memcpy((void *)to, from, bytes); });
+  auto copied = std::make_shared<std::vector<char>>((const char *)from, (const char *)from + bytes);
+  return queue(stream, [=] { memcpy((void *)to, copied->data(), bytes); });
 }
 EXPORT int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
-  if (stream != &stream_of_ours) return INVALID_VALUE;
-  return state() ? state() : (memcpy(to, (const void *)from, bytes), 0);
+  const int code = queue(stream, [=] { memcpy(to, (const void *)from, bytes); });
+  return code || is_pinned(to, bytes) ? code : do_all(); // pageable memory is waited for
 }
 EXPORT int cuLaunchKernel(const Entry *entry, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
                           unsigned tz, unsigned shared, void *stream, void **params, void **extra) {
   if (state()) return state();
   if (ty != 1 || tz != 1 || shared || extra || stream != &stream_of_ours) return INVALID_VALUE;
-  if (is("fault")) return sticky = ILLEGAL_ADDRESS, 0; // as on a GPU, later calls say so
-  const hat_emu_launch_t launch = {entry->name, params[0], entry->params_bytes, {x, y, z}, threads, 0};
-  uint64_t counts[6];
-  const std::lock_guard<std::mutex> guard(launching);
-  const char *message = hat_emu_launch(&launch, counts);
-  if (message) fprintf(stderr, "%s: %s\n", entry->name, message), sticky = LAUNCH_FAILED;
-  return 0;
+  const char *block = (const char *)params[0];
+  auto copied = std::make_shared<std::vector<char>>(block, block + entry->params_bytes);
+  const Work work = [=] {
+    if (is("fault") && is_after(launches)) { sticky = ILLEGAL_ADDRESS; return; }
+    const hat_emu_launch_t launch = {entry->name, copied->data(), entry->params_bytes, {x, y, z}, threads, 0};
+    uint64_t counts[6];
+    const char *message = hat_emu_launch(&launch, counts);
+    if (message) fprintf(stderr, "%s: %s\n", entry->name, message), sticky = LAUNCH_FAILED;
+  };
+  if (capturing) return capturing->launches.push_back(work), 0;
+  return queue(stream, work);
 }

@@ -4,10 +4,15 @@
 //! and every function are looked up before the first call. An error that loses the GPU (a fault in
 //! a kernel) is kept, and every later call gives it again.
 
+mod queue;
+
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
+
+pub use self::queue::LaunchCounts;
+use self::queue::{Failed, Queue};
 
 use crate::artefact::{self, Artefact, Form};
 use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, bytes, bytes_mut};
@@ -29,17 +34,25 @@ const FUNCTIONS: &[&str] = &[
     "cuDevicePrimaryCtxRetain",
     "cuDriverGetVersion",
     "cuGetErrorName",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
     "cuInit",
     "cuLaunchKernel",
     "cuMemAlloc_v2",
+    "cuMemFreeHost",
     "cuMemFree_v2",
+    "cuMemHostAlloc",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuModuleGetFunction",
     "cuModuleLoadData",
     "cuModuleUnload",
+    "cuStreamBeginCapture_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
     "cuStreamSynchronize",
 ];
 
@@ -164,6 +177,8 @@ struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// What waits for the stream. Memory that goes away empties it first.
+    queue: Option<Mutex<Queue>>,
     modules: Vec<sys::CUmodule>,
     name: String,
 }
@@ -179,12 +194,22 @@ impl Context {
         // SAFETY: the context was retained and is released when this goes.
         unsafe { result::ctx::set_current(self.context) }
     }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        let queue = self.queue.as_ref().expect("made before the context is handed out");
+        queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
         // What fails here fails because the GPU is lost, and then there is nothing to free.
         let _ = self.make_current();
+        if let Some(queue) = &mut self.queue {
+            // SAFETY: the stream lives; its work is over before what it uses goes.
+            let _ = unsafe { result::stream::synchronize(self.stream) };
+            queue.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+        }
         if !self.stream.is_null() {
             // SAFETY: the stream was made for this context and is destroyed here alone.
             let _ = unsafe { result::stream::destroy(self.stream) };
@@ -221,6 +246,8 @@ pub struct CudaMemory {
 impl Drop for CudaMemory {
     fn drop(&mut self) {
         if self.address != 0 && self.context.make_current().is_ok() {
+            // Launches that wait may use it.
+            self.context.queue().flush_unheard();
             // SAFETY: it was allocated in this context and is freed here alone; the driver waits
             // for work that uses it.
             let _ = unsafe { result::free_sync(self.address) };
@@ -271,11 +298,12 @@ impl Cuda {
         // SAFETY: the device came from the driver.
         let handle = unsafe { result::primary_ctx::retain(device) }
             .map_err(open_error("cuDevicePrimaryCtxRetain"))?;
-        let stream = std::ptr::null_mut();
-        let mut context = Context { device, context: handle, stream, modules: Vec::new(), name };
+        let (stream, modules) = (std::ptr::null_mut(), Vec::new());
+        let mut context = Context { device, context: handle, stream, queue: None, modules, name };
         context.make_current().map_err(open_error("cuCtxSetCurrent"))?;
         context.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(open_error("cuStreamCreate"))?;
+        context.queue = Some(Mutex::new(Queue::new(context.stream)));
         let mut functions = vec![std::ptr::null_mut(); Kernel::ALL.len()];
         for artefact in artefact::ALL {
             load(artefact, form, &mut context, &mut functions)?;
@@ -293,6 +321,27 @@ impl Cuda {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.lost.is_some()
+    }
+
+    /// What went to the driver so far.
+    #[must_use]
+    pub fn launch_counts(&self) -> LaunchCounts {
+        self.context.queue().counts()
+    }
+
+    /// Runs calls on the queue, with the context current.
+    fn with_queue(
+        &mut self,
+        work: impl FnOnce(&mut Queue) -> Result<(), Failed>,
+    ) -> Result<(), GpuError> {
+        let current = self.context.make_current();
+        self.check("cuCtxSetCurrent", current)?;
+        let done = work(&mut self.context.queue());
+        let (what, done) = match done {
+            Ok(()) => return Ok(()),
+            Err((what, error)) => (what, Err(error)),
+        };
+        self.check(what, done)
     }
 
     fn lost(&self) -> Result<(), GpuError> {
@@ -400,13 +449,8 @@ impl Gpu for Cuda {
         if from.is_empty() {
             return Ok(());
         }
-        let current = self.context.make_current();
-        self.check("cuCtxSetCurrent", current)?;
-        // SAFETY: `part` checked the range. `from` is pageable memory, which the driver copies
-        // before the call returns.
-        let copied =
-            unsafe { result::memcpy_htod_async(address, bytes(from), self.context.stream) };
-        self.check("cuMemcpyHtoDAsync", copied)
+        // SAFETY: `part` checked the range.
+        self.with_queue(|queue| unsafe { queue.upload(address, bytes(from)) })
     }
 
     fn download<T: Number>(
@@ -417,38 +461,15 @@ impl Gpu for Cuda {
     ) -> Result<(), GpuError> {
         self.lost()?;
         let address = part::<T>(from, at, to.len());
-        let current = self.context.make_current();
-        self.check("cuCtxSetCurrent", current)?;
-        if !to.is_empty() {
-            let stream = self.context.stream;
-            // SAFETY: `part` checked the range; `to` lives until the wait below.
-            let copied = unsafe { result::memcpy_dtoh_async(bytes_mut(to), address, stream) };
-            self.check("cuMemcpyDtoHAsync", copied)?;
-        }
-        // SAFETY: the stream lives as long as the context.
-        let waited = unsafe { result::stream::synchronize(self.context.stream) };
-        self.check("cuStreamSynchronize", waited)
+        // SAFETY: `part` checked the range.
+        self.with_queue(|queue| unsafe { queue.download(address, bytes_mut(to)) })
     }
 
     unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError> {
         self.lost()?;
-        let current = self.context.make_current();
-        self.check("cuCtxSetCurrent", current)?;
-        let [x, y, z] = launch.grid;
         let function = self.functions[launch.kernel as usize];
-        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the driver copies the block before the call returns; the caller's promise
-        // covers what the kernel does with it.
-        let queued = unsafe {
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                (launch.kernel.threads(), 1, 1),
-                0,
-                self.context.stream,
-                &mut arguments,
-            )
-        };
-        self.check(launch.kernel.name(), queued)
+        // SAFETY: the caller's promise; memory that goes away flushes the queue first.
+        unsafe { self.context.queue().push(function, launch, params) };
+        Ok(())
     }
 }

@@ -183,6 +183,23 @@ impl Build {
         std::fs::rename(&own, &library).map_err(|error| file_error(&library, error))?;
         Ok(library)
     }
+
+    /// A folder with a libcuda.so of our own, which runs the kernels on the emulator.
+    ///
+    /// # Errors
+    /// If there is no compiler, or it says no.
+    pub fn driver(&self, flags: &[&str]) -> Result<PathBuf, EmulatorError> {
+        let common = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];
+        let library = self.compile("fake_driver.cpp", &[&common, flags].concat(), "so")?;
+        let folder = library.with_extension("driver");
+        std::fs::create_dir_all(&folder).map_err(|error| file_error(&folder, error))?;
+        // Of several tests at once each copies; the last one stays, and all are the same.
+        let own = folder.join(format!("{}-{}", std::process::id(), unique()));
+        std::fs::copy(&library, &own).map_err(|error| file_error(&own, error))?;
+        std::fs::rename(&own, folder.join("libcuda.so"))
+            .map_err(|error| file_error(&own, error))?;
+        Ok(folder)
+    }
 }
 
 /// A number that no other thread of this process has.

@@ -92,6 +92,16 @@ const TAIL_SLOTS: usize = 3;
 const PAGE_INDICES: usize = 4;
 const PLACES: usize = 5;
 
+/// Room for so many tail slots or pages. Plans of one bucket have all parts at the same addresses,
+/// so that the launches of one decode step are those of the next.
+fn bucket(len: usize) -> usize {
+    len.next_power_of_two()
+}
+
+fn numbers_bytes(rows: usize, tails: usize, pages: usize) -> usize {
+    4 * (4 * rows + 1 + bucket(tails) + bucket(pages))
+}
+
 /// Words of a task.
 const TASK_WORDS: usize = size_of::<abi::hat_attend_task>() / 4;
 
@@ -106,7 +116,7 @@ impl<M: Memory> PlanOnGpu<M> {
         tails: usize,
         pages: usize,
     ) -> Result<Self, GpuError> {
-        let numbers = gpu.alloc(4 * (4 * rows + 1 + tails + pages), "a step's plan")?;
+        let numbers = gpu.alloc(numbers_bytes(rows, tails, pages), "a step's plan")?;
         let tasks = gpu.alloc(4 * TASK_WORDS * rows, "a step's plan")?;
         let (parts, staging) = (std::array::from_fn(|_| 0..0), Vec::new());
         Ok(Self { numbers, tasks, staging, parts, rows: 0, task_count: 0, splits: 0 })
@@ -115,7 +125,7 @@ impl<M: Memory> PlanOnGpu<M> {
     /// Whether there is room for a plan of this size.
     #[must_use]
     pub fn has_room(&self, rows: usize, tails: usize, pages: usize) -> bool {
-        let numbers = 4 * (4 * rows + 1 + tails + pages);
+        let numbers = numbers_bytes(rows, tails, pages);
         numbers <= self.numbers.bytes() && 4 * TASK_WORDS * rows <= self.tasks.bytes()
     }
 
@@ -149,6 +159,9 @@ impl<M: Memory> PlanOnGpu<M> {
             let begin = self.staging.len();
             self.staging.extend_from_slice(numbers);
             self.parts[part] = begin..self.staging.len();
+            if matches!(part, TAIL_SLOTS | PAGE_INDICES) {
+                self.staging.resize(begin + bucket(numbers.len()), 0);
+            }
         }
         let begin = self.staging.len();
         for (rows, pages) in sequences(plan) {

@@ -80,7 +80,8 @@ impl Limits {
     }
 }
 
-/// Which kernels compute.
+/// Which kernels compute. A GPU is taken only where it is asked for, as long as no kernel has
+/// been executed on one (`docs/KERNELS.md`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Processor {
@@ -89,6 +90,48 @@ pub enum Processor {
     Auto,
     /// The portable CPU level.
     Portable,
+    /// The GPU of this number, or an error.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
+    /// The GPU of this number, or, where it can't be used, what [`Processor::Auto`] is. A daemon's
+    /// cloud that loses its GPU goes on with the CPU.
+    #[cfg(feature = "cuda")]
+    CudaElseCpu(usize),
+}
+
+impl Processor {
+    /// The value of `--processor`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(Self::Auto),
+            "portable" => Some(Self::Portable),
+            #[cfg(feature = "cuda")]
+            name => {
+                let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
+                let ordinal = ordinal.parse().ok()?;
+                match kind {
+                    "cuda" => Some(Self::Cuda(ordinal)),
+                    "cuda-else-cpu" => Some(Self::CudaElseCpu(ordinal)),
+                    _ => None,
+                }
+            }
+            #[cfg(not(feature = "cuda"))]
+            _ => None,
+        }
+    }
+
+    /// Whether it takes the CPU where there is no GPU.
+    #[must_use]
+    pub fn falls_back(self) -> bool {
+        match self {
+            Self::Auto | Self::Portable => false,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => false,
+            #[cfg(feature = "cuda")]
+            Self::CudaElseCpu(_) => true,
+        }
+    }
 }
 
 /// Configuration of a device.
@@ -248,6 +291,8 @@ pub struct CloudConfig {
     pub stages: usize,
     /// Which kernels compute.
     pub processor: Processor,
+    /// GPUs by number, one for each stage in turn; the processor's own if there are none here.
+    pub gpus: Vec<usize>,
     /// Bounds.
     pub limits: Limits,
     /// A session of which nothing was heard for so long gives its pages up when others need them,
@@ -268,6 +313,7 @@ impl CloudConfig {
             threads: default_threads(),
             stages: 1,
             processor: Processor::Auto,
+            gpus: Vec::new(),
             limits: Limits::cloud(),
             idle_after: Duration::from_secs(10),
             memory: None,

@@ -118,7 +118,7 @@ pub mod internal {
     pub use crate::processor;
     pub use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
     pub use crate::token::Tokenizer;
-    pub use crate::whole::Whole;
+    pub use crate::whole::{Whole, whole_answer};
     pub use crate::wire::{ARITHMETIC_ID, short as short_model_id};
 
     /// A generated 4-layer model, split after its first layer, below `directory`.

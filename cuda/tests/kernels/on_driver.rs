@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use hat_cuda::driver::{Cuda, OpenError, gpu_count};
+use hat_cuda::driver::{Cuda, LaunchCounts, OpenError, gpu_count};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 
@@ -27,16 +27,7 @@ pub fn assert_passed(output: &Output, at_least: usize) {
 
 /// A folder with a libcuda.so of ours; nothing where it can't be built.
 fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
-    let build = build();
-    let common = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];
-    let library = compiled(build.compile("fake_driver.cpp", &[&common, flags].concat(), "so"))?;
-    let folder = library.with_extension("driver");
-    std::fs::create_dir_all(&folder).unwrap();
-    // Of several tests at once each copies; the last one stays, and all are the same.
-    let own = folder.join(format!("{:?}", std::thread::current().id()));
-    std::fs::copy(&library, &own).unwrap();
-    std::fs::rename(&own, folder.join("libcuda.so")).unwrap();
-    Some(folder)
+    compiled(build().driver(flags))
 }
 
 /// Runs the ignored test `name` under a driver of this kind.
@@ -117,6 +108,13 @@ fn a_fault_loses_the_gpu_for_good() {
     under("fault", "fault");
 }
 
+#[test]
+fn launches_that_come_again_become_a_graph() {
+    under("", "graphs");
+    under("no-graphs", "no_graphs");
+    under("no-pinned", "graphs");
+}
+
 /// What runs in a process of its own, under a driver that its parent made up.
 mod made_up {
     use super::*;
@@ -171,6 +169,45 @@ mod made_up {
         assert!(matches!(error, GpuError::OutOfMemory { bytes: 0x100_0000_0000, .. }), "{error}");
         assert!(!gpu.is_lost());
         assert!(gpu.alloc(0, "nothing").is_ok());
+    }
+
+    /// Three norms and one more, each of what the one before wrote, `times` times; the counts.
+    fn norms(times: usize) -> LaunchCounts {
+        let mut gpu = Cuda::open(0).unwrap();
+        let mut memory = [(); 5].map(|()| gpu.alloc(256, "a test").unwrap());
+        let mut weight = gpu.alloc(256, "a test").unwrap();
+        gpu.upload(&[1.0f32; 64], &mut weight, 0).unwrap();
+        for time in 0..times {
+            // Other numbers at the same place: what is copied late must not be what came later.
+            let numbers: Vec<f32> = (0..64).map(|i| (i * (time + 1)) as f32 - 7.0).collect();
+            gpu.upload(&numbers, &mut memory[0], 0).unwrap();
+            for step in 0..4 {
+                let (from, to) = memory.split_at_mut(step + 1);
+                let to = RmsNorm { weight: weight.slice(), eps: 1e-5, out: to[0].slice_mut() };
+                rms_norm(&mut gpu, 1, from[step].slice(), to).unwrap();
+            }
+            let mut out = [0.0f32; 64];
+            gpu.download(&memory[4], 0, &mut out).unwrap();
+            let mean = numbers.iter().map(|x| x * x).sum::<f32>() / 64.0;
+            for (out, x) in out.iter().zip(&numbers) {
+                assert!((out - x / mean.sqrt()).abs() < 1e-3, "{out} at time {time}");
+            }
+        }
+        gpu.launch_counts()
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn graphs() {
+        // The first time they are new, the second time captured.
+        let expected = LaunchCounts { single: 4, graphs: 6, in_graphs: 24, captured: 1 };
+        assert_eq!(norms(7), expected);
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn no_graphs() {
+        assert_eq!(norms(7), LaunchCounts { single: 28, ..LaunchCounts::default() });
     }
 
     #[test]

@@ -42,6 +42,10 @@ impl DoctorArgs {
             let backend = processor::cpu(choice, self.device.run.threads())?;
             println!("  {choice:?}: {}", backend.describe());
         }
+        println!("gpus: taken only with --processor cuda: no kernel has been executed on one yet");
+        for line in processor::gpus() {
+            println!("  {line}");
+        }
         Ok(())
     }
 

@@ -116,8 +116,9 @@ pub(crate) struct RunArgs {
     /// Compute threads; one for each core without.
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// Kernels: auto, or portable for comparison.
-    #[arg(long, default_value = "auto", value_parser = parse_processor)]
+    /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
+    /// cuda-else-cpu for a GPU where there is one. No kernel has been executed on a GPU so far.
+    #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
 }
 
@@ -131,11 +132,11 @@ fn parse_link(text: &str) -> Result<LinkKind, String> {
 }
 
 fn parse_processor(text: &str) -> Result<Processor, String> {
-    match text {
-        "auto" => Ok(Processor::Auto),
-        "portable" => Ok(Processor::Portable),
-        _ => Err(format!("{text:?} is none of auto, portable")),
-    }
+    Processor::from_name(text).ok_or_else(|| {
+        format!(
+            "{text:?} is none of auto, portable, cuda, cuda:GPU, cuda-else-cpu, cuda-else-cpu:GPU"
+        )
+    })
 }
 
 /// What the device role asks of its cloud.
@@ -155,6 +156,9 @@ pub(crate) struct DeviceRunArgs {
     /// upload and cloud, or auto for sizes planned by what is measured.
     #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
     chunks: ChunkPolicy,
+    /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
+    #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
+    cloud_arithmetic: Option<u32>,
     /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
     #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
           value_parser = parse_share)]
@@ -196,6 +200,7 @@ impl DeviceRunArgs {
         config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.split_layer = self.bundle.split_layer();
+        config.cloud_arithmetic = self.cloud_arithmetic;
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
         if let Some(address) = &self.cloud {
             config = config.cloud(address);

@@ -38,14 +38,18 @@ struct Refused {
     times: u32,
     /// Sessions that the device has.
     sessions: u32,
-    /// When its place is forgotten.
-    until: Instant,
+    /// When it was to come back; what it asks before that is counted once.
+    due: Instant,
 }
 
 impl Refused {
     /// Whether it goes before a device that has `sessions` sessions.
     fn is_before(&self, sessions: u32) -> bool {
-        self.times >= REFUSALS_MAX || self.sessions == 0 && sessions > 0
+        match (self.sessions, sessions) {
+            (0, 1..) => true,
+            (1.., 0) => false,
+            _ => self.times >= REFUSALS_MAX,
+        }
     }
 }
 
@@ -75,7 +79,7 @@ impl Admission {
         device: DeviceKey,
         sessions: u32,
     ) -> Option<usize> {
-        self.refused.retain(|refused| refused.until > now);
+        self.refused.retain(|refused| refused.due + GRACE > now);
         let own = self.refused.iter().position(|refused| refused.device == device);
         let own_times = own.map_or(0, |own| self.refused[own].times);
         let before = &self.refused[..own.unwrap_or(self.refused.len())];
@@ -102,7 +106,7 @@ impl Admission {
     }
 
     /// A device that has `sessions` sessions found no room for one more of so many pages, and
-    /// shall come back after `retry`; says when it really shall.
+    /// would come back after `retry`; says when it shall.
     pub(super) fn refuse(
         &mut self,
         now: Instant,
@@ -111,16 +115,20 @@ impl Admission {
         sessions: u32,
         retry: Duration,
     ) -> Duration {
-        let own = self.refused.iter().position(|refused| refused.device == device);
-        let times = own.map_or(1, |own| self.refused[own].times + 1);
-        let is_first = times >= REFUSALS_MAX;
-        let retry = if is_first { retry.min(FIRST_RETRY_MAX) } else { retry };
-        let until = now + retry + GRACE;
-        let refused = Refused { device, pages, times, sessions, until };
-        match own {
-            Some(own) => self.refused[own] = refused,
-            None => self.refused.push(refused),
+        let own = self.refused.iter_mut().find(|refused| refused.device == device);
+        let Some(own) = own else {
+            let due = now + retry;
+            self.refused.push(Refused { device, pages, times: 1, sessions, due });
+            return retry;
+        };
+        own.sessions = sessions;
+        if now < own.due {
+            // One of several that it wants to open at once.
+            return retry;
         }
+        own.times += 1;
+        let retry = if own.times >= REFUSALS_MAX { retry.min(FIRST_RETRY_MAX) } else { retry };
+        (own.pages, own.due) = (pages, now + retry);
         retry
     }
 
@@ -240,14 +248,26 @@ mod tests {
         // Two that were refused often do not block each other.
         for _ in 0..REFUSALS_MAX {
             admission.refuse(now, 8, 50, 1, 50 * MS);
+            admission.refuse(now, 8, 50, 1, 70 * MS);
+            now += 50 * MS;
         }
         assert_eq!(admission.kept_from(now, 8, 1), Some(100));
         assert_eq!(admission.kept_from(now, 7, 1), None);
         admission.forget(7);
         assert_eq!(admission.kept_from(now, 8, 1), None);
-        assert_eq!(admission.kept_from(now, 9, 0), Some(50));
+        assert_eq!(admission.kept_from(now, 9, 1), Some(50));
+        assert_eq!(admission.kept_from(now, 9, 0), None, "it has no session at all");
         now += 50 * MS + GRACE;
-        assert_eq!(admission.kept_from(now, 9, 0), None, "8 has not come back");
+        assert_eq!(admission.kept_from(now, 9, 1), None, "8 has not come back");
+    }
+
+    #[test]
+    fn asking_a_thousand_times_at_once_is_asking_once() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        for _ in 0..1000 {
+            assert_eq!(admission.refuse(now, 7, 100, 1, 500 * MS), 500 * MS);
+        }
+        assert_eq!(admission.kept_from(now, 8, 1), None);
     }
 
     #[test]

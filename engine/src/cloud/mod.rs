@@ -23,7 +23,7 @@ use hat_transport::link::Waker;
 
 use crate::backend::BackendFault;
 use crate::config::CloudConfig;
-use crate::model::{MiddleForward, MiddleModel};
+use crate::model::MiddleForward;
 use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
@@ -218,15 +218,10 @@ fn load(
     bundle: &Bundle,
     pages: u32,
 ) -> Result<Vec<Box<dyn MiddleForward>>, Error> {
-    let rows = config.limits.step_rows_max as usize;
     let layers = bundle.split().layers(Submodel::Middle);
     let threads = config.threads.div_ceil(config.stages.max(1));
-    let mut stages: Vec<Box<dyn MiddleForward>> = Vec::new();
-    for run in runs_of_layers(layers, config.stages)? {
-        let backend = processor::cpu(config.processor, threads)?;
-        stages.push(Box::new(MiddleModel::load(backend, bundle, run, rows, pages as usize)?));
-    }
-    Ok(stages)
+    let runs = runs_of_layers(layers, config.stages)?;
+    processor::middle(config, bundle, &runs, threads, pages as usize)
 }
 
 /// Cuts `layers` into `stages` runs whose lengths differ by one at most.
@@ -276,7 +271,7 @@ mod tests {
 
     #[test]
     fn stages_share_the_layers_evenly() {
-        assert_eq!(runs_of_layers(2..30, 1).unwrap(), [2..30]);
+        assert_eq!(runs_of_layers(2..30, 1).unwrap().first(), Some(&(2..30)));
         assert_eq!(runs_of_layers(2..30, 4).unwrap(), [2..9, 9..16, 16..23, 23..30]);
         assert_eq!(runs_of_layers(1..4, 2).unwrap(), [1..2, 2..4]);
         assert_eq!(runs_of_layers(1..4, 3).unwrap(), [1..2, 2..3, 3..4]);

@@ -159,6 +159,8 @@ pub(super) struct Active {
     pub(super) deadline: Option<Instant>,
     /// How often the cloud lost the session since the last token.
     pub(super) lost_n: u32,
+    /// The cloud is there and has no room: after how many ms it said it might.
+    pub(super) busy_ms: Option<u32>,
 }
 
 /// A cloud that loses a session so often before it gives a token will not give one.

@@ -29,7 +29,7 @@ use crate::cloud::Cloud;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
-use crate::model::{DeviceForward, DeviceModel, DraftForward as _, DraftModel};
+use crate::model::{DeviceForward, DraftForward as _, DraftModel};
 use crate::page::pages_for;
 use crate::request::CancelOnDrop;
 use crate::sequence::PENDING_ROWS_MAX;
@@ -96,11 +96,9 @@ impl Engine {
         let bundle = open_bundle(&config.bundle)?;
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-        let backend = processor::cpu(config.processor, config.threads)?;
-        let rows = config.limits.step_rows_max as usize;
-        let model = DeviceModel::load(backend, &bundle, split_layer, rows, pages)?;
+        let model = processor::device(&config, &bundle, split_layer, pages)?;
         let trained = trained(&config, &bundle, split_layer)?;
-        Self::serve_drafting(config, &bundle, Box::new(model), trained)
+        Self::serve_drafting(config, &bundle, model, trained)
     }
 
     /// Serves a model that is already loaded (tests that plant faults in its backend). Its KV
@@ -290,6 +288,7 @@ fn trained(
 ) -> Result<Option<Box<dyn Trained>>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
     let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
+    // Drafts decide no text, and a GPU that is lost shall not take the drafter with it: the CPU.
     let backend = processor::cpu(config.processor, config.threads)?;
     let Some(model) = DraftModel::load(backend, bundle, rows, pages)? else { return Ok(None) };
     if model.split_layer() != split_layer {

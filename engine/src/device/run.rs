@@ -296,6 +296,7 @@ impl Device {
                 decided: 1..1,
                 deadline: None,
                 lost_n: 0,
+                busy_ms: None,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -323,7 +324,13 @@ impl Device {
                 self.actives[index].start_deadline(now, self.start.config.reconnect);
             }
             if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
-                let error = self.peer_error();
+                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
+                    Some(retry_after_ms) => Error::Busy {
+                        reason: format!("cloud {} has no room for another session", self.cloud),
+                        retry_after_ms: u64::from(retry_after_ms),
+                    },
+                    None => self.peer_error(),
+                };
                 self.fail(index, error);
             }
         }
@@ -436,6 +443,7 @@ impl Device {
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].meter.computed_in(self.peer_arithmetic);
+                self.actives[index].busy_ms = None;
                 self.opened(index, opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
@@ -447,6 +455,7 @@ impl Device {
                 self.reason = "it has no room for another session".into();
                 let patience = self.start.config.reconnect;
                 let active = &mut self.actives[index];
+                active.busy_ms = Some(busy.retry_after_ms);
                 active.start_deadline(now, patience);
                 active.restart(Some(now + wait));
                 Ok(())
