@@ -17,6 +17,7 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 
 /// A session in the scheduler's eyes.
 pub type SessionKey = u64;
@@ -27,6 +28,26 @@ pub type DeviceKey = u64;
 pub const PROMPT_PATIENCE: u32 = 8;
 /// Devices whose work does not fit what is left of a step, until nobody else is asked.
 const MISSES_MAX: usize = 16;
+
+/// Spreads keys, which count up and are nobody's choice but ours, over a map's places.
+#[derive(Debug, Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = (self.0 ^ key).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
 
 /// Rows that run together or not at all: a prompt chunk, or the rows of one verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +80,7 @@ pub struct Scheduler {
     queued: usize,
     /// Number of the next work to arrive.
     arrivals: u64,
-    lines: HashMap<SessionKey, Line>,
+    lines: ByKey<Line>,
     verifies: Tier,
     prompts: Tier,
     /// Steps that passed over the prompt whose turn it was.
@@ -97,7 +118,7 @@ impl Scheduler {
             queue_max,
             queued: 0,
             arrivals: 0,
-            lines: HashMap::new(),
+            lines: ByKey::default(),
             verifies: Tier::default(),
             prompts: Tier::default(),
             passed_over: 0,
@@ -229,7 +250,7 @@ impl Scheduler {
 /// Works of equal urgency that may run now, the first of each session, by device.
 #[derive(Debug, Default)]
 struct Tier {
-    shares: HashMap<DeviceKey, Share>,
+    shares: ByKey<Share>,
     /// Devices with works, by class: rows served, then arrival of the oldest work.
     ready: BTreeMap<u32, BTreeSet<(u64, u64, DeviceKey)>>,
     /// Devices without works that were served more than the level; they are not forgotten yet.
@@ -249,11 +270,13 @@ struct Share {
 impl Share {
     /// The oldest work of each class: class and arrival.
     fn oldest(&self) -> impl Iterator<Item = (u32, u64)> {
+        let last = self.works.keys().next_back().map(|(class, _)| *class);
         let mut next = self.works.keys().next().copied();
         std::iter::from_fn(move || {
             let (class, arrival) = next?;
-            let above = class.checked_add(1).map(|class| (class, 0));
-            next = above.and_then(|above| self.works.range(above..).next()).map(|(key, _)| *key);
+            let is_last = last == Some(class);
+            let above = (!is_last).then(|| self.works.range((class + 1, 0)..).next());
+            next = above.flatten().map(|(key, _)| *key);
             Some((class, arrival))
         })
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
+use hat_engine::internal::open_cloud_bundle;
 use hat_engine::options::Processor;
 use hat_engine::{Cloud, Engine};
 
@@ -56,6 +57,9 @@ impl CloudArgs {
         *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
         config.idle_after = Duration::try_from_secs_f64(self.idle_after)
             .context("--idle-after: a number of seconds from 0 up is wanted")?;
+        for (owner, bytes) in config.limits.bytes_needed(&open_cloud_bundle(&config)?) {
+            eprintln!("  at most {:.1} MB for {owner}", bytes as f64 / 1e6);
+        }
         let falls_back = config.processor.falls_back();
         let mut cloud = Cloud::start(config.clone())?;
         config = config.listen(cloud.address());

@@ -4,6 +4,7 @@
 
 mod admission;
 mod io;
+mod memory;
 mod outbox;
 mod output;
 mod session;

@@ -12,9 +12,9 @@ use hat_transport::turn::ConnectionId;
 use super::io::Io;
 use crate::sched::DeviceKey;
 
-/// Most bytes that wait for one connection beyond its queue. A device that reads never comes near:
-/// rows that it has sent and not heard of are bounded by its credit.
-const OUTBOX_BYTES_MAX: usize = 32 << 20;
+/// Most bytes that wait for one connection beyond its queue: with that, what all rows of a long
+/// prompt need for the tail layers of a large model. A device that reads comes near with these alone.
+pub(super) const OUTBOX_BYTES_MAX: usize = 32 << 20;
 /// How soon buffers are looked for again.
 const BUFFER_RETRY: Duration = Duration::from_millis(1);
 /// How soon a full queue is looked at again.
