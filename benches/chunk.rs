@@ -2,6 +2,7 @@
 //!
 //!     cargo bench -p hat-benches --bench chunk -- [--measure] [--tiny] [--rows N] [--rounds N]
 //!         [--wire f16,int8] [--chunks off,32,128,512,paper,auto] [--mbit UP,DOWN] [--rtt-ms N]
+//!         [--stages N] [--cloud-us FIXED,PER_ROW]
 //!
 //! Planning: the bound is a millisecond for 4,096 rows at a grain of 32. With `--measure`, the
 //! default model's TTFT over an emulated link, policies in turn, all against the first policy of
@@ -9,13 +10,14 @@
 //! alone, and one round trip: bytes up over the rate, and the device's and the cloud's own
 //! estimates of their time. Both roles run on this machine. `--tiny` takes a generated model with
 //! rows of 64 numbers instead: over a slow link it shows the overlap where computing is next to
-//! nothing, also on a machine that is busy with other things.
+//! nothing, also on a machine that is busy with other things. `--cloud-us` takes a cloud whose
+//! steps wait and compute nothing, as a GPU's look from here: the cores are the device's own.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
-use hat_engine::internal::tiny_bundle;
+use hat_engine::internal::{MiddleForward, MiddleStep, open_cloud_bundle, pool_pages, tiny_bundle};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
@@ -30,6 +32,8 @@ struct Args {
     policies: Vec<ChunkPolicy>,
     mbit: (f64, f64),
     rtt: Duration,
+    stages: usize,
+    cloud_us: Option<(f64, f64)>,
 }
 
 impl Args {
@@ -45,6 +49,8 @@ impl Args {
             policies: [&[Auto][..], &sizes, &[Off, Paper]].concat(),
             mbit: (60.0, 100.0),
             rtt: Duration::from_millis(10),
+            stages: 1,
+            cloud_us: None,
         };
         while let Some(arg) = args.next() {
             match arg.as_str() {
@@ -54,11 +60,9 @@ impl Args {
                 "--rows" => parsed.rows = args.next()?.parse().ok()?,
                 "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
                 "--rtt-ms" => parsed.rtt = Duration::from_millis(args.next()?.parse().ok()?),
-                "--mbit" => {
-                    let rates = args.next()?;
-                    let (up, down) = rates.split_once(',')?;
-                    parsed.mbit = (up.parse().ok()?, down.parse().ok()?);
-                }
+                "--stages" => parsed.stages = args.next()?.parse().ok()?,
+                "--mbit" => parsed.mbit = pair(&args.next()?)?,
+                "--cloud-us" => parsed.cloud_us = Some(pair(&args.next()?)?),
                 "--wire" => {
                     let names = args.next()?;
                     parsed.wires = names.split(',').map(Codec::from_name).collect::<Option<_>>()?;
@@ -73,6 +77,42 @@ impl Args {
         }
         Some(parsed)
     }
+}
+
+/// Two numbers with a comma between them.
+fn pair(text: &str) -> Option<(f64, f64)> {
+    let (first, second) = text.split_once(',')?;
+    Some((first.parse().ok()?, second.parse().ok()?))
+}
+
+/// A run of layers that takes its time and computes nothing.
+struct Waits {
+    fixed_us: f64,
+    row_us: f64,
+}
+
+impl MiddleForward for Waits {
+    fn describe(&self) -> String {
+        format!("{} us and {} us a row", self.fixed_us, self.row_us)
+    }
+
+    fn forward(&mut self, step: &mut MiddleStep) {
+        let micros = self.fixed_us + self.row_us * step.plan.rows() as f64;
+        std::thread::sleep(Duration::from_secs_f64(micros * 1e-6));
+    }
+}
+
+/// The cloud that is asked for: the bundle's layers, or what waits as long as it is told to.
+fn cloud(args: &Args, config: CloudConfig) -> Result<Cloud, hat_engine::Error> {
+    let Some((fixed_us, row_us)) = args.cloud_us else { return Cloud::start(config) };
+    let bundle = open_cloud_bundle(&config)?;
+    let part = args.stages as f64;
+    let stage = || -> Box<dyn MiddleForward> {
+        Box::new(Waits { fixed_us: fixed_us / part, row_us: row_us / part })
+    };
+    let stages = std::iter::repeat_with(stage).take(args.stages).collect();
+    let pages = pool_pages(&config);
+    Cloud::serve_stages(config, &bundle, stages, pages)
 }
 
 fn main() {
@@ -157,8 +197,8 @@ fn measure(args: &Args, wire: Codec) {
         let cache = pull::cache_dir().expect("a cache directory");
         pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the default model")
     };
-    let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads);
-    let cloud = Cloud::start(cloud).expect("the cloud starts");
+    let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads).stages(args.stages);
+    let cloud = self::cloud(args, cloud).expect("the cloud starts");
     let mut links = Vec::new();
     let mut engines = Vec::new();
     for policy in &args.policies {
@@ -166,7 +206,7 @@ fn measure(args: &Args, wire: Codec) {
         let mut config = config.mbit(args.mbit.0, args.mbit.1);
         config.calibration = Some(Calibration::measure(&config).expect("a link"));
         let link = Emulator::start(config).expect("a link");
-        let mut config = EngineConfig::new(bundle.join("device")).threads(threads);
+        let mut config = EngineConfig::new(bundle.join("device")).threads(threads).prefix(false);
         config = config.wire(wire).chunks(*policy);
         config.cloud = CloudAddress::Remote(link.address().to_string());
         links.push(link);
@@ -175,18 +215,20 @@ fn measure(args: &Args, wire: Codec) {
     let mut timings: Vec<Vec<Timings>> = vec![Vec::new(); engines.len()];
     // The first round warms the maps and teaches the planner.
     for round in 0..=args.rounds {
-        for (engine, timings) in engines.iter().zip(&mut timings) {
-            let timed = ask(engine, args.rows);
+        for turn in 0..engines.len() {
+            let index = (round + turn) % engines.len();
+            let timed = ask(&engines[index], args.rows);
             if round > 0 {
-                timings.push(timed);
+                timings[index].push(timed);
             }
         }
     }
     println!(
-        "== {} rows as {}, {} threads, {:.0} Mbit/s up, round trip {:.0} ms, {} rounds",
+        "== {} rows as {}, {} threads, cloud {}, {:.0} Mbit/s up, round trip {:.0} ms, {} rounds",
         args.rows,
         wire.name(),
         threads,
+        cloud.describe(),
         args.mbit.0,
         args.rtt.as_secs_f64() * 1e3,
         args.rounds
@@ -204,10 +246,33 @@ fn measure(args: &Args, wire: Codec) {
             bound_ms(args, engine, last),
             last.chunks,
         );
+        if let Some(costs) = engine.metrics().estimates.chunk {
+            println!("       estimates: {}", estimates(&costs));
+        }
     }
     if args.tiny {
         let _ = std::fs::remove_dir_all(&scratch);
     }
+}
+
+/// What a chunk is taken to cost.
+fn estimates(costs: &ChunkCosts) -> String {
+    let us = |seconds: f64| seconds * 1e6;
+    let ChunkCosts { device, cloud, .. } = costs;
+    format!(
+        "device {:.0} + {:.1} us a row, up {:.0} + {:.1} and {:.0} away, cloud {:.0} + {:.1} and \
+         {:.4} a row before, waits {:.0}, back {:.0}",
+        us(device.fixed),
+        us(device.per_row),
+        us(costs.frame_s),
+        us(costs.row_up_s),
+        us(costs.up_latency_s),
+        us(cloud.fixed),
+        us(cloud.per_row),
+        us(cloud.per_row_context),
+        us(costs.cloud_wait_s),
+        us(costs.return_s),
+    )
 }
 
 /// The slowest place alone, and a round trip.

@@ -1,3 +1,40 @@
 //! CUDA kernels and their safe launchers. Knows no model, layer or session: slices and numbers.
 //!
-//! This crate is a leaf and still empty: the kernels come with the CUDA issue.
+//! - [`gpu`] is the seam: memory and launches. `driver` (feature `cuda`) stands behind it with a
+//!   real GPU, whose driver is looked for at run time; `emulator` (feature `emulator`) runs the
+//!   kernels on the CPU, for tests.
+//! - One module for each kernel file, with its stem: shapes are asserted there, above the launch.
+//! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
+//! - `nvrtc` (feature `nvrtc`) is the compiler behind `hat-kernels`.
+//!
+//! What is emulated, what is compiled and what has run on a GPU is said in `docs/KERNELS.md`.
+//! The crate opens `unsafe`: launchers and what stands below them are where pointers leave Rust.
+
+#![expect(unsafe_code, reason = "launches kernels and calls C libraries")]
+
+#[rustfmt::skip] // made by bindgen, compared byte for byte
+mod abi;
+pub mod accept_tree;
+#[cfg(feature = "cuda")]
+pub mod artefact;
+pub mod attend;
+#[cfg(feature = "cuda")]
+pub mod driver;
+pub mod embed;
+#[cfg(feature = "emulator")]
+pub mod emulator;
+pub mod gemv;
+pub mod gpu;
+pub mod kernel;
+pub mod kv;
+#[cfg(feature = "nvrtc")]
+pub mod nvrtc;
+pub mod plan;
+pub mod quantise_rows;
+pub mod rms_norm;
+pub mod rope_append;
+pub mod silu_mul;
+pub mod table;
+#[cfg(all(feature = "cuda", feature = "emulator"))]
+pub mod test_gpu;
+pub mod top_k;

@@ -52,7 +52,8 @@ pub struct Timings {
     pub drafting_ms: f64,
     /// Time spent in tail layers, LM head and sampling.
     pub head_ms: f64,
-    /// Pages of the prompt that the cloud had already.
+    /// Pages of prompt and answer that the cloud had already when the session opened, or opened
+    /// again: their rows were not sent.
     pub pages_reused: u32,
     /// Bytes sent to the cloud.
     pub bytes_up: u64,
@@ -65,6 +66,9 @@ pub struct Timings {
     pub chunks_planned: Vec<u32>,
     /// When the first token was expected by that plan, from the request on; 0 without one.
     pub ttft_predicted_ms: f64,
+    /// What the cloud's layers computed in, by arithmetic id; more than one if the answer went on
+    /// with a cloud of another kind. One alone gives the same text again.
+    pub arithmetic_ids: Vec<u32>,
 }
 
 /// What one drafter did in one generation. A token that two drafters guessed at one place counts
@@ -143,6 +147,13 @@ impl Meter {
     #[must_use]
     pub fn ttft(&self) -> Option<Duration> {
         self.first_token.map(|first| first.saturating_duration_since(self.started))
+    }
+
+    /// Rows are computed in this arithmetic from now on.
+    pub fn computed_in(&mut self, arithmetic_id: u32) {
+        if self.counts.arithmetic_ids.last() != Some(&arithmetic_id) {
+            self.counts.arithmetic_ids.push(arithmetic_id);
+        }
     }
 
     /// Rows are on their way up no more: the link to them is lost.
@@ -363,7 +374,7 @@ mod tests {
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
              drafting_ms head_ms pages_reused bytes_up bytes_down chunks \
-             chunks_planned ttft_predicted_ms"
+             chunks_planned ttft_predicted_ms arithmetic_ids"
         );
     }
 

@@ -1,7 +1,7 @@
 //! What a device knows of itself, its link and its cloud: moving averages of what it has seen.
 //!
-//! The device notes how long its own layers took, how many bytes the cloud has acknowledged, and
-//! what each first output says of the step that made it. [`Monitor::costs`] makes of that what
+//! The device notes how long its own layers took, and what the cloud says of each step and of how
+//! fast frames came in there. [`Monitor::costs`] makes of that what
 //! the chunk planner asks for. Pure: times and counts are arguments, seconds from any fixed start.
 
 mod fit;
@@ -15,10 +15,12 @@ use crate::chunk::{ChunkCosts, CloudCost, Line};
 pub const PAST_DEFAULT: f64 = 0.8;
 /// The greatest share of the past: an average that never moves is no estimate.
 const PAST_MAX: f64 = 0.99;
-/// Bytes of a rate's sample: one acknowledgement more or less says little of fewer.
-const SAMPLE_BYTES: u64 = 32 << 10;
-/// Seconds of a rate's sample.
+/// Bytes of a rate's sample: of fewer, one segment more or less says much.
+const SAMPLE_BYTES: u64 = 8 << 10;
+/// Seconds of a rate's sample, where the link is not so fast that it takes very many bytes.
 const SAMPLE_S: f64 = 2e-3;
+/// Bytes of a sample however short it is.
+const FAST_SAMPLE_BYTES: u64 = 512 << 10;
 /// Processor time of sending a chunk: checksum and system call.
 const FRAME_S: f64 = 30e-6;
 /// Bytes of a chunk that are no rows: the frame's header and the head of ROWS.
@@ -43,34 +45,25 @@ impl Moving {
     }
 }
 
-/// Seconds a byte takes, from counts of bytes that have arrived.
+/// Seconds a byte takes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Flow {
     byte_s: Moving,
-    /// When the sample at hand began, and how many bytes had arrived by then.
-    from: Option<(f64, u64)>,
-    /// Whether more was on its way at the last note.
-    busy: bool,
+    /// The sample at hand: bytes, and how long they took.
+    bytes: u64,
+    seconds: f64,
 }
 
 impl Flow {
-    /// By `now_s`, `arrived` bytes have arrived in all; `busy`: more is on its way. Between two
-    /// notes of a busy flow bytes arrive as fast as they can; otherwise they may have come sooner,
-    /// and only what is faster than known is news.
-    fn note(&mut self, past: f64, now_s: f64, arrived: u64, busy: bool) {
-        let stays_busy = std::mem::replace(&mut self.busy, busy) && busy;
-        if let Some((since_s, before)) = self.from {
-            let (took_s, bytes) = (now_s - since_s, arrived.saturating_sub(before));
-            if bytes < SAMPLE_BYTES && stays_busy && arrived >= before {
-                return;
-            }
-            let byte_s = took_s / bytes.max(1) as f64;
-            let faster = self.byte_s.value().is_none_or(|known| byte_s < known);
-            if bytes >= SAMPLE_BYTES && (faster || stays_busy && took_s >= SAMPLE_S) {
-                self.byte_s.note(past, byte_s);
-            }
+    /// So many bytes came in so long, with the link at work all the time.
+    fn note(&mut self, past: f64, bytes: u64, seconds: f64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.seconds += seconds.max(0.0);
+        let is_long = self.seconds >= SAMPLE_S || self.bytes >= FAST_SAMPLE_BYTES;
+        if self.bytes >= SAMPLE_BYTES && is_long {
+            self.byte_s.note(past, self.seconds / self.bytes as f64);
+            (self.bytes, self.seconds) = (0, 0.0);
         }
-        self.from = Some((now_s, arrived));
     }
 }
 
@@ -79,6 +72,7 @@ impl Flow {
 pub struct Monitor {
     past: f64,
     uplink: Flow,
+    is_uplink_seen: bool,
     downlink: Flow,
     rtt: Moving,
     wait: Moving,
@@ -118,6 +112,8 @@ pub struct Returned {
     pub step_rows: u32,
     /// How long the step took.
     pub step_s: f64,
+    /// How long the rows waited for the step.
+    pub queue_s: f64,
     /// From the end of sending to the output; `None` if others were ahead of these rows.
     pub away_s: Option<f64>,
 }
@@ -130,6 +126,7 @@ impl Monitor {
         Self {
             past,
             uplink: Flow::default(),
+            is_uplink_seen: false,
             downlink: Flow::default(),
             rtt: Moving::default(),
             wait: Moving::default(),
@@ -144,15 +141,16 @@ impl Monitor {
         self.device.note(self.past, rows, 0, seconds);
     }
 
-    /// By `now_s`, the cloud has acknowledged `arrived` bytes in all, and so many that were sent
-    /// or queued are left.
-    pub fn note_uplink(&mut self, now_s: f64, arrived: u64, left: u64) {
-        self.uplink.note(self.past, now_s, arrived, left > 0);
+    /// The cloud says that so many bytes came in so long, with the uplink at work all the time. It
+    /// saw none where the link is so fast that frames are there at once.
+    pub fn note_uplink(&mut self, bytes: u64, seconds: f64) {
+        self.is_uplink_seen = true;
+        self.uplink.note(self.past, bytes, seconds);
     }
 
-    /// By `now_s`, `arrived` bytes have come from the cloud; `busy`: a burst of frames goes on.
-    pub fn note_downlink(&mut self, now_s: f64, arrived: u64, busy: bool) {
-        self.downlink.note(self.past, now_s, arrived, busy);
+    /// As [`Monitor::note_uplink`], from the cloud to here.
+    pub fn note_downlink(&mut self, bytes: u64, seconds: f64) {
+        self.downlink.note(self.past, bytes, seconds);
     }
 
     /// The link's round-trip time, as it stands.
@@ -161,13 +159,19 @@ impl Monitor {
         self.rtt.note(0.0, seconds);
     }
 
+    /// A step of `rows` rows took so long; this device's own had `prefix` rows before them.
+    pub fn note_step(&mut self, rows: u32, prefix: u32, seconds: f64) {
+        self.step.note(self.past, rows, prefix, seconds);
+    }
+
     /// The first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
-        let Returned { sent_bytes, prefix, step_rows, step_s, away_s } = *returned;
-        self.step.note(self.past, step_rows, prefix, step_s);
+        let Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s } = *returned;
+        self.note_step(step_rows, prefix, step_s);
         if let Some(away_s) = away_s {
             let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
-            self.wait.note(self.past, (away_s - step_s - link_s).max(0.0));
+            // Where the link is taken for slower than it is, the cloud knows better.
+            self.wait.note(self.past, (away_s - step_s - link_s).max(queue_s));
         }
     }
 
@@ -188,12 +192,12 @@ impl Monitor {
 
     /// What a chunk costs whose rows have `row_bytes` bytes; `None` while device or uplink are
     /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
-    /// device: `layers` are those of the device and of the cloud.
+    /// device: `layers` are those of the device and of the cloud, which are `stages` runs.
     #[must_use]
-    pub fn costs(&self, row_bytes: usize, layers: (u32, u32)) -> Option<ChunkCosts> {
+    pub fn costs(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Option<ChunkCosts> {
         let CloudCost { fixed, per_row, .. } = self.device.cost()?;
         let device = Line { fixed, per_row };
-        let byte_s = self.uplink.byte_s.value()?;
+        let byte_s = self.uplink.byte_s.value().or(self.is_uplink_seen.then_some(0.0))?;
         let rtt_s = self.rtt.value().unwrap_or(0.0);
         let guess = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
@@ -205,21 +209,23 @@ impl Monitor {
             row_up_s: byte_s * row_bytes as f64,
             up_latency_s: rtt_s / 2.0,
             cloud: self.step.cost().unwrap_or_else(guess),
-            stages: 1,
+            stages,
             cloud_wait_s: self.wait.value().unwrap_or(0.0),
-            return_s: rtt_s / 2.0 + self.head.value().unwrap_or(0.0),
+            return_s: rtt_s / 2.0
+                + self.downlink.byte_s.value().unwrap_or(0.0) * row_bytes as f64
+                + self.head.value().unwrap_or(0.0),
         })
     }
 
     /// All of it, as of now.
     #[must_use]
-    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32)) -> Estimates {
+    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
         let rate = |flow: &Flow| flow.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip);
         Estimates {
             uplink_bytes_s: rate(&self.uplink),
             downlink_bytes_s: rate(&self.downlink),
             rtt_s: self.rtt.value(),
-            chunk: self.costs(row_bytes, layers),
+            chunk: self.costs(row_bytes, layers, stages),
         }
     }
 }

@@ -1,13 +1,177 @@
 //! Which backend computes, and what a bundle says about its tokenizer.
 
+use std::ops::Range;
+
+#[cfg(feature = "cuda")]
+use hat_cuda::driver::Cuda;
+#[cfg(feature = "cuda")]
+use hat_cuda::gpu::Gpu as _;
 use hat_loader::Bundle;
 
 use crate::Error;
 use crate::backend::cpu::{CpuBackend, CpuConfig, Level};
-use crate::config::Processor;
+#[cfg(feature = "cuda")]
+use crate::backend::{BackendError, cuda::CudaBackend};
+use crate::config::{CloudConfig, EngineConfig, Processor};
+use crate::model::{DeviceForward, DeviceModel, MiddleForward, MiddleModel};
 use crate::token::TokenSettings;
 
-/// The CPU backend of a configuration.
+/// The backend of a configuration.
+pub enum Chosen {
+    /// A level of the CPU.
+    Cpu(CpuBackend),
+    /// A GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaBackend<Cuda>>),
+}
+
+/// Runs `$use` with the backend in `$chosen`, whatever its type.
+macro_rules! with_backend {
+    ($chosen:expr, $backend:ident => $use:expr) => {
+        match $chosen {
+            $crate::processor::Chosen::Cpu($backend) => $use,
+            #[cfg(feature = "cuda")]
+            $crate::processor::Chosen::Cuda(backend) => {
+                let $backend = *backend;
+                $use
+            }
+        }
+    };
+}
+pub(crate) use with_backend;
+
+/// The backend of a configuration: a GPU if one is asked for.
+///
+/// # Errors
+/// [`Error::Field`] if there are no threads, [`Error::Backend`] with the reason why a GPU, or a
+/// level of the CPU, can't be had.
+pub fn choose(processor: Processor, threads: usize) -> Result<Chosen, Error> {
+    match processor {
+        #[cfg(feature = "cuda")]
+        Processor::Cuda(ordinal) => Ok(Chosen::Cuda(Box::new(cuda(ordinal)?))),
+        #[cfg(feature = "cuda")]
+        Processor::CudaElseCpu(ordinal) => match cuda(ordinal) {
+            Ok(backend) => Ok(Chosen::Cuda(Box::new(backend))),
+            Err(error) => {
+                tracing::warn!(%error, "the CPU computes instead");
+                Ok(Chosen::Cpu(cpu(processor, threads)?))
+            }
+        },
+        processor => Ok(Chosen::Cpu(cpu(processor, threads)?)),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> Result<CudaBackend<Cuda>, Error> {
+    let gpu = Cuda::open(ordinal).map_err(|error| BackendError::Config {
+        backend: "cuda",
+        field: "processor",
+        reason: error.to_string(),
+    })?;
+    Ok(CudaBackend::new(gpu))
+}
+
+/// The device's layers on the backend of a configuration.
+///
+/// # Errors
+/// As [`choose`] and [`DeviceModel::load`].
+pub fn device(
+    config: &EngineConfig,
+    bundle: &Bundle,
+    split_layer: usize,
+    pages: usize,
+) -> Result<Box<dyn DeviceForward>, Error> {
+    let rows = config.limits.step_rows_max as usize;
+    let load = |processor| -> Result<Box<dyn DeviceForward>, Error> {
+        with_backend!(choose(processor, config.threads)?, backend => {
+            Ok(Box::new(DeviceModel::load(backend, bundle, split_layer, rows, pages)?))
+        })
+    };
+    or_on_cpu(config.processor, load)
+}
+
+/// All stages of a cloud's layers: `runs` are their layers.
+///
+/// # Errors
+/// As [`choose`] and [`MiddleModel::load`].
+pub fn middle(
+    config: &CloudConfig,
+    bundle: &Bundle,
+    runs: &[Range<usize>],
+    threads: usize,
+    pages: usize,
+) -> Result<Vec<Box<dyn MiddleForward>>, Error> {
+    let rows = config.limits.step_rows_max as usize;
+    let load = |processor| -> Result<Vec<Box<dyn MiddleForward>>, Error> {
+        let mut stages: Vec<Box<dyn MiddleForward>> = Vec::with_capacity(runs.len());
+        for (stage, run) in runs.iter().enumerate() {
+            let gpu = config.gpus.get(stage % config.gpus.len().max(1));
+            let chosen = choose(on_gpu(processor, gpu), threads)?;
+            stages.push(with_backend!(chosen, backend => {
+                Box::new(MiddleModel::load(backend, bundle, run.clone(), rows, pages)?)
+            }));
+        }
+        let first = stages[0].arithmetic_id();
+        if stages.iter().any(|stage| stage.arithmetic_id() != first) {
+            // Some of the GPUs are there: all stages or none.
+            return Err(Error::field("gpus", "not all of them can be used; the log says why"));
+        }
+        Ok(stages)
+    };
+    or_on_cpu(config.processor, load)
+}
+
+/// What `load` makes of a processor; or of the CPU, if the processor falls back and its GPU is too
+/// small or has no kernel for the model.
+fn or_on_cpu<T>(
+    processor: Processor,
+    load: impl Fn(Processor) -> Result<T, Error>,
+) -> Result<T, Error> {
+    match load(processor) {
+        Err(error @ (Error::Backend(_) | Error::Field { field: "gpus", .. }))
+            if processor.falls_back() =>
+        {
+            tracing::warn!(%error, "the CPU computes instead");
+            load(Processor::Auto)
+        }
+        loaded => loaded,
+    }
+}
+
+/// The same processor on another GPU.
+#[cfg(feature = "cuda")]
+fn on_gpu(processor: Processor, gpu: Option<&usize>) -> Processor {
+    match (processor, gpu) {
+        (Processor::Cuda(_), Some(&ordinal)) => Processor::Cuda(ordinal),
+        (Processor::CudaElseCpu(_), Some(&ordinal)) => Processor::CudaElseCpu(ordinal),
+        (processor, _) => processor,
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(processor: Processor, _: Option<&usize>) -> Processor {
+    processor
+}
+
+/// The GPUs of this machine: a line for each, or one that says why there is none.
+#[must_use]
+pub fn gpus() -> Vec<String> {
+    #[cfg(feature = "cuda")]
+    match hat_cuda::driver::gpu_count() {
+        Ok(0) => vec!["the NVIDIA driver finds no GPU".to_owned()],
+        Ok(count) => (0..count)
+            .map(|ordinal| match Cuda::open(ordinal) {
+                Ok(gpu) => format!("{ordinal}: {}", gpu.describe()),
+                Err(error) => format!("{ordinal}: {error}"),
+            })
+            .collect(),
+        Err(error) => vec![error.to_string()],
+    }
+    #[cfg(not(feature = "cuda"))]
+    vec!["this program was built without the feature `cuda`".to_owned()]
+}
+
+/// The CPU backend of a configuration; for a processor that is none, the best level.
 ///
 /// # Errors
 /// [`Error::Field`] if there are no threads, [`Error::Backend`] if the level is not there.
@@ -16,8 +180,8 @@ pub fn cpu(processor: Processor, threads: usize) -> Result<CpuBackend, Error> {
         return Err(Error::field("threads", "0 threads compute nothing; at least 1"));
     }
     let level = match processor {
-        Processor::Auto => Level::Auto,
         Processor::Portable => Level::Portable,
+        _ => Level::Auto,
     };
     Ok(CpuBackend::new(CpuConfig { threads, level })?)
 }

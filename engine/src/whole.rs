@@ -10,6 +10,7 @@ use crate::config::Codec;
 use crate::device::{bundle_error, open_bundle, tokenizer};
 use crate::metrics::Meter;
 use crate::model::WholeModel;
+use crate::processor::{Chosen, with_backend};
 use crate::request::FinishReason;
 use crate::token::Tokenizer;
 use crate::{Error, Event, Metrics, Request};
@@ -76,6 +77,7 @@ impl<B: Backend> Whole<B> {
         let vocab_size = self.device.config().vocab_size;
         let prepared = Prepared::new(request, &self.tokenizer, vocab_size, self.context)?;
         let mut meter = Meter::new(self.clock.now(), prepared.prompt_n());
+        meter.computed_in(self.model.arithmetic_id());
         let mut answer = Answer::new(&prepared, &self.tokenizer, self.device.config());
         self.model.reset();
         let (last, prompt) = prepared.prompt.split_last().expect("a prompt has a token");
@@ -108,4 +110,22 @@ impl<B: Backend> Whole<B> {
         on_event(&Event::Done { text, finish_reason, metrics: metrics.clone() });
         Ok((finish_reason, metrics))
     }
+}
+
+/// One answer by the whole model on the backend that was chosen; see [`Whole`].
+///
+/// # Errors
+/// As [`Whole::open`] and [`Whole::generate`].
+pub fn whole_answer(
+    chosen: Chosen,
+    bundle: &Path,
+    split_layer: Option<u32>,
+    wire: Codec,
+    context_max: u32,
+    request: Request,
+    on_event: impl FnMut(&Event),
+) -> Result<(FinishReason, Box<Metrics>), Error> {
+    with_backend!(chosen, backend => {
+        Whole::open(backend, bundle, split_layer, wire, context_max)?.generate(request, on_event)
+    })
 }

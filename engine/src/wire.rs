@@ -14,13 +14,15 @@ use hat_transport::message::{CloseCode, Hello, KV_F16};
 use hat_transport::turn::{Endpoint, EndpointConfig};
 
 use crate::Error;
-use crate::backend::PAGE_SIZE;
+use crate::backend::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use crate::config::{CloudConfig, EngineConfig};
 use crate::pack::Codec;
 use crate::sequence::PENDING_ROWS_MAX;
 
-/// The arithmetic of the CPU backends, as specified in `docs/ARITHMETIC.md`.
-pub const ARITHMETIC_ID: u32 = 1;
+/// What HELLO says unless a backend says otherwise.
+pub const ARITHMETIC_ID: u32 = ARITHMETIC_CPU;
+/// What this version knows the meaning of.
+const ARITHMETICS: [u32; 2] = [ARITHMETIC_CPU, ARITHMETIC_CUDA];
 /// K and V are stored as f16.
 pub const KV_TYPE_F16: u8 = KV_F16;
 
@@ -83,7 +85,24 @@ pub fn hello(role: Role, model_id: [u8; 32], hidden_size: usize, layers: Range<u
     }
 }
 
-/// Whether the peer holds the other half of the same model, in the same arithmetic.
+/// Whether the peer's layers compute in an arithmetic that this version knows and `wanted` allows:
+/// that one alone, or any.
+///
+/// # Errors
+/// The reason, for people.
+pub fn check_arithmetic(there: u32, wanted: Option<u32>) -> Result<(), String> {
+    match wanted {
+        None if ARITHMETICS.contains(&there) => Ok(()),
+        Some(wanted) if wanted == there => Ok(()),
+        Some(wanted) => Err(format!("arithmetic {there} there, {wanted} is wanted here")),
+        None => Err(format!(
+            "arithmetic {there} there, {ARITHMETICS:?} are known here: run the same version on \
+             both sides"
+        )),
+    }
+}
+
+/// Whether the peer holds the other half of the same model, in an arithmetic that is known.
 ///
 /// # Errors
 /// The code and reason to close with.
@@ -102,14 +121,7 @@ pub fn check_same_model(
         );
         return Err((CloseCode::Incompatible, reason));
     }
-    if peer.arithmetic_id != ARITHMETIC_ID {
-        let reason = format!(
-            "arithmetic {} there, {ARITHMETIC_ID} here: run the same version on both sides",
-            peer.arithmetic_id
-        );
-        return Err((CloseCode::Incompatible, reason));
-    }
-    Ok(())
+    check_arithmetic(peer.arithmetic_id, None).map_err(|reason| (CloseCode::Incompatible, reason))
 }
 
 /// Whether `held` covers `wanted`.

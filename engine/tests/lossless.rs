@@ -8,6 +8,8 @@
 
 #[path = "lossless/drafts.rs"]
 mod drafts;
+#[path = "lossless/prefix.rs"]
+mod prefix;
 #[path = "lossless/slow.rs"]
 mod slow;
 mod support;
@@ -146,7 +148,7 @@ fn every_codec_and_chunk_policy_says_the_same() {
 fn prompts_are_planned_once_something_is_known() {
     let bundles = Bundles::generated(1, 0);
     let config = EngineConfig::new(bundles.path.join("device")).chunks(ChunkPolicy::Auto);
-    let engine = Engine::open(config).unwrap();
+    let engine = Engine::open(config.prefix(false)).unwrap();
     let ask = |rows| {
         let request = Request::tokens(long_prompt(rows)).max_tokens(2).ignore_eos();
         collect(&engine, request).timings
@@ -157,8 +159,9 @@ fn prompts_are_planned_once_something_is_known() {
     }
     let estimates = engine.metrics().estimates;
     let costs = estimates.chunk.expect("four prompts of 1,500 rows were timed");
-    assert!(costs.device.per_row > 0.0 && costs.row_up_s > 0.0 && costs.cloud.per_row > 0.0);
-    assert!(estimates.uplink_bytes_s.is_some() && estimates.rtt_s.is_some(), "{estimates:?}");
+    // Over loopback a frame may be there at once, and then the link costs nothing.
+    assert!(costs.device.per_row > 0.0 && costs.row_up_s >= 0.0 && costs.cloud.per_row > 0.0);
+    assert!(estimates.rtt_s.is_some(), "{estimates:?}");
     let timings = ask(1500);
     assert_eq!(timings.chunks.iter().sum::<u32>(), 1500);
     assert_eq!(timings.chunks_planned.iter().sum::<u32>(), 1500);
@@ -206,12 +209,20 @@ fn every_weight_type_says_the_same() {
     }
 }
 
-/// One cloud, devices with different splits, all their requests at once.
+/// One cloud, devices with different splits, all their requests at once; its layers as one run,
+/// and as the stages of a pipeline, one of which begins after every device's entry layer.
 #[test]
-fn batch_mates_do_not_matter() {
+fn batch_mates_and_stages_do_not_matter() {
+    for stages in [1, 2, 3] {
+        batch_mates_do_not_matter(stages);
+    }
+}
+
+fn batch_mates_do_not_matter(stages: usize) {
     let wide = Bundles::generated(1, 0);
     let narrow = Bundles::generated(2, 0);
-    let cloud = Cloud::start(CloudConfig::new(wide.path.join("cloud"))).unwrap();
+    let config = CloudConfig::new(wide.path.join("cloud")).stages(stages);
+    let cloud = Cloud::start(config).unwrap();
     let device = |split_layer, chunks| {
         let config = EngineConfig::new(narrow.path.join("device"))
             .cloud(cloud.address().to_string())
@@ -227,7 +238,7 @@ fn batch_mates_do_not_matter() {
             for (index, request) in requests().into_iter().enumerate() {
                 let expected = &whole[index];
                 scope.spawn(move || {
-                    let case = format!("split {split_layer}, request {index}");
+                    let case = format!("{stages} stages, split {split_layer}, request {index}");
                     assert_same(&case, expected, &collect(engine, request));
                 });
             }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
-use hat_engine::options::{ErrorKind, SamplerConfig};
+use hat_engine::options::{ChunkPolicy, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::message::{RowsHead, SessionErrorCode};
@@ -128,32 +128,57 @@ fn the_context_ends_an_answer() {
     assert_eq!(metrics.token_ids.len(), 10);
 }
 
-/// A model whose step ends its thread.
-struct Broken;
+/// A model whose first step ends its thread, or that does nothing.
+struct Stage {
+    breaks: bool,
+}
 
-impl MiddleForward for Broken {
+impl MiddleForward for Stage {
     fn describe(&self) -> String {
-        "broken".into()
+        "planted".into()
     }
 
     fn forward(&mut self, _: &mut MiddleStep) {
-        panic!("planted");
+        assert!(!self.breaks, "planted");
     }
 }
 
 #[test]
 fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
     let bundles = Bundles::generated(1, 0);
-    let config = CloudConfig::new(bundles.path.join("cloud"));
-    let half = hat_loader::Bundle::open(&config.bundle).unwrap();
-    let pages = pool_pages(&config);
-    let cloud = Cloud::serve(config, &half, Box::new(Broken), pages).unwrap();
-    let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
-    let start = Instant::now();
-    let error = first_error(&engine, Request::chat("Hello"));
-    assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
-    cloud.join();
+    for (stages, broken) in [(1, 0), (3, 0), (3, 1), (3, 2)] {
+        let config = CloudConfig::new(bundles.path.join("cloud"));
+        let half = hat_loader::Bundle::open(&config.bundle).unwrap();
+        let pages = pool_pages(&config);
+        let stage =
+            |number| -> Box<dyn MiddleForward> { Box::new(Stage { breaks: number == broken }) };
+        let models = (0..stages).map(stage).collect();
+        let cloud = Cloud::serve_stages(config, &half, models, pages).unwrap();
+        let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
+        let start = Instant::now();
+        let error = first_error(&engine, Request::chat("Hello"));
+        assert_eq!(error.kind(), ErrorKind::Peer, "stage {broken} of {stages}: {error}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        cloud.join();
+    }
+}
+
+/// All chunks of a prompt but the last are answered by 26 bytes that say what their steps took.
+#[test]
+fn chunks_that_return_no_row_say_what_they_took() {
+    let bundles = Bundles::generated(1, 0);
+    let cloud = cloud(&bundles);
+    let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100)).prefix(false);
+    let engine = Engine::open(config).unwrap();
+    let output = 32 + 24 + 4 + 2 * HIDDEN as u64;
+    for chunks in [1, 2, 4] {
+        let prompt = long_prompt(100 * chunks - 30);
+        let metrics = collect(&engine, Request::tokens(prompt).max_tokens(1));
+        let computed = (chunks as u64 - 1) * (32 + 26);
+        assert_eq!(metrics.timings.bytes_down, output + computed, "{chunks} chunks");
+    }
+    let cost = engine.metrics().estimates.chunk.unwrap().cloud;
+    assert!(cost.per_row > 0.0, "{cost:?}");
 }
 
 #[test]

@@ -98,6 +98,10 @@ pub struct Traffic {
     pub unacked_bytes: u64,
     /// Smoothed round-trip time.
     pub rtt: Option<Duration>,
+    /// Bytes that came while a frame was on its way in, so that the link was at work.
+    pub arrived_bytes: u64,
+    /// How long those bytes took.
+    pub arrived_in: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +130,8 @@ pub struct Connection {
     used: bool,
     hello_sent: bool,
     deframer: Deframer,
+    /// When the last bytes came, if a frame is on its way in since then.
+    in_frame_since: Option<Instant>,
     send: SendState,
     receive: ReceiveState,
     timers: Timers,
@@ -179,6 +185,7 @@ impl Connection {
             used: false,
             hello_sent: false,
             deframer: Deframer::new(pool.clone()),
+            in_frame_since: None,
             send: SendState::default(),
             receive: ReceiveState::new(config.window_bytes),
             timers: Timers::default(),
@@ -221,6 +228,7 @@ impl Connection {
         self.traffic.copied_bytes += self.deframer.copied_bytes();
         self.deframer = Deframer::new(self.pool.clone());
         self.deframer.limit(HELLO_BYTES_MAX);
+        self.in_frame_since = None;
         self.phase = Phase::Down;
         self.hello_sent = false;
         self.transmitting = false;
@@ -275,7 +283,14 @@ impl Connection {
         while matches!(self.phase, Phase::Greeting | Phase::Up) {
             match self.deframer.next_frame()? {
                 Deframed::Frame(frame) => self.handle_frame(now, frame)?,
-                Deframed::NeedBytes | Deframed::NeedBuffer => break,
+                Deframed::NeedBytes => {
+                    if let Some(mid_frame) = self.deframer.is_mid_frame() {
+                        let since = self.in_frame_since.unwrap_or(now);
+                        self.in_frame_since = mid_frame.then_some(since);
+                    }
+                    break;
+                }
+                Deframed::NeedBuffer => break,
             }
         }
         Ok(())
@@ -365,6 +380,10 @@ impl Connection {
         self.traffic.received_bytes += bytes as u64;
         if bytes > 0 {
             self.timers.heard(now);
+            if let Some(since) = self.in_frame_since.take() {
+                self.traffic.arrived_bytes += bytes as u64;
+                self.traffic.arrived_in += now.duration_since(since);
+            }
         }
     }
 

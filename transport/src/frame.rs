@@ -59,11 +59,13 @@ pub enum Kind {
     SessionError = 26,
     /// Cloud: not now; try again later.
     Busy = 27,
+    /// Cloud: rows of which none was to come back have been computed.
+    Computed = 28,
 }
 
 impl Kind {
     /// All kinds, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Ack,
         Self::Ping,
@@ -81,6 +83,7 @@ impl Kind {
         Self::Dropped,
         Self::SessionError,
         Self::Busy,
+        Self::Computed,
     ];
 
     /// The kind with this number, if this version knows it.
@@ -104,6 +107,7 @@ impl Kind {
             25 => Self::Dropped,
             26 => Self::SessionError,
             27 => Self::Busy,
+            28 => Self::Computed,
             _ => return None,
         })
     }

@@ -5,12 +5,22 @@
 //! backend reproduces to the bit is written in `docs/ARITHMETIC.md` under its arithmetic id.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod fault;
 pub mod reference;
 
 use hat_loader::Tensor;
 
+pub use self::fault::BackendFault;
+
 /// An index into the vocabulary.
 pub type TokenId = u32;
+
+/// The arithmetic of the CPU backends, as specified in `docs/ARITHMETIC.md`.
+pub const ARITHMETIC_CPU: u32 = 1;
+/// The arithmetic of the CUDA kernels, which stands in their sources (`docs/KERNELS.md`).
+pub const ARITHMETIC_CUDA: u32 = 2;
 
 /// Rows of one KV page, and keys of one attention tile.
 pub const PAGE_SIZE: usize = 32;
@@ -49,6 +59,9 @@ pub enum BackendError {
         /// What for.
         purpose: &'static str,
     },
+    /// It did not compute what it was asked to.
+    #[error(transparent)]
+    Fault(#[from] BackendFault),
 }
 
 /// Size of a KV store: `layers x pages x kv_heads x PAGE_SIZE x head_dim`, f16, K and V.
@@ -197,6 +210,13 @@ pub trait Backend: Send + 'static {
 
     /// One line for people: which kernels run, and why.
     fn describe(&self) -> String;
+    /// The exact arithmetic of all methods. Equal ids give equal bits; 0 promises nothing.
+    fn arithmetic_id(&self) -> u32;
+    /// What went wrong since the last question. Then nothing was computed since, and what KV
+    /// stores hold means nothing. A fault that lasts is the answer from then on.
+    fn fault(&mut self) -> Option<BackendFault> {
+        None
+    }
 
     /// A zeroed buffer. Start-up only.
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Self::Buffer, BackendError>;

@@ -98,6 +98,10 @@ impl Backend for Reference {
         "reference: scalar, f64 sums".to_owned()
     }
 
+    fn arithmetic_id(&self) -> u32 {
+        0
+    }
+
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Buffer, BackendError> {
         Ok(Buffer { data: vec![0.0; capacity * columns], columns })
     }

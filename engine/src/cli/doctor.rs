@@ -42,6 +42,10 @@ impl DoctorArgs {
             let backend = processor::cpu(choice, self.device.run.threads())?;
             println!("  {choice:?}: {}", backend.describe());
         }
+        println!("gpus: taken only with --processor cuda: no kernel has been executed on one yet");
+        for line in processor::gpus() {
+            println!("  {line}");
+        }
         Ok(())
     }
 
@@ -83,7 +87,9 @@ impl DoctorArgs {
     /// One short answer through the configured link and cloud.
     fn answer(&self, cache: &Path) -> anyhow::Result<bool> {
         let start = Instant::now();
-        let engine = match Engine::open(self.device.config(cache)?) {
+        // What a link and a cloud take is seen where rows go up.
+        let config = self.device.config(cache)?.prefix(false);
+        let engine = match Engine::open(config) {
             Ok(engine) => engine,
             Err(error) => {
                 println!("answer: {error}");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use clap::Args;
-use hat_engine::internal::{Whole, processor};
+use hat_engine::internal::{processor, whole_answer};
 use hat_engine::options::{FinishReason, Limits, Message, Role};
 use hat_engine::{Engine, Event, Metrics, Request};
 use serde_json::json;
@@ -51,13 +51,12 @@ impl GenerateArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let request = self.request()?;
         let (reason, metrics) = if self.whole {
-            let backend = processor::cpu(self.device.run.processor(), self.device.run.threads())?;
             let directory = self.device.bundle.directory(cache)?;
             let split_layer = self.device.bundle.split_layer();
             let (wire, context) = (self.device.wire(), Limits::device().context_max);
-            let mut whole = Whole::open(backend, &directory, split_layer, wire, context)?;
-            let answered = whole.generate(request, print_text)?;
-            (answered.0, answered.1)
+            let run = &self.device.run;
+            let chosen = processor::choose(run.processor(), run.threads())?;
+            whole_answer(chosen, &directory, split_layer, wire, context, request, print_text)?
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;
             answer(&engine, request, print_text)?

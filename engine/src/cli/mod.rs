@@ -2,12 +2,14 @@
 
 mod doctor;
 mod generate;
+mod secret;
 mod serve;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, Processor, SamplerConfig,
 };
@@ -114,8 +116,9 @@ pub(crate) struct RunArgs {
     /// Compute threads; one for each core without.
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// Kernels: auto, or portable for comparison.
-    #[arg(long, default_value = "auto", value_parser = parse_processor)]
+    /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
+    /// cuda-else-cpu for a GPU where there is one. No kernel has been executed on a GPU so far.
+    #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
 }
 
@@ -129,11 +132,11 @@ fn parse_link(text: &str) -> Result<LinkKind, String> {
 }
 
 fn parse_processor(text: &str) -> Result<Processor, String> {
-    match text {
-        "auto" => Ok(Processor::Auto),
-        "portable" => Ok(Processor::Portable),
-        _ => Err(format!("{text:?} is none of auto, portable")),
-    }
+    Processor::from_name(text).ok_or_else(|| {
+        format!(
+            "{text:?} is none of auto, portable, cuda, cuda:GPU, cuda-else-cpu, cuda-else-cpu:GPU"
+        )
+    })
 }
 
 /// What the device role asks of its cloud.
@@ -153,6 +156,18 @@ pub(crate) struct DeviceRunArgs {
     /// upload and cloud, or auto for sizes planned by what is measured.
     #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
     chunks: ChunkPolicy,
+    /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
+    #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
+    cloud_arithmetic: Option<u32>,
+    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
+    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
+          value_parser = parse_share)]
+    past_share: f64,
+    /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
+    /// names is kept in the state directory.
+    #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
+        value_parser = parse_switch, value_name = "on|off")]
+    prefix: bool,
     /// Seconds that a request waits for a cloud that is away.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
@@ -162,17 +177,39 @@ fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
 
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
+    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{text:?} is neither on nor off")),
+    }
+}
+
 impl DeviceRunArgs {
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
             .link(self.run.link)
             .wire(self.wire)
-            .chunks(self.chunks);
+            .chunks(self.chunks)
+            .prefix(self.prefix);
+        config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.split_layer = self.bundle.split_layer();
+        config.cloud_arithmetic = self.cloud_arithmetic;
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
         if let Some(address) = &self.cloud {
             config = config.cloud(address);
+            // A cloud in this process holds nothing of earlier ones.
+            if self.prefix
+                && let Ok(state) = serve::state_dir()
+            {
+                config.prefix_secret = secret::prefix_secret(&state)?;
+            }
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;

@@ -1,14 +1,19 @@
 //! The cloud role: an io thread that owns link, sessions, scheduler and pages, and a step thread
-//! that owns the backend, with two bounded queues between them.
+//! for each pipeline stage, which owns a backend and a run of layers, with bounded queues between
+//! them.
 
+mod admission;
 mod io;
+mod outbox;
 mod output;
 mod session;
 mod step;
+mod void;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::bounded;
@@ -16,15 +21,15 @@ use hat_loader::{Bundle, Role, Submodel};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 
-use crate::backend::cpu::lower_priority;
+use crate::backend::BackendFault;
 use crate::config::CloudConfig;
-use crate::model::{MiddleForward, MiddleModel};
+use crate::model::MiddleForward;
 use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
 
-/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions` and
-/// `pages_free`, which are what they are now.
+/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
+/// `pages_idle`, which are what they are now.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct CloudCounters {
@@ -38,10 +43,22 @@ pub struct CloudCounters {
     pub opened: AtomicU64,
     /// Sessions and connections refused or ended for something that the peer did.
     pub refused: AtomicU64,
+    /// Idle sessions ended for the sake of others.
+    pub evicted: AtomicU64,
+    /// Devices told to come back later.
+    pub busy: AtomicU64,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: AtomicU64,
     /// Sessions open now.
     pub sessions: AtomicU64,
-    /// Free KV pages now.
+    /// KV pages that a new session can have now, those that are kept for others included.
     pub pages_free: AtomicU64,
+    /// Steps that a backend did not compute.
+    pub faults: AtomicU64,
+    /// Of these, pages that are kept: a session that names them need not upload their rows.
+    pub pages_idle: AtomicU64,
+    /// Pages that sessions found when they opened.
+    pub pages_reused: AtomicU64,
 }
 
 /// A running cloud. Dropping it stops it.
@@ -50,6 +67,7 @@ pub struct Cloud {
     describe: String,
     counters: Arc<CloudCounters>,
     stop: Arc<AtomicBool>,
+    fault: Arc<OnceLock<BackendFault>>,
     waker: Waker,
     threads: Vec<JoinHandle<()>>,
 }
@@ -64,8 +82,8 @@ impl Cloud {
         config.check()?;
         let bundle = open_bundle(&config)?;
         let pages = pool_pages(&config);
-        let model = load(&config, &bundle, pages)?;
-        Self::serve(config, &bundle, model, pages)
+        let stages = load(&config, &bundle, pages)?;
+        Self::serve_stages(config, &bundle, stages, pages)
     }
 
     /// Serves a model that is already loaded (tests that plant faults in its backend).
@@ -73,21 +91,37 @@ impl Cloud {
     pub fn serve(
         config: CloudConfig,
         bundle: &Bundle,
-        mut model: Box<dyn MiddleForward>,
+        model: Box<dyn MiddleForward>,
+        pages: u32,
+    ) -> Result<Self, Error> {
+        Self::serve_stages(config, bundle, vec![model], pages)
+    }
+
+    /// As [`Cloud::serve`], for a model whose runs of layers, in order, are each a stage of a
+    /// pipeline.
+    #[doc(hidden)]
+    pub fn serve_stages(
+        config: CloudConfig,
+        bundle: &Bundle,
+        stages: Vec<Box<dyn MiddleForward>>,
         pages: u32,
     ) -> Result<Self, Error> {
         config.check()?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let describe = model.describe();
+        let describe = describe(&stages);
         let counters = Arc::new(CloudCounters::default());
+        let fault = Arc::new(OnceLock::new());
         let stop = Arc::new(AtomicBool::new(false));
         let (to_step, jobs) = bounded(1);
-        let (done, from_step) = bounded(2);
+        let (done, from_step) = bounded(jobs_of(stages.len()));
         let (ready, is_ready) = bounded(1);
         let io = io::Start {
             config,
             bundle: crate::wire::BundleFacts::for_cloud(bundle),
             pages,
+            stages: stages.len(),
+            arithmetic_id: arithmetic_of(&stages)?,
+            fault: fault.clone(),
             clock: clock.clone(),
             counters: counters.clone(),
             stop: stop.clone(),
@@ -100,16 +134,9 @@ impl Cloud {
             Ok(Err(error)) => return Err(error),
             Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
         };
-        let step_waker = waker.clone();
-        let step_thread = spawn("hat-cloud-step", move || {
-            // Dropped in this order: the queue first, so that the io thread wakes to its end.
-            let _wake = step::WakeAtEnd(step_waker.clone());
-            let done = done;
-            lower_priority();
-            step::run_steps(model.as_mut(), &jobs, &done, &step_waker, clock.as_ref());
-        })?;
-        let threads = vec![io_thread, step_thread];
-        Ok(Self { address, describe, counters, stop, waker, threads })
+        let mut threads = vec![io_thread];
+        threads.extend(step::spawn_stages(stages, jobs, &done, &waker, &clock)?);
+        Ok(Self { address, describe, counters, stop, fault, waker, threads })
     }
 
     /// Where it listens; the port is the one that the system chose if 0 was configured.
@@ -130,11 +157,20 @@ impl Cloud {
         &self.counters
     }
 
-    /// Waits until it stops by itself, which it does only when its io thread fails.
-    pub fn join(mut self) {
+    /// Waits until it stops by itself, which it does only when its link or its backend fails.
+    pub fn join(self) {
+        let _ = self.join_for_fault();
+    }
+
+    /// As [`Cloud::join`], and says whether a backend was lost, so that another one may serve the
+    /// sessions, which their devices replay.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn join_for_fault(mut self) -> Option<BackendFault> {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.fault.get().cloned()
     }
 }
 
@@ -173,16 +209,53 @@ pub fn pool_pages(config: &CloudConfig) -> u32 {
     u32::try_from(pages_for(rows)).expect("row counts are u32")
 }
 
+/// The middle submodel as `config.stages` runs of layers, the compute threads shared among them.
+///
+/// # Errors
+/// [`Error::Field`] if there are more stages than layers, [`Error::Bundle`], [`Error::Backend`].
 fn load(
     config: &CloudConfig,
     bundle: &Bundle,
     pages: u32,
-) -> Result<Box<dyn MiddleForward>, Error> {
-    let backend = processor::cpu(config.processor, config.threads)?;
-    let rows = config.limits.step_rows_max as usize;
+) -> Result<Vec<Box<dyn MiddleForward>>, Error> {
     let layers = bundle.split().layers(Submodel::Middle);
-    let model = MiddleModel::load(backend, bundle, layers, rows, pages as usize)?;
-    Ok(Box::new(model))
+    let threads = config.threads.div_ceil(config.stages.max(1));
+    let runs = runs_of_layers(layers, config.stages)?;
+    processor::middle(config, bundle, &runs, threads, pages as usize)
+}
+
+/// Cuts `layers` into `stages` runs whose lengths differ by one at most.
+fn runs_of_layers(layers: Range<usize>, stages: usize) -> Result<Vec<Range<usize>>, Error> {
+    let count = layers.len();
+    if stages == 0 || stages > count {
+        let reason = format!("{stages} stages cannot share {count} layers: from 1 to {count}");
+        return Err(Error::field("stages", reason));
+    }
+    let cut = |stage: usize| layers.start + stage * count / stages;
+    Ok((0..stages).map(|stage| cut(stage)..cut(stage + 1)).collect())
+}
+
+/// Steps that circulate: one in each stage, and one that is planned meanwhile.
+fn jobs_of(stages: usize) -> usize {
+    stages + 1
+}
+
+/// The one arithmetic of all stages.
+fn arithmetic_of(stages: &[Box<dyn MiddleForward>]) -> Result<u32, Error> {
+    let mut ids: Vec<u32> = stages.iter().map(|stage| stage.arithmetic_id()).collect();
+    ids.dedup();
+    match ids[..] {
+        [id] => Ok(id),
+        _ => Err(Error::field("stages", format!("compute in several arithmetics: {ids:?}"))),
+    }
+}
+
+fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
+    match stages {
+        [stage] => stage.describe(),
+        [stage, ..] => format!("{} stages of {}", stages.len(), stage.describe()),
+        [] => unreachable!("a cloud has at least one stage"),
+    }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
@@ -190,4 +263,21 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<(
         .name(name.to_owned())
         .spawn(run)
         .map_err(|error| Error::io(format!("starting thread {name}"), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_share_the_layers_evenly() {
+        assert_eq!(runs_of_layers(2..30, 1).unwrap().first(), Some(&(2..30)));
+        assert_eq!(runs_of_layers(2..30, 4).unwrap(), [2..9, 9..16, 16..23, 23..30]);
+        assert_eq!(runs_of_layers(1..4, 2).unwrap(), [1..2, 2..4]);
+        assert_eq!(runs_of_layers(1..4, 3).unwrap(), [1..2, 2..3, 3..4]);
+        for stages in [0, 4] {
+            let text = runs_of_layers(1..4, stages).unwrap_err().to_string();
+            assert!(text.contains("stages") && text.contains("3 layers"), "{text}");
+        }
+    }
 }

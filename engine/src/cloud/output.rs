@@ -1,6 +1,6 @@
-//! `OUTPUT` frames of one session out of a finished step.
+//! `OUTPUT` frames of one session out of a finished step, or `COMPUTED` if it wants none.
 
-use hat_transport::message::OutputHead;
+use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::session::StepRows;
 use super::step::Job;
@@ -25,6 +25,7 @@ impl<'a> Outputs<'a> {
         codec: Codec,
         hidden_size: usize,
         step_us: u32,
+        arrivals: Arrivals,
     ) -> Self {
         let rows = job.step.plan.rows_of(index);
         let step_rows = u32::try_from(job.step.plan.rows()).expect("within the row budget");
@@ -33,10 +34,25 @@ impl<'a> Outputs<'a> {
             hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
             hidden_size,
             codec: codec.down(),
-            head: OutputHead { count: 0, queue_us: 0, step_us, step_rows },
+            head: OutputHead {
+                count: 0,
+                queue_us: job.queue_us(index),
+                step_us,
+                step_rows,
+                arrivals,
+            },
             done: 0,
             frame: 0,
         }
+    }
+
+    /// What is said of a chunk of which no row comes back; `None` if some do, or if it ran as
+    /// zeros since something is wrong with it.
+    pub(super) fn computed(&self) -> Option<Computed> {
+        let OutputHead { queue_us, step_us, step_rows, arrivals, .. } = self.head;
+        let (first_id, rows) = (*self.rows.ids.first()?, self.rows.ids.len());
+        let count = u16::try_from(rows).ok().filter(|_| self.rows.wanted.is_empty())?;
+        Some(Computed { first_id, count, queue_us, step_us, step_rows, arrivals })
     }
 
     /// Bytes of the next frame's body; `None` when all rows are out.
@@ -68,5 +84,6 @@ impl<'a> Outputs<'a> {
     /// Goes on behind the frame at hand.
     pub(super) fn advance(&mut self) {
         self.done += self.frame;
+        self.head.arrivals = Arrivals::default();
     }
 }

@@ -1,17 +1,21 @@
-//! One step on its way between the io thread and the step thread.
+//! One step on its way from the io thread through the stages and back.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender, bounded, never};
 use hat_transport::clock::Clock;
 use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
+use crate::Error;
+use crate::backend::{BackendFault, cpu::lower_priority};
 use crate::model::{MiddleForward, MiddleStep};
 use crate::sched::SessionKey;
 
-/// A step, and what to do with its rows afterwards. Two of these circulate, so that the next
-/// step is planned while one runs.
+/// A step, and what to do with its rows afterwards. There is one more of these than stages, so
+/// that the next step is planned while all stages run.
 #[derive(Default)]
 pub(super) struct Job {
     pub(super) step: MiddleStep,
@@ -19,8 +23,12 @@ pub(super) struct Job {
     pub(super) sessions: Vec<SessionKey>,
     /// Rows of each of them. `[sessions]`
     pub(super) rows: Vec<StepRows>,
-    /// How long the step took.
+    /// When the first stage began.
+    pub(super) began: Option<Instant>,
+    /// How long the stages computed, all together.
     pub(super) took: Duration,
+    /// Why its rows mean nothing, if they don't.
+    pub(super) fault: Option<BackendFault>,
 }
 
 impl Job {
@@ -31,6 +39,17 @@ impl Job {
         self.step.hidden.clear();
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
+        self.began = None;
+        self.took = Duration::ZERO;
+        self.fault = None;
+    }
+
+    /// How long the rows of session `index` waited for the step.
+    pub(super) fn queue_us(&self, index: usize) -> u32 {
+        let waited = self.began.zip(self.rows[index].complete_at);
+        let waited = waited
+            .map_or(Duration::ZERO, |(began, complete)| began.saturating_duration_since(complete));
+        u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
     }
 
     /// Puts the oldest chunk of `session` into this step. What is wrong with it comes back as an
@@ -63,8 +82,8 @@ impl Job {
     }
 }
 
-/// Wakes the io thread when the step thread ends, however it ends.
-pub(super) struct WakeAtEnd(pub(super) Waker);
+/// Wakes the io thread when a step thread ends, however it ends.
+struct WakeAtEnd(Waker);
 
 impl Drop for WakeAtEnd {
     fn drop(&mut self) {
@@ -72,21 +91,68 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// The step thread: runs what comes, wakes the io thread, until the queue closes.
-pub(super) fn run_steps(
-    model: &mut dyn MiddleForward,
-    jobs: &Receiver<Job>,
+/// Starts a thread for each of `stages`: steps come from `jobs`, go from stage to stage, and end
+/// in `done`. A queue between two stages holds one step. When one thread ends, so do the others:
+/// their queues close.
+///
+/// # Errors
+/// [`Error::Io`] if a thread cannot be had.
+pub(super) fn spawn_stages(
+    stages: Vec<Box<dyn MiddleForward>>,
+    jobs: Receiver<Job>,
     done: &Sender<Job>,
     waker: &Waker,
-    clock: &dyn Clock,
-) {
-    for mut job in jobs {
-        let start = clock.now();
-        model.forward(&mut job.step);
-        job.took = clock.now().duration_since(start);
-        if done.send(job).is_err() {
-            return;
+    clock: &Arc<dyn Clock>,
+) -> Result<Vec<JoinHandle<()>>, Error> {
+    let (mut threads, mut incoming) = (Vec::new(), jobs);
+    let last = stages.len() - 1;
+    for (number, model) in stages.into_iter().enumerate() {
+        let (sender, next) = match number == last {
+            true => (done.clone(), never()),
+            false => bounded(1),
+        };
+        let (jobs, clock) = (std::mem::replace(&mut incoming, next), clock.clone());
+        let wakes = (number == last).then(|| waker.clone());
+        let at_end = WakeAtEnd(waker.clone());
+        let stage = Stage { model, jobs, next: sender, wakes, clock };
+        threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
+            // Dropped in this order: the queues first, so that the io thread wakes to their end.
+            let _at_end = at_end;
+            let stage = stage;
+            lower_priority();
+            stage.run();
+        })?);
+    }
+    Ok(threads)
+}
+
+/// A run of layers on a thread of its own.
+struct Stage {
+    model: Box<dyn MiddleForward>,
+    jobs: Receiver<Job>,
+    next: Sender<Job>,
+    /// The io thread, if it is next.
+    wakes: Option<Waker>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Stage {
+    /// Runs what comes, until a queue closes.
+    fn run(mut self) {
+        for mut job in &self.jobs {
+            let start = self.clock.now();
+            job.began.get_or_insert(start);
+            if job.fault.is_none() {
+                self.model.forward(&mut job.step);
+                job.fault = self.model.fault();
+            }
+            job.took += self.clock.now().duration_since(start);
+            if self.next.send(job).is_err() {
+                return;
+            }
+            if let Some(waker) = &self.wakes {
+                waker.wake();
+            }
         }
-        waker.wake();
     }
 }

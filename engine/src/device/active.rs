@@ -10,6 +10,7 @@ use crate::draft::policy::Asking;
 use crate::draft::trained::SessionId;
 use crate::draft::{DraftMode, Lookup, Source, Tree};
 use crate::metrics::Meter;
+use crate::prefix::PageNames;
 use crate::sequence::Sequence;
 
 use super::Job;
@@ -112,6 +113,10 @@ pub(super) struct Active {
     pub(super) wire_id: u32,
     /// Prompt and answer so far.
     pub(super) tokens: Vec<TokenId>,
+    /// Names of the pages that `tokens` fill; `None` if the cloud is asked for none.
+    pub(super) names: Option<PageNames>,
+    /// Rows that the cloud held when the session opened: they are not sent.
+    pub(super) held: u32,
     /// KV of the device's own layers.
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
@@ -152,7 +157,14 @@ pub(super) struct Active {
     pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
+    /// How often the cloud lost the session since the last token.
+    pub(super) lost_n: u32,
+    /// The cloud is there and has no room: after how many ms it said it might.
+    pub(super) busy_ms: Option<u32>,
 }
+
+/// A cloud that loses a session so often before it gives a token will not give one.
+const LOST_MAX: u32 = 3;
 
 impl Active {
     /// Rows of the decided path that the device's own layers have computed and committed.
@@ -201,6 +213,10 @@ impl Active {
     /// A token was decided.
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.tokens.push(token);
+        self.lost_n = 0;
+        if let Some(names) = &mut self.names {
+            names.push(token);
+        }
         if let Some(lookup) = &mut self.lookup {
             lookup.push(token);
         }
@@ -212,6 +228,7 @@ impl Active {
         let pages = std::mem::replace(&mut self.sequence, Sequence::new(Vec::new(), 0));
         let rows_max = self.job.prepared.rows_max();
         self.sequence = Sequence::new(pages.into_pages(), rows_max);
+        self.held = 0;
         self.unsent.count = 0;
         self.unsent.sent = 0;
         self.walk.clear();
@@ -227,6 +244,12 @@ impl Active {
         self.decided = 1..1;
         self.meter.rows_lost();
         self.phase = Phase::Closed { not_before };
+    }
+
+    /// The cloud lost the session: says whether it is worth another try.
+    pub(super) fn may_lose_session(&mut self) -> bool {
+        self.lost_n += 1;
+        self.lost_n <= LOST_MAX
     }
 
     /// Starts the clock on a cloud that is away, if it does not run already.

@@ -1,6 +1,7 @@
 //! How many rows of a prompt go next, by what was measured; and what is measured.
 
-use hat_transport::message::OutputHead;
+use hat_transport::frame::HEADER_BYTES;
+use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::run::Device;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
@@ -45,7 +46,7 @@ impl Device {
         rows_max: u32,
         left_bytes: u64,
     ) -> Option<u32> {
-        let costs = self.monitor.costs(self.row_bytes(), self.layers())?;
+        let costs = self.monitor.costs(self.row_bytes(), self.layers(), self.peer_stages)?;
         let now = self.start.shared.clock.now();
         let active = &mut self.actives[index];
         let (done, rows) = (active.computed(), active.rows() - active.computed());
@@ -65,14 +66,41 @@ impl Device {
     fn note_link(&mut self) -> u64 {
         let counters = self.connection.and_then(|id| self.endpoint.counters(id));
         let Some(counters) = counters else { return 0 };
-        let now = self.start.shared.clock.now();
-        let now_s = now.duration_since(self.began).as_secs_f64();
         let traffic = counters.traffic;
-        self.monitor.note_uplink(now_s, traffic.acked_bytes, traffic.unacked_bytes);
+        let arrived = (traffic.arrived_bytes, traffic.arrived_in);
+        let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
+        let took = arrived.1.saturating_sub(time).as_secs_f64();
+        self.monitor.note_downlink(arrived.0.saturating_sub(bytes), took);
         if let Some(rtt) = traffic.rtt {
             self.monitor.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
+    }
+
+    /// How fast the cloud saw this device's frames come in.
+    pub(super) fn note_arrivals(&mut self, arrivals: Arrivals) {
+        self.monitor.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
+    }
+
+    /// A chunk of a prompt has been computed, long before the prompt's first output.
+    pub(super) fn take_computed(
+        &mut self,
+        index: usize,
+        computed: &Computed,
+        bytes: usize,
+    ) -> Result<(), String> {
+        let Computed { first_id, count, step_us, step_rows, arrivals, .. } = *computed;
+        let last_id = first_id + u32::from(count) - 1;
+        let active = &mut self.actives[index];
+        active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        active.deadline = None;
+        if last_id > active.sent_id {
+            return Err(format!("row {last_id}, which was not sent"));
+        }
+        self.note_arrivals(arrivals);
+        // Ids count the positions of a prompt from 1 on; later rows all come back.
+        self.monitor.note_step(step_rows, first_id - 1, f64::from(step_us) * 1e-6);
+        Ok(())
     }
 
     /// An output came back for `rows` rows that were sent together, `away_s` after that if no
@@ -91,13 +119,14 @@ impl Device {
             prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
             step_rows: head.step_rows,
             step_s: f64::from(head.step_us) * 1e-6,
+            queue_s: f64::from(head.queue_us) * 1e-6,
             away_s,
         });
     }
 
     /// What is known now.
     pub(super) fn estimates(&self) -> Estimates {
-        self.monitor.estimates(self.row_bytes(), self.layers())
+        self.monitor.estimates(self.row_bytes(), self.layers(), self.peer_stages)
     }
 
     fn row_bytes(&self) -> usize {

@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
 use hat_transport::link::Waker;
-use hat_transport::message::{Message, Open, Role, SessionErrorCode};
+use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
 use super::plan::Sizing;
+use super::prefix::PageNamer;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
-use crate::backend::{RowMove, TokenId};
+use crate::backend::{BackendError, BackendFault, RowMove, TokenId};
 use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
@@ -28,6 +29,7 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
+use crate::prefix::{PrefixCache, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -57,8 +59,8 @@ impl Start {
             }
         };
         if let Err(error) = device.serve() {
-            tracing::error!(%error, "the link failed; the device stops");
-            let text = format!("its link failed: {error}");
+            tracing::error!(%error, "the device stops");
+            let text = error.to_string();
             for active in &device.actives {
                 active.fail(Error::Stopped(text.clone()));
             }
@@ -71,8 +73,12 @@ impl Start {
         };
         let facts = &self.facts;
         let layers = facts.layers.clone();
-        let hello = wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers);
+        let hello = Hello {
+            arithmetic_id: self.model.arithmetic_id(),
+            ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
+        };
         let clock = self.shared.clock.clone();
+        let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -82,12 +88,18 @@ impl Start {
             cloud: cloud.clone(),
             connection: None,
             peer_rows_max: limits.step_rows_max,
+            peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
+            peer_arithmetic: ARITHMETIC_ID,
+            lost: None,
             connected: false,
             reason: "not connected yet".into(),
+            refused: None,
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            prefixes: PrefixCache::default(),
+            namer,
             next_wire_id: 1,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
@@ -95,7 +107,7 @@ impl Start {
             events: Vec::new(),
             monitor: Monitor::new(self.config.past_share),
             planner: Planner::default(),
-            began: self.shared.clock.now(),
+            arrived: (0, Duration::ZERO),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),
             kept: Vec::with_capacity(PENDING_ROWS_MAX),
             guesses: Vec::with_capacity(PENDING_ROWS_MAX),
@@ -120,14 +132,26 @@ pub(super) struct Device {
     pub(super) connected: bool,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
+    /// Pipeline stages of the cloud.
+    pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
     pub(super) peer_pending_max: usize,
+    /// What the cloud's layers compute in.
+    peer_arithmetic: u32,
+    /// Why this device's own backend is lost, if it is.
+    pub(super) lost: Option<BackendFault>,
     /// Why the cloud is away, for people.
     reason: String,
+    /// Why this device does not want the cloud that it found.
+    refused: Option<String>,
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
-    pages: PagePool,
+    pub(super) pages: PagePool,
+    /// Pages of the device's own layers, kept from earlier requests.
+    pub(super) prefixes: PrefixCache,
+    /// Names pages; `None` if all rows go up.
+    namer: Option<PageNamer>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -137,8 +161,8 @@ pub(super) struct Device {
     /// What chunks cost, over all requests.
     pub(super) monitor: Monitor,
     pub(super) planner: Planner,
-    /// The monitor's times count from here.
-    pub(super) began: Instant,
+    /// Bytes from the cloud, and how long they took, that the monitor knows of.
+    pub(super) arrived: (u64, Duration),
     pub(super) plan: PlanBuffers,
     /// What has arrived and has not been looked at.
     pub(super) events: Vec<LinkEvent>,
@@ -152,6 +176,9 @@ pub(super) struct Device {
     pub(super) logits: Vec<f32>, // [vocab_size]
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
 }
+
+/// How long a device waits before it replays a session that the cloud lost.
+const LOST_WAIT: Duration = Duration::from_millis(100);
 
 /// What was said to be missing: each is said once.
 #[derive(Default)]
@@ -172,6 +199,9 @@ impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
         self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
+            if let Some(fault) = &self.lost {
+                return Err(std::io::Error::other(fault.clone()));
+            }
             let now = self.start.shared.clock.now();
             self.admit();
             self.drop_cancelled();
@@ -192,7 +222,8 @@ impl Device {
         for active in &self.actives {
             active.fail(Error::Stopped("it was closed".into()));
         }
-        Ok(())
+        // What was said last may be the names of pages to keep.
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
     fn dial(&mut self) {
@@ -218,7 +249,8 @@ impl Device {
             let Some(job) = self.waiting.front() else { return };
             let rows_max = job.prepared.rows_max();
             let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-            let Ok(pages) = self.pages.take(wanted) else { return };
+            let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
+            let Some((pages, _)) = admitted else { return };
             let job = self.waiting.pop_front().expect("looked at above");
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
@@ -241,6 +273,8 @@ impl Device {
                 phase: Phase::Closed { not_before: None },
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
+                names: None,
+                held: 0,
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),
@@ -261,6 +295,8 @@ impl Device {
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
+                lost_n: 0,
+                busy_ms: None,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -288,7 +324,13 @@ impl Device {
                 self.actives[index].start_deadline(now, self.start.config.reconnect);
             }
             if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
-                let error = self.peer_error();
+                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
+                    Some(retry_after_ms) => Error::Busy {
+                        reason: format!("cloud {} has no room for another session", self.cloud),
+                        retry_after_ms: u64::from(retry_after_ms),
+                    },
+                    None => self.peer_error(),
+                };
                 self.fail(index, error);
             }
         }
@@ -312,18 +354,23 @@ impl Device {
             if not_before.is_some_and(|time| now < time) {
                 continue;
             }
+            let namer = self.namer.as_ref();
+            active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
                 codec: self.start.config.wire.id(),
                 kv_type: KV_TYPE_F16,
-                arithmetic_id: ARITHMETIC_ID,
+                arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),
+                pages: active.pages_to_find(),
             });
+            let bytes = open.encoded_len();
             let wire_id = self.next_wire_id;
             if self.endpoint.send_message(connection, wire_id, &open).is_ok() {
                 self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
                 active.wire_id = wire_id;
+                active.note_message(bytes);
                 active.phase = Phase::Opening;
             }
         }
@@ -344,9 +391,17 @@ impl Device {
 
     fn take(&mut self, event: LinkEvent) {
         match event {
-            LinkEvent::Up { hello, resumed, .. } => {
+            LinkEvent::Up { connection, hello, resumed, .. } => {
+                let wanted = self.start.config.cloud_arithmetic;
+                if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
+                    self.endpoint.close(connection, CloseCode::Incompatible, &reason);
+                    self.refused = Some(reason);
+                    return;
+                }
+                self.peer_arithmetic = hello.arithmetic_id;
                 self.set_connected(true);
                 self.peer_rows_max = hello.row_budget.max(1);
+                self.peer_stages = u32::from(hello.stages.max(1));
                 self.peer_pending_max = usize::from(hello.rows_pending_max);
                 if !resumed {
                     self.actives.iter_mut().for_each(|active| active.restart(None));
@@ -362,7 +417,7 @@ impl Device {
             }
             LinkEvent::Gone { error, .. } => {
                 tracing::info!(%error, "the cloud is gone");
-                self.reason = error.to_string();
+                self.reason = self.refused.take().unwrap_or_else(|| error.to_string());
                 self.set_connected(false);
                 self.connection = None;
                 for index in (0..self.actives.len()).rev() {
@@ -386,17 +441,21 @@ impl Device {
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
-            Ok(Message::Opened) => {
-                self.actives[index].phase = Phase::Open;
-                self.actives[index].deadline = None;
-                Ok(())
+            Ok(Message::Opened(opened)) => {
+                self.actives[index].meter.computed_in(self.peer_arithmetic);
+                self.actives[index].busy_ms = None;
+                self.opened(index, opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
+            Ok(Message::Computed(computed)) => {
+                self.take_computed(index, &computed, frame.body.len())
+            }
             Ok(Message::Busy(busy)) => {
                 let wait = Duration::from_millis(u64::from(busy.retry_after_ms));
                 self.reason = "it has no room for another session".into();
                 let patience = self.start.config.reconnect;
                 let active = &mut self.actives[index];
+                active.busy_ms = Some(busy.retry_after_ms);
                 active.start_deadline(now, patience);
                 active.restart(Some(now + wait));
                 Ok(())
@@ -406,9 +465,16 @@ impl Device {
                     self.actives[index].restart(None);
                     Ok(())
                 }
+                SessionErrorCode::Resource if self.actives[index].may_lose_session() => {
+                    tracing::warn!(text = %error.text, "the cloud lost the session");
+                    self.actives[index].start_deadline(now, self.start.config.reconnect);
+                    self.actives[index].restart(Some(now + LOST_WAIT));
+                    Ok(())
+                }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),
             },
-            Ok(Message::Ended | Message::Cancelled | Message::Dropped(_)) => Ok(()),
+            Ok(Message::Dropped(dropped)) => self.take_dropped(index, &dropped),
+            Ok(Message::Ended | Message::Cancelled) => Ok(()),
             Ok(other) => Err(format!("it sent {:?}, which a cloud does not", other.kind())),
             Err(error) => Err(format!("a {:?} frame is malformed: {error}", frame.kind)),
         };
@@ -423,6 +489,9 @@ impl Device {
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
+        active.note_turn(&self.start.shared);
+        self.keep_pages(index);
+        let active = &mut self.actives[index];
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;
@@ -437,11 +506,29 @@ impl Device {
         self.retire(index);
     }
 
-    /// Ends a request with an error.
+    /// Ends a request with an error; all of them, if what is wrong is this device's backend.
     pub(super) fn fail(&mut self, index: usize, error: Error) {
+        if matches!(error, Error::NotFinite { .. })
+            && let Some(fault) = self.start.model.fault()
+        {
+            return self.fail_all(&fault);
+        }
         self.start.shared.metrics().requests_failed += 1;
         self.actives[index].fail(error);
         self.retire(index);
+    }
+
+    /// The backend did not compute what it was asked to, and its KV store means nothing now: ends
+    /// every request. If the fault lasts, the device stops after that.
+    fn fail_all(&mut self, fault: &BackendFault) {
+        tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
+        for index in (0..self.actives.len()).rev() {
+            self.start.shared.metrics().requests_failed += 1;
+            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
+            self.retire(index);
+        }
+        self.forget_pages();
+        self.lost = fault.lasts.then(|| fault.clone());
     }
 
     /// Forgets a request, and tells the cloud if it has a session.
@@ -452,7 +539,7 @@ impl Device {
             && !matches!(active.phase, Phase::Closed { .. })
             && active.wire_id != 0
         {
-            let _ = self.endpoint.send_message(connection, active.wire_id, &Message::End);
+            self.end_session(connection, &active);
         }
         self.pages.give_back(active.sequence.into_pages());
         if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {

@@ -6,13 +6,21 @@ use hat_loader::Bundle;
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, RowMove, TokenId, Top};
+use crate::backend::{ARITHMETIC_CPU, AttendPlan, Backend, BackendFault, RowMove, TokenId, Top};
 use crate::sequence::PlanBuffers;
 
 /// The device's side of the model, whatever backend computes it. One dynamic call a step.
 pub trait DeviceForward: Send {
     /// One line about the backend.
     fn describe(&self) -> String;
+    /// See [`Backend::arithmetic_id`].
+    fn arithmetic_id(&self) -> u32 {
+        ARITHMETIC_CPU
+    }
+    /// See [`Backend::fault`].
+    fn fault(&mut self) -> Option<BackendFault> {
+        None
+    }
     /// Embedding and layers `0..split_layer` for the rows of `plan`; `hidden` gets
     /// `[rows, hidden_size]`.
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]);
@@ -105,6 +113,14 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
         self.backend.describe()
     }
 
+    fn arithmetic_id(&self) -> u32 {
+        self.backend.arithmetic_id()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        self.backend.fault()
+    }
+
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         assert_eq!(plan.rows(), tokens.len(), "one token a row");
         let Self { backend, shape, input, kv, scratch, x, .. } = self;
@@ -171,6 +187,14 @@ pub struct MiddleStep {
 pub trait MiddleForward: Send {
     /// One line about the backend.
     fn describe(&self) -> String;
+    /// See [`Backend::arithmetic_id`].
+    fn arithmetic_id(&self) -> u32 {
+        ARITHMETIC_CPU
+    }
+    /// See [`Backend::fault`].
+    fn fault(&mut self) -> Option<BackendFault> {
+        None
+    }
     /// Runs a step, in place.
     fn forward(&mut self, step: &mut MiddleStep);
 }
@@ -222,6 +246,14 @@ impl<B: Backend> MiddleModel<B> {
 impl<B: Backend> MiddleForward for MiddleModel<B> {
     fn describe(&self) -> String {
         self.backend.describe()
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        self.backend.arithmetic_id()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        self.backend.fault()
     }
 
     fn forward(&mut self, step: &mut MiddleStep) {

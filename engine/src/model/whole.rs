@@ -10,7 +10,7 @@ use hat_loader::Bundle;
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, PAGE_SIZE, TokenId, Write};
+use crate::backend::{AttendPlan, Backend, BackendError, PAGE_SIZE, TokenId, Write};
 use crate::pack::Codec;
 
 /// All layers, embedding and head on one backend.
@@ -82,6 +82,12 @@ impl<B: Backend> WholeModel<B> {
         })
     }
 
+    /// See [`Backend::arithmetic_id`].
+    #[must_use]
+    pub fn arithmetic_id(&self) -> u32 {
+        self.backend.arithmetic_id()
+    }
+
     /// Positions taken so far.
     #[must_use]
     pub fn position(&self) -> u32 {
@@ -96,7 +102,8 @@ impl<B: Backend> WholeModel<B> {
     /// Runs one token; `logits` (`[vocab_size]`), where given, gets what follows it.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a row that would cross the link holds something that is no number.
+    /// [`Error::NotFinite`] if a row that would cross the link holds something that is no number;
+    /// [`Error::Backend`] if the backend did not compute it.
     ///
     /// # Panics
     /// If the context is full.
@@ -119,7 +126,10 @@ impl<B: Backend> WholeModel<B> {
         let done = self.run(token, &plan, logits);
         self.pages = pages;
         self.position += 1;
-        done
+        match self.backend.fault() {
+            Some(fault) => Err(BackendError::Fault(fault).into()),
+            None => done,
+        }
     }
 
     fn run(

@@ -65,61 +65,57 @@ fn measurements_that_are_none_change_nothing() {
     assert!(fit.cost().is_none_or(|cost| cost.seconds(9, 9).is_finite()));
 }
 
-/// Ten milliseconds between acknowledgements, as the cloud sends them.
-fn upload(monitor: &mut Monitor, bytes_s: f64, from_s: f64, seconds: f64) {
-    let steps = (seconds / 0.01) as u32;
-    let before = 1000;
-    for step in 0..=steps {
-        let arrived = before + (f64::from(step) * 0.01 * bytes_s) as u64;
-        let left = u64::from(step < steps) * 100_000;
-        monitor.note_uplink(from_s + f64::from(step) * 0.01, arrived, left);
+/// A second of frames that come in at `bytes_s`, as the cloud reports them.
+fn upload(monitor: &mut Monitor, bytes_s: f64) {
+    for _ in 0..100 {
+        monitor.note_uplink((bytes_s * 0.01) as u64, 0.01);
     }
 }
 
 #[test]
-fn the_uplink_is_timed_while_it_is_busy() {
+fn the_links_rates_follow_what_came_in() {
     let mut monitor = Monitor::default();
-    let rate = |monitor: &Monitor| monitor.estimates(1, (1, 1)).uplink_bytes_s;
-    assert_eq!(rate(&monitor), None);
-    upload(&mut monitor, 7.5e6, 0.0, 0.1);
-    assert!(close(rate(&monitor).unwrap(), 7.5e6, 0.01), "{:?}", rate(&monitor));
-    // An idle hour between two uploads is no slow link.
-    upload(&mut monitor, 7.5e6, 3600.0, 0.1);
-    assert!(close(rate(&monitor).unwrap(), 7.5e6, 0.01), "{:?}", rate(&monitor));
-    upload(&mut monitor, 2e6, 3700.0, 1.0);
-    assert!(close(rate(&monitor).unwrap(), 2e6, 0.02), "{:?}", rate(&monitor));
-    // A few small frames say nothing.
+    let rates = |monitor: &Monitor| {
+        let Estimates { uplink_bytes_s, downlink_bytes_s, .. } = monitor.estimates(1, (1, 1), 1);
+        (uplink_bytes_s, downlink_bytes_s)
+    };
+    assert_eq!(rates(&monitor), (None, None));
+    upload(&mut monitor, 7.5e6);
+    assert!(close(rates(&monitor).0.unwrap(), 7.5e6, 0.01), "{:?}", rates(&monitor));
+    upload(&mut monitor, 2e6);
+    assert!(close(rates(&monitor).0.unwrap(), 2e6, 0.01), "{:?}", rates(&monitor));
+    assert_eq!(rates(&monitor).1, None);
+    monitor.note_downlink(125_000, 0.01);
+    assert!(close(rates(&monitor).1.unwrap(), 12.5e6, 1e-9), "{:?}", rates(&monitor));
+    // A few bytes say nothing, and many in no time little: together they do.
     let mut small = Monitor::default();
-    for index in 0..50 {
-        small.note_uplink(f64::from(index) * 0.1, u64::from(index as u32) * 1000, index as u64 % 2);
-    }
-    assert_eq!(rate(&small), None);
-    // Counts that go back, as on a new connection, neither.
-    small.note_uplink(9.0, 60_000, 1);
-    small.note_uplink(9.1, 5, 1);
-    assert_eq!(rate(&small), None);
-    // A flow that is over before anyone looks was at least so fast, and slower news is none.
-    small.note_uplink(9.2, 5, 0);
-    small.note_uplink(9.3, 1_000_005, 0);
-    assert!(close(rate(&small).unwrap(), 1e7, 1e-6));
-    small.note_uplink(10.3, 2_000_005, 0);
-    assert!(close(rate(&small).unwrap(), 1e7, 1e-6));
+    small.note_uplink(4000, 4e-3);
+    small.note_uplink(200_000, 1e-6);
+    small.note_uplink(0, 0.0);
+    let byte_s = 1.0 / rates(&small).0.unwrap();
+    assert!(close(byte_s, 4.001e-3 / 204_000.0, 1e-6), "{byte_s}");
+    let mut fast = Monitor::default();
+    (0..3).for_each(|_| fast.note_uplink(200_000, 1e-5));
+    assert!(close(rates(&fast).0.unwrap(), 2e10, 1e-6));
 }
 
 /// The monitor is shown a device, a link and a cloud; it says what they cost.
 #[test]
 fn what_is_shown_is_what_comes_out() {
     let mut monitor = Monitor::default();
-    assert_eq!(monitor.costs(1152, (2, 28)), None);
+    assert_eq!(monitor.costs(1152, (2, 28), 1), None);
     let device = Line { fixed: 0.5e-3, per_row: 0.1e-3 };
     for rows in [1, 32, 128, 256] {
         monitor.note_device(rows, device.seconds(rows));
     }
-    assert_eq!(monitor.costs(1152, (2, 28)), None);
-    upload(&mut monitor, 7.5e6, 0.0, 0.2);
+    assert_eq!(monitor.costs(1152, (2, 28), 1), None);
+    // A link so fast that nobody saw bytes on their way costs nothing.
+    monitor.note_uplink(0, 0.0);
+    assert_eq!(monitor.costs(1152, (2, 28), 1).unwrap().row_up_s, 0.0);
+    upload(&mut monitor, 7.5e6);
     monitor.note_rtt(10e-3);
     // No output yet: the cloud's 28 layers are as fast as the two here.
-    let guess = monitor.costs(1152, (2, 28)).unwrap();
+    let guess = monitor.costs(1152, (2, 28), 1).unwrap();
     assert!(close(guess.cloud.per_row, 14.0 * device.per_row, 0.01), "{guess:?}");
     let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
@@ -128,10 +124,11 @@ fn what_is_shown_is_what_comes_out() {
         let away_s = 10e-3 + sent_bytes as f64 / 7.5e6 + 2e-3 + step_s;
         let away_s = Some(away_s);
         let prefix = 100;
-        monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, away_s });
+        let queue_s = 1e-3;
+        monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s });
     }
     monitor.note_head(1e-3);
-    let costs = monitor.costs(1152, (2, 28)).unwrap();
+    let costs = monitor.costs(1152, (2, 28), 1).unwrap();
     assert!(close(costs.device.per_row, device.per_row, 0.01), "{costs:?}");
     assert!(close(costs.row_up_s, 1152.0 / 7.5e6, 0.01), "{costs:?}");
     assert!(close(costs.up_latency_s, 5e-3, 1e-9) && close(costs.return_s, 6e-3, 1e-9));
@@ -150,17 +147,19 @@ fn hostile_estimates_give_a_plan() {
             monitor.note_device(100, seconds);
             monitor.note_rtt(seconds);
             monitor.note_head(seconds);
-            monitor.note_uplink(seconds, 1 << 20, 1);
-            monitor.note_uplink(seconds, 1 << 40, 0);
+            monitor.note_uplink(0, seconds);
+            monitor.note_uplink(u64::MAX, seconds);
+            monitor.note_downlink(1 << 40, seconds);
             let returned = Returned {
                 sent_bytes: 1 << 40,
                 prefix: u32::MAX,
                 step_rows: u32::MAX,
                 step_s: seconds,
+                queue_s: seconds,
                 away_s: Some(seconds),
             };
             monitor.note_returned(&returned);
-            if let Some(costs) = monitor.costs(usize::MAX, (0, u32::MAX)) {
+            if let Some(costs) = monitor.costs(usize::MAX, (0, u32::MAX), u32::MAX) {
                 let mut planner = Planner::default();
                 let plan = planner.plan(ChunkPolicy::Auto, &costs, &Limits::default(), 0, 1000);
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
@@ -168,6 +167,19 @@ fn hostile_estimates_give_a_plan() {
         }
         // One measurement moves it, always.
         monitor.note_head(5.0);
-        assert!(monitor.estimates(1, (1, 1)).rtt_s.is_some());
+        assert!(monitor.estimates(1, (1, 1), 1).rtt_s.is_some());
     }
+}
+
+/// Where the link is taken for slower than it is, nothing seems to be left for the cloud's queue.
+#[test]
+fn the_cloud_is_believed_that_rows_waited() {
+    let mut monitor = Monitor::default();
+    monitor.note_device(10, 1e-3);
+    monitor.note_uplink(1 << 20, 1.0);
+    monitor.note_rtt(0.5);
+    let (sent_bytes, prefix, step_rows) = (1 << 20, 0, 10);
+    let (step_s, queue_s, away_s) = (1e-3, 4e-3, Some(0.2));
+    monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s });
+    assert!(close(monitor.costs(1152, (2, 28), 1).unwrap().cloud_wait_s, 4e-3, 1e-9));
 }

@@ -481,3 +481,43 @@ fn numbers_wrap() {
         assert!(pair.device.is_drained());
     }
 }
+
+/// The link's rate is told by bytes that came while a frame was on its way, and by no others.
+#[test]
+fn arrivals_are_timed_within_frames_alone() {
+    let mut pair = Pair::up();
+    rows(&mut pair.device, 7, Priority::Prompt, 40_000).unwrap();
+    rows(&mut pair.device, 7, Priority::Prompt, 20_000).unwrap();
+    let first = transmit(&mut pair.device, pair.now);
+    let bytes = [first, transmit(&mut pair.device, pair.now)].concat();
+    assert_eq!(bytes.len(), 60_064);
+    // A second of nothing, the first bytes, then pieces a millisecond apart, over both frames.
+    pair.wait(Duration::from_secs(1));
+    for piece in bytes.chunks(10_000) {
+        pair.wait(Duration::from_millis(1));
+        let mut room = pair.cloud.receive_room().unwrap();
+        // Others may ask for frames while the link has the buffer.
+        pair.cloud.handle_room(pair.now).unwrap();
+        room.spare_mut()[..piece.len()].copy_from_slice(piece);
+        room.advance(piece.len());
+        pair.cloud.handle_received(pair.now, room, piece.len()).unwrap();
+    }
+    assert_eq!(frames(&mut pair.cloud).len(), 2);
+    let expected = (50_064, Duration::from_millis(6));
+    let seen = |pair: &Pair| (pair.cloud.traffic().arrived_bytes, pair.cloud.traffic().arrived_in);
+    assert_eq!(seen(&pair), expected);
+    // A whole frame at once, whenever it comes, says nothing.
+    pair.wait(Duration::from_secs(1));
+    rows(&mut pair.device, 7, Priority::Prompt, 1000).unwrap();
+    pair.exchange();
+    assert_eq!(frames(&mut pair.cloud).len(), 1);
+    assert_eq!(seen(&pair), expected);
+    // Nor does half a frame whose socket broke, and the time until the next.
+    rows(&mut pair.device, 7, Priority::Prompt, 1000).unwrap();
+    let bytes = transmit(&mut pair.device, pair.now);
+    pair.cloud.handle_bytes(pair.now, &bytes[..500]).unwrap();
+    pair.disconnect();
+    pair.wait(Duration::from_secs(1));
+    pair.connect();
+    assert_eq!(seen(&pair), expected);
+}

@@ -151,6 +151,13 @@ impl Deframer {
         Ok(Deframed::Frame(RawFrame { header, body }))
     }
 
+    /// Whether a frame has come in part; `None` while its buffer is lent out.
+    #[must_use]
+    pub fn is_mid_frame(&self) -> Option<bool> {
+        let in_part = self.room.as_ref().is_some_and(|room| room.wire().len() > self.start);
+        (!self.lent).then_some(in_part)
+    }
+
     /// Body bytes that were copied so far, and bytes moved to make room.
     #[must_use]
     pub fn copied_bytes(&self) -> u64 {

@@ -59,6 +59,8 @@ pub struct Hello {
     pub page_size: u16,
     /// How keys and values are stored.
     pub kv_type: u8,
+    /// Cloud: pipeline stages of its middle layers, from 1 on. Device: 0.
+    pub stages: u16,
 }
 
 impl Hello {
@@ -87,6 +89,7 @@ impl Hello {
             rows_pending_max: 0,
             page_size: 0,
             kv_type: 0,
+            stages: 0,
         }
     }
 
@@ -136,11 +139,8 @@ impl Hello {
                 1 => Role::Cloud,
                 role => return Err(value("role", "0 (device) or 1 (cloud)", role)),
             },
+            stages: from.u16("stages")?,
         };
-        let reserved = from.u16("reserved")?;
-        if reserved != 0 {
-            return Err(value("reserved", "0", reserved));
-        }
         if hello.min_version > hello.max_version {
             return Err(value("min_version", "at most max_version", hello.min_version));
         }
@@ -173,7 +173,7 @@ impl Hello {
         to.u16(self.page_size);
         to.u8(self.kv_type);
         to.u8(self.role as u8);
-        to.u16(0);
+        to.u16(self.stages);
     }
 }
 

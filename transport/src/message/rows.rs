@@ -191,11 +191,33 @@ pub struct OutputHead {
     pub step_us: u32,
     /// Rows in the step, other sessions' included.
     pub step_rows: u32,
+    /// How fast the device's frames come in.
+    pub arrivals: Arrivals,
+}
+
+/// What a cloud saw of a connection's frames on their way in since it last said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrivals {
+    /// Bytes that came while a frame was on its way in, so that the link was at work.
+    pub bytes: u32,
+    /// Microseconds that those bytes took.
+    pub us: u32,
+}
+
+impl Arrivals {
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        Ok(Self { bytes: from.u32("arrived_bytes")?, us: from.u32("arrived_us")? })
+    }
+
+    pub(super) fn write(self, to: &mut Writer<'_>) {
+        to.u32(self.bytes);
+        to.u32(self.us);
+    }
 }
 
 impl OutputHead {
     /// Bytes before the row ids.
-    pub const BYTES: usize = 16;
+    pub const BYTES: usize = 24;
 
     /// Bytes before the payload.
     #[must_use]
@@ -222,6 +244,7 @@ impl OutputHead {
         to.u32(self.queue_us);
         to.u32(self.step_us);
         to.u32(self.step_rows);
+        self.arrivals.write(to);
     }
 }
 
@@ -248,6 +271,7 @@ impl<'a> Output<'a> {
             queue_us: from.u32("queue_us")?,
             step_us: from.u32("step_us")?,
             step_rows: from.u32("step_rows")?,
+            arrivals: Arrivals::read(from)?,
         };
         let ids = Ids { bytes: from.bytes("ids", 4 * usize::from(count))? };
         if ids.iter().any(|id| id == 0) {

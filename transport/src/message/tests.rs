@@ -25,9 +25,12 @@ fn hello() -> Hello {
         rows_pending_max: 64,
         page_size: 32,
         kv_type: KV_F16,
+        stages: 4,
         ..Hello::new(Role::Cloud)
     }
 }
+
+const PAGES: [PageId; 3] = [[1; 16], [2; 16], [3; 16]];
 
 const ROWS: RowsHead = RowsHead {
     first_id: 10,
@@ -47,9 +50,10 @@ fn rows() -> Vec<u8> {
 }
 
 fn output() -> Vec<u8> {
-    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3 };
+    let arrivals = Arrivals { bytes: 4, us: 5 };
+    let head = OutputHead { count: 2, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
     let mut body = vec![7; head.payload_start() + 4];
-    assert_eq!(head.encode(&[10, 12], &mut body), 24);
+    assert_eq!(head.encode(&[10, 12], &mut body), 32);
     body
 }
 
@@ -76,23 +80,30 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 2048,
+        pages: &PAGES,
     };
+    let arrivals = Arrivals { bytes: 65_568, us: 8700 };
+    let computed =
+        Computed { first_id: 65, count: 64, queue_us: 120, step_us: 7000, step_rows: 90, arrivals };
     let error = SessionError { code: SessionErrorCode::BadParent, text: "row 7 is unknown" };
     let messages = [
         Message::Hello(hello()),
         Message::Close(Close { code: CloseCode::Version, reason: "2..=3, not 1..=1" }),
         Message::Open(open),
-        Message::Opened,
+        Message::Opened(Opened { pages: 2 }),
+        Message::Open(Open { pages: &[], ..open }),
         Message::decode(Kind::Rows, &rows).unwrap(),
         Message::decode(Kind::Output, &output).unwrap(),
         Message::Commit(Commit { row: 5 }),
         Message::Cancel,
         Message::Cancelled,
-        Message::End,
+        Message::End(End { commit: 9, pages: &PAGES[1..] }),
+        Message::End(End::default()),
         Message::Ended,
         Message::Dropped(Dropped { first_id: 4, count: 2 }),
         Message::SessionError(error),
         Message::Busy(Busy { retry_after_ms: 250 }),
+        Message::Computed(computed),
     ];
     messages.iter().for_each(check_lengths);
     for kind in [Kind::Ack, Kind::Ping, Kind::Pong] {
@@ -135,7 +146,6 @@ fn wrong_hellos() {
         (44, &[0; 4], "frame_bytes_max"),
         (88, &[31, 0], "entry_layer"),
         (105, &[2], "role"),
-        (106, &[0, 1], "reserved"),
     ] {
         assert_eq!(wrong_field(Kind::Hello, &patched(body.clone(), offset, bytes)), field);
     }
@@ -168,14 +178,19 @@ fn wrong_rows() {
 fn wrong_outputs_and_small_messages() {
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 0, &[0; 2])), "count");
     assert_eq!(wrong_field(Kind::Output, &patched(output(), 2, &[1])), "reserved");
-    assert_eq!(wrong_field(Kind::Output, &patched(output(), 16, &[0; 4])), "ids");
+    assert_eq!(wrong_field(Kind::Output, &patched(output(), 24, &[0; 4])), "ids");
     assert_eq!(wrong_field(Kind::Commit, &[0; 4]), "row");
-    assert_eq!(wrong_field(Kind::Dropped, &[0, 0, 0, 0, 1, 0]), "first_id");
-    assert_eq!(wrong_field(Kind::Dropped, &[1, 0, 0, 0, 0, 0]), "count");
-    assert_eq!(wrong_field(Kind::Dropped, &[255, 255, 255, 255, 2, 0]), "first_id");
+    for kind in [Kind::Dropped, Kind::Computed] {
+        assert_eq!(wrong_field(kind, &[0, 0, 0, 0, 1, 0]), "first_id");
+        assert_eq!(wrong_field(kind, &[1, 0, 0, 0, 0, 0]), "count");
+        assert_eq!(wrong_field(kind, &[255, 255, 255, 255, 2, 0]), "first_id");
+    }
     assert_eq!(wrong_field(Kind::SessionError, &[99, 0]), "code");
-    let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+    let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(wrong_field(Kind::Open, &turned), "entry_layer");
+    assert_eq!(wrong_field(Kind::End, &[0, 0, 0, 0, 0, 16]), "pages");
+    let error = Message::decode(Kind::End, &[0, 0, 0, 0, 255, 15]).unwrap_err();
+    assert_eq!(error, MessageError::Short { field: "pages", needed: 65_520, left: 0 });
     let long = [&[1, 0][..], &[b'a'; TEXT_BYTES_MAX + 1]].concat();
     assert_eq!(wrong_field(Kind::SessionError, &long), "text");
     assert_eq!(wrong_field(Kind::Close, &long), "reason");
@@ -219,7 +234,8 @@ proptest! {
         flip in any::<prop::sample::Index>(),
         bits in 0u8..4,
     ) {
-        for body in [noise, small, rows(), output(), encode(&Message::Hello(hello()))] {
+        let end = encode(&Message::End(End { commit: 9, pages: &PAGES }));
+        for body in [noise, small, rows(), output(), encode(&Message::Hello(hello())), end] {
             let mut data = [&[kind][..], &body].concat();
             let at = flip.index(data.len());
             data[at] ^= bits;

@@ -294,6 +294,10 @@ impl Backend for CpuBackend {
         format!("cpu: {} kernels, {threads} threads, arithmetic 1", self.kernels.name)
     }
 
+    fn arithmetic_id(&self) -> u32 {
+        super::ARITHMETIC_CPU
+    }
+
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<CpuBuffer, BackendError> {
         let (buffer, numbers) = CpuBuffer::new(NAME, capacity, columns)?;
         // Any buffer may become the input of a `linear`.

@@ -293,8 +293,8 @@ impl Replica {
         }
     }
 
-    /// Takes rows that arrived, in works of at most `cut` rows.
-    pub(crate) fn enqueue(&mut self, now: Time, message: Message, cut: u32) {
+    /// Takes rows that arrived from a device, in works of at most `cut` rows.
+    pub(crate) fn enqueue(&mut self, now: Time, device: usize, message: Message, cut: u32) {
         let began = self.clock.on.then(Instant::now);
         let mut left = message.rows;
         let mut context = message.context;
@@ -302,7 +302,8 @@ impl Replica {
             let rows = left.min(cut);
             left -= rows;
             let session = message.request as u64;
-            let work = Work { session, rows, urgent: message.urgent, class: 0 };
+            let (device, urgent) = (device as u64, message.urgent);
+            let work = Work { session, device, rows, urgent, class: 0 };
             if self.scheduler.enqueue(work).is_err() {
                 self.clock.refused += 1;
                 return;

@@ -478,7 +478,7 @@ impl<'a> World<'a> {
             Chunking::Cloud(rows) => rows,
             _ => u32::MAX,
         };
-        self.replicas[replica].enqueue(self.now, message, cut);
+        self.replicas[replica].enqueue(self.now, device, message, cut);
         self.run_stages(replica);
     }
 

@@ -1,0 +1,203 @@
+// CUDA C++ as host C++: the words, the built-ins and the operations of dev.cuh, on the CPU.
+//
+// mma and ldmatrix work on fragments as the PTX ISA lays them out over the lanes; the bytes of a
+// cp.async arrive when its group is waited for and are NaN before. What this can't show: races in
+// the memory model, the rounding inside a tensor core, limits and speed of a GPU (docs/KERNELS.md).
+#pragma once
+#include "fiber.h"
+#include <algorithm>
+#include <cmath>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define DEVICE static inline
+#define KERNEL(threads) static void
+// One section, so that it can be poisoned before each block. Not inside a template.
+#define __shared__ static __attribute__((section("hat_emu_shared")))
+extern "C" char __start_hat_emu_shared[] __attribute__((visibility("hidden")));
+extern "C" char __stop_hat_emu_shared[] __attribute__((visibility("hidden")));
+
+#define threadIdx (emulator::Dim{emulator::machine.current->thread, 0, 0})
+#define blockIdx (emulator::machine.block_index)
+#define blockDim (emulator::machine.block)
+#define gridDim (emulator::machine.grid)
+
+// ---- Built-in types and functions --------------------------------------------------------------
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+using std::max;
+using std::min;
+
+static inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
+static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+/// Sum of the products of four signed bytes, and `sum`.
+static inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) sum += (int)(int8_t)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);
+  return sum;
+}
+
+static inline void __syncthreads() {
+  emulator::machine.current->state = emulator::State::AtBarrier;
+  emulator::give_way();
+}
+static inline void nothing(emulator::Meeting &) {}
+static inline void all_lanes(uint32_t mask) {
+  if (mask != 0xffffffffu) emulator::fail("the emulator knows whole warps only");
+}
+static inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  all_lanes(mask);
+  emulator::meet("__syncwarp", &mask, 4, nothing);
+}
+template <class T> static inline T shuffle(const char *name, T value, uint32_t from) {
+  static_assert(sizeof(T) <= 8, "at most 8 bytes a lane");
+  T result;
+  memcpy(&result, emulator::meet(name, &value, sizeof value, nothing).brought[from % 32], sizeof result);
+  return result;
+}
+template <class T> static inline T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
+  all_lanes(mask);
+  return shuffle("__shfl_xor_sync", value, emulator::machine.current->thread % 32 ^ (uint32_t)lanes);
+}
+template <class T> static inline T __shfl_sync(uint32_t mask, T value, int lane) {
+  all_lanes(mask);
+  return shuffle("__shfl_sync", value, (uint32_t)lane);
+}
+static inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
+  all_lanes(mask);
+  const uint32_t word = vote;
+  const emulator::Meeting &meeting = emulator::meet("__ballot_sync", &word, 4, nothing);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= meeting.brought[lane][0] << lane;
+  return votes;
+}
+static inline int __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+static inline int __all_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
+
+// ---- What dev.cuh writes in PTX ----------------------------------------------------------------
+
+/// IEEE binary16 to binary32, exact.
+static inline float from_half(uint16_t half) {
+  const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, rest = half & 1023;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | rest << 13);
+  const float magnitude = exponent == 0 ? ldexpf((float)rest, -24)
+                                        : ldexpf((float)(1024 + rest), (int)exponent - 25);
+  return __uint_as_float(__float_as_uint(magnitude) | sign);
+}
+/// binary32 to binary16, to nearest, ties to even.
+static inline uint16_t to_half(float x) {
+  const uint32_t bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (magnitude < 0x38800000) { // below 2^-14: whole multiples of 2^-24
+    return (uint16_t)(sign | (uint32_t)nearbyintf(ldexpf(__uint_as_float(magnitude), 24)));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return (uint16_t)(sign | (rounded - 0x38000000) >> 13);
+}
+static inline uint32_t pack_half(float low, float high) { return to_half(low) | (uint32_t)to_half(high) << 16; }
+static inline float exp2_fast(float x) { return exp2f(x); }
+
+/// Counts the lanes of each group of eight whose 16 bytes stand in banks that another one reads.
+static inline void count_conflicts(emulator::Meeting &meeting) {
+  ++emulator::machine.counts.ldmatrix;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t seen = 0;
+    for (int row = 0; row < 8; ++row) {
+      const uint32_t bit = 1u << (meeting.brought[matrix * 8 + row][0] >> 4 & 7);
+      emulator::machine.counts.bank_conflicts += (seen & bit) != 0;
+      seen |= bit;
+    }
+  }
+}
+static inline const uint16_t *matrix_row(const emulator::Meeting &meeting, int row) {
+  const uint16_t *at;
+  memcpy(&at, meeting.brought[row], sizeof at);
+  return at;
+}
+static inline const emulator::Meeting &meet_matrices(const void *row) {
+  if ((uintptr_t)row % 16) emulator::fail("ldmatrix: a row that is not 16-byte aligned");
+  return emulator::meet("ldmatrix", &row, sizeof row, count_conflicts);
+}
+/// Four 8x8 matrices of 16-bit numbers; lane `8 m + i` names row `i` of matrix `m`.
+static inline void load_matrices(uint32_t (&to)[4], const void *row) {
+  const emulator::Meeting &meeting = meet_matrices(row);
+  const int lane = emulator::machine.current->thread % 32;
+  for (int m = 0; m < 4; ++m) {
+    const uint16_t *pair = matrix_row(meeting, m * 8 + lane / 4) + lane % 4 * 2;
+    to[m] = pair[0] | (uint32_t)pair[1] << 16;
+  }
+}
+/// The same, each matrix transposed.
+static inline void load_matrices_transposed(uint32_t (&to)[4], const void *row) {
+  const emulator::Meeting &meeting = meet_matrices(row);
+  const int lane = emulator::machine.current->thread % 32;
+  for (int m = 0; m < 4; ++m) {
+    const int column = lane / 4, first = m * 8 + lane % 4 * 2;
+    to[m] = matrix_row(meeting, first)[column] | (uint32_t)matrix_row(meeting, first + 1)[column] << 16;
+  }
+}
+static inline float half_of(uint32_t word, int index) { return from_half((uint16_t)(word >> 16 * index)); }
+static inline void multiply_fragments(emulator::Meeting &meeting) {
+  ++emulator::machine.counts.mma;
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t *word = meeting.brought[lane];
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 2; ++i) {
+      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + i + r / 2 * 8] = half_of(word[r], i);
+      for (int r = 0; r < 2; ++r) b[pair + i + r * 8][group] = half_of(word[4 + r], i);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      meeting.product[row][column] = sum;
+    }
+  }
+}
+/// `sum += a b`, m16n8k16, f16 with f32 sums.
+static inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulator::Meeting &meeting = emulator::meet("mma", words, sizeof words, multiply_fragments);
+  const int lane = emulator::machine.current->thread % 32, row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) sum[i] += meeting.product[row + i / 2 * 8][column + i % 2];
+}
+
+static inline void compiler_barrier() {}
+
+/// 16 bytes of global memory to shared memory, or zeros.
+static inline void copy_async(void *to, const void *from, bool real) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulator::fail("cp.async: not 16-byte aligned");
+  ++emulator::machine.counts.async_copies;
+  memset(to, 0xff, 16);
+  emulator::machine.current->open.push_back({to, real ? from : nullptr});
+}
+static inline void copy_async_commit() {
+  emulator::Fiber &fiber = *emulator::machine.current;
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+/// Until at most `PENDING` of this thread's groups are under way.
+template <int PENDING> static inline void copy_async_wait() {
+  auto &groups = emulator::machine.current->groups;
+  while (groups.size() > (size_t)PENDING) {
+    for (const emulator::AsyncCopy &copy : groups.front()) {
+      if (copy.from) memcpy(copy.to, copy.from, 16);
+      else memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}

@@ -1,0 +1,106 @@
+// What kernels use beyond C++: the only place with PTX. On the CPU the emulator supplies the same
+// names (cuda/emu/emulator.h), so a kernel file has no line for either.
+//
+// All files are compiled without contraction of `a * b + c`; a fused one is written `fmaf`.
+#pragma once
+
+#ifdef HAT_EMULATOR
+#include "emulator.h"
+#else
+#define DEVICE __device__ __forceinline__
+
+/// A kernel of `threads` threads a block, entered from Rust by its name.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+/// f16 to f32, exact.
+DEVICE float from_half(uint16_t half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+}
+/// f32 to f16, to nearest, ties to even.
+DEVICE uint16_t to_half(float x) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+}
+/// Two of them in a word, `low` in the low half.
+DEVICE uint32_t pack_half(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+/// 2^x to about 2 units in the last place; exact for 0 and minus infinity.
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Memory is not touched across this line by the compiler.
+DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
+
+DEVICE uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
+
+/// Four 8x8 matrices of 16-bit numbers; lane `8 m + i` names row `i` of matrix `m`.
+DEVICE void load_matrices(uint32_t (&to)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+/// The same, each matrix transposed.
+DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+/// `sum += a b`, m16n8k16, f16 with f32 sums.
+DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// 16 bytes of global memory to shared memory, or zeros; there after a wait and a barrier.
+DEVICE void copy_async(void *to, const void *from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Until at most `PENDING` of this thread's groups are under way.
+template <int PENDING> DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#endif
+
+/// Lanes of a warp.
+#define WARP 32
+#define ALL_LANES 0xffffffffu
+
+/// Smaller than every finite number.
+#define MINUS_INFINITY __uint_as_float(0xff800000u)
+
+DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+/// The sum over a warp, in every lane; the order is fixed.
+template <class T> DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+  return x;
+}
+
+/// The sum over a block of `WARPS` warps, in every thread; the order is fixed. `partial` is shared
+/// memory of `WARPS` numbers, free again after the next `__syncthreads`.
+template <int WARPS, class T> DEVICE T block_sum(T x, T *partial) {
+  x = warp_sum(x);
+  if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
+  __syncthreads();
+  T sum = partial[0];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
+  return sum;
+}

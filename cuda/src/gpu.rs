@@ -1,0 +1,253 @@
+//! The seam under the launchers: memory by address, and a kernel with its parameter block.
+//!
+//! Two sides stand behind it, the driver and the emulator, so the launchers and their tests are
+//! the same on both. Nothing here is asynchronous for the caller: work is queued on one stream,
+//! and [`Gpu::download`] waits for it.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::kernel::Kernel;
+
+/// Numbers that may be copied to a GPU and back as bytes.
+pub trait Number: Copy + sealed::Sealed {}
+
+mod sealed {
+    /// Types without padding, for which every bit pattern is a value.
+    pub trait Sealed {}
+}
+
+macro_rules! numbers {
+    ($($number:ty),*) => {$(
+        impl sealed::Sealed for $number {}
+        impl Number for $number {}
+    )*};
+}
+numbers!(u8, i8, u16, i16, u32, i32, u64, f32);
+
+/// What went wrong below the launchers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GpuError {
+    /// Memory could not be had.
+    #[error("{gpu}: {bytes} bytes for {purpose} could not be allocated")]
+    OutOfMemory {
+        /// Which GPU.
+        gpu: String,
+        /// How many bytes were asked for.
+        bytes: usize,
+        /// What for.
+        purpose: &'static str,
+    },
+    /// A kernel or a copy was refused; the GPU goes on.
+    #[error("{gpu}: {kernel} failed: {reason}")]
+    Launch {
+        /// Which GPU.
+        gpu: String,
+        /// Which kernel or call.
+        kernel: &'static str,
+        /// What is said about it.
+        reason: String,
+    },
+    /// The GPU is lost to this process: a fault in a kernel, or a broken driver. All that was
+    /// queued is void, and so is the content of its memory.
+    #[error("{gpu} is lost to this process: {reason}")]
+    Lost {
+        /// Which GPU.
+        gpu: String,
+        /// What is said about it.
+        reason: String,
+    },
+}
+
+/// One launch: which kernel, how many blocks. A block's threads are the kernel's own number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Which kernel.
+    pub kernel: Kernel,
+    /// Blocks in x, y, z; none is 0.
+    pub grid: [u32; 3],
+}
+
+/// Memory of a GPU.
+pub trait Memory {
+    /// Its first byte, aligned to 256.
+    fn address(&self) -> u64;
+    /// How many bytes it has.
+    fn bytes(&self) -> usize;
+
+    /// All of it as numbers, to read.
+    fn slice<T: Number>(&self) -> Slice<'_, T> {
+        Slice { address: self.address(), len: self.bytes() / size_of::<T>(), life: PhantomData }
+    }
+
+    /// All of it as numbers, to write.
+    fn slice_mut<T: Number>(&mut self) -> SliceMut<'_, T> {
+        SliceMut { address: self.address(), len: self.bytes() / size_of::<T>(), life: PhantomData }
+    }
+}
+
+/// A queue of work on one GPU, and its memory.
+pub trait Gpu {
+    /// Memory of this GPU; freed when it goes.
+    type Memory: Memory + Send;
+
+    /// One line for people.
+    fn describe(&self) -> String;
+
+    /// Memory with undefined content.
+    ///
+    /// # Errors
+    /// If there is not as much.
+    fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<Self::Memory, GpuError>;
+
+    /// Copies numbers to `to`, from number `at` on.
+    ///
+    /// # Errors
+    /// If the GPU is lost.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    fn upload<T: Number>(
+        &mut self,
+        from: &[T],
+        to: &mut Self::Memory,
+        at: usize,
+    ) -> Result<(), GpuError>;
+
+    /// Copies numbers from `from`, from number `at` on; waits for all work before.
+    ///
+    /// # Errors
+    /// If work before has failed.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    fn download<T: Number>(
+        &mut self,
+        from: &Self::Memory,
+        at: usize,
+        to: &mut [T],
+    ) -> Result<(), GpuError>;
+
+    /// Queues a kernel.
+    ///
+    /// # Errors
+    /// If it can't be queued, or work before has failed.
+    ///
+    /// # Safety
+    /// `params` is the block that the kernel takes, its pointers are into memory of this GPU that
+    /// lives until the work is done, and what the kernel reads and writes for them and this grid
+    /// lies within that memory.
+    unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError>;
+}
+
+/// Numbers in memory of a GPU, to read.
+#[derive(Clone, Copy, Debug)]
+pub struct Slice<'a, T> {
+    address: u64,
+    len: usize,
+    life: PhantomData<&'a [T]>,
+}
+
+/// Numbers in memory of a GPU, to write.
+#[derive(Debug)]
+pub struct SliceMut<'a, T> {
+    address: u64,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Slice<'_, T> {
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If the range is not within.
+    #[must_use]
+    pub fn range(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        Self { address, len: range.len(), life: PhantomData }
+    }
+
+    pub(crate) fn pointer(&self) -> *const T {
+        self.address as *const T
+    }
+
+    /// For kernels that read 16 bytes at a time.
+    pub(crate) fn vectors(&self) -> *const T {
+        assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
+        self.pointer()
+    }
+}
+
+impl<T> SliceMut<'_, T> {
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If the range is not within.
+    #[must_use]
+    pub fn range(&mut self, range: Range<usize>) -> SliceMut<'_, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        SliceMut { address, len: range.len(), life: PhantomData }
+    }
+
+    /// The same, to read.
+    #[must_use]
+    pub fn as_slice(&self) -> Slice<'_, T> {
+        Slice { address: self.address, len: self.len, life: PhantomData }
+    }
+
+    pub(crate) fn pointer(&mut self) -> *mut T {
+        self.address as *mut T
+    }
+
+    /// For kernels that write 16 bytes at a time.
+    pub(crate) fn vectors(&mut self) -> *mut T {
+        assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
+        self.pointer()
+    }
+}
+
+/// The bytes of numbers.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(crate) fn bytes<T: Number>(numbers: &[T]) -> &[u8] {
+    // SAFETY: `Number` is implemented here alone, for types without padding.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// The bytes of numbers, to write.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(crate) fn bytes_mut<T: Number>(numbers: &mut [T]) -> &mut [u8] {
+    // SAFETY: as above, and every bit pattern is a value of each of them.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// A count as a kernel takes it.
+pub(crate) fn count(number: usize) -> u32 {
+    u32::try_from(number).expect("a GPU does not hold 2^32 rows or columns")
+}

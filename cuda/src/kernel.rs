@@ -1,0 +1,92 @@
+//! The kernels by name: the file that each stands in, and the threads of its block.
+
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $kernel:ident = $module:literal, $name:literal, $threads:literal;)*) => {
+        /// A kernel.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Kernel {
+            $($(#[$doc])* $kernel,)*
+        }
+
+        impl Kernel {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$kernel),*];
+
+            /// The name by which it is launched.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$kernel => $name,)*
+                }
+            }
+
+            /// The stem of the file that it stands in.
+            #[must_use]
+            pub const fn module(self) -> &'static str {
+                match self {
+                    $(Self::$kernel => $module,)*
+                }
+            }
+
+            /// Threads of a block.
+            #[must_use]
+            pub const fn threads(self) -> u32 {
+                match self {
+                    $(Self::$kernel => $threads,)*
+                }
+            }
+        }
+    };
+}
+
+kernels! {
+    /// Rows of a table.
+    Embed = "embed", "embed", 256;
+    /// Root mean square norm, with the residual added before.
+    RmsNorm = "rms_norm", "rms_norm", 256;
+    /// The gate of a feed-forward part.
+    SiluMul = "silu_mul", "silu_mul", 256;
+    /// Rotary positions; k and v into pages.
+    RopeAppend = "rope_append", "rope_append", 256;
+    /// Attention in splits, heads of 64.
+    AttendVerify64 = "attend_verify", "attend_verify_64", 128;
+    /// Attention in splits, heads of 128.
+    AttendVerify128 = "attend_verify", "attend_verify_128", 128;
+    /// Splits put together, heads of 64.
+    AttendMerge64 = "attend_verify", "attend_merge_64", 32;
+    /// Splits put together, heads of 128.
+    AttendMerge128 = "attend_verify", "attend_merge_128", 32;
+    /// Attention of many rows, heads of 64.
+    AttendPrefill64 = "attend_prefill", "attend_prefill_64", 128;
+    /// Attention of many rows, heads of 128.
+    AttendPrefill128 = "attend_prefill", "attend_prefill_128", 128;
+    /// Rows to int8 blocks.
+    QuantiseQ8 = "quantise_rows", "quantise_q8", 256;
+    /// Int8 blocks to rows.
+    DequantiseQ8 = "quantise_rows", "dequantise_q8", 256;
+    /// Rows to f16.
+    NarrowF16 = "quantise_rows", "narrow_f16", 256;
+    /// Rows from f16.
+    WidenF16 = "quantise_rows", "widen_f16", 256;
+    /// One row times a q8_0 matrix.
+    GemvQ80x1 = "gemv", "gemv_q8_0_1", 256;
+    /// Up to 8 rows at a time times a q8_0 matrix.
+    GemvQ80x8 = "gemv", "gemv_q8_0_8", 256;
+    /// One row times a q4_0 matrix.
+    GemvQ40x1 = "gemv", "gemv_q4_0_1", 256;
+    /// Up to 8 rows at a time times a q4_0 matrix.
+    GemvQ40x8 = "gemv", "gemv_q4_0_8", 256;
+    /// One row times a q4_1 matrix.
+    GemvQ41x1 = "gemv", "gemv_q4_1_1", 256;
+    /// Up to 8 rows at a time times a q4_1 matrix.
+    GemvQ41x8 = "gemv", "gemv_q4_1_8", 256;
+    /// The largest of each slice of a row.
+    TopKSlices = "top_k", "top_k_slices", 256;
+    /// The largest of all slices.
+    TopKMerge = "top_k", "top_k_merge", 256;
+    /// The target's path through draft trees.
+    AcceptTree = "accept_tree", "accept_tree", 32;
+    /// K and V rows to other places.
+    Compact = "compact", "compact", 32;
+}

@@ -1,0 +1,249 @@
+//! NVIDIA's run-time compiler, opened by path: CUDA C++ to a cubin or to PTX, without a GPU.
+//!
+//! Headers are handed over in memory, so no path of this machine can get into the output.
+
+use std::ffi::{CString, c_char, c_int};
+use std::path::Path;
+use std::ptr;
+
+use libloading::Library;
+
+/// What the compiler is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Machine code for one architecture: 86 is `sm_86`.
+    Cubin(u32),
+    /// Text that a driver translates for its GPU: 80 is `compute_80`.
+    Ptx(u32),
+}
+
+impl Target {
+    /// The name that the compiler knows.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Cubin(arch) => format!("sm_{arch}"),
+            Self::Ptx(arch) => format!("compute_{arch}"),
+        }
+    }
+}
+
+/// A file of source text.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The name that `#include` and messages use.
+    pub name: &'a str,
+    /// Its content.
+    pub text: &'a str,
+}
+
+/// Why there is no output.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NvrtcError {
+    /// The library can't be opened, or is no NVRTC.
+    #[error("{path}: not an NVRTC library: {reason}")]
+    Library {
+        /// Which file.
+        path: String,
+        /// What the linker said.
+        reason: String,
+    },
+    /// A name or text holds a zero byte.
+    #[error("{name}: a zero byte in the source")]
+    ZeroByte {
+        /// Which file.
+        name: String,
+    },
+    /// A call failed for another reason than the source.
+    #[error("{call} failed with code {code}")]
+    Call {
+        /// The function.
+        call: &'static str,
+        /// What it returned; nvrtc.h lists them.
+        code: c_int,
+    },
+    /// The source does not compile.
+    #[error("{name} for {target}:\n{log}")]
+    Compile {
+        /// Which source.
+        name: String,
+        /// For what.
+        target: String,
+        /// What the compiler said.
+        log: String,
+    },
+}
+
+type Program = *mut std::ffi::c_void;
+type Create = unsafe extern "C" fn(
+    *mut Program,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const *const c_char,
+    *const *const c_char,
+) -> c_int;
+type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int;
+type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
+type Copy = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
+type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
+type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
+
+/// The functions of an open library.
+pub struct Nvrtc {
+    create: Create,
+    compile: Compile,
+    destroy: Destroy,
+    version: Version,
+    log: (Size, Copy),
+    cubin: (Size, Copy),
+    ptx: (Size, Copy),
+    _library: Library, // last: the functions live in it
+}
+
+/// One compilation; destroyed when it goes.
+struct Compilation<'a> {
+    nvrtc: &'a Nvrtc,
+    program: Program,
+}
+
+impl Drop for Compilation<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `program` was made by `create` and is destroyed here alone.
+        unsafe { (self.nvrtc.destroy)(&raw mut self.program) };
+    }
+}
+
+impl Nvrtc {
+    /// Opens the library.
+    ///
+    /// # Errors
+    /// If it is not there or lacks a function.
+    pub fn open(path: &Path) -> Result<Self, NvrtcError> {
+        let load = || {
+            // SAFETY: NVRTC's initialisers have no requirement; the types below are nvrtc.h's.
+            unsafe {
+                let library = Library::new(path)?;
+                let pair = |size: &[u8], copy: &[u8]| -> Result<(Size, Copy), libloading::Error> {
+                    Ok((*library.get::<Size>(size)?, *library.get::<Copy>(copy)?))
+                };
+                Ok(Self {
+                    create: *library.get(b"nvrtcCreateProgram\0")?,
+                    compile: *library.get(b"nvrtcCompileProgram\0")?,
+                    destroy: *library.get(b"nvrtcDestroyProgram\0")?,
+                    version: *library.get(b"nvrtcVersion\0")?,
+                    log: pair(b"nvrtcGetProgramLogSize\0", b"nvrtcGetProgramLog\0")?,
+                    cubin: pair(b"nvrtcGetCUBINSize\0", b"nvrtcGetCUBIN\0")?,
+                    ptx: pair(b"nvrtcGetPTXSize\0", b"nvrtcGetPTX\0")?,
+                    _library: library,
+                })
+            }
+        };
+        load().map_err(|error: libloading::Error| NvrtcError::Library {
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Major and minor version of the CUDA that it belongs to.
+    ///
+    /// # Errors
+    /// If the library says no.
+    pub fn version(&self) -> Result<(i32, i32), NvrtcError> {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: both pointers are to live numbers.
+        check("nvrtcVersion", unsafe { (self.version)(&raw mut major, &raw mut minor) })?;
+        Ok((major, minor))
+    }
+
+    /// Compiles one source; `headers` are what it may include.
+    ///
+    /// # Errors
+    /// If the source does not compile, with the compiler's log.
+    pub fn compile(
+        &self,
+        source: Source<'_>,
+        headers: &[Source<'_>],
+        target: Target,
+        flags: &[&str],
+    ) -> Result<Vec<u8>, NvrtcError> {
+        let compilation = self.create(source, headers)?;
+        let arch = format!("--gpu-architecture={}", target.name());
+        let options: Vec<CString> = std::iter::once(arch.as_str())
+            .chain(flags.iter().copied())
+            .map(|flag| terminated(flag, source.name))
+            .collect::<Result<_, _>>()?;
+        let pointers: Vec<*const c_char> = options.iter().map(|flag| flag.as_ptr()).collect();
+        let count = pointers.len() as c_int;
+        // SAFETY: `pointers` holds `count` terminated strings that outlive the call.
+        let code = unsafe { (self.compile)(compilation.program, count, pointers.as_ptr()) };
+        if code != 0 {
+            let log = compilation.output("nvrtcGetProgramLog", self.log)?;
+            return Err(NvrtcError::Compile {
+                name: source.name.to_owned(),
+                target: target.name(),
+                log: String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned(),
+            });
+        }
+        match target {
+            Target::Cubin(_) => compilation.output("nvrtcGetCUBIN", self.cubin),
+            Target::Ptx(_) => compilation.output("nvrtcGetPTX", self.ptx),
+        }
+    }
+
+    fn create(
+        &self,
+        source: Source<'_>,
+        headers: &[Source<'_>],
+    ) -> Result<Compilation<'_>, NvrtcError> {
+        let text = terminated(source.text, source.name)?;
+        let name = terminated(source.name, source.name)?;
+        let strings = |part: fn(&Source<'_>) -> String| -> Result<Vec<CString>, NvrtcError> {
+            headers.iter().map(|header| terminated(&part(header), header.name)).collect()
+        };
+        let names_kept = strings(|header| header.name.to_owned())?;
+        let texts_kept = strings(|header| header.text.to_owned())?;
+        let names: Vec<*const c_char> = names_kept.iter().map(|name| name.as_ptr()).collect();
+        let texts: Vec<*const c_char> = texts_kept.iter().map(|text| text.as_ptr()).collect();
+        let mut program = ptr::null_mut();
+        // SAFETY: all strings are terminated and live until the call returns (it copies them);
+        // the two lists have as many entries as it is told.
+        let code = unsafe {
+            (self.create)(
+                &raw mut program,
+                text.as_ptr(),
+                name.as_ptr(),
+                headers.len() as c_int,
+                texts.as_ptr(),
+                names.as_ptr(),
+            )
+        };
+        check("nvrtcCreateProgram", code)?;
+        Ok(Compilation { nvrtc: self, program })
+    }
+}
+
+impl Compilation<'_> {
+    fn output(
+        &self,
+        call: &'static str,
+        (size, copy): (Size, Copy),
+    ) -> Result<Vec<u8>, NvrtcError> {
+        let mut bytes = 0;
+        // SAFETY: the program lives, the pointer is to a live number.
+        check(call, unsafe { size(self.program, &raw mut bytes) })?;
+        let mut out = vec![0u8; bytes];
+        // SAFETY: `out` has the length that the library asked for.
+        check(call, unsafe { copy(self.program, out.as_mut_ptr().cast()) })?;
+        Ok(out)
+    }
+}
+
+fn check(call: &'static str, code: c_int) -> Result<(), NvrtcError> {
+    if code == 0 { Ok(()) } else { Err(NvrtcError::Call { call, code }) }
+}
+
+fn terminated(text: &str, name: &str) -> Result<CString, NvrtcError> {
+    CString::new(text).map_err(|_| NvrtcError::ZeroByte { name: name.to_owned() })
+}

@@ -1,0 +1,111 @@
+//! Matrices and tables in panels, as the loader packs them: shape, type, bytes.
+
+use crate::abi;
+use crate::gpu::Slice;
+
+/// How the numbers of a matrix are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Blocks of 32: f16 scale, 32 signed bytes.
+    Q8_0,
+    /// Blocks of 32: f16 scale, 32 nibbles less 8.
+    Q4_0,
+    /// Blocks of 32: f16 scale, f16 minimum, 32 nibbles.
+    Q4_1,
+}
+
+impl Numbers {
+    /// Numbers of a row that are written together.
+    #[must_use]
+    pub const fn block(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => abi::HAT_BLOCK as usize,
+        }
+    }
+
+    /// Bytes of a block of one row.
+    #[must_use]
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q8_0 => 34,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+        }
+    }
+
+    /// Bytes of `[rows][columns]` in panels; `None` if a row is no whole number of blocks or the
+    /// product overflows.
+    #[must_use]
+    pub fn panel_bytes(self, rows: usize, columns: usize) -> Option<usize> {
+        if !columns.is_multiple_of(self.block()) {
+            return None;
+        }
+        let rows = rows.checked_next_multiple_of(abi::HAT_PANEL as usize)?;
+        (columns / self.block()).checked_mul(self.block_bytes())?.checked_mul(rows)
+    }
+
+    pub(crate) const fn id(self) -> u32 {
+        match self {
+            Self::F32 => abi::HAT_F32,
+            Self::F16 => abi::HAT_F16,
+            Self::Bf16 => abi::HAT_BF16,
+            Self::Q8_0 => abi::HAT_Q8_0,
+            Self::Q4_0 => abi::HAT_Q4_0,
+            Self::Q4_1 => abi::HAT_Q4_1,
+        }
+    }
+}
+
+/// A matrix `[rows][columns]` in panels of 16 rows, in memory of a GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Table<'a> {
+    bytes: Slice<'a, u8>,
+    numbers: Numbers,
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> Table<'a> {
+    /// A matrix over bytes, which may be more than it needs.
+    ///
+    /// # Panics
+    /// If they are fewer, or the shape is none of this type.
+    #[must_use]
+    pub fn new(bytes: Slice<'a, u8>, numbers: Numbers, rows: usize, columns: usize) -> Self {
+        let needed = numbers.panel_bytes(rows, columns);
+        let fits = needed.is_some_and(|needed| needed <= bytes.len());
+        assert!(fits, "{numbers:?} [{rows}, {columns}] in {} bytes", bytes.len());
+        Self { bytes, numbers, rows, columns }
+    }
+
+    /// How its numbers are written.
+    #[must_use]
+    pub fn numbers(&self) -> Numbers {
+        self.numbers
+    }
+
+    /// Rows: tokens of a table, outputs of a matrix.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Numbers of a row.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn pointer(&self) -> *const u8 {
+        self.bytes.vectors()
+    }
+}

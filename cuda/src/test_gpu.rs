@@ -1,0 +1,116 @@
+//! What tests run on: the emulator, or a GPU, chosen when they start.
+//!
+//! One type for both, so that a test's body is written once and runs wherever there is a GPU.
+
+use crate::driver::{Cuda, CudaMemory};
+use crate::emulator::{Counts, Emulator, EmulatorMemory, Schedule};
+use crate::gpu::{Gpu, GpuError, Launch, Memory, Number};
+
+/// What a test runs on.
+pub enum TestGpu {
+    /// The kernels as host C++.
+    Emulator(Emulator),
+    /// A GPU behind a driver.
+    Cuda(Box<Cuda>),
+}
+
+/// Its memory.
+pub enum TestMemory {
+    /// Of the emulator.
+    Emulator(EmulatorMemory),
+    /// Of a GPU.
+    Cuda(CudaMemory),
+}
+
+impl Memory for TestMemory {
+    fn address(&self) -> u64 {
+        match self {
+            Self::Emulator(memory) => memory.address(),
+            Self::Cuda(memory) => memory.address(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Emulator(memory) => memory.bytes(),
+            Self::Cuda(memory) => memory.bytes(),
+        }
+    }
+}
+
+impl TestGpu {
+    /// The order of threads from now on, where there is a choice.
+    pub fn set_schedule(&mut self, schedule: Schedule) {
+        if let Self::Emulator(emulator) = self {
+            emulator.set_schedule(schedule);
+        }
+    }
+
+    /// What the emulator has counted.
+    pub fn counts(&self) -> Option<Counts> {
+        match self {
+            Self::Emulator(emulator) => Some(emulator.counts()),
+            Self::Cuda(_) => None,
+        }
+    }
+}
+
+impl Gpu for TestGpu {
+    type Memory = TestMemory;
+
+    fn describe(&self) -> String {
+        match self {
+            Self::Emulator(emulator) => emulator.describe(),
+            Self::Cuda(cuda) => cuda.describe(),
+        }
+    }
+
+    fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<TestMemory, GpuError> {
+        match self {
+            Self::Emulator(emulator) => emulator.alloc(bytes, purpose).map(TestMemory::Emulator),
+            Self::Cuda(cuda) => {
+                let mut memory = cuda.alloc(bytes, purpose)?;
+                // As the emulator does it: what nobody writes is NaN.
+                cuda.upload(&vec![0xffu8; bytes], &mut memory, 0)?;
+                Ok(TestMemory::Cuda(memory))
+            }
+        }
+    }
+
+    fn upload<T: Number>(
+        &mut self,
+        from: &[T],
+        to: &mut TestMemory,
+        at: usize,
+    ) -> Result<(), GpuError> {
+        match (self, to) {
+            (Self::Emulator(emulator), TestMemory::Emulator(to)) => emulator.upload(from, to, at),
+            (Self::Cuda(cuda), TestMemory::Cuda(to)) => cuda.upload(from, to, at),
+            _ => panic!("memory of another GPU"),
+        }
+    }
+
+    fn download<T: Number>(
+        &mut self,
+        from: &TestMemory,
+        at: usize,
+        to: &mut [T],
+    ) -> Result<(), GpuError> {
+        match (self, from) {
+            (Self::Emulator(emulator), TestMemory::Emulator(from)) => {
+                emulator.download(from, at, to)
+            }
+            (Self::Cuda(cuda), TestMemory::Cuda(from)) => cuda.download(from, at, to),
+            _ => panic!("memory of another GPU"),
+        }
+    }
+
+    unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError> {
+        match self {
+            // SAFETY: the caller's promise, handed on.
+            Self::Emulator(emulator) => unsafe { emulator.launch(launch, params) },
+            // SAFETY: as above.
+            Self::Cuda(cuda) => unsafe { cuda.launch(launch, params) },
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! Every kernel against its meaning, written beside it in plain Rust with sums in f64.
+//!
+//! The kernels run as host C++ on the CPU, under several orders of threads, whose results have to
+//! be the same to the bit. Where there is no C++ compiler each test says so on standard error and
+//! ends; with `HAT_REQUIRE_EMULATOR` set, as in `.ci/run`, it fails instead.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod artefacts;
+mod attention;
+mod choice;
+mod gemv;
+mod model;
+mod mutants;
+mod norm;
+mod on_driver;
+mod panels;
+mod rows;
+mod sanitizer;
+mod sequences;
+mod stand;

@@ -1,0 +1,229 @@
+//! The way through the driver: on a GPU where there is one, else over a made-up libcuda.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use hat_cuda::driver::{Cuda, LaunchCounts, OpenError, gpu_count};
+use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
+use hat_cuda::rms_norm::{RmsNorm, rms_norm};
+
+use crate::stand::{GPU, build, compiled};
+
+/// Runs tests of this program in a process of its own.
+pub fn tests(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(arguments).env_remove(GPU).envs(environment.iter().copied());
+    command.output().unwrap()
+}
+
+#[track_caller]
+pub fn assert_passed(output: &Output, at_least: usize) {
+    let said = String::from_utf8_lossy(&output.stdout);
+    let passed = said.split(" passed").next().and_then(|text| text.rsplit(' ').next());
+    let passed: usize = passed.and_then(|number| number.parse().ok()).unwrap_or(0);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && passed >= at_least, "{said}\n{errors}");
+}
+
+/// A folder with a libcuda.so of ours; nothing where it can't be built.
+fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
+    compiled(build().driver(flags))
+}
+
+/// Runs the ignored test `name` under a driver of this kind.
+#[track_caller]
+fn under(kind: &str, name: &str) {
+    let Some(folder) = fake_driver(&[]) else { return };
+    let environment = [("HAT_FAKE_DRIVER", kind), ("LD_LIBRARY_PATH", folder.to_str().unwrap())];
+    let name = format!("on_driver::made_up::{name}");
+    assert_passed(&tests(&[&name, "--exact", "--include-ignored"], &environment), 1);
+}
+
+#[test]
+fn every_test_passes_through_the_driver() {
+    let Some(folder) = fake_driver(&[]) else { return };
+    // Of a GPU that gets PTX a few will do: only what is loaded is different.
+    let runs: [(&str, &[&str], usize); 2] =
+        [("", &["--skip", "on_driver", "--skip", "sanitizer"], 25), ("other-gpu", &["norm::"], 3)];
+    for (kind, arguments, at_least) in runs {
+        let library_path = folder.to_str().unwrap();
+        let environment =
+            [("HAT_FAKE_DRIVER", kind), ("LD_LIBRARY_PATH", library_path), (GPU, "0")];
+        assert_passed(&tests(arguments, &environment), at_least);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_test_passes_on_the_gpu() {
+    println!("{}", Cuda::open(0).unwrap().describe());
+    assert_passed(&tests(&["--skip", "on_driver", "--skip", "sanitizer"], &[(GPU, "0")]), 25);
+}
+
+#[test]
+fn a_machine_without_a_driver_is_told_so() {
+    let output = tests(
+        &["on_driver::made_up::no_driver", "--exact", "--include-ignored"],
+        &[("LD_LIBRARY_PATH", "")],
+    );
+    // Where there is a driver, nothing can be shown here.
+    if !output.status.success() {
+        assert!(gpu_count().is_ok(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+#[test]
+fn a_stub_is_told_from_a_driver() {
+    under("stub", "stub");
+}
+
+#[test]
+fn a_driver_that_lacks_a_function_is_a_stub() {
+    let Some(folder) = fake_driver(&["-DcuMemFree_v2=cuSomethingElse"]) else { return };
+    let environment = [("LD_LIBRARY_PATH", folder.to_str().unwrap())];
+    let name = "on_driver::made_up::stub";
+    assert_passed(&tests(&[name, "--exact", "--include-ignored"], &environment), 1);
+}
+
+#[test]
+fn an_old_driver_is_told_what_it_lacks() {
+    under("old-driver", "old_driver");
+    under("other-gpu-old-driver", "old_driver");
+}
+
+#[test]
+fn gpus_that_are_not_there_or_too_old_are_named() {
+    under("no-gpu", "no_gpu");
+    under("", "no_such_gpu");
+    under("old-gpu", "old_gpu");
+}
+
+#[test]
+fn a_lack_of_memory_leaves_the_gpu_usable() {
+    under("no-memory", "no_memory");
+}
+
+#[test]
+fn a_fault_loses_the_gpu_for_good() {
+    under("fault", "fault");
+}
+
+#[test]
+fn launches_that_come_again_become_a_graph() {
+    under("", "graphs");
+    under("no-graphs", "no_graphs");
+    under("no-pinned", "graphs");
+}
+
+/// What runs in a process of its own, under a driver that its parent made up.
+mod made_up {
+    use super::*;
+
+    #[track_caller]
+    fn assert_line(found: Result<Cuda, OpenError>, expected: &str) {
+        let line = found.err().unwrap().to_string();
+        assert!(line.contains(expected) && !line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    #[ignore = "run by a test, in a process without a driver"]
+    fn no_driver() {
+        assert_line(Cuda::open(0), "no NVIDIA driver: libcuda is not installed");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn stub() {
+        assert_line(Cuda::open(0), "libcuda is no whole driver (");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn old_driver() {
+        assert_line(Cuda::open(0), ": update the driver");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn no_gpu() {
+        assert_line(Cuda::open(0), "the NVIDIA driver finds no GPU");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn no_such_gpu() {
+        assert_line(Cuda::open(1), "GPU 1 of 1: there is none with this number");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn old_gpu() {
+        assert_line(Cuda::open(0), "Fake GPU has compute capability 7.5; the kernels need 8.0");
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn no_memory() {
+        let mut gpu = Cuda::open(0).unwrap();
+        let error = gpu.alloc(1 << 40, "K").err().unwrap();
+        assert!(matches!(error, GpuError::OutOfMemory { bytes: 0x100_0000_0000, .. }), "{error}");
+        assert!(!gpu.is_lost());
+        assert!(gpu.alloc(0, "nothing").is_ok());
+    }
+
+    /// Three norms and one more, each of what the one before wrote, `times` times; the counts.
+    fn norms(times: usize) -> LaunchCounts {
+        let mut gpu = Cuda::open(0).unwrap();
+        let mut memory = [(); 5].map(|()| gpu.alloc(256, "a test").unwrap());
+        let mut weight = gpu.alloc(256, "a test").unwrap();
+        gpu.upload(&[1.0f32; 64], &mut weight, 0).unwrap();
+        for time in 0..times {
+            // Other numbers at the same place: what is copied late must not be what came later.
+            let numbers: Vec<f32> = (0..64).map(|i| (i * (time + 1)) as f32 - 7.0).collect();
+            gpu.upload(&numbers, &mut memory[0], 0).unwrap();
+            for step in 0..4 {
+                let (from, to) = memory.split_at_mut(step + 1);
+                let to = RmsNorm { weight: weight.slice(), eps: 1e-5, out: to[0].slice_mut() };
+                rms_norm(&mut gpu, 1, from[step].slice(), to).unwrap();
+            }
+            let mut out = [0.0f32; 64];
+            gpu.download(&memory[4], 0, &mut out).unwrap();
+            let mean = numbers.iter().map(|x| x * x).sum::<f32>() / 64.0;
+            for (out, x) in out.iter().zip(&numbers) {
+                assert!((out - x / mean.sqrt()).abs() < 1e-3, "{out} at time {time}");
+            }
+        }
+        gpu.launch_counts()
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn graphs() {
+        // The first time they are new, the second time captured.
+        let expected = LaunchCounts { single: 4, graphs: 6, in_graphs: 24, captured: 1 };
+        assert_eq!(norms(7), expected);
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn no_graphs() {
+        assert_eq!(norms(7), LaunchCounts { single: 28, ..LaunchCounts::default() });
+    }
+
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn fault() {
+        let mut gpu = Cuda::open(0).unwrap();
+        let [x, weight, mut out] = [(); 3].map(|()| gpu.alloc(16, "a test").unwrap());
+        let to = RmsNorm { weight: weight.slice(), eps: 1e-5, out: out.slice_mut() };
+        // The launch is only queued; what follows it says so.
+        rms_norm(&mut gpu, 1, x.slice(), to).unwrap();
+        let mut numbers = [0.0f32; 4];
+        let first = gpu.download(&out, 0, &mut numbers).unwrap_err().to_string();
+        assert!(first.contains("is lost to this process"), "{first}");
+        assert!(first.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{first}");
+        assert!(gpu.is_lost());
+        let again = gpu.alloc(4, "more").err().unwrap().to_string();
+        assert_eq!(again, first);
+    }
+}

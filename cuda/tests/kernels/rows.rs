@@ -1,0 +1,152 @@
+//! Kernels that take each row, or each number, by itself: embed, silu_mul, quantise_rows.
+
+use half::f16;
+use hat_cuda::gpu::{Gpu as _, Memory as _};
+use hat_cuda::quantise_rows::{
+    NOT_FINITE, Q8, Q8Mut, dequantise_q8, narrow_f16, quantise_q8, widen_f16,
+};
+use hat_cuda::table::{Numbers, Table};
+use hat_cuda::test_gpu::TestGpu;
+
+use crate::panels::Matrix;
+use crate::stand::{
+    Random, assert_close, bits, gpu, memory, numbers, room, same_under_all_schedules,
+};
+
+#[test]
+fn embed_gives_the_tables_numbers() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(10);
+    let types =
+        [Numbers::F32, Numbers::F16, Numbers::Bf16, Numbers::Q8_0, Numbers::Q4_0, Numbers::Q4_1];
+    for kind in types {
+        let (vocabulary, columns) = (35, 576);
+        let matrix = Matrix::random(kind, vocabulary, columns, &mut random);
+        let table_bytes = memory(&mut gpu, &matrix.bytes);
+        let table = Table::new(table_bytes.slice(), kind, vocabulary, columns);
+        let tokens = [0u32, 34, 15, 16, 7, 7];
+        let out = same_under_all_schedules(&mut gpu, |gpu| {
+            let mut staging = room::<u32>(gpu, tokens.len());
+            let mut out = room::<f32>(gpu, tokens.len() * columns);
+            hat_cuda::embed::embed(gpu, &tokens, table, &mut staging, out.slice_mut()).unwrap();
+            bits(&numbers::<f32>(gpu, &out, tokens.len() * columns))
+        });
+        // `d q` is exact in f32 and rounded nowhere; `d q + m` is rounded once or twice.
+        for (out, token) in out.chunks(columns).zip(tokens) {
+            let out: Vec<f32> = out.iter().map(|bits| f32::from_bits(*bits)).collect();
+            let relative = if kind == Numbers::Q4_1 { 1e-6 } else { 0.0 };
+            let what = format!("embed {kind:?} of {token}");
+            assert_close(&what, &out, matrix.row(token as usize), relative / 10.0, relative);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "token 35 of 35")]
+fn a_token_beyond_the_table_is_refused() {
+    let Some(mut gpu) = gpu() else { panic!("token 35 of 35: no compiler") };
+    let table_bytes = room::<u8>(&mut gpu, 48 * 34);
+    let table = Table::new(table_bytes.slice(), Numbers::Q8_0, 35, 32);
+    let (mut staging, mut out) = (room::<u32>(&mut gpu, 1), room::<f32>(&mut gpu, 32));
+    let _ = hat_cuda::embed::embed(&mut gpu, &[35], table, &mut staging, out.slice_mut());
+}
+
+#[test]
+fn silu_mul_means_what_it_says() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(11);
+    for count in [4, 1024, 5 * 1536] {
+        let mut gate = random.numbers(count, 8.0);
+        (gate[0], gate[1], gate[2]) = (-90.0, 90.0, 0.0);
+        let up = random.numbers(count, 2.0);
+        let out = same_under_all_schedules(&mut gpu, |gpu| {
+            let (mut gate, up) = (memory(gpu, &gate), memory(gpu, &up));
+            hat_cuda::silu_mul::silu_mul(gpu, gate.slice_mut(), up.slice()).unwrap();
+            bits(&numbers::<f32>(gpu, &gate, count))
+        });
+        let out: Vec<f32> = out.into_iter().map(f32::from_bits).collect();
+        let one = |(gate, up): (&f32, &f32)| {
+            let gate = f64::from(*gate);
+            gate / (1.0 + (-gate).exp()) * f64::from(*up)
+        };
+        let expected: Vec<f64> = gate.iter().zip(&up).map(one).collect();
+        assert_close("silu_mul", &out, &expected, 1e-7, 5e-7);
+    }
+}
+
+/// q, d, s of rows, and the rows back.
+fn through_q8(gpu: &mut TestGpu, x: &[f32]) -> (Vec<i8>, Vec<f32>, Vec<f32>, Vec<f32>) {
+    let blocks = x.len() / 32;
+    let from = memory(gpu, x);
+    let (mut q, mut d) = (room::<i8>(gpu, x.len()), room::<f32>(gpu, blocks));
+    let (mut s, mut back) = (room::<f32>(gpu, blocks), room::<f32>(gpu, x.len()));
+    let to = Q8Mut { q: q.slice_mut(), d: d.slice_mut(), s: s.slice_mut() };
+    quantise_q8(gpu, from.slice(), to).unwrap();
+    let x8 = Q8 { q: q.slice(), d: d.slice(), s: s.slice() };
+    dequantise_q8(gpu, x8, back.slice_mut()).unwrap();
+    let (q, d) = (numbers(gpu, &q, x.len()), numbers(gpu, &d, blocks));
+    (q, d, numbers(gpu, &s, blocks), numbers(gpu, &back, x.len()))
+}
+
+#[test]
+fn int8_blocks_are_those_of_the_arithmetic() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(12);
+    let mut x = random.numbers(7 * 32, 5.0);
+    x[32..64].fill(0.0);
+    x[64..96].iter_mut().for_each(|x| *x *= 1e-32);
+    (x[96], x[97]) = (-7.0, 7.0);
+    let (q, d, s, back) = same_under_all_schedules(&mut gpu, |gpu| through_q8(gpu, &x));
+    for (b, block) in x.chunks(32).enumerate() {
+        // docs/ARITHMETIC.md, `linear`, step by step in f32.
+        let largest = block.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let zero = largest < 1e-30;
+        let expected_d = if zero { 0.0 } else { largest / 127.0 };
+        let number = |x: &f32| {
+            let q = if zero { 0.0 } else { (x * (127.0 / largest)).round_ties_even() };
+            q.clamp(-127.0, 127.0) as i8
+        };
+        let expected: Vec<i8> = block.iter().map(number).collect();
+        assert_eq!(&q[b * 32..][..32], &expected[..], "block {b}");
+        let sum: i32 = expected.iter().map(|q| i32::from(*q)).sum();
+        assert_eq!((d[b], s[b]), (expected_d, expected_d * sum as f32), "block {b}");
+        let back = &back[b * 32..][..32];
+        assert!(back.iter().zip(&expected).all(|(x, q)| *x == expected_d * f32::from(*q)));
+    }
+}
+
+#[test]
+fn f16_rows_are_cut_and_reported() {
+    let Some(mut gpu) = gpu() else { return };
+    let (mut random, columns) = (Random(13), 578);
+    let mut x = random.numbers(5 * columns, 3.0);
+    (x[3], x[4], x[5]) = (70000.0, -1e30, 65504.0);
+    x[400] = 70000.0; // of another warp
+    x[columns + 577] = f32::NAN;
+    x[2 * columns] = f32::NEG_INFINITY;
+    // Ties and subnormals.
+    x[3 * columns..][..6].copy_from_slice(&[2049.0, 2051.0, 6e-8, 2e-8, -0.0, 6.0e-5]);
+    let run = |gpu: &mut TestGpu| {
+        let from = memory(gpu, &x);
+        let (mut half, mut report) = (room::<u16>(gpu, x.len()), room::<u32>(gpu, 5));
+        narrow_f16(gpu, columns, from.slice(), half.slice_mut(), report.slice_mut()).unwrap();
+        let reported: Vec<u32> = numbers(gpu, &report, 5);
+        let (mut back, mut again) = (room::<f32>(gpu, x.len()), room::<u32>(gpu, 5));
+        let mut halves: Vec<u16> = numbers(gpu, &half, x.len());
+        halves[4 * columns + 9] = f16::INFINITY.to_bits();
+        gpu.upload(&halves, &mut half, 0).unwrap();
+        widen_f16(gpu, columns, half.slice(), back.slice_mut(), again.slice_mut()).unwrap();
+        let again: Vec<u32> = numbers(gpu, &again, 5);
+        (reported, halves, bits(&numbers::<f32>(gpu, &back, x.len())), again)
+    };
+    let (reported, halves, back, again) = same_under_all_schedules(&mut gpu, run);
+    assert_eq!(reported, [3, NOT_FINITE, NOT_FINITE, 0, 0]);
+    assert_eq!(again, [0, 0, 0, 0, NOT_FINITE]);
+    for (i, (half, back)) in halves.iter().zip(&back).enumerate() {
+        assert_eq!(f32::from_bits(*back), f16::from_bits(*half).to_f32(), "number {i}");
+        if x[i].is_finite() && i != 4 * columns + 9 {
+            let expected = f16::from_f32(x[i].clamp(-65504.0, 65504.0));
+            assert_eq!(*half, expected.to_bits(), "number {i}: {}", x[i]);
+        }
+    }
+}

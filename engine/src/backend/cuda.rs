@@ -1,0 +1,477 @@
+//! CUDA, or whatever runs hat-cuda's kernels: one method of [`Backend`] for each launcher.
+//!
+//! Weights go up once, in the layout that they have. A step's plan goes up when it changes, so once
+//! for all layers. The trait's methods return no errors: the first one is kept for
+//! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
+
+use hat_cuda::attend::{self, Cut, Parts};
+use hat_cuda::embed;
+use hat_cuda::gemv::{self, Gemv};
+use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
+use hat_cuda::kv;
+use hat_cuda::plan::{Heads, Plan, PlanOnGpu};
+use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8};
+use hat_cuda::rms_norm::{self, RmsNorm};
+use hat_cuda::rope_append::{self, RopeAppend};
+use hat_cuda::silu_mul::silu_mul;
+use hat_cuda::table::{Numbers, Table};
+use hat_cuda::top_k::{K_MAX, TopK};
+use hat_loader::{DType, Layout, Tensor, layout};
+
+use super::{
+    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape,
+    RowMove, TokenId, Top, Write,
+};
+
+const NAME: &str = "cuda";
+/// Positions of a split of attention.
+const SPLIT: usize = 256;
+
+/// A GPU as a backend.
+pub struct CudaBackend<G: Gpu> {
+    gpu: G,
+    /// What nobody has asked for yet, or what lasts.
+    fault: Option<BackendFault>,
+    /// Activations as int8 blocks: q, d, s.
+    blocks: Option<[G::Memory; 3]>,
+    /// Token ids on their way.
+    tokens: Option<G::Memory>,
+    /// The second half of a gate, or logits.
+    other: Option<G::Memory>,
+    /// The plan that is on the GPU, as its numbers.
+    planned: Planned,
+    plan: Option<PlanOnGpu<G::Memory>>,
+    parts: Option<(Parts<G::Memory>, usize)>,
+    top: Option<(TopK<G::Memory>, [usize; 3])>,
+}
+
+/// What a plan said, to know it again.
+#[derive(Default, PartialEq)]
+struct Planned {
+    numbers: Vec<u32>,
+    heads: Option<Heads>,
+    pages: usize,
+}
+
+/// Activations.
+pub struct Buffer<M> {
+    memory: M,
+    columns: usize,
+}
+
+/// A weight; `k` is 0 for a vector.
+pub struct Weight<M> {
+    memory: M,
+    numbers: Numbers,
+    n: usize,
+    k: usize,
+}
+
+impl<M: hat_cuda::gpu::Memory> Weight<M> {
+    fn table(&self) -> Table<'_> {
+        Table::new(self.memory.slice(), self.numbers, self.n, self.k)
+    }
+}
+
+fn numbers(dtype: DType) -> Option<Numbers> {
+    match dtype {
+        DType::Q8_0 => Some(Numbers::Q8_0),
+        DType::Q4_0 => Some(Numbers::Q4_0),
+        DType::Q4_1 => Some(Numbers::Q4_1),
+        _ => None,
+    }
+}
+
+fn start_error(error: GpuError) -> BackendError {
+    match error {
+        GpuError::OutOfMemory { bytes, purpose, .. } => {
+            BackendError::OutOfMemory { backend: NAME, bytes, purpose }
+        }
+        other => {
+            BackendError::Config { backend: NAME, field: "processor", reason: other.to_string() }
+        }
+    }
+}
+
+/// Memory of at least so many bytes in a place; what was there goes if it is too small.
+fn room<'a, G: Gpu>(
+    gpu: &mut G,
+    place: &'a mut Option<G::Memory>,
+    bytes: usize,
+    purpose: &'static str,
+) -> Result<&'a mut G::Memory, GpuError> {
+    if place.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
+        *place = None;
+        *place = Some(gpu.alloc(bytes.next_power_of_two(), purpose)?);
+    }
+    Ok(place.as_mut().expect("put there above"))
+}
+
+fn heads(shape: &AttendShape) -> Heads {
+    let AttendShape { heads, kv_heads, head_dim, window } = *shape;
+    Heads { heads, kv_heads, head_dim, window }
+}
+
+impl<G: Gpu> CudaBackend<G> {
+    /// A backend on a GPU.
+    pub fn new(gpu: G) -> Self {
+        Self {
+            gpu,
+            fault: None,
+            blocks: None,
+            tokens: None,
+            other: None,
+            planned: Planned::default(),
+            plan: None,
+            parts: None,
+            top: None,
+        }
+    }
+
+    /// Runs work unless work before has failed.
+    fn queue(&mut self, work: impl FnOnce(&mut Self) -> Result<(), GpuError>) {
+        if self.fault.is_some() {
+            return;
+        }
+        if let Err(error) = work(self) {
+            let lasts = matches!(error, GpuError::Lost { .. });
+            self.planned = Planned::default();
+            self.fault = Some(BackendFault { backend: NAME, reason: error.to_string(), lasts });
+        }
+    }
+
+    /// `out = x w^T`, through int8 blocks of x.
+    fn product(
+        &mut self,
+        rows: usize,
+        x: Slice<'_, f32>,
+        weight: &Weight<G::Memory>,
+        bias: Option<&Weight<G::Memory>>,
+        write: Write,
+        out: &mut G::Memory,
+    ) -> Result<(), GpuError> {
+        let count = rows * weight.k;
+        let [q, d, s] = match &mut self.blocks {
+            Some(blocks) if blocks[0].bytes() >= count => blocks,
+            blocks => {
+                *blocks = None;
+                let room = count.next_power_of_two();
+                let scales = room / BLOCK * size_of::<f32>();
+                let mut alloc = |bytes| self.gpu.alloc(bytes, "int8 activations");
+                blocks.insert([alloc(room)?, alloc(scales)?, alloc(scales)?])
+            }
+        };
+        let to = Q8Mut { q: q.slice_mut(), d: d.slice_mut(), s: s.slice_mut() };
+        quantise_q8(&mut self.gpu, x.range(0..count), to)?;
+        let to = Gemv {
+            x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
+            weight: weight.table(),
+            bias: bias.map(|bias| bias.memory.slice()),
+            write: match write {
+                Write::Store => gemv::Write::Store,
+                Write::Add => gemv::Write::Add,
+            },
+            out: out.slice_mut(),
+        };
+        gemv::gemv(&mut self.gpu, rows, to)
+    }
+
+    /// Puts a plan on the GPU, unless it is there.
+    fn take_plan(
+        &mut self,
+        plan: &AttendPlan<'_>,
+        heads: &Heads,
+        pages: usize,
+    ) -> Result<(), GpuError> {
+        let arrays = [
+            plan.positions,
+            plan.slots,
+            plan.prefix_len,
+            plan.tail_indptr,
+            plan.tail_slots,
+            plan.q_indptr,
+            plan.page_indptr,
+            plan.page_indices,
+        ];
+        let same = self.planned.heads == Some(*heads)
+            && self.planned.pages == pages
+            && self.planned.numbers.iter().eq(arrays.iter().copied().flatten());
+        if same {
+            return Ok(());
+        }
+        self.planned.heads = None; // nothing is known until it is written
+        let (rows, tails, named) = (plan.rows(), plan.tail_slots.len(), plan.page_indices.len());
+        let gpu = &mut self.gpu;
+        let on_gpu = match &mut self.plan {
+            Some(on_gpu) if on_gpu.has_room(rows, tails, named) => on_gpu,
+            place => {
+                *place = None;
+                let [rows, tails, named] = [rows, tails, named].map(usize::next_power_of_two);
+                place.insert(PlanOnGpu::new(gpu, rows, tails, named)?)
+            }
+        };
+        let plan = Plan {
+            positions: plan.positions,
+            slots: plan.slots,
+            prefix_len: plan.prefix_len,
+            tail_indptr: plan.tail_indptr,
+            tail_slots: plan.tail_slots,
+            q_indptr: plan.q_indptr,
+            page_indptr: plan.page_indptr,
+            page_indices: plan.page_indices,
+        };
+        on_gpu.write(gpu, &plan, heads, pages)?;
+        self.planned.numbers.clear();
+        self.planned.numbers.extend(arrays.iter().copied().flatten());
+        (self.planned.heads, self.planned.pages) = (Some(*heads), pages);
+        Ok(())
+    }
+
+    fn unsupported(tensor: &Tensor) -> BackendError {
+        let Tensor { name, dtype, layout, shape, bytes } = tensor;
+        let (dtype, layout, bytes) = (dtype.name(), layout.name(), bytes.len());
+        BackendError::Unsupported {
+            backend: NAME,
+            tensor: name.clone(),
+            reason: format!("{dtype} {shape:?} in {layout}, {bytes} bytes"),
+        }
+    }
+}
+
+impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
+    type Buffer = Buffer<G::Memory>;
+    type Weight = Weight<G::Memory>;
+    type Kv = kv::Kv<G::Memory>;
+
+    fn describe(&self) -> String {
+        format!("cuda: {}, arithmetic {ARITHMETIC_CUDA}", self.gpu.describe())
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        ARITHMETIC_CUDA
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        match &self.fault {
+            Some(fault) if fault.lasts => Some(fault.clone()),
+            _ => self.fault.take(),
+        }
+    }
+
+    fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Self::Buffer, BackendError> {
+        let count = capacity * columns;
+        let mut memory = self.gpu.alloc(4 * count, "activations").map_err(start_error)?;
+        self.gpu.upload(&vec![0f32; count], &mut memory, 0).map_err(start_error)?;
+        Ok(Buffer { memory, columns })
+    }
+
+    fn weight(&mut self, tensor: &Tensor) -> Result<Self::Weight, BackendError> {
+        let (n, k, kind, needed) = match (&tensor.shape[..], tensor.layout, tensor.dtype) {
+            (&[n], Layout::Rows, DType::F32) => (n, 0, Some(Numbers::F32), n.checked_mul(4)),
+            (&[n, k], Layout::Panel16, dtype) => {
+                (n, k, numbers(dtype), layout::packed_bytes(dtype, n, k))
+            }
+            _ => (0, 0, None, None),
+        };
+        let (Some(numbers), Some(needed)) = (kind, needed) else {
+            return Err(Self::unsupported(tensor));
+        };
+        let Some(bytes) = tensor.bytes.get(..needed) else {
+            return Err(Self::unsupported(tensor));
+        };
+        let mut memory = self.gpu.alloc(needed, "weights").map_err(start_error)?;
+        self.gpu.upload(bytes, &mut memory, 0).map_err(start_error)?;
+        Ok(Weight { memory, numbers, n, k })
+    }
+
+    fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, BackendError> {
+        let KvShape { layers, pages, kv_heads, head_dim } = shape;
+        if !matches!(head_dim, 64 | 128) {
+            let reason = format!("is {head_dim}; there are kernels for 64 and 128");
+            return Err(BackendError::Config { backend: NAME, field: "head_dim", reason });
+        }
+        let shape = kv::KvShape { layers, pages, kv_heads, head_dim };
+        kv::Kv::new(&mut self.gpu, shape).map_err(start_error)
+    }
+
+    fn upload(&mut self, from: &[f32], to: &mut Self::Buffer) {
+        self.queue(|this| this.gpu.upload(from, &mut to.memory, 0));
+    }
+
+    fn download(&mut self, from: &Self::Buffer, first_row: usize, to: &mut [f32]) {
+        let at = first_row * from.columns;
+        self.queue(|this| this.gpu.download(&from.memory, at, to));
+        if self.fault.is_some() {
+            to.fill(f32::NAN);
+        }
+    }
+
+    fn embed(&mut self, tokens: &[TokenId], table: &Self::Weight, x: &mut Self::Buffer) {
+        self.queue(|this| {
+            let bytes = size_of_val(tokens);
+            let staging = room(&mut this.gpu, &mut this.tokens, bytes, "token ids")?;
+            embed::embed(&mut this.gpu, tokens, table.table(), staging, x.memory.slice_mut())
+        });
+    }
+
+    fn rms_norm(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) {
+        self.queue(|this| {
+            let weight = weight.memory.slice();
+            let to = RmsNorm { weight, eps, out: out.memory.slice_mut() };
+            rms_norm::rms_norm(&mut this.gpu, rows, x.memory.slice(), to)
+        });
+    }
+
+    fn linear(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        write: Write,
+        out: &mut Self::Buffer,
+    ) {
+        assert_eq!((weight.n, weight.k), (out.columns, x.columns), "outputs and inputs");
+        self.queue(|this| {
+            this.product(rows, x.memory.slice(), weight, bias, write, &mut out.memory)
+        });
+    }
+
+    fn linear_top(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        top: &mut [Top],
+    ) -> bool {
+        let (k, columns) = (top.len() / rows.max(1), weight.n);
+        assert!(k <= K_MAX.min(columns), "the {k} largest of {columns}");
+        let mut finite = false;
+        self.queue(|this| {
+            let mut logits = this.other.take();
+            let bytes = 4 * rows * columns;
+            room(&mut this.gpu, &mut logits, bytes, "logits")?;
+            let memory = logits.as_mut().expect("put there above");
+            this.product(rows, x.memory.slice(), weight, None, Write::Store, memory)?;
+            let fits = |known: &[usize; 3]| known[0] >= rows && known[1..] == [columns, k];
+            if !this.top.as_ref().is_some_and(|(_, known)| fits(known)) {
+                let made = TopK::new(&mut this.gpu, rows, columns, k)?;
+                this.top = Some((made, [rows, columns, k]));
+            }
+            let (found, _) = this.top.as_mut().expect("put there above");
+            let from = memory.slice().range(0..rows * columns);
+            let found = found.run(&mut this.gpu, rows, k, from)?;
+            for (to, (value, column)) in
+                top.iter_mut().zip(found.values.into_iter().zip(found.columns))
+            {
+                *to = Top { value, column };
+            }
+            finite = found.finite.into_iter().all(|finite| finite);
+            this.other = logits;
+            Ok(())
+        });
+        finite
+    }
+
+    fn swiglu(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        out: &mut Self::Buffer,
+    ) {
+        self.queue(|this| {
+            let mut other = this.other.take();
+            let count = rows * up.n;
+            room(&mut this.gpu, &mut other, 4 * count, "the second factor of a gate")?;
+            let memory = other.as_mut().expect("put there above");
+            let x = x.memory.slice();
+            this.product(rows, x, gate, None, Write::Store, &mut out.memory)?;
+            this.product(rows, x, up, None, Write::Store, memory)?;
+            let mut gate = out.memory.slice_mut();
+            silu_mul(&mut this.gpu, gate.range(0..count), memory.slice().range(0..count))?;
+            this.other = other;
+            Ok(())
+        });
+    }
+
+    fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut Self::Buffer) {
+        let mut rows = Vec::with_capacity(2 * positions.len() * inv_freq.len());
+        for position in positions {
+            // The product is rounded to f32, as in every backend.
+            let angle = |inv_freq: &f32| f64::from(*position as f32 * inv_freq);
+            rows.extend(inv_freq.iter().map(|inv_freq| angle(inv_freq).cos() as f32));
+            rows.extend(inv_freq.iter().map(|inv_freq| angle(inv_freq).sin() as f32));
+        }
+        self.queue(|this| this.gpu.upload(&rows, &mut angles.memory, 0));
+    }
+
+    fn rope_append(
+        &mut self,
+        plan: &AttendPlan<'_>,
+        shape: &AttendShape,
+        layer: usize,
+        angles: &Self::Buffer,
+        q: &mut Self::Buffer,
+        k: &mut Self::Buffer,
+        v: &Self::Buffer,
+        kv: &mut Self::Kv,
+    ) {
+        let heads = heads(shape);
+        self.queue(|this| {
+            this.take_plan(plan, &heads, kv.shape().pages)?;
+            let to = RopeAppend {
+                angles: angles.memory.slice(),
+                q: q.memory.slice_mut(),
+                k: k.memory.slice(),
+                v: v.memory.slice(),
+            };
+            let plan = this.plan.as_ref().expect("taken above");
+            rope_append::rope_append(&mut this.gpu, plan, &heads, layer, to, kv)
+        });
+    }
+
+    fn attend(
+        &mut self,
+        plan: &AttendPlan<'_>,
+        shape: &AttendShape,
+        layer: usize,
+        q: &Self::Buffer,
+        kv: &Self::Kv,
+        out: &mut Self::Buffer,
+    ) {
+        let heads = heads(shape);
+        self.queue(|this| {
+            this.take_plan(plan, &heads, kv.shape().pages)?;
+            // Few rows are split by keys; many keep the GPU busy without.
+            let rows = plan.rows().min(64);
+            let keys = plan.positions.iter().max().map_or(0, |last| *last as usize + 1);
+            let wanted = rows * keys.div_ceil(SPLIT);
+            if this.parts.as_ref().is_none_or(|(_, room)| *room < wanted) {
+                this.parts = None;
+                let room = wanted.next_power_of_two();
+                this.parts = Some((Parts::new(&mut this.gpu, &heads, room, 1)?, room));
+            }
+            let (parts, _) = this.parts.as_mut().expect("put there above");
+            let plan = this.plan.as_ref().expect("taken above");
+            let (gpu, q, out) = (&mut this.gpu, q.memory.slice(), out.memory.slice_mut());
+            attend::attend(gpu, plan, &heads, layer, Cut::Auto, q, kv, parts, out)
+        });
+    }
+
+    fn compact(&mut self, moves: &[RowMove], kv: &mut Self::Kv) {
+        let moves: Vec<kv::RowMove> =
+            moves.iter().map(|&RowMove { from, to }| kv::RowMove { from, to }).collect();
+        // Moves of several sequences may touch each other's old rows: one group, in order.
+        let indptr = [0, u32::try_from(moves.len()).expect("few moves")];
+        self.queue(|this| kv.compact(&mut this.gpu, &moves, &indptr));
+    }
+}

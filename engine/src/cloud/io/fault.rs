@@ -1,0 +1,45 @@
+//! What a backend's fault does to the sessions: they close, and their devices replay them.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hat_transport::message::{Message, SessionError, SessionErrorCode};
+
+use super::Io;
+use crate::backend::BackendFault;
+
+/// Turns of the link, and the time of each, in which devices hear that their sessions are closed
+/// before a cloud stops.
+const FAREWELL_TURNS: u32 = 10;
+const FAREWELL_TURN: Duration = Duration::from_millis(5);
+
+impl Io {
+    /// Closes every session: what the KV store holds is not what the plans before said, also for
+    /// sessions that had no row in the step. If the fault lasts, the cloud stops after that.
+    pub(super) fn close_all(&mut self, fault: BackendFault) {
+        let sessions = self.sessions.len();
+        tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
+        self.start.counters.faults.fetch_add(1, Ordering::Relaxed);
+        self.moves.clear();
+        // Pages have their names from when their rows are planned.
+        self.prefixes.clear(&mut self.pages);
+        let text = fault.to_string();
+        let keys: Vec<_> = self.sessions.keys().copied().collect();
+        for key in keys {
+            let session = &self.sessions[&key];
+            let (connection, wire_id) = (session.connection, session.wire_id);
+            self.end(key);
+            let error = SessionError { code: SessionErrorCode::Resource, text: &text };
+            self.answer(connection, wire_id, &Message::SessionError(error));
+        }
+        if fault.lasts {
+            let mut events = Vec::new();
+            for _ in 0..FAREWELL_TURNS {
+                if self.endpoint.turn(Some(FAREWELL_TURN), &mut events).is_err() {
+                    break;
+                }
+            }
+            let _ = self.start.fault.set(fault);
+        }
+    }
+}

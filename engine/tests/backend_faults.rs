@@ -1,0 +1,368 @@
+//! A backend that fails while it runs: sessions are closed and replayed, the text stays what the
+//! whole model says, and nobody goes on with what was not computed. And clouds that compute in
+//! another arithmetic: what a device accepts, and what it says of it.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use hat_engine::backend::cpu::CpuBackend;
+use hat_engine::backend::{AttendPlan, BackendFault, RowMove, TokenId};
+use hat_engine::internal::{
+    DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, Whole, pages_for,
+    pool_pages, processor,
+};
+use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind, Processor};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
+use hat_loader::{Bundle, Submodel};
+use support::{Bundles, collect, collect_with, long_prompt};
+
+fn backend() -> CpuBackend {
+    processor::cpu(Processor::Auto, 1).unwrap()
+}
+
+fn request() -> Request {
+    Request::tokens(long_prompt(75)).max_tokens(40).ignore_eos().hash_logits()
+}
+
+fn yardstick(bundles: &Bundles) -> Metrics {
+    let mut whole = Whole::open(backend(), &bundles.path, Some(1), Codec::F16, 8192).unwrap();
+    *whole.generate(request(), |_| {}).unwrap().1
+}
+
+fn assert_same(whole: &Metrics, split: &Metrics) {
+    assert_eq!(split.token_ids, whole.token_ids);
+    assert_eq!(split.logits_blake3, whole.logits_blake3);
+    assert!(whole.logits_blake3.is_some(), "nothing was hashed");
+}
+
+fn fault(lasts: bool) -> BackendFault {
+    BackendFault { backend: "planted", reason: "the test pulled the plug".into(), lasts }
+}
+
+/// Which steps are not computed: counts down to 0 with each, and a negative number is none.
+type Fuse = Arc<AtomicI64>;
+
+fn burns(fuse: &Fuse) -> bool {
+    fuse.fetch_sub(1, Ordering::Relaxed) == 0
+}
+
+/// A middle submodel that does not compute some steps, and says what it computes in.
+struct Middle {
+    inner: MiddleModel<CpuBackend>,
+    fuse: Fuse,
+    lasts: bool,
+    always: bool,
+    arithmetic_id: u32,
+    fault: Option<BackendFault>,
+}
+
+impl MiddleForward for Middle {
+    fn describe(&self) -> String {
+        "planted".into()
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        self.arithmetic_id
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        self.fault.take()
+    }
+
+    fn forward(&mut self, step: &mut MiddleStep) {
+        if burns(&self.fuse) || self.always {
+            // Neither rows nor moves: whoever goes on with this KV store says something else.
+            self.fault = Some(fault(self.lasts));
+            step.hidden.fill(0.25);
+            return;
+        }
+        self.inner.forward(step);
+    }
+}
+
+/// How a cloud is planted.
+#[derive(Clone)]
+struct Planted {
+    fuse: Fuse,
+    lasts: bool,
+    always: bool,
+    arithmetic_id: u32,
+    stages: usize,
+}
+
+impl Default for Planted {
+    fn default() -> Self {
+        let fuse = Arc::new(AtomicI64::new(-1));
+        Self { fuse, lasts: false, always: false, arithmetic_id: 1, stages: 1 }
+    }
+}
+
+fn cloud(config: CloudConfig, planted: &Planted) -> Cloud {
+    let half = Bundle::open(&config.bundle).unwrap();
+    let (pages, rows) = (pool_pages(&config), config.limits.step_rows_max as usize);
+    let layers = half.split().layers(Submodel::Middle);
+    let cut = |stage| layers.start + stage * layers.len() / planted.stages;
+    let stages = (0..planted.stages).map(|stage| -> Box<dyn MiddleForward> {
+        let run = cut(stage)..cut(stage + 1);
+        Box::new(Middle {
+            inner: MiddleModel::load(backend(), &half, run, rows, pages as usize).unwrap(),
+            // The first stage alone burns.
+            fuse: if stage == 0 { planted.fuse.clone() } else { Arc::new(AtomicI64::new(-1)) },
+            lasts: planted.lasts,
+            always: planted.always && stage == 0,
+            arithmetic_id: planted.arithmetic_id,
+            fault: None,
+        })
+    });
+    let stages = stages.collect();
+    Cloud::serve_stages(config, &half, stages, pages).unwrap()
+}
+
+fn cloud_config(bundles: &Bundles) -> CloudConfig {
+    CloudConfig::new(bundles.path.join("cloud"))
+}
+
+fn device_config(bundles: &Bundles, cloud: &Cloud) -> EngineConfig {
+    EngineConfig::new(bundles.path.join("device"))
+        .cloud(cloud.address().to_string())
+        .chunks(ChunkPolicy::Fixed(16))
+}
+
+fn first_error(engine: &Engine, request: Request) -> Error {
+    engine.generate(request).unwrap().find_map(Result::err).expect("an error")
+}
+
+#[test]
+fn a_step_that_is_not_computed_costs_time_not_text() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    // In the prompt's chunks, at the first token, among trees; in a pipeline too.
+    for (burns_at, stages) in [(0, 1), (3, 1), (5, 1), (9, 1), (13, 1), (2, 3), (11, 3)] {
+        let planted = Planted { stages, ..Planted::default() };
+        planted.fuse.store(burns_at, Ordering::Relaxed);
+        let cloud = cloud(cloud_config(&bundles), &planted);
+        let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+        let split = collect(&engine, request());
+        assert_same(&whole, &split);
+        let faults = cloud.counters().faults.load(Ordering::Relaxed);
+        assert_eq!(faults, 1, "step {burns_at} of {stages} stages");
+        assert_eq!(split.timings.arithmetic_ids, [1]);
+        assert_same(&whole, &collect(&engine, request()));
+    }
+}
+
+#[test]
+fn sessions_without_a_row_in_the_step_are_replayed_too() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let planted = Planted::default();
+    let cloud = cloud(cloud_config(&bundles), &planted);
+    let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+    let (mut first, mut tokens) = (engine.generate(request()).unwrap(), 0);
+    // The first one pauses here; its KV stays in the cloud.
+    while tokens < 4 {
+        tokens +=
+            usize::from(matches!(first.next().unwrap().unwrap(), hat_engine::Event::Token { .. }));
+    }
+    planted.fuse.store(2, Ordering::Relaxed);
+    assert_same(&whole, &collect(&engine, request()));
+    let rest = first.map(|event| event.unwrap()).find_map(|event| match event {
+        hat_engine::Event::Done { metrics, .. } => Some(metrics),
+        _ => None,
+    });
+    assert_same(&whole, &rest.unwrap());
+    assert_eq!(cloud.counters().faults.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_cloud_that_lost_its_backend_stops_and_another_one_goes_on() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let planted = Planted { lasts: true, ..Planted::default() };
+    planted.fuse.store(9, Ordering::Relaxed);
+    let first = cloud(cloud_config(&bundles), &planted);
+    let address = first.address();
+    let engine = Engine::open(device_config(&bundles, &first)).unwrap();
+    let again = cloud_config(&bundles).listen(address);
+    let watch = std::thread::spawn(move || {
+        let fault = first.join_for_fault();
+        (fault, Cloud::start(again).unwrap())
+    });
+    assert_same(&whole, &collect(&engine, request()));
+    let (said, _second) = watch.join().unwrap();
+    assert_eq!(said, Some(fault(true)));
+}
+
+#[test]
+fn a_cloud_that_computes_nothing_is_given_up() {
+    let bundles = Bundles::generated(1, 0);
+    let planted = Planted { always: true, ..Planted::default() };
+    let cloud = cloud(cloud_config(&bundles), &planted);
+    let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+    let error = first_error(&engine, request());
+    assert_eq!(error.kind(), ErrorKind::Peer);
+    assert!(error.to_string().contains("planted: the test pulled the plug"), "{error}");
+    assert_eq!(cloud.counters().faults.load(Ordering::Relaxed), 4);
+}
+
+#[test]
+fn a_device_names_the_arithmetic_of_its_cloud() {
+    let bundles = Bundles::generated(1, 0);
+    let planted = Planted { arithmetic_id: 2, ..Planted::default() };
+    let mut other = Some(cloud(cloud_config(&bundles), &planted));
+    let address = other.as_ref().unwrap().address();
+    let config = || device_config(&bundles, other.as_ref().unwrap());
+    let (any, mut strict) = (config(), config());
+    strict.cloud_arithmetic = Some(1);
+    let error = first_error(&Engine::open(strict).unwrap(), request());
+    assert_eq!(error.kind(), ErrorKind::Peer);
+    assert!(error.to_string().contains("arithmetic 2 there, 1 is wanted here"), "{error}");
+
+    let engine = Engine::open(any).unwrap();
+    assert_eq!(collect(&engine, request()).timings.arithmetic_ids, [2]);
+    // A cloud of another kind takes over in the middle of an answer, which says so.
+    let mut tokens = 0;
+    let mixed = collect_with(&engine, request(), |_| {
+        tokens += 1;
+        if tokens == 9 {
+            drop(other.take());
+            other = Some(Cloud::start(cloud_config(&bundles).listen(address)).unwrap());
+        }
+    });
+    assert_eq!(mixed.timings.arithmetic_ids, [2, 1]);
+    assert_eq!(mixed.token_ids.len(), 40);
+}
+
+#[test]
+fn an_arithmetic_that_nobody_knows_is_refused() {
+    let bundles = Bundles::generated(1, 0);
+    let planted = Planted { arithmetic_id: 9, ..Planted::default() };
+    let cloud = cloud(cloud_config(&bundles), &planted);
+    let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+    let error = first_error(&engine, request());
+    assert!(error.to_string().contains("run the same version on both sides"), "{error}");
+}
+
+/// A device submodel that does not compute one of its forward passes.
+struct Device {
+    inner: DeviceModel<CpuBackend>,
+    fuse: Fuse,
+    lasts: bool,
+    fault: Option<BackendFault>,
+}
+
+impl Device {
+    /// Runs work unless work before has failed; says whether it ran.
+    fn run(&mut self, work: impl FnOnce(&mut DeviceModel<CpuBackend>)) -> bool {
+        if burns(&self.fuse) {
+            self.fault = Some(fault(self.lasts));
+        }
+        if self.fault.is_none() {
+            work(&mut self.inner);
+        }
+        self.fault.is_none()
+    }
+}
+
+impl DeviceForward for Device {
+    fn describe(&self) -> String {
+        "planted".into()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        match self.lasts {
+            true => self.fault.clone(),
+            false => self.fault.take(),
+        }
+    }
+
+    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+        if !self.run(|inner| inner.input(plan, tokens, hidden)) {
+            hidden.fill(f32::NAN);
+        }
+    }
+
+    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+        if !self.run(|inner| inner.tail(plan, hidden)) {
+            hidden.fill(f32::NAN);
+        }
+    }
+
+    fn head(&mut self, hidden: &[f32], logits: &mut [f32]) {
+        if !self.run(|inner| inner.head(hidden, logits)) {
+            logits.fill(f32::NAN);
+        }
+    }
+
+    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+        let mut greatest = None;
+        self.run(|inner| greatest = inner.greatest(hidden));
+        greatest
+    }
+
+    fn compact(&mut self, moves: &[RowMove]) {
+        self.run(|inner| inner.compact(moves));
+    }
+}
+
+fn engine_with(bundles: &Bundles, fuse: &Fuse, lasts: bool) -> Engine {
+    let mut config = EngineConfig::new(bundles.path.join("device")).chunks(ChunkPolicy::Fixed(16));
+    config.cloud = CloudAddress::InProcess(Box::new(cloud_config(bundles)));
+    let half = Bundle::open(&config.bundle).unwrap();
+    let pages = pages_for(config.limits.kv_rows_max as usize + 64);
+    let rows = config.limits.step_rows_max as usize;
+    let inner = DeviceModel::load(backend(), &half, 1, rows, pages).unwrap();
+    let model = Device { inner, fuse: fuse.clone(), lasts, fault: None };
+    Engine::serve(config, &half, Box::new(model)).unwrap()
+}
+
+/// What a fault has left of a device's own pages is forgotten: the next prompt begins anew.
+#[test]
+fn a_device_forgets_its_pages_with_its_backend() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let plain = || request().draft(DraftMode::Off);
+    let fuse = Arc::new(AtomicI64::new(-1));
+    let engine = engine_with(&bundles, &fuse, false);
+    assert_same(&whole, &collect(&engine, plain()));
+    let computed = -1 - fuse.load(Ordering::Relaxed);
+    // Chunks of 16 rows: five for the prompt, of which four are behind its two pages.
+    assert_same(&whole, &collect(&engine, plain()));
+    let again = -1 - fuse.load(Ordering::Relaxed) - computed;
+    assert_eq!(again, computed - 4, "forward passes of the device");
+    fuse.store(3, Ordering::Relaxed);
+    first_error(&engine, plain());
+    fuse.store(-1, Ordering::Relaxed);
+    assert_same(&whole, &collect(&engine, plain()));
+    let after = -1 - fuse.load(Ordering::Relaxed);
+    // The cloud still has its pages; here one pass of up to 128 rows computes them again.
+    assert_eq!(after, again + 1, "forward passes after the fault");
+}
+
+#[test]
+fn a_device_without_its_backend_says_so() {
+    let tail = Bundles::generated(1, 1);
+    let plain = Bundles::generated(1, 0);
+    for (bundles, tail) in [(&plain, 0), (&tail, 1)] {
+        let whole = yardstick(bundles);
+        for burns_at in [0, 2, 5, 9, 20] {
+            let engine = engine_with(bundles, &Arc::new(AtomicI64::new(burns_at)), false);
+            let error = first_error(&engine, request());
+            let case = format!("call {burns_at}, {tail} tail layers: {error}");
+            assert_eq!(error.kind(), ErrorKind::Resource, "{case}");
+            assert!(error.to_string().contains("the test pulled the plug"), "{case}");
+            assert_same(&whole, &collect(&engine, request()));
+        }
+    }
+    let engine = engine_with(&plain, &Arc::new(AtomicI64::new(5)), true);
+    assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
+    let begin = std::time::Instant::now();
+    while engine.generate(request()).is_ok_and(|mut answer| answer.any(|event| event.is_ok())) {
+        assert!(begin.elapsed() < Duration::from_secs(5), "it goes on without a backend");
+    }
+    assert_eq!(engine.generate(request()).err().unwrap().kind(), ErrorKind::Broken);
+}

@@ -1,0 +1,230 @@
+//! The CUDA backend on the emulator: a generated model, whole and split, gives the same logits to
+//! the bit, and what the reference says within the kernels' tolerance.
+//!
+//! Without a C++ compiler nothing is tried, and standard error says so; with
+//! `HAT_REQUIRE_EMULATOR` set that is a failure.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::io::Write as _;
+use std::path::Path;
+
+use hat_cuda::emulator::{Build, Emulator, EmulatorError};
+use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_engine::backend::cuda::CudaBackend;
+use hat_engine::backend::reference::Reference;
+use hat_engine::backend::{Backend, BackendError};
+use hat_engine::internal::{
+    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, PlanBuffers,
+    Sequence, WholeModel, pages_for,
+};
+use hat_engine::pack::Codec;
+use hat_loader::{Bundle, DType, TinyModel};
+use support::Bundles;
+
+const POSITIONS: u32 = 60;
+const PAGES: usize = 12;
+
+fn backend() -> Option<CudaBackend<Emulator>> {
+    match Emulator::new(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))) {
+        Ok(emulator) => Some(CudaBackend::new(emulator)),
+        Err(error @ EmulatorError::NoCompiler) => {
+            assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
+            let _ = writeln!(std::io::stderr(), "{error}: the CUDA backend was not tried");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn bundles() -> Bundles {
+    let model = TinyModel {
+        head_dim: 64,
+        hidden: 64,
+        intermediate: 96,
+        heads: 3,
+        kv_heads: 1,
+        layers: 3,
+        vocab: 300,
+        dtype: DType::Q4_1,
+        ..TinyModel::default()
+    };
+    Bundles::of(&model, 1, 0)
+}
+
+fn open(bundles: &Bundles) -> [Bundle; 2] {
+    ["device", "cloud"].map(|half| Bundle::open(&bundles.path.join(half)).unwrap())
+}
+
+fn tokens() -> Vec<u32> {
+    (0..POSITIONS).map(|i| (i * i * 7 + i * 13 + 5) % 250).collect()
+}
+
+/// Logits after each token, one row at a time.
+fn whole<B: Backend>(backend: B, [device, cloud]: &[Bundle; 2]) -> Vec<Vec<f32>> {
+    let context = POSITIONS as usize;
+    let mut model = WholeModel::load(backend, device, cloud, 1..3, Codec::F16, context).unwrap();
+    let step = |token: u32| {
+        let mut logits = vec![0.0; 300];
+        model.step(token, Some(&mut logits)).unwrap();
+        logits
+    };
+    tokens().into_iter().map(step).collect()
+}
+
+fn bits(numbers: &[f32]) -> Vec<u32> {
+    numbers.iter().map(|number| number.to_bits()).collect()
+}
+
+/// What the link's f16 makes of rows.
+fn over_the_wire(rows: &mut [f32]) {
+    let mut bytes = vec![0; rows.len() * 2];
+    for (row, bytes) in rows.chunks_mut(64).zip(bytes.chunks_mut(128)) {
+        Codec::F16.pack(row, 64, bytes).unwrap();
+        Codec::F16.unpack(bytes, 64, row).unwrap();
+    }
+}
+
+/// Both halves of one session.
+struct Split {
+    device: DeviceModel<CudaBackend<Emulator>>,
+    middle: MiddleModel<CudaBackend<Emulator>>,
+    sequence: Sequence,
+    next_id: u32,
+}
+
+impl Split {
+    fn new([device, cloud]: &[Bundle; 2]) -> Self {
+        let device = DeviceModel::load(backend().unwrap(), device, 1, 40, PAGES).unwrap();
+        let middle = MiddleModel::load(backend().unwrap(), cloud, 1..3, 40, PAGES).unwrap();
+        // Room for rows that pend, and pages in no order.
+        let pages = [7u32, 2, 9, 4, 11][..pages_for(POSITIONS as usize) + 2].to_vec();
+        Self { device, middle, sequence: Sequence::new(pages, POSITIONS), next_id: 1 }
+    }
+
+    /// The rows of a plan through both halves; logits of each.
+    fn step(&mut self, plan: PlanBuffers, tokens: &[u32]) -> Vec<Vec<f32>> {
+        let mut hidden = vec![0.0; tokens.len() * 64];
+        self.device.input(&plan.plan(), tokens, &mut hidden);
+        over_the_wire(&mut hidden);
+        let (entry_layers, moves) = (vec![1], Vec::new());
+        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden };
+        self.middle.forward(&mut step);
+        over_the_wire(&mut step.hidden);
+        let head = |row: &[f32]| {
+            let mut logits = vec![0.0; 300];
+            self.device.head(row, &mut logits);
+            let greatest = self.device.greatest(row).unwrap();
+            let expected = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(
+                greatest,
+                (logits.iter().position(|x| *x == expected).unwrap() as u32, expected)
+            );
+            logits
+        };
+        step.hidden.chunks(64).map(head).collect()
+    }
+
+    /// Decided rows at the tip.
+    fn chunk(&mut self, tokens: &[u32]) -> Vec<Vec<f32>> {
+        let (count, tip) = (tokens.len() as u32, self.sequence.tip());
+        let first = self.sequence.append_committed(self.next_id, count, tip).unwrap();
+        self.next_id += count;
+        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        plan.clear();
+        plan.push_committed(first, count);
+        plan.end_sequence(&self.sequence);
+        self.step(plan, tokens)
+    }
+
+    /// A tree below the tip; `parents` counts its rows from 1, 0 is the tip.
+    fn tree(&mut self, tokens: &[u32], parents: &[u32]) -> Vec<Vec<f32>> {
+        let (first, tip) = (self.next_id, self.sequence.tip());
+        let id = |parent: &u32| if *parent == 0 { tip } else { first + parent - 1 };
+        let parents: Vec<u32> = parents.iter().map(id).collect();
+        self.sequence.append_pending(first, &parents).unwrap();
+        self.next_id += parents.len() as u32;
+        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        plan.clear();
+        for id in first..self.next_id {
+            assert!(plan.push_pending(&self.sequence, id));
+        }
+        plan.end_sequence(&self.sequence);
+        self.step(plan, tokens)
+    }
+
+    /// Keeps the path to row `row` (from 1) of the last `count` rows.
+    fn commit(&mut self, count: u32, row: u32) {
+        let mut moves = Vec::new();
+        self.sequence.commit(self.next_id - count + row - 1, &mut moves, &mut Vec::new()).unwrap();
+        assert!(!moves.is_empty(), "a commit that moves nothing shows nothing");
+        self.device.compact(&moves);
+        let (plan, entry_layers) = (PlanBuffers::default(), Vec::new());
+        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden: Vec::new() };
+        self.middle.forward(&mut step);
+    }
+}
+
+#[test]
+fn split_and_whole_have_the_same_bits() {
+    let Some(cuda) = backend() else { return };
+    let bundles = bundles();
+    let halves = open(&bundles);
+    let (expected, tokens) = (whole(cuda, &halves), tokens());
+    let mut split = Split::new(&halves);
+    let check = |at: usize, got: &[f32]| {
+        assert!(bits(got) == bits(&expected[at]), "position {at}");
+    };
+    let mut at = 0;
+    for end in [33, 40, 41] {
+        for (position, row) in (at..).zip(split.chunk(&tokens[at..end])) {
+            check(position, &row);
+        }
+        at = end;
+    }
+    // Wrong guesses stand before the right ones, so that a commit moves rows.
+    while at + 3 <= tokens.len() {
+        let right = &tokens[at..at + 3];
+        let text = [right[0] + 1, right[0], right[1] + 1, right[1], right[2], 7];
+        let rows = split.tree(&text, &[0, 0, 2, 2, 4, 1]);
+        for (position, row) in (at..).zip([1, 3, 4]) {
+            check(position, &rows[row]);
+        }
+        split.commit(6, 5);
+        at += 3;
+    }
+    assert!(at > 55, "too few rounds: {at}");
+}
+
+#[test]
+fn the_whole_model_means_what_the_reference_means() {
+    let Some(cuda) = backend() else { return };
+    let bundles = bundles();
+    let halves = open(&bundles);
+    let expected = whole(Reference, &halves);
+    let cpu = CpuBackend::new(CpuConfig { threads: 1, level: Level::Portable }).unwrap();
+    let distance = |got: Vec<Vec<f32>>| -> f64 {
+        let both = got.iter().flatten().zip(expected.iter().flatten());
+        both.map(|(got, expected)| f64::from(got - expected).powi(2)).sum::<f64>().sqrt()
+    };
+    // Both round activations to 8 bits; CUDA rounds queries and softmax weights to f16 too.
+    let (cuda, cpu) = (distance(whole(cuda, &halves)), distance(whole(cpu, &halves)));
+    let size = distance(vec![vec![0.0; 300]; expected.len()]);
+    assert!(cpu > 0.0 && cuda < 1.3 * cpu, "CUDA is {cuda} from the reference, the CPU {cpu}");
+    assert!(cuda < 0.05 * size, "CUDA is {cuda} from the reference of {size}");
+}
+
+#[test]
+fn what_has_no_kernel_is_refused() {
+    let Some(mut cuda) = backend() else { return };
+    let bundles = Bundles::of_dtype(DType::F16);
+    let [device, cloud] = open(&bundles);
+    let error = DeviceModel::load(backend().unwrap(), &device, 1, 4, 4).err().unwrap();
+    assert!(error.to_string().contains("cuda: no kernel for tensor"), "{error}");
+    let shape = hat_engine::backend::KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 16 };
+    let error = cuda.kv(shape).err().unwrap();
+    assert!(matches!(error, BackendError::Config { field: "head_dim", .. }), "{error}");
+    assert!(cloud.holds(&(1..2)));
+}

