@@ -31,6 +31,12 @@ pub(crate) struct Memory {
     pub(crate) own_mb: f64,
 }
 
+impl Memory {
+    fn json(self) -> Value {
+        json!({"at_s": self.at_s, "resident_mb": self.all_mb, "own_mb": self.own_mb})
+    }
+}
+
 impl CloudProcess {
     pub(crate) fn start(setup: &CloudSetup) -> anyhow::Result<Self> {
         let (say, heard) = channel();
@@ -150,8 +156,7 @@ impl CloudFigures {
     pub(crate) fn json(&self) -> Value {
         let Counters { steps, rows, step_us, opened, refused, sessions, pages_free } =
             self.counters;
-        let part = |part: Memory| json!({"at_s": part.at_s, "resident_mb": part.all_mb, "own_mb": part.own_mb});
-        let memory: Vec<Value> = parts(&self.memory).into_iter().map(part).collect();
+        let memory: Vec<Value> = parts(&self.memory).into_iter().map(Memory::json).collect();
         json!({
             "steps": steps,
             "rows": rows,

@@ -115,8 +115,8 @@ impl Tally {
             .map(|values| [0.5, 0.9, 0.99, 1.0].map(|share| quantile(values, share)));
         let done = self.done.max(1) as f64;
         format!(
-            "| {name} | {} ({}) | {:.1} | {:.1}, {:.1}, {:.1} | {:.2}; {:.2}, {:.2}, {:.2}, {:.1} | \
-             {:.2} | {:.1}, {:.1} |",
+            "| {name} | {} ({}) | {:.1} | {:.1}, {:.1}, {:.1} | {:.2}; {:.2}, {:.2}, {:.2}, {:.1} \
+             | {:.2} | {:.1}, {:.1} |",
             self.requests(),
             self.done,
             self.tokens as f64 / seconds,

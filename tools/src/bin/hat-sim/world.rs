@@ -22,7 +22,7 @@ use crate::machine::{
     seconds,
 };
 use crate::policy::Chunking;
-use crate::round::{Making, WAVE_NODES};
+use crate::round::Making;
 use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
@@ -283,21 +283,10 @@ impl<'a> World<'a> {
             }
             Task::Extend { round, .. } => {
                 let at = |time: Time| *epoch + Duration::from_nanos(time);
-                let is_due = |(sent, rows): (Time, u32)| {
+                let is_due = request.sent.is_some_and(|(sent, rows)| {
                     making.measured.is_due(at(*now), at(sent), rows as usize)
-                };
-                let is_void = left == 0 || request.rounds != round;
-                let took = if is_void || request.sent.is_some_and(is_due) {
-                    None
-                } else {
-                    let wave = making.measured.wave(WAVE_NODES);
-                    request.round.extend(&mut making, wave)
-                };
-                if let Some(took) = took {
-                    making.measured.wave.note(took);
-                }
-                request.extending = took.is_some() || (request.extending && is_void);
-                took
+                });
+                request.extend(&mut making, left == 0 || request.rounds != round, is_due)
             }
         }
     }

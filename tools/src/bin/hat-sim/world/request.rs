@@ -4,7 +4,7 @@ use hat_engine::draft::policy::Asking;
 
 use crate::load::Ask;
 use crate::machine::Time;
-use crate::round::{Level, Round};
+use crate::round::{Level, Making, Round, WAVE_NODES};
 
 /// A request and its session.
 pub(crate) struct Request {
@@ -52,6 +52,26 @@ impl Request {
             levels = vec![Level { rows, seconds }];
         }
         self.levels = levels;
+    }
+
+    /// Adds drafts to a tree that is away, if a wave pays; `is_void` if that tree is no more,
+    /// `is_due` if its rows will be back before a wave could be made. Returns the seconds.
+    pub(super) fn extend(
+        &mut self,
+        making: &mut Making<'_>,
+        is_void: bool,
+        is_due: bool,
+    ) -> Option<f64> {
+        if is_void {
+            return None;
+        }
+        let wave = making.measured.wave(WAVE_NODES);
+        let took = if is_due { None } else { self.round.extend(making, wave) };
+        if let Some(took) = took {
+            making.measured.wave.note(took);
+        }
+        self.extending = took.is_some();
+        took
     }
 
     /// Nobody has worked on it.
