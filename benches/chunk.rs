@@ -206,7 +206,7 @@ fn measure(args: &Args, wire: Codec) {
         let mut config = config.mbit(args.mbit.0, args.mbit.1);
         config.calibration = Some(Calibration::measure(&config).expect("a link"));
         let link = Emulator::start(config).expect("a link");
-        let mut config = EngineConfig::new(bundle.join("device")).threads(threads);
+        let mut config = EngineConfig::new(bundle.join("device")).threads(threads).prefix(false);
         config = config.wire(wire).chunks(*policy);
         config.cloud = CloudAddress::Remote(link.address().to_string());
         links.push(link);

@@ -57,7 +57,8 @@ fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
     let mut whole =
         Whole::open(backend, bundle, None, Codec::F16, 1024).expect("both halves are there");
     let engines = [LinkKind::Mio, LinkKind::IoUring].map(|link| {
-        let config = EngineConfig::new(bundle.join("device")).link(link).threads(threads);
+        let config =
+            EngineConfig::new(bundle.join("device")).link(link).threads(threads).prefix(false);
         (link, Engine::open(config).expect("the engine opens"))
     });
     let (mut bounds, mut shares, mut wholes) = (vec![], vec![], vec![]);

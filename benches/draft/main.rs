@@ -244,7 +244,7 @@ fn start_link(args: &Args, cloud: SocketAddr) -> Option<Emulator> {
 }
 
 fn open_engine(args: &Args, bundle: &Path, cloud: SocketAddr) -> Engine {
-    let mut config = EngineConfig::new(bundle.join("device")).threads(args.threads);
+    let mut config = EngineConfig::new(bundle.join("device")).threads(args.threads).prefix(false);
     config.cloud = CloudAddress::Remote(cloud.to_string());
     Engine::open(config).expect("the engine opens")
 }

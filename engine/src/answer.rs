@@ -1,12 +1,15 @@
 //! From logits to text: what happens to one answer on the device, and in `--whole` alike.
 
+use std::sync::{Mutex, PoisonError};
+
 use hat_loader::LlamaConfig;
 
 use crate::backend::TokenId;
 use crate::request::{FinishReason, Prompt, Request, TokenLogprob};
 use crate::sample::{Sampler, log_probabilities};
 use crate::stop::StopStrings;
-use crate::token::{ChatOptions, Detokenizer, Special, SpecialText, Start, Tokenizer};
+use crate::token::{ChatOptions, ChatText, Detokenizer, Special, SpecialText, Start, Tokenizer};
+use crate::turns::Turns;
 use crate::{Error, Event};
 
 /// A request, checked and tokenised: what the engine thread takes.
@@ -14,6 +17,8 @@ use crate::{Error, Event};
 pub struct Prepared {
     /// The prompt, template included.
     pub prompt: Vec<TokenId>,
+    /// The text of a conversation.
+    pub rendered: Option<ChatText>,
     /// Most tokens of the answer; at least 1, and within the context.
     pub max_tokens: u32,
     /// The request itself.
@@ -31,6 +36,20 @@ impl Prepared {
         vocab_size: usize,
         context: u32,
     ) -> Result<Self, Error> {
+        Self::following(request, tokenizer, vocab_size, context, &Mutex::default())
+    }
+
+    /// As [`Prepared::new`]; a conversation that goes on from one of `turns` keeps its ids.
+    ///
+    /// # Errors
+    /// As [`Prepared::new`].
+    pub(crate) fn following(
+        request: Request,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        context: u32,
+        turns: &Mutex<Turns>,
+    ) -> Result<Self, Error> {
         request.sampler.check(vocab_size).map_err(|error| {
             Error::field(error.field, format!("{} is not in {}", error.value, error.range))
         })?;
@@ -43,7 +62,7 @@ impl Prepared {
             let reason = format!("more than {TOP_LOGPROBS_MAX} alternatives");
             return Err(Error::field("top_logprobs", reason));
         }
-        let prompt = encode(&request.prompt, tokenizer, vocab_size)?;
+        let (prompt, rendered) = encode(&request.prompt, tokenizer, vocab_size, turns)?;
         if prompt.is_empty() {
             return Err(Error::field("prompt", "it has no token; give at least one"));
         }
@@ -52,7 +71,7 @@ impl Prepared {
         }
         let room = context - u32::try_from(prompt.len()).expect("below the context");
         let max_tokens = request.max_tokens.unwrap_or(room).min(room);
-        Ok(Self { prompt, max_tokens, request })
+        Ok(Self { prompt, rendered, max_tokens, request })
     }
 
     /// Tokens of the prompt.
@@ -75,7 +94,8 @@ fn encode(
     prompt: &Prompt,
     tokenizer: &Tokenizer,
     vocab_size: usize,
-) -> Result<Vec<TokenId>, Error> {
+    turns: &Mutex<Turns>,
+) -> Result<(Vec<TokenId>, Option<ChatText>), Error> {
     let text_error = |error: crate::token::TokenError| Error::field("prompt", error.to_string());
     match prompt {
         Prompt::Tokens(tokens) => {
@@ -83,14 +103,22 @@ fn encode(
                 let reason = format!("token id {token} is not below the {vocab_size} there are");
                 return Err(Error::field("prompt", reason));
             }
-            Ok(tokens.clone())
+            Ok((tokens.clone(), None))
         }
-        Prompt::Text(text) => tokenizer.encode_prompt(text, Special::Parse).map_err(text_error),
+        Prompt::Text(text) => {
+            let ids = tokenizer.encode_prompt(text, Special::Parse).map_err(text_error)?;
+            Ok((ids, None))
+        }
         Prompt::Chat(messages) => {
             let options = ChatOptions::at(hat_transport::clock::unix_seconds());
-            tokenizer
-                .encode_chat(messages, &options)
-                .map_err(|error| Error::Template(error.to_string()))
+            let refused = |error: crate::token::TokenError| Error::Template(error.to_string());
+            let rendered = tokenizer.render(messages, &options).map_err(refused)?;
+            // Encoding takes its time, and is nobody else's.
+            let known =
+                turns.lock().unwrap_or_else(PoisonError::into_inner).find(&rendered, tokenizer);
+            let (from, mut ids) = known.unwrap_or_default();
+            ids.extend(tokenizer.encode_rendered(&rendered, from).map_err(refused)?);
+            Ok((ids, Some(rendered)))
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::Error;
 pub use crate::chunk::ChunkPolicy;
 use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
+pub use crate::prefix::PrefixSecret;
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub struct Limits {
     pub kv_rows_max: u32,
     /// Connections at once (cloud).
     pub connections_max: u32,
+    /// Sessions of one connection at once (cloud): one device can't shut others out.
+    pub sessions_per_device_max: u32,
 }
 
 impl Limits {
@@ -41,6 +44,7 @@ impl Limits {
             context_max: 8192,
             kv_rows_max: 4 * 8192,
             connections_max: 1,
+            sessions_per_device_max: 4,
         }
     }
 
@@ -54,6 +58,24 @@ impl Limits {
             context_max: 8192,
             kv_rows_max: 4 * 8192,
             connections_max: 256,
+            sessions_per_device_max: 256,
+        }
+    }
+
+    /// Refuses bounds under which nothing could ever run.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let fields = [
+            ("sessions_max", self.sessions_max),
+            ("step_rows_max", self.step_rows_max),
+            ("queue_max", self.queue_max),
+            ("context_max", self.context_max),
+            ("kv_rows_max", self.kv_rows_max),
+            ("connections_max", self.connections_max),
+            ("sessions_per_device_max", self.sessions_per_device_max),
+        ];
+        match fields.into_iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err(Error::field(field, "0 leaves room for nothing: at least 1")),
+            None => Ok(()),
         }
     }
 }
@@ -129,6 +151,12 @@ pub struct EngineConfig {
     pub chunks: ChunkPolicy,
     /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
     pub past_share: f64,
+    /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
+    /// go up.
+    pub prefix: bool,
+    /// Key of the names by which pages are asked for; devices that share it share their prompts'
+    /// pages. `None` is a key for this engine alone.
+    pub prefix_secret: Option<PrefixSecret>,
     /// What moves bytes.
     pub link: LinkKind,
     /// Compute threads.
@@ -172,6 +200,8 @@ impl EngineConfig {
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
             past_share: PAST_DEFAULT,
+            prefix: true,
+            prefix_secret: None,
             link: LinkKind::Mio,
             threads: default_threads(),
             processor: Processor::Auto,
@@ -223,6 +253,20 @@ impl EngineConfig {
         self
     }
 
+    /// Whether rows of a prompt that the cloud still holds stay here.
+    #[must_use]
+    pub fn prefix(mut self, prefix: bool) -> Self {
+        self.prefix = prefix;
+        self
+    }
+
+    /// Key of the names by which pages are asked for.
+    #[must_use]
+    pub fn prefix_secret(mut self, secret: PrefixSecret) -> Self {
+        self.prefix_secret = Some(secret);
+        self
+    }
+
     /// How prompts are cut.
     #[must_use]
     pub fn chunks(mut self, chunks: ChunkPolicy) -> Self {
@@ -251,6 +295,9 @@ pub struct CloudConfig {
     pub gpus: Vec<usize>,
     /// Bounds.
     pub limits: Limits,
+    /// A session of which nothing was heard for so long gives its pages up when others need them,
+    /// and a device that has taken nothing for so long, though its queue is full, is sent away.
+    pub idle_after: Duration,
     /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,
 }
@@ -268,6 +315,7 @@ impl CloudConfig {
             processor: Processor::Auto,
             gpus: Vec::new(),
             limits: Limits::cloud(),
+            idle_after: Duration::from_secs(10),
             memory: None,
         }
     }
@@ -304,8 +352,9 @@ impl CloudConfig {
     ///
     /// # Errors
     /// A listen address that other machines can reach: there is no TLS yet, so hidden states
-    /// would cross the network in the clear and anybody could open sessions.
+    /// would cross the network in the clear and anybody could open sessions. A bound of 0.
     pub fn check(&self) -> Result<(), Error> {
+        self.limits.check()?;
         check_loopback("listen", self.listen)
     }
 }

@@ -39,10 +39,10 @@
 //! |---|---|
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
-//! | `answer`, `sample`, `stop`, `token`, `metrics` | from logits to text |
+//! | `answer`, `turns`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
 //! | `chunk`, `monitor` | how a prompt is cut, and what is known of link and cloud |
-//! | `sched`, `sequence`, `page`, `pack`, `wire` | rows: which run, where they are, how they go |
+//! | `sched`, `sequence`, `page`, `prefix`, `pack`, `wire` | rows: which run, where, how they go |
 //! | `model` | decoder layers, submodels, the whole model as a yardstick |
 //! | `backend` | kernels |
 
@@ -66,6 +66,7 @@ pub mod monitor;
 #[doc(hidden)]
 pub mod pack;
 mod page;
+mod prefix;
 #[doc(hidden)]
 pub mod processor;
 #[cfg(feature = "daemon")]
@@ -80,6 +81,7 @@ mod sequence;
 mod stop;
 #[doc(hidden)]
 pub mod token;
+mod turns;
 mod whole;
 mod wire;
 
@@ -93,7 +95,9 @@ pub use request::{Event, Generation, Metrics, Request};
 pub mod options {
     pub use crate::backend::TokenId;
     pub use crate::cloud::CloudCounters;
-    pub use crate::config::{ChunkPolicy, CloudAddress, Codec, Limits, LinkKind, Processor};
+    pub use crate::config::{
+        ChunkPolicy, CloudAddress, Codec, Limits, LinkKind, PrefixSecret, Processor,
+    };
     pub use crate::draft::DraftMode;
     pub use crate::error::ErrorKind;
     pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};

@@ -52,7 +52,8 @@ pub struct Timings {
     pub drafting_ms: f64,
     /// Time spent in tail layers, LM head and sampling.
     pub head_ms: f64,
-    /// Pages of the prompt that the cloud had already.
+    /// Pages of prompt and answer that the cloud had already when the session opened, or opened
+    /// again: their rows were not sent.
     pub pages_reused: u32,
     /// Bytes sent to the cloud.
     pub bytes_up: u64,
@@ -373,7 +374,7 @@ mod tests {
             "prompt_n predicted_n ttft_ms tbt_ms_p50 tbt_ms_p99 tokens_per_second rounds draft_n \
              draft_n_tested draft_n_accepted accept_len drafters rows_in_flight_max predraft_hits \
              drafting_ms head_ms pages_reused bytes_up bytes_down chunks \
-             chunks_planned ttft_predicted_ms"
+             chunks_planned ttft_predicted_ms arithmetic_ids"
         );
     }
 

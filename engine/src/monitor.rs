@@ -112,6 +112,8 @@ pub struct Returned {
     pub step_rows: u32,
     /// How long the step took.
     pub step_s: f64,
+    /// How long the rows waited for the step.
+    pub queue_s: f64,
     /// From the end of sending to the output; `None` if others were ahead of these rows.
     pub away_s: Option<f64>,
 }
@@ -164,11 +166,12 @@ impl Monitor {
 
     /// The first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
-        let Returned { sent_bytes, prefix, step_rows, step_s, away_s } = *returned;
+        let Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s } = *returned;
         self.note_step(step_rows, prefix, step_s);
         if let Some(away_s) = away_s {
             let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
-            self.wait.note(self.past, (away_s - step_s - link_s).max(0.0));
+            // Where the link is taken for slower than it is, the cloud knows better.
+            self.wait.note(self.past, (away_s - step_s - link_s).max(queue_s));
         }
     }
 

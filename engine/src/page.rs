@@ -1,4 +1,7 @@
-//! Page pool: which pages of the KV store are free. Integers only.
+//! Page pool: which pages of the KV store are free, and how many hold the others. Integers only.
+//!
+//! A page is free, or held by sessions, or kept for sessions to come, or both of the latter. A
+//! page that is kept and held by nobody is *idle*.
 
 use std::collections::VecDeque;
 
@@ -16,12 +19,22 @@ pub struct NoPages {
     pub total: usize,
 }
 
-/// Free pages of one KV store. A session's pages are reserved on admission, all at once, so a
+/// What one page is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Page {
+    /// Sessions that hold it.
+    holders: u32,
+    /// Whether it is kept for others.
+    is_kept: bool,
+}
+
+/// Pages of one KV store. A session's pages are reserved on admission, all at once, so a
 /// running session never stalls for want of one.
 #[derive(Debug)]
 pub struct PagePool {
     free: VecDeque<u32>,
-    total: usize,
+    pages: Vec<Page>,
+    idle: usize,
 }
 
 /// Pages for so many rows.
@@ -34,7 +47,7 @@ impl PagePool {
     /// A pool of pages `0..pages`, all free.
     #[must_use]
     pub fn new(pages: u32) -> Self {
-        Self { free: (0..pages).collect(), total: pages as usize }
+        Self { free: (0..pages).collect(), pages: vec![Page::default(); pages as usize], idle: 0 }
     }
 
     /// Free pages.
@@ -43,24 +56,100 @@ impl PagePool {
         self.free.len()
     }
 
-    /// Takes `pages` pages out of the pool.
-    ///
-    /// # Errors
-    /// [`NoPages`] if there are fewer; the pool is unchanged then.
-    pub fn take(&mut self, pages: usize) -> Result<Vec<u32>, NoPages> {
-        if pages > self.free.len() {
-            return Err(NoPages { wanted: pages, free: self.free.len(), total: self.total });
-        }
-        Ok(self.free.drain(..pages).collect())
+    /// Pages that are kept and held by nobody.
+    #[must_use]
+    pub fn idle(&self) -> usize {
+        self.idle
     }
 
-    /// Gives pages back. The longest unused are handed out first.
+    /// Pages that a session can have: those that are kept give way.
+    #[must_use]
+    pub fn available(&self) -> usize {
+        self.free.len() + self.idle
+    }
+
+    /// Sessions that hold `page`.
+    #[must_use]
+    pub fn holders(&self, page: u32) -> u32 {
+        self.pages[page as usize].holders
+    }
+
+    /// Whether `page` is kept.
+    #[must_use]
+    pub fn is_kept(&self, page: u32) -> bool {
+        self.pages[page as usize].is_kept
+    }
+
+    /// Takes `pages` pages out of the pool, for one holder each.
+    ///
+    /// # Errors
+    /// [`NoPages`] if fewer are free; the pool is unchanged then.
+    pub fn take(&mut self, pages: usize) -> Result<Vec<u32>, NoPages> {
+        if pages > self.free.len() {
+            let (free, total) = (self.free.len(), self.pages.len());
+            return Err(NoPages { wanted: pages, free, total });
+        }
+        let taken: Vec<u32> = self.free.drain(..pages).collect();
+        for page in &taken {
+            self.pages[*page as usize].holders = 1;
+        }
+        Ok(taken)
+    }
+
+    /// One holder more for a page that is held or kept.
     ///
     /// # Panics
-    /// If more pages come back than the pool has: somebody gave a page back twice.
+    /// If the page is free.
+    pub fn hold(&mut self, page: u32) {
+        let entry = &mut self.pages[page as usize];
+        assert!(entry.holders > 0 || entry.is_kept, "page {page} is free");
+        if entry.holders == 0 {
+            self.idle -= 1;
+        }
+        entry.holders += 1;
+    }
+
+    /// Each of `pages` has one holder less. Those without one are free, the longest unused handed
+    /// out first, or idle.
+    ///
+    /// # Panics
+    /// If nobody holds one of them: somebody gave a page back twice.
     pub fn give_back(&mut self, pages: Vec<u32>) {
-        self.free.extend(pages);
-        assert!(self.free.len() <= self.total, "a page was given back twice");
+        for page in pages {
+            let entry = &mut self.pages[page as usize];
+            assert!(entry.holders > 0, "page {page} was given back twice");
+            entry.holders -= 1;
+            match (entry.holders, entry.is_kept) {
+                (0, true) => self.idle += 1,
+                (0, false) => self.free.push_back(page),
+                _ => {}
+            }
+        }
+    }
+
+    /// A page that is held is not free when its last holder has gone, until [`PagePool::release`].
+    ///
+    /// # Panics
+    /// If nobody holds it, or it is kept already.
+    pub fn keep(&mut self, page: u32) {
+        let entry = &mut self.pages[page as usize];
+        assert!(entry.holders > 0, "page {page} is held by nobody");
+        assert!(!entry.is_kept, "page {page} is kept already");
+        entry.is_kept = true;
+    }
+
+    /// A page is kept no longer: free now, or when its last holder has gone.
+    ///
+    /// # Panics
+    /// If it is not kept.
+    pub fn release(&mut self, page: u32) {
+        let entry = &mut self.pages[page as usize];
+        assert!(entry.is_kept, "page {page} is not kept");
+        entry.is_kept = false;
+        if entry.holders == 0 {
+            self.idle -= 1;
+            self.free.push_back(page);
+        }
     }
 }
 
@@ -86,6 +175,30 @@ mod tests {
         let pages = pool.take(1).unwrap();
         pool.give_back(pages.clone());
         pool.give_back(pages);
+    }
+
+    #[test]
+    fn a_page_is_free_when_nobody_holds_or_keeps_it() {
+        let mut pool = PagePool::new(2);
+        let held = pool.take(1).unwrap();
+        pool.hold(0);
+        pool.give_back(held.clone());
+        assert_eq!((pool.free(), pool.idle(), pool.holders(0)), (1, 0, 1));
+        pool.keep(0);
+        pool.give_back(held.clone());
+        assert_eq!((pool.free(), pool.idle(), pool.holders(0)), (1, 1, 0));
+        pool.hold(0);
+        assert_eq!((pool.free(), pool.idle()), (1, 0));
+        pool.release(0);
+        assert_eq!((pool.free(), pool.idle()), (1, 0));
+        pool.give_back(held);
+        assert_eq!(pool.take(2).unwrap(), [1, 0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "is free")]
+    fn a_free_page_is_not_shared() {
+        PagePool::new(1).hold(0);
     }
 
     #[test]

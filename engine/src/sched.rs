@@ -1,18 +1,40 @@
 //! Which pending rows run in the next step: rows computed catch up with rows wanted.
 //!
-//! First come, first served for now, under one row budget, rows of a verify before prompt chunks.
+//! A step has a row budget. Verifies, which somebody waits for, go before chunks of prompts. Among
+//! either, the device goes first that has been served the fewest rows, and of its works the
+//! oldest, so a device with a hundred sessions gets what one with a single session gets while
+//! both wait. A device that comes back from a pause starts level with those that wait, not with a
+//! credit. (Start-time fair queueing. Turns with a quantum, as in deficit round robin, need one of
+//! the largest work, and would run sixty verifies of one device before the next one's first.)
+//!
+//! Prompts do not starve behind verifies: the one whose turn it is waits [`PROMPT_PATIENCE`] steps
+//! at most, and then goes before them.
+//!
+//! A step costs as many looks as it has works, and a few more: nobody walks over all that waits.
 //! Integers only: no clock, no transport, no model.
 
-use std::collections::VecDeque;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A session in the scheduler's eyes.
 pub type SessionKey = u64;
+/// A device in the scheduler's eyes: sessions with the same key share its turn.
+pub type DeviceKey = u64;
+
+/// Steps for which the prompt whose turn it is waits behind verifies.
+pub const PROMPT_PATIENCE: u32 = 8;
+/// Devices whose work does not fit what is left of a step, until nobody else is asked.
+const MISSES_MAX: usize = 16;
 
 /// Rows that run together or not at all: a prompt chunk, or the rows of one verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
     /// Whose rows.
     pub session: SessionKey,
+    /// Whose session: always the same for one session.
+    pub device: DeviceKey,
     /// How many.
     pub rows: u32,
     /// Somebody waits for a token: runs before prompt chunks.
@@ -29,19 +51,61 @@ pub struct QueueFull {
     pub queued: usize,
 }
 
-/// Queue of work in order of arrival.
+/// Works that wait, and whose turn it is.
 #[derive(Debug)]
 pub struct Scheduler {
     rows_max: u32,
     queue_max: usize,
-    queue: VecDeque<Work>,
+    queued: usize,
+    /// Number of the next work to arrive.
+    arrivals: u64,
+    lines: HashMap<SessionKey, Line>,
+    verifies: Tier,
+    prompts: Tier,
+    /// Steps that passed over the prompt whose turn it was.
+    passed_over: u32,
+    /// Sessions of the step at hand.
+    picked: Vec<SessionKey>,
+    /// Devices of the step at hand whose work did not fit.
+    missed: Vec<Turn>,
+    /// Devices that were looked at, ever.
+    #[cfg(test)]
+    looks: u64,
+}
+
+/// A work that waits, and when it came.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    work: Work,
+    arrival: u64,
+}
+
+/// Works of one session. Only the first may run: a session runs once a step, in order, since what
+/// its next frame commits may move rows that this step writes.
+#[derive(Debug)]
+struct Line {
+    first: Waiting,
+    rest: VecDeque<Waiting>,
 }
 
 impl Scheduler {
     /// A scheduler of steps of at most `rows_max` rows, with at most `queue_max` works waiting.
     #[must_use]
     pub fn new(rows_max: u32, queue_max: usize) -> Self {
-        Self { rows_max, queue_max, queue: VecDeque::with_capacity(queue_max) }
+        Self {
+            rows_max,
+            queue_max,
+            queued: 0,
+            arrivals: 0,
+            lines: HashMap::new(),
+            verifies: Tier::default(),
+            prompts: Tier::default(),
+            passed_over: 0,
+            picked: Vec::new(),
+            missed: Vec::with_capacity(MISSES_MAX),
+            #[cfg(test)]
+            looks: 0,
+        }
     }
 
     /// The row budget of a step.
@@ -53,7 +117,7 @@ impl Scheduler {
     /// Works that wait.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.queue.len()
+        self.queued
     }
 
     /// Takes work.
@@ -65,105 +129,222 @@ impl Scheduler {
     /// If the work could never run: no rows, or more than the budget.
     pub fn enqueue(&mut self, work: Work) -> Result<(), QueueFull> {
         assert!(work.rows > 0 && work.rows <= self.rows_max, "{work:?} does not fit a step");
-        if self.queue.len() >= self.queue_max {
-            return Err(QueueFull { queued: self.queue.len() });
+        if self.queued >= self.queue_max {
+            return Err(QueueFull { queued: self.queued });
         }
-        self.queue.push_back(work);
+        let waiting = Waiting { work, arrival: self.arrivals };
+        self.arrivals += 1;
+        self.queued += 1;
+        if let Some(line) = self.lines.get_mut(&work.session) {
+            line.rest.push_back(waiting);
+        } else {
+            self.lines.insert(work.session, Line { first: waiting, rest: VecDeque::new() });
+            self.tier(work.urgent).add(waiting);
+        }
         Ok(())
     }
 
-    /// Chooses the works of the next step into `step`, each session's in order of arrival.
+    /// Chooses the works of the next step into `step`.
     pub fn plan(&mut self, step: &mut Vec<Work>) {
         step.clear();
-        let Some(class) = self.oldest(true).or_else(|| self.oldest(false)) else { return };
+        let prompt = self.prompts.next();
+        let is_due = self.passed_over >= PROMPT_PATIENCE;
+        let leader = match (prompt.filter(|_| is_due), self.verifies.next()) {
+            (Some(due), _) => due,
+            (None, Some(verify)) => verify,
+            (None, None) => match prompt {
+                Some(prompt) => prompt,
+                None => return,
+            },
+        };
+        let class = leader.class;
         let mut budget = self.rows_max;
-        for urgent in [true, false] {
-            let mut index = 0;
-            while index < self.queue.len() {
-                let work = self.queue[index];
-                let runs = work.urgent == urgent && work.class == class && work.rows <= budget;
-                if runs && !waits_behind(&self.queue, step, index) {
-                    budget -= work.rows;
-                    step.push(work);
-                    self.queue.remove(index);
-                } else {
-                    index += 1;
-                }
+        if is_due {
+            self.take(false, class, 1, &mut budget, step);
+        }
+        self.take(true, class, usize::MAX, &mut budget, step);
+        self.take(false, class, usize::MAX, &mut budget, step);
+        if let Some(turn) = prompt {
+            let ran = step.iter().any(|work| work.session == turn.session);
+            self.passed_over = if ran { 0 } else { self.passed_over + 1 };
+        }
+        for session in self.picked.drain(..) {
+            let line = self.lines.get_mut(&session).expect("it was picked");
+            let Some(next) = line.rest.pop_front() else {
+                self.lines.remove(&session);
+                continue;
+            };
+            line.first = next;
+            let tier = if next.work.urgent { &mut self.verifies } else { &mut self.prompts };
+            tier.add(next);
+        }
+    }
+
+    /// Puts works of one urgency and class into `step`, `works_max` at most, as the budget allows.
+    fn take(
+        &mut self,
+        urgent: bool,
+        class: u32,
+        works_max: usize,
+        budget: &mut u32,
+        step: &mut Vec<Work>,
+    ) {
+        let end = step.len().saturating_add(works_max);
+        let tier = if urgent { &mut self.verifies } else { &mut self.prompts };
+        while step.len() < end && *budget > 0 && self.missed.len() < MISSES_MAX {
+            let Some(turn) = tier.next_of(class) else { break };
+            #[cfg(test)]
+            {
+                self.looks += 1;
             }
+            let work = self.lines[&turn.session].first.work;
+            if work.rows > *budget {
+                tier.set_aside(&turn);
+                self.missed.push(turn);
+                continue;
+            }
+            tier.serve(&turn, work.rows);
+            *budget -= work.rows;
+            self.queued -= 1;
+            self.picked.push(work.session);
+            step.push(work);
+        }
+        for turn in self.missed.drain(..) {
+            tier.bring_back(&turn);
         }
     }
 
     /// Forgets all work of a session that has ended.
     pub fn forget(&mut self, session: SessionKey) {
-        self.queue.retain(|work| work.session != session);
+        let Some(line) = self.lines.remove(&session) else { return };
+        self.queued -= 1 + line.rest.len();
+        self.tier(line.first.work.urgent).remove(line.first);
     }
 
-    fn oldest(&self, urgent: bool) -> Option<u32> {
-        self.queue.iter().find(|work| work.urgent == urgent).map(|work| work.class)
+    fn tier(&mut self, urgent: bool) -> &mut Tier {
+        if urgent { &mut self.verifies } else { &mut self.prompts }
     }
 }
 
-/// Whether the same session has older work: still waiting, or in this very step. A session runs
-/// once a step, since what its next frame commits may move rows that this step writes.
-fn waits_behind(queue: &VecDeque<Work>, step: &[Work], index: usize) -> bool {
-    let session = queue[index].session;
-    queue.iter().take(index).chain(step).any(|work| work.session == session)
+/// Works of equal urgency that may run now, the first of each session, by device.
+#[derive(Debug, Default)]
+struct Tier {
+    shares: HashMap<DeviceKey, Share>,
+    /// Devices with works, by class: rows served, then arrival of the oldest work.
+    ready: BTreeMap<u32, BTreeSet<(u64, u64, DeviceKey)>>,
+    /// Devices without works that were served more than the level; they are not forgotten yet.
+    ahead: BTreeSet<(u64, DeviceKey)>,
+    /// Rows that the device chosen last had been served before: where newcomers start.
+    level: u64,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What one device has had, and has waiting.
+#[derive(Debug, Default)]
+struct Share {
+    served: u64,
+    /// By class and arrival.
+    works: BTreeMap<(u32, u64), SessionKey>,
+}
 
-    fn work(session: SessionKey, rows: u32, urgent: bool) -> Work {
-        Work { session, rows, urgent, class: 30 }
+impl Share {
+    /// The oldest work of each class: class and arrival.
+    fn oldest(&self) -> impl Iterator<Item = (u32, u64)> {
+        let mut next = self.works.keys().next().copied();
+        std::iter::from_fn(move || {
+            let (class, arrival) = next?;
+            let above = class.checked_add(1).map(|class| (class, 0));
+            next = above.and_then(|above| self.works.range(above..).next()).map(|(key, _)| *key);
+            Some((class, arrival))
+        })
+    }
+}
+
+/// A device's turn, and the work that it would run.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    class: u32,
+    served: u64,
+    arrival: u64,
+    device: DeviceKey,
+    session: SessionKey,
+}
+
+impl Tier {
+    /// Whose turn it is, whatever the class.
+    fn next(&self) -> Option<Turn> {
+        let firsts = self.ready.iter().filter_map(|(class, of)| Some((*of.first()?, *class)));
+        let (_, class) = firsts.min()?;
+        self.next_of(class)
     }
 
-    fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
-        let mut step = vec![];
-        scheduler.plan(&mut step);
-        step.iter().map(|work| (work.session, work.rows)).collect()
+    /// Whose turn it is in a step of `class`.
+    fn next_of(&self, class: u32) -> Option<Turn> {
+        let (served, arrival, device) = *self.ready.get(&class)?.first()?;
+        let session = self.shares[&device].works[&(class, arrival)];
+        Some(Turn { class, served, arrival, device, session })
     }
 
-    #[test]
-    fn verify_rows_go_before_prompt_chunks_within_the_budget() {
-        let mut scheduler = Scheduler::new(100, 8);
-        for add in [work(1, 60, false), work(2, 60, false), work(3, 8, true), work(4, 30, false)] {
-            scheduler.enqueue(add).unwrap();
+    fn add(&mut self, waiting: Waiting) {
+        let Waiting { work, arrival } = waiting;
+        self.edit(work.device, |share| {
+            share.works.insert((work.class, arrival), work.session);
+        });
+    }
+
+    fn remove(&mut self, waiting: Waiting) {
+        let Waiting { work, arrival } = waiting;
+        self.edit(work.device, |share| {
+            share.works.remove(&(work.class, arrival));
+        });
+    }
+
+    /// The work of `turn` runs.
+    fn serve(&mut self, turn: &Turn, rows: u32) {
+        self.level = self.level.max(turn.served);
+        self.edit(turn.device, |share| {
+            share.works.remove(&(turn.class, turn.arrival));
+            share.served += u64::from(rows);
+        });
+        while let Some(&(served, device)) = self.ahead.first()
+            && served <= self.level
+        {
+            self.ahead.pop_first();
+            self.shares.remove(&device);
         }
-        assert_eq!(planned(&mut scheduler), [(3, 8), (1, 60), (4, 30)]);
-        assert_eq!(planned(&mut scheduler), [(2, 60)]);
-        assert_eq!(planned(&mut scheduler), []);
     }
 
-    #[test]
-    fn a_session_never_overtakes_itself() {
-        let mut scheduler = Scheduler::new(100, 8);
-        scheduler.enqueue(work(1, 80, false)).unwrap();
-        scheduler.enqueue(work(1, 1, true)).unwrap();
-        scheduler.enqueue(work(2, 1, true)).unwrap();
-        scheduler.enqueue(work(1, 1, true)).unwrap();
-        assert_eq!(planned(&mut scheduler), [(2, 1), (1, 80)]);
-        assert_eq!(planned(&mut scheduler), [(1, 1)]);
-        assert_eq!(planned(&mut scheduler), [(1, 1)]);
+    fn set_aside(&mut self, turn: &Turn) {
+        let of_class = self.ready.get_mut(&turn.class).expect("it was ready");
+        of_class.remove(&(turn.served, turn.arrival, turn.device));
     }
 
-    #[test]
-    fn classes_do_not_mix_and_none_starves() {
-        let mut scheduler = Scheduler::new(100, 8);
-        scheduler.enqueue(Work { class: 29, ..work(1, 1, true) }).unwrap();
-        scheduler.enqueue(work(2, 1, true)).unwrap();
-        scheduler.enqueue(Work { class: 29, ..work(3, 1, true) }).unwrap();
-        assert_eq!(planned(&mut scheduler), [(1, 1), (3, 1)]);
-        assert_eq!(planned(&mut scheduler), [(2, 1)]);
+    fn bring_back(&mut self, turn: &Turn) {
+        let of_class = self.ready.entry(turn.class).or_default();
+        of_class.insert((turn.served, turn.arrival, turn.device));
     }
 
-    #[test]
-    fn the_queue_is_bounded_and_forgets() {
-        let mut scheduler = Scheduler::new(100, 2);
-        scheduler.enqueue(work(1, 1, true)).unwrap();
-        scheduler.enqueue(work(2, 1, true)).unwrap();
-        assert_eq!(scheduler.enqueue(work(3, 1, true)), Err(QueueFull { queued: 2 }));
-        scheduler.forget(1);
-        assert_eq!(planned(&mut scheduler), [(2, 1)]);
+    /// Changes what a device has, and keeps its places in order.
+    fn edit(&mut self, device: DeviceKey, edit: impl FnOnce(&mut Share)) {
+        let Self { shares, ready, ahead, level } = self;
+        let share = shares.entry(device).or_default();
+        if share.works.is_empty() {
+            ahead.remove(&(share.served, device));
+            share.served = share.served.max(*level);
+        }
+        for (class, arrival) in share.oldest() {
+            let of_class = ready.get_mut(&class).expect("it was ready");
+            of_class.remove(&(share.served, arrival, device));
+        }
+        edit(share);
+        for (class, arrival) in share.oldest() {
+            ready.entry(class).or_default().insert((share.served, arrival, device));
+        }
+        if share.works.is_empty() {
+            if share.served > *level {
+                ahead.insert((share.served, device));
+            } else {
+                shares.remove(&device);
+            }
+        }
     }
 }

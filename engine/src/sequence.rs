@@ -101,14 +101,39 @@ impl Sequence {
             committed: 0,
             tip: 0,
             last_id: 0,
-            pending: Vec::with_capacity(PENDING_ROWS_MAX),
+            // Most sessions of a cloud wait, and their pages are memory enough.
+            pending: Vec::new(),
         }
+    }
+
+    /// As [`Sequence::new`], with `pages_held` full pages of committed rows in front, which may be
+    /// shared with others and are never written: their rows have the ids `1..=committed`.
+    ///
+    /// # Panics
+    /// If they are more than `rows_max`.
+    #[must_use]
+    pub fn on_held(pages: Vec<u32>, rows_max: u32, pages_held: usize) -> Self {
+        let held = u32::try_from(pages_held * PAGE_SIZE).expect("fewer rows than 2^32");
+        assert!(held <= rows_max, "{held} rows are there, at most {rows_max} may be");
+        Self { committed: held, tip: held, last_id: held, ..Self::new(pages, rows_max) }
     }
 
     /// Committed rows.
     #[must_use]
     pub fn committed(&self) -> u32 {
         self.committed
+    }
+
+    /// Pages that committed rows fill.
+    #[must_use]
+    pub fn full_pages(&self) -> usize {
+        self.committed as usize / PAGE_SIZE
+    }
+
+    /// Most committed rows.
+    #[must_use]
+    pub fn rows_max(&self) -> u32 {
+        self.rows_max
     }
 
     /// Id of the last committed row; 0 before the first.

@@ -5,7 +5,8 @@
 //!   the characters it is made of, while the same marker written by the chat template is the
 //!   control token. How: see module `guard`.
 //! - For text that spells no control token the ids equal those of the reference implementation
-//!   over the whole rendered prompt; nothing is encoded in pieces.
+//!   over the whole rendered prompt; nothing is encoded in pieces. Later turns of a conversation
+//!   are the exception: the ids of the model's own answers are kept as they were (`turns`).
 //! - A [`Detokenizer`] never emits half a character, and its pieces add up to the whole text.
 
 mod chat;
@@ -13,6 +14,7 @@ mod detokenizer;
 mod guard;
 mod pieces;
 mod python;
+mod rendered;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use tokenizers::normalizers::{NormalizerWrapper, Sequence};
 
 pub use self::chat::{ChatOptions, Message, Role};
 pub use self::detokenizer::{Detokenizer, SpecialText, Start};
+pub use self::rendered::ChatText;
 
 use self::chat::ChatTemplate;
 use self::guard::Guard;
@@ -290,9 +293,7 @@ impl Tokenizer {
         messages: &[Message],
         options: &ChatOptions,
     ) -> Result<Vec<TokenId>, TokenError> {
-        let template = self.template.as_ref().ok_or(TokenError::NoTemplate)?;
-        let rendered = template.render(messages, options, &self.guard)?;
-        self.encode_guarded(&rendered, false)
+        self.encode_rendered(&self.render(messages, options)?, 0)
     }
 
     /// The text of a conversation as the model's chat template renders it, for people to read.

@@ -15,7 +15,7 @@ use hat_engine::internal::{
     DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, Whole, pages_for,
     pool_pages, processor,
 };
-use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, ErrorKind, Processor};
+use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
 use support::{Bundles, collect, collect_with, long_prompt};
@@ -309,16 +309,38 @@ impl DeviceForward for Device {
     }
 }
 
-fn engine_with(bundles: &Bundles, burns_at: i64, lasts: bool) -> Engine {
+fn engine_with(bundles: &Bundles, fuse: &Fuse, lasts: bool) -> Engine {
     let mut config = EngineConfig::new(bundles.path.join("device")).chunks(ChunkPolicy::Fixed(16));
     config.cloud = CloudAddress::InProcess(Box::new(cloud_config(bundles)));
     let half = Bundle::open(&config.bundle).unwrap();
     let pages = pages_for(config.limits.kv_rows_max as usize + 64);
     let rows = config.limits.step_rows_max as usize;
     let inner = DeviceModel::load(backend(), &half, 1, rows, pages).unwrap();
-    let fuse = Arc::new(AtomicI64::new(burns_at));
-    let model = Device { inner, fuse, lasts, fault: None };
+    let model = Device { inner, fuse: fuse.clone(), lasts, fault: None };
     Engine::serve(config, &half, Box::new(model)).unwrap()
+}
+
+/// What a fault has left of a device's own pages is forgotten: the next prompt begins anew.
+#[test]
+fn a_device_forgets_its_pages_with_its_backend() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let plain = || request().draft(DraftMode::Off);
+    let fuse = Arc::new(AtomicI64::new(-1));
+    let engine = engine_with(&bundles, &fuse, false);
+    assert_same(&whole, &collect(&engine, plain()));
+    let computed = -1 - fuse.load(Ordering::Relaxed);
+    // Chunks of 16 rows: five for the prompt, of which four are behind its two pages.
+    assert_same(&whole, &collect(&engine, plain()));
+    let again = -1 - fuse.load(Ordering::Relaxed) - computed;
+    assert_eq!(again, computed - 4, "forward passes of the device");
+    fuse.store(3, Ordering::Relaxed);
+    first_error(&engine, plain());
+    fuse.store(-1, Ordering::Relaxed);
+    assert_same(&whole, &collect(&engine, plain()));
+    let after = -1 - fuse.load(Ordering::Relaxed);
+    // The cloud still has its pages; here one pass of up to 128 rows computes them again.
+    assert_eq!(after, again + 1, "forward passes after the fault");
 }
 
 #[test]
@@ -328,7 +350,7 @@ fn a_device_without_its_backend_says_so() {
     for (bundles, tail) in [(&plain, 0), (&tail, 1)] {
         let whole = yardstick(bundles);
         for burns_at in [0, 2, 5, 9, 20] {
-            let engine = engine_with(bundles, burns_at, false);
+            let engine = engine_with(bundles, &Arc::new(AtomicI64::new(burns_at)), false);
             let error = first_error(&engine, request());
             let case = format!("call {burns_at}, {tail} tail layers: {error}");
             assert_eq!(error.kind(), ErrorKind::Resource, "{case}");
@@ -336,7 +358,7 @@ fn a_device_without_its_backend_says_so() {
             assert_same(&whole, &collect(&engine, request()));
         }
     }
-    let engine = engine_with(&plain, 5, true);
+    let engine = engine_with(&plain, &Arc::new(AtomicI64::new(5)), true);
     assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
     let begin = std::time::Instant::now();
     while engine.generate(request()).is_ok_and(|mut answer| answer.any(|event| event.is_ok())) {

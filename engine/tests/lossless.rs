@@ -8,6 +8,8 @@
 
 #[path = "lossless/drafts.rs"]
 mod drafts;
+#[path = "lossless/prefix.rs"]
+mod prefix;
 #[path = "lossless/slow.rs"]
 mod slow;
 mod support;
@@ -146,7 +148,7 @@ fn every_codec_and_chunk_policy_says_the_same() {
 fn prompts_are_planned_once_something_is_known() {
     let bundles = Bundles::generated(1, 0);
     let config = EngineConfig::new(bundles.path.join("device")).chunks(ChunkPolicy::Auto);
-    let engine = Engine::open(config).unwrap();
+    let engine = Engine::open(config.prefix(false)).unwrap();
     let ask = |rows| {
         let request = Request::tokens(long_prompt(rows)).max_tokens(2).ignore_eos();
         collect(&engine, request).timings

@@ -168,7 +168,7 @@ fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
 fn chunks_that_return_no_row_say_what_they_took() {
     let bundles = Bundles::generated(1, 0);
     let cloud = cloud(&bundles);
-    let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100));
+    let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100)).prefix(false);
     let engine = Engine::open(config).unwrap();
     let output = 32 + 24 + 4 + 2 * HIDDEN as u64;
     for chunks in [1, 2, 4] {

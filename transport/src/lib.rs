@@ -30,6 +30,7 @@
 //!
 //! let open = Open {
 //!     entry_layer: 2, exit_layer: 30, codec: 1, kv_type: 1, arithmetic_id: 1, rows_max: 512,
+//!     pages: &[],
 //! };
 //! let (mut seen, mut opened) = (Vec::new(), false);
 //! while !opened {

@@ -24,8 +24,16 @@ pub const CODEC_INT8: u8 = 2;
 pub const CODEC_INT4: u8 = 3;
 /// Type of stored keys and values: IEEE binary16.
 pub const KV_F16: u8 = 1;
+/// Bytes of a [`PageId`].
+pub const PAGE_ID_BYTES: usize = 16;
+/// Most page ids in one OPEN or END.
+pub const PAGE_IDS_MAX: usize = 4095;
 /// Longest text in a CLOSE or SESSION_ERROR.
 pub const TEXT_BYTES_MAX: usize = 512;
+
+/// Name of a page of keys and values: the same name stands for the same rows. Only the device
+/// knows how it is made, and only who knows it can have the page.
+pub type PageId = [u8; PAGE_ID_BYTES];
 
 /// How a body can be wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,7 +89,7 @@ pub enum MessageError {
 
 /// A device opens a session. Its id is in the frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Open {
+pub struct Open<'a> {
     /// First layer that the cloud computes.
     pub entry_layer: u16,
     /// The layer after the last one that the cloud computes.
@@ -94,6 +102,26 @@ pub struct Open {
     pub arithmetic_id: u32,
     /// Positions to reserve.
     pub rows_max: u32,
+    /// Full pages of the prompt, from its first row on; at most [`PAGE_IDS_MAX`].
+    pub pages: &'a [PageId],
+}
+
+/// The cloud has opened a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// So many leading pages of [`Open::pages`] are there already: their rows are committed, and
+    /// the ids from 1 on to the last of them are taken.
+    pub pages: u16,
+}
+
+/// The device is done with a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct End<'a> {
+    /// First keep the path to this row and prune the rest; 0 for nothing.
+    pub commit: u32,
+    /// Full pages of the committed path, from its first row on; at most [`PAGE_IDS_MAX`]. The
+    /// cloud may keep them for sessions to come.
+    pub pages: &'a [PageId],
 }
 
 /// The device keeps the path from the root to `row` and prunes everything else.
@@ -203,9 +231,9 @@ pub enum Message<'a> {
     /// CLOSE.
     Close(Close<'a>),
     /// OPEN.
-    Open(Open),
+    Open(Open<'a>),
     /// OPENED.
-    Opened,
+    Opened(Opened),
     /// ROWS.
     Rows(Rows<'a>),
     /// OUTPUT.
@@ -217,7 +245,7 @@ pub enum Message<'a> {
     /// CANCELLED.
     Cancelled,
     /// END.
-    End,
+    End(End<'a>),
     /// ENDED.
     Ended,
     /// DROPPED.
@@ -241,13 +269,13 @@ impl<'a> Message<'a> {
             Kind::Hello => return Hello::decode(body).map(Self::Hello),
             Kind::Close => Self::Close(Close::read(&mut from)?),
             Kind::Open => Self::Open(Open::read(&mut from)?),
-            Kind::Opened => Self::Opened,
+            Kind::Opened => Self::Opened(Opened { pages: from.u16("pages")? }),
             Kind::Rows => Self::Rows(Rows::read(&mut from)?),
             Kind::Output => Self::Output(Output::read(&mut from)?),
             Kind::Commit => Self::Commit(Commit { row: from.id("row")? }),
             Kind::Cancel => Self::Cancel,
             Kind::Cancelled => Self::Cancelled,
-            Kind::End => Self::End,
+            Kind::End => Self::End(End::read(&mut from)?),
             Kind::Ended => Self::Ended,
             Kind::Dropped => Self::Dropped(Dropped::read(&mut from)?),
             Kind::SessionError => Self::SessionError(SessionError::read(&mut from)?),
@@ -266,13 +294,13 @@ impl<'a> Message<'a> {
             Self::Hello(_) => Kind::Hello,
             Self::Close(_) => Kind::Close,
             Self::Open(_) => Kind::Open,
-            Self::Opened => Kind::Opened,
+            Self::Opened(_) => Kind::Opened,
             Self::Rows(_) => Kind::Rows,
             Self::Output(_) => Kind::Output,
             Self::Commit(_) => Kind::Commit,
             Self::Cancel => Kind::Cancel,
             Self::Cancelled => Kind::Cancelled,
-            Self::End => Kind::End,
+            Self::End(_) => Kind::End,
             Self::Ended => Kind::Ended,
             Self::Dropped(_) => Kind::Dropped,
             Self::SessionError(_) => Kind::SessionError,
@@ -287,27 +315,35 @@ impl<'a> Message<'a> {
         match self {
             Self::Hello(_) => Hello::BYTES,
             Self::Close(close) => close.encoded_len(),
-            Self::Open(_) => Open::BYTES,
+            Self::Open(open) => Open::BYTES + size_of_val(open.pages),
+            Self::End(end) => End::BYTES + size_of_val(end.pages),
+            Self::Opened(_) => 2,
             Self::Rows(rows) => rows.encoded_len(),
             Self::Output(output) => output.encoded_len(),
             Self::Commit(_) | Self::Busy(_) => 4,
             Self::Dropped(_) => Dropped::BYTES,
             Self::Computed(_) => Computed::BYTES,
             Self::SessionError(error) => 2 + wire::cut(error.text).len(),
-            Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => 0,
+            Self::Cancel | Self::Cancelled | Self::Ended => 0,
         }
     }
 
     /// Writes the body to the front of `to` and says how many bytes it is.
     ///
     /// # Panics
-    /// If `to` is shorter than [`Message::encoded_len`].
+    /// If `to` is shorter than [`Message::encoded_len`], or there are more than [`PAGE_IDS_MAX`]
+    /// page ids.
     pub fn encode(&self, to: &mut [u8]) -> usize {
         let mut to = Writer::new(to);
         match self {
             Self::Hello(hello) => hello.write(&mut to),
             Self::Close(close) => close.write(&mut to),
             Self::Open(open) => open.write(&mut to),
+            Self::Opened(opened) => to.u16(opened.pages),
+            Self::End(end) => {
+                to.u32(end.commit);
+                to.page_ids(end.pages);
+            }
             Self::Rows(rows) => rows.write(&mut to),
             Self::Output(output) => output.write(&mut to),
             Self::Commit(commit) => to.u32(commit.row),
@@ -321,16 +357,17 @@ impl<'a> Message<'a> {
             }
             Self::Busy(busy) => to.u32(busy.retry_after_ms),
             Self::Computed(computed) => computed.write(&mut to),
-            Self::Opened | Self::Cancel | Self::Cancelled | Self::End | Self::Ended => {}
+            Self::Cancel | Self::Cancelled | Self::Ended => {}
         }
         to.written()
     }
 }
 
-impl Open {
-    const BYTES: usize = 14;
+impl<'a> Open<'a> {
+    /// Bytes before the page ids.
+    pub const BYTES: usize = 16;
 
-    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+    fn read(from: &mut Reader<'a>) -> Result<Self, MessageError> {
         let (entry_layer, exit_layer) = from.layers()?;
         Ok(Self {
             entry_layer,
@@ -339,6 +376,7 @@ impl Open {
             kv_type: from.u8("kv_type")?,
             arithmetic_id: from.u32("arithmetic_id")?,
             rows_max: from.u32("rows_max")?,
+            pages: from.page_ids()?,
         })
     }
 
@@ -349,6 +387,16 @@ impl Open {
         to.u8(self.kv_type);
         to.u32(self.arithmetic_id);
         to.u32(self.rows_max);
+        to.page_ids(self.pages);
+    }
+}
+
+impl<'a> End<'a> {
+    /// Bytes before the page ids.
+    pub const BYTES: usize = 6;
+
+    fn read(from: &mut Reader<'a>) -> Result<Self, MessageError> {
+        Ok(Self { commit: from.u32("commit")?, pages: from.page_ids()? })
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::message::{
-    Arrivals, CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, Hello, KV_F16,
+    Arrivals, CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, End, Hello, KV_F16,
     Message, Open, Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
 };
 use hat_transport::pool::{Pool, PoolConfig};
@@ -106,6 +106,7 @@ fn open() -> Vec<u8> {
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 512,
+        pages: &[*b"a page's own id."],
     }))
 }
 
@@ -210,6 +211,8 @@ fn the_tables_are_what_the_code_says() {
 #[test]
 fn the_sizes_are_what_the_code_says() {
     assert!(DOCUMENT.contains(&format!("HELLO ({} bytes", Hello::BYTES)));
+    assert!(DOCUMENT.contains(&format!("OPEN ({} bytes", Open::BYTES)));
+    assert!(DOCUMENT.contains(&format!("END ({} bytes", End::BYTES)));
     assert!(DOCUMENT.contains(&format!("ROWS ({} bytes", RowsHead::BYTES)));
     assert!(DOCUMENT.contains(&format!("OUTPUT ({} bytes", OutputHead::BYTES)));
     // A pool buffer holds what the document says that a frame is at most.

@@ -87,7 +87,9 @@ impl DoctorArgs {
     /// One short answer through the configured link and cloud.
     fn answer(&self, cache: &Path) -> anyhow::Result<bool> {
         let start = Instant::now();
-        let engine = match Engine::open(self.device.config(cache)?) {
+        // What a link and a cloud take is seen where rows go up.
+        let config = self.device.config(cache)?.prefix(false);
+        let engine = match Engine::open(config) {
             Ok(engine) => engine,
             Err(error) => {
                 println!("answer: {error}");

@@ -2,6 +2,7 @@
 
 mod doctor;
 mod generate;
+mod secret;
 mod serve;
 
 use std::path::{Path, PathBuf};
@@ -162,6 +163,11 @@ pub(crate) struct DeviceRunArgs {
     #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
           value_parser = parse_share)]
     past_share: f64,
+    /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
+    /// names is kept in the state directory.
+    #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
+        value_parser = parse_switch, value_name = "on|off")]
+    prefix: bool,
     /// Seconds that a request waits for a cloud that is away.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
@@ -176,12 +182,21 @@ fn parse_share(text: &str) -> Result<f64, String> {
     share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
 }
 
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{text:?} is neither on nor off")),
+    }
+}
+
 impl DeviceRunArgs {
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
             .link(self.run.link)
             .wire(self.wire)
-            .chunks(self.chunks);
+            .chunks(self.chunks)
+            .prefix(self.prefix);
         config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.split_layer = self.bundle.split_layer();
@@ -189,6 +204,12 @@ impl DeviceRunArgs {
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
         if let Some(address) = &self.cloud {
             config = config.cloud(address);
+            // A cloud in this process holds nothing of earlier ones.
+            if self.prefix
+                && let Ok(state) = serve::state_dir()
+            {
+                config.prefix_secret = secret::prefix_secret(&state)?;
+            }
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -35,6 +36,12 @@ pub(crate) struct CloudArgs {
     /// GPUs of the stages, by number; needs --processor cuda.
     #[arg(long, env = "HAT_GPUS", value_delimiter = ',', value_name = "N,N")]
     gpus: Vec<usize>,
+    /// Sessions of one device at once.
+    #[arg(long, env = "HAT_SESSIONS_PER_DEVICE_MAX", value_name = "N")]
+    sessions_per_device_max: Option<u32>,
+    /// Seconds without a sign of life after which a session gives its memory up if others need it.
+    #[arg(long, env = "HAT_IDLE_AFTER", value_name = "SECONDS", default_value_t = 10.0)]
+    idle_after: f64,
 }
 
 impl CloudArgs {
@@ -45,6 +52,10 @@ impl CloudArgs {
         config.gpus = self.gpus;
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
+        let per_device = &mut config.limits.sessions_per_device_max;
+        *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
+        config.idle_after = Duration::try_from_secs_f64(self.idle_after)
+            .context("--idle-after: a number of seconds from 0 up is wanted")?;
         let falls_back = config.processor.falls_back();
         let mut cloud = Cloud::start(config.clone())?;
         config = config.listen(cloud.address());
@@ -133,7 +144,8 @@ fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
     writeln!(file, "{text}")
 }
 
-fn state_dir() -> anyhow::Result<PathBuf> {
+/// Where secrets of this user's roles are kept.
+pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
     let base = std::env::var_os("XDG_STATE_HOME")
         .filter(|path| !path.is_empty())
         .map(PathBuf::from)

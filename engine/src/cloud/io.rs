@@ -1,12 +1,13 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
 mod fault;
+mod prefix;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use hat_transport::clock::Clock;
@@ -14,10 +15,15 @@ use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
-    Arrivals, Busy, CloseCode, Hello, Message, Open, SessionError, SessionErrorCode,
+    Arrivals, Busy, CloseCode, Dropped, Hello, Message, Open, Opened, SessionError,
+    SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
+use self::prefix::check_names;
+pub(super) use self::prefix::scope_of;
+use super::admission::Admission;
+use super::outbox::{Guest, Output};
 use super::output::Outputs;
 use super::session::{Offence, Session};
 use super::step::Job;
@@ -26,9 +32,17 @@ use crate::Error;
 use crate::backend::BackendFault;
 use crate::pack::{Codec, PackError};
 use crate::page::{PagePool, pages_for};
-use crate::sched::{Scheduler, SessionKey, Work};
+use crate::prefix::PrefixCache;
+use crate::sched::{DeviceKey, Scheduler, SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, BundleFacts, KV_TYPE_F16};
+
+/// What becomes of a session that a device wants to open.
+enum Admitted {
+    Open(Opened),
+    /// Milliseconds.
+    RetryAfter(u32),
+}
 
 /// What the io thread starts with.
 pub(super) struct Start {
@@ -73,17 +87,24 @@ impl Start {
         let hello = self.hello();
         let limits = self.config.limits;
         let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
+        // A session has one work there at a time, so there is room for all.
+        let queue_max = limits.sessions_max as usize;
         let io = Io {
             endpoint,
-            scheduler: Scheduler::new(limits.step_rows_max, limits.queue_max as usize),
+            now: self.clock.now(),
+            scheduler: Scheduler::new(limits.step_rows_max, queue_max),
+            guests: HashMap::new(),
+            next_device: 1,
+            admission: Admission::default(),
+            dropped: Vec::new(),
             pages: PagePool::new(self.pages),
+            prefixes: PrefixCache::default(),
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
             jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
-            outbox: VecDeque::new(),
-            told: HashMap::new(),
+            unsent: VecDeque::new(),
             moves: Vec::new(),
             start: self,
         };
@@ -101,41 +122,37 @@ impl Start {
     }
 }
 
-/// Rows that found no free buffer yet, already in the wire's form.
-struct Output {
-    connection: ConnectionId,
-    session: u32,
-    body: Vec<u8>,
-}
-
-struct Io {
-    start: Start,
-    endpoint: Endpoint,
+/// The io thread's own.
+pub(super) struct Io {
+    pub(super) start: Start,
+    pub(super) endpoint: Endpoint,
+    /// When the turn at hand began.
+    pub(super) now: Instant,
     scheduler: Scheduler,
-    pages: PagePool,
-    sessions: HashMap<SessionKey, Session>,
-    keys: HashMap<(ConnectionId, u32), SessionKey>,
+    pub(super) pages: PagePool,
+    prefixes: PrefixCache,
+    pub(super) sessions: HashMap<SessionKey, Session>,
+    pub(super) keys: HashMap<(ConnectionId, u32), SessionKey>,
     next_key: SessionKey,
+    pub(super) guests: HashMap<ConnectionId, Guest>,
+    next_device: DeviceKey,
+    pub(super) admission: Admission,
+    /// Connections with outputs that wait, in turn.
+    pub(super) unsent: VecDeque<ConnectionId>,
+    dropped: Vec<Dropped>,
     jobs: Vec<Job>,
     works: Vec<Work>,
-    outbox: VecDeque<Output>,
-    /// Arrived bytes, and how long they took, that each connection was told of.
-    told: HashMap<ConnectionId, (u64, Duration)>,
     /// Moves of commits that came on their own, for the next step.
     moves: Vec<crate::backend::RowMove>,
 }
-
-/// How long a turn may wait when output could not be sent for want of buffers.
-const OUTBOX_RETRY: Duration = Duration::from_millis(1);
-/// What a refused device is told to wait.
-const RETRY_AFTER_MS: u32 = 500;
 
 impl Io {
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
         while !self.start.stop.load(Ordering::Acquire) {
-            let timeout = (!self.outbox.is_empty()).then_some(OUTBOX_RETRY);
+            let timeout = self.outbox_retry();
             self.endpoint.turn(timeout, &mut events)?;
+            self.now = self.start.clock.now();
             for event in events.drain(..) {
                 self.take(event);
             }
@@ -151,7 +168,7 @@ impl Io {
             if let Some(fault) = self.start.fault.get() {
                 return Err(std::io::Error::other(fault.clone()));
             }
-            self.flush_outbox();
+            self.flush_outboxes();
             self.plan();
             self.note_gauges();
         }
@@ -163,6 +180,9 @@ impl Io {
             Event::Up { connection, hello, resumed, .. } => {
                 if !resumed {
                     self.drop_sessions_of(connection);
+                    let guest = Guest::new(self.next_device);
+                    self.next_device += 1;
+                    self.guests.insert(connection, guest);
                 }
                 if let Err((code, reason)) = self.check_hello(&hello) {
                     tracing::info!(%reason, "connection refused");
@@ -174,8 +194,10 @@ impl Io {
             Event::Down { reason, .. } => tracing::info!(%reason, "connection down"),
             Event::Gone { connection, error } => {
                 tracing::info!(%error, "connection gone");
-                self.told.remove(&connection);
                 self.drop_sessions_of(connection);
+                if let Some(guest) = self.guests.remove(&connection) {
+                    self.admission.forget(guest.device);
+                }
             }
             _ => {}
         }
@@ -204,14 +226,15 @@ impl Io {
             }
             return;
         };
+        if let Some(session) = self.sessions.get_mut(&key) {
+            session.active_at = self.now;
+        }
         let taken = match kind {
             Kind::Rows => self.take_rows(key, frame),
             Kind::Commit => self.take_commit(key, &frame),
-            Kind::End => {
-                self.end(key);
+            Kind::End => self.end_named(key, &frame).map(|()| {
                 self.answer(connection, wire_id, &Message::Ended);
-                Ok(())
-            }
+            }),
             Kind::Cancel => {
                 self.cancel(key);
                 self.answer(connection, wire_id, &Message::Cancelled);
@@ -236,30 +259,31 @@ impl Io {
             Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
         };
         match opened {
-            Ok(true) => self.answer(connection, wire_id, &Message::Opened),
-            Ok(false) => {
-                self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
-                let busy = Message::Busy(Busy { retry_after_ms: RETRY_AFTER_MS });
-                self.answer(connection, wire_id, &busy);
+            Ok(Admitted::Open(opened)) => {
+                self.answer(connection, wire_id, &Message::Opened(opened));
+            }
+            Ok(Admitted::RetryAfter(retry_after_ms)) => {
+                self.start.counters.busy.fetch_add(1, Ordering::Relaxed);
+                self.answer(connection, wire_id, &Message::Busy(Busy { retry_after_ms }));
             }
             Err(offence) => self.refuse(connection, wire_id, offence),
         }
     }
 
-    /// Opens a session; `false` if there is no room now.
+    /// Opens a session, or says when there may be room for it.
     fn admit(
         &mut self,
         connection: ConnectionId,
         wire_id: u32,
-        open: &Open,
-    ) -> Result<bool, Offence> {
+        open: &Open<'_>,
+    ) -> Result<Admitted, Offence> {
         use SessionErrorCode as Code;
         if wire_id == 0 || self.keys.contains_key(&(connection, wire_id)) {
             let text = format!("session id {wire_id} is taken");
             return Err(Offence::new(Code::NoSuchSession, text));
         }
         let layers = u32::from(open.entry_layer)..u32::from(open.exit_layer);
-        wire::check_layers(layers.clone(), &self.start.bundle.layers)
+        wire::check_layers(layers, &self.start.bundle.layers)
             .map_err(|reason| Offence::new(Code::Layers, reason))?;
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
@@ -278,35 +302,64 @@ impl Io {
             let text = format!("{} positions asked for, the context is {context}", open.rows_max);
             return Err(Offence::new(Code::BadShape, text));
         }
-        if self.sessions.len() >= limits.sessions_max as usize {
-            return Ok(false);
+        check_names(open)?;
+        let wanted = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
+        if !self.make_room(connection, wanted) {
+            return Ok(Admitted::RetryAfter(self.retry_after_ms(connection, wanted)));
         }
-        let pages = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
-        let Ok(pages) = self.pages.take(pages) else { return Ok(false) };
+        let (pages, held) = self.reserve(open, wanted);
         let key = self.next_key;
         self.next_key += 1;
-        let sequence = Sequence::new(pages, open.rows_max);
-        let session = Session::new(key, connection, wire_id, codec, layers, sequence);
+        let sequence = Sequence::on_held(pages, open.rows_max, held);
+        let session = Session::new(key, connection, wire_id, codec, open, sequence, self.now);
         self.sessions.insert(key, session);
         self.keys.insert((connection, wire_id), key);
+        if let Some(guest) = self.guests.get_mut(&connection) {
+            guest.sessions += 1;
+            self.admission.forget(guest.device);
+        }
         self.start.counters.opened.fetch_add(1, Ordering::Relaxed);
-        Ok(true)
+        let pages = u16::try_from(held).expect("at most as many as one frame names");
+        Ok(Admitted::Open(Opened { pages }))
     }
 
     fn take_rows(&mut self, key: SessionKey, frame: Frame) -> Result<(), Offence> {
         let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
-        let rows_max = self.scheduler.rows_max();
-        let complete = session.take_rows(frame, self.start.bundle.hidden_size, rows_max)?;
-        let Some(complete) = complete else { return Ok(()) };
+        let (hidden_size, rows_max) = (self.start.bundle.hidden_size, self.scheduler.rows_max());
+        let (connection, wire_id) = (session.connection, session.wire_id);
+        let mut dropped = std::mem::take(&mut self.dropped);
+        let taken = session.take_rows(self.now, frame, hidden_size, rows_max, &mut dropped);
+        if let Ok(true) = taken {
+            // The scheduler may have heard of a chunk that is no longer there.
+            session.is_queued = false;
+            self.scheduler.forget(key);
+        }
+        for rows in dropped.drain(..) {
+            self.start.counters.dropped.fetch_add(u64::from(rows.count), Ordering::Relaxed);
+            self.answer(connection, wire_id, &Message::Dropped(rows));
+        }
+        self.dropped = dropped;
+        taken?;
+        self.enqueue_next(key);
+        Ok(())
+    }
+
+    /// Tells the scheduler of a session's first chunk, if it does not know one.
+    fn enqueue_next(&mut self, key: SessionKey) {
+        let Some(session) = self.sessions.get_mut(&key).filter(|session| !session.is_queued) else {
+            return;
+        };
+        let Some(next) = session.next() else { return };
+        let guest = self.guests.get(&session.connection).expect("a session has a connection");
+        session.is_queued = true;
         let work = Work {
             session: key,
-            rows: complete.rows,
-            urgent: complete.urgent,
+            device: guest.device,
+            rows: next.rows,
+            urgent: next.urgent,
             class: session.exit_layer,
         };
-        self.scheduler
-            .enqueue(work)
-            .map_err(|error| Offence::new(SessionErrorCode::Resource, error.to_string()))
+        self.scheduler.enqueue(work).expect("there is room for a work of each session");
     }
 
     fn take_commit(&mut self, key: SessionKey, frame: &Frame) -> Result<(), Offence> {
@@ -333,12 +386,16 @@ impl Io {
             for work in &works {
                 job.step.exit_layer = work.class;
                 let session = self.sessions.get_mut(&work.session).expect("forgotten when ended");
+                session.is_queued = false;
+                session.in_flight += 1;
                 if let Err(offence) = job.put(session, self.start.bundle.hidden_size) {
                     let (connection, wire_id) = (session.connection, session.wire_id);
                     self.end(work.session);
                     self.refuse(connection, wire_id, offence);
                 }
+                self.name_prompt(work.session);
             }
+            works.iter().for_each(|work| self.enqueue_next(work.session));
             self.works = works;
             if self.start.to_step.send(job).is_err() {
                 return;
@@ -358,6 +415,10 @@ impl Io {
         let took_us = u32::try_from(job.took.as_micros()).unwrap_or(u32::MAX);
         counters.step_us.fetch_add(u64::from(took_us), Ordering::Relaxed);
         for index in 0..job.sessions.len() {
+            if let Some(session) = self.sessions.get_mut(&job.sessions[index]) {
+                session.in_flight -= 1;
+                session.active_at = self.now;
+            }
             if let Err(error) = self.send_outputs(&job, index, took_us) {
                 let key = job.sessions[index];
                 let Some(session) = self.sessions.get(&key) else { continue };
@@ -383,8 +444,9 @@ impl Io {
             return Ok(());
         }
         while let Some(bytes) = outputs.next_bytes() {
-            // Frames of one session keep their order: once one waits, all wait.
-            let buffer = if self.outbox.is_empty() { self.endpoint.buffer(bytes) } else { None };
+            // Frames of one session keep their order: once one waits, all of its device wait.
+            let waits = self.guests.get(&connection).is_some_and(Guest::has_outputs);
+            let buffer = if waits { None } else { self.endpoint.buffer(bytes) };
             let waiting = match buffer {
                 Some(mut body) => {
                     outputs.encode(body.body_mut())?;
@@ -401,7 +463,7 @@ impl Io {
                 }
             };
             if let Some(body) = waiting {
-                self.outbox.push_back(Output { connection, session: wire_id, body });
+                self.keep_output(connection, Output { session: wire_id, body });
             }
             outputs.advance();
         }
@@ -412,7 +474,8 @@ impl Io {
     fn arrivals_of(&mut self, connection: ConnectionId) -> Arrivals {
         let Some(counters) = self.endpoint.counters(connection) else { return Arrivals::default() };
         let now = (counters.traffic.arrived_bytes, counters.traffic.arrived_in);
-        let (bytes, time) = self.told.insert(connection, now).unwrap_or_default();
+        let Some(guest) = self.guests.get_mut(&connection) else { return Arrivals::default() };
+        let (bytes, time) = std::mem::replace(&mut guest.told, now);
         let us = now.1.saturating_sub(time).as_micros();
         Arrivals {
             bytes: u32::try_from(now.0.saturating_sub(bytes)).unwrap_or(u32::MAX),
@@ -420,31 +483,15 @@ impl Io {
         }
     }
 
-    fn flush_outbox(&mut self) {
-        while let Some(output) = self.outbox.front() {
-            if !self.keys.contains_key(&(output.connection, output.session)) {
-                self.outbox.pop_front();
-                continue;
-            }
-            let Some(mut body) = self.endpoint.buffer(output.body.len()) else { return };
-            body.body_mut().copy_from_slice(&output.body);
-            let (connection, session) = (output.connection, output.session);
-            if self
-                .endpoint
-                .send(connection, Kind::Output, session, Priority::Verify, body)
-                .is_err()
-            {
-                return;
-            }
-            self.outbox.pop_front();
-        }
-    }
-
     /// Ends a session: its waiting work is forgotten, its pages are free. A step that runs with
     /// its rows may still write those pages; whoever gets them next writes them in a later step.
-    fn end(&mut self, key: SessionKey) {
+    pub(super) fn end(&mut self, key: SessionKey) {
         let Some(session) = self.sessions.remove(&key) else { return };
         self.scheduler.forget(key);
+        self.admission.note_life(self.now.saturating_duration_since(session.opened_at));
+        if let Some(guest) = self.guests.get_mut(&session.connection) {
+            guest.sessions -= 1;
+        }
         self.keys.remove(&(session.connection, session.wire_id));
         self.pages.give_back(session.sequence.into_pages());
     }
@@ -472,7 +519,7 @@ impl Io {
         }
     }
 
-    fn refuse(&mut self, connection: ConnectionId, wire_id: u32, offence: Offence) {
+    pub(super) fn refuse(&mut self, connection: ConnectionId, wire_id: u32, offence: Offence) {
         tracing::info!(session = wire_id, code = ?offence.code, text = %offence.text, "refused");
         self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
         let error = SessionError { code: offence.code, text: &offence.text };
@@ -482,6 +529,8 @@ impl Io {
     fn note_gauges(&self) {
         let counters = &self.start.counters;
         counters.sessions.store(self.sessions.len() as u64, Ordering::Relaxed);
-        counters.pages_free.store(self.pages.free() as u64, Ordering::Relaxed);
+        let (free, idle) = (self.pages.free() as u64, self.pages.idle() as u64);
+        counters.pages_free.store(free + idle, Ordering::Relaxed);
+        counters.pages_idle.store(idle, Ordering::Relaxed);
     }
 }

@@ -2,10 +2,13 @@
 //! for each pipeline stage, which owns a backend and a run of layers, with bounded queues between
 //! them.
 
+mod admission;
 mod io;
+mod outbox;
 mod output;
 mod session;
 mod step;
+mod void;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -25,8 +28,8 @@ use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
 
-/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions` and
-/// `pages_free`, which are what they are now.
+/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
+/// `pages_idle`, which are what they are now.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct CloudCounters {
@@ -40,12 +43,22 @@ pub struct CloudCounters {
     pub opened: AtomicU64,
     /// Sessions and connections refused or ended for something that the peer did.
     pub refused: AtomicU64,
+    /// Idle sessions ended for the sake of others.
+    pub evicted: AtomicU64,
+    /// Devices told to come back later.
+    pub busy: AtomicU64,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: AtomicU64,
     /// Sessions open now.
     pub sessions: AtomicU64,
-    /// Free KV pages now.
+    /// KV pages that a new session can have now, those that are kept for others included.
     pub pages_free: AtomicU64,
     /// Steps that a backend did not compute.
     pub faults: AtomicU64,
+    /// Of these, pages that are kept: a session that names them need not upload their rows.
+    pub pages_idle: AtomicU64,
+    /// Pages that sessions found when they opened.
+    pub pages_reused: AtomicU64,
 }
 
 /// A running cloud. Dropping it stops it.

@@ -34,7 +34,13 @@ impl<'a> Outputs<'a> {
             hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
             hidden_size,
             codec: codec.down(),
-            head: OutputHead { count: 0, queue_us: 0, step_us, step_rows, arrivals },
+            head: OutputHead {
+                count: 0,
+                queue_us: job.queue_us(index),
+                step_us,
+                step_rows,
+                arrivals,
+            },
             done: 0,
             frame: 0,
         }

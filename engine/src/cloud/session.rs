@@ -1,15 +1,17 @@
 //! One session in the cloud: frames gathered into chunks, and the rows they become.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{Message, Rows, SessionErrorCode, Want};
+use hat_transport::message::{Dropped, Message, Open, Rows, SessionErrorCode, Want};
 use hat_transport::turn::ConnectionId;
 
+use super::io::scope_of;
 use crate::backend::RowMove;
 use crate::pack::Codec;
+use crate::prefix::{PageId, PrefixScope};
 use crate::sched::SessionKey;
 use crate::sequence::{PlanBuffers, Sequence, SequenceError};
 
@@ -38,7 +40,7 @@ impl From<SequenceError> for Offence {
 }
 
 /// What waits to be applied, in order of arrival.
-enum Item {
+pub(super) enum Item {
     Chunk(Chunk),
     Commit(u32),
 }
@@ -46,8 +48,13 @@ enum Item {
 /// Rows that run together: one frame, or several joined by `MORE`.
 #[derive(Default)]
 pub(super) struct Chunk {
-    frames: Vec<Frame>,
+    pub(super) frames: Vec<Frame>,
     rows: u32,
+    urgent: bool,
+    /// Whether any of its rows are.
+    pub(super) decided: bool,
+    /// When its last frame came; `None` before.
+    complete_at: Option<Instant>,
 }
 
 /// Rows of one session in one step, and which of them go back.
@@ -59,6 +66,8 @@ pub(super) struct StepRows {
     pub(super) wanted: Vec<u32>,
     /// Their ids. `[wanted]`
     pub(super) wanted_ids: Vec<u32>,
+    /// When the last of them had come.
+    pub(super) complete_at: Option<Instant>,
 }
 
 impl StepRows {
@@ -78,13 +87,27 @@ pub(super) struct Session {
     pub(super) entry_layer: u32,
     pub(super) exit_layer: u32,
     pub(super) sequence: Sequence,
-    items: VecDeque<Item>,
-    gathering: Chunk,
+    /// What its rows depend on beside their tokens.
+    pub(super) scope: PrefixScope,
+    /// Names of its prompt's full pages; empty when all are known.
+    names: Vec<PageId>,
+    /// So many of them are known.
+    named: usize,
+    pub(super) items: VecDeque<Item>,
+    pub(super) gathering: Chunk,
+    /// Whether the scheduler knows of the first chunk. It hears of the next one when that has
+    /// run, so what a session may have waiting is bounded by its device's credit alone.
+    pub(super) is_queued: bool,
+    /// Steps on their way that have rows of this session.
+    pub(super) in_flight: u32,
+    pub(super) opened_at: Instant,
+    /// When a frame came last, or an output went.
+    pub(super) active_at: Instant,
 }
 
-/// A chunk has become complete: so many rows, and whether they are a verify.
+/// The chunk that is to run next: so many rows, and whether they are a verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Complete {
+pub(super) struct Next {
     pub(super) rows: u32,
     pub(super) urgent: bool,
 }
@@ -95,29 +118,68 @@ impl Session {
         connection: ConnectionId,
         wire_id: u32,
         codec: Codec,
-        layers: Range<u32>,
+        open: &Open<'_>,
         sequence: Sequence,
+        now: Instant,
     ) -> Self {
         Self {
             key,
             connection,
             wire_id,
             codec,
-            entry_layer: layers.start,
-            exit_layer: layers.end,
+            entry_layer: u32::from(open.entry_layer),
+            exit_layer: u32::from(open.exit_layer),
+            named: sequence.full_pages(),
             sequence,
+            scope: scope_of(open),
+            names: open.pages.to_vec(),
             items: VecDeque::new(),
             gathering: Chunk::default(),
+            is_queued: false,
+            in_flight: 0,
+            opened_at: now,
+            active_at: now,
         }
     }
 
-    /// Takes a `ROWS` frame; says what became complete with it.
+    /// Names of its first pages, if more of them are full than are known.
+    pub(super) fn names_to_keep(&self) -> Option<&[PageId]> {
+        let full = self.sequence.full_pages().min(self.names.len());
+        (full > self.named).then(|| &self.names[..full])
+    }
+
+    /// The pages of [`Session::names_to_keep`] are known now.
+    pub(super) fn names_were_kept(&mut self) {
+        self.named = self.sequence.full_pages().min(self.names.len());
+        if self.named == self.names.len() {
+            self.names = Vec::new();
+        }
+    }
+
+    /// Whether it has nothing to do, and nothing was heard of it for so long.
+    pub(super) fn is_idle(&self, now: Instant, idle_after: Duration) -> bool {
+        let silent = now.saturating_duration_since(self.active_at) >= idle_after;
+        silent && self.next().is_none() && self.in_flight == 0
+    }
+
+    /// The first chunk that waits.
+    pub(super) fn next(&self) -> Option<Next> {
+        self.items.iter().find_map(|item| match item {
+            Item::Chunk(Chunk { rows, urgent, .. }) => Some(Next { rows: *rows, urgent: *urgent }),
+            Item::Commit(_) => None,
+        })
+    }
+
+    /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `dropped`. Says
+    /// whether chunks were taken out of the queue.
     pub(super) fn take_rows(
         &mut self,
+        now: Instant,
         frame: Frame,
         hidden_size: usize,
         rows_max: u32,
-    ) -> Result<Option<Complete>, Offence> {
+        dropped: &mut Vec<Dropped>,
+    ) -> Result<bool, Offence> {
         let Rows { head, payload, .. } = rows_of(&frame)?;
         let count = u32::from(head.count);
         let bytes = self.codec.row_bytes(hidden_size) * usize::from(head.count);
@@ -129,19 +191,26 @@ impl Session {
             );
             return Err(Offence::new(SessionErrorCode::BadShape, text));
         }
+        if head.first_id.checked_add(count).is_none() {
+            let text = format!("row ids end below {}, but {} came", u32::MAX, head.first_id);
+            return Err(Offence::new(SessionErrorCode::BadShape, text));
+        }
         let rows = self.gathering.rows + count;
         if rows > rows_max {
             let text = format!("a chunk of {rows} rows exceeds the row budget of {rows_max}");
             return Err(Offence::new(SessionErrorCode::BadShape, text));
         }
-        let (more, urgent) = (head.more, frame.priority == Priority::Verify);
+        let (more, decided, commit) = (head.more, head.decided, head.commit);
+        let any_void = decided && self.drop_void(commit, dropped);
         self.gathering.rows = rows;
+        self.gathering.urgent = frame.priority == Priority::Verify;
+        self.gathering.decided |= decided;
         self.gathering.frames.push(frame);
-        if more {
-            return Ok(None);
+        if !more {
+            self.gathering.complete_at = Some(now);
+            self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
         }
-        self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
-        Ok(Some(Complete { rows, urgent }))
+        Ok(any_void)
     }
 
     /// Takes a commit. It is applied after the rows that came before it have run.
@@ -162,6 +231,7 @@ impl Session {
     pub(super) fn cancel(&mut self) {
         self.items.clear();
         self.gathering = Chunk::default();
+        self.is_queued = false;
     }
 
     /// Puts the oldest chunk into a step: its rows' places into `plan`, its numbers to the end of
@@ -180,6 +250,7 @@ impl Session {
                 Item::Chunk(chunk) => break chunk,
             }
         };
+        rows.complete_at = chunk.complete_at;
         for frame in &chunk.frames {
             let wire = rows_of(frame)?;
             let first = rows.ids.len();
@@ -208,7 +279,7 @@ impl Session {
         let head = &wire.head;
         let count = u32::from(head.count);
         if head.commit != 0 {
-            // What it prunes has run, or runs now, and is answered by OUTPUT.
+            // What it prunes and is still here has run, or runs now, and is answered by OUTPUT.
             self.sequence.commit(head.commit, moves, &mut Vec::new())?;
         }
         if head.decided {
@@ -241,7 +312,7 @@ impl Session {
     }
 }
 
-fn rows_of(frame: &Frame) -> Result<Rows<'_>, Offence> {
+pub(super) fn rows_of(frame: &Frame) -> Result<Rows<'_>, Offence> {
     match Message::decode(Kind::Rows, &frame.body) {
         Ok(Message::Rows(rows)) => Ok(rows),
         Ok(other) => unreachable!("ROWS decoded as {:?}", other.kind()),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded, never};
 use hat_transport::clock::Clock;
@@ -23,6 +23,8 @@ pub(super) struct Job {
     pub(super) sessions: Vec<SessionKey>,
     /// Rows of each of them. `[sessions]`
     pub(super) rows: Vec<StepRows>,
+    /// When the first stage began.
+    pub(super) began: Option<Instant>,
     /// How long the stages computed, all together.
     pub(super) took: Duration,
     /// Why its rows mean nothing, if they don't.
@@ -37,8 +39,17 @@ impl Job {
         self.step.hidden.clear();
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
+        self.began = None;
         self.took = Duration::ZERO;
         self.fault = None;
+    }
+
+    /// How long the rows of session `index` waited for the step.
+    pub(super) fn queue_us(&self, index: usize) -> u32 {
+        let waited = self.began.zip(self.rows[index].complete_at);
+        let waited = waited
+            .map_or(Duration::ZERO, |(began, complete)| began.saturating_duration_since(complete));
+        u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
     }
 
     /// Puts the oldest chunk of `session` into this step. What is wrong with it comes back as an
@@ -130,6 +141,7 @@ impl Stage {
     fn run(mut self) {
         for mut job in &self.jobs {
             let start = self.clock.now();
+            job.began.get_or_insert(start);
             if job.fault.is_none() {
                 self.model.forward(&mut job.step);
                 job.fault = self.model.fault();

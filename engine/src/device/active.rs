@@ -10,6 +10,7 @@ use crate::draft::policy::Asking;
 use crate::draft::trained::SessionId;
 use crate::draft::{DraftMode, Lookup, Source, Tree};
 use crate::metrics::Meter;
+use crate::prefix::PageNames;
 use crate::sequence::Sequence;
 
 use super::Job;
@@ -112,6 +113,10 @@ pub(super) struct Active {
     pub(super) wire_id: u32,
     /// Prompt and answer so far.
     pub(super) tokens: Vec<TokenId>,
+    /// Names of the pages that `tokens` fill; `None` if the cloud is asked for none.
+    pub(super) names: Option<PageNames>,
+    /// Rows that the cloud held when the session opened: they are not sent.
+    pub(super) held: u32,
     /// KV of the device's own layers.
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
@@ -154,6 +159,8 @@ pub(super) struct Active {
     pub(super) deadline: Option<Instant>,
     /// How often the cloud lost the session since the last token.
     pub(super) lost_n: u32,
+    /// The cloud is there and has no room: after how many ms it said it might.
+    pub(super) busy_ms: Option<u32>,
 }
 
 /// A cloud that loses a session so often before it gives a token will not give one.
@@ -207,6 +214,9 @@ impl Active {
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.tokens.push(token);
         self.lost_n = 0;
+        if let Some(names) = &mut self.names {
+            names.push(token);
+        }
         if let Some(lookup) = &mut self.lookup {
             lookup.push(token);
         }
@@ -218,6 +228,7 @@ impl Active {
         let pages = std::mem::replace(&mut self.sequence, Sequence::new(Vec::new(), 0));
         let rows_max = self.job.prepared.rows_max();
         self.sequence = Sequence::new(pages.into_pages(), rows_max);
+        self.held = 0;
         self.unsent.count = 0;
         self.unsent.sent = 0;
         self.walk.clear();

@@ -34,9 +34,14 @@ impl Device {
         Ok(true)
     }
 
-    /// Computes decided rows: a chunk of the prompt, or the last token alone.
+    /// Computes decided rows: a chunk of the prompt, or the last token alone. Those that the cloud
+    /// holds are not sent.
     fn compute_chunk(&mut self, index: usize) {
-        let count = self.chunk_rows(index);
+        let held = self.actives[index].held_left();
+        let count = match held {
+            0 => self.chunk_rows(index),
+            _ => held.min(self.start.config.limits.step_rows_max),
+        };
         let active = &mut self.actives[index];
         active.drafts.clear();
         let first = active.computed();
@@ -60,6 +65,12 @@ impl Device {
         if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return self.fail(index, Error::NotFinite { position: first + row });
+        }
+        if held > 0 {
+            active.unfed = first..first + count;
+            active.unsent.sent = 0;
+            active.unsent.count = 0;
+            return;
         }
         let decides = end == active.tokens.len();
         active.set_unsent(first_id, parent, count as usize, decides);
@@ -199,7 +210,7 @@ impl Active {
     fn note_sent(&mut self, head: &RowsHead, now: std::time::Instant) {
         let in_answer = !self.answer.tokens().is_empty();
         // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || self.computed() as usize == self.unsent.count;
+        let alone = in_answer || (self.computed() - self.held) as usize == self.unsent.count;
         let unsent = &mut self.unsent;
         if unsent.sent == unsent.begin {
             self.commit = 0;

@@ -5,6 +5,7 @@ mod compute;
 mod feed;
 mod grow;
 mod plan;
+mod prefix;
 mod run;
 mod trained;
 mod verify;
@@ -33,6 +34,7 @@ use crate::page::pages_for;
 use crate::request::CancelOnDrop;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::token::Tokenizer;
+use crate::turns::Turns;
 use crate::wire::BundleFacts;
 use crate::{Error, Event, Generation, Request, processor};
 
@@ -52,10 +54,17 @@ pub(crate) struct Shared {
     pub(crate) connected: AtomicBool,
     pub(crate) stop: AtomicBool,
     metrics: Mutex<EngineMetrics>,
+    /// Conversations whose ids are known. Locked twice a request.
+    turns: Mutex<Turns>,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
 impl Shared {
+    /// Locked once an answer.
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Locked once a request, and once a look.
     fn metrics(&self) -> MutexGuard<'_, EngineMetrics> {
         self.metrics.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,6 +92,7 @@ impl Engine {
     /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
+        config.limits.check()?;
         let bundle = open_bundle(&config.bundle)?;
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -133,6 +143,7 @@ impl Engine {
             connected: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             metrics: Mutex::new(EngineMetrics::default()),
+            turns: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
         let (jobs, incoming) = bounded(config.limits.queue_max as usize);
@@ -167,8 +178,7 @@ impl Engine {
     /// [`Error::Busy`] if too many wait already, [`Error::Stopped`].
     pub fn generate(&self, request: Request) -> Result<Generation, Error> {
         let asked = self.shared.clock.now();
-        let Shared { tokenizer, config, context, .. } = self.shared.as_ref();
-        let prepared = Prepared::new(request, tokenizer, config.vocab_size, *context)?;
+        let prepared = self.prepare(request)?;
         let prompt_tokens = prepared.prompt.len();
         // Bounded by the answer: one event a token, one a prompt chunk, one at the end.
         let (events, receiver) = unbounded();
@@ -187,6 +197,20 @@ impl Engine {
         self.waker.wake();
         let cancel = CancelOnDrop { cancelled, waker: self.waker.clone() };
         Ok(Generation { events: receiver, prompt_tokens, _cancel: cancel, finished: false })
+    }
+
+    fn prepare(&self, request: Request) -> Result<Prepared, Error> {
+        let Shared { tokenizer, config, context, turns, .. } = self.shared.as_ref();
+        Prepared::following(request, tokenizer, config.vocab_size, *context, turns)
+    }
+
+    /// The ids that a request's prompt has now (tests that ask another model the same).
+    ///
+    /// # Errors
+    /// As [`Engine::generate`].
+    #[doc(hidden)]
+    pub fn prompt_ids(&self, request: Request) -> Result<Vec<crate::backend::TokenId>, Error> {
+        Ok(self.prepare(request)?.prompt)
     }
 
     /// The name of the model, as its checkpoint gives it.

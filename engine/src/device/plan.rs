@@ -119,6 +119,7 @@ impl Device {
             prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
             step_rows: head.step_rows,
             step_s: f64::from(head.step_us) * 1e-6,
+            queue_s: f64::from(head.queue_us) * 1e-6,
             away_s,
         });
     }

@@ -14,6 +14,7 @@ use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Drafts, Phase, Unsent};
 use super::plan::Sizing;
+use super::prefix::PageNamer;
 use super::walk::Walk;
 use super::{Job, Shared};
 use crate::answer::Answer;
@@ -28,6 +29,7 @@ use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
 use crate::page::{PagePool, pages_for};
+use crate::prefix::{PrefixCache, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
@@ -76,6 +78,7 @@ impl Start {
             ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
         };
         let clock = self.shared.clock.clone();
+        let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(&self.config, clock, hello)?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
@@ -95,6 +98,8 @@ impl Start {
             actives: Vec::new(),
             waiting: VecDeque::new(),
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            prefixes: PrefixCache::default(),
+            namer,
             next_wire_id: 1,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
@@ -142,7 +147,11 @@ pub(super) struct Device {
     pub(super) actives: Vec<Active>,
     /// Requests that have no session yet.
     waiting: VecDeque<Job>,
-    pages: PagePool,
+    pub(super) pages: PagePool,
+    /// Pages of the device's own layers, kept from earlier requests.
+    pub(super) prefixes: PrefixCache,
+    /// Names pages; `None` if all rows go up.
+    namer: Option<PageNamer>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -213,7 +222,8 @@ impl Device {
         for active in &self.actives {
             active.fail(Error::Stopped("it was closed".into()));
         }
-        Ok(())
+        // What was said last may be the names of pages to keep.
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
     fn dial(&mut self) {
@@ -239,7 +249,8 @@ impl Device {
             let Some(job) = self.waiting.front() else { return };
             let rows_max = job.prepared.rows_max();
             let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-            let Ok(pages) = self.pages.take(wanted) else { return };
+            let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
+            let Some((pages, _)) = admitted else { return };
             let job = self.waiting.pop_front().expect("looked at above");
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
@@ -262,6 +273,8 @@ impl Device {
                 phase: Phase::Closed { not_before: None },
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
+                names: None,
+                held: 0,
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),
@@ -283,6 +296,7 @@ impl Device {
                 decided: 1..1,
                 deadline: None,
                 lost_n: 0,
+                busy_ms: None,
                 job,
             });
             shared.metrics().sessions = self.actives.len() as u64;
@@ -310,7 +324,13 @@ impl Device {
                 self.actives[index].start_deadline(now, self.start.config.reconnect);
             }
             if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
-                let error = self.peer_error();
+                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
+                    Some(retry_after_ms) => Error::Busy {
+                        reason: format!("cloud {} has no room for another session", self.cloud),
+                        retry_after_ms: u64::from(retry_after_ms),
+                    },
+                    None => self.peer_error(),
+                };
                 self.fail(index, error);
             }
         }
@@ -334,6 +354,8 @@ impl Device {
             if not_before.is_some_and(|time| now < time) {
                 continue;
             }
+            let namer = self.namer.as_ref();
+            active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
@@ -341,11 +363,14 @@ impl Device {
                 kv_type: KV_TYPE_F16,
                 arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),
+                pages: active.pages_to_find(),
             });
+            let bytes = open.encoded_len();
             let wire_id = self.next_wire_id;
             if self.endpoint.send_message(connection, wire_id, &open).is_ok() {
                 self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
                 active.wire_id = wire_id;
+                active.note_message(bytes);
                 active.phase = Phase::Opening;
             }
         }
@@ -416,11 +441,10 @@ impl Device {
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
-            Ok(Message::Opened) => {
-                self.actives[index].phase = Phase::Open;
-                self.actives[index].deadline = None;
+            Ok(Message::Opened(opened)) => {
                 self.actives[index].meter.computed_in(self.peer_arithmetic);
-                Ok(())
+                self.actives[index].busy_ms = None;
+                self.opened(index, opened.pages)
             }
             Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
             Ok(Message::Computed(computed)) => {
@@ -431,6 +455,7 @@ impl Device {
                 self.reason = "it has no room for another session".into();
                 let patience = self.start.config.reconnect;
                 let active = &mut self.actives[index];
+                active.busy_ms = Some(busy.retry_after_ms);
                 active.start_deadline(now, patience);
                 active.restart(Some(now + wait));
                 Ok(())
@@ -448,7 +473,8 @@ impl Device {
                 }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),
             },
-            Ok(Message::Ended | Message::Cancelled | Message::Dropped(_)) => Ok(()),
+            Ok(Message::Dropped(dropped)) => self.take_dropped(index, &dropped),
+            Ok(Message::Ended | Message::Cancelled) => Ok(()),
             Ok(other) => Err(format!("it sent {:?}, which a cloud does not", other.kind())),
             Err(error) => Err(format!("a {:?} frame is malformed: {error}", frame.kind)),
         };
@@ -463,6 +489,9 @@ impl Device {
         let active = &mut self.actives[index];
         let text = active.answer.finish();
         let timings = active.meter.timings();
+        active.note_turn(&self.start.shared);
+        self.keep_pages(index);
+        let active = &mut self.actives[index];
         let mut sums = self.start.shared.metrics();
         sums.add(&active.meter);
         sums.estimates = estimates;
@@ -498,6 +527,7 @@ impl Device {
             self.actives[index].fail(BackendError::Fault(fault.clone()).into());
             self.retire(index);
         }
+        self.forget_pages();
         self.lost = fault.lasts.then(|| fault.clone());
     }
 
@@ -509,7 +539,7 @@ impl Device {
             && !matches!(active.phase, Phase::Closed { .. })
             && active.wire_id != 0
         {
-            let _ = self.endpoint.send_message(connection, active.wire_id, &Message::End);
+            self.end_session(connection, &active);
         }
         self.pages.give_back(active.sequence.into_pages());
         if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {

@@ -9,6 +9,7 @@ use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
 use crate::draft::tree::Guess;
 use crate::model::{DraftForward, Likely};
 use crate::page::{PagePool, pages_for};
+use crate::prefix::{PageId, PrefixCache, PrefixScope};
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
 
 /// A [`DraftForward`] over the sessions of a device.
@@ -17,6 +18,7 @@ pub(super) struct DraftSessions {
     hidden_size: usize,
     step_rows_max: usize,
     pages: PagePool,
+    prefixes: PrefixCache,
     sessions: BTreeMap<SessionId, Session>,
     next: SessionId,
     plan: PlanBuffers,
@@ -61,6 +63,7 @@ impl DraftSessions {
             hidden_size,
             step_rows_max,
             pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            prefixes: PrefixCache::default(),
             sessions: BTreeMap::new(),
             next: 1,
             plan: PlanBuffers::with_capacity(step_rows_max, 1, pages),
@@ -142,12 +145,32 @@ impl Trained for DraftSessions {
     }
 
     fn open(&mut self, rows_max: u32) -> Option<SessionId> {
-        let pages = self.pages.take(pages_for(rows_max as usize + PENDING_ROWS_MAX)).ok()?;
+        let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
+        let (pages, _) = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted)?;
         let session = self.next;
         self.next += 1;
         let sequence = Sequence::new(pages, rows_max);
-        self.sessions.insert(session, Session { sequence, said: Vec::new(), ids: Vec::new() });
+        let (said, ids) = (Vec::new(), Vec::new());
+        self.sessions.insert(session, Session { sequence, said, ids });
         Some(session)
+    }
+
+    fn begin_behind(&mut self, session: SessionId, pages: &[PageId]) -> usize {
+        let Some(Session { sequence, .. }) = self.sessions.get_mut(&session) else { return 0 };
+        debug_assert_eq!(sequence.committed(), 0, "the session has rows");
+        self.prefixes.begin_behind(&mut self.pages, sequence, pages)
+    }
+
+    fn keep(&mut self, session: SessionId, pages: &[PageId]) {
+        if let Some(Session { sequence, .. }) = self.sessions.get(&session) {
+            let full = pages.len().min(sequence.full_pages());
+            let (ids, pages) = (&pages[..full], sequence.pages());
+            self.prefixes.keep(&mut self.pages, PrefixScope::ONE, ids, pages);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.prefixes.clear(&mut self.pages);
     }
 
     fn close(&mut self, session: SessionId) {

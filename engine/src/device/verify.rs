@@ -1,7 +1,7 @@
 //! Outputs that come back, and the walk that turns them into tokens.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::Output;
+use hat_transport::message::{Dropped, Output};
 
 use super::active::Timed;
 use super::run::Device;
@@ -43,6 +43,23 @@ impl Device {
         }
         self.take_pending(index, output, decided)?;
         self.walk(index);
+        Ok(())
+    }
+
+    /// Takes the news that rows will not come back. They were void before the cloud was told so,
+    /// and nobody here waits for them.
+    pub(super) fn take_dropped(&mut self, index: usize, dropped: &Dropped) -> Result<(), String> {
+        let active = &mut self.actives[index];
+        let ids = dropped.first_id..=dropped.first_id + u32::from(dropped.count - 1);
+        if *ids.end() > active.sent_id {
+            return Err(format!("it dropped row {}, which was not sent", ids.end()));
+        }
+        if let Some(id) = ids.clone().find(|id| active.walk.awaits(*id)) {
+            return Err(format!("it dropped row {id}, which is waited for"));
+        }
+        active.meter.rows_settled(u32::from(dropped.count));
+        // The output that would have told how long they were away does not come.
+        active.timed = active.timed.filter(|timed| !ids.contains(&timed.first_id));
         Ok(())
     }
 
@@ -193,6 +210,9 @@ impl Device {
         }
         let heard = emitted.event.is_none_or(|event| active.job.events.send(Ok(event)).is_ok());
         if let Some(reason) = emitted.finish {
+            if self.actives[index].sequence.place(id).is_some() {
+                self.commit(index, id);
+            }
             self.finish(index, reason);
             return false;
         }

@@ -111,6 +111,12 @@ impl Walk {
         Taken::Awaited
     }
 
+    /// Whether a row is here and has not come back.
+    pub(super) fn awaits(&self, id: u32) -> bool {
+        let row = self.rows.binary_search_by_key(&id, |row| row.id);
+        row.is_ok_and(|index| self.rows[index].output.is_none())
+    }
+
     /// The row that decides the next token, and its output for the caller to work on in place;
     /// `None` as long as it is not back.
     pub(super) fn next(&mut self) -> Option<Visit<'_>> {
@@ -248,8 +254,9 @@ mod tests {
         assert_eq!(walk.take(11, &[0.0]), Taken::Awaited);
         assert_eq!(walk.take(11, &[0.0]), Taken::Twice);
         assert!(!walk.is_over());
+        assert!(walk.awaits(10) && !walk.awaits(11) && !walk.awaits(9));
         walk.clear();
-        assert!(walk.is_over());
+        assert!(walk.is_over() && !walk.awaits(10));
         assert_eq!(walk.take(11, &[0.0]), Taken::Unknown);
         walk.push(20, 19, 1, None, 2);
         walk.take(20, &[3.0, 4.0]);

@@ -16,6 +16,7 @@ use std::ops::Range;
 use super::foresee::Draw;
 use super::tree::{Guess, Node};
 use crate::backend::TokenId;
+use crate::prefix::PageId;
 
 /// A session of a trained drafter.
 pub type SessionId = u32;
@@ -65,6 +66,18 @@ pub trait Trained: Send {
     /// Opens a session of at most `rows_max` positions; `None` if there is no room for it, and the
     /// request is drafted without.
     fn open(&mut self, rows_max: u32) -> Option<SessionId>;
+
+    /// A session without rows begins behind those of these pages of its path, from the first on,
+    /// that are kept from earlier sessions; returns how many these are.
+    fn begin_behind(&mut self, _session: SessionId, _pages: &[PageId]) -> usize {
+        0
+    }
+
+    /// These pages of a session's decided path may be kept for others.
+    fn keep(&mut self, _session: SessionId, _pages: &[PageId]) {}
+
+    /// Forgets all pages that it keeps.
+    fn forget(&mut self) {}
 
     /// Ends a session.
     fn close(&mut self, session: SessionId);

@@ -124,7 +124,8 @@ fn what_is_shown_is_what_comes_out() {
         let away_s = 10e-3 + sent_bytes as f64 / 7.5e6 + 2e-3 + step_s;
         let away_s = Some(away_s);
         let prefix = 100;
-        monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, away_s });
+        let queue_s = 1e-3;
+        monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s });
     }
     monitor.note_head(1e-3);
     let costs = monitor.costs(1152, (2, 28), 1).unwrap();
@@ -154,6 +155,7 @@ fn hostile_estimates_give_a_plan() {
                 prefix: u32::MAX,
                 step_rows: u32::MAX,
                 step_s: seconds,
+                queue_s: seconds,
                 away_s: Some(seconds),
             };
             monitor.note_returned(&returned);
@@ -167,4 +169,17 @@ fn hostile_estimates_give_a_plan() {
         monitor.note_head(5.0);
         assert!(monitor.estimates(1, (1, 1), 1).rtt_s.is_some());
     }
+}
+
+/// Where the link is taken for slower than it is, nothing seems to be left for the cloud's queue.
+#[test]
+fn the_cloud_is_believed_that_rows_waited() {
+    let mut monitor = Monitor::default();
+    monitor.note_device(10, 1e-3);
+    monitor.note_uplink(1 << 20, 1.0);
+    monitor.note_rtt(0.5);
+    let (sent_bytes, prefix, step_rows) = (1 << 20, 0, 10);
+    let (step_s, queue_s, away_s) = (1e-3, 4e-3, Some(0.2));
+    monitor.note_returned(&Returned { sent_bytes, prefix, step_rows, step_s, queue_s, away_s });
+    assert!(close(monitor.costs(1152, (2, 28), 1).unwrap().cloud_wait_s, 4e-3, 1e-9));
 }

@@ -203,3 +203,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn rows_behind_a_held_prefix_go_on_from_its_last_id() {
+    let mut sequence = Sequence::on_held(vec![7, 8, 9, 10, 11], 90, 2);
+    assert_eq!((sequence.committed(), sequence.tip(), sequence.last_id()), (64, 64, 64));
+    assert!(sequence.append_committed(64, 1, 63).is_err());
+    assert!(sequence.append_committed(65, 1, 0).is_err());
+    let place = sequence.append_committed(65, 3, 64).unwrap();
+    assert_eq!(place, RowPlace { position: 64, slot: 64 });
+    sequence.append_pending(68, &[67, 67]).unwrap();
+    let (mut moves, mut pruned) = (Vec::new(), Vec::new());
+    sequence.commit(69, &mut moves, &mut pruned).unwrap();
+    assert_eq!(moves, [RowMove { from: (9, 4), to: (9, 3) }]);
+    assert_eq!(
+        sequence.append_committed(70, 23, 69),
+        Err(SequenceError::Full { rows: 91, reserved: 90 })
+    );
+}

@@ -80,7 +80,7 @@ impl Guard {
 
     /// Whether a control token stands at the front of `text`: narrows the sorted list byte by
     /// byte, so a long text of `<<<<` costs no more than any other.
-    fn starts_control(&self, text: &[u8]) -> bool {
+    pub(super) fn starts_control(&self, text: &[u8]) -> bool {
         let mut list = &self.texts[..];
         for (depth, &byte) in text.iter().enumerate() {
             let from = list.partition_point(|s| s.as_bytes()[depth] < byte);

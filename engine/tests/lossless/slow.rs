@@ -8,9 +8,10 @@ use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::AdapterKind;
 use hat_transport::emulator::{Emulator, EmulatorConfig};
 
+use super::assert_same;
 use super::drafts::{request, requests, whole};
+use super::support::{Bundles, collect, steps};
 use super::trained::{add_noise, engine};
-use super::{assert_same, support::Bundles, support::collect};
 
 const RTT: Duration = Duration::from_millis(10);
 
@@ -142,4 +143,31 @@ fn verdicts_for_cancelled_requests_harm_nobody() {
         assert!(start.elapsed() < Duration::from_secs(10), "a session is still there");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// More waves than a slow cloud has room for in its steps: some are void before their turn, and
+/// are not computed.
+#[test]
+fn waves_that_are_void_before_their_step_are_dropped() {
+    let bundles = Bundles::generated(1, 0);
+    let requests: Vec<Request> =
+        requests().into_iter().map(|request| request.max_tokens(24)).take(8).collect();
+    let whole = whole(&bundles, 1, Codec::F16, &requests);
+    add_noise(&bundles, AdapterKind::Deep);
+    let mut config = CloudConfig::new(bundles.path.join("cloud"));
+    config.limits.step_rows_max = 40;
+    let cloud = steps::cloud(config, || std::thread::sleep(Duration::from_millis(3)));
+    let dropped = || cloud.counters().dropped.load(std::sync::atomic::Ordering::Relaxed);
+    for mode in [DraftMode::Stream, DraftMode::All] {
+        let engines = [(); 2].map(|()| {
+            let config = EngineConfig::new(bundles.path.join("device"));
+            Engine::open(config.cloud(cloud.address().to_string())).unwrap()
+        });
+        std::thread::scope(|scope| {
+            for engine in &engines {
+                scope.spawn(|| ask_all("slow cloud", engine, mode, &requests, &whole));
+            }
+        });
+    }
+    assert!(dropped() > 0, "{:?}", cloud.counters());
 }

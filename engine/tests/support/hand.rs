@@ -1,5 +1,6 @@
 //! A device that speaks the protocol by hand, truthfully or not.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use hat_engine::Cloud;
 use hat_transport::clock::SystemClock;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::message::{End, Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
 use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
 
 use super::Bundles;
@@ -23,6 +24,15 @@ pub const HIDDEN: usize = 64;
 
 impl Hand {
     pub fn connect(bundles: &Bundles, cloud: &Cloud) -> Self {
+        Self::connect_to(bundles, cloud.address(), |_| {})
+    }
+
+    /// A device at any address, with queues of any length.
+    pub fn connect_to(
+        bundles: &Bundles,
+        address: SocketAddr,
+        edit: impl FnOnce(&mut EndpointConfig),
+    ) -> Self {
         let bundle = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
         let hello = Hello {
             model_id: *bundle.model_id().as_bytes(),
@@ -36,8 +46,10 @@ impl Hand {
         };
         let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
         let clock = Arc::new(SystemClock);
-        let mut endpoint = Endpoint::new(link, clock, EndpointConfig::new(hello));
-        let connection = endpoint.dial(cloud.address());
+        let mut config = EndpointConfig::new(hello);
+        edit(&mut config);
+        let mut endpoint = Endpoint::new(link, clock, config);
+        let connection = endpoint.dial(address);
         let mut hand = Self { endpoint, connection };
         hand.until(|event| matches!(event, Event::Up { .. }).then_some(()));
         hand
@@ -55,7 +67,17 @@ impl Hand {
         }
     }
 
-    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open)) {
+    /// Takes turns for so long; counts what comes.
+    pub fn turn_for(&mut self, time: Duration, mut count: impl FnMut(&Event)) {
+        let start = Instant::now();
+        let mut events = Vec::new();
+        while start.elapsed() < time {
+            self.endpoint.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+            events.drain(..).for_each(|event| count(&event));
+        }
+    }
+
+    pub fn open(&mut self, session: u32, change: impl FnOnce(&mut Open<'_>)) {
         let mut open = Open {
             entry_layer: 1,
             exit_layer: 4,
@@ -63,6 +85,7 @@ impl Hand {
             kv_type: 1,
             arithmetic_id: 1,
             rows_max: 100,
+            pages: &[],
         };
         change(&mut open);
         self.endpoint.send_message(self.connection, session, &Message::Open(open)).unwrap();
@@ -75,6 +98,21 @@ impl Hand {
         body.body_mut()[start..].copy_from_slice(payload);
         let (connection, priority) = (self.connection, Priority::Prompt);
         self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
+    }
+
+    /// How many pages `session` found.
+    pub fn opened(&mut self, session: u32) -> u16 {
+        self.until(|event| {
+            let Event::Frame { frame, .. } = event else { return None };
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::Opened(opened)) if frame.session == session => Some(opened.pages),
+                _ => None,
+            }
+        })
+    }
+
+    pub fn end(&mut self, session: u32, end: End<'_>) {
+        self.endpoint.send_message(self.connection, session, &Message::End(end)).unwrap();
     }
 
     /// The next `count` output rows of `session`: ids and bytes.

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod hand;
+pub mod proxy;
+pub mod steps;
 
 use std::path::PathBuf;
 

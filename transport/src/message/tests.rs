@@ -30,6 +30,8 @@ fn hello() -> Hello {
     }
 }
 
+const PAGES: [PageId; 3] = [[1; 16], [2; 16], [3; 16]];
+
 const ROWS: RowsHead = RowsHead {
     first_id: 10,
     count: 3,
@@ -78,6 +80,7 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 2048,
+        pages: &PAGES,
     };
     let arrivals = Arrivals { bytes: 65_568, us: 8700 };
     let computed =
@@ -87,13 +90,15 @@ fn each_message_round_trips_and_refuses_other_lengths() {
         Message::Hello(hello()),
         Message::Close(Close { code: CloseCode::Version, reason: "2..=3, not 1..=1" }),
         Message::Open(open),
-        Message::Opened,
+        Message::Opened(Opened { pages: 2 }),
+        Message::Open(Open { pages: &[], ..open }),
         Message::decode(Kind::Rows, &rows).unwrap(),
         Message::decode(Kind::Output, &output).unwrap(),
         Message::Commit(Commit { row: 5 }),
         Message::Cancel,
         Message::Cancelled,
-        Message::End,
+        Message::End(End { commit: 9, pages: &PAGES[1..] }),
+        Message::End(End::default()),
         Message::Ended,
         Message::Dropped(Dropped { first_id: 4, count: 2 }),
         Message::SessionError(error),
@@ -181,8 +186,11 @@ fn wrong_outputs_and_small_messages() {
         assert_eq!(wrong_field(kind, &[255, 255, 255, 255, 2, 0]), "first_id");
     }
     assert_eq!(wrong_field(Kind::SessionError, &[99, 0]), "code");
-    let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+    let turned = [3, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(wrong_field(Kind::Open, &turned), "entry_layer");
+    assert_eq!(wrong_field(Kind::End, &[0, 0, 0, 0, 0, 16]), "pages");
+    let error = Message::decode(Kind::End, &[0, 0, 0, 0, 255, 15]).unwrap_err();
+    assert_eq!(error, MessageError::Short { field: "pages", needed: 65_520, left: 0 });
     let long = [&[1, 0][..], &[b'a'; TEXT_BYTES_MAX + 1]].concat();
     assert_eq!(wrong_field(Kind::SessionError, &long), "text");
     assert_eq!(wrong_field(Kind::Close, &long), "reason");
@@ -226,7 +234,8 @@ proptest! {
         flip in any::<prop::sample::Index>(),
         bits in 0u8..4,
     ) {
-        for body in [noise, small, rows(), output(), encode(&Message::Hello(hello()))] {
+        let end = encode(&Message::End(End { commit: 9, pages: &PAGES }));
+        for body in [noise, small, rows(), output(), encode(&Message::Hello(hello())), end] {
             let mut data = [&[kind][..], &body].concat();
             let at = flip.index(data.len());
             data[at] ^= bits;

@@ -1,6 +1,6 @@
 //! Bounds-checked reading and writing of little-endian fields.
 
-use super::{MessageError, TEXT_BYTES_MAX};
+use super::{MessageError, PAGE_ID_BYTES, PAGE_IDS_MAX, PageId, TEXT_BYTES_MAX};
 
 /// Reads fields from the front of a body.
 pub(super) struct Reader<'a> {
@@ -74,6 +74,15 @@ impl<'a> Reader<'a> {
         Ok((entry, exit))
     }
 
+    /// A count, and so many page ids.
+    pub(super) fn page_ids(&mut self) -> Result<&'a [PageId], MessageError> {
+        let count = usize::from(self.u16("pages")?);
+        if count > PAGE_IDS_MAX {
+            return Err(value("pages", "at most 4095 page ids", count as u64));
+        }
+        Ok(self.bytes("pages", count * PAGE_ID_BYTES)?.as_chunks().0)
+    }
+
     /// All that is left, as text.
     pub(super) fn text(&mut self, field: &'static str) -> Result<&'a str, MessageError> {
         if self.rest.len() > TEXT_BYTES_MAX {
@@ -130,6 +139,13 @@ impl<'a> Writer<'a> {
 
     pub(super) fn u64(&mut self, number: u64) {
         self.bytes(&number.to_le_bytes());
+    }
+
+    /// A count, and so many page ids.
+    pub(super) fn page_ids(&mut self, ids: &[PageId]) {
+        assert!(ids.len() <= PAGE_IDS_MAX, "{} page ids in one message", ids.len());
+        self.u16(u16::try_from(ids.len()).expect("checked above"));
+        self.bytes(ids.as_flattened());
     }
 
     pub(super) fn written(&self) -> usize {

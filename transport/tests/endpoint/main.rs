@@ -8,7 +8,9 @@ mod strangers;
 
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{Arrivals, CloseCode, Message, Open, OutputHead, RowsHead, Want};
+use hat_transport::message::{
+    Arrivals, CloseCode, Message, Open, Opened, OutputHead, RowsHead, Want,
+};
 use hat_transport::turn::{ConnectionId, GoneError};
 use pair::{Pair, kinds, take_frame, take_gone};
 
@@ -25,14 +27,15 @@ fn a_session_runs(kind: LinkKind) {
         kv_type: 1,
         arithmetic_id: 1,
         rows_max: 100,
+        pages: &[[7; 16]],
     };
     pair.device.send_message(device_id, 7, &Message::Open(open)).unwrap();
     let frame = pair.until(|pair| take_frame(&mut pair.cloud_events));
     assert_eq!(Message::decode(frame.kind, &frame.body).unwrap(), Message::Open(open));
     drop(frame);
-    pair.cloud.send_message(cloud_id, 7, &Message::Opened).unwrap();
+    pair.cloud.send_message(cloud_id, 7, &Message::Opened(Opened { pages: 0 })).unwrap();
     let frame = pair.until(|pair| take_frame(&mut pair.device_events));
-    assert_eq!((frame.kind, frame.session, frame.body.len()), (Kind::Opened, 7, 0));
+    assert_eq!((frame.kind, frame.session, frame.body.len()), (Kind::Opened, 7, 2));
 
     rows_go_up(&mut pair);
     output_comes_down(&mut pair, cloud_id);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::{Completion, Link, LinkCounters, LinkKind, PeerId, Waker};
-use hat_transport::message::{Message, Role};
+use hat_transport::message::{Message, Opened, Role};
 use hat_transport::pool::Buf;
 use hat_transport::turn::{ConnectionId, Endpoint, GoneError};
 
@@ -90,7 +90,7 @@ fn a_restarted_cloud_is_found_again(kind: LinkKind) {
     pair.cloud = endpoint(pair.net.link(address), config(Role::Cloud));
     let (cloud, resumed) = pair.up();
     assert!(!resumed, "the sessions are gone, and the device has to know");
-    pair.cloud.send_message(cloud, 3, &Message::Opened).unwrap();
+    pair.cloud.send_message(cloud, 3, &Message::Opened(Opened { pages: 0 })).unwrap();
     let frame = pair.until(|pair| take_frame(&mut pair.device_events));
     assert_eq!(frame.session, 3);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use hat_transport::conn::{ProtocolError, Refusal};
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{CloseCode, Hello, Message, Role};
+use hat_transport::message::{CloseCode, End, Hello, Message, Role};
 use hat_transport::turn::{Event, GoneError};
 
 use super::pair::{Pair, config, kinds, take, take_down, take_frame, take_gone, take_up};
@@ -43,7 +43,7 @@ fn hello(hello: &Hello) -> Vec<u8> {
 }
 
 fn assert_serves(pair: &mut Pair) {
-    pair.device.send_message(pair.dialled, 4, &Message::End).unwrap();
+    pair.device.send_message(pair.dialled, 4, &Message::End(End::default())).unwrap();
     assert_eq!(pair.until(|pair| take_frame(&mut pair.cloud_events)).session, 4);
 }
 
@@ -209,7 +209,8 @@ fn a_closed_connection_takes_nothing() {
     let mut pair = Pair::new(LinkKind::Memory);
     pair.up();
     pair.device.close(pair.dialled, CloseCode::Done, "enough");
-    let error = pair.device.send_message(pair.dialled, 1, &Message::End).unwrap_err();
+    let error =
+        pair.device.send_message(pair.dialled, 1, &Message::End(End::default())).unwrap_err();
     assert_eq!(error.refusal, Refusal::Gone);
     assert!(pair.device.counters(pair.dialled).is_none());
 }

@@ -21,6 +21,8 @@ impl Io {
         tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
         self.start.counters.faults.fetch_add(1, Ordering::Relaxed);
         self.moves.clear();
+        // Pages have their names from when their rows are planned.
+        self.prefixes.clear(&mut self.pages);
         let text = fault.to_string();
         let keys: Vec<_> = self.sessions.keys().copied().collect();
         for key in keys {

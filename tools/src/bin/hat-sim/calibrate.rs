@@ -1,11 +1,11 @@
 //! Finds what no source states from the published U-shape rows, and from nothing else.
 
+use hat_tools::random::{Purpose, unit};
 use indicatif::ProgressBar;
 
 use crate::costs::{CostFile, Ranged};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::random::{Purpose, unit};
 use crate::text::Guessing;
 use crate::world::{Run, World};
 

@@ -1,5 +1,6 @@
 //! Figures of a run.
 
+use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
 use crate::world::World;
@@ -148,14 +149,4 @@ impl Figures {
             self.chunks,
         )
     }
-}
-
-pub(crate) fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
-/// Of values in rising order.
-pub(crate) fn quantile(values: &[f64], share: f64) -> f64 {
-    let last = values.len().saturating_sub(1);
-    values.get((last as f64 * share).round() as usize).copied().unwrap_or(0.0)
 }

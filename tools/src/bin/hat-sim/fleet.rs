@@ -100,7 +100,7 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
 /// with so many sessions waiting: the scheduler's share of an io thread's turn.
 fn scheduler_us(sessions: u64, rows: u32) -> f64 {
     let mut scheduler = Scheduler::new(512, 4096);
-    let work = |session| Work { session, rows, urgent: true, class: 0 };
+    let work = |session| Work { session, device: session, rows, urgent: true, class: 0 };
     for session in 0..sessions {
         scheduler.enqueue(work(session)).expect("the queue is long enough");
     }

@@ -1,7 +1,8 @@
 //! Requests of a workload: when they come, to whom, how long their prompts are.
 
+use hat_tools::random::{Purpose, exponential, normal_quantile, permutation};
+
 use crate::costs::Workload;
-use crate::random::{Purpose, normal_quantile, permutation, unit};
 
 /// A request before anybody has worked on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,8 +21,7 @@ pub(crate) fn requests(workload: &Workload, rate: f64, count: usize, seed: u64) 
         .into_iter()
         .enumerate()
         .map(|(index, length)| {
-            let share = unit(seed, Purpose::Arrival, index as u64, 0);
-            at_s -= (1.0 - share).ln() / rate;
+            at_s += exponential(rate, seed, Purpose::Arrival, index as u64, 0);
             Ask { at_s, prompt_rows: lengths[length] }
         })
         .collect()

@@ -26,8 +26,6 @@ pub(crate) fn seconds(time: Time) -> f64 {
 const FRAME_BYTES: u64 = 65_536;
 /// A frame's header and the head of its rows.
 const FRAME_HEAD_BYTES: u64 = HEADER_BYTES as u64 + 24;
-/// One round in so many is made the way that was slower so far.
-const TRY_EVERY: u64 = 16;
 /// Works that wait for the cloud at most.
 const QUEUE_MAX: usize = 1 << 16;
 
@@ -36,8 +34,8 @@ const QUEUE_MAX: usize = 1 << 16;
 pub(crate) enum Task {
     /// Norm and head of rows that came back.
     Head { request: usize, reply: Reply },
-    /// A round's first rows.
-    Round { request: usize },
+    /// A round's rows: all at once, or level `level` of its tree.
+    Round { request: usize, level: usize },
     /// A chunk of a prompt.
     Chunk { request: usize, chunk: usize },
     /// More rows while those of this round are away.
@@ -67,45 +65,10 @@ pub(crate) struct Device {
     pub(crate) acceptance: Acceptance,
     /// How long works wait for a step in the cloud.
     pub(crate) queue_s: Average,
-    /// Of rounds that wait for each verdict, and of those that do not.
-    pub(crate) pace: [Pace; 2],
-    /// Rounds begun.
-    pub(crate) rounds: u64,
     /// Requests that are not finished.
     pub(crate) open: u32,
     /// Requests whose rows are away.
     pub(crate) away: u32,
-}
-
-/// How fast tokens come: a ratio of sums that forget slowly, since single rounds differ widely.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Pace {
-    tokens: f64,
-    seconds: f64,
-}
-
-impl Pace {
-    pub(crate) fn note(&mut self, tokens: f64, seconds: f64) {
-        const PAST: f64 = 0.995;
-        self.tokens = PAST * self.tokens + tokens;
-        self.seconds = PAST * self.seconds + seconds;
-    }
-
-    /// 0 before anything is known, so that it is tried.
-    fn token_s(&self) -> f64 {
-        self.seconds / self.tokens.max(1.0)
-    }
-}
-
-impl Device {
-    /// Whether rows of the next round shall go up before earlier verdicts are back: as it was
-    /// faster so far; now and then the other way is tried.
-    pub(crate) fn streaming_pays(&mut self) -> bool {
-        let [waiting, streaming] = self.pace.each_ref().map(Pace::token_s);
-        let pays = streaming < waiting;
-        self.rounds += 1;
-        pays != self.rounds.is_multiple_of(TRY_EVERY)
-    }
 }
 
 /// A device's processor: one task at a time, none is interrupted.
@@ -330,8 +293,8 @@ impl Replica {
         }
     }
 
-    /// Takes rows that arrived, in works of at most `cut` rows.
-    pub(crate) fn enqueue(&mut self, now: Time, message: Message, cut: u32) {
+    /// Takes rows that arrived from a device, in works of at most `cut` rows.
+    pub(crate) fn enqueue(&mut self, now: Time, device: usize, message: Message, cut: u32) {
         let began = self.clock.on.then(Instant::now);
         let mut left = message.rows;
         let mut context = message.context;
@@ -339,7 +302,8 @@ impl Replica {
             let rows = left.min(cut);
             left -= rows;
             let session = message.request as u64;
-            let work = Work { session, rows, urgent: message.urgent, class: 0 };
+            let (device, urgent) = (device as u64, message.urgent);
+            let work = Work { session, device, rows, urgent, class: 0 };
             if self.scheduler.enqueue(work).is_err() {
                 self.clock.refused += 1;
                 return;

@@ -9,7 +9,6 @@ mod load;
 mod machine;
 mod plot;
 mod policy;
-mod random;
 mod round;
 mod show;
 mod text;

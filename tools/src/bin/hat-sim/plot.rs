@@ -1,94 +1,13 @@
-//! Plots as SVG files.
+//! Plots of a simulation.
 
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
-use plotters::coord::Shift;
+use hat_tools::plot::{Area, COLOURS, Curve, SIZE, TEXT, TITLE};
 use plotters::prelude::*;
 
 use crate::figures::Figures;
 use crate::world::{Lane, Span};
-
-const SIZE: (u32, u32) = (860, 480);
-const TEXT: (&str, i32) = ("sans-serif", 15);
-const TITLE: (&str, i32) = ("sans-serif", 19);
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(86, 86, 86),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-];
-
-/// A line of a plot.
-pub(crate) struct Curve {
-    pub(crate) name: String,
-    pub(crate) points: Vec<(f64, f64)>,
-}
-
-/// Captions of a plot.
-pub(crate) struct Captions {
-    pub(crate) title: String,
-    pub(crate) x: &'static str,
-    pub(crate) y: &'static str,
-    /// Whether there is room below the curves on the left; if not, on the right.
-    pub(crate) left: bool,
-}
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-/// Curves in one frame, whose axes begin at 0.
-pub(crate) fn curves(path: &Path, captions: &Captions, curves: &[Curve]) -> anyhow::Result<()> {
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    draw_curves(&area, captions, curves)
-        .map_err(|error| anyhow!("{error}"))
-        .with_context(|| format!("plot {}", path.display()))
-}
-
-fn draw_curves(
-    area: &Area<'_>,
-    captions: &Captions,
-    curves: &[Curve],
-) -> Result<(), Box<dyn std::error::Error>> {
-    let most = |of: &dyn Fn(&(f64, f64)) -> f64| {
-        let points = curves.iter().flat_map(|curve| &curve.points);
-        points.map(of).fold(0.0, f64::max).max(1e-9)
-    };
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
-        .caption(&captions.title, TITLE)
-        .margin(12)
-        .x_label_area_size(42)
-        .y_label_area_size(62)
-        .build_cartesian_2d(0.0..most(&|point| point.0), 0.0..1.05 * most(&|point| point.1))?;
-    chart
-        .configure_mesh()
-        .x_desc(captions.x)
-        .y_desc(captions.y)
-        .label_style(TEXT)
-        .light_line_style(TRANSPARENT)
-        .draw()?;
-    for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
-        let style = colour.stroke_width(2);
-        chart
-            .draw_series(LineSeries::new(curve.points.iter().copied(), style))?
-            .label(curve.name.as_str())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-    }
-    let left = captions.left;
-    let place = if left { SeriesLabelPosition::LowerLeft } else { SeriesLabelPosition::LowerRight };
-    chart
-        .configure_series_labels()
-        .position(place)
-        .label_font(TEXT)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .draw()?;
-    area.present()?;
-    Ok(())
-}
 
 /// Shares of the requests below each value.
 pub(crate) fn distribution(figures: &Figures, values: &[f64]) -> Curve {

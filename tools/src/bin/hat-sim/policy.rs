@@ -51,7 +51,9 @@ pub(crate) struct Switches {
     pub(crate) lookup: bool,
     /// Drafting goes on below the likeliest tail while rows are away.
     pub(crate) parallel: bool,
-    /// What is drafted while rows are away goes up before their verdict is back.
+    /// Each level of a tree is on its way while the next is computed.
+    pub(crate) levels: bool,
+    /// More drafts go up while rows are away, where the engine finds that they pay.
     pub(crate) streaming: bool,
     /// The draft head tells fewer tokens apart.
     pub(crate) short_head: bool,
@@ -86,6 +88,7 @@ pub(crate) const U_SHAPE: Switches = Switches {
     shape: Shape::Chain,
     lookup: false,
     parallel: false,
+    levels: false,
     streaming: false,
     short_head: false,
     codec: RowCodec::F16,
@@ -96,13 +99,14 @@ pub(crate) const U_SHAPE: Switches = Switches {
 pub(crate) const HAT: Switches =
     Switches { chunking: Chunking::Paper, trained: Trained::Adapter, parallel: true, ..U_SHAPE };
 
-/// Everything that there is.
+/// The engine as it is: everything but drafting ahead of rows that it does not send.
 pub(crate) const OURS: Switches = Switches {
     chunking: Chunking::Auto,
     trained: Trained::Adapter,
     shape: Shape::Tree,
     lookup: true,
-    parallel: true,
+    parallel: false,
+    levels: true,
     streaming: true,
     short_head: true,
     codec: RowCodec::Int8,
@@ -113,7 +117,7 @@ pub(crate) const OURS: Switches = Switches {
 pub(crate) const COMPARED: [&str; 5] = ["u-shape", "u-sarathi", "u-medusa", "hat", "ours"];
 
 /// The published ablation, then our causes one by one on top of HAT, then together.
-pub(crate) const ABLATION: [&str; 14] = [
+pub(crate) const ABLATION: [&str; 15] = [
     "u-shape",
     "pc",
     "sd",
@@ -124,10 +128,11 @@ pub(crate) const ABLATION: [&str; 14] = [
     "hat+prefix",
     "hat+short-head",
     "hat+tree",
+    "hat+levels",
     "hat+lookup",
     "hat+streaming",
-    "ours-without-streaming",
     "ours",
+    "ours+ahead",
 ];
 
 impl Policy {
@@ -149,16 +154,11 @@ impl Policy {
             "hat+short-head" => Switches { short_head: true, ..HAT },
             "hat+tree" => Switches { shape: Shape::Tree, ..HAT },
             "hat+lookup" => Switches { lookup: true, ..HAT },
+            "hat+levels" => Switches { levels: true, ..HAT },
             "hat+streaming" => Switches { streaming: true, ..HAT },
-            "ours-without-streaming" => Switches { streaming: false, ..OURS },
+            "ours+ahead" => Switches { parallel: true, ..OURS },
             "ours" => OURS,
-            "auto" => Switches {
-                parallel: false,
-                streaming: false,
-                codec: RowCodec::F16,
-                prefix: false,
-                ..OURS
-            },
+            "auto" => Switches { streaming: false, codec: RowCodec::F16, prefix: false, ..OURS },
             "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
             _ => bail!(
                 "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",

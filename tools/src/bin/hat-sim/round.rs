@@ -7,10 +7,15 @@ use crate::costs::DeviceCosts;
 use crate::policy::{AHEAD_WIDTH, CHAIN_MAX, HEADS_NODES, Shape, Switches, THRESHOLD, Trained};
 use crate::text::{Opinion, Text, WIDTH_MAX};
 
-/// Guesses of a trained drafter for one node of a tree, as in the engine.
-const WIDTH: usize = 4;
-/// Nodes that are computed together, as in the engine.
+/// Guesses of a trained drafter for one node of a tree: all that are modelled. (The engine has 8.)
+const WIDTH: usize = WIDTH_MAX;
+/// Nodes that are computed together, as in the engine; the first level has half.
 const LEVEL_NODES: usize = 8;
+/// Nodes that are added to a tree at a time once it is away, as in the engine.
+pub(crate) const WAVE_NODES: usize = 2 * LEVEL_NODES;
+
+/// Rows of a session that may be away at one time.
+const PENDING_ROWS_MAX: usize = 64;
 
 /// What a round is made with.
 pub(crate) struct Making<'a> {
@@ -34,6 +39,8 @@ pub(crate) struct Round {
     depth_max: u32,
     /// Where the walk stands.
     at: usize,
+    /// Whether more was added to the tree while it was away.
+    pub(crate) waved: bool,
     /// Row ids, in order of sending.
     last_id: u32,
     returned_id: u32,
@@ -45,6 +52,13 @@ struct Node {
     id: u32,
     /// What the drafter says follows, if it was asked.
     opinion: Option<Opinion>,
+}
+
+/// Rows that a device computes together, and what that takes it, its drafter included.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Level {
+    pub(crate) rows: usize,
+    pub(crate) seconds: f64,
 }
 
 /// What a walk came to.
@@ -67,6 +81,7 @@ impl Round {
         self.nodes.clear();
         self.nodes.push(Node::default());
         self.at = 0;
+        self.waved = false;
     }
 
     /// Rows that are in the tree and not sent.
@@ -89,29 +104,38 @@ impl Round {
         self.nodes.iter().filter(away).count()
     }
 
-    /// A whole round for those who wait for each verdict: the tree, and the seconds of each
-    /// step of making it.
-    pub(crate) fn make(&mut self, making: &mut Making<'_>, root: u32, rows_left: u32) -> Vec<f64> {
+    /// A whole round: the tree, and what each level of it takes. `asks` says whether an adapter is
+    /// asked where it need not be.
+    pub(crate) fn make(
+        &mut self,
+        making: &mut Making<'_>,
+        root: u32,
+        rows_left: u32,
+        asks: bool,
+    ) -> Vec<Level> {
         self.begin(root, rows_left);
         if self.depth_max == 0 || !making.switches.drafts() {
-            return vec![making.device.layers.seconds(1)];
+            return vec![Level { rows: 1, seconds: making.device.layers.seconds(1) }];
         }
         match (making.switches.trained, making.switches.shape) {
             (Trained::Heads, _) => self.make_by_heads(making),
             (Trained::Adapter, Shape::Chain) => self.make_chain(making),
-            (Trained::Adapter, Shape::Tree) => self.make_tree(making),
-            (Trained::Nobody, _) => {
-                self.offer_lookup(making);
+            (Trained::Adapter, Shape::Tree) if asks => self.make_tree(making),
+            (Trained::Adapter | Trained::Nobody, _) => {
+                if making.switches.lookup {
+                    self.offer_lookup(making);
+                }
                 self.grow(making, 1, BUDGET_DEFAULT + 1);
-                vec![making.device.layers.seconds(self.nodes.len())]
+                let rows = self.nodes.len();
+                vec![Level { rows, seconds: making.device.layers.seconds(rows) }]
             }
         }
     }
 
-    fn make_by_heads(&mut self, making: &Making<'_>) -> Vec<f64> {
+    fn make_by_heads(&mut self, making: &Making<'_>) -> Vec<Level> {
         let mut node = 0;
         while node < self.nodes.len() {
-            self.ask(&making.text, node, WIDTH_MAX, true);
+            self.ask(making, node, WIDTH_MAX, true);
             let len = self.nodes.len();
             if len <= HEADS_NODES {
                 self.tree.grow(len + 1, 0.0);
@@ -120,10 +144,11 @@ impl Round {
             node += 1;
         }
         let device = making.device;
-        vec![device.heads.seconds(1) + device.layers.seconds(self.nodes.len())]
+        let rows = self.nodes.len();
+        vec![Level { rows, seconds: device.heads.seconds(1) + device.layers.seconds(rows) }]
     }
 
-    fn make_chain(&mut self, making: &mut Making<'_>) -> Vec<f64> {
+    fn make_chain(&mut self, making: &mut Making<'_>) -> Vec<Level> {
         let mut steps = vec![];
         loop {
             let tail = self.nodes.len() - 1;
@@ -132,7 +157,7 @@ impl Round {
                 seconds += making.proposal_seconds(1);
                 self.lengthen(making, tail);
             }
-            steps.push(seconds);
+            steps.push(Level { rows: 1, seconds });
             if self.nodes.len() == tail + 1 {
                 break;
             }
@@ -144,7 +169,8 @@ impl Round {
             if self.nodes.len() > before {
                 let more = making.device.layers.seconds(self.nodes.len() - before + 1);
                 let last = steps.last_mut().expect("a chain has its root's step");
-                *last += more - making.device.layers.seconds(1);
+                last.seconds += more - making.device.layers.seconds(1);
+                last.rows += self.nodes.len() - before;
             }
         }
         steps
@@ -161,13 +187,13 @@ impl Round {
         let opinion = self.opinion(&making.text, tail, false);
         self.nodes[tail].opinion = Some(opinion);
         if opinion.confidence() >= THRESHOLD {
-            self.offer(tail, 1);
+            self.offer(making, tail, 1);
             self.tree.grow(self.nodes.len() + 1, 0.0);
             self.nodes.resize(self.tree.nodes().len(), Node::default());
         }
     }
 
-    fn make_tree(&mut self, making: &mut Making<'_>) -> Vec<f64> {
+    fn make_tree(&mut self, making: &mut Making<'_>) -> Vec<Level> {
         let mut steps = vec![];
         if making.switches.lookup {
             self.offer_lookup(making);
@@ -179,11 +205,12 @@ impl Round {
             let mut seconds = making.device.layers.seconds(rows);
             let end = self.nodes.len();
             if end < rows_max {
-                (from..end).for_each(|node| self.ask(&making.text, node, WIDTH, false));
+                (from..end).for_each(|node| self.ask(making, node, WIDTH, false));
                 seconds += making.proposal_seconds(rows);
-                self.grow(making, end, rows_max.min(end + LEVEL_NODES));
+                let level = if end < LEVEL_NODES { LEVEL_NODES / 2 } else { LEVEL_NODES };
+                self.grow(making, end, rows_max.min(end + level));
             }
-            steps.push(seconds);
+            steps.push(Level { rows, seconds });
             from = end;
         }
         steps
@@ -198,19 +225,25 @@ impl Round {
     }
 
     /// Asks the drafter what follows a node.
-    fn ask(&mut self, text: &Text<'_>, node: usize, width: usize, heads: bool) {
+    fn ask(&mut self, making: &Making<'_>, node: usize, width: usize, heads: bool) {
         if self.nodes[node].opinion.is_some() {
             return;
         }
-        let opinion = self.opinion(text, node, heads);
+        let opinion = self.opinion(&making.text, node, heads);
         self.nodes[node].opinion = Some(opinion);
-        self.offer(node, width);
+        self.offer(making, node, width);
     }
 
-    fn offer(&mut self, node: usize, width: usize) {
+    /// In a tree of the engine's, what the adapter claims is corrected by what came of it.
+    fn offer(&mut self, making: &Making<'_>, node: usize, width: usize) {
         let Some(opinion) = self.nodes[node].opinion else { return };
         let at = self.tree.nodes()[node];
-        for guess in opinion.guesses(self.root + at.depth + 1, at.token, width) {
+        let corrects =
+            making.switches.trained == Trained::Adapter && making.switches.shape == Shape::Tree;
+        for mut guess in opinion.guesses(self.root + at.depth + 1, at.token, width) {
+            if corrects {
+                guess.probability = making.acceptance.corrected(&guess);
+            }
             self.tree.offer(node, [guess]);
         }
     }
@@ -241,39 +274,39 @@ impl Round {
         self.nodes.resize(self.tree.nodes().len(), Node::default());
     }
 
-    /// The first rows for those who do not wait: the root, and what lookup has.
-    pub(crate) fn open(&mut self, making: &mut Making<'_>, root: u32, rows_left: u32) -> f64 {
-        self.begin(root, rows_left);
-        if making.switches.lookup && self.depth_max > 0 {
-            self.offer_lookup(making);
-            self.grow(making, 1, BUDGET_DEFAULT + 1);
+    /// Adds at most `rows` drafts of at least probability `floor` to a tree that is away, below
+    /// where the walk stands. Returns the seconds, or `None` if there is nothing to add.
+    pub(crate) fn extend(
+        &mut self,
+        making: &mut Making<'_>,
+        (rows, floor): (usize, f32),
+    ) -> Option<f64> {
+        if self.at > 0 {
+            self.take_root(making);
         }
-        making.device.layers.seconds(self.nodes.len())
-    }
-
-    /// More rows below those that are away: asks the drafter about the likeliest, and adds what
-    /// pays. Returns the seconds, or `None` if there is nothing to add.
-    pub(crate) fn extend(&mut self, making: &mut Making<'_>) -> Option<f64> {
-        let before = self.nodes.len();
-        if making.switches.trained != Trained::Adapter || before > BUDGET_DEFAULT {
-            return None;
+        let pending = PENDING_ROWS_MAX.saturating_sub(self.awaited(self.last_id));
+        let rows_max = self.nodes.len() + rows.min(pending);
+        let mut seconds = 0.0;
+        while self.nodes.len() < rows_max {
+            let before = self.nodes.len();
+            let asked = match (making.switches.trained, making.switches.shape) {
+                (Trained::Adapter, Shape::Chain) => self.lengthen_likeliest(making),
+                (Trained::Adapter, Shape::Tree) => self.ask_likeliest(making, LEVEL_NODES),
+                _ => 0,
+            };
+            if asked > 0 {
+                seconds += making.proposal_seconds(asked);
+            }
+            self.tree.grow(rows_max.min(before + LEVEL_NODES), floor);
+            self.nodes.resize(self.tree.nodes().len(), Node::default());
+            let new = self.nodes.len() - before;
+            if new == 0 {
+                break;
+            }
+            seconds += making.device.layers.seconds(new);
+            self.waved = true;
         }
-        let chain = making.switches.shape == Shape::Chain;
-        let asked = if chain {
-            self.lengthen_likeliest(making)
-        } else {
-            let asked = self.ask_likeliest(making, LEVEL_NODES);
-            self.grow(making, before, (BUDGET_DEFAULT + 1).min(before + LEVEL_NODES));
-            asked
-        };
-        // What lookup says of a new root needs nobody to be asked.
-        let new = self.nodes.len() - before;
-        if asked + new == 0 {
-            return None;
-        }
-        let asking = if asked > 0 { making.proposal_seconds(asked) } else { 0.0 };
-        let layers = if new > 0 { making.device.layers.seconds(new) } else { 0.0 };
-        Some(asking + layers)
+        (seconds > 0.0).then_some(seconds)
     }
 
     /// Lengthens the chain of first guesses; says how many nodes were asked about.
@@ -297,14 +330,13 @@ impl Round {
         let probability = |node: &usize| self.tree.nodes()[*node].probability;
         nodes.sort_by(|a, b| probability(b).total_cmp(&probability(a)).then(a.cmp(b)));
         nodes.truncate(most);
-        nodes.iter().for_each(|node| self.ask(&making.text, *node, WIDTH, false));
+        nodes.iter().for_each(|node| self.ask(making, *node, WIDTH, false));
         nodes.len()
     }
 
     /// Rows up to id `last` are back: walks as far as they lead.
     pub(crate) fn walk(&mut self, making: &mut Making<'_>, last: u32) -> Walked {
         self.returned_id = self.returned_id.max(last);
-        let streaming = making.switches.streaming;
         let mut walked = Walked { tokens: 0, over: false, ahead: false };
         loop {
             let node = self.nodes[self.at];
@@ -320,15 +352,12 @@ impl Round {
                     walked.over = true;
                     self.returned_id = self.last_id; // whatever is away is void
                     walked.ahead = making.switches.parallel
-                        && !streaming
+                        && !self.waved
                         && making.switches.trained == Trained::Adapter
                         && self.is_ahead(&making.text);
                     return walked;
                 }
             }
-        }
-        if streaming && self.at > 0 {
-            self.take_root(making);
         }
         walked
     }
@@ -388,7 +417,7 @@ impl Round {
             self.nodes.push(nodes[index]);
         }
         if making.switches.shape == Shape::Tree {
-            (0..self.nodes.len()).for_each(|node| self.offer(node, WIDTH));
+            (0..self.nodes.len()).for_each(|node| self.offer(making, node, WIDTH));
         }
         if making.switches.lookup {
             self.offer_lookup(making);

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use hat_tools::plot::{Captions, Curve, curves};
 
 use crate::costs::CostFile;
 use crate::figures::Figures;
-use crate::plot::{Captions, Curve, curves, distribution, timeline};
+use crate::plot::{distribution, timeline};
 use crate::policy::Policy;
 use crate::trial::Trials;
 use crate::world::{Run, Span, World};

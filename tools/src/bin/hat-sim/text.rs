@@ -10,10 +10,10 @@
 
 use hat_engine::draft::tree::Guess;
 use hat_engine::draft::{Drafter as Who, Source};
+use hat_tools::random::{Purpose, unit};
 
 use crate::costs::Drafters;
 use crate::policy::{CHAIN_MAX, HEADS_NODES, THRESHOLD};
-use crate::random::{Purpose, unit};
 
 /// Guesses of one drafter for one position, at most.
 pub(crate) const WIDTH_MAX: usize = 5;
@@ -84,12 +84,11 @@ impl Opinion {
         parent: u32,
         width: usize,
     ) -> impl Iterator<Item = Guess> {
-        let source = Source { drafter: Who::Adapter, class: 0 };
         let Self { right, probabilities, .. } = *self;
         (0..self.width.min(width)).map(move |rank| Guess {
             token: if right == Some(rank) { position } else { wrong(parent, rank) },
             probability: probabilities[rank] as f32,
-            source,
+            source: Source::adapter(rank, probabilities[rank] as f32),
         })
     }
 }

@@ -1,25 +1,28 @@
 //! The world in virtual time: requests come, devices and clouds work, tokens appear.
 
+mod request;
 mod setting;
 #[cfg(test)]
 mod tests;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::time::{Duration, Instant};
 
 use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Planner};
+use hat_tools::random::{Purpose, unit};
 
+pub(crate) use self::request::Request;
 pub(crate) use self::setting::{Lane, Run, Span};
 use self::setting::{devices, line, middle, rate};
 use crate::costs::{CostFile, Stage};
-use crate::load::{Ask, requests};
+use crate::load::requests;
 use crate::machine::{
     Delivery, Device, Message, OnTheWay, Replica, Reply, Step, Task, Time, bytes, nanoseconds,
     seconds,
 };
-use crate::policy::{Chunking, Switches};
-use crate::random::{Purpose, unit};
-use crate::round::{Making, Round};
+use crate::policy::Chunking;
+use crate::round::{Making, WAVE_NODES};
 use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
@@ -39,40 +42,11 @@ enum Event {
     Returns(usize),
 }
 
-/// A request and its session.
-pub(crate) struct Request {
-    pub(crate) device: usize,
-    pub(crate) ask: Ask,
-    /// Rows that the cloud holds already.
-    held: u32,
-    pub(crate) sizes: Vec<u32>,
-    sent_rows: u32,
-    pub(crate) emitted: u32,
-    pub(crate) first_s: f64,
-    pub(crate) last_s: f64,
-    round: Round,
-    pub(crate) rounds: u32,
-    pub(crate) rows_up: u64,
-    pub(crate) bytes_up: u64,
-    pub(crate) bytes_down: u64,
-    /// When and how many rows were handed to the link whose reply teaches what waiting costs.
-    sent: Option<(Time, u32)>,
-    /// The device's idle time when rows went away, and what one may draft in it.
-    idle_at_send: Time,
-    ahead: usize,
-    /// What the head took for the rows that came back last.
-    head_s: f64,
-    /// An `Extend` waits or runs.
-    extending: bool,
-    /// Whether this round's rows go up before earlier verdicts are back.
-    streams: bool,
-    /// When this round began, and after how many tokens.
-    began: (Time, u32),
-}
-
 /// Rows that go up together.
 struct Rows {
     rows: u32,
+    /// On the link: rows of a tree may be on their way already.
+    bytes: u64,
     context: u32,
     reply: Option<Reply>,
     urgent: bool,
@@ -95,6 +69,8 @@ pub(crate) struct World<'a> {
     messages: OnTheWay<Message>,
     deliveries: OnTheWay<Delivery>,
     planner: Planner,
+    /// Where virtual time begins, for those who want an `Instant`.
+    epoch: Instant,
     pub(crate) step_s: Vec<f64>,
     pub(crate) spans: Vec<Span>,
     pub(crate) finished: usize,
@@ -124,6 +100,7 @@ impl<'a> World<'a> {
             messages: OnTheWay::default(),
             deliveries: OnTheWay::default(),
             planner: Planner::default(),
+            epoch: Instant::now(),
             step_s: vec![],
             spans: vec![],
             finished: 0,
@@ -253,7 +230,7 @@ impl<'a> World<'a> {
 
     /// What a task takes, or `None` if there is nothing to do any more.
     fn begin(&mut self, device: usize, task: Task) -> Option<f64> {
-        let Self { devices, requests, guessing, run, file, now, .. } = self;
+        let Self { devices, requests, guessing, run, file, now, epoch, .. } = self;
         let of_device = &mut devices[device];
         let idle = of_device.processor.idle(*now);
         let (Task::Head { request: index, .. }
@@ -261,7 +238,7 @@ impl<'a> World<'a> {
         | Task::Chunk { request: index, .. }
         | Task::Extend { request: index, .. }) = task;
         let request = &mut requests[index];
-        let switches = Switches { streaming: request.streams, ..run.switches };
+        let switches = run.switches;
         let left = file.workload.new_tokens - request.emitted;
         let text = Text { guessing, seed: run.seed, request: index as u64 };
         let mut making = Making {
@@ -284,7 +261,7 @@ impl<'a> World<'a> {
                 if rows == 0 {
                     return None;
                 }
-                if !prompt && switches.parallel && !switches.streaming {
+                if !prompt && switches.parallel && !request.round.waved {
                     let idle_s = seconds(idle - request.idle_at_send.min(idle));
                     let share = idle_s / f64::from(of_device.away.max(1));
                     request.ahead = (share / making.ahead_seconds()) as usize;
@@ -292,24 +269,33 @@ impl<'a> World<'a> {
                 request.head_s = making.device.head.seconds(rows);
                 Some(request.head_s)
             }
-            Task::Round { .. } if switches.streaming => {
-                request.rounds += 1;
-                let took = request.round.open(&mut making, request.emitted - 1, left);
-                making.measured.device.note(request.round.unsent(), took);
-                Some(took)
-            }
+            Task::Round { level, .. } if level > 0 => Some(request.levels[level].seconds),
             Task::Round { .. } => {
                 request.rounds += 1;
-                let steps = request.round.make(&mut making, request.emitted - 1, left);
+                request.asked = request.asking.is_worth_it();
+                let root = request.emitted - 1;
+                let levels = request.round.make(&mut making, root, left, request.asked);
                 // The policy is told what the rows of a tree cost in all.
-                let all: f64 = steps.iter().sum();
+                let all = levels.iter().map(|level| level.seconds).sum();
                 making.measured.device.note(request.round.unsent(), all);
-                let ahead = std::mem::take(&mut request.ahead).min(steps.len());
-                Some(steps[ahead..].iter().sum())
+                request.set_levels(levels, switches.levels);
+                Some(request.levels[0].seconds)
             }
             Task::Extend { round, .. } => {
+                let at = |time: Time| *epoch + Duration::from_nanos(time);
+                let is_due = |(sent, rows): (Time, u32)| {
+                    making.measured.is_due(at(*now), at(sent), rows as usize)
+                };
                 let is_void = left == 0 || request.rounds != round;
-                let took = if is_void { None } else { request.round.extend(&mut making) };
+                let took = if is_void || request.sent.is_some_and(is_due) {
+                    None
+                } else {
+                    let wave = making.measured.wave(WAVE_NODES);
+                    request.round.extend(&mut making, wave)
+                };
+                if let Some(took) = took {
+                    making.measured.wave.note(took);
+                }
                 request.extending = took.is_some() || (request.extending && is_void);
                 took
             }
@@ -320,10 +306,16 @@ impl<'a> World<'a> {
         match self.devices[device].processor.finish(self.now) {
             Task::Chunk { request, chunk } => self.chunk_done(device, request, chunk),
             Task::Head { request, reply } => self.head_done(device, request, reply),
-            Task::Round { request, .. } => {
-                self.send_round(device, request, true);
-                if self.requests[request].streams {
-                    self.want_more(device, request);
+            Task::Round { request, level } => {
+                if level + 1 < self.requests[request].levels.len() {
+                    self.send_level(device, request, level);
+                    let next = Task::Round { request, level: level + 1 };
+                    self.devices[device].processor.push(next);
+                } else {
+                    self.send_round(device, request, true);
+                    if self.run.switches.streaming {
+                        self.want_more(device, request);
+                    }
                 }
             }
             Task::Extend { request, .. } => {
@@ -349,13 +341,27 @@ impl<'a> World<'a> {
             self.devices[device].processor.push(Task::Chunk { request: index, chunk: chunk + 1 });
         }
         let reply = last.then_some(Reply { rows: 1, last_id: 0 });
-        self.send(device, index, Rows { rows, context, reply, urgent: false, first: false });
+        let bytes = bytes(rows, self.row_bytes);
+        let (urgent, first) = (false, false);
+        self.send(device, index, Rows { rows, bytes, context, reply, urgent, first });
+    }
+
+    /// A level that others will follow goes up: bytes alone, since the cloud runs the rows of a
+    /// tree in one step, when the last has arrived.
+    fn send_level(&mut self, device: usize, index: usize, level: usize) {
+        let rows = self.requests[index].levels[level].rows as u32;
+        let bytes = bytes(rows, self.row_bytes);
+        let (reply, urgent, first) = (None, true, false);
+        self.send(device, index, Rows { rows: 0, bytes, context: 0, reply, urgent, first });
     }
 
     /// What is new of a round goes up.
     fn send_round(&mut self, device: usize, index: usize, first: bool) {
         let request = &mut self.requests[index];
         let rows = request.round.unsent() as u32;
+        // The levels before the last are on their way already.
+        let levels = std::mem::take(&mut request.levels);
+        let before: usize = levels.iter().rev().skip(1).map(|level| level.rows).sum();
         let last_id = request.round.send();
         let reply = Reply { rows, last_id };
         if request.sent.is_none() && request.idle_at_send == 0 {
@@ -364,12 +370,13 @@ impl<'a> World<'a> {
             self.devices[device].away += 1;
         }
         let context = request.held + request.sent_rows + request.emitted - 1;
-        self.send(device, index, Rows { rows, context, reply: Some(reply), urgent: true, first });
+        let bytes = bytes(rows - before as u32, self.row_bytes);
+        let reply = Some(reply);
+        self.send(device, index, Rows { rows, bytes, context, reply, urgent: true, first });
     }
 
     fn send(&mut self, device: usize, request: usize, sent: Rows) {
-        let Rows { rows, context, reply, urgent, first } = sent;
-        let bytes_left = bytes(rows, self.row_bytes);
+        let Rows { rows, bytes: bytes_left, context, reply, urgent, first } = sent;
         self.requests[request].bytes_up += bytes_left;
         self.requests[request].rows_up += u64::from(rows);
         let (fresh, enqueued) = (true, 0);
@@ -409,7 +416,7 @@ impl<'a> World<'a> {
         let of_device = &mut self.devices[device];
         let text = Text { guessing: self.guessing, seed: self.run.seed, request: index as u64 };
         let mut making = Making {
-            switches: Switches { streaming: request.streams, ..self.run.switches },
+            switches: self.run.switches,
             text,
             device: &of_device.costs,
             measured: &mut of_device.measured,
@@ -440,20 +447,22 @@ impl<'a> World<'a> {
         let request = &mut self.requests[index];
         let of_device = &mut self.devices[device];
         if request.rounds > 0 {
-            let tokens = f64::from(request.emitted - request.began.1);
-            let took_s = seconds(self.now - request.began.0);
-            of_device.pace[usize::from(request.streams)].note(tokens, took_s);
+            let tokens = (request.emitted - request.began.1) as usize;
+            of_device.measured.note_round(tokens);
+            if request.asked {
+                let took_s = seconds(self.now - request.began.0);
+                request.asking.note(tokens, took_s, of_device.measured.plain_rate());
+            }
         }
         request.began = (self.now, request.emitted);
         request.extending = false;
         request.sent = None;
-        if request.streams {
+        if self.run.switches.streaming {
             let (rows, bytes) = self.devices[device].up.forget(index);
             request.rows_up -= rows;
             request.bytes_up -= bytes;
         }
-        request.streams = self.run.switches.streaming && self.devices[device].streaming_pays();
-        self.devices[device].processor.push(Task::Round { request: index });
+        self.devices[device].processor.push(Task::Round { request: index, level: 0 });
     }
 
     fn start_frame(&mut self, device: usize) {
@@ -470,6 +479,9 @@ impl<'a> World<'a> {
     fn arrives(&mut self, device: usize, message: usize) {
         let replica = self.devices[device].replica;
         let message = self.messages.take(message);
+        if message.rows == 0 {
+            return;
+        }
         if message.first && self.run.switches.streaming {
             self.replicas[replica].forget(message.request);
         }
@@ -477,7 +489,7 @@ impl<'a> World<'a> {
             Chunking::Cloud(rows) => rows,
             _ => u32::MAX,
         };
-        self.replicas[replica].enqueue(self.now, message, cut);
+        self.replicas[replica].enqueue(self.now, device, message, cut);
         self.run_stages(replica);
     }
 
@@ -549,33 +561,6 @@ impl<'a> World<'a> {
         if self.run.traced {
             let (from_s, to_s) = (seconds(self.now), seconds(self.now + took));
             self.spans.push(Span { lane, from_s, to_s, prompt });
-        }
-    }
-}
-
-impl Request {
-    fn new(ask: Ask) -> Self {
-        Self {
-            device: 0,
-            ask,
-            held: 0,
-            sizes: vec![],
-            sent_rows: 0,
-            emitted: 0,
-            first_s: 0.0,
-            last_s: 0.0,
-            round: Round::default(),
-            rounds: 0,
-            rows_up: 0,
-            bytes_up: 0,
-            bytes_down: 0,
-            sent: None,
-            idle_at_send: 0,
-            ahead: 0,
-            head_s: 0.0,
-            extending: false,
-            streams: false,
-            began: (0, 0),
         }
     }
 }

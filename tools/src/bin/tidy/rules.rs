@@ -28,6 +28,7 @@ pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "engine/src/backend/cpu/threads.rs",
     "engine/src/pack/avx2.rs",
     "engine/tests/allocations.rs",
+    "engine/tests/sessions.rs",
     "benches/peak.rs",
     "cuda/src/",
 ];
@@ -71,6 +72,8 @@ const PURE: &[&str] = &[
     "engine/src/monitor.rs",
     "engine/src/monitor/",
     "engine/src/page.rs",
+    "engine/src/prefix.rs",
+    "engine/src/prefix/",
     "engine/src/sequence.rs",
     "engine/src/pack.rs",
     "engine/src/pack/",

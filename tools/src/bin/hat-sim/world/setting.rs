@@ -1,11 +1,11 @@
 //! What a world is made of: its devices, the rates of their links, the lines that planners see.
 
 use hat_engine::chunk::Line;
+use hat_tools::random::{Purpose, unit};
 
 use crate::costs::{CostFile, Roofline};
 use crate::machine::{Device, Time};
 use crate::policy::{Policy, Switches};
-use crate::random::{Purpose, unit};
 
 /// Sizes between which a planner's line over a roofline is drawn.
 const LINE_ROWS: [usize; 2] = [1, 512];
@@ -98,8 +98,6 @@ pub(super) fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
             measured: Default::default(),
             acceptance: Default::default(),
             queue_s: Default::default(),
-            pace: Default::default(),
-            rounds: 0,
             open: 0,
             away: 0,
         })

@@ -3,7 +3,7 @@
 use super::*;
 use crate::figures::Figures;
 use crate::machine::bytes;
-use crate::policy::{ABLATION, Policy, U_SHAPE};
+use crate::policy::{ABLATION, OURS, Policy, Switches, U_SHAPE};
 
 const ALL: [&str; 3] = ["u-sarathi", "u-medusa", "lookup"];
 
@@ -180,8 +180,31 @@ fn each_switch_does_what_it_says() {
     assert!((ratio - 34.0 / 64.0).abs() < 0.01, "{ratio}");
     assert!(of("hat+prefix").bytes_up < hat.bytes_up - 30.0 * 8192.0);
     assert!(of("hat+lookup").accept_len > hat.accept_len + 0.2);
-    let streaming = of("hat+streaming");
-    assert!(streaming.tbt() < of("sd+pc").tbt(), "it hides drafting as drafting ahead does");
-    assert_ne!(streaming.tbt_ms, hat.tbt_ms);
     assert!(of("sd+pc").tbt() > hat.tbt(), "drafting ahead saves time");
+    let levels = of("hat+levels");
+    assert_eq!(levels.accept_len, hat.accept_len);
+    assert!(levels.tbt() < 0.99 * hat.tbt(), "a level on its way is not waited for");
+    assert!(of("ours+ahead").tbt() < of("ours").tbt());
+}
+
+/// The engine's rule: more rows go up while others are away only where the link is long against a
+/// step.
+#[test]
+fn a_wave_is_sent_where_the_link_is_long_and_nowhere_else() {
+    let mut file = alone();
+    let without = Policy::named("ours").unwrap();
+    let without = Policy { switches: Switches { streaming: false, ..OURS }, ..without };
+    let guessing = Guessing::fit(&file.drafters);
+    let mut both = |one_way_ms: f64| {
+        file.link.one_way_ms = one_way_ms;
+        let of = |run: Run| Figures::of("", &lived(&file, &guessing, run));
+        let without = Run { rate: 0.01, requests: 24, ..Run::of(&without, 1) };
+        (of(run("ours", 1, 0.01, 24)), of(without))
+    };
+    let (with, without) = both(1.0);
+    assert_eq!(with, without, "steps of 26 ms, and 3 ms of link");
+    let (with, without) = both(60.0);
+    assert!(with.rows_a_token > 1.05 * without.rows_a_token, "{with:?}, {without:?}");
+    let ratio = with.tbt() / without.tbt();
+    assert!(ratio < 1.03, "{ratio}");
 }

@@ -1,19 +1,37 @@
 //! Chance without state: a draw is a hash of what it is for, so it does not depend on what else
 //! was drawn before, and all policies meet the same requests and the same texts.
 
-/// What a draw is for.
+/// What a draw is for. The order is part of all results: new purposes go to the end.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Purpose {
+pub enum Purpose {
+    /// When a request comes.
     Arrival,
+    /// Whose it is.
     Device,
+    /// Which prompt it has.
     Prompt,
+    /// How fast a link is.
     Rate,
+    /// How sure a drafter is.
     Confidence,
+    /// Which of its guesses is right.
     Rank,
+    /// Whether text is copied from the prompt.
     Copied,
+    /// Whether a drafter is wrong.
     Wrong,
+    /// Which cloud serves a device.
     Replica,
+    /// A point of a space that is searched.
     Point,
+    /// How many tokens a prompt has.
+    Length,
+    /// Words of a prompt.
+    Word,
+    /// Whether and when an answer is given up.
+    Cancel,
+    /// How long a device lives, and how it ends.
+    Life,
 }
 
 /// SplitMix64's mixing step.
@@ -24,7 +42,8 @@ fn mix(mut bits: u64) -> u64 {
 }
 
 /// A number in `0.0..1.0`, the same for the same arguments.
-pub(crate) fn unit(seed: u64, purpose: Purpose, first: u64, second: u64) -> f64 {
+#[must_use]
+pub fn unit(seed: u64, purpose: Purpose, first: u64, second: u64) -> f64 {
     const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
     let mut bits = mix(seed.wrapping_add(GOLDEN));
     for part in [purpose as u64, first, second] {
@@ -33,8 +52,16 @@ pub(crate) fn unit(seed: u64, purpose: Purpose, first: u64, second: u64) -> f64 
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// Time to the next of events that come by themselves, `rate` of them in a unit of time: the gaps
+/// of a Poisson process.
+#[must_use]
+pub fn exponential(rate: f64, seed: u64, purpose: Purpose, first: u64, second: u64) -> f64 {
+    -(1.0 - unit(seed, purpose, first, second)).ln() / rate
+}
+
 /// `0..count` in an order that depends on the seed.
-pub(crate) fn permutation(seed: u64, purpose: Purpose, count: usize) -> Vec<usize> {
+#[must_use]
+pub fn permutation(seed: u64, purpose: Purpose, count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
     for last in (1..count).rev() {
         let at = (unit(seed, purpose, last as u64, count as u64) * (last + 1) as f64) as usize;
@@ -45,7 +72,8 @@ pub(crate) fn permutation(seed: u64, purpose: Purpose, count: usize) -> Vec<usiz
 
 /// The value below which a share `share` of the standard normal distribution lies, to 0.0005
 /// (Abramowitz and Stegun 26.2.23).
-pub(crate) fn normal_quantile(share: f64) -> f64 {
+#[must_use]
+pub fn normal_quantile(share: f64) -> f64 {
     let tail = share.min(1.0 - share).max(1e-12);
     let t = (-2.0 * tail.ln()).sqrt();
     let above = 2.515_517 + t * (0.802_853 + t * 0.010_328);
@@ -73,6 +101,18 @@ mod tests {
         ] {
             assert!((base - other).abs() > 1e-9);
         }
+    }
+
+    #[test]
+    fn exponential_times_have_mean_and_spread() {
+        let draws: Vec<f64> =
+            (0..20_000).map(|i| exponential(4.0, 3, Purpose::Arrival, i, 0)).collect();
+        let mean = draws.iter().sum::<f64>() / draws.len() as f64;
+        let square = draws.iter().map(|draw| draw * draw).sum::<f64>() / draws.len() as f64;
+        assert!((mean - 0.25).abs() < 0.005, "{mean}");
+        // The standard deviation of an exponential distribution is its mean.
+        assert!(((square - mean * mean).sqrt() / mean - 1.0).abs() < 0.03, "{square}");
+        assert!(draws.iter().all(|draw| *draw >= 0.0 && draw.is_finite()));
     }
 
     #[test]

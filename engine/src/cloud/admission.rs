@@ -1,0 +1,280 @@
+//! Who gets in: whose turn it is when there is no room, and when to come back.
+//!
+//! A session ends on its own, and its pages are free then; so the time until the next one ends is
+//! the mean life of a session over how many there are. Each refused device is given the next such
+//! moment, so they come back one after the other. Whoever finds no room again and again, or has no
+//! session at all while others open their next, is first in line: what it needs is kept for it.
+
+use std::time::{Duration, Instant};
+
+use hat_transport::message::SessionErrorCode;
+use hat_transport::turn::ConnectionId;
+
+use super::io::Io;
+use super::session::Offence;
+use crate::sched::DeviceKey;
+
+/// Soonest that a refused device is asked back.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+/// Latest that a refused device is asked back.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// The device first in line comes back soon: what is kept for it is of no use meanwhile.
+const FIRST_RETRY_MAX: Duration = Duration::from_millis(250);
+/// How long a session is taken to live before one has ended.
+const LIFE_UNKNOWN: Duration = Duration::from_secs(1);
+/// Share of the past in the mean life of sessions.
+const PAST: f64 = 0.8;
+/// A device that was refused so often goes before others that come by.
+const REFUSALS_MAX: u32 = 3;
+/// A device that comes back later than this after its time has given up its place.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A device that found no room.
+#[derive(Clone, Copy, Debug)]
+struct Refused {
+    device: DeviceKey,
+    /// Of the session that found no room.
+    pages: usize,
+    times: u32,
+    /// Sessions that the device has.
+    sessions: u32,
+    /// When it was to come back; what it asks before that is counted once.
+    due: Instant,
+}
+
+impl Refused {
+    /// Whether it goes before a device that has `sessions` sessions.
+    fn is_before(&self, sessions: u32) -> bool {
+        match (self.sessions, sessions) {
+            (0, 1..) => true,
+            (1.., 0) => false,
+            _ => self.times >= REFUSALS_MAX,
+        }
+    }
+}
+
+/// Devices that found no room, the first first, and what is known of how soon there is some.
+#[derive(Debug, Default)]
+pub(super) struct Admission {
+    refused: Vec<Refused>,
+    life_s: Option<f64>,
+    /// When the next session is expected to end that nobody waits for yet.
+    next_end: Option<Instant>,
+    /// How many were sent away for the longest time.
+    far: u32,
+}
+
+impl Admission {
+    /// A session has ended that lived so long.
+    pub(super) fn note_life(&mut self, life: Duration) {
+        let life = life.as_secs_f64();
+        self.life_s = Some(self.life_s.map_or(life, |past| PAST * past + (1.0 - PAST) * life));
+    }
+
+    /// Pages that are kept from `device`, which has `sessions` sessions: what the device
+    /// first in line needs for its next one. `None` if nobody is before it.
+    pub(super) fn kept_from(
+        &mut self,
+        now: Instant,
+        device: DeviceKey,
+        sessions: u32,
+    ) -> Option<usize> {
+        self.refused.retain(|refused| refused.due + GRACE > now);
+        let own = self.refused.iter().position(|refused| refused.device == device);
+        let own_times = own.map_or(0, |own| self.refused[own].times);
+        let before = &self.refused[..own.unwrap_or(self.refused.len())];
+        let is_before = |refused: &&Refused| {
+            // Of two that were refused often, the one that came first.
+            refused.is_before(sessions) && (own_times < REFUSALS_MAX || refused.times >= own_times)
+        };
+        before.iter().find(is_before).map(|refused| refused.pages)
+    }
+
+    /// When the next device that finds no room is to come back, with `open` sessions open.
+    pub(super) fn next_turn(&mut self, now: Instant, open: usize) -> Duration {
+        let life = self.life_s.map_or(LIFE_UNKNOWN, Duration::from_secs_f64);
+        let share = life.div_f64(open.max(1) as f64);
+        let next = self.next_end.unwrap_or(now).max(now) + share.min(RETRY_MAX);
+        self.next_end = Some(next.min(now + RETRY_MAX));
+        let retry = next.duration_since(now).max(RETRY_MIN);
+        if retry < RETRY_MAX {
+            return retry;
+        }
+        // Too many to give each a time of its own: spread over the second half.
+        self.far = self.far.wrapping_add(1);
+        RETRY_MAX / 2 + (RETRY_MAX / 32) * (self.far.wrapping_mul(7) % 16)
+    }
+
+    /// A device that has `sessions` sessions found no room for one more of so many pages, and
+    /// would come back after `retry`; says when it shall.
+    pub(super) fn refuse(
+        &mut self,
+        now: Instant,
+        device: DeviceKey,
+        pages: usize,
+        sessions: u32,
+        retry: Duration,
+    ) -> Duration {
+        let own = self.refused.iter_mut().find(|refused| refused.device == device);
+        let Some(own) = own else {
+            let due = now + retry;
+            self.refused.push(Refused { device, pages, times: 1, sessions, due });
+            return retry;
+        };
+        own.sessions = sessions;
+        if now < own.due {
+            // One of several that it wants to open at once.
+            return retry;
+        }
+        own.times += 1;
+        let retry = if own.times >= REFUSALS_MAX { retry.min(FIRST_RETRY_MAX) } else { retry };
+        (own.pages, own.due) = (pages, now + retry);
+        retry
+    }
+
+    /// A device got in, or is gone: it waits no longer.
+    pub(super) fn forget(&mut self, device: DeviceKey) {
+        self.refused.retain(|refused| refused.device != device);
+    }
+}
+
+impl Io {
+    /// Makes room for a session of so many pages; says whether there is.
+    pub(super) fn make_room(&mut self, connection: ConnectionId, pages: usize) -> bool {
+        let Some(guest) = self.guests.get(&connection) else { return false };
+        let (device, sessions) = (guest.device, guest.sessions);
+        let limits = &self.start.config.limits;
+        let sessions_max = limits.sessions_max as usize;
+        if sessions >= limits.sessions_per_device_max {
+            return false;
+        }
+        let kept = self.admission.kept_from(self.now, device, sessions);
+        let pages = pages + kept.unwrap_or(0);
+        let places = 1 + usize::from(kept.is_some());
+        // Pages that are kept for prompts to come give way before any session does.
+        if self.sessions.len() + places > sessions_max || self.pages.available() < pages {
+            self.evict_idle(pages, places);
+        }
+        self.sessions.len() + places <= sessions_max && self.pages.available() >= pages
+    }
+
+    /// Ends idle sessions, the longest idle first, until so many pages and places are free; none
+    /// if they are not enough.
+    fn evict_idle(&mut self, pages: usize, places: usize) {
+        let idle_after = self.start.config.idle_after;
+        let mut idle: Vec<_> = self
+            .sessions
+            .values()
+            .filter(|session| session.is_idle(self.now, idle_after))
+            .map(|session| (session.active_at, session.key, session.sequence.pages().len()))
+            .collect();
+        let sessions_max = self.start.config.limits.sessions_max as usize;
+        let in_idle: usize = idle.iter().map(|(_, _, pages)| pages).sum();
+        let is_enough = self.pages.available() + in_idle >= pages
+            && self.sessions.len() - idle.len() + places <= sessions_max;
+        if !is_enough {
+            return;
+        }
+        idle.sort_unstable();
+        for (active_at, key, _) in idle {
+            if self.sessions.len() + places <= sessions_max && self.pages.available() >= pages {
+                return;
+            }
+            let session = &self.sessions[&key];
+            let (connection, wire_id) = (session.connection, session.wire_id);
+            let silent = self.now.saturating_duration_since(active_at).as_secs_f32();
+            let text = format!("idle for {silent:.1} s, and others need its memory");
+            self.end(key);
+            self.start.counters.evicted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.refuse(connection, wire_id, Offence::new(SessionErrorCode::Evicted, text));
+        }
+    }
+
+    /// What a device is told that finds no room for a session of so many pages.
+    pub(super) fn retry_after_ms(&mut self, connection: ConnectionId, pages: usize) -> u32 {
+        let guest = self.guests.get(&connection);
+        let (device, sessions) = guest.map_or((0, 0), |guest| (guest.device, guest.sessions));
+        let mut retry = self.admission.next_turn(self.now, self.sessions.len());
+        // Whoever has all it may have waits for itself, and is in nobody's line.
+        if sessions < self.start.config.limits.sessions_per_device_max {
+            retry = self.admission.refuse(self.now, device, pages, sessions, retry);
+        }
+        u32::try_from(retry.as_millis()).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn devices_are_asked_back_one_after_the_other() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.note_life(1000 * MS);
+        // Ten sessions of a second each: one ends each 100 ms.
+        let turns: Vec<_> = (0..5).map(|_| admission.next_turn(now, 10)).collect();
+        assert_eq!(turns, [100 * MS, 200 * MS, 300 * MS, 400 * MS, 500 * MS]);
+        let later = now + 2000 * MS;
+        assert_eq!(admission.next_turn(later, 10), 100 * MS);
+        for _ in 0..200 {
+            admission.note_life(MS);
+        }
+        assert_eq!(admission.next_turn(later + 1000 * MS, 10), RETRY_MIN);
+    }
+
+    #[test]
+    fn no_time_is_beyond_the_longest_and_they_differ() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.note_life(Duration::from_secs(1 << 40));
+        let turns: Vec<_> = (0..64).map(|_| admission.next_turn(now, 3)).collect();
+        assert!(turns.iter().all(|turn| (RETRY_MAX / 2..=RETRY_MAX).contains(turn)), "{turns:?}");
+        let apart: std::collections::HashSet<_> = turns.iter().collect();
+        assert_eq!(apart.len(), 16);
+    }
+
+    #[test]
+    fn whoever_was_refused_again_and_again_goes_first() {
+        let (mut admission, mut now) = (Admission::default(), Instant::now());
+        for times in 1..=REFUSALS_MAX {
+            let retry = admission.refuse(now, 7, 100, 1, 5000 * MS);
+            assert_eq!(retry, if times < 3 { 5000 * MS } else { FIRST_RETRY_MAX });
+            now += retry;
+            let kept = (times == REFUSALS_MAX).then_some(100);
+            assert_eq!(admission.kept_from(now, 8, 1), kept, "after {times} refusals");
+        }
+        assert_eq!(admission.kept_from(now, 7, 1), None, "not from itself");
+        // Two that were refused often do not block each other.
+        for _ in 0..REFUSALS_MAX {
+            admission.refuse(now, 8, 50, 1, 50 * MS);
+            admission.refuse(now, 8, 50, 1, 70 * MS);
+            now += 50 * MS;
+        }
+        assert_eq!(admission.kept_from(now, 8, 1), Some(100));
+        assert_eq!(admission.kept_from(now, 7, 1), None);
+        admission.forget(7);
+        assert_eq!(admission.kept_from(now, 8, 1), None);
+        assert_eq!(admission.kept_from(now, 9, 1), Some(50));
+        assert_eq!(admission.kept_from(now, 9, 0), None, "it has no session at all");
+        now += 50 * MS + GRACE;
+        assert_eq!(admission.kept_from(now, 9, 1), None, "8 has not come back");
+    }
+
+    #[test]
+    fn asking_a_thousand_times_at_once_is_asking_once() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        for _ in 0..1000 {
+            assert_eq!(admission.refuse(now, 7, 100, 1, 500 * MS), 500 * MS);
+        }
+        assert_eq!(admission.kept_from(now, 8, 1), None);
+    }
+
+    #[test]
+    fn a_device_without_sessions_goes_before_another_ones_next() {
+        let (mut admission, now) = (Admission::default(), Instant::now());
+        admission.refuse(now, 7, 100, 0, 500 * MS);
+        assert_eq!(admission.kept_from(now, 8, 1), Some(100));
+        assert_eq!(admission.kept_from(now, 8, 0), None);
+    }
+}

@@ -1,0 +1,221 @@
+//! Pages of prompts that somebody may ask for again: their names, and which are there.
+//!
+//! A page's [`PageId`] is a keyed hash over everything that its rows depend on, their tokens from
+//! the first of the path on included. So equal ids stand for equal rows, and whoever lacks the
+//! key can neither guess an id nor test a guess at the tokens. Only full pages of committed rows
+//! have one: nobody writes them again.
+//!
+//! Pure: no clock, no link, no thread.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::backend::{PAGE_SIZE, TokenId};
+use crate::page::PagePool;
+use crate::sequence::Sequence;
+
+/// Name of a page; the wire's (`hat_transport::message::PageId`).
+pub type PageId = [u8; 16];
+
+/// The key of a device's, or of a tenant's, page ids.
+pub type PrefixSecret = [u8; 32];
+
+/// What the rows of a session depend on, beside their tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PrefixScope {
+    /// First layer that the cloud computes.
+    pub entry_layer: u16,
+    /// The layer after the last one.
+    pub exit_layer: u16,
+    /// How rows are coded on the wire.
+    pub codec: u8,
+    /// How keys and values are stored.
+    pub kv_type: u8,
+    /// The arithmetic of the cloud's layers.
+    pub arithmetic_id: u32,
+}
+
+impl PrefixScope {
+    /// Of a store whose sessions are all alike, but for what their pages' names say.
+    pub const ONE: Self =
+        Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
+}
+
+/// The ids of a path's full pages, as the path grows. Each token is hashed once.
+#[derive(Clone)]
+pub struct PageNames {
+    hasher: blake3::Hasher,
+    rows: usize,
+    ids: Vec<PageId>,
+}
+
+impl PageNames {
+    /// An empty path of rows that a device computes in `device_arithmetic_id` up to the cloud's
+    /// first layer.
+    #[must_use]
+    pub fn new(
+        secret: &PrefixSecret,
+        model_id: &[u8; 32],
+        device_arithmetic_id: u32,
+        scope: PrefixScope,
+    ) -> Self {
+        let mut hasher = blake3::Hasher::new_keyed(secret);
+        hasher.update(model_id);
+        hasher.update(&scope.entry_layer.to_le_bytes());
+        hasher.update(&scope.exit_layer.to_le_bytes());
+        hasher.update(&[scope.codec, scope.kv_type]);
+        hasher.update(&scope.arithmetic_id.to_le_bytes());
+        hasher.update(&device_arithmetic_id.to_le_bytes());
+        Self { hasher, rows: 0, ids: Vec::new() }
+    }
+
+    /// The path goes on with `token`.
+    pub fn push(&mut self, token: TokenId) {
+        self.hasher.update(&token.to_le_bytes());
+        self.rows += 1;
+        if self.rows.is_multiple_of(PAGE_SIZE) {
+            let hash = self.hasher.finalize();
+            self.ids.push(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"));
+        }
+    }
+
+    /// The path goes on with `tokens`.
+    pub fn extend(&mut self, tokens: &[TokenId]) {
+        tokens.iter().for_each(|token| self.push(*token));
+    }
+
+    /// Ids of the pages that the first `rows` rows fill, at most `pages_max` of them.
+    #[must_use]
+    pub fn of_rows(&self, rows: usize, pages_max: usize) -> &[PageId] {
+        &self.ids[..(rows / PAGE_SIZE).min(pages_max).min(self.ids.len())]
+    }
+}
+
+/// Whose rows: ids of one scope never find pages of another, whatever a device says.
+type Key = (PrefixScope, PageId);
+
+/// A page that is there.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    page: u32,
+    used: u64,
+}
+
+/// Pages by their ids. What nobody holds goes first when pages are wanted, the longest unused
+/// before all others; of one path the later pages, which are of no use without the earlier ones.
+#[derive(Debug, Default)]
+pub struct PrefixCache {
+    entries: HashMap<Key, Entry>,
+    by_use: BTreeMap<u64, Key>,
+    uses: u64,
+}
+
+impl PrefixCache {
+    /// Pages for a session, `wanted` in all, its own holder's: the leading ones of `ids` that are
+    /// there, then fresh ones, for which idle pages give way. Returns how many were there, too;
+    /// `None` if there is no room, and nothing is changed then. There is room whenever there
+    /// would be without this cache.
+    ///
+    /// # Panics
+    /// If there are more `ids` than pages wanted.
+    pub fn admit(
+        &mut self,
+        pool: &mut PagePool,
+        scope: PrefixScope,
+        ids: &[PageId],
+        wanted: usize,
+    ) -> Option<(Vec<u32>, usize)> {
+        assert!(ids.len() <= wanted, "{} page ids for {wanted} pages", ids.len());
+        let found = ids.iter().map_while(|id| self.entries.get(&(scope, *id)));
+        let mut pages: Vec<u32> = found.map(|entry| entry.page).collect();
+        let held = pages.len();
+        pages.iter().for_each(|page| pool.hold(*page));
+        let fresh = wanted - held;
+        if fresh > pool.available() {
+            pool.give_back(pages);
+            return None;
+        }
+        self.make_room(pool, fresh);
+        self.touch(scope, &ids[..held]);
+        pages.extend(pool.take(fresh).expect("idle pages have made room"));
+        Some((pages, held))
+    }
+
+    /// Lets a sequence begin behind the leading pages of `ids` that are there and that nobody else
+    /// holds, in place of its rows so far; returns how many these are.
+    ///
+    /// # Panics
+    /// If the sequence shares its pages: there might be no room for as many.
+    pub fn begin_behind(
+        &mut self,
+        pool: &mut PagePool,
+        sequence: &mut Sequence,
+        ids: &[PageId],
+    ) -> usize {
+        let rows_max = sequence.rows_max();
+        let own = std::mem::replace(sequence, Sequence::new(Vec::new(), 0)).into_pages();
+        let wanted = own.len();
+        pool.give_back(own);
+        let idle = |id: &&PageId| {
+            let entry = self.entries.get(&(PrefixScope::ONE, **id));
+            entry.is_some_and(|entry| pool.holders(entry.page) == 0)
+        };
+        let idle = ids.iter().take_while(idle).count();
+        let (pages, held) = self
+            .admit(pool, PrefixScope::ONE, &ids[..idle], wanted)
+            .expect("there is room for the pages that it had");
+        *sequence = Sequence::on_held(pages, rows_max, held);
+        held
+    }
+
+    /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known
+    /// keep the page that they have, and pages that are kept their id.
+    pub fn keep(&mut self, pool: &mut PagePool, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
+        for (id, page) in ids.iter().zip(pages) {
+            if !pool.is_kept(*page) {
+                self.entries.entry((scope, *id)).or_insert_with(|| {
+                    pool.keep(*page);
+                    Entry { page: *page, used: 0 }
+                });
+            }
+        }
+        self.touch(scope, ids);
+    }
+
+    /// Forgets all pages: what they hold means nothing any more.
+    pub fn clear(&mut self, pool: &mut PagePool) {
+        self.by_use.clear();
+        self.entries.drain().for_each(|(_, entry)| pool.release(entry.page));
+    }
+
+    /// Evicts until `wanted` pages are free, or nothing is idle.
+    fn make_room(&mut self, pool: &mut PagePool, wanted: usize) {
+        let missing = wanted.saturating_sub(pool.free());
+        let page_of = |key: &Key| self.entries[key].page;
+        let oldest: Vec<(u64, Key)> = self
+            .by_use
+            .iter()
+            .filter(|(_, key)| pool.holders(page_of(key)) == 0)
+            .take(missing)
+            .map(|(used, key)| (*used, *key))
+            .collect();
+        for (used, key) in oldest {
+            self.by_use.remove(&used);
+            let entry = self.entries.remove(&key).expect("both maps have the same keys");
+            pool.release(entry.page);
+        }
+    }
+
+    /// The pages were used now, the first one last: it outlives those behind it.
+    fn touch(&mut self, scope: PrefixScope, ids: &[PageId]) {
+        for id in ids.iter().rev() {
+            let Some(entry) = self.entries.get_mut(&(scope, *id)) else { continue };
+            self.by_use.remove(&entry.used);
+            self.uses += 1;
+            entry.used = self.uses;
+            self.by_use.insert(self.uses, (scope, *id));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,287 @@
+use std::collections::{HashMap, VecDeque};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A session that is a device of its own.
+fn work(session: SessionKey, rows: u32, urgent: bool) -> Work {
+    Work { session, device: session, rows, urgent, class: 30 }
+}
+
+fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
+    let mut step = vec![];
+    scheduler.plan(&mut step);
+    step.iter().map(|work| (work.session, work.rows)).collect()
+}
+
+#[test]
+fn verify_rows_go_before_prompt_chunks_within_the_budget() {
+    let mut scheduler = Scheduler::new(100, 8);
+    for add in [work(1, 60, false), work(2, 60, false), work(3, 8, true), work(4, 30, false)] {
+        scheduler.enqueue(add).unwrap();
+    }
+    assert_eq!(planned(&mut scheduler), [(3, 8), (1, 60), (4, 30)]);
+    assert_eq!(planned(&mut scheduler), [(2, 60)]);
+    assert_eq!(planned(&mut scheduler), []);
+}
+
+#[test]
+fn a_session_never_overtakes_itself() {
+    let mut scheduler = Scheduler::new(100, 8);
+    scheduler.enqueue(work(1, 80, false)).unwrap();
+    scheduler.enqueue(work(1, 1, true)).unwrap();
+    scheduler.enqueue(work(2, 1, true)).unwrap();
+    scheduler.enqueue(work(1, 1, true)).unwrap();
+    assert_eq!(planned(&mut scheduler), [(2, 1), (1, 80)]);
+    assert_eq!(planned(&mut scheduler), [(1, 1)]);
+    assert_eq!(planned(&mut scheduler), [(1, 1)]);
+}
+
+#[test]
+fn classes_do_not_mix_and_none_starves() {
+    let mut scheduler = Scheduler::new(100, 8);
+    scheduler.enqueue(Work { class: 29, ..work(1, 1, true) }).unwrap();
+    scheduler.enqueue(work(2, 1, true)).unwrap();
+    scheduler.enqueue(Work { class: 29, ..work(3, 1, true) }).unwrap();
+    assert_eq!(planned(&mut scheduler), [(1, 1), (3, 1)]);
+    assert_eq!(planned(&mut scheduler), [(2, 1)]);
+}
+
+#[test]
+fn the_queue_is_bounded_and_forgets() {
+    let mut scheduler = Scheduler::new(100, 2);
+    scheduler.enqueue(work(1, 1, true)).unwrap();
+    scheduler.enqueue(work(2, 1, true)).unwrap();
+    assert_eq!(scheduler.enqueue(work(3, 1, true)), Err(QueueFull { queued: 2 }));
+    scheduler.forget(1);
+    scheduler.forget(9);
+    assert_eq!(scheduler.queued(), 1);
+    assert_eq!(planned(&mut scheduler), [(2, 1)]);
+    assert!(scheduler.verifies.shares.len() <= 2 && scheduler.lines.is_empty());
+}
+
+#[test]
+fn a_device_that_rested_has_no_credit() {
+    let mut scheduler = Scheduler::new(8, 1000);
+    let of = |device, session| Work { device, ..work(session, 8, true) };
+    for session in 0..100 {
+        scheduler.enqueue(of(1, session)).unwrap();
+        scheduler.enqueue(of(2, 100 + session)).unwrap();
+    }
+    for _ in 0..100 {
+        planned(&mut scheduler);
+    }
+    // A third comes late: it takes turns with them, and has no hundred turns at once.
+    for session in 0..9 {
+        scheduler.enqueue(of(3, 200 + session)).unwrap();
+    }
+    let mut of_third = || (0..9).filter(|_| planned(&mut scheduler)[0].0 >= 200).count();
+    assert_eq!([of_third(), of_third(), of_third(), of_third()], [3, 3, 3, 0]);
+}
+
+/// Devices that always have work, `sessions` each, of `rows` rows; how many rows each got.
+fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
+    let mut scheduler = Scheduler::new(rows_max, 1 << 20);
+    let mut session = 0;
+    for (device, &(sessions, rows, urgent)) in devices.iter().enumerate() {
+        for _ in 0..sessions {
+            let device = device as u64;
+            scheduler.enqueue(Work { session, device, rows, urgent, class: 30 }).unwrap();
+            session += 1;
+        }
+    }
+    let (mut step, mut served) = (vec![], vec![0; devices.len()]);
+    for _ in 0..steps {
+        scheduler.plan(&mut step);
+        for work in &step {
+            served[work.device as usize] += u64::from(work.rows);
+            scheduler.enqueue(*work).unwrap();
+        }
+    }
+    served
+}
+
+#[test]
+fn a_hundred_sessions_get_no_more_than_their_devices_share() {
+    let served = served(&[(100, 8, true), (4, 8, true), (4, 8, true)], 1000, 64);
+    assert_eq!(served.iter().sum::<u64>(), 64_000);
+    // The two can have 32 rows in a step each: more than a third.
+    assert!(served.iter().all(|rows| rows.abs_diff(64_000 / 3) <= 64), "{served:?}");
+}
+
+/// Sessions of as many devices, each with a verify, and prompts beside them.
+fn crowd(sessions: u64) -> Scheduler {
+    let mut scheduler = Scheduler::new(512, 1 << 20);
+    for session in 0..sessions {
+        scheduler.enqueue(work(session, 8, true)).unwrap();
+        scheduler.enqueue(work(sessions + session, 500, false)).unwrap();
+    }
+    scheduler
+}
+
+/// Looks, as the machine's time says nothing here.
+#[test]
+fn a_step_costs_as_much_with_ten_thousand_sessions_as_with_a_hundred() {
+    for sessions in [100, 10_000] {
+        let mut scheduler = crowd(sessions);
+        let mut step = vec![];
+        for _ in 0..1000 {
+            let before = scheduler.looks;
+            scheduler.plan(&mut step);
+            let (looks, works) = (scheduler.looks - before, step.len() as u64);
+            assert!(looks <= works + 2 * MISSES_MAX as u64, "{looks} looks for {works} works");
+            for work in &step {
+                scheduler.enqueue(*work).unwrap();
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Add { session: u64, rows: u32, urgent: bool },
+    Plan,
+    Forget { session: u64 },
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let add = (0..24u64, 1..=64u32, any::<bool>()).prop_map(|(session, rows, urgent)| Act::Add {
+        session,
+        rows,
+        urgent,
+    });
+    let forget = (0..24u64).prop_map(|session| Act::Forget { session });
+    prop::collection::vec(prop_oneof![6 => add, 2 => Just(Act::Plan), 1 => forget], 1..200)
+}
+
+/// 24 sessions of six devices, in three classes.
+fn of_session(session: u64, rows: u32, urgent: bool) -> Work {
+    let class = 28 + u32::try_from(session % 3).unwrap();
+    Work { session, device: session % 6, rows, urgent, class }
+}
+
+/// Plans a step, and checks it against what waits.
+fn check_step(scheduler: &mut Scheduler, waiting: &mut HashMap<u64, VecDeque<Work>>) -> usize {
+    let mut step = vec![];
+    scheduler.plan(&mut step);
+    assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max());
+    for (index, work) in step.iter().enumerate() {
+        assert_eq!(work.class, step[0].class);
+        let is_first = step[..index].iter().all(|other| other.session != work.session);
+        assert!(is_first, "session {} twice in a step", work.session);
+        let next = waiting.get_mut(&work.session).and_then(VecDeque::pop_front);
+        assert_eq!(next, Some(*work), "out of order");
+    }
+    assert_eq!(scheduler.queued(), waiting.values().map(VecDeque::len).sum::<usize>());
+    assert_eq!(step.is_empty(), waiting.values().all(VecDeque::is_empty) && step.is_empty());
+    step.len()
+}
+
+proptest! {
+    #[test]
+    fn works_run_once_in_order_within_the_budget(acts in acts()) {
+        let mut scheduler = Scheduler::new(64, 1000);
+        let mut waiting: HashMap<u64, VecDeque<Work>> = HashMap::new();
+        for act in acts {
+            match act {
+                Act::Add { session, rows, urgent } => {
+                    let work = of_session(session, rows, urgent);
+                    scheduler.enqueue(work).unwrap();
+                    waiting.entry(session).or_default().push_back(work);
+                }
+                Act::Plan => {
+                    check_step(&mut scheduler, &mut waiting);
+                }
+                Act::Forget { session } => {
+                    scheduler.forget(session);
+                    waiting.remove(&session);
+                }
+            }
+        }
+        // All of it runs at last, and something in each step.
+        while scheduler.queued() > 0 {
+            prop_assert!(check_step(&mut scheduler, &mut waiting) > 0);
+        }
+        prop_assert!(waiting.values().all(VecDeque::is_empty));
+        for tier in [&scheduler.verifies, &scheduler.prompts] {
+            prop_assert!(tier.ready.values().all(BTreeSet::is_empty));
+            prop_assert_eq!(tier.shares.len(), tier.ahead.len());
+        }
+    }
+
+    /// However many sessions a device has: between devices that always have enough to do the
+    /// difference is one work.
+    #[test]
+    fn devices_have_equal_shares(
+        more_sessions in prop::collection::vec(0..50u64, 2..6),
+        rows in 1..=64u32,
+        urgent in any::<bool>(),
+        steps in 1..400u32,
+    ) {
+        // As many sessions as fill a step, or a device could not have its share.
+        let sessions = |more| u64::from(64u32.div_ceil(rows)) + more;
+        let devices: Vec<_> = more_sessions.iter().map(|more| (sessions(more), rows, urgent)).collect();
+        let served = served(&devices, steps, 64);
+        let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+        prop_assert!(most - least <= u64::from(rows), "{:?} of {:?}", served, devices);
+    }
+
+    /// However large works are: each step begins with the device that had the least. Small works
+    /// of others may fill what large ones leave.
+    #[test]
+    fn each_step_begins_with_the_device_that_had_the_least(
+        devices in prop::collection::vec((1..=64u32, 1..9u64), 2..6),
+        urgent in any::<bool>(),
+    ) {
+        let mut scheduler = Scheduler::new(64, 1000);
+        for (device, &(rows, sessions)) in (0..).zip(&devices) {
+            for session in device * 10..device * 10 + sessions {
+                scheduler.enqueue(Work { session, device, rows, urgent, class: 30 }).unwrap();
+            }
+        }
+        let (mut step, mut served) = (vec![], vec![0; devices.len()]);
+        for _ in 0..200 {
+            scheduler.plan(&mut step);
+            let first = step[0].device as usize;
+            // What a device could not use for want of sessions is not kept for it.
+            let level = scheduler.tier(urgent).level;
+            let least = served.iter().min().copied().unwrap().max(served[first].min(level));
+            prop_assert_eq!(served[first], least, "{:?}", &served);
+            for work in &step {
+                served[work.device as usize] += u64::from(work.rows);
+                scheduler.enqueue(*work).unwrap();
+            }
+        }
+    }
+
+    /// Verifies of devices that never pause fill each step. Each prompt runs all the same: the one
+    /// whose turn it is after so many steps, and before it, of each other device, as many as that
+    /// device was served less.
+    #[test]
+    fn prompts_do_not_starve(
+        prompts in prop::collection::vec(1..=64u32, 1..12),
+        verify_rows in 1..=64u32,
+    ) {
+        let mut scheduler = Scheduler::new(64, 1 << 16);
+        for session in 0..u64::from(64u32.div_ceil(verify_rows)) * 3 {
+            scheduler.enqueue(work(1000 + session, verify_rows, true)).unwrap();
+        }
+        for (session, &rows) in (0..).zip(&prompts) {
+            scheduler.enqueue(work(session, rows, false)).unwrap();
+        }
+        let mut step = vec![];
+        let mut left = prompts.len();
+        for _ in 0..prompts.len() as u32 * (PROMPT_PATIENCE + 1) {
+            scheduler.plan(&mut step);
+            for work in &step {
+                if work.urgent {
+                    scheduler.enqueue(*work).unwrap();
+                } else {
+                    left -= 1;
+                }
+            }
+        }
+        prop_assert_eq!(left, 0);
+    }
+}

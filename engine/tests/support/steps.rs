@@ -1,0 +1,32 @@
+//! A cloud whose steps wait for something first.
+
+use hat_engine::internal::{MiddleForward, MiddleModel, MiddleStep, pool_pages, processor};
+use hat_engine::options::Processor;
+use hat_engine::{Cloud, CloudConfig};
+
+struct Hooked<M, F> {
+    model: M,
+    before: F,
+}
+
+impl<M: MiddleForward, F: FnMut() + Send> MiddleForward for Hooked<M, F> {
+    fn describe(&self) -> String {
+        self.model.describe()
+    }
+
+    fn forward(&mut self, step: &mut MiddleStep) {
+        (self.before)();
+        self.model.forward(step);
+    }
+}
+
+/// A cloud that calls `before` at the beginning of each step, on its step thread.
+pub fn cloud(config: CloudConfig, before: impl FnMut() + Send + 'static) -> Cloud {
+    let half = hat_loader::Bundle::open(&config.bundle).unwrap();
+    let pages = pool_pages(&config);
+    let rows = config.limits.step_rows_max as usize;
+    let layers = half.split().layers(hat_loader::Submodel::Middle);
+    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let model = MiddleModel::load(backend, &half, layers, rows, pages as usize).unwrap();
+    Cloud::serve(config, &half, Box::new(Hooked { model, before }), pages).unwrap()
+}

@@ -1,0 +1,93 @@
+//! A child process that is this program in another role. It lives no longer than its stdin: also
+//! when the tool is killed, nothing is left behind.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{ChildStdin, Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+/// How long a child may take to end by itself.
+const PATIENCE: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Dropping it ends the process.
+pub(crate) struct Child {
+    process: std::process::Child,
+    input: Option<ChildStdin>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Child {
+    /// Starts this program as `role`. `heard` gets each line that it says, and `None` at the end.
+    pub(crate) fn start(
+        role: &str,
+        setup: &impl Serialize,
+        mut heard: impl FnMut(Option<&str>) + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("where this program is")?;
+        let mut process = Command::new(program)
+            .args(["--role", role])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting a {role} process"))?;
+        let input = process.stdin.take();
+        let output = process.stdout.take().expect("it is piped");
+        let mut child = Self { process, input, reader: None };
+        let reader = std::thread::Builder::new().name(format!("hears {role}")).spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                heard(Some(&line));
+            }
+            heard(None);
+        });
+        child.reader = Some(reader.context("starting a thread")?);
+        child.say(setup).with_context(|| format!("setting up a {role} process"))?;
+        Ok(child)
+    }
+
+    /// Tells it something.
+    pub(crate) fn say(&mut self, what: &impl Serialize) -> anyhow::Result<()> {
+        let mut line = serde_json::to_string(what)?;
+        line.push('\n');
+        let input = self.input.as_mut().context("it was told to end")?;
+        input.write_all(line.as_bytes()).context("it reads no more")
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.process.try_wait().ok().flatten()
+    }
+
+    /// Tells it to end, and does not wait.
+    pub(crate) fn close(&mut self) {
+        self.input = None;
+    }
+
+    /// Ends it at once.
+    pub(crate) fn kill(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.close();
+        let end = Instant::now() + PATIENCE;
+        while self.ended().is_none() && Instant::now() < end {
+            std::thread::sleep(LOOK);
+        }
+        self.kill();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! All devices of a run, and the loop that asks them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use hat_tools::random::{Purpose, exponential, unit};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::child::Child;
+use crate::cloud::{CloudFigures, CloudProcess};
+use crate::figures::{Figures, Tally};
+use crate::plan::Plan;
+use crate::role;
+use crate::speech::{Ask, DeviceSetup, End, Outcome, Said};
+use crate::whole::Kept;
+
+/// The longest that the loop sleeps.
+const LOOK: Duration = Duration::from_millis(50);
+/// How often the cloud's memory is looked at.
+const MEMORY: Duration = Duration::from_secs(1);
+/// How long devices may take to start, beside the time to connect.
+const START: Duration = Duration::from_secs(60);
+/// How long it waits at the end while no answer comes.
+const DRAIN: Duration = Duration::from_secs(300);
+
+/// What a device says, with its number and which life of it.
+struct Note {
+    device: usize,
+    life: u64,
+    said: Said,
+}
+
+/// A device under way. Dropping it ends it.
+enum Device {
+    Process(Child),
+    Thread { asks: Option<Sender<Ask>>, thread: Option<JoinHandle<()>> },
+}
+
+impl Device {
+    fn start(
+        setup: &DeviceSetup,
+        process: bool,
+        hear: impl Fn(Said) + Send + Sync + 'static,
+    ) -> anyhow::Result<Self> {
+        if process {
+            let child = Child::start("device", setup, move |line| {
+                hear(line.map_or(Said::Gone, |line| {
+                    let wrong = |error| Said::Failed(format!("it says {line:?}: {error}"));
+                    serde_json::from_str(line).unwrap_or_else(wrong)
+                }));
+            })?;
+            return Ok(Self::Process(child));
+        }
+        let (asks, asked) = channel::<Ask>();
+        let setup = setup.clone();
+        let thread = std::thread::Builder::new().name("a device's requests".to_owned());
+        let thread = thread.spawn(move || {
+            role::serve(&setup, asked.into_iter(), &hear);
+            hear(Said::Gone);
+        });
+        Ok(Self::Thread { asks: Some(asks), thread: Some(thread.context("starting a thread")?) })
+    }
+
+    fn ask(&mut self, ask: Ask) -> anyhow::Result<()> {
+        match self {
+            Self::Process(child) => child.say(&ask),
+            Self::Thread { asks, .. } => {
+                asks.as_ref().and_then(|asks| asks.send(ask).ok()).context("it has ended")
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        match self {
+            Self::Process(child) => child.close(),
+            Self::Thread { asks, .. } => *asks = None,
+        }
+    }
+
+    /// Without a goodbye, where that is possible.
+    fn kill(&mut self) {
+        if let Self::Process(child) = self {
+            child.kill();
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.close();
+        if let Self::Thread { thread, .. } = self {
+            let _ = thread.take().map(JoinHandle::join);
+        }
+    }
+}
+
+/// A device's place: when one ends as planned, another takes it.
+#[derive(Default)]
+struct Place {
+    device: Option<Device>,
+    life: u64,
+    ready: bool,
+    /// Requests under way: how late they began, milliseconds.
+    away: HashMap<u64, f64>,
+    ends: Option<Instant>,
+    tally: Tally,
+}
+
+/// A run under way.
+pub(crate) struct Crowd<'a> {
+    plan: &'a Plan,
+    setup: DeviceSetup,
+    cloud: Option<CloudProcess>,
+    places: Vec<Place>,
+    notes: Receiver<Note>,
+    say: Sender<Note>,
+    begun: Instant,
+    next_id: u64,
+    /// When the next request is due, seconds from the beginning.
+    due_s: f64,
+    kept: Vec<Kept>,
+    ending: Vec<JoinHandle<()>>,
+    replaced: u64,
+    late_ms_max: f64,
+    first_failure: Option<String>,
+    bar: ProgressBar,
+}
+
+/// What a run leaves.
+pub(crate) struct Ended {
+    pub(crate) figures: Figures,
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) first_failure: Option<String>,
+}
+
+impl<'a> Crowd<'a> {
+    /// Starts all devices, and waits until they are connected.
+    pub(crate) fn start(
+        plan: &'a Plan,
+        setup: DeviceSetup,
+        cloud: Option<CloudProcess>,
+        interrupted: &AtomicBool,
+    ) -> anyhow::Result<Self> {
+        let (say, notes) = channel();
+        let mut crowd = Self {
+            due_s: plan.gap_s(0),
+            places: (0..plan.devices).map(|_| Place::default()).collect(),
+            plan,
+            setup,
+            cloud,
+            notes,
+            say,
+            begun: Instant::now(),
+            next_id: 0,
+            kept: vec![],
+            ending: vec![],
+            replaced: 0,
+            late_ms_max: 0.0,
+            first_failure: None,
+            bar: bar(plan),
+        };
+        for device in 0..plan.devices {
+            crowd.bear(device)?;
+        }
+        let end = Instant::now() + crowd.setup.connect() + START;
+        while crowd.places.iter().any(|place| !place.ready) {
+            if interrupted.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            if Instant::now() > end {
+                bail!("not all devices are ready after {} s", (end - crowd.begun).as_secs());
+            }
+            let Ok(note) = crowd.notes.recv_timeout(LOOK) else { continue };
+            match note.said {
+                Said::Ready => crowd.places[note.device].ready = true,
+                Said::Failed(reason) => bail!("device {}: {reason}", note.device),
+                _ => bail!("device {} ended before it was ready", note.device),
+            }
+        }
+        crowd.begun = Instant::now();
+        for device in 0..plan.devices {
+            crowd.places[device].ends = crowd.end_of_life(device);
+        }
+        Ok(crowd)
+    }
+
+    /// Starts the device of a place.
+    fn bear(&mut self, device: usize) -> anyhow::Result<()> {
+        let place = &mut self.places[device];
+        let (say, life) = (self.say.clone(), place.life);
+        let hear = move |said| {
+            // Nobody listens once the run is over.
+            let _ = say.send(Note { device, life, said });
+        };
+        place.device = Some(Device::start(&self.setup, self.plan.processes, hear)?);
+        Ok(())
+    }
+
+    fn end_of_life(&self, device: usize) -> Option<Instant> {
+        let life = self.places[device].life;
+        let seconds = exponential(
+            1.0 / self.plan.life_s?,
+            self.plan.seed,
+            Purpose::Life,
+            device as u64,
+            2 * life,
+        );
+        Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)
+    }
+
+    /// Asks until the plan's end, waits for the last answers, and ends all devices.
+    pub(crate) fn run(mut self, interrupted: &Arc<AtomicBool>) -> anyhow::Result<Ended> {
+        let mut looked = None;
+        let mut drained: Option<Instant> = None;
+        while !interrupted.load(Ordering::Relaxed) {
+            let now = Instant::now();
+            let at_s = (now - self.begun).as_secs_f64();
+            let over = self.is_over(at_s);
+            if over {
+                let end = *drained.get_or_insert(now + DRAIN);
+                if now > end || self.places.iter().all(|place| place.away.is_empty()) {
+                    break;
+                }
+            } else {
+                self.ask_due(at_s)?;
+                self.end_lives(now)?;
+            }
+            if looked.is_none_or(|looked| now - looked >= MEMORY) {
+                looked = Some(now);
+                self.look(at_s)?;
+            }
+            let due = Duration::try_from_secs_f64(self.due_s - at_s).unwrap_or(Duration::ZERO);
+            let wait = if over || self.plan.rate.is_none() { LOOK } else { due.min(LOOK) };
+            let first = self.notes.recv_timeout(wait);
+            drained = drained.filter(|_| first.is_err());
+            for note in first.into_iter().chain(self.notes.try_iter().collect::<Vec<_>>()) {
+                self.hear(note);
+            }
+        }
+        self.finish()
+    }
+
+    fn is_over(&self, at_s: f64) -> bool {
+        self.plan.requests.is_some_and(|requests| self.next_id >= requests)
+            || self.plan.seconds.is_some_and(|seconds| at_s >= seconds)
+            || self.places.iter().all(|place| place.device.is_none())
+    }
+
+    fn look(&mut self, at_s: f64) -> anyhow::Result<()> {
+        if let Some(cloud) = &mut self.cloud {
+            cloud.look(at_s)?;
+        }
+        let place = if self.plan.requests.is_some() { self.next_id } else { at_s as u64 };
+        self.bar.set_position(place);
+        let away: usize = self.places.iter().map(|place| place.away.len()).sum();
+        let done: u64 = self.places.iter().map(|place| place.tally.done).sum();
+        self.bar.set_message(format!("{done} answers, {away} under way"));
+        Ok(())
+    }
+
+    /// Asks what is due: by the clock, or of each device that has nothing to do.
+    fn ask_due(&mut self, at_s: f64) -> anyhow::Result<()> {
+        if self.plan.rate.is_none() {
+            for device in 0..self.places.len() {
+                let place = &self.places[device];
+                if place.ready && place.away.is_empty() && !self.is_over(at_s) {
+                    self.ask(device, 0.0)?;
+                }
+            }
+            return Ok(());
+        }
+        while self.due_s <= at_s && !self.is_over(at_s) {
+            let count = self.places.len();
+            let share = unit(self.plan.seed, Purpose::Device, self.next_id, 0);
+            let chosen = (share * count as f64) as usize;
+            let ready = (0..count).map(|more| (chosen + more) % count);
+            let ready = ready.into_iter().find(|device| self.places[*device].ready);
+            let Some(device) = ready else { break };
+            self.ask(device, 1e3 * (at_s - self.due_s))?;
+            self.due_s += self.plan.gap_s(self.next_id);
+        }
+        Ok(())
+    }
+
+    fn ask(&mut self, device: usize, late_ms: f64) -> anyhow::Result<()> {
+        let ask = self.plan.ask(self.next_id)?;
+        self.late_ms_max = self.late_ms_max.max(late_ms);
+        let place = &mut self.places[device];
+        place.away.insert(ask.id, late_ms);
+        self.next_id += 1;
+        // If it reads no more, its end is on the way as a note, and this request fails with it.
+        let _ = place.device.as_mut().map(|device| device.ask(ask));
+        Ok(())
+    }
+
+    /// Ends the devices whose time has come, one half without a goodbye, and starts others.
+    fn end_lives(&mut self, now: Instant) -> anyhow::Result<()> {
+        for device in 0..self.places.len() {
+            let place = &mut self.places[device];
+            if place.ends.is_none_or(|ends| ends > now) {
+                continue;
+            }
+            let Some(mut ended) = place.device.take() else { continue };
+            let share = unit(self.plan.seed, Purpose::Life, device as u64, 2 * place.life + 1);
+            if share < 0.5 {
+                ended.kill();
+            }
+            self.ending.retain(|thread| !thread.is_finished());
+            self.ending.push(std::thread::spawn(move || drop(ended)));
+            place.tally.lost += place.away.drain().count() as u64;
+            place.life += 1;
+            place.ready = false;
+            self.replaced += 1;
+            self.bear(device)?;
+            self.places[device].ends = self.end_of_life(device);
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, note: Note) {
+        let place = &mut self.places[note.device];
+        if place.life != note.life {
+            return;
+        }
+        match note.said {
+            Said::Ready => place.ready = true,
+            Said::Ended(outcome) => self.end(note.device, outcome),
+            Said::Failed(why) => self.fail(note.device, &why),
+            Said::Gone => self.fail(note.device, "it ended by itself"),
+        }
+    }
+
+    /// A device ended that should not have, and with it what it had to do. It is not replaced.
+    fn fail(&mut self, device: usize, why: &str) {
+        let place = &mut self.places[device];
+        if place.device.take().is_none() {
+            return;
+        }
+        (place.ready, place.ends) = (false, None);
+        self.first_failure.get_or_insert(format!("device {device}: {why}"));
+        let away: Vec<u64> = place.away.keys().copied().collect();
+        place.tally.failed += u64::from(away.is_empty());
+        for ask in away {
+            let end = End::Failed(why.to_owned());
+            self.end(device, Outcome { ask, end, ..Outcome::default() });
+        }
+    }
+
+    fn end(&mut self, device: usize, mut outcome: Outcome) {
+        let place = &mut self.places[device];
+        let Some(late_ms) = place.away.remove(&outcome.ask) else { return };
+        place.tally.note(&outcome, late_ms);
+        if let End::Failed(why) | End::Refused(why) = &outcome.end {
+            let text = format!("request {} of device {device}: {why}", outcome.ask);
+            self.first_failure.get_or_insert(text);
+        }
+        if self.plan.check_whole {
+            let complete = outcome.end == End::Done;
+            let tokens = std::mem::take(&mut outcome.token_ids);
+            self.kept.push(Kept { ask: outcome.ask, tokens, complete });
+        }
+    }
+
+    fn finish(mut self) -> anyhow::Result<Ended> {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        self.look(seconds)?;
+        for place in &mut self.places {
+            place.tally.failed += place.away.len() as u64;
+            if let Some(ask) = place.away.keys().min() {
+                let text = format!("request {ask} has no answer");
+                self.first_failure.get_or_insert(text);
+            }
+        }
+        // What they do with the cloud at their end counts, too.
+        self.end_all();
+        let cloud = match &mut self.cloud {
+            None => None,
+            Some(cloud) => {
+                Some(CloudFigures { counters: cloud.counters()?, memory: cloud.memory().to_vec() })
+            }
+        };
+        self.bar.finish_and_clear();
+        let tallies =
+            self.places.iter_mut().map(|place| std::mem::take(&mut place.tally)).collect();
+        let mut figures = Figures::new(tallies, seconds);
+        figures.cloud = cloud;
+        figures.replaced = self.replaced;
+        figures.late_ms_max = self.late_ms_max;
+        let kept = std::mem::take(&mut self.kept);
+        Ok(Ended { figures, kept, first_failure: self.first_failure.take() })
+    }
+
+    /// All devices at one time: those that are connected say goodbye.
+    fn end_all(&mut self) {
+        for place in &mut self.places {
+            let ready = place.ready;
+            let end = |device: &mut Device| if ready { device.close() } else { device.kill() };
+            place.device.iter_mut().for_each(end);
+        }
+        for place in &mut self.places {
+            place.device = None;
+        }
+        for thread in self.ending.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Crowd<'_> {
+    fn drop(&mut self) {
+        self.end_all();
+    }
+}
+
+fn bar(plan: &Plan) -> ProgressBar {
+    let length = plan.requests.or(plan.seconds.map(|seconds| seconds as u64));
+    let bar = ProgressBar::new(length.unwrap_or(0));
+    let unit = if plan.requests.is_some() { "requests" } else { "s" };
+    let template = format!("{{bar:40}} {{pos}}/{{len}} {unit}, {{msg}}");
+    match ProgressStyle::with_template(&template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

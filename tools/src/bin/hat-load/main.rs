@@ -1,0 +1,315 @@
+//! `hat-load`: many devices at once against a real cloud, and what they see.
+
+mod child;
+mod cloud;
+mod crowd;
+mod figures;
+mod plan;
+mod prompts;
+mod role;
+mod speech;
+mod whole;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context as _;
+use clap::{Parser, ValueEnum};
+use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
+use hat_engine::pull;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use tempfile::TempDir;
+use tracing_subscriber::EnvFilter;
+
+use crate::cloud::CloudProcess;
+use crate::crowd::{Crowd, Ended};
+use crate::plan::Plan;
+use crate::prompts::{Lengths, Prompts};
+use crate::speech::{CloudSetup, DeviceSetup, Link};
+
+/// Many devices at once against one cloud: what they wait for, whether one of them starves, and
+/// what the cloud holds in memory.
+///
+/// Each device is the engine's own device role, in a process of its own unless --threads-only.
+/// Without --rate each device asks again as soon as it has its answer. Without --requests and
+/// --seconds each device is asked ten times on average.
+#[derive(Parser)]
+#[command(name = "hat-load", version, allow_negative_numbers = true)]
+struct Args {
+    /// A cloud that runs already, as host:port; without, one is started in a process of its own.
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["cloud_threads", "sessions_max",
+        "kv_rows_max"])]
+    cloud: Option<String>,
+    /// A bundle made by hat-split: the directory with device/ and cloud/.
+    #[arg(long, value_name = "DIR", conflicts_with = "model")]
+    bundle: Option<PathBuf>,
+    /// Which model without --bundle.
+    #[arg(long, value_enum, default_value_t = Model::Tiny)]
+    model: Model,
+    /// How many devices, 1 to 10000.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    devices: u32,
+    /// All devices in this process, with threads of their own.
+    #[arg(long)]
+    threads_only: bool,
+    /// Requests a second over all devices, 0.001 to 100000, arriving as a Poisson process.
+    #[arg(long, value_name = "R", value_parser = rate)]
+    rate: Option<f64>,
+    /// Stop asking after so many requests, 1 and more.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    requests: Option<u64>,
+    /// Stop asking after so many seconds, 0.1 to 1000000.
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    seconds: Option<f64>,
+    /// Prompts to take in turn: a line of JSON each, with `prompt` or `turns`.
+    #[arg(long, value_name = "FILE.jsonl")]
+    prompts: Option<PathBuf>,
+    /// Tokens of made prompts: N, or FROM..TO, both included.
+    #[arg(long, value_name = "LENGTHS", default_value = "16..256", conflicts_with = "prompts")]
+    prompt_tokens: Lengths,
+    /// So many different made prompts in turn; without, each request has its own.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(conflicts_with = "prompts")]
+    distinct: Option<u64>,
+    /// Tokens of an answer, 1 to 1000000.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_tokens: u32,
+    /// An end-of-sequence token ends an answer; without, each goes on to --max-tokens.
+    #[arg(long)]
+    eos: bool,
+    /// Who drafts: auto, off, chain, tree, lookup, stream or all.
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    draft: DraftMode,
+    /// How prompts are cut: off, rows of a chunk, paper or auto.
+    #[arg(long, value_name = "HOW", default_value = "128")]
+    chunks: ChunkPolicy,
+    /// How rows are coded on the wire: f32, f16, int8 or int4.
+    #[arg(long, value_name = "CODEC", default_value = "f16", value_parser = codec)]
+    wire: Codec,
+    /// What moves bytes.
+    #[arg(long, value_enum, default_value_t = Link::Mio)]
+    link: Link,
+    /// Compute threads of a device.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = threads)]
+    threads: usize,
+    /// Compute threads of the cloud that is started; one for each core without.
+    #[arg(long, value_name = "N", value_parser = threads)]
+    cloud_threads: Option<usize>,
+    /// Sessions of the cloud that is started.
+    #[arg(long, value_name = "N")]
+    sessions_max: Option<u32>,
+    /// Positions of all sessions together in the cloud that is started.
+    #[arg(long, value_name = "N")]
+    kv_rows_max: Option<u32>,
+    /// Share of the answers that are given up before their end, 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    cancel: f64,
+    /// Devices come and go: mean life of one, seconds, 0.1 to 1000000. One half ends with a
+    /// goodbye, the other half is killed (not with --threads-only).
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    life_s: Option<f64>,
+    /// How long devices try to connect at first, seconds, 0.1 to 1000000.
+    #[arg(long, value_name = "S", default_value_t = 20.0, value_parser = seconds)]
+    connect_s: f64,
+    /// Of arrivals, prompts, lives and answers that are given up.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Compare the tokens of all answers with those of the whole model in one process.
+    #[arg(long)]
+    check_whole: bool,
+    /// Print all figures as one line of JSON, the last.
+    #[arg(long)]
+    json: bool,
+    /// Write plots (SVG) into this folder.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+    /// What a child process of this tool is.
+    #[arg(long, hide = true, value_enum)]
+    role: Option<Role>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Model {
+    /// Four layers of random numbers, made on the spot.
+    Tiny,
+    /// The engine's default model, fetched if it is not there.
+    Default,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Role {
+    Cloud,
+    Device,
+}
+
+fn number(text: &str, least: f64, most: f64) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (least..=most).contains(&value) => Ok(value),
+        _ => Err(format!("allowed are {least} to {most}")),
+    }
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    number(text, 0.001, 100_000.0)
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    number(text, 0.1, 1_000_000.0)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, 0.0, 1.0)
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=1024) => Ok(count),
+        _ => Err("allowed are 1 to 1024".to_owned()),
+    }
+}
+
+fn codec(text: &str) -> Result<Codec, String> {
+    Codec::from_name(text).ok_or_else(|| "allowed are f32, f16, int8 and int4".to_owned())
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let args = Args::parse();
+    let ended = match args.role {
+        Some(Role::Cloud) => role::cloud(),
+        Some(Role::Device) => role::device(),
+        None => run(&args),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hat-load: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, interrupted.clone())
+            .context("can't wait for signals")?;
+    }
+    let (bundle, _held) = args.bundle()?;
+    let plan = args.plan(&bundle)?;
+    let cloud = match args.cloud {
+        Some(_) => None,
+        None => Some(CloudProcess::start(&args.cloud_setup(&bundle))?),
+    };
+    let address = cloud.as_ref().map(CloudProcess::address).or(args.cloud.as_deref());
+    let setup = args.device_setup(&bundle, address.expect("one of both is there"));
+    let crowd = Crowd::start(&plan, setup, cloud, &interrupted)?;
+    let Ended { mut figures, kept, first_failure } = crowd.run(&interrupted)?;
+    if args.check_whole {
+        let ask = |id| plan.ask(id);
+        let compared = whole::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;
+        figures.compared = Some(compared);
+    }
+    figures.print();
+    if let Some(folder) = &args.plot {
+        println!("{} plots in {}", figures.plot(folder)?, folder.display());
+    }
+    if args.json {
+        println!("{}", figures.json());
+    }
+    anyhow::ensure!(!interrupted.load(Ordering::Relaxed), "interrupted: the figures are of a part");
+    if let Some(first) = figures.compared.and_then(|compared| compared.first_different) {
+        anyhow::bail!("request {first} has another answer than the whole model gives");
+    }
+    let all = figures.all();
+    match first_failure {
+        Some(first) if all.failed > 0 => anyhow::bail!("{} requests failed: {first}", all.failed),
+        Some(first) => {
+            eprintln!("hat-load: {} requests were refused: {first}", all.refused);
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+impl Args {
+    /// The directory with both halves, and what keeps it.
+    fn bundle(&self) -> anyhow::Result<(PathBuf, Option<TempDir>)> {
+        if let Some(bundle) = &self.bundle {
+            for half in ["device", "cloud"] {
+                let path = bundle.join(half).join("bundle.json");
+                // A cloud that runs already has its own half.
+                let needed = half == "device" || self.cloud.is_none() || self.check_whole;
+                anyhow::ensure!(!needed || path.is_file(), "--bundle: no {}", path.display());
+            }
+            return Ok((bundle.clone(), None));
+        }
+        match self.model {
+            Model::Default => {
+                let cache = pull::cache_dir()?;
+                Ok((pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0)?, None))
+            }
+            Model::Tiny => {
+                let folder = tempfile::tempdir().context("a folder for the tiny model")?;
+                let bundle = hat_engine::internal::tiny_bundle(folder.path());
+                let bundle = bundle.map_err(|error| anyhow::anyhow!("the tiny model: {error}"))?;
+                Ok((bundle, Some(folder)))
+            }
+        }
+    }
+
+    fn plan(&self, bundle: &Path) -> anyhow::Result<Plan> {
+        let prompts = match &self.prompts {
+            Some(path) => Prompts::read(path)?,
+            None => {
+                let device = bundle.join("device");
+                Prompts::make(&device, self.prompt_tokens, self.distinct, self.seed)?
+            }
+        };
+        let endless = self.requests.is_none() && self.seconds.is_none();
+        Ok(Plan {
+            devices: self.devices as usize,
+            processes: !self.threads_only,
+            rate: self.rate,
+            requests: self.requests.or(endless.then_some(10 * u64::from(self.devices))),
+            seconds: self.seconds,
+            prompts,
+            max_tokens: self.max_tokens,
+            eos: self.eos,
+            draft: self.draft.name().to_owned(),
+            cancel: self.cancel,
+            life_s: self.life_s,
+            seed: self.seed,
+            check_whole: self.check_whole,
+        })
+    }
+
+    fn cloud_setup(&self, bundle: &Path) -> CloudSetup {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        CloudSetup {
+            bundle: bundle.join("cloud"),
+            link: self.link,
+            threads: self.cloud_threads.unwrap_or(cores),
+            sessions_max: self.sessions_max,
+            kv_rows_max: self.kv_rows_max,
+            devices: self.devices,
+        }
+    }
+
+    fn device_setup(&self, bundle: &Path, cloud: &str) -> DeviceSetup {
+        DeviceSetup {
+            bundle: bundle.join("device"),
+            cloud: cloud.to_owned(),
+            wire: self.wire.name().to_owned(),
+            chunks: self.chunks.to_string(),
+            link: self.link,
+            threads: self.threads,
+            connect_ms: (1e3 * self.connect_s) as u64,
+        }
+    }
+}

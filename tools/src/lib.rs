@@ -1,0 +1,6 @@
+//! What more than one of the tools needs: chance without state, figures over many values, and one
+//! style of plots. No interface for others.
+
+pub mod plot;
+pub mod random;
+pub mod statistics;
