@@ -208,7 +208,7 @@ impl Bench {
         Ok(())
     }
 
-    /// What a launch costs the host and the GPU beside its work: a run of small ones, one by one the
+    /// What a launch costs beside its work: a run of small ones, one by one the
     /// first time and as a graph after that.
     fn launches(&mut self) -> Result<(), GpuError> {
         let mut gate = self.room(1024, 0)?;
