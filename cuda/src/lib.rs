@@ -18,6 +18,7 @@ pub mod accept_tree;
 #[cfg(feature = "cuda")]
 pub mod artefact;
 pub mod attend;
+pub mod bound;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod embed;

@@ -236,6 +236,30 @@ fn a_gpu_that_is_lost_ends_the_cloud_or_hands_over_to_the_cpu() {
 }
 
 #[test]
+fn a_device_daemon_that_lost_its_gpu_ends() {
+    let Some(folder) = driver() else { return };
+    let bundles = bundles();
+    let mut command = Driver::new(&folder, "fault").program();
+    command.args(["device", "--processor", "cuda", "--http", "127.0.0.1:0", "--no-api-key"]);
+    command.arg("--bundle").arg(&bundles.path).env("RUST_LOG", "error");
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let address = lines.find_map(|line| Some(line.split_once("http://")?.1.to_owned())).unwrap();
+    let body = r#"{"prompt": "Hello", "max_tokens": 4}"#;
+    let mut stream = std::net::TcpStream::connect(address.trim()).unwrap();
+    let ask =
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+    write!(stream, "{ask}Content-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+        .unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    assert!(!answer.contains(" 200 "), "{answer}");
+    let rest: Vec<String> = lines.collect();
+    assert!(!child.wait().unwrap().success(), "{rest:?}");
+    assert!(rest.iter().any(|line| line.contains("the device stopped by itself")), "{rest:?}");
+}
+
+#[test]
 fn a_lack_of_memory_in_the_middle_costs_time_not_text() {
     let Some(folder) = driver() else { return };
     let bundles = bundles();

@@ -8,6 +8,7 @@
 
 mod artefacts;
 mod attention;
+mod bounds;
 mod choice;
 mod gemv;
 mod model;

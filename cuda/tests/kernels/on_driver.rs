@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::driver::{Cuda, LaunchCounts, OpenError, gpu_count};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
+use hat_cuda::plan::{Heads, PlanOnGpu};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
+use hat_cuda::test_gpu::TestGpu;
 
-use crate::stand::{GPU, build, compiled};
+use crate::sequences::{Batch, Sequence, Store, chunk, expected};
+use crate::stand::{GPU, Random, assert_close, build, compiled, memory, numbers, room};
 
 /// Runs tests of this program in a process of its own.
 pub fn tests(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -113,6 +117,7 @@ fn launches_that_come_again_become_a_graph() {
     under("", "graphs");
     under("no-graphs", "no_graphs");
     under("no-pinned", "graphs");
+    under("", "decoding");
 }
 
 /// What runs in a process of its own, under a driver that its parent made up.
@@ -202,6 +207,50 @@ mod made_up {
         // The first time they are new, the second time captured.
         let expected = LaunchCounts { single: 4, graphs: 6, in_graphs: 24, captured: 1 };
         assert_eq!(norms(7), expected);
+    }
+
+    /// Attention of one token after another: within a bucket of pages all have one graph.
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn decoding() {
+        let mut gpu = TestGpu::Cuda(Box::new(Cuda::open(0).unwrap()));
+        let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64, window: None };
+        let (mut random, pages) = (Random(3), [2u32, 0, 3, 1]);
+        let all = Sequence { rows: chunk(0, 128), pages: pages.to_vec() };
+        let mut store = Store::new(4, 4, &heads);
+        (0..4).for_each(|layer| store.fill(layer, &all, &mut random));
+        let kv = store.on_gpu(&mut gpu);
+        let mut plan = PlanOnGpu::new(&mut gpu, 1, 1, 4).unwrap();
+        let mut parts = Parts::new(&mut gpu, &heads, 1, 1).unwrap();
+        let mut outs = [(); 4].map(|()| room::<f32>(&mut gpu, 128));
+        let q = random.numbers(128, 1.0);
+        let q_memory = memory(&mut gpu, &q);
+        let before = counts(&gpu);
+        for position in [70, 71, 95, 96, 127] {
+            let pages = pages[..position as usize / 32 + 1].to_vec();
+            let sequence = Sequence { rows: chunk(position, position + 1), pages };
+            let batch = Batch::new(std::slice::from_ref(&sequence));
+            plan.write(&mut gpu, &batch.plan(), &heads, 4).unwrap();
+            for (layer, out) in outs.iter_mut().enumerate() {
+                let (q, out) = (q_memory.slice(), out.slice_mut());
+                attend(&mut gpu, &plan, &heads, layer, Cut::Auto, q, &kv, &mut parts, out).unwrap();
+            }
+            let sequences = [sequence];
+            for (layer, out) in outs.iter().enumerate() {
+                let expected = expected(&store, layer, &heads, &sequences, &q);
+                assert_close("decoding", &numbers(&mut gpu, out, 128), &expected, 2e-3, 0.0);
+            }
+        }
+        let counts = counts(&gpu);
+        assert_eq!(counts.captured - before.captured, 1);
+        assert_eq!((counts.single - before.single, counts.graphs - before.graphs), (4, 4));
+    }
+
+    fn counts(gpu: &TestGpu) -> LaunchCounts {
+        match gpu {
+            TestGpu::Cuda(cuda) => cuda.launch_counts(),
+            TestGpu::Emulator(_) => panic!("no driver"),
+        }
     }
 
     #[test]

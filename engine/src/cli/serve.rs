@@ -14,6 +14,9 @@ use hat_engine::{Cloud, Engine};
 
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
 
+/// How often a daemon looks whether what it serves has stopped.
+const STOPPED_LOOK: Duration = Duration::from_millis(200);
+
 /// The cloud role.
 #[derive(Args)]
 pub(crate) struct CloudArgs {
@@ -102,9 +105,14 @@ impl DeviceArgs {
         eprintln!("device: {}; model {}", engine.describe(), engine.model_name());
         let mut config = HttpConfig::new(self.http);
         config.api_key = api_key;
-        let server = HttpServer::start(engine, config)?;
+        let server = HttpServer::start(engine.clone(), config)?;
         eprintln!("http: listening at http://{}", server.address());
-        server.join();
+        while !server.has_stopped() {
+            if engine.has_stopped() {
+                bail!("the device stopped by itself; the log says why");
+            }
+            std::thread::sleep(STOPPED_LOOK);
+        }
         bail!("the HTTP server stopped by itself; the log says why")
     }
 

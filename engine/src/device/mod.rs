@@ -247,6 +247,14 @@ impl Engine {
         &self.describe
     }
 
+    /// Whether it has stopped by itself, since its link or its backend failed: it answers nothing
+    /// any more.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn has_stopped(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// The cloud that this engine started, if it did.
     #[must_use]
     pub fn cloud(&self) -> Option<&Cloud> {

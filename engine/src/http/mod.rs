@@ -228,6 +228,13 @@ impl HttpServer {
         drop(self);
     }
 
+    /// Whether it has stopped by itself.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn has_stopped(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
     /// Waits until it stops by itself, which it does only when its thread fails.
     pub fn join(mut self) {
         for thread in self.threads.drain(..) {
