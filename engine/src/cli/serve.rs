@@ -60,14 +60,15 @@ impl CloudArgs {
         *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
         config.idle_after = Duration::try_from_secs_f64(self.idle_after)
             .context("--idle-after: a number of seconds from 0 up is wanted")?;
-        for (owner, bytes) in config.limits.bytes_needed(&open_cloud_bundle(&config)?) {
-            eprintln!("  at most {:.1} MB for {owner}", bytes as f64 / 1e6);
-        }
+        let needed = config.limits.bytes_needed(&open_cloud_bundle(&config)?);
         let falls_back = config.processor.falls_back();
         let mut cloud = Cloud::start(config.clone())?;
         config = config.listen(cloud.address());
         loop {
             eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
+            for (owner, bytes) in &needed {
+                eprintln!("  at most {:.1} MB for {owner}", *bytes as f64 / 1e6);
+            }
             let Some(fault) = cloud.join_for_fault() else {
                 bail!("the cloud stopped by itself; the log says why");
             };

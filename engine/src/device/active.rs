@@ -90,6 +90,15 @@ pub(super) struct Timed {
     pub(super) rows: usize,
 }
 
+/// Decided rows that the cloud runs in one step. They are computed here a piece at a time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Chunk {
+    /// All its rows.
+    pub(super) rows: u32,
+    /// Those that are not computed yet.
+    pub(super) left: u32,
+}
+
 /// What a round has brought so far.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Round {
@@ -117,6 +126,8 @@ pub(super) struct Active {
     pub(super) names: Option<PageNames>,
     /// Rows that the cloud held when the session opened: they are not sent.
     pub(super) held: u32,
+    /// The chunk of decided rows at hand.
+    pub(super) chunk: Chunk,
     /// KV of the device's own layers.
     pub(super) sequence: Sequence,
     pub(super) unsent: Unsent,
@@ -229,8 +240,10 @@ impl Active {
         let rows_max = self.job.prepared.rows_max();
         self.sequence = Sequence::new(pages.into_pages(), rows_max);
         self.held = 0;
+        self.chunk = Chunk::default();
         self.unsent.count = 0;
         self.unsent.sent = 0;
+        self.unsent.grows = false;
         self.walk.clear();
         self.drafts.clear();
         self.round_now = None;

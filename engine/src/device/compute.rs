@@ -6,9 +6,13 @@ use std::time::Duration;
 use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
 use hat_transport::message::{RowsHead, Want};
 
-use super::active::{Active, Phase, Timed, Unsent};
+use super::active::{Active, Chunk, Phase, Timed, Unsent};
 use super::run::Device;
 use crate::{Error, Event, wire};
+
+/// Rows of a chunk that are computed, and sent, before the next ones are: the uplink does not wait
+/// for a whole chunk, and is looked after in between.
+const PIECE_ROWS: u32 = 64;
 
 impl Device {
     /// Computes one chunk of one request, the one with the fewest rows left first: a decode step
@@ -34,15 +38,19 @@ impl Device {
         Ok(true)
     }
 
-    /// Computes decided rows: a chunk of the prompt, or the last token alone. Those that the cloud
-    /// holds are not sent.
+    /// Computes decided rows: a piece of a chunk of the prompt, or the last token alone. Those
+    /// that the cloud holds are not sent.
     fn compute_chunk(&mut self, index: usize) {
         let held = self.actives[index].held_left();
+        if held == 0 && self.actives[index].chunk.left == 0 {
+            let rows = self.chunk_rows(index);
+            self.actives[index].chunk = Chunk { rows, left: rows };
+        }
+        let active = &mut self.actives[index];
         let count = match held {
-            0 => self.chunk_rows(index),
+            0 => active.chunk.left.min(PIECE_ROWS),
             _ => held.min(self.start.config.limits.step_rows_max),
         };
-        let active = &mut self.actives[index];
         active.drafts.clear();
         let first = active.computed();
         let (first_id, parent) = (active.sequence.last_id() + 1, active.sequence.tip());
@@ -74,6 +82,8 @@ impl Device {
         }
         let decides = end == active.tokens.len();
         active.set_unsent(first_id, parent, count as usize, decides);
+        active.chunk.left -= count;
+        active.unsent.grows = active.chunk.left > 0;
         active.unfed = first..first + count;
         let in_prefill = active.answer.tokens().is_empty();
         if decides {
@@ -82,8 +92,8 @@ impl Device {
             let round = if in_prefill { 0 } else { active.round + 1 };
             active.walk.push(last_id, before, active.tokens[end - 1], None, round);
         }
-        if in_prefill {
-            active.meter.counts.chunks.push(count);
+        if in_prefill && !active.unsent.grows {
+            active.meter.counts.chunks.push(active.chunk.rows);
             let event = Event::Prefill { sent: first + count, total: active.rows() };
             let _ = active.job.events.send(Ok(event));
         }
@@ -210,7 +220,7 @@ impl Active {
     fn note_sent(&mut self, head: &RowsHead, now: std::time::Instant) {
         let in_answer = !self.answer.tokens().is_empty();
         // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || (self.computed() - self.held) as usize == self.unsent.count;
+        let alone = in_answer || self.computed() - self.held == self.chunk.rows;
         let unsent = &mut self.unsent;
         if unsent.sent == unsent.begin {
             self.commit = 0;

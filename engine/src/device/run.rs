@@ -12,7 +12,7 @@ use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
-use super::active::{Active, Drafts, Phase, Unsent};
+use super::active::{Active, Chunk, Drafts, Phase, Unsent};
 use super::plan::Sizing;
 use super::prefix::PageNamer;
 use super::walk::Walk;
@@ -275,6 +275,7 @@ impl Device {
                 tokens: job.prepared.prompt.clone(),
                 names: None,
                 held: 0,
+                chunk: Chunk::default(),
                 sequence: Sequence::new(pages, rows_max),
                 unsent: Unsent::default(),
                 walk: Walk::default(),

@@ -81,9 +81,8 @@ impl Device {
         let step = f64::from(head.step_us) * 1e-6;
         let total = now.duration_since(at).as_secs_f64();
         let step_rows = head.step_rows as usize;
-        self.costs.step.note(step_rows, step);
+        self.costs.note_step(rows, step_rows, step);
         self.costs.wait.note(rows, (total - step).max(0.0));
-        self.costs.others.note(step_rows.saturating_sub(rows) as f64);
         self.note_returned(index, rows, head, Some(total));
     }
 

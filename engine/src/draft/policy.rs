@@ -5,6 +5,11 @@
 //! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`. All of these are moving
 //! averages of what was seen, the first three as functions of the rows. Zero drafts may win.
 //!
+//! Others share the step and decide by the same rules. Whoever took their rows for given would
+//! find that a few more of its own hardly lengthen a step that is long anyway; all would, and the
+//! cloud would compute little but drafts. So `step` is that of a cloud whose rows all grow as
+//! one's own do.
+//!
 //! Rows that go up while others are away pay by other rules, since nobody waits for them unless
 //! the walk comes by: see [`Costs::wave`]. Pure: the caller measures.
 
@@ -98,7 +103,9 @@ pub struct Costs {
     /// The cloud's step, by its rows: those of other sessions count.
     pub step: ByRows,
     /// Rows of other sessions in a step.
-    pub others: Average,
+    others: Average,
+    /// Rows of a step for each of one's own; 1 where there are no others.
+    crowd: Average,
     /// Tail layers, LM head and sampling of one visited row.
     pub head: Average,
     /// Tokens of a round.
@@ -112,9 +119,16 @@ impl Costs {
     /// little is known.
     #[must_use]
     pub fn round(&self, rows: usize) -> Option<f64> {
-        let others = self.others.mean().round() as usize;
-        let step = self.step.seconds(rows + others)?;
+        let crowd = self.crowd.mean().max(1.0);
+        let step = self.step.seconds((rows as f64 * crowd).round() as usize)?;
         Some(self.device.seconds(rows)? + self.wait.seconds(rows)? + step)
+    }
+
+    /// A step of `step_rows` rows, `own` of them one's own, took so long.
+    pub fn note_step(&mut self, own: usize, step_rows: usize, seconds: f64) {
+        self.step.note(step_rows, seconds);
+        self.others.note(step_rows.saturating_sub(own) as f64);
+        self.crowd.note(step_rows as f64 / own.max(1) as f64);
     }
 
     /// Tokens a second without any drafts; `None` if too little is known.
@@ -381,8 +395,29 @@ mod tests {
         let mut costs = costs((5.0, 0.0), 5.0, 1.0);
         costs.step = by_rows(&[(1, 5e-3), (16, 5e-3), (64, 5e-3), (128, 40e-3)]);
         let alone = costs.drafts_that_pay(falling(0.5, 0.8), 0.0);
-        costs.others.note(64.0);
+        costs.note_step(2, 64, 5e-3);
         assert!(costs.drafts_that_pay(falling(0.5, 0.8), 0.0) < alone);
+    }
+
+    /// What a device decides in a crowd of devices that decide the same.
+    #[test]
+    fn a_crowd_drafts_only_where_rows_are_cheap() {
+        let in_crowd = |step: (f64, f64), devices: usize| {
+            let mut costs = costs(step, 2.0, 1.0);
+            for rows in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] {
+                costs.step.note(rows, (step.0 + step.1 * rows as f64) / 1e3);
+            }
+            for _ in 0..20 {
+                let own = 1 + costs.drafts_that_pay(falling(0.5, 0.8), 0.0);
+                let rows = devices * own;
+                costs.note_step(own, rows, (step.0 + step.1 * rows as f64) / 1e3);
+            }
+            costs.drafts_that_pay(falling(0.5, 0.8), 0.0)
+        };
+        // A GPU's step takes what its weights take, a CPU's what its rows take.
+        assert_eq!(in_crowd((7.0, 1e-4), 30), in_crowd((7.0, 1e-4), 1));
+        assert!(in_crowd((12.0, 2.2), 1) > 0);
+        assert_eq!(in_crowd((12.0, 2.2), 30), 0);
     }
 
     #[test]

@@ -538,8 +538,7 @@ impl<'a> World<'a> {
         if let Some((sent, rows)) = request.sent.take() {
             let wait_s = seconds(self.now - sent) - step_s;
             of_device.measured.wait.note(rows as usize, wait_s);
-            of_device.measured.step.note(step_rows as usize, step_s);
-            of_device.measured.others.note(f64::from(step_rows - reply.rows.min(step_rows)));
+            of_device.measured.note_step(reply.rows as usize, step_rows as usize, step_s);
             of_device.queue_s.note(queue_s);
         }
         of_device.processor.push(Task::Head { request: index, reply });
