@@ -32,6 +32,8 @@ pub(super) struct Guest {
     pub(super) device: DeviceKey,
     /// Sessions that it has.
     pub(super) sessions: u32,
+    /// Frames of its chunks whose end has not come: nothing but the device frees their buffers.
+    pub(super) begun_frames: usize,
     outbox: VecDeque<Output>,
     outbox_bytes: usize,
     /// Since when its queue has been full.
@@ -46,6 +48,7 @@ impl Guest {
         Self {
             device,
             sessions: 0,
+            begun_frames: 0,
             outbox: VecDeque::new(),
             outbox_bytes: 0,
             full_since: None,
