@@ -12,8 +12,8 @@ use hat_transport::turn::ConnectionId;
 use super::io::Io;
 use crate::sched::DeviceKey;
 
-/// Most bytes that wait for one connection beyond its queue: with that, what all rows of a long
-/// prompt need for the tail layers of a large model. A device that reads comes near with these alone.
+/// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
+/// prompt for the tail layers of a large model; a device that reads comes near with these alone.
 pub(super) const OUTBOX_BYTES_MAX: usize = 32 << 20;
 /// How soon buffers are looked for again.
 const BUFFER_RETRY: Duration = Duration::from_millis(1);
