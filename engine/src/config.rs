@@ -262,8 +262,8 @@ impl EngineConfig {
 
     /// Key of the names by which pages are asked for.
     #[must_use]
-    pub fn prefix_secret(mut self, secret: PrefixSecret) -> Self {
-        self.prefix_secret = Some(secret);
+    pub fn prefix_secret(mut self, secret: impl Into<PrefixSecret>) -> Self {
+        self.prefix_secret = Some(secret.into());
         self
     }
 

@@ -7,7 +7,9 @@
 //!
 //! Pure: no clock, no link, no thread.
 
+use std::array::TryFromSliceError;
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 
 use crate::backend::{PAGE_SIZE, TokenId};
 use crate::page::PagePool;
@@ -16,8 +18,29 @@ use crate::sequence::Sequence;
 /// Name of a page; the wire's (`hat_transport::message::PageId`).
 pub type PageId = [u8; 16];
 
-/// The key of a device's, or of a tenant's, page ids.
-pub type PrefixSecret = [u8; 32];
+/// The key of a device's, or of a tenant's, page ids. Nobody is shown it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct PrefixSecret([u8; 32]);
+
+impl From<[u8; 32]> for PrefixSecret {
+    fn from(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl TryFrom<&[u8]> for PrefixSecret {
+    type Error = TryFromSliceError;
+
+    fn try_from(bytes: &[u8]) -> Result<Self, Self::Error> {
+        bytes.try_into().map(Self)
+    }
+}
+
+impl fmt::Debug for PrefixSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrefixSecret(..)")
+    }
+}
 
 /// What the rows of a session depend on, beside their tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,7 +81,7 @@ impl PageNames {
         device_arithmetic_id: u32,
         scope: PrefixScope,
     ) -> Self {
-        let mut hasher = blake3::Hasher::new_keyed(secret);
+        let mut hasher = blake3::Hasher::new_keyed(&secret.0);
         hasher.update(model_id);
         hasher.update(&scope.entry_layer.to_le_bytes());
         hasher.update(&scope.exit_layer.to_le_bytes());

@@ -160,6 +160,39 @@ fn a_device_that_never_gets_in_is_told_that_the_cloud_is_busy() {
     assert!(error.retry_after_ms().is_some_and(|ms| ms >= 50), "{error}");
 }
 
+/// Chunks that are begun and never end hold buffers that are everybody's: a device has few of them.
+#[test]
+fn chunks_that_never_end_are_bounded() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = whole(&bundles, &request());
+    let cloud = Cloud::start(config(&bundles)).unwrap();
+    let mut hog = Hand::connect(&bundles, &cloud);
+    let row = vec![0u8; HIDDEN * 4];
+    let mut refused = 0;
+    for session in 1..=20 {
+        hog.open(session, |_| {});
+        for id in 1..=60 {
+            hog.rows(session, &RowsHead { more: true, ..chain(id, 1, id - 1) }, &[], &row);
+        }
+        hog.turn_for(Duration::from_millis(30), |event| {
+            let LinkEvent::Frame { frame, .. } = event else { return };
+            if let Message::SessionError(error) = Message::decode(frame.kind, &frame.body).unwrap()
+                && error.code == SessionErrorCode::BadShape
+            {
+                assert!(error.text.contains("do not end"), "{}", error.text);
+                refused += 1;
+            }
+        });
+    }
+    // The first eight have 480 frames; each further one ends with its 33rd.
+    assert_eq!(refused, 12);
+    assert_same(
+        "beside begun chunks",
+        &whole,
+        &collect(&device(&bundles, cloud.address()), request()),
+    );
+}
+
 /// Outputs for a device that reads none wait for it alone, and then it is sent away.
 #[test]
 fn a_device_that_never_reads_holds_nobody_up() {

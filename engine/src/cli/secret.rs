@@ -81,7 +81,7 @@ mod tests {
         let state = directory.path().join("state");
         let first = prefix_secret(&state).unwrap().unwrap();
         assert_eq!(prefix_secret(&state).unwrap(), Some(first));
-        assert_ne!(first, [0; 32]);
+        assert_ne!(first, [0; 32].into());
         assert_eq!(std::fs::read_dir(&state).unwrap().count(), 1);
         #[cfg(unix)]
         {

@@ -146,6 +146,10 @@ pub(super) struct Io {
     moves: Vec<crate::backend::RowMove>,
 }
 
+/// Frames that one device may have in chunks whose end has not come: one of its many sessions has
+/// a few. The buffers are everybody's.
+const BEGUN_FRAMES_MAX: usize = 512;
+
 impl Io {
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
@@ -327,6 +331,7 @@ impl Io {
         let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
         let (hidden_size, rows_max) = (self.start.bundle.hidden_size, self.scheduler.rows_max());
         let (connection, wire_id) = (session.connection, session.wire_id);
+        let begun = session.gathering.frames.len();
         let mut dropped = std::mem::take(&mut self.dropped);
         let taken = session.take_rows(self.now, frame, hidden_size, rows_max, &mut dropped);
         if let Ok(true) = taken {
@@ -340,8 +345,21 @@ impl Io {
         }
         self.dropped = dropped;
         taken?;
+        self.note_begun(key, begun)?;
         self.enqueue_next(key);
         Ok(())
+    }
+
+    /// A session had `before` frames of a chunk whose end has not come, and has others now.
+    fn note_begun(&mut self, key: SessionKey, before: usize) -> Result<(), Offence> {
+        let session = &self.sessions[&key];
+        let guest = self.guests.get_mut(&session.connection).expect("a session has a connection");
+        guest.begun_frames = guest.begun_frames - before + session.gathering.frames.len();
+        if guest.begun_frames <= BEGUN_FRAMES_MAX {
+            return Ok(());
+        }
+        let text = format!("chunks that do not end have more than {BEGUN_FRAMES_MAX} frames");
+        Err(Offence::new(SessionErrorCode::BadShape, text))
     }
 
     /// Tells the scheduler of a session's first chunk, if it does not know one.
@@ -491,6 +509,7 @@ impl Io {
         self.admission.note_life(self.now.saturating_duration_since(session.opened_at));
         if let Some(guest) = self.guests.get_mut(&session.connection) {
             guest.sessions -= 1;
+            guest.begun_frames -= session.gathering.frames.len();
         }
         self.keys.remove(&(session.connection, session.wire_id));
         self.pages.give_back(session.sequence.into_pages());
@@ -499,6 +518,9 @@ impl Io {
     fn cancel(&mut self, key: SessionKey) {
         self.scheduler.forget(key);
         if let Some(session) = self.sessions.get_mut(&key) {
+            if let Some(guest) = self.guests.get_mut(&session.connection) {
+                guest.begun_frames -= session.gathering.frames.len();
+            }
             session.cancel();
         }
     }

@@ -12,8 +12,8 @@ use hat_transport::turn::ConnectionId;
 use super::io::Io;
 use crate::sched::DeviceKey;
 
-/// Most bytes that wait for one connection beyond its queue: with that, what all rows of a long
-/// prompt need for the tail layers of a large model. A device that reads comes near with these alone.
+/// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
+/// prompt for the tail layers of a large model; a device that reads comes near with these alone.
 pub(super) const OUTBOX_BYTES_MAX: usize = 32 << 20;
 /// How soon buffers are looked for again.
 const BUFFER_RETRY: Duration = Duration::from_millis(1);
@@ -32,6 +32,8 @@ pub(super) struct Guest {
     pub(super) device: DeviceKey,
     /// Sessions that it has.
     pub(super) sessions: u32,
+    /// Frames of its chunks whose end has not come: nothing but the device frees their buffers.
+    pub(super) begun_frames: usize,
     outbox: VecDeque<Output>,
     outbox_bytes: usize,
     /// Since when its queue has been full.
@@ -46,6 +48,7 @@ impl Guest {
         Self {
             device,
             sessions: 0,
+            begun_frames: 0,
             outbox: VecDeque::new(),
             outbox_bytes: 0,
             full_since: None,

@@ -38,12 +38,15 @@ impl PageNamer {
         if !config.prefix || facts.has_tail {
             return Ok(None);
         }
-        let mut secret = [0; 32];
-        match config.prefix_secret {
-            Some(known) => secret = known,
-            None => getrandom::fill(&mut secret)
-                .map_err(|error| Error::io("making a secret for page names", error.into()))?,
-        }
+        let secret = match config.prefix_secret {
+            Some(known) => known,
+            None => {
+                let mut secret = [0; 32];
+                getrandom::fill(&mut secret)
+                    .map_err(|error| Error::io("making a secret for page names", error.into()))?;
+                secret.into()
+            }
+        };
         let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
         let scope = PrefixScope {
             entry_layer: layer(facts.layers.start),

@@ -81,8 +81,9 @@ impl Device {
         let step = f64::from(head.step_us) * 1e-6;
         let total = now.duration_since(at).as_secs_f64();
         let step_rows = head.step_rows as usize;
-        self.costs.note_step(rows, step_rows, step);
-        self.costs.wait.note(rows, (total - step).max(0.0));
+        let queue = f64::from(head.queue_us) * 1e-6;
+        self.costs.note_step(rows, step_rows, step, queue);
+        self.costs.wait.note(rows, (total - step - queue).max(0.0));
         self.note_returned(index, rows, head, Some(total));
     }
 

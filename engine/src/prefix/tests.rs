@@ -10,9 +10,14 @@ const SCOPE: PrefixScope =
     PrefixScope { entry_layer: 2, exit_layer: 30, codec: 1, kv_type: 1, arithmetic_id: 1 };
 
 fn names(secret: u8, scope: PrefixScope, tokens: impl IntoIterator<Item = TokenId>) -> PageNames {
-    let mut names = PageNames::new(&[secret; 32], &[9; 32], 1, scope);
+    let mut names = PageNames::new(&[secret; 32].into(), &[9; 32], 1, scope);
     names.extend(&tokens.into_iter().collect::<Vec<_>>());
     names
+}
+
+#[test]
+fn a_secret_is_not_shown() {
+    assert_eq!(format!("{:?}", PrefixSecret::from([77; 32])), "PrefixSecret(..)");
 }
 
 #[test]
@@ -21,8 +26,8 @@ fn names_depend_on_all_that_rows_depend_on() {
     assert_eq!(base.of_rows(100, 9).len(), 3);
     assert_eq!(base.of_rows(95, 9).len(), 2);
     assert_eq!(base.of_rows(100, 1).len(), 1);
-    let mut other_model = PageNames::new(&[1; 32], &[8; 32], 1, SCOPE);
-    let mut other_device = PageNames::new(&[1; 32], &[9; 32], 2, SCOPE);
+    let mut other_model = PageNames::new(&[1; 32].into(), &[8; 32], 1, SCOPE);
+    let mut other_device = PageNames::new(&[1; 32].into(), &[9; 32], 2, SCOPE);
     for other in [&mut other_model, &mut other_device] {
         other.extend(&(0..100).collect::<Vec<_>>());
     }
@@ -64,10 +69,14 @@ fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
     let (mine, _) = cache.admit(&mut pool, SCOPE, &[], 3).unwrap();
     assert!(!cache.entries.contains_key(&(SCOPE, a[2])));
     assert!(b.iter().all(|id| cache.entries.contains_key(&(SCOPE, *id))));
+    // Of one path the last.
+    let (one, _) = cache.admit(&mut pool, SCOPE, &[], 1).unwrap();
+    assert_eq!(b.map(|id| cache.entries.contains_key(&(SCOPE, id))), [true, true, false]);
+    pool.give_back(one);
     // Another scope finds nothing; all that is idle gives way, and no more.
     let other = PrefixScope { codec: 0, ..SCOPE };
     assert!(cache.admit(&mut pool, other, &b, 4).is_none());
-    assert_eq!(cache.entries.len(), 3);
+    assert_eq!(cache.entries.len(), 2);
     let (rest, held) = cache.admit(&mut pool, other, &b, 3).unwrap();
     assert_eq!((held, cache.entries.len(), pool.free(), pool.idle()), (0, 0, 0, 0));
     // Nothing is kept when all is forgotten, whoever holds it.

@@ -221,7 +221,8 @@ proptest! {
     ) {
         // As many sessions as fill a step, or a device could not have its share.
         let sessions = |more| u64::from(64u32.div_ceil(rows)) + more;
-        let devices: Vec<_> = more_sessions.iter().map(|more| (sessions(more), rows, urgent)).collect();
+        let device = |more| (sessions(more), rows, urgent);
+        let devices: Vec<_> = more_sessions.iter().map(device).collect();
         let served = served(&devices, steps, 64);
         let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
         prop_assert!(most - least <= u64::from(rows), "{:?} of {:?}", served, devices);

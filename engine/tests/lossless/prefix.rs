@@ -24,8 +24,9 @@ fn ask(prompt: &[u32], sampler: SamplerConfig) -> Request {
 }
 
 /// A prompt, the same again, one that leaves it in the middle of a page, one that leaves it right
-/// behind a page, one that has one row more than pages, and one that goes on behind the answer,
-/// each with the pages that should be there when they are asked in this order.
+/// behind a page, one that has one row more than pages, one that goes on behind the answer, and one
+/// that differs at once, twice; each with the pages that should be there when they are asked in
+/// this order.
 fn conversation(bundles: &Bundles, wire: Codec) -> (Vec<Request>, Vec<Metrics>, Vec<u32>) {
     let base = long_prompt(210);
     let off = SamplerConfig::default;
@@ -46,11 +47,13 @@ fn conversation(bundles: &Bundles, wire: Codec) -> (Vec<Request>, Vec<Metrics>, 
         ask(&base[..193], off()),
         ask(&base[..192], off()),
         ask(&turn, off()),
+        ask(&leaves(10), off()),
+        ask(&leaves(10), off()),
     ];
     let mut answers = vec![answer];
     answers.extend(whole(bundles, 1, wire, &requests[1..]));
     // 210 + 40 tokens, of which the last has no row: seven pages, of which six are the prompt's.
-    (requests, answers, vec![0, 6, 3, 3, 6, 5, 7])
+    (requests, answers, vec![0, 6, 3, 3, 6, 5, 7, 0, 6])
 }
 
 /// Asks in order and compares; the pages that were found, too.

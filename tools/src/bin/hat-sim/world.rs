@@ -536,9 +536,10 @@ impl<'a> World<'a> {
         let device = request.device;
         let of_device = &mut self.devices[device];
         if let Some((sent, rows)) = request.sent.take() {
-            let wait_s = seconds(self.now - sent) - step_s;
+            let wait_s = (seconds(self.now - sent) - step_s - queue_s).max(0.0);
             of_device.measured.wait.note(rows as usize, wait_s);
-            of_device.measured.note_step(reply.rows as usize, step_rows as usize, step_s);
+            let (own, all) = (reply.rows as usize, step_rows as usize);
+            of_device.measured.note_step(own, all, step_s, queue_s);
             of_device.queue_s.note(queue_s);
         }
         of_device.processor.push(Task::Head { request: index, reply });
