@@ -176,12 +176,15 @@ impl CloudProcess {
         command.arg(bundle.join("cloud")).args(more).env("RUST_LOG", "error");
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let (mut line, mut stderr) = (String::new(), BufReader::new(child.stderr.take().unwrap()));
-        stderr.read_line(&mut line).unwrap();
-        let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-        if !address.starts_with("127.0.0.1:") {
-            let _ = child.wait();
-            return None;
+        // What it may hold comes first; one that cannot start ends.
+        while !line.contains("listening at ") {
+            line.clear();
+            if stderr.read_line(&mut line).unwrap() == 0 {
+                let _ = child.wait();
+                return None;
+            }
         }
+        let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
         Some(Self { child, address, stderr })
     }
 
