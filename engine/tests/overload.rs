@@ -309,6 +309,29 @@ fn an_idle_session_is_evicted_and_replayed() {
     assert_eq!(count(&cloud.counters().evicted), 1);
 }
 
+/// A device is killed with all pages in its hands: who comes next does not wait for the minute in
+/// which it could come back, nor until its sessions count as idle.
+#[test]
+fn a_killed_device_is_not_waited_for() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = whole(&bundles, &request());
+    let mut config = config(&bundles);
+    config.limits.kv_rows_max = 512;
+    config.idle_after = Duration::from_secs(600);
+    let cloud = Cloud::start(config).unwrap();
+    let mut killed = Hand::connect(&bundles, &cloud);
+    for session in 1..=3 {
+        killed.open(session, |_| {});
+        killed.opened(session);
+    }
+    assert!(count(&cloud.counters().pages_free) < 6);
+    drop(killed);
+    let start = Instant::now();
+    assert_same("after", &whole, &collect(&device(&bundles, cloud.address()), request()));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(count(&cloud.counters().evicted) > 0);
+}
+
 /// Row ids that end where numbers do end their session, and no thread.
 #[test]
 fn the_last_row_id_is_refused() {

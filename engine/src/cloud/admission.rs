@@ -159,24 +159,30 @@ impl Io {
     }
 
     /// Ends idle sessions, the longest idle first, until so many pages and places are free; none
-    /// if they are not enough.
+    /// if they are not enough. Those of a device whose link is broken go before all others, and
+    /// are not waited for: it may never come back, and replays if it does.
     fn evict_idle(&mut self, pages: usize, places: usize) {
         let idle_after = self.start.config.idle_after;
         let mut idle: Vec<_> = self
             .sessions
             .values()
-            .filter(|session| session.is_idle(self.now, idle_after))
-            .map(|session| (session.active_at, session.key, session.sequence.pages().len()))
+            .filter_map(|session| {
+                let is_up = self.guests.get(&session.connection).is_some_and(|guest| guest.is_up);
+                let wait = if is_up { idle_after } else { Duration::ZERO };
+                let pages = session.sequence.pages().len();
+                let idle = session.is_idle(self.now, wait);
+                idle.then_some((is_up, session.active_at, session.key, pages))
+            })
             .collect();
         let sessions_max = self.start.config.limits.sessions_max as usize;
-        let in_idle: usize = idle.iter().map(|(_, _, pages)| pages).sum();
+        let in_idle: usize = idle.iter().map(|(.., pages)| pages).sum();
         let is_enough = self.pages.available() + in_idle >= pages
             && self.sessions.len() - idle.len() + places <= sessions_max;
         if !is_enough {
             return;
         }
         idle.sort_unstable();
-        for (active_at, key, _) in idle {
+        for (_, active_at, key, _) in idle {
             if self.sessions.len() + places <= sessions_max && self.pages.available() >= pages {
                 return;
             }

@@ -188,6 +188,7 @@ impl Io {
                     self.next_device += 1;
                     self.guests.insert(connection, guest);
                 }
+                self.set_up(connection, true);
                 if let Err((code, reason)) = self.check_hello(&hello) {
                     tracing::info!(%reason, "connection refused");
                     self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
@@ -195,7 +196,10 @@ impl Io {
                 }
             }
             Event::Frame { connection, frame } => self.take_frame(connection, frame),
-            Event::Down { reason, .. } => tracing::info!(%reason, "connection down"),
+            Event::Down { connection, reason, .. } => {
+                tracing::info!(%reason, "connection down");
+                self.set_up(connection, false);
+            }
             Event::Gone { connection, error } => {
                 tracing::info!(%error, "connection gone");
                 self.drop_sessions_of(connection);
@@ -204,6 +208,12 @@ impl Io {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn set_up(&mut self, connection: ConnectionId, is_up: bool) {
+        if let Some(guest) = self.guests.get_mut(&connection) {
+            guest.is_up = is_up;
         }
     }
 

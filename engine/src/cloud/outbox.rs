@@ -32,6 +32,8 @@ pub(super) struct Guest {
     pub(super) device: DeviceKey,
     /// Sessions that it has.
     pub(super) sessions: u32,
+    /// Whether it has a socket now.
+    pub(super) is_up: bool,
     /// Frames of its chunks whose end has not come: nothing but the device frees their buffers.
     pub(super) begun_frames: usize,
     outbox: VecDeque<Output>,
@@ -48,6 +50,7 @@ impl Guest {
         Self {
             device,
             sessions: 0,
+            is_up: true,
             begun_frames: 0,
             outbox: VecDeque::new(),
             outbox_bytes: 0,
