@@ -358,11 +358,25 @@ fn a_device_without_its_backend_says_so() {
             assert_same(&whole, &collect(&engine, request()));
         }
     }
-    let engine = engine_with(&plain, &Arc::new(AtomicI64::new(5)), true);
-    assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
-    let begin = std::time::Instant::now();
-    while engine.generate(request()).is_ok_and(|mut answer| answer.any(|event| event.is_ok())) {
-        assert!(begin.elapsed() < Duration::from_secs(5), "it goes on without a backend");
+}
+
+/// A request that comes at the very moment at which the engine thread ends is not waited for.
+#[test]
+fn nobody_waits_for_an_engine_that_has_ended() {
+    let bundles = Bundles::generated(1, 0);
+    for _ in 0..12 {
+        let engine = engine_with(&bundles, &Arc::new(AtomicI64::new(5)), true);
+        assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
+        let begin = std::time::Instant::now();
+        while engine.generate(request()).is_ok_and(|mut answer| answer.any(|event| event.is_ok())) {
+            assert!(begin.elapsed() < Duration::from_secs(5), "it goes on without a backend");
+        }
+        while !engine.has_stopped() {
+            assert!(begin.elapsed() < Duration::from_secs(5), "its thread goes on");
+            if let Ok(mut answer) = engine.generate(request()) {
+                assert!(answer.all(|event| event.is_err()), "it answers without a backend");
+            }
+        }
+        assert_eq!(engine.generate(request()).err().unwrap().kind(), ErrorKind::Broken);
     }
-    assert_eq!(engine.generate(request()).err().unwrap().kind(), ErrorKind::Broken);
 }

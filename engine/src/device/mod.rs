@@ -12,7 +12,7 @@ mod verify;
 mod walk;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub(crate) context: u32,
     pub(crate) connected: AtomicBool,
     pub(crate) stop: AtomicBool,
+    /// Whether the engine thread takes no more requests, since it ends.
+    pub(crate) ended: AtomicBool,
     metrics: Mutex<EngineMetrics>,
     /// Conversations whose ids are known. Locked twice a request.
     turns: Mutex<Turns>,
@@ -142,6 +144,7 @@ impl Engine {
             config: model_config,
             connected: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             metrics: Mutex::new(EngineMetrics::default()),
             turns: Mutex::default(),
             clock: Arc::new(SystemClock),
@@ -185,7 +188,12 @@ impl Engine {
         let cancelled = Arc::new(AtomicBool::new(false));
         let job = Job { prepared, events, cancelled: cancelled.clone(), asked };
         match self.jobs.try_send(job) {
-            Ok(()) => {}
+            Ok(()) => {
+                fence(Ordering::SeqCst);
+                if self.shared.ended.load(Ordering::SeqCst) {
+                    return Err(Error::Stopped("its thread has ended".into()));
+                }
+            }
             Err(TrySendError::Full(_)) => {
                 let reason = format!("{} requests wait already", self.queue_max);
                 return Err(Error::Busy { reason, retry_after_ms: 1000 });

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
@@ -45,9 +45,26 @@ pub(super) struct Start {
     pub(super) incoming: Receiver<Job>,
 }
 
+/// The end of the engine thread, whatever ends it: nobody waits for it after that. A bounded
+/// channel keeps what is in it when its receiver goes, so the last requests are taken out; one
+/// that comes later finds the flag.
+struct Ending {
+    shared: Arc<Shared>,
+    incoming: Receiver<Job>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        self.incoming.try_iter().for_each(drop);
+    }
+}
+
 impl Start {
     /// Opens the link, says so, and serves until told to stop.
     pub(super) fn run(self, ready: &Sender<Result<Waker, Error>>) {
+        let _last_of_all = Ending { shared: self.shared.clone(), incoming: self.incoming.clone() };
         let mut device = match self.open() {
             Ok(device) => {
                 let _ = ready.send(Ok(device.endpoint.waker()));
