@@ -206,7 +206,9 @@ fn a_cloud_that_computes_nothing_is_given_up() {
     let error = first_error(&engine, request());
     assert_eq!(error.kind(), ErrorKind::Peer);
     assert!(error.to_string().contains("planted: the test pulled the plug"), "{error}");
-    assert_eq!(cloud.counters().faults.load(Ordering::Relaxed), 4);
+    // Four tries; the next chunk's step may be on its way already when a fault is seen.
+    let faults = cloud.counters().faults.load(Ordering::Relaxed);
+    assert!((4..=8).contains(&faults), "{faults} steps");
 }
 
 #[test]
