@@ -1,5 +1,6 @@
 //! `cloud` and `device`: the two roles as processes of their own.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,10 +66,13 @@ impl CloudArgs {
         let mut cloud = Cloud::start(config.clone())?;
         config = config.listen(cloud.address());
         loop {
-            eprintln!("cloud: {}; listening at {}", cloud.describe(), cloud.address());
+            let (describe, address) = (cloud.describe(), cloud.address());
+            let mut text = format!("cloud: {describe}; listening at {address}\n");
             for (owner, bytes) in &needed {
-                eprintln!("  at most {:.1} MB for {owner}", *bytes as f64 / 1e6);
+                text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
             }
+            // Whoever started it may read the first line alone, and then close the pipe.
+            let _ = std::io::stderr().write_all(text.as_bytes());
             let Some(fault) = cloud.join_for_fault() else {
                 bail!("the cloud stopped by itself; the log says why");
             };
