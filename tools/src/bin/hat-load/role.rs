@@ -44,7 +44,8 @@ fn counters(cloud: &Cloud) -> Counters {
         rows: load(&of.rows),
         step_us: load(&of.step_us),
         opened: load(&of.opened),
-        refused: load(&of.refused),
+        // Whoever is told to come back is refused, too.
+        refused: load(&of.refused) + load(&of.busy),
         sessions: load(&of.sessions),
         pages_free: load(&of.pages_free),
     }
