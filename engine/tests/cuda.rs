@@ -21,7 +21,7 @@ use hat_engine::internal::{
     Sequence, WholeModel, pages_for,
 };
 use hat_engine::pack::Codec;
-use hat_loader::{Bundle, DType, TinyModel};
+use hat_loader::{Bundle, DType};
 use support::Bundles;
 
 const POSITIONS: u32 = 60;
@@ -37,21 +37,6 @@ fn backend() -> Option<CudaBackend<Emulator>> {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-fn bundles() -> Bundles {
-    let model = TinyModel {
-        head_dim: 64,
-        hidden: 64,
-        intermediate: 96,
-        heads: 3,
-        kv_heads: 1,
-        layers: 3,
-        vocab: 300,
-        dtype: DType::Q4_1,
-        ..TinyModel::default()
-    };
-    Bundles::of(&model, 1, 0)
 }
 
 fn open(bundles: &Bundles) -> [Bundle; 2] {
@@ -170,7 +155,7 @@ impl Split {
 #[test]
 fn split_and_whole_have_the_same_bits() {
     let Some(cuda) = backend() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let halves = open(&bundles);
     let (expected, tokens) = (whole(cuda, &halves), tokens());
     let mut split = Split::new(&halves);
@@ -201,7 +186,7 @@ fn split_and_whole_have_the_same_bits() {
 #[test]
 fn the_whole_model_means_what_the_reference_means() {
     let Some(cuda) = backend() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let halves = open(&bundles);
     let expected = whole(Reference, &halves);
     let cpu = CpuBackend::new(CpuConfig { threads: 1, level: Level::Portable }).unwrap();

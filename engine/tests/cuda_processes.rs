@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use hat_cuda::emulator::{Build, EmulatorError};
-use hat_loader::{DType, TinyModel};
 use serde_json::Value;
 use support::Bundles;
 
@@ -29,21 +28,6 @@ fn driver() -> Option<PathBuf> {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-fn bundles() -> Bundles {
-    let model = TinyModel {
-        head_dim: 64,
-        hidden: 64,
-        intermediate: 96,
-        heads: 3,
-        kv_heads: 1,
-        layers: 3,
-        vocab: 300,
-        dtype: DType::Q4_1,
-        ..TinyModel::default()
-    };
-    Bundles::of(&model, 1, 0)
 }
 
 /// Where libcuda is looked for, and what is wrong with it.
@@ -100,7 +84,7 @@ fn refusal(command: &mut Command) -> String {
 #[test]
 fn the_split_engine_says_on_cuda_what_the_whole_model_says_there() {
     let Some(folder) = driver() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     // A GPU that has machine code of ours, and one that gets PTX.
     for kind in ["", "other-gpu"] {
         let driver = Driver::new(&folder, kind);
@@ -121,7 +105,7 @@ fn the_split_engine_says_on_cuda_what_the_whole_model_says_there() {
 
 #[test]
 fn why_a_gpu_cannot_be_used_is_one_line() {
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let ask = |driver: &Driver<'_>, processor: &str| {
         refusal(&mut driver.generate(&bundles.path, &["--processor", processor]))
     };
@@ -215,7 +199,7 @@ impl Drop for CloudProcess {
 #[test]
 fn a_gpu_that_is_lost_ends_the_cloud_or_hands_over_to_the_cpu() {
     let Some(folder) = driver() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let device =
         |more: &[&str]| Driver::new(&folder, "").generate(&bundles.path, more).output().unwrap();
     let whole = object(&device(&["--whole"]));
@@ -241,7 +225,7 @@ fn a_gpu_that_is_lost_ends_the_cloud_or_hands_over_to_the_cpu() {
 #[test]
 fn a_device_daemon_that_lost_its_gpu_ends() {
     let Some(folder) = driver() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let mut command = Driver::new(&folder, "fault").program();
     command.args(["device", "--processor", "cuda", "--http", "127.0.0.1:0", "--no-api-key"]);
     command.arg("--bundle").arg(&bundles.path).env("RUST_LOG", "error");
@@ -265,7 +249,7 @@ fn a_device_daemon_that_lost_its_gpu_ends() {
 #[test]
 fn a_lack_of_memory_in_the_middle_costs_time_not_text() {
     let Some(folder) = driver() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let fine = Driver::new(&folder, "");
     let device = |driver: &Driver<'_>, cloud: &Driver<'_>| {
         let cloud = CloudProcess::start(cloud, &bundles.path, &["--processor", "cuda"])?;
@@ -293,7 +277,7 @@ fn a_lack_of_memory_in_the_middle_costs_time_not_text() {
 #[test]
 fn two_stages_share_a_gpu_and_say_the_same() {
     let Some(folder) = driver() else { return };
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let driver = Driver::new(&folder, "");
     let answers =
         [&["--processor", "cuda"][..], &["--processor", "cuda", "--gpus", "0,0"]].map(|more| {
@@ -307,7 +291,7 @@ fn two_stages_share_a_gpu_and_say_the_same() {
 
 #[test]
 fn doctor_says_what_gpus_there_are() {
-    let bundles = bundles();
+    let bundles = Bundles::with_kernels();
     let lines = |driver: &Driver<'_>| {
         let mut command = driver.program();
         command.args(["doctor", "--threads", "1", "--bundle"]).arg(&bundles.path);

@@ -80,7 +80,7 @@ impl CloudArgs {
                 bail!("the cloud stopped: {fault}");
             }
             // The devices come back to this address and replay.
-            eprintln!("{fault}; the CPU computes from now on");
+            let _ = writeln!(std::io::stderr(), "{fault}; the CPU computes from now on");
             config.processor = Processor::Auto;
             cloud = Cloud::start(config.clone())?;
         }

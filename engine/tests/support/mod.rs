@@ -17,6 +17,22 @@ pub struct Bundles {
 }
 
 impl Bundles {
+    /// A tiny model of a shape that the CUDA kernels know, split.
+    pub fn with_kernels() -> Self {
+        let model = TinyModel {
+            head_dim: 64,
+            hidden: 64,
+            intermediate: 96,
+            heads: 3,
+            kv_heads: 1,
+            layers: 3,
+            vocab: 300,
+            dtype: DType::Q4_1,
+            ..TinyModel::default()
+        };
+        Self::of(&model, 1, 0)
+    }
+
     /// The default tiny model, split.
     pub fn generated(split_layer: usize, tail_layers: usize) -> Self {
         Self::of(&TinyModel::default(), split_layer, tail_layers)
