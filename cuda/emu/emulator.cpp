@@ -9,6 +9,7 @@
 #include "gemv.cu"
 #include "quantise_rows.cu"
 #include "rms_norm.cu"
+#include "rope_angles.cu"
 #include "rope_append.cu"
 #include "silu_mul.cu"
 #include "top_k.cu"
@@ -47,6 +48,7 @@ const Entry ENTRIES[] = {
     ENTRY(narrow_f16),
     ENTRY(quantise_q8),
     ENTRY(rms_norm),
+    ENTRY(rope_angles),
     ENTRY(rope_append),
     ENTRY(silu_mul),
     ENTRY(top_k_merge),

@@ -39,6 +39,7 @@ using std::min;
 
 static inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline int64_t __double_as_longlong(double x) { int64_t i; memcpy(&i, &x, 8); return i; }
 static inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }

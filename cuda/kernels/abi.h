@@ -110,6 +110,18 @@ typedef struct hat_f16_rows {
 /// In a report: a number was NaN or infinite.
 #define HAT_NOT_FINITE 0xffffffffu
 
+/// rope_angles: cosines and sines of `positions[r] * inv_freq[i]`.
+typedef struct hat_rope_angles {
+  /// `[rows]`
+  const uint32_t *positions;
+  /// f32 `[half]`
+  const float *inv_freq;
+  /// f32 `[rows][2 half]`: cosines, then sines.
+  float *angles;
+  uint32_t rows;
+  uint32_t half;
+} hat_rope_angles;
+
 /// rope_append: rotates q and k by pairs `(i, i + head_dim / 2)`, puts k and v to their places.
 typedef struct hat_rope_append {
   /// f32 `[rows][heads][head_dim]`, in place.

@@ -178,6 +178,41 @@ const _: () = {
         "Offset of field: hat_f16_rows::reserved",
     ][::core::mem::offset_of!(hat_f16_rows, reserved) - 28usize];
 };
+/// rope_angles: cosines and sines of `positions[r] * inv_freq[i]`.
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct hat_rope_angles {
+    /// `[rows]`
+    pub positions: *const u32,
+    /// f32 `[half]`
+    pub inv_freq: *const f32,
+    /// f32 `[rows][2 half]`: cosines, then sines.
+    pub angles: *mut f32,
+    pub rows: u32,
+    pub half: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of hat_rope_angles"][::core::mem::size_of::<hat_rope_angles>() - 32usize];
+    [
+        "Alignment of hat_rope_angles",
+    ][::core::mem::align_of::<hat_rope_angles>() - 8usize];
+    [
+        "Offset of field: hat_rope_angles::positions",
+    ][::core::mem::offset_of!(hat_rope_angles, positions) - 0usize];
+    [
+        "Offset of field: hat_rope_angles::inv_freq",
+    ][::core::mem::offset_of!(hat_rope_angles, inv_freq) - 8usize];
+    [
+        "Offset of field: hat_rope_angles::angles",
+    ][::core::mem::offset_of!(hat_rope_angles, angles) - 16usize];
+    [
+        "Offset of field: hat_rope_angles::rows",
+    ][::core::mem::offset_of!(hat_rope_angles, rows) - 24usize];
+    [
+        "Offset of field: hat_rope_angles::half",
+    ][::core::mem::offset_of!(hat_rope_angles, half) - 28usize];
+};
 /// rope_append: rotates q and k by pairs `(i, i + head_dim / 2)`, puts k and v to their places.
 #[repr(C)]
 #[derive(Copy, Clone)]

@@ -50,6 +50,7 @@ artefacts![
     "gemv",
     "quantise_rows",
     "rms_norm",
+    "rope_angles",
     "rope_append",
     "silu_mul",
     "top_k",

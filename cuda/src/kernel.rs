@@ -47,6 +47,8 @@ kernels! {
     RmsNorm = "rms_norm", "rms_norm", 256;
     /// The gate of a feed-forward part.
     SiluMul = "silu_mul", "silu_mul", 256;
+    /// Cosines and sines of rotary positions.
+    RopeAngles = "rope_angles", "rope_angles", 256;
     /// Rotary positions; k and v into pages.
     RopeAppend = "rope_append", "rope_append", 256;
     /// Attention in splits, heads of 64.

@@ -33,6 +33,7 @@ pub mod nvrtc;
 pub mod plan;
 pub mod quantise_rows;
 pub mod rms_norm;
+pub mod rope_angles;
 pub mod rope_append;
 pub mod silu_mul;
 pub mod table;

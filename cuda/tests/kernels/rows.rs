@@ -1,10 +1,12 @@
-//! Kernels that take each row, or each number, by itself: embed, silu_mul, quantise_rows.
+//! Kernels that take each row, or each number, by itself: embed, silu_mul, rope_angles,
+//! quantise_rows.
 
 use half::f16;
 use hat_cuda::gpu::{Gpu as _, Memory as _};
 use hat_cuda::quantise_rows::{
     NOT_FINITE, Q8, Q8Mut, dequantise_q8, narrow_f16, quantise_q8, widen_f16,
 };
+use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::table::{Numbers, Table};
 use hat_cuda::test_gpu::TestGpu;
 
@@ -64,6 +66,8 @@ fn silu_mul_means_what_it_says() {
             hat_cuda::silu_mul::silu_mul(gpu, gate.slice_mut(), up.slice()).unwrap();
             bits(&numbers::<f32>(gpu, &gate, count))
         });
+        let expected = gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + exp(-gate)) * up);
+        assert_eq!(out, bits(&expected.collect::<Vec<f32>>()));
         let out: Vec<f32> = out.into_iter().map(f32::from_bits).collect();
         let one = |(gate, up): (&f32, &f32)| {
             let gate = f64::from(*gate);
@@ -71,6 +75,40 @@ fn silu_mul_means_what_it_says() {
         };
         let expected: Vec<f64> = gate.iter().zip(&up).map(one).collect();
         assert_close("silu_mul", &out, &expected, 1e-7, 5e-7);
+    }
+}
+
+/// docs/ARITHMETIC.md, `exp`, step by step in f32.
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let low = (2f64.ln() - f64::from(std::f32::consts::LN_2)) as f32;
+    let inside = x.clamp(-87.336_54, 89.0);
+    let shifted = inside.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let whole = shifted - ROUND;
+    let r = whole.mul_add(-low, whole.mul_add(-std::f32::consts::LN_2, inside));
+    let factorials = [5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0f32];
+    let sum = factorials.iter().fold(0.0f32, |sum, n| sum.mul_add(r, 1.0 / n));
+    let (n, half) = (whole as i32, (whole as i32) >> 1);
+    if x < -87.336_54 { 0.0 } else { sum * 2f32.powi(half) * 2f32.powi(n - half) }
+}
+
+#[test]
+fn rope_angles_are_cosines_and_sines() {
+    let Some(mut gpu) = gpu() else { return };
+    // The last is next to a whole number of half turns: its sine is 4e-8.
+    let positions = [0u32, 1, 5, 1499, 1 << 20, 5_419_351];
+    let inv_freq: Vec<f32> = (0..32).map(|i| 10_000f32.powf(-(i as f32) / 32.0)).collect();
+    let out = same_under_all_schedules(&mut gpu, |gpu| {
+        let (positions, inv_freq) = (memory(gpu, &positions), memory(gpu, &inv_freq));
+        let mut angles = room::<f32>(gpu, 6 * 64);
+        rope_angles(gpu, positions.slice(), inv_freq.slice(), angles.slice_mut()).unwrap();
+        bits(&numbers::<f32>(gpu, &angles, 6 * 64))
+    });
+    let out: Vec<f32> = out.into_iter().map(f32::from_bits).collect();
+    for (position, out) in positions.iter().zip(out.chunks(64)) {
+        let angles = inv_freq.iter().map(|inv_freq| f64::from(*position as f32 * inv_freq));
+        let expected: Vec<f64> = angles.clone().map(f64::cos).chain(angles.map(f64::sin)).collect();
+        assert_close("rope_angles", out, &expected, 1e-15, 6e-8);
     }
 }
 

@@ -12,6 +12,7 @@ use hat_cuda::kv;
 use hat_cuda::plan::{Heads, Plan, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{self, RmsNorm};
+use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
@@ -36,6 +37,8 @@ pub struct CudaBackend<G: Gpu> {
     blocks: Option<[G::Memory; 3]>,
     /// Token ids on their way.
     tokens: Option<G::Memory>,
+    /// Frequencies and positions on their way, and there.
+    turning: (Vec<u32>, Option<G::Memory>),
     /// The second half of a gate, or logits.
     other: Option<G::Memory>,
     /// The plan that is on the GPU, as its numbers.
@@ -120,6 +123,7 @@ impl<G: Gpu> CudaBackend<G> {
             fault: None,
             blocks: None,
             tokens: None,
+            turning: (Vec::new(), None),
             other: None,
             planned: Planned::default(),
             plan: None,
@@ -404,14 +408,17 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     }
 
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut Self::Buffer) {
-        let mut rows = Vec::with_capacity(2 * positions.len() * inv_freq.len());
-        for position in positions {
-            // The product is rounded to f32, as in every backend.
-            let angle = |inv_freq: &f32| f64::from(*position as f32 * inv_freq);
-            rows.extend(inv_freq.iter().map(|inv_freq| angle(inv_freq).cos() as f32));
-            rows.extend(inv_freq.iter().map(|inv_freq| angle(inv_freq).sin() as f32));
-        }
-        self.queue(|this| this.gpu.upload(&rows, &mut angles.memory, 0));
+        self.queue(|this| {
+            let (numbers, place) = &mut this.turning;
+            numbers.clear();
+            numbers.extend(inv_freq.iter().map(|inv_freq| inv_freq.to_bits()));
+            numbers.extend(positions);
+            let memory = room(&mut this.gpu, place, size_of_val(&numbers[..]), "positions")?;
+            this.gpu.upload(numbers, memory, 0)?;
+            let positions = memory.slice().range(inv_freq.len()..numbers.len());
+            let inv_freq = memory.slice().range(0..inv_freq.len());
+            rope_angles(&mut this.gpu, positions, inv_freq, angles.memory.slice_mut())
+        });
     }
 
     fn rope_append(
