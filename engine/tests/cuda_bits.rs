@@ -14,9 +14,9 @@ use std::path::Path;
 
 use cases::*;
 use hat_cuda::emulator::{Build, Emulator, EmulatorError};
-use hat_engine::backend::Backend as _;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
+use hat_engine::backend::{AttendShape, Backend as _};
 
 fn both() -> Option<(CudaBackend<Emulator>, CpuBackend)> {
     let cpu = CpuBackend::new(CpuConfig { threads: 1, level: Level::Auto }).unwrap();
@@ -54,5 +54,16 @@ fn rows_have_the_bits_of_the_cpu() {
     let inv_freq = inv_freq(128);
     let expected = rope_angles(&mut cpu, &positions, &inv_freq);
     same("rope_angles", &rope_angles(&mut cuda, &positions, &inv_freq), &expected);
+    let shape = AttendShape { heads: 6, kv_heads: 2, head_dim: 64, window: None };
+    let plan = Plan::new().straight(0..31, &[0]);
+    let q = activations(31, 6 * 64, &mut random);
+    let expected = Attention::rotated(&mut cpu, shape, &plan, &q);
+    same("rope_append", &Attention::rotated(&mut cuda, shape, &plan, &q), &expected);
+    // One key has the weight 1: what comes out is v as it is stored.
+    let (q, k, v) = qkv(&[7], &shape);
+    let plan = Plan::new().straight(0..1, &[5]);
+    let expected = Attention::new(&mut cpu, shape, 6).step(&mut cpu, &plan, &q, &k, &v);
+    let stored = Attention::new(&mut cuda, shape, 6).step(&mut cuda, &plan, &q, &k, &v);
+    same("v in its page", &stored, &expected);
     assert!(cuda.fault().is_none());
 }
