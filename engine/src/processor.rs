@@ -9,11 +9,14 @@ use hat_cuda::gpu::Gpu as _;
 use hat_loader::Bundle;
 
 use crate::Error;
+use crate::backend::ARITHMETIC_CPU;
 use crate::backend::cpu::{CpuBackend, CpuConfig, Level};
 #[cfg(feature = "cuda")]
 use crate::backend::{BackendError, cuda::CudaBackend};
 use crate::config::{CloudConfig, EngineConfig, Processor};
-use crate::model::{DeviceForward, DeviceModel, MiddleForward, MiddleModel};
+use crate::model::{
+    DeviceForward, DeviceModel, DraftForward, DraftModel, MiddleForward, MiddleModel,
+};
 use crate::token::TokenSettings;
 
 /// The backend of a configuration.
@@ -88,6 +91,40 @@ pub fn device(
         })
     };
     or_on_cpu(config.processor, load)
+}
+
+/// The trained drafter of a device's bundle, if it has one: where the device's layers compute in
+/// CUDA's arithmetic on the same GPU, with a stream of its own, else on the CPU. Drafts decide no
+/// text, so a GPU without a kernel or room for it is no error.
+///
+/// # Errors
+/// As [`cpu`] and [`DraftModel::load`].
+pub fn drafter(
+    config: &EngineConfig,
+    bundle: &Bundle,
+    arithmetic_id: u32,
+    rows: usize,
+    pages: usize,
+) -> Result<Option<Box<dyn DraftForward>>, Error> {
+    let load = |processor| -> Result<Option<Box<dyn DraftForward>>, Error> {
+        with_backend!(choose(processor, config.threads)?, backend => {
+            let model = DraftModel::load(backend, bundle, rows, pages)?;
+            Ok(model.map(|model| Box::new(model) as Box<dyn DraftForward>))
+        })
+    };
+    let is_on_gpu = arithmetic_id != ARITHMETIC_CPU;
+    let processor = match config.processor {
+        Processor::Portable => Processor::Portable,
+        processor if is_on_gpu => processor,
+        _ => Processor::Auto,
+    };
+    match load(processor) {
+        Err(error @ Error::Backend(_)) if is_on_gpu => {
+            tracing::warn!(%error, "the trained drafter computes on the CPU");
+            load(Processor::Auto)
+        }
+        loaded => loaded,
+    }
 }
 
 /// All stages of a cloud's layers: `runs` are their layers.

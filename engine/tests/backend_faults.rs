@@ -254,6 +254,7 @@ struct Device {
     inner: DeviceModel<CpuBackend>,
     fuse: Fuse,
     lasts: bool,
+    arithmetic_id: u32,
     fault: Option<BackendFault>,
 }
 
@@ -273,6 +274,10 @@ impl Device {
 impl DeviceForward for Device {
     fn describe(&self) -> String {
         "planted".into()
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        self.arithmetic_id
     }
 
     fn fault(&mut self) -> Option<BackendFault> {
@@ -318,7 +323,7 @@ fn engine_with(bundles: &Bundles, fuse: &Fuse, lasts: bool) -> Engine {
     let pages = pages_for(config.limits.kv_rows_max as usize + 64);
     let rows = config.limits.step_rows_max as usize;
     let inner = DeviceModel::load(backend(), &half, 1, rows, pages).unwrap();
-    let model = Device { inner, fuse: fuse.clone(), lasts, fault: None };
+    let model = Device { inner, fuse: fuse.clone(), lasts, arithmetic_id: 1, fault: None };
     Engine::serve(config, &half, Box::new(model)).unwrap()
 }
 
@@ -380,5 +385,127 @@ fn nobody_waits_for_an_engine_that_has_ended() {
             }
         }
         assert_eq!(engine.generate(request()).err().unwrap().kind(), ErrorKind::Broken);
+    }
+}
+
+/// As [`engine_with`], with a processor that falls back, asking a given cloud.
+#[cfg(feature = "cuda")]
+fn engine_else_cpu(bundles: &Bundles, cloud: &Cloud, fuse: &Fuse, lasts: bool) -> Engine {
+    let mut config = device_config(bundles, cloud).threads(1);
+    config.processor = Processor::CudaElseCpu(0);
+    config.limits.sessions_max = 1;
+    let half = Bundle::open(&config.bundle).unwrap();
+    let pages = pages_for(config.limits.kv_rows_max as usize + 64);
+    let rows = config.limits.step_rows_max as usize;
+    let inner = DeviceModel::load(backend(), &half, 1, rows, pages).unwrap();
+    let model = Device { inner, fuse: fuse.clone(), lasts, arithmetic_id: 2, fault: None };
+    Engine::serve(config, &half, Box::new(model)).unwrap()
+}
+
+/// A device that loses its GPU goes on with the CPU: what runs ends with the fault, what waits is
+/// answered, no session is left in the cloud, and no page of the old rows is used.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_device_that_falls_back_serves_what_waits() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    for burns_at in [0, 3, 5, 9, 20] {
+        let cloud = Cloud::start(cloud_config(&bundles)).unwrap();
+        let fuse = Arc::new(AtomicI64::new(-1));
+        let engine = engine_else_cpu(&bundles, &cloud, &fuse, true);
+        let plain = || request().draft(DraftMode::Off);
+        assert_same(&whole, &collect(&engine, plain()));
+        assert!(collect(&engine, plain()).timings.pages_reused > 0);
+        assert_eq!(engine.describe(), "planted");
+        fuse.store(burns_at, Ordering::Relaxed);
+        let mut first = engine.generate(plain()).unwrap();
+        let waiting: Vec<_> = (0..3).map(|_| engine.generate(plain()).unwrap()).collect();
+        let error = first.find_map(Result::err).expect("it was computed by what is lost");
+        assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+        assert!(error.to_string().contains("the test pulled the plug"), "{error}");
+        for (index, answer) in waiting.into_iter().enumerate() {
+            let metrics = answer.map(|event| event.unwrap()).find_map(|event| match event {
+                hat_engine::Event::Done { metrics, .. } => Some(metrics),
+                _ => None,
+            });
+            let metrics = metrics.unwrap();
+            assert_same(&whole, &metrics);
+            let reused = metrics.timings.pages_reused;
+            assert_eq!(reused > 0, index > 0, "answer {index} after the fault: {reused} pages");
+        }
+        assert!(engine.describe().starts_with("cpu"), "{}", engine.describe());
+        assert!(!engine.has_stopped());
+        assert_eq!(cloud.counters().sessions.load(Ordering::Relaxed), 0);
+        assert_eq!(engine.metrics().requests_failed, 1);
+    }
+}
+
+/// What is not lost stays where it is.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_fault_that_passes_changes_no_processor() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let cloud = Cloud::start(cloud_config(&bundles)).unwrap();
+    let engine = engine_else_cpu(&bundles, &cloud, &Arc::new(AtomicI64::new(4)), false);
+    assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
+    assert_same(&whole, &collect(&engine, request()));
+    assert_eq!(engine.describe(), "planted");
+}
+
+/// A cloud that loses its GPU goes on with the CPU at its address, and its devices replay; not
+/// those that want the other arithmetic.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_cloud_that_falls_back_is_replayed_to() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    for arithmetic_id in [1, 2] {
+        let planted = Planted { lasts: true, arithmetic_id, ..Planted::default() };
+        let mut config = cloud_config(&bundles);
+        config.processor = Processor::CudaElseCpu(0);
+        let cloud = cloud(config, &planted);
+        let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+        let mut strict = device_config(&bundles, &cloud);
+        strict.cloud_arithmetic = Some(2);
+        let strict = Engine::open(strict).unwrap();
+        planted.fuse.store(14, Ordering::Relaxed);
+        let split = collect(&engine, request());
+        match arithmetic_id {
+            1 => assert_same(&whole, &split),
+            _ => assert_eq!(split.timings.arithmetic_ids, [2, 1]),
+        }
+        assert!(cloud.describe().starts_with("cpu"), "{}", cloud.describe());
+        // Its counters go on.
+        assert_eq!(cloud.counters().faults.load(Ordering::Relaxed), 1);
+        assert!(cloud.counters().opened.load(Ordering::Relaxed) >= 2);
+        assert_same(&whole, &collect(&engine, request()));
+        let error = first_error(&strict, request());
+        assert_eq!(error.kind(), ErrorKind::Peer);
+        assert!(error.to_string().contains("arithmetic 1 there, 2 is wanted here"), "{error}");
+    }
+}
+
+/// Stopping a cloud at the moment at which it begins anew leaves nobody behind.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_cloud_can_be_stopped_while_it_falls_back() {
+    let bundles = Bundles::generated(1, 0);
+    for pause_ms in [0, 40, 50, 55, 60, 65, 80] {
+        let planted = Planted { lasts: true, ..Planted::default() };
+        planted.fuse.store(0, Ordering::Relaxed);
+        let mut config = cloud_config(&bundles);
+        config.processor = Processor::CudaElseCpu(0);
+        let cloud = cloud(config, &planted);
+        let engine = Engine::open(device_config(&bundles, &cloud)).unwrap();
+        let answer = engine.generate(request()).unwrap();
+        while planted.fuse.load(Ordering::Relaxed) >= 0 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        let begin = std::time::Instant::now();
+        drop(cloud);
+        assert!(begin.elapsed() < Duration::from_secs(20), "after {pause_ms} ms");
+        drop(answer);
     }
 }

@@ -17,12 +17,13 @@ use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::reference::Reference;
 use hat_engine::backend::{Backend, BackendError};
 use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, PlanBuffers,
-    Sequence, WholeModel, pages_for,
+    DeviceForward as _, DeviceModel, DraftForward as _, DraftModel, Likely, MiddleForward as _,
+    MiddleModel, MiddleStep, PlanBuffers, Sequence, WholeModel, pages_for,
 };
 use hat_engine::pack::Codec;
-use hat_loader::{Bundle, DType};
+use hat_loader::{AdapterKind, Bundle, DType};
 use support::Bundles;
+use support::drafter::add_noise;
 
 const POSITIONS: u32 = 60;
 const PAGES: usize = 12;
@@ -199,6 +200,69 @@ fn the_whole_model_means_what_the_reference_means() {
     let size = distance(vec![vec![0.0; 300]; expected.len()]);
     assert!(cpu > 0.0 && cuda < 1.3 * cpu, "CUDA is {cuda} from the reference, the CPU {cpu}");
     assert!(cuda < 0.05 * size, "CUDA is {cuda} from the reference of {size}");
+}
+
+/// What a bundle's drafter says for decided rows and for a guess below the last of them, and what
+/// it finds likely after given rows.
+fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
+    let mut model = DraftModel::load(backend, device, 64, PAGES).unwrap().unwrap();
+    let noise = |rows: usize, salt: f32| -> Vec<f32> {
+        (0..rows * 64).map(|at| (at as f32 * 0.37 + salt).sin()).collect()
+    };
+    let mut sequence = Sequence::new(vec![5, 1, 8, 3], POSITIONS);
+    let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+    let mut said = Vec::new();
+    for (id, rows) in [(1, 37), (38, 3)] {
+        let first = sequence.append_committed(id, rows, sequence.tip()).unwrap();
+        plan.clear();
+        plan.push_committed(first, rows);
+        plan.end_sequence(&sequence);
+        let (shallow, deep) = (noise(rows as usize, 0.1), noise(rows as usize, 0.7));
+        said.resize(rows as usize * 64, 0.0);
+        match id {
+            1 => model.remember(&plan.plan(), &shallow, &deep),
+            _ => model.decide(&plan.plan(), &shallow, &deep, &mut said),
+        }
+    }
+    sequence.append_pending(41, &[40, 40]).unwrap();
+    plan.clear();
+    assert!(plan.push_pending(&sequence, 41) && plan.push_pending(&sequence, 42));
+    plan.end_sequence(&sequence);
+    let mut guessed = vec![0.0; 2 * 64];
+    let before = [&said[2 * 64..], &said[2 * 64..]].concat();
+    model.guess(&plan.plan(), &noise(2, 0.3), &before, &mut guessed);
+    said.extend(guessed);
+    let mut likely = Vec::new();
+    model.likeliest(&noise(3, 0.9), 5, &mut likely);
+    assert!(model.fault().is_none());
+    (said, likely)
+}
+
+#[test]
+fn the_drafter_means_what_the_reference_means() {
+    for kind in AdapterKind::ALL {
+        let Some(cuda) = backend() else { return };
+        let bundles = Bundles::with_kernels();
+        add_noise(&bundles, kind);
+        let [device, _] = open(&bundles);
+        let cpu = CpuBackend::new(CpuConfig { threads: 1, level: Level::Portable }).unwrap();
+        let (expected, likely) = drafts(Reference, &device);
+        let ((cuda, cuda_likely), (cpu, _)) = (drafts(cuda, &device), drafts(cpu, &device));
+        let distance = |got: &[f32]| -> f64 {
+            let both = got.iter().zip(&expected);
+            both.map(|(got, expected)| f64::from(got - expected).powi(2)).sum::<f64>().sqrt()
+        };
+        let (cuda, cpu, size) =
+            (distance(&cuda), distance(&cpu), distance(&vec![0.0; expected.len()]));
+        let case = format!("{}: CUDA is {cuda}, the CPU {cpu} from {size}", kind.name());
+        assert!(cpu > 0.0 && cuda < 1.5 * cpu && cuda < 0.1 * size, "{case}");
+        assert_eq!(cuda_likely.len(), 15);
+        for (got, expected) in cuda_likely.iter().zip(&likely) {
+            let ratio = got.probability / expected.probability;
+            assert!((0.9..1.1).contains(&ratio), "{}: {got:?}, {expected:?}", kind.name());
+        }
+        assert_eq!(cuda_likely[0].token, likely[0].token, "{}", kind.name());
+    }
 }
 
 #[test]

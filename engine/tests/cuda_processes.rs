@@ -6,6 +6,10 @@
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "cuda_processes/drafts.rs"]
+mod drafts;
+#[path = "cuda_processes/lost.rs"]
+mod lost;
 mod support;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -220,30 +224,6 @@ fn a_gpu_that_is_lost_ends_the_cloud_or_hands_over_to_the_cpu() {
     let answer = object(&device(&["--cloud", &cloud.address, "--cloud-arithmetic", "1"]));
     assert_eq!(answer["token_ids"], whole["token_ids"]);
     assert_eq!(answer["logits_blake3"], whole["logits_blake3"]);
-}
-
-#[test]
-fn a_device_daemon_that_lost_its_gpu_ends() {
-    let Some(folder) = driver() else { return };
-    let bundles = Bundles::with_kernels();
-    let mut command = Driver::new(&folder, "fault").program();
-    command.args(["device", "--processor", "cuda", "--http", "127.0.0.1:0", "--no-api-key"]);
-    command.arg("--bundle").arg(&bundles.path).env("RUST_LOG", "error");
-    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-    let address = lines.find_map(|line| Some(line.split_once("http://")?.1.to_owned())).unwrap();
-    let body = r#"{"prompt": "Hello", "max_tokens": 4}"#;
-    let mut stream = std::net::TcpStream::connect(address.trim()).unwrap();
-    let ask =
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
-    write!(stream, "{ask}Content-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
-        .unwrap();
-    let mut answer = String::new();
-    let _ = stream.read_to_string(&mut answer);
-    assert!(!answer.contains(" 200 "), "{answer}");
-    let rest: Vec<String> = lines.collect();
-    assert!(!child.wait().unwrap().success(), "{rest:?}");
-    assert!(rest.iter().any(|line| line.contains("the device stopped by itself")), "{rest:?}");
 }
 
 #[test]

@@ -198,6 +198,15 @@ impl Endpoint {
         self.insert(Slot { dial_at: Some(now), ..Slot::new(connection, address) })
     }
 
+    /// What is said from the next [`Endpoint::dial`] on; connections that exist keep what they said.
+    ///
+    /// # Panics
+    /// If the role is another one.
+    pub fn set_hello(&mut self, hello: Hello) {
+        assert_eq!(self.config.hello.role, hello.role, "an endpoint keeps its role");
+        self.config.hello = hello;
+    }
+
     /// A buffer for a frame with `body_bytes` body bytes, to be written in place. `None` if the
     /// pool is empty: try again after a turn. Some buffers are kept back for receiving.
     #[must_use]

@@ -10,7 +10,6 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
 use hat_engine::internal::open_cloud_bundle;
-use hat_engine::options::Processor;
 use hat_engine::{Cloud, Engine};
 
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
@@ -62,27 +61,17 @@ impl CloudArgs {
         config.idle_after = Duration::try_from_secs_f64(self.idle_after)
             .context("--idle-after: a number of seconds from 0 up is wanted")?;
         let needed = config.limits.bytes_needed(&open_cloud_bundle(&config)?);
-        let falls_back = config.processor.falls_back();
-        let mut cloud = Cloud::start(config.clone())?;
-        config = config.listen(cloud.address());
-        loop {
-            let (describe, address) = (cloud.describe(), cloud.address());
-            let mut text = format!("cloud: {describe}; listening at {address}\n");
-            for (owner, bytes) in &needed {
-                text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
-            }
-            // Whoever started it may read the first line alone, and then close the pipe.
-            let _ = std::io::stderr().write_all(text.as_bytes());
-            let Some(fault) = cloud.join_for_fault() else {
-                bail!("the cloud stopped by itself; the log says why");
-            };
-            if !falls_back || config.processor == Processor::Auto {
-                bail!("the cloud stopped: {fault}");
-            }
-            // The devices come back to this address and replay.
-            let _ = writeln!(std::io::stderr(), "{fault}; the CPU computes from now on");
-            config.processor = Processor::Auto;
-            cloud = Cloud::start(config.clone())?;
+        let cloud = Cloud::start(config)?;
+        let (describe, address) = (cloud.describe(), cloud.address());
+        let mut text = format!("cloud: {describe}; listening at {address}\n");
+        for (owner, bytes) in &needed {
+            text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
+        }
+        // Whoever started it may read the first line alone, and then close the pipe.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+        match cloud.join_for_fault() {
+            Some(fault) => bail!("the cloud stopped: {fault}"),
+            None => bail!("the cloud stopped by itself; the log says why"),
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The cloud role: an io thread that owns link, sessions, scheduler and pages, and a step thread
 //! for each pipeline stage, which owns a backend and a run of layers, with bounded queues between
-//! them.
+//! them; and a thread that waits for their end, and begins anew on the CPU where it may.
 
 mod admission;
 mod io;
+mod keep;
 mod memory;
 mod outbox;
 mod output;
@@ -13,15 +14,13 @@ mod void;
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 
-use crossbeam::channel::bounded;
 use hat_loader::{Bundle, Role, Submodel};
-use hat_transport::clock::{Clock, SystemClock};
-use hat_transport::link::Waker;
 
+use self::keep::{Keeper, Run, Seen};
 use crate::backend::BackendFault;
 use crate::config::CloudConfig;
 use crate::model::MiddleForward;
@@ -65,16 +64,14 @@ pub struct CloudCounters {
 /// A running cloud. Dropping it stops it.
 pub struct Cloud {
     address: SocketAddr,
-    describe: String,
-    counters: Arc<CloudCounters>,
-    stop: Arc<AtomicBool>,
-    fault: Arc<OnceLock<BackendFault>>,
-    waker: Waker,
-    threads: Vec<JoinHandle<()>>,
+    seen: Arc<Seen>,
+    keeper: Option<JoinHandle<Option<BackendFault>>>,
 }
 
 impl Cloud {
-    /// Opens the bundle, listens, and serves on two threads of its own.
+    /// Opens the bundle, listens, and serves on threads of its own. With a processor that falls
+    /// back ([`crate::options::Processor::CudaElseCpu`]) a cloud that loses its GPU begins anew on
+    /// the CPU, at the same address: its devices come back and replay.
     ///
     /// # Errors
     /// [`Error::Field`] for a listen address that other machines can reach, [`Error::Bundle`],
@@ -108,36 +105,12 @@ impl Cloud {
         pages: u32,
     ) -> Result<Self, Error> {
         config.check()?;
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let describe = describe(&stages);
-        let counters = Arc::new(CloudCounters::default());
-        let fault = Arc::new(OnceLock::new());
-        let stop = Arc::new(AtomicBool::new(false));
-        let (to_step, jobs) = bounded(1);
-        let (done, from_step) = bounded(jobs_of(stages.len()));
-        let (ready, is_ready) = bounded(1);
-        let io = io::Start {
-            config,
-            bundle: crate::wire::BundleFacts::for_cloud(bundle),
-            pages,
-            stages: stages.len(),
-            arithmetic_id: arithmetic_of(&stages)?,
-            fault: fault.clone(),
-            clock: clock.clone(),
-            counters: counters.clone(),
-            stop: stop.clone(),
-            to_step,
-            from_step,
-        };
-        let io_thread = spawn("hat-cloud-io", move || io.run(&ready))?;
-        let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
-            Ok(Ok(ready)) => ready,
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
-        };
-        let mut threads = vec![io_thread];
-        threads.extend(step::spawn_stages(stages, jobs, &done, &waker, &clock)?);
-        Ok(Self { address, describe, counters, stop, fault, waker, threads })
+        let seen = Arc::new(Seen::default());
+        let run = Run::start(&config, bundle, stages, pages, &seen)?;
+        let address = run.address;
+        let keeper = Keeper { config, model_id: bundle.model_id(), seen: seen.clone() };
+        let keeper = spawn("hat-cloud", move || keeper.keep(run))?;
+        Ok(Self { address, seen, keeper: Some(keeper) })
     }
 
     /// Where it listens; the port is the one that the system chose if 0 was configured.
@@ -146,16 +119,16 @@ impl Cloud {
         self.address
     }
 
-    /// One line about the backend.
+    /// One line about the backend that computes now.
     #[must_use]
-    pub fn describe(&self) -> &str {
-        &self.describe
+    pub fn describe(&self) -> String {
+        self.seen.describe()
     }
 
     /// What it has done so far.
     #[must_use]
     pub fn counters(&self) -> &CloudCounters {
-        &self.counters
+        &self.seen.counters
     }
 
     /// Waits until it stops by itself, which it does only when its link or its backend fails.
@@ -168,19 +141,15 @@ impl Cloud {
     #[doc(hidden)]
     #[must_use]
     pub fn join_for_fault(mut self) -> Option<BackendFault> {
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-        self.fault.get().cloned()
+        self.keeper.take()?.join().ok()?
     }
 }
 
 impl Drop for Cloud {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        self.waker.wake();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
+        self.seen.stop();
+        if let Some(keeper) = self.keeper.take() {
+            let _ = keeper.join();
         }
     }
 }
@@ -259,7 +228,10 @@ fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, Error> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(run)

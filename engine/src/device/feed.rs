@@ -45,6 +45,9 @@ impl Device {
         };
         self.guesses.clear();
         trained.propose(session, &rows, if is_chain { 1 } else { WIDTH }, &mut self.guesses);
+        if let Some(fault) = trained.fault() {
+            return self.draft_without(&fault);
+        }
         active.has_draft_rows = true;
         drafts.asked = end;
         for (node, mut guess) in self.guesses.drain(..) {

@@ -4,6 +4,7 @@ mod active;
 mod compute;
 mod feed;
 mod grow;
+mod lost;
 mod plan;
 mod prefix;
 mod run;
@@ -29,7 +30,7 @@ use crate::cloud::Cloud;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
-use crate::model::{DeviceForward, DraftForward as _, DraftModel};
+use crate::model::DeviceForward;
 use crate::page::pages_for;
 use crate::request::CancelOnDrop;
 use crate::sequence::PENDING_ROWS_MAX;
@@ -56,15 +57,29 @@ pub(crate) struct Shared {
     /// Whether the engine thread takes no more requests, since it ends.
     pub(crate) ended: AtomicBool,
     metrics: Mutex<EngineMetrics>,
+    /// What computes now.
+    describe: Mutex<Described>,
     /// Conversations whose ids are known. Locked twice a request.
     turns: Mutex<Turns>,
     pub(crate) clock: Arc<dyn Clock>,
+}
+
+/// What computes, one line each for people.
+#[derive(Default)]
+pub(crate) struct Described {
+    device: String,
+    drafter: Option<String>,
 }
 
 impl Shared {
     /// Locked once an answer.
     fn turns(&self) -> MutexGuard<'_, Turns> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Locked once a look, and when another backend takes over.
+    fn describe(&self) -> MutexGuard<'_, Described> {
+        self.describe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Locked once a request, and once a look.
@@ -80,7 +95,6 @@ pub struct Engine {
     jobs: Sender<Job>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
-    describe: String,
     model_name: String,
     queue_max: u32,
     cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
@@ -89,6 +103,9 @@ pub struct Engine {
 impl Engine {
     /// Opens the bundle, starts the engine thread, and begins to connect to the cloud. A cloud
     /// that is away is no error here: requests wait for it as long as the configuration says.
+    ///
+    /// With a processor that falls back ([`crate::options::Processor::CudaElseCpu`]) an engine that
+    /// loses its GPU ends the requests that run, and serves the next ones from the CPU.
     ///
     /// # Errors
     /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
@@ -99,7 +116,7 @@ impl Engine {
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let model = processor::device(&config, &bundle, split_layer, pages)?;
-        let trained = trained(&config, &bundle, split_layer)?;
+        let trained = trained(&config, &bundle, split_layer, model.arithmetic_id())?;
         Self::serve_drafting(config, &bundle, model, trained)
     }
 
@@ -146,15 +163,16 @@ impl Engine {
             stop: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             metrics: Mutex::new(EngineMetrics::default()),
+            describe: Mutex::default(),
             turns: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
         let (jobs, incoming) = bounded(config.limits.queue_max as usize);
         let (ready, is_ready) = bounded(1);
-        let describe = model.describe();
         let queue_max = config.limits.queue_max;
         let facts = BundleFacts::for_device(bundle, split_layer);
         let start = run::Start { config, facts, model, trained, shared: shared.clone(), incoming };
+        *shared.describe() = start.describe();
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())
             .spawn(move || start.run(&ready))
@@ -167,7 +185,6 @@ impl Engine {
             jobs,
             waker,
             thread: Some(thread),
-            describe,
             model_name: bundle.manifest().model_name.clone(),
             queue_max,
             cloud,
@@ -249,10 +266,17 @@ impl Engine {
         self.is_connected()
     }
 
-    /// One line about the backend.
+    /// One line about the backend that computes now.
     #[must_use]
-    pub fn describe(&self) -> &str {
-        &self.describe
+    pub fn describe(&self) -> String {
+        self.shared.describe().device.clone()
+    }
+
+    /// One line about the trained drafter that guesses now, if one does.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn describe_drafter(&self) -> Option<String> {
+        self.shared.describe().drafter.clone()
     }
 
     /// Whether it has stopped by itself, since its link or its backend failed: it answers nothing
@@ -293,7 +317,8 @@ impl Drop for Engine {
     }
 }
 
-/// The trained drafter of a device's bundle, if it has one that was trained for this split.
+/// The trained drafter of a device's bundle, if it has one that was trained for this split, on the
+/// GPU where the device's layers compute in CUDA's arithmetic.
 ///
 /// # Errors
 /// [`Error::Bundle`] if its file is bad, [`Error::Backend`].
@@ -301,19 +326,19 @@ fn trained(
     config: &EngineConfig,
     bundle: &Bundle,
     split_layer: usize,
+    arithmetic_id: u32,
 ) -> Result<Option<Box<dyn Trained>>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
     let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-    // Drafts decide no text, and a GPU that is lost shall not take the drafter with it: the CPU.
-    let backend = processor::cpu(config.processor, config.threads)?;
-    let Some(model) = DraftModel::load(backend, bundle, rows, pages)? else { return Ok(None) };
+    let model = processor::drafter(config, bundle, arithmetic_id, rows, pages)?;
+    let Some(model) = model else { return Ok(None) };
     if model.split_layer() != split_layer {
         let trained_for = model.split_layer();
         tracing::warn!(trained_for, split_layer, "the trained drafter is for another split");
         return Ok(None);
     }
     let hidden_size = bundle.config().hidden_size;
-    Ok(Some(Box::new(DraftSessions::new(Box::new(model), hidden_size, rows, pages))))
+    Ok(Some(Box::new(DraftSessions::new(model, hidden_size, rows, pages))))
 }
 
 /// Opens a device's bundle.

@@ -58,6 +58,11 @@ impl PageNamer {
         Ok(Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope }))
     }
 
+    /// This device's own layers compute in another arithmetic from now on.
+    pub(super) fn computes_in(&mut self, arithmetic_id: u32) {
+        self.arithmetic_id = arithmetic_id;
+    }
+
     /// Names of the pages of `tokens` where the cloud computes in `cloud_arithmetic_id`.
     pub(super) fn names(&self, cloud_arithmetic_id: u32, tokens: &[TokenId]) -> PageNames {
         let scope = PrefixScope { arithmetic_id: cloud_arithmetic_id, ..self.scope };

@@ -16,9 +16,9 @@ use super::active::{Active, Chunk, Drafts, Phase, Unsent};
 use super::plan::Sizing;
 use super::prefix::PageNamer;
 use super::walk::Walk;
-use super::{Job, Shared};
+use super::{Described, Job, Shared};
 use crate::answer::Answer;
-use crate::backend::{BackendError, BackendFault, RowMove, TokenId};
+use crate::backend::{BackendFault, RowMove, TokenId};
 use crate::chunk::Planner;
 use crate::config::{CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
@@ -84,19 +84,29 @@ impl Start {
         }
     }
 
+    /// What computes now.
+    pub(super) fn describe(&self) -> Described {
+        let drafter = self.trained.as_ref().map(|trained| trained.describe());
+        Described { device: self.model.describe(), drafter }
+    }
+
+    /// What this device says of itself.
+    pub(super) fn hello(&self) -> Hello {
+        let BundleFacts { hidden_size, layers, model_id, .. } = &self.facts;
+        Hello {
+            arithmetic_id: self.model.arithmetic_id(),
+            ..wire::hello(Role::Device, *model_id, *hidden_size, layers.clone())
+        }
+    }
+
     fn open(self) -> Result<Device, Error> {
         let CloudAddress::Remote(cloud) = &self.config.cloud else {
             unreachable!("a cloud in this process has been started and has an address")
         };
         let facts = &self.facts;
-        let layers = facts.layers.clone();
-        let hello = Hello {
-            arithmetic_id: self.model.arithmetic_id(),
-            ..wire::hello(Role::Device, facts.model_id, facts.hidden_size, layers)
-        };
         let clock = self.shared.clock.clone();
         let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
-        let endpoint = wire::dialler(&self.config, clock, hello)?;
+        let endpoint = wire::dialler(&self.config, clock, self.hello())?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let step_rows = limits.step_rows_max as usize;
@@ -154,7 +164,7 @@ pub(super) struct Device {
     /// Rows of one session that may pend in the cloud.
     pub(super) peer_pending_max: usize,
     /// What the cloud's layers compute in.
-    peer_arithmetic: u32,
+    pub(super) peer_arithmetic: u32,
     /// Why this device's own backend is lost, if it is.
     pub(super) lost: Option<BackendFault>,
     /// Why the cloud is away, for people.
@@ -168,7 +178,7 @@ pub(super) struct Device {
     /// Pages of the device's own layers, kept from earlier requests.
     pub(super) prefixes: PrefixCache,
     /// Names pages; `None` if all rows go up.
-    namer: Option<PageNamer>,
+    pub(super) namer: Option<PageNamer>,
     next_wire_id: u32,
     missing: Missing,
     /// How good guesses were, over all requests.
@@ -216,8 +226,8 @@ impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
         self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
-            if let Some(fault) = &self.lost {
-                return Err(std::io::Error::other(fault.clone()));
+            if let Some(fault) = self.lost.take() {
+                self.go_on_without(fault)?;
             }
             let now = self.start.shared.clock.now();
             self.admit();
@@ -243,7 +253,7 @@ impl Device {
         self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
-    fn dial(&mut self) {
+    pub(super) fn dial(&mut self) {
         if self.connection.is_some() {
             return;
         }
@@ -408,6 +418,10 @@ impl Device {
     }
 
     fn take(&mut self, event: LinkEvent) {
+        // One that this device has closed itself has nothing more to say.
+        if event.connection().is_some_and(|connection| Some(connection) != self.connection) {
+            return;
+        }
         match event {
             LinkEvent::Up { connection, hello, resumed, .. } => {
                 let wanted = self.start.config.cloud_arithmetic;
@@ -448,7 +462,7 @@ impl Device {
         }
     }
 
-    fn set_connected(&mut self, connected: bool) {
+    pub(super) fn set_connected(&mut self, connected: bool) {
         self.connected = connected;
         self.start.shared.connected.store(connected, Ordering::Release);
     }
@@ -460,7 +474,6 @@ impl Device {
         let now = self.start.shared.clock.now();
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
-                self.actives[index].meter.computed_in(self.peer_arithmetic);
                 self.actives[index].busy_ms = None;
                 self.opened(index, opened.pages)
             }
@@ -534,19 +547,6 @@ impl Device {
         self.start.shared.metrics().requests_failed += 1;
         self.actives[index].fail(error);
         self.retire(index);
-    }
-
-    /// The backend did not compute what it was asked to, and its KV store means nothing now: ends
-    /// every request. If the fault lasts, the device stops after that.
-    fn fail_all(&mut self, fault: &BackendFault) {
-        tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
-        for index in (0..self.actives.len()).rev() {
-            self.start.shared.metrics().requests_failed += 1;
-            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
-            self.retire(index);
-        }
-        self.forget_pages();
-        self.lost = fault.lasts.then(|| fault.clone());
     }
 
     /// Forgets a request, and tells the cloud if it has a session.

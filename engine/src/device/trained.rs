@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::backend::TokenId;
+use crate::backend::{BackendFault, TokenId};
 use crate::draft::Source;
 use crate::draft::foresee::SHORTLIST;
 use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
@@ -141,7 +141,15 @@ impl DraftSessions {
 impl Trained for DraftSessions {
     fn describe(&self) -> String {
         let reads = if self.model.reads_deep() { "shallow and deep rows" } else { "shallow rows" };
-        format!("a trained layer that reads {reads}")
+        format!("a trained layer that reads {reads}; {}", self.model.describe())
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        self.model.arithmetic_id()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        self.model.fault()
     }
 
     fn open(&mut self, rows_max: u32) -> Option<SessionId> {

@@ -21,6 +21,7 @@ impl Device {
         let hidden_size = self.start.facts.hidden_size;
         let active = &mut self.actives[index];
         active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        active.meter.computed_in(self.peer_arithmetic);
         active.deadline = None;
         let count = usize::from(output.head.count);
         self.row.resize(count.max(1) * hidden_size, 0.0);

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::foresee::Draw;
 use super::tree::{Guess, Node};
-use crate::backend::TokenId;
+use crate::backend::{ARITHMETIC_CPU, BackendFault, TokenId};
 use crate::prefix::PageId;
 
 /// A session of a trained drafter.
@@ -60,8 +60,19 @@ impl Drafted<'_> {
 
 /// A drafter that computes.
 pub trait Trained: Send {
-    /// One line for people: its size, what it reads.
+    /// One line for people: what it reads, and what computes it.
     fn describe(&self) -> String;
+
+    /// See [`crate::backend::Backend::arithmetic_id`].
+    fn arithmetic_id(&self) -> u32 {
+        ARITHMETIC_CPU
+    }
+
+    /// Why it did not compute something since the last question; what it keeps means nothing then.
+    /// A fault that lasts is the answer from then on.
+    fn fault(&mut self) -> Option<BackendFault> {
+        None
+    }
 
     /// Opens a session of at most `rows_max` positions; `None` if there is no room for it, and the
     /// request is drafted without.
@@ -86,7 +97,7 @@ pub trait Trained: Send {
     fn commit(&mut self, session: SessionId, rows: &Decided<'_>);
 
     /// Guesses what follows each of the new nodes, at most `width` tokens each: index of the node,
-    /// and a guess with its probability, into `guesses`.
+    /// and a guess with its probability, into `guesses`. [`Trained::fault`] is asked after that.
     fn propose(
         &mut self,
         session: SessionId,

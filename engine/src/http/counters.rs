@@ -44,6 +44,15 @@ impl Counters {
     }
 }
 
+/// What computes now, in this process, by role: another line once a GPU is lost.
+pub(super) fn backends(each: impl Iterator<Item = (&'static str, String)>, out: &mut String) {
+    family(out, "hat_backend_info", "gauge", "1 for the backend that computes now, by role.");
+    for (role, backend) in each {
+        let backend = backend.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        sample(out, &format!("hat_backend_info{{role=\"{role}\",backend=\"{backend}\"}}"), 1);
+    }
+}
+
 /// The two comment lines above a metric's samples.
 pub(super) fn family(out: &mut String, name: &str, kind: &str, help: &str) {
     let _ = write!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n"); // a String takes it

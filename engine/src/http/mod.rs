@@ -158,6 +158,10 @@ impl Shared {
         counters::family(&mut out, "hat_cloud_connected", "gauge", "1 if the cloud is connected.");
         let connected = u8::from(self.engine.is_connected());
         counters::sample(&mut out, "hat_cloud_connected", connected);
+        let cloud = self.engine.cloud().map(|cloud| ("cloud", cloud.describe()));
+        let drafter = self.engine.describe_drafter().map(|drafter| ("drafter", drafter));
+        let device = [("device", self.engine.describe())];
+        counters::backends(device.into_iter().chain(drafter).chain(cloud), &mut out);
         out
     }
 }

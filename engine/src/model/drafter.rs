@@ -21,7 +21,7 @@ use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorByte
 
 use super::llama::{ModelShape, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, LinearInto, TokenId, Write};
+use crate::backend::{AttendPlan, Backend, BackendFault, LinearInto, TokenId, Write};
 
 /// A token and how probable the drafter thinks it is, given that all before it is right.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +35,12 @@ pub struct Likely {
 /// A trained drafter, whatever backend computes it. The caller keeps the slots: a
 /// [`crate::sequence::Sequence`] of the drafter's own, whose committed rows are decided tokens.
 pub trait DraftForward: Send {
+    /// One line about the backend.
+    fn describe(&self) -> String;
+    /// See [`Backend::arithmetic_id`].
+    fn arithmetic_id(&self) -> u32;
+    /// See [`Backend::fault`]; what was said since the last question means nothing then.
+    fn fault(&mut self) -> Option<BackendFault>;
     /// Shallow rows are those after so many layers.
     fn split_layer(&self) -> usize;
     /// Whether [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
@@ -250,6 +256,18 @@ impl<B: Backend> DraftModel<B> {
 }
 
 impl<B: Backend> DraftForward for DraftModel<B> {
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    fn arithmetic_id(&self) -> u32 {
+        self.backend.arithmetic_id()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        self.backend.fault()
+    }
+
     fn split_layer(&self) -> usize {
         self.split_layer
     }

@@ -12,7 +12,7 @@ use hat_transport::emulator::{Emulator, EmulatorConfig};
 
 use super::drafts::{few, whole};
 use super::support::{Bundles, collect, collect_with, long_prompt};
-use super::trained::add_noise;
+use super::support::drafter::add_noise;
 use super::{assert_same, support};
 
 /// Rows of a page.

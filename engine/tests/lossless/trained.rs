@@ -4,19 +4,18 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use hat_engine::backend::BackendFault;
 use hat_engine::draft::Source;
 use hat_engine::draft::trained::{Decided, Drafted, SessionId, Trained};
 use hat_engine::draft::tree::Guess;
 use hat_engine::internal::{DeviceModel, pages_for, processor};
 use hat_engine::options::{Codec, DraftMode, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
-use hat_loader::layout::quantise_q8_0;
-use hat_loader::{AdapterKind, DType, add_adapter};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, serialize_to_file};
+use hat_loader::AdapterKind;
 
 use super::drafts::{few, request, whole};
-use super::support::{Bundles, collect_with, long_prompt};
+use super::support::drafter::add_noise;
+use super::support::{Bundles, collect, collect_with, long_prompt};
 use super::{assert_same, support::hand::HIDDEN};
 
 /// What the stand-in was given in its sessions.
@@ -32,6 +31,8 @@ pub(super) struct Seen {
     closed: usize,
     /// Committed rows that had been in a tree, bit for bit the same.
     pub(super) kept: usize,
+    asked: usize,
+    forgotten: usize,
     /// The shallow rows of the last tree, by the tokens below its root.
     drafted: HashMap<Vec<u32>, Vec<f32>>,
     /// Position of its root.
@@ -42,11 +43,26 @@ pub(super) struct Seen {
 struct StandIn {
     script: Vec<u32>, // prompt and answer
     seen: Arc<Mutex<Seen>>,
+    /// Which question its backend does not survive, and whether it is lost then.
+    fails: Option<(usize, bool)>,
 }
 
 impl Trained for StandIn {
     fn describe(&self) -> String {
         "a stand-in".into()
+    }
+
+    fn fault(&mut self) -> Option<BackendFault> {
+        let asked = self.seen.lock().unwrap().asked;
+        let (_, lasts) = self.fails.filter(|(at, _)| *at == asked)?;
+        self.fails = self.fails.filter(|(_, lasts)| *lasts);
+        Some(BackendFault { backend: "planted", reason: "no more guesses".into(), lasts })
+    }
+
+    fn forget(&mut self) {
+        let seen = &mut *self.seen.lock().unwrap();
+        seen.forgotten += 1;
+        seen.tree.clear();
     }
 
     fn open(&mut self, _: u32) -> Option<SessionId> {
@@ -91,6 +107,13 @@ impl Trained for StandIn {
         guesses: &mut Vec<(usize, Guess)>,
     ) {
         let seen = &mut *self.seen.lock().unwrap();
+        seen.asked += 1;
+        if self.fails.is_some_and(|(at, _)| at == seen.asked) {
+            // What a lost backend says is no number.
+            let guess = Guess { token: 1, probability: f32::NAN, source: Source::adapter(0, 0.5) };
+            guesses.extend(rows.new_nodes().map(|node| (node, guess)));
+            return;
+        }
         assert_eq!(rows.root_position as usize + 1, seen.path.len(), "the root is committed");
         assert_eq!(rows.first, seen.tree.len(), "nodes come in order");
         if rows.first == 0 {
@@ -140,6 +163,15 @@ pub(super) fn engine(
     cloud: &str,
     answer: &Metrics,
 ) -> (Engine, Arc<Mutex<Seen>>) {
+    engine_failing(bundles, cloud, answer, None)
+}
+
+fn engine_failing(
+    bundles: &Bundles,
+    cloud: &str,
+    answer: &Metrics,
+    fails: Option<(usize, bool)>,
+) -> (Engine, Arc<Mutex<Seen>>) {
     let config = EngineConfig::new(bundles.path.join("device")).cloud(cloud);
     let half = hat_loader::Bundle::open(&config.bundle).unwrap();
     let pages = pages_for(config.limits.kv_rows_max as usize + 64);
@@ -147,7 +179,7 @@ pub(super) fn engine(
     let model = DeviceModel::load(backend, &half, 1, 512, pages).unwrap();
     let seen = Arc::new(Mutex::new(Seen::default()));
     let script = [long_prompt(75), answer.token_ids.clone()].concat();
-    let stand_in = StandIn { script, seen: seen.clone() };
+    let stand_in = StandIn { script, seen: seen.clone(), fails };
     let trained: Box<dyn Trained> = Box::new(stand_in);
     (Engine::serve_drafting(config, &half, Box::new(model), Some(trained)).unwrap(), seen)
 }
@@ -204,47 +236,35 @@ fn a_computing_drafter_changes_nothing_but_rounds() {
     }
 }
 
-/// Puts a drafter of noise into the device's half: right by accident alone.
-pub(super) fn add_noise(bundles: &Bundles, kind: AdapterKind) {
-    let path = bundles.path.join("device");
-    let half = hat_loader::Bundle::open(&path).unwrap();
-    let mut state = 1u32;
-    let mut noise = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-    };
-    let mut tensors = Vec::new();
-    for (name, shape) in kind.tensors(half.config()) {
-        let count = shape.iter().product();
-        let numbers: Vec<f32> = (0..count).map(|_| noise()).collect();
-        let tensor = match shape[..] {
-            [n, k] => {
-                let row = DType::Q8_0.row_bytes(k).unwrap();
-                let mut bytes = vec![0; n * row];
-                for (from, to) in numbers.chunks(k).zip(bytes.chunks_mut(row)) {
-                    quantise_q8_0(from, to);
-                }
-                (Dtype::U8, vec![n, row], bytes)
+/// A drafter whose backend fails says nothing more in the requests that run: they go on without
+/// it, and the next ones have it again unless it is lost.
+#[test]
+fn a_drafter_that_fails_changes_nothing() {
+    let bundles = Bundles::generated(1, 0);
+    let requests = [request(Default::default())];
+    let answers = whole(&bundles, 1, Codec::F16, &requests);
+    let cloud = Cloud::start(CloudConfig::new(bundles.path.join("cloud"))).unwrap();
+    let address = cloud.address().to_string();
+    for mode in DraftMode::ALL.into_iter().filter(|mode| mode.asks_trained()) {
+        if mode == DraftMode::Auto {
+            continue; // asks when it likes
+        }
+        for (at, lasts) in [(1, false), (1, true), (4, false), (4, true)] {
+            let (engine, seen) = engine_failing(&bundles, &address, &answers[0], Some((at, lasts)));
+            let case = format!("{}, question {at}, lasts: {lasts}", mode.name());
+            assert_same(&case, &answers[0], &collect(&engine, requests[0].clone().draft(mode)));
+            {
+                let seen = seen.lock().unwrap();
+                assert_eq!((seen.asked, seen.closed, seen.forgotten), (at, 1, 1), "{case}");
             }
-            _ => (Dtype::F32, shape, numbers.iter().flat_map(|n| n.to_le_bytes()).collect()),
-        };
-        tensors.push((name.to_owned(), tensor.0, tensor.1, tensor.2));
+            assert_eq!(engine.describe_drafter().is_none(), lasts, "{case}");
+            assert_same(&case, &answers[0], &collect(&engine, requests[0].clone().draft(mode)));
+            drop(engine);
+            let seen = seen.lock().unwrap();
+            assert_eq!(seen.asked > at, !lasts, "{case}: {} questions", seen.asked);
+            assert_eq!(seen.sessions, if lasts { 1 } else { 2 }, "{case}");
+        }
     }
-    let tokens: Vec<u8> = (0..half.config().vocab_size as u32).flat_map(u32::to_le_bytes).collect();
-    tensors.push(("vocabulary".into(), Dtype::U32, vec![tokens.len() / 4], tokens));
-    let texts = [
-        ("format_version", "1".to_owned()),
-        ("kind", kind.name().to_owned()),
-        ("model_id", half.model_id().to_string()),
-        ("split_layer", "1".to_owned()),
-    ];
-    let texts = texts.map(|(name, text)| (name.to_owned(), text)).into_iter().collect();
-    let file = bundles.path.join("drafter.safetensors");
-    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    serialize_to_file(views, Some(texts), &file).unwrap();
-    add_adapter(&path, &file).unwrap();
 }
 
 /// The drafter of the bundle, as `Engine::open` loads it; here it is hopeless.

@@ -1,6 +1,7 @@
 //! What several test binaries need: generated bundles, prompts, and answers read to the end.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod drafter;
 pub mod hand;
 pub mod proxy;
 pub mod steps;

@@ -64,6 +64,20 @@ pub enum Event {
     Woken,
 }
 
+impl Event {
+    /// Which connection it is about, if it is about one.
+    #[must_use]
+    pub fn connection(&self) -> Option<ConnectionId> {
+        match self {
+            Self::Up { connection, .. }
+            | Self::Frame { connection, .. }
+            | Self::Down { connection, .. }
+            | Self::Gone { connection, .. } => Some(*connection),
+            Self::Refused { .. } | Self::Woken => None,
+        }
+    }
+}
+
 /// Why a connection is over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -1,0 +1,165 @@
+//! A cloud's threads from their start to their end, and what comes after it: where the processor
+//! falls back and its GPU is lost, another run on the CPU.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::bounded;
+use hat_loader::{Bundle, ModelId};
+use hat_transport::clock::{Clock, SystemClock};
+use hat_transport::link::Waker;
+
+use super::{
+    CloudConfig, CloudCounters, arithmetic_of, describe, io, jobs_of, load, open_bundle, pool_pages,
+    spawn, step,
+};
+use crate::Error;
+use crate::backend::BackendFault;
+use crate::config::Processor;
+use crate::model::MiddleForward;
+
+/// What the owner of a cloud and its threads both see, whichever run it is.
+#[derive(Default)]
+pub(super) struct Seen {
+    pub(super) counters: Arc<CloudCounters>,
+    stop: Arc<AtomicBool>,
+    /// Of the run at hand. Locked once a run, and once a look.
+    now: Mutex<Now>,
+}
+
+#[derive(Default)]
+struct Now {
+    describe: String,
+    waker: Option<Waker>,
+}
+
+impl Seen {
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn describe(&self) -> String {
+        self.now().describe.clone()
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Ends the run at hand, and any that begins.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(waker) = &self.now().waker {
+            waker.wake();
+        }
+    }
+
+    /// A run has begun. One that was told to stop before its waker was known is woken here.
+    fn begin(&self, describe: String, waker: &Waker) {
+        *self.now() = Now { describe, waker: Some(waker.clone()) };
+        if self.is_stopped() {
+            waker.wake();
+        }
+    }
+}
+
+/// The threads of one run, on one kind of processor.
+pub(super) struct Run {
+    pub(super) address: SocketAddr,
+    fault: Arc<OnceLock<BackendFault>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Run {
+    /// Listens, and serves until told to stop or until its backend fails.
+    pub(super) fn start(
+        config: &CloudConfig,
+        bundle: &Bundle,
+        stages: Vec<Box<dyn MiddleForward>>,
+        pages: u32,
+        seen: &Seen,
+    ) -> Result<Self, Error> {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let fault = Arc::new(OnceLock::new());
+        let (to_step, jobs) = bounded(1);
+        let (done, from_step) = bounded(jobs_of(stages.len()));
+        let (ready, is_ready) = bounded(1);
+        let io = io::Start {
+            config: config.clone(),
+            bundle: crate::wire::BundleFacts::for_cloud(bundle),
+            pages,
+            stages: stages.len(),
+            arithmetic_id: arithmetic_of(&stages)?,
+            fault: fault.clone(),
+            clock: clock.clone(),
+            counters: seen.counters.clone(),
+            stop: seen.stop.clone(),
+            to_step,
+            from_step,
+        };
+        let describe = describe(&stages);
+        let io_thread = spawn("hat-cloud-io", move || io.run(&ready))?;
+        let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
+            Ok(Ok(ready)) => ready,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
+        };
+        let mut threads = vec![io_thread];
+        threads.extend(step::spawn_stages(stages, jobs, &done, &waker, &clock)?);
+        seen.begin(describe, &waker);
+        Ok(Self { address, fault, threads })
+    }
+
+    /// Waits for its end; says whether its backend was lost.
+    fn join(self) -> Option<BackendFault> {
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+        self.fault.get().cloned()
+    }
+}
+
+/// Who waits for the end of a run.
+pub(super) struct Keeper {
+    pub(super) config: CloudConfig,
+    pub(super) model_id: ModelId,
+    pub(super) seen: Arc<Seen>,
+}
+
+impl Keeper {
+    /// Waits for the end of the last run; says whether its backend was lost.
+    pub(super) fn keep(mut self, mut run: Run) -> Option<BackendFault> {
+        loop {
+            let address = run.address;
+            let fault = run.join()?;
+            if !self.config.processor.falls_back() || self.seen.is_stopped() {
+                return Some(fault);
+            }
+            self.config.processor = Processor::Auto;
+            self.config.listen = address;
+            run = match self.start_again() {
+                Ok(run) => run,
+                Err(error) => {
+                    let reason = format!("{}; and the CPU can't go on: {error}", fault.reason);
+                    return Some(BackendFault { reason, ..fault });
+                }
+            };
+            let now = self.seen.describe();
+            tracing::warn!(%fault, now, "the cloud's GPU is lost: the CPU computes from now on");
+        }
+    }
+
+    /// The same layers of the same model, at the same address.
+    fn start_again(&self) -> Result<Run, Error> {
+        let bundle = open_bundle(&self.config)?;
+        if bundle.model_id() != self.model_id {
+            let reason = "it holds another model than at start".to_owned();
+            return Err(Error::Bundle { path: self.config.bundle.clone(), reason });
+        }
+        let pages = pool_pages(&self.config);
+        let stages = load(&self.config, &bundle, pages)?;
+        Run::start(&self.config, &bundle, stages, pages, &self.seen)
+    }
+}
