@@ -2,45 +2,86 @@
 //
 // HAT_FAKE_DRIVER in the environment says what is wrong with it: nothing, "stub", "no-gpu",
 // "old-driver", "old-gpu", "other-gpu" (a capability that has no machine code of ours, so PTX),
-// "other-gpu-old-driver", "no-memory", "no-memory-once", "fault" (each kernel faults), "no-graphs", "no-pinned".
-// HAT_FAKE_AFTER says how many allocations or kernels go well before that. Handles are checked.
+// "other-gpu-old-driver", "no-memory", "no-memory-once", "fault" (each kernel faults), "fault-1" (each
+// kernel of GPU 1), "no-graphs", "no-pinned", "no-peer" (no GPU reads another one's memory).
+// HAT_FAKE_AFTER says how many allocations or kernels go well before that. HAT_FAKE_DEVICES says how many
+// GPUs there are, 1 if nothing does. HAT_FAKE_COUNTS names a file that keeps what was copied (`Counts`).
 //
-// Work is done as late as a driver may do it: when somebody waits for the stream, or frees memory. A
-// copy from pinned memory reads it only then.
+// Handles are checked, and which GPU they are of: a kernel that is handed memory of another GPU faults,
+// unless it was given access. Work is done as late as a driver may do it: when somebody waits for its
+// stream, or frees memory. A copy reads its source only then, if that is pinned or on a GPU.
 #include "emulator.cpp"
 
 #include <atomic>
 #include <deque>
+#include <fcntl.h>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace {
 
 constexpr int INVALID_VALUE = 1, NO_MEMORY = 2, STUB = 34, NO_GPU = 100, INVALID_IMAGE = 200,
-              INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719;
-int stream_of_ours, context_of_ours;
-thread_local void *current_context;
-std::atomic<int> sticky;
+              INVALID_CONTEXT = 201, NO_PEER_ACCESS = 217, INVALID_HANDLE = 400, NOT_FOUND = 500,
+              ILLEGAL_ADDRESS = 700, PEER_ALREADY = 704, LAUNCH_FAILED = 719;
+constexpr int DEVICES_MAX = 4;
+
 using Work = std::function<void()>;
 struct Graph {
   std::vector<Work> launches;
 };
-std::recursive_mutex queue_lock;
-std::deque<Work> later;            // what the stream has to do
-Graph *capturing;                  // or where launches go instead
-std::map<const char *, size_t> pinned;
+struct Context {
+  std::atomic<int> sticky, retained;
+  std::set<Context *> peers; // whose memory its kernels may read and write
+};
+struct Stream {
+  Context *context;
+  std::deque<Work> later; // what it has to do
+  Graph *capturing;       // or where launches go instead
+};
+struct Range {
+  size_t bytes;
+  Context *context; // null for memory of the host
+};
+/// What was copied; of GPU 1 only what its streams did.
+struct Counts {
+  std::atomic<uint64_t> up_bytes, down_bytes, up_bytes_1, down_bytes_1, peer_copies, peer_bytes, staged_copies,
+      same_gpu_copies, allocations;
+};
 
-bool is(const char *what) {
-  const char *mode = getenv("HAT_FAKE_DRIVER");
-  return mode && strcmp(mode, what) == 0;
+Context contexts[DEVICES_MAX]; // of each GPU the one that all share
+thread_local Context *current_context;
+std::recursive_mutex queue_lock;
+std::set<Stream *> streams;
+std::map<const char *, Range> allocated, pinned;
+
+const char *text_of(const char *name) {
+  const char *text = getenv(name);
+  return text ? text : "";
+}
+bool is(const char *what) { return strcmp(text_of("HAT_FAKE_DRIVER"), what) == 0; }
+int devices() {
+  const int count = atoi(text_of("HAT_FAKE_DEVICES"));
+  return std::min(count < 1 ? 1 : count, DEVICES_MAX);
+}
+int device_of(const Context *context) { return (int)(context - contexts); }
+/// In a file that is mapped, so that it outlives a process that is killed.
+Counts &counts() {
+  static Counts *kept = [] {
+    static Counts unkept;
+    const int file = open(text_of("HAT_FAKE_COUNTS"), O_RDWR | O_CREAT, 0600);
+    if (file < 0 || ftruncate(file, sizeof unkept)) return &unkept;
+    void *at = mmap(nullptr, sizeof unkept, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    return at == MAP_FAILED ? &unkept : (Counts *)at;
+  }();
+  return *kept;
 }
 /// How many went well before this one, and how many shall.
-bool is_after(std::atomic<int> &count) {
-  const char *after = getenv("HAT_FAKE_AFTER");
-  return count++ >= (after ? atoi(after) : 0);
-}
+bool is_after(std::atomic<int> &count) { return count++ >= atoi(text_of("HAT_FAKE_AFTER")); }
 std::atomic<int> allocations, launches;
 std::atomic<bool> lacked;
 bool lacks_memory() {
@@ -48,24 +89,51 @@ bool lacks_memory() {
   return is("no-memory-once") && is_after(allocations) && !lacked.exchange(true);
 }
 /// What every call says first.
-int state() { return sticky ? sticky.load() : current_context == &context_of_ours ? 0 : INVALID_CONTEXT; }
+int state(const Context *context = current_context) {
+  return !context || !context->retained ? INVALID_CONTEXT : context->sticky.load();
+}
 
-int do_all() {
+int do_all(Stream *stream) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
-  for (; !later.empty(); later.pop_front())
-    if (!sticky) later.front()();
-  return state();
+  if (!streams.count(stream)) return INVALID_HANDLE;
+  for (; !stream->later.empty(); stream->later.pop_front())
+    if (!stream->context->sticky) stream->later.front()();
+  return state(stream->context);
 }
-bool is_pinned(const void *at, size_t bytes) {
+/// All work of a GPU, as freeing its memory waits for.
+int do_all_of(const Context *context) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
-  auto found = pinned.upper_bound((const char *)at);
-  return found != pinned.begin() && (const char *)at + bytes <= std::prev(found)->first + std::prev(found)->second;
+  for (Stream *stream : streams)
+    if (stream->context == context) do_all(stream);
+  return state(context);
 }
-int queue(void *stream, Work work) {
+/// The range that holds these bytes, if one does.
+const Range *within(const std::map<const char *, Range> &ranges, const void *at, size_t bytes) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
-  if (stream != &stream_of_ours) return INVALID_VALUE;
+  auto found = ranges.upper_bound((const char *)at);
+  if (found == ranges.begin()) return nullptr;
+  --found;
+  return (const char *)at + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
+}
+bool is_memory_of(const Context *context, uint64_t at, size_t bytes) {
+  const Range *range = within(allocated, (const void *)at, bytes);
+  return range && range->context == context;
+}
+int queue(Stream *stream, Work work) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   if (state()) return state();
-  return later.push_back(std::move(work)), 0;
+  if (!streams.count(stream) || stream->context != current_context) return INVALID_HANDLE;
+  return stream->later.push_back(std::move(work)), 0;
+}
+/// Whether a kernel is handed memory that its GPU can't reach.
+bool is_foreign(const Context *context, const std::vector<char> &block) {
+  for (size_t at = 0; at + 8 <= block.size(); at += 8) {
+    uint64_t word;
+    memcpy(&word, &block[at], 8);
+    const Range *range = within(allocated, (const void *)word, 1);
+    if (range && range->context != context && !context->peers.count(range->context)) return true;
+  }
+  return false;
 }
 
 /// Bytes of an image: an ELF file ends with a table, PTX with a zero.
@@ -80,6 +148,11 @@ size_t image_bytes(const unsigned char *image) {
 
 struct Module {
   std::vector<char> image;
+  Context *context;
+};
+struct Function {
+  const Entry *entry;
+  Context *context;
 };
 
 } // namespace
@@ -89,8 +162,10 @@ EXPORT int cuDriverGetVersion(int *version) {
   *version = is("old-driver") ? 11040 : is("other-gpu-old-driver") ? 12020 : 12060;
   return 0;
 }
-EXPORT int cuDeviceGetCount(int *count) { return *count = 1, 0; }
-EXPORT int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? NO_GPU + 1 : 0; }
+EXPORT int cuDeviceGetCount(int *count) { return *count = devices(), 0; }
+EXPORT int cuDeviceGet(int *device, int ordinal) {
+  return *device = ordinal, ordinal < 0 || ordinal >= devices() ? NO_GPU + 1 : 0;
+}
 EXPORT int cuDeviceGetName(char *name, int bytes, int) { return snprintf(name, (size_t)bytes, "Fake GPU"), 0; }
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int) {
   const int capability = is("old-gpu") ? 75 : is("other-gpu") || is("other-gpu-old-driver") ? 120 : 86;
@@ -98,30 +173,60 @@ EXPORT int cuDeviceGetAttribute(int *value, int attribute, int) {
   *value = attribute == 75 ? capability / 10 : capability % 10;
   return 0;
 }
-EXPORT int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &context_of_ours, 0; }
-EXPORT int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-EXPORT int cuCtxSetCurrent(void *context) { return current_context = context, sticky.load(); }
-EXPORT int cuStreamCreate(void **stream, unsigned) { return *stream = &stream_of_ours, state(); }
-EXPORT int cuStreamDestroy_v2(void *) { return do_all(); }
-EXPORT int cuStreamSynchronize(void *stream) { return stream == &stream_of_ours ? do_all() : INVALID_VALUE; }
-EXPORT int cuStreamBeginCapture_v2(void *stream, int mode) {
-  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
-  if (stream != &stream_of_ours || capturing || mode != 1) return INVALID_VALUE;
-  queue_lock.lock(); // until the end: other threads have streams of their own
-  return capturing = new Graph, state();
+EXPORT int cuDeviceCanAccessPeer(int *can, int device, int peer) {
+  if (std::max(device, peer) >= devices() || std::min(device, peer) < 0) return NO_GPU + 1;
+  return *can = device != peer && !is("no-peer"), 0;
 }
-EXPORT int cuStreamEndCapture(void *stream, Graph **graph) {
-  if (stream != &stream_of_ours || !capturing) return INVALID_VALUE;
-  *graph = capturing, capturing = nullptr;
-  queue_lock.unlock();
+EXPORT int cuDevicePrimaryCtxRetain(Context **context, int device) {
+  return *context = &contexts[device], ++contexts[device].retained, 0;
+}
+EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  Context &context = contexts[device];
+  if (context.retained < 1) return INVALID_CONTEXT;
+  if (--context.retained) return 0;
+  context.sticky = 0, context.peers.clear(); // whoever retains it again gets a new one
+  for (Context &other : contexts) other.peers.erase(&context);
+  return 0;
+}
+EXPORT int cuCtxSetCurrent(Context *context) { return current_context = context, state(); }
+EXPORT int cuCtxEnablePeerAccess(Context *peer, unsigned flags) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state()) return state();
+  if (flags || peer == current_context || !peer->retained) return INVALID_VALUE;
+  if (is("no-peer")) return NO_PEER_ACCESS;
+  return current_context->peers.insert(peer).second ? 0 : PEER_ALREADY;
+}
+EXPORT int cuStreamCreate(Stream **stream, unsigned) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state()) return state();
+  return *stream = new Stream{current_context, {}, nullptr}, streams.insert(*stream), 0;
+}
+EXPORT int cuStreamDestroy_v2(Stream *stream) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  const int code = do_all(stream);
+  if (streams.erase(stream)) delete stream;
+  return code;
+}
+EXPORT int cuStreamSynchronize(Stream *stream) { return do_all(stream); }
+EXPORT int cuStreamBeginCapture_v2(Stream *stream, int mode) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (!streams.count(stream)) return INVALID_HANDLE;
+  if (stream->capturing || mode != 1) return INVALID_VALUE;
+  return stream->capturing = new Graph, state();
+}
+EXPORT int cuStreamEndCapture(Stream *stream, Graph **graph) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (!streams.count(stream) || !stream->capturing) return INVALID_VALUE;
+  *graph = stream->capturing, stream->capturing = nullptr;
   return is("no-graphs") ? INVALID_VALUE : state();
 }
 EXPORT int cuGraphInstantiateWithFlags(Graph **made, Graph *graph, unsigned long long flags) {
   return flags ? INVALID_VALUE : (*made = new Graph(*graph), state());
 }
 EXPORT int cuGraphDestroy(Graph *graph) { return delete graph, state(); }
-EXPORT int cuGraphExecDestroy(Graph *graph) { return do_all(), delete graph, state(); }
-EXPORT int cuGraphLaunch(Graph *graph, void *stream) {
+EXPORT int cuGraphExecDestroy(Graph *graph) { return do_all_of(current_context), delete graph, state(); }
+EXPORT int cuGraphLaunch(Graph *graph, Stream *stream) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   for (const Work &work : graph->launches)
     if (int code = queue(stream, work)) return code;
@@ -131,11 +236,11 @@ EXPORT int cuMemHostAlloc(void **address, size_t bytes, unsigned) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   if (state()) return state();
   if (is("no-pinned") || posix_memalign(address, 4096, bytes)) return NO_MEMORY;
-  return pinned[(const char *)*address] = bytes, 0;
+  return pinned[(const char *)*address] = {bytes, nullptr}, 0;
 }
 EXPORT int cuMemFreeHost(void *address) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
-  return do_all(), pinned.erase((const char *)address), free(address), state();
+  return do_all_of(current_context), pinned.erase((const char *)address), free(address), state();
 }
 EXPORT int cuGetErrorName(int code, const char **name) {
   *name = code == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
@@ -148,50 +253,84 @@ EXPORT int cuModuleLoadData(void **module, const void *image) {
   const bool elf = memcmp(image, "\x7f" "ELF", 4) == 0, wants_elf = !is("other-gpu");
   if (elf != wants_elf || (uintptr_t)image % 8) return INVALID_IMAGE;
   const char *bytes = (const char *)image;
-  *module = new Module{{bytes, bytes + image_bytes((const unsigned char *)image)}};
+  *module = new Module{{bytes, bytes + image_bytes((const unsigned char *)image)}, current_context};
   return 0;
 }
 EXPORT int cuModuleUnload(void *module) { return delete (Module *)module, state(); }
-EXPORT int cuModuleGetFunction(void **function, void *module, const char *name) {
-  const std::vector<char> &image = ((Module *)module)->image;
+EXPORT int cuModuleGetFunction(Function **function, Module *module, const char *name) {
+  const std::vector<char> &image = module->image;
   std::vector<char> word(name, name + strlen(name) + 1); // with its end: not the begin of another
   if (is("other-gpu")) word.back() = '(';
   if (std::search(image.begin(), image.end(), word.begin(), word.end()) == image.end()) return NOT_FOUND;
   for (const Entry &entry : ENTRIES) {
-    if (strcmp(entry.name, name) == 0) return *function = (void *)&entry, state();
+    if (strcmp(entry.name, name)) continue;
+    static std::deque<Function> kept; // for as long as the process runs
+    const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+    kept.push_back({&entry, module->context});
+    return *function = &kept.back(), state();
   }
   return NOT_FOUND;
 }
 EXPORT int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   if (state()) return state();
   void *at;
   if (lacks_memory() || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
   memset(at, 0xff, bytes);
-  return *address = (uint64_t)at, 0;
+  ++counts().allocations;
+  return *address = (uint64_t)at, allocated[(const char *)at] = {bytes, current_context}, 0;
 }
-EXPORT int cuMemFree_v2(uint64_t address) { return do_all(), free((void *)address), state(); }
-EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
-  if (is_pinned(from, bytes)) return queue(stream, [=] { memcpy((void *)to, from, bytes); });
+EXPORT int cuMemFree_v2(uint64_t address) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  const auto found = allocated.find((const char *)address);
+  if (found == allocated.end()) return INVALID_VALUE;
+  const int code = do_all_of(found->second.context);
+  return allocated.erase(found), free((void *)address), code;
+}
+EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, Stream *stream) {
+  if (!is_memory_of(current_context, to, bytes)) return INVALID_VALUE;
+  counts().up_bytes += bytes, counts().up_bytes_1 += device_of(current_context) == 1 ? bytes : 0;
+  if (within(pinned, from, bytes)) return queue(stream, [=] { memcpy((void *)to, from, bytes); });
   auto copied = std::make_shared<std::vector<char>>((const char *)from, (const char *)from + bytes);
   return queue(stream, [=] { memcpy((void *)to, copied->data(), bytes); });
 }
-EXPORT int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+EXPORT int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, Stream *stream) {
+  if (!is_memory_of(current_context, from, bytes)) return INVALID_VALUE;
+  counts().down_bytes += bytes, counts().down_bytes_1 += device_of(current_context) == 1 ? bytes : 0;
   const int code = queue(stream, [=] { memcpy(to, (const void *)from, bytes); });
-  return code || is_pinned(to, bytes) ? code : do_all(); // pageable memory is waited for
+  return code || within(pinned, to, bytes) ? code : do_all(stream); // pageable memory is waited for
 }
-EXPORT int cuLaunchKernel(const Entry *entry, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
-                          unsigned tz, unsigned shared, void *stream, void **params, void **extra) {
+EXPORT int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream *stream) {
+  if (!is_memory_of(current_context, to, bytes) || !is_memory_of(current_context, from, bytes)) return INVALID_VALUE;
+  ++counts().same_gpu_copies;
+  return queue(stream, [=] { memmove((void *)to, (const void *)from, bytes); });
+}
+EXPORT int cuMemcpyPeerAsync(uint64_t to, Context *to_context, uint64_t from, Context *from_context, size_t bytes,
+                             Stream *stream) {
+  if (state(to_context) || state(from_context)) return state(to_context) ? state(to_context) : state(from_context);
+  if (!is_memory_of(to_context, to, bytes) || !is_memory_of(from_context, from, bytes)) return INVALID_VALUE;
+  ++counts().peer_copies, counts().peer_bytes += bytes;
+  counts().staged_copies += !to_context->peers.count(from_context);
+  return queue(stream, [=] { memcpy((void *)to, (const void *)from, bytes); });
+}
+EXPORT int cuLaunchKernel(const Function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
+                          unsigned tz, unsigned shared, Stream *stream, void **params, void **extra) {
   if (state()) return state();
-  if (ty != 1 || tz != 1 || shared || extra || stream != &stream_of_ours) return INVALID_VALUE;
+  if (ty != 1 || tz != 1 || shared || extra) return INVALID_VALUE;
+  if (function->context != current_context || stream->context != current_context) return INVALID_HANDLE;
+  const Entry *entry = function->entry;
+  Context *context = current_context;
   const char *block = (const char *)params[0];
   auto copied = std::make_shared<std::vector<char>>(block, block + entry->params_bytes);
   const Work work = [=] {
-    if (is("fault") && is_after(launches)) { sticky = ILLEGAL_ADDRESS; return; }
+    const bool faults = is("fault") ? is_after(launches)
+                        : is("fault-1") && device_of(context) == 1 && is_after(launches);
+    if (faults || is_foreign(context, *copied)) { context->sticky = ILLEGAL_ADDRESS; return; }
     const hat_emu_launch_t launch = {entry->name, copied->data(), entry->params_bytes, {x, y, z}, threads, 0};
     uint64_t counts[6];
     const char *message = hat_emu_launch(&launch, counts);
-    if (message) fprintf(stderr, "%s: %s\n", entry->name, message), sticky = LAUNCH_FAILED;
+    if (message) fprintf(stderr, "%s: %s\n", entry->name, message), context->sticky = LAUNCH_FAILED;
   };
-  if (capturing) return capturing->launches.push_back(work), 0;
+  if (stream->capturing) return stream->capturing->launches.push_back(work), 0;
   return queue(stream, work);
 }

@@ -4,6 +4,7 @@
 //! and every function are looked up before the first call. An error that loses the GPU (a fault in
 //! a kernel) is kept, and every later call gives it again.
 
+mod memory;
 mod queue;
 
 use std::ffi::{CString, c_void};
@@ -11,11 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 
-pub use self::queue::LaunchCounts;
+use self::memory::Allocation;
+pub use self::memory::CudaMemory;
+pub use self::queue::{CopyCounts, LaunchCounts};
 use self::queue::{Failed, Queue};
 
 use crate::artefact::{self, Artefact, Form};
-use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, bytes, bytes_mut};
+use crate::gpu::{Gpu, GpuError, Launch, Memory as _, Number, Reach, bytes, bytes_mut};
 use crate::kernel::Kernel;
 
 /// Lowest driver whose CUDA reads our cubins: 12.0.
@@ -25,7 +28,9 @@ const VERSION_MIN_PTX: i32 = 12_050;
 
 /// Every function that is called below.
 const FUNCTIONS: &[&str] = &[
+    "cuCtxEnablePeerAccess",
     "cuCtxSetCurrent",
+    "cuDeviceCanAccessPeer",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
@@ -44,8 +49,10 @@ const FUNCTIONS: &[&str] = &[
     "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyPeerAsync",
     "cuModuleGetFunction",
     "cuModuleLoadData",
     "cuModuleUnload",
@@ -236,35 +243,6 @@ pub struct Cuda {
 // SAFETY: functions belong to the context's modules; see there.
 unsafe impl Send for Cuda {}
 
-/// Memory of a GPU.
-pub struct CudaMemory {
-    context: Arc<Context>,
-    address: sys::CUdeviceptr,
-    bytes: usize,
-}
-
-impl Drop for CudaMemory {
-    fn drop(&mut self) {
-        if self.address != 0 && self.context.make_current().is_ok() {
-            // Launches that wait may use it.
-            self.context.queue().flush_unheard();
-            // SAFETY: it was allocated in this context and is freed here alone; the driver waits
-            // for work that uses it.
-            let _ = unsafe { result::free_sync(self.address) };
-        }
-    }
-}
-
-impl Memory for CudaMemory {
-    fn address(&self) -> u64 {
-        self.address
-    }
-
-    fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
 impl Cuda {
     /// Opens a GPU and loads the kernels.
     ///
@@ -327,6 +305,12 @@ impl Cuda {
     #[must_use]
     pub fn launch_counts(&self) -> LaunchCounts {
         self.context.queue().counts()
+    }
+
+    /// What was copied so far, over the host and from other GPUs.
+    #[must_use]
+    pub fn copy_counts(&self) -> CopyCounts {
+        self.context.queue().copied()
     }
 
     /// Runs calls on the queue, with the context current.
@@ -405,8 +389,27 @@ fn load(
 /// The part of an allocation that a copy touches.
 fn part<T: Number>(memory: &CudaMemory, at: usize, count: usize) -> sys::CUdeviceptr {
     let (from, end) = (at * size_of::<T>(), (at + count) * size_of::<T>());
-    assert!(end <= memory.bytes, "bytes {from}..{end} of {}", memory.bytes);
-    memory.address + from as u64
+    assert!(end <= memory.bytes(), "bytes {from}..{end} of {}", memory.bytes());
+    memory.address() + from as u64
+}
+
+/// Lets work of `context` read and write memory of `other`; whether that can be.
+fn give_access(context: &Context, other: &Context) -> Result<bool, result::DriverError> {
+    let mut can = 0;
+    // SAFETY: the devices came from the driver, the pointer is to a live number.
+    unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, context.device, other.device) }.result()?;
+    if can == 0 {
+        return Ok(false);
+    }
+    context.make_current()?;
+    // SAFETY: both contexts are retained; what is copied from `other` keeps it so.
+    let enabled = unsafe { sys::cuCtxEnablePeerAccess(other.context, 0) }.result();
+    let already = sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
+    Ok(match enabled {
+        Ok(()) => true,
+        // What it refuses it copies through the host.
+        Err(error) => error.0 == already,
+    })
 }
 
 impl Gpu for Cuda {
@@ -424,13 +427,9 @@ impl Gpu for Cuda {
         self.lost()?;
         let current = self.context.make_current();
         self.check("cuCtxSetCurrent", current)?;
-        let context = Arc::clone(&self.context);
-        if bytes == 0 {
-            return Ok(CudaMemory { context, address: 0, bytes });
-        }
-        // SAFETY: the context is current; the memory is not read before it is written.
-        match unsafe { result::malloc_sync(bytes) } {
-            Ok(address) => Ok(CudaMemory { context, address, bytes }),
+        // SAFETY: the context is current.
+        match unsafe { Allocation::new(&self.context, bytes) } {
+            Ok(allocation) => Ok(CudaMemory::new(allocation)),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 Err(GpuError::OutOfMemory { gpu: self.context.name.clone(), bytes, purpose })
             }
@@ -471,5 +470,57 @@ impl Gpu for Cuda {
         // SAFETY: the caller's promise; memory that goes away flushes the queue first.
         unsafe { self.context.queue().push(function, launch, params) };
         Ok(())
+    }
+
+    fn reach(&mut self, other: &Self) -> Result<Reach, GpuError> {
+        self.lost()?;
+        let (own, its) = (Arc::clone(&self.context), &other.context);
+        if own.context == its.context {
+            return Ok(Reach::Same);
+        }
+        // A copy may be driven from either end.
+        let mut reach = Reach::Peer;
+        for (from, to) in [(its, &own), (&own, its)] {
+            let given = give_access(from, to);
+            if !self.check("cuCtxEnablePeerAccess", given)? {
+                reach = Reach::Staged;
+            }
+        }
+        Ok(reach)
+    }
+
+    fn copy(
+        &mut self,
+        bytes: usize,
+        from: &CudaMemory,
+        to: &mut CudaMemory,
+    ) -> Result<(), GpuError> {
+        self.lost()?;
+        let (from, to) = (part::<u8>(from, 0, bytes), part::<u8>(to, 0, bytes));
+        // SAFETY: `part` checked the ranges, and memory of this GPU waits for it when it goes.
+        self.with_queue(|queue| unsafe { queue.copy(to, from, bytes) })
+    }
+
+    fn fetch(
+        &mut self,
+        bytes: usize,
+        from_memory: &CudaMemory,
+        to: &mut CudaMemory,
+    ) -> Result<(), GpuError> {
+        let from = from_memory.allocation();
+        if Arc::ptr_eq(from.context(), &self.context) {
+            // The queue would keep itself.
+            return self.copy(bytes, from_memory, to);
+        }
+        self.lost()?;
+        let _ = part::<u8>(from_memory, 0, bytes);
+        let (address, context) = (part::<u8>(to, 0, bytes), self.context.context);
+        // SAFETY: `part` checked the ranges; the queue keeps where it copies from.
+        self.with_queue(|queue| unsafe { queue.fetch(address, context, from, bytes) })
+    }
+
+    fn finish(&mut self) -> Result<(), GpuError> {
+        self.lost()?;
+        self.with_queue(Queue::wait)
     }
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use libloading::Library;
 
-use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, bytes, bytes_mut};
+use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, Reach, bytes, bytes_mut};
 use crate::kernel::Kernel;
 
 const GPU: &str = "emulator";
@@ -471,6 +471,35 @@ impl Gpu for Emulator {
         }
         drop(guard);
         self.counts.add(counts);
+        Ok(())
+    }
+
+    fn reach(&mut self, _: &Self) -> Result<Reach, GpuError> {
+        Ok(Reach::Same)
+    }
+
+    fn copy(
+        &mut self,
+        bytes: usize,
+        from: &EmulatorMemory,
+        to: &mut EmulatorMemory,
+    ) -> Result<(), GpuError> {
+        let (from, to) = (part::<u8>(from, 0, bytes), part::<u8>(to, 0, bytes));
+        // SAFETY: `part` checked the ranges; two allocations, and no kernel runs.
+        unsafe { to.copy_from_nonoverlapping(from, bytes) };
+        Ok(())
+    }
+
+    fn fetch(
+        &mut self,
+        bytes: usize,
+        from: &EmulatorMemory,
+        to: &mut EmulatorMemory,
+    ) -> Result<(), GpuError> {
+        self.copy(bytes, from, to)
+    }
+
+    fn finish(&mut self) -> Result<(), GpuError> {
         Ok(())
     }
 }

@@ -90,7 +90,7 @@ pub trait Memory {
 /// A queue of work on one GPU, and its memory.
 pub trait Gpu {
     /// Memory of this GPU; freed when it goes.
-    type Memory: Memory + Send;
+    type Memory: Memory + Send + Sync + 'static;
 
     /// One line for people.
     fn describe(&self) -> String;
@@ -139,6 +139,69 @@ pub trait Gpu {
     /// lives until the work is done, and what the kernel reads and writes for them and this grid
     /// lies within that memory.
     unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError>;
+
+    /// Makes ready to [`Gpu::fetch`] from memory of `other`, and says how that will go.
+    ///
+    /// # Errors
+    /// If this GPU is lost.
+    fn reach(&mut self, other: &Self) -> Result<Reach, GpuError>;
+
+    /// Queues a copy of the first `bytes` of this GPU's own memory.
+    ///
+    /// # Errors
+    /// If the GPU is lost.
+    ///
+    /// # Panics
+    /// If either has fewer.
+    fn copy(
+        &mut self,
+        bytes: usize,
+        from: &Self::Memory,
+        to: &mut Self::Memory,
+    ) -> Result<(), GpuError>;
+
+    /// Queues a copy of the first `bytes` of memory that another [`Gpu`] of this kind has filled
+    /// and waited for. `from` may go right away, but what it holds is read until this one has been
+    /// waited for ([`Gpu::finish`], [`Gpu::download`]).
+    ///
+    /// # Errors
+    /// If either GPU is lost.
+    ///
+    /// # Panics
+    /// If either has fewer.
+    fn fetch(
+        &mut self,
+        bytes: usize,
+        from: &Self::Memory,
+        to: &mut Self::Memory,
+    ) -> Result<(), GpuError>;
+
+    /// Waits for all work before.
+    ///
+    /// # Errors
+    /// If it has failed.
+    fn finish(&mut self) -> Result<(), GpuError>;
+}
+
+/// How memory of one GPU gets to another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// They are the same.
+    Same,
+    /// One reads the other one's memory.
+    Peer,
+    /// The driver copies through the host, since the GPUs can't see each other.
+    Staged,
+}
+
+impl std::fmt::Display for Reach {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Same => "within the GPU",
+            Self::Peer => "from GPU to GPU",
+            Self::Staged => "by the driver, since the GPUs have no access to each other",
+        })
+    }
 }
 
 /// Numbers in memory of a GPU, to read.

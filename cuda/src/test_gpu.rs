@@ -4,7 +4,7 @@
 
 use crate::driver::{Cuda, CudaMemory};
 use crate::emulator::{Counts, Emulator, EmulatorMemory, Schedule};
-use crate::gpu::{Gpu, GpuError, Launch, Memory, Number};
+use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, Reach};
 
 /// What a test runs on.
 pub enum TestGpu {
@@ -111,6 +111,53 @@ impl Gpu for TestGpu {
             Self::Emulator(emulator) => unsafe { emulator.launch(launch, params) },
             // SAFETY: as above.
             Self::Cuda(cuda) => unsafe { cuda.launch(launch, params) },
+        }
+    }
+
+    fn reach(&mut self, other: &Self) -> Result<Reach, GpuError> {
+        match (self, other) {
+            (Self::Emulator(emulator), Self::Emulator(other)) => emulator.reach(other),
+            (Self::Cuda(cuda), Self::Cuda(other)) => cuda.reach(other),
+            _ => panic!("a GPU of another kind"),
+        }
+    }
+
+    fn copy(
+        &mut self,
+        bytes: usize,
+        from: &TestMemory,
+        to: &mut TestMemory,
+    ) -> Result<(), GpuError> {
+        use TestMemory as M;
+        match (self, from, to) {
+            (Self::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
+                emulator.copy(bytes, from, to)
+            }
+            (Self::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.copy(bytes, from, to),
+            _ => panic!("memory of another GPU"),
+        }
+    }
+
+    fn fetch(
+        &mut self,
+        bytes: usize,
+        from: &TestMemory,
+        to: &mut TestMemory,
+    ) -> Result<(), GpuError> {
+        use TestMemory as M;
+        match (self, from, to) {
+            (Self::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
+                emulator.fetch(bytes, from, to)
+            }
+            (Self::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.fetch(bytes, from, to),
+            _ => panic!("memory of another kind of GPU"),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), GpuError> {
+        match self {
+            Self::Emulator(emulator) => emulator.finish(),
+            Self::Cuda(cuda) => cuda.finish(),
         }
     }
 }

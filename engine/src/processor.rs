@@ -19,6 +19,10 @@ use crate::model::{
 };
 use crate::token::TokenSettings;
 
+/// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
+/// queue between them, one that the next stage computes; and one to spare.
+const LENT_MAX: usize = 4;
+
 /// The backend of a configuration.
 pub enum Chosen {
     /// A level of the CPU.
@@ -152,6 +156,10 @@ pub fn middle(
         if stages.iter().any(|stage| stage.arithmetic_id() != first) {
             // Some of the GPUs are there: all stages or none.
             return Err(Error::field("gpus", "not all of them can be used; the log says why"));
+        }
+        for number in 1..stages.len() {
+            let (before, after) = stages.split_at_mut(number);
+            before[number - 1].link(&*after[0], LENT_MAX)?;
         }
         Ok(stages)
     };

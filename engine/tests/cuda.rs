@@ -6,6 +6,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cuda/stages.rs"]
+mod stages;
 mod support;
 
 use std::io::Write as _;
@@ -17,7 +19,7 @@ use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::reference::Reference;
 use hat_engine::backend::{Backend, BackendError};
 use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, DraftForward as _, DraftModel, Likely, MiddleForward as _,
+    DeviceForward as _, DeviceModel, DraftForward as _, DraftModel, Likely, MiddleForward,
     MiddleModel, MiddleStep, PlanBuffers, Sequence, WholeModel, pages_for,
 };
 use hat_engine::pack::Codec;
@@ -96,7 +98,7 @@ impl Split {
         self.device.input(&plan.plan(), tokens, &mut hidden);
         over_the_wire(&mut hidden);
         let (entry_layers, moves) = (vec![1], Vec::new());
-        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden };
+        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden, lent: None };
         self.middle.forward(&mut step);
         over_the_wire(&mut step.hidden);
         let head = |row: &[f32]| {
@@ -148,7 +150,8 @@ impl Split {
         assert!(!moves.is_empty(), "a commit that moves nothing shows nothing");
         self.device.compact(&moves);
         let (plan, entry_layers) = (PlanBuffers::default(), Vec::new());
-        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden: Vec::new() };
+        let mut step =
+            MiddleStep { plan, entry_layers, exit_layer: 3, moves, ..MiddleStep::default() };
         self.middle.forward(&mut step);
     }
 }

@@ -10,6 +10,8 @@
 mod drafts;
 #[path = "cuda_processes/lost.rs"]
 mod lost;
+#[path = "cuda_processes/stages.rs"]
+mod stages;
 mod support;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -40,17 +42,22 @@ struct Driver<'a> {
     folder: &'a Path,
     kind: &'a str,
     after: usize,
+    devices: usize,
+    /// Where it keeps what it counts.
+    counts: Option<&'a Path>,
 }
 
 impl<'a> Driver<'a> {
     fn new(folder: &'a Path, kind: &'a str) -> Self {
-        Self { folder, kind, after: 0 }
+        Self { folder, kind, after: 0, devices: 1, counts: None }
     }
 
     fn program(&self) -> Command {
         let mut command = Command::new(PROGRAM);
         command.env("LD_LIBRARY_PATH", self.folder).env("HAT_FAKE_DRIVER", self.kind);
         command.env("HAT_FAKE_AFTER", self.after.to_string());
+        command.env("HAT_FAKE_DEVICES", self.devices.to_string());
+        command.env("HAT_FAKE_COUNTS", self.counts.unwrap_or(Path::new("")));
         command
     }
 
@@ -153,6 +160,8 @@ fn why_a_gpu_cannot_be_used_is_one_line() {
 /// A cloud process and where it listens. Killed when dropped.
 struct CloudProcess {
     child: Child,
+    /// The line that says what it is and where it listens.
+    first: String,
     address: String,
     stderr: BufReader<std::process::ChildStderr>,
 }
@@ -173,7 +182,7 @@ impl CloudProcess {
             }
         }
         let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-        Some(Self { child, address, stderr })
+        Some(Self { child, first: line, address, stderr })
     }
 
     /// What it has said since it began to listen.

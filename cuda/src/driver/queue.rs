@@ -8,10 +8,12 @@
 //! Copies of a step's rows and plans go through pinned memory, so that the caller waits for none.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+use super::memory::Allocation;
 use crate::gpu::Launch;
 
 /// Runs of launches that are known at a time; the one unused for longest gives way.
@@ -22,6 +24,8 @@ const GRAPH_LAUNCHES_MIN: usize = 4;
 const STAGING_BYTES: usize = 8 << 20;
 /// Where copies begin in pinned memory.
 const STAGING_ALIGN: usize = 256;
+/// Copies from other GPUs between two waits, without an allocation here.
+const FETCHES: usize = 8;
 
 /// A call that the driver refused, or an error of work before it.
 pub(super) type Failed = (&'static str, DriverError);
@@ -37,6 +41,19 @@ pub struct LaunchCounts {
     pub in_graphs: u64,
     /// Graphs made.
     pub captured: u64,
+}
+
+/// What was copied so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopyCounts {
+    /// From the host.
+    pub up_bytes: u64,
+    /// To the host.
+    pub down_bytes: u64,
+    /// Copies from other [`super::Cuda`]s.
+    pub fetches: u64,
+    /// What they fetched.
+    pub fetched_bytes: u64,
 }
 
 /// A launch, its parameters behind those of the launches before it.
@@ -120,6 +137,9 @@ pub(super) struct Queue {
     up: Option<Staging>,
     down: Option<Staging>,
     counts: LaunchCounts,
+    copied: CopyCounts,
+    /// What copies on their way read.
+    fetched: Vec<Arc<Allocation>>,
     /// What nobody was there to be told.
     failed: Option<Failed>,
 }
@@ -139,12 +159,18 @@ impl Queue {
             up: Staging::new(),
             down: Staging::new(),
             counts: LaunchCounts::default(),
+            copied: CopyCounts::default(),
+            fetched: Vec::with_capacity(FETCHES),
             failed: None,
         }
     }
 
     pub(super) fn counts(&self) -> LaunchCounts {
         self.counts
+    }
+
+    pub(super) fn copied(&self) -> CopyCounts {
+        self.copied
     }
 
     /// Adds a launch.
@@ -241,6 +267,7 @@ impl Queue {
         from: &[u8],
     ) -> Result<(), Failed> {
         self.flush()?;
+        self.copied.up_bytes += from.len() as u64;
         let staged = self.up.as_mut().and_then(|staging| staging.take(from.len()));
         let from = match staged {
             Some(at) => {
@@ -270,6 +297,7 @@ impl Queue {
         to: &mut [u8],
     ) -> Result<(), Failed> {
         self.flush()?;
+        self.copied.down_bytes += to.len() as u64;
         let staged = self.down.as_mut().and_then(|staging| staging.take(to.len()));
         if !to.is_empty() {
             let into = match staged {
@@ -282,21 +310,79 @@ impl Queue {
             unsafe { result::memcpy_dtoh_async(into, from, self.stream) }
                 .map_err(|error| ("cuMemcpyDtoHAsync", error))?;
         }
-        // SAFETY: the stream lives as long as the queue.
-        unsafe { result::stream::synchronize(self.stream) }
-            .map_err(|error| ("cuStreamSynchronize", error))?;
+        self.wait()?;
         if let Some(at) = staged {
             // SAFETY: the copy above is over.
             unsafe { at.copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) };
         }
+        Ok(())
+    }
+
+    /// Waits for all that was queued. The context is current.
+    pub(super) fn wait(&mut self) -> Result<(), Failed> {
+        self.flush()?;
+        // SAFETY: the stream lives as long as the queue.
+        unsafe { result::stream::synchronize(self.stream) }
+            .map_err(|error| ("cuStreamSynchronize", error))?;
         for staging in [&mut self.up, &mut self.down].into_iter().flatten() {
             staging.used = 0;
         }
+        self.fetched.clear();
         Ok(())
+    }
+
+    /// Queues a copy within the GPU behind what waits.
+    ///
+    /// # Safety
+    /// Both are memory of this context with room for `bytes`.
+    pub(super) unsafe fn copy(
+        &mut self,
+        to: sys::CUdeviceptr,
+        from: sys::CUdeviceptr,
+        bytes: usize,
+    ) -> Result<(), Failed> {
+        self.flush()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(|error| ("cuMemcpyDtoDAsync", error))
+    }
+
+    /// Queues a copy of memory that another queue has filled and waited for, and keeps that memory
+    /// until the copy is over.
+    ///
+    /// # Safety
+    /// `to` is memory of this context, which is `context`, and `from` of another one that may share
+    /// its handle; both have room for `bytes`.
+    pub(super) unsafe fn fetch(
+        &mut self,
+        to: sys::CUdeviceptr,
+        context: sys::CUcontext,
+        from: &Arc<Allocation>,
+        bytes: usize,
+    ) -> Result<(), Failed> {
+        self.copied.fetches += 1;
+        self.copied.fetched_bytes += bytes as u64;
+        let (address, its) = (from.address(), from.context().context);
+        self.fetched.push(Arc::clone(from));
+        if context == its {
+            // SAFETY: the caller's promise; the memory is kept above.
+            return unsafe { self.copy(to, address, bytes) };
+        }
+        self.flush()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as above; the memory keeps its context.
+        unsafe { result::memcpy_peer_async(context, to, its, address, bytes, self.stream) }
+            .map_err(|error| ("cuMemcpyPeerAsync", error))
     }
 
     /// Frees what the queue holds; the context is current and the stream has run all of it.
     pub(super) fn close(&mut self) {
+        self.fetched.clear();
         for known in self.known.drain(..) {
             known.forget();
         }

@@ -1,5 +1,7 @@
 //! The way through the driver: on a GPU where there is one, else over a made-up libcuda.
 
+mod peers;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 

@@ -4,6 +4,8 @@
 //! for all layers. The trait's methods return no errors: the first one is kept for
 //! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
+mod lanes;
+
 use hat_cuda::attend::{self, Cut, Parts};
 use hat_cuda::embed;
 use hat_cuda::gemv::{self, Gemv};
@@ -19,8 +21,9 @@ use hat_cuda::table::{Numbers, Table};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 
+use self::lanes::Lanes;
 use super::{
-    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape,
+    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent,
     RowMove, TokenId, Top, Write,
 };
 
@@ -46,6 +49,8 @@ pub struct CudaBackend<G: Gpu> {
     plan: Option<PlanOnGpu<G::Memory>>,
     parts: Option<(Parts<G::Memory>, usize)>,
     top: Option<(TopK<G::Memory>, [usize; 3])>,
+    /// Rows for the next stage, and of the one before.
+    lanes: Lanes<G::Memory>,
 }
 
 /// What a plan said, to know it again.
@@ -129,6 +134,7 @@ impl<G: Gpu> CudaBackend<G> {
             plan: None,
             parts: None,
             top: None,
+            lanes: Lanes::default(),
         }
     }
 
@@ -256,6 +262,9 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     }
 
     fn fault(&mut self) -> Option<BackendFault> {
+        if self.fault.is_some() {
+            self.give_back_after_fault();
+        }
         match &self.fault {
             Some(fault) if fault.lasts => Some(fault.clone()),
             _ => self.fault.take(),
@@ -305,8 +314,9 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     fn download(&mut self, from: &Self::Buffer, first_row: usize, to: &mut [f32]) {
         let at = first_row * from.columns;
         self.queue(|this| this.gpu.download(&from.memory, at, to));
-        if self.fault.is_some() {
-            to.fill(f32::NAN);
+        match self.fault {
+            Some(_) => to.fill(f32::NAN),
+            None => self.lanes.give_back(),
         }
     }
 
@@ -480,5 +490,23 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         // Moves of several sequences may touch each other's old rows: one group, in order.
         let indptr = [0, u32::try_from(moves.len()).expect("few moves")];
         self.queue(|this| kv.compact(&mut this.gpu, &moves, &indptr));
+    }
+
+    fn link(
+        &mut self,
+        next: &Self,
+        capacity: usize,
+        columns: usize,
+        count: usize,
+    ) -> Result<Option<String>, BackendError> {
+        self.make_lanes(next, 4 * capacity * columns, count).map(Some)
+    }
+
+    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<Lent> {
+        self.lend_rows(rows, from)
+    }
+
+    fn borrow(&mut self, rows: usize, lent: Lent, to: &mut Self::Buffer) {
+        self.borrow_rows(rows, lent, to);
     }
 }

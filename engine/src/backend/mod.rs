@@ -8,11 +8,13 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod fault;
+mod lent;
 pub mod reference;
 
 use hat_loader::Tensor;
 
 pub use self::fault::BackendFault;
+pub use self::lent::Lent;
 
 /// An index into the vocabulary.
 pub type TokenId = u32;
@@ -313,4 +315,32 @@ pub trait Backend: Send + 'static {
     );
     /// Moves K/V rows, in order, for all layers: keeps the accepted path of a tree.
     fn compact(&mut self, moves: &[RowMove], kv: &mut Self::Kv);
+
+    /// Makes room for `count` hand-overs of `capacity x columns` rows to `next`, which may then
+    /// [`Backend::borrow`] what this one lends. How rows get there, in words; `None` where they
+    /// have to go through the host. Start-up only.
+    fn link(
+        &mut self,
+        next: &Self,
+        capacity: usize,
+        columns: usize,
+        count: usize,
+    ) -> Result<Option<String>, BackendError>
+    where
+        Self: Sized,
+    {
+        let _ = (next, capacity, columns, count);
+        Ok(None)
+    }
+    /// Leaves the first rows of a buffer for the backend that this one is linked to, and waits for
+    /// the work that fills them. `None` if something is wrong, or all room is lent.
+    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<Lent> {
+        let _ = (rows, from);
+        None
+    }
+    /// Lent rows into the front of a buffer. They go back once the step's rows were waited for.
+    fn borrow(&mut self, rows: usize, lent: Lent, to: &mut Self::Buffer) {
+        let _ = (rows, lent, to);
+        unreachable!("rows are lent to a backend that was linked");
+    }
 }

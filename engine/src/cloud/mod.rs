@@ -223,7 +223,16 @@ fn arithmetic_of(stages: &[Box<dyn MiddleForward>]) -> Result<u32, Error> {
 fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
     match stages {
         [stage] => stage.describe(),
-        [stage, ..] => format!("{} stages of {}", stages.len(), stage.describe()),
+        [stage, ..] => {
+            let mut text = format!("{} stages of {}", stages.len(), stage.describe());
+            let mut ways: Vec<&str> =
+                stages.iter().filter_map(|stage| stage.hands_over()).collect();
+            ways.dedup();
+            for way in ways {
+                text += &format!(", rows {way}");
+            }
+            text
+        }
         [] => unreachable!("a cloud has at least one stage"),
     }
 }

@@ -37,6 +37,7 @@ impl Job {
         self.step.entry_layers.clear();
         self.step.moves.clear();
         self.step.hidden.clear();
+        self.step.lent = None;
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
         self.began = None;
@@ -92,7 +93,7 @@ impl Drop for WakeAtEnd {
 }
 
 /// Starts a thread for each of `stages`: steps come from `jobs`, go from stage to stage, and end
-/// in `done`. A queue between two stages holds one step. When one thread ends, so do the others:
+/// in `done`. A queue between two stages holds one step (`processor::LENT_MAX` counts on it). When one thread ends, so do the others:
 /// their queues close.
 ///
 /// # Errors
@@ -145,6 +146,9 @@ impl Stage {
             if job.fault.is_none() {
                 self.model.forward(&mut job.step);
                 job.fault = self.model.fault();
+            }
+            if job.fault.is_some() {
+                job.step.lent = None; // nobody will take them
             }
             job.took += self.clock.now().duration_since(start);
             if self.next.send(job).is_err() {

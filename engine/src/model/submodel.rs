@@ -1,12 +1,15 @@
 //! Submodels: the device's input and output layers with embedding and head, the cloud's middle.
 
+use std::any::Any;
 use std::ops::Range;
 
 use hat_loader::Bundle;
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
 use crate::Error;
-use crate::backend::{ARITHMETIC_CPU, AttendPlan, Backend, BackendFault, RowMove, TokenId, Top};
+use crate::backend::{
+    ARITHMETIC_CPU, AttendPlan, Backend, BackendFault, Lent, RowMove, TokenId, Top,
+};
 use crate::sequence::PlanBuffers;
 
 /// The device's side of the model, whatever backend computes it. One dynamic call a step.
@@ -181,6 +184,8 @@ pub struct MiddleStep {
     pub moves: Vec<RowMove>,
     /// The rows, in and out. `[rows, hidden_size]`
     pub hidden: Vec<f32>,
+    /// Between two stages: the rows where the next one takes them. `hidden` means nothing then.
+    pub lent: Option<Lent>,
 }
 
 /// The cloud's side of the model. One dynamic call a step.
@@ -197,6 +202,23 @@ pub trait MiddleForward: Send {
     }
     /// Runs a step, in place.
     fn forward(&mut self, step: &mut MiddleStep);
+    /// Makes this stage hand its rows to `next` without the host, if both can: rows of `steps`
+    /// steps at most at a time.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if there is no memory for them.
+    fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), Error> {
+        let _ = (next, steps);
+        Ok(())
+    }
+    /// How rows get to the stage that this one is linked to, in words; `None` through `hidden`.
+    fn hands_over(&self) -> Option<&str> {
+        None
+    }
+    /// What it is, for the stage before it.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
+    }
 }
 
 /// A run of decoder layers on one backend.
@@ -208,6 +230,9 @@ pub struct MiddleModel<B: Backend> {
     kv: B::Kv,
     scratch: Scratch<B>,
     x: B::Buffer, // [capacity, hidden_size]
+    capacity: usize,
+    /// How the next stage takes rows from where this one leaves them, if it does.
+    hands_over: Option<String>,
 }
 
 impl<B: Backend> MiddleModel<B> {
@@ -233,6 +258,8 @@ impl<B: Backend> MiddleModel<B> {
             layers,
             shape,
             backend,
+            capacity,
+            hands_over: None,
         })
     }
 
@@ -240,6 +267,24 @@ impl<B: Backend> MiddleModel<B> {
     #[doc(hidden)]
     pub fn backend(&mut self) -> &mut B {
         &mut self.backend
+    }
+
+    /// Whether no row of a step is computed here.
+    fn is_passed(&self, step: &MiddleStep) -> bool {
+        let end = self.first_layer + self.layers.len();
+        let enters_later = step.entry_layers.first().is_none_or(|entry| *entry as usize >= end);
+        enters_later || step.exit_layer as usize <= self.first_layer
+    }
+
+    /// Leaves the rows of a step to the next stage, or to whoever reads them.
+    fn hand_over(&mut self, step: &mut MiddleStep) {
+        let end = self.first_layer + self.layers.len();
+        if self.hands_over.is_some() && step.exit_layer as usize > end {
+            step.lent = self.backend.lend(step.plan.rows(), &self.x);
+        }
+        if step.lent.is_none() {
+            self.backend.download(&self.x, 0, &mut step.hidden);
+        }
     }
 }
 
@@ -256,15 +301,34 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
         self.backend.fault()
     }
 
-    fn forward(&mut self, step: &mut MiddleStep) {
-        let Self { backend, shape, first_layer, layers, kv, scratch, x } = self;
-        if !step.moves.is_empty() {
-            backend.compact(&step.moves, kv);
+    fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), Error> {
+        if let Some(next) = next.as_any().and_then(|next| next.downcast_ref::<Self>()) {
+            let (capacity, columns) = (self.capacity, self.shape.hidden_size);
+            self.hands_over = self.backend.link(&next.backend, capacity, columns, steps)?;
         }
-        if step.plan.rows() == 0 {
+        Ok(())
+    }
+
+    fn hands_over(&self) -> Option<&str> {
+        self.hands_over.as_deref()
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
+    }
+
+    fn forward(&mut self, step: &mut MiddleStep) {
+        if !step.moves.is_empty() {
+            self.backend.compact(&step.moves, &mut self.kv);
+        }
+        if step.plan.rows() == 0 || self.is_passed(step) {
             return;
         }
-        backend.upload(&step.hidden, x);
+        let Self { backend, shape, first_layer, layers, kv, scratch, x, .. } = self;
+        match step.lent.take() {
+            Some(lent) => backend.borrow(step.plan.rows(), lent, x),
+            None => backend.upload(&step.hidden, x),
+        }
         scratch.start_step(backend, shape, step.plan.plan().positions);
         let mut sequences = 0;
         for (kv_layer, layer) in layers.iter().enumerate() {
@@ -281,6 +345,6 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
                 layer.forward(backend, shape, &plan, kv_layer, x, kv, scratch);
             }
         }
-        backend.download(x, 0, &mut step.hidden);
+        self.hand_over(step);
     }
 }

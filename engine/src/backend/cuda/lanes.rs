@@ -1,0 +1,88 @@
+//! Rows from one GPU to the next: buffers on the GPU that made them, from which the next one copies.
+//!
+//! Who lends waits for its own stream first, so a fault is found by the stage that made it, and
+//! the next one needs no event. A buffer is free when nobody else holds it.
+
+use std::sync::Arc;
+
+use hat_cuda::gpu::Gpu;
+
+use super::{Buffer, CudaBackend, start_error};
+use crate::backend::{BackendError, Lent};
+
+/// The buffers of one backend, and what it has of its neighbour.
+pub(super) struct Lanes<M> {
+    pool: Vec<Arc<M>>,
+    /// Whose copy may be on its way. At most one for each step since the last wait.
+    borrowed: Vec<Lent>,
+}
+
+impl<M> Default for Lanes<M> {
+    fn default() -> Self {
+        Self { pool: Vec::new(), borrowed: Vec::with_capacity(2) }
+    }
+}
+
+impl<M> Lanes<M> {
+    /// The stream was waited for: what was borrowed goes back.
+    pub(super) fn give_back(&mut self) {
+        self.borrowed.clear();
+    }
+
+    /// A buffer that nobody has, out of the pool.
+    fn take(&mut self) -> Option<Arc<M>> {
+        let free = self.pool.iter_mut().position(|lane| Arc::get_mut(lane).is_some());
+        free.map(|free| self.pool.swap_remove(free))
+    }
+}
+
+impl<G: Gpu> CudaBackend<G> {
+    pub(super) fn make_lanes(
+        &mut self,
+        next: &Self,
+        bytes: usize,
+        count: usize,
+    ) -> Result<String, BackendError> {
+        let reach = self.gpu.reach(&next.gpu).map_err(start_error)?;
+        for _ in 0..count {
+            let lane = self.gpu.alloc(bytes, "rows for the next stage").map_err(start_error)?;
+            self.lanes.pool.push(Arc::new(lane));
+        }
+        Ok(reach.to_string())
+    }
+
+    pub(super) fn lend_rows(&mut self, rows: usize, from: &Buffer<G::Memory>) -> Option<Lent> {
+        if self.fault.is_some() {
+            return None;
+        }
+        let mut lane = self.lanes.take()?;
+        let to = Arc::get_mut(&mut lane).expect("nobody else has it");
+        self.queue(|this| {
+            this.gpu.copy(4 * rows * from.columns, &from.memory, to)?;
+            this.gpu.finish()
+        });
+        let lent = self.fault.is_none().then(|| {
+            self.lanes.give_back();
+            Lent::new(&lane)
+        });
+        self.lanes.pool.push(lane);
+        lent
+    }
+
+    pub(super) fn borrow_rows(&mut self, rows: usize, lent: Lent, to: &mut Buffer<G::Memory>) {
+        let bytes = 4 * rows * to.columns;
+        self.queue(|this| {
+            let from = lent.rows::<G::Memory>().expect("lent by a backend of this type");
+            this.gpu.fetch(bytes, from, &mut to.memory)
+        });
+        self.lanes.borrowed.push(lent);
+    }
+
+    /// After a step that was not computed: nothing of it reads what was borrowed any more.
+    pub(super) fn give_back_after_fault(&mut self) {
+        if !self.lanes.borrowed.is_empty() {
+            let _ = self.gpu.finish();
+            self.lanes.give_back();
+        }
+    }
+}
