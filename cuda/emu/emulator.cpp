@@ -6,7 +6,9 @@
 #include "attend_verify.cu"
 #include "compact.cu"
 #include "embed.cu"
+#include "fragments.cu"
 #include "gemv.cu"
+#include "peak.cu"
 #include "quantise_rows.cu"
 #include "rms_norm.cu"
 #include "rope_angles.cu"
@@ -39,6 +41,10 @@ const Entry ENTRIES[] = {
     ENTRY(compact),
     ENTRY(dequantise_q8),
     ENTRY(embed),
+    ENTRY(fragment_copy),
+    ENTRY(fragment_load),
+    ENTRY(fragment_load_transposed),
+    ENTRY(fragment_multiply),
     ENTRY(gemv_q4_0_1),
     ENTRY(gemv_q4_0_8),
     ENTRY(gemv_q4_1_1),
@@ -46,6 +52,8 @@ const Entry ENTRIES[] = {
     ENTRY(gemv_q8_0_1),
     ENTRY(gemv_q8_0_8),
     ENTRY(narrow_f16),
+    ENTRY(peak_copy),
+    ENTRY(peak_multiply),
     ENTRY(quantise_q8),
     ENTRY(rms_norm),
     ENTRY(rope_angles),

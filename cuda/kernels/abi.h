@@ -274,4 +274,30 @@ typedef struct hat_gemv {
   uint32_t add;
 } hat_gemv;
 
+/// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
+typedef struct hat_fragments {
+  /// The kernel says what stands there.
+  const uint32_t *from;
+  /// `[32][4]`
+  uint32_t *out;
+  /// `[32]`, or null for fragment_multiply.
+  const uint32_t *lanes;
+  /// Products of fragment_multiply, one after the other into the same sums.
+  uint32_t steps;
+  uint32_t reserved;
+} hat_fragments;
+
+/// peak_copy and peak_multiply: what a GPU can do at most.
+typedef struct hat_peak {
+  /// `[vectors][4]`; for peak_multiply `[32][4]`, a fragment of A.
+  const uint32_t *from;
+  /// `[vectors][4]`; for peak_multiply f32 `[grid][256]`.
+  uint32_t *out;
+  /// Copies of 16 bytes.
+  uint64_t vectors;
+  /// Rounds of products.
+  uint32_t steps;
+  uint32_t reserved;
+} hat_peak;
+
 #endif

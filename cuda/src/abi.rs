@@ -607,3 +607,69 @@ const _: () = {
     ][::core::mem::offset_of!(hat_gemv, outputs) - 56usize];
     ["Offset of field: hat_gemv::add"][::core::mem::offset_of!(hat_gemv, add) - 60usize];
 };
+/// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct hat_fragments {
+    /// The kernel says what stands there.
+    pub from: *const u32,
+    /// `[32][4]`
+    pub out: *mut u32,
+    /// `[32]`, or null for fragment_multiply.
+    pub lanes: *const u32,
+    /// Products of fragment_multiply, one after the other into the same sums.
+    pub steps: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of hat_fragments"][::core::mem::size_of::<hat_fragments>() - 32usize];
+    ["Alignment of hat_fragments"][::core::mem::align_of::<hat_fragments>() - 8usize];
+    [
+        "Offset of field: hat_fragments::from",
+    ][::core::mem::offset_of!(hat_fragments, from) - 0usize];
+    [
+        "Offset of field: hat_fragments::out",
+    ][::core::mem::offset_of!(hat_fragments, out) - 8usize];
+    [
+        "Offset of field: hat_fragments::lanes",
+    ][::core::mem::offset_of!(hat_fragments, lanes) - 16usize];
+    [
+        "Offset of field: hat_fragments::steps",
+    ][::core::mem::offset_of!(hat_fragments, steps) - 24usize];
+    [
+        "Offset of field: hat_fragments::reserved",
+    ][::core::mem::offset_of!(hat_fragments, reserved) - 28usize];
+};
+/// peak_copy and peak_multiply: what a GPU can do at most.
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct hat_peak {
+    /// `[vectors][4]`; for peak_multiply `[32][4]`, a fragment of A.
+    pub from: *const u32,
+    /// `[vectors][4]`; for peak_multiply f32 `[grid][256]`.
+    pub out: *mut u32,
+    /// Copies of 16 bytes.
+    pub vectors: u64,
+    /// Rounds of products.
+    pub steps: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of hat_peak"][::core::mem::size_of::<hat_peak>() - 32usize];
+    ["Alignment of hat_peak"][::core::mem::align_of::<hat_peak>() - 8usize];
+    [
+        "Offset of field: hat_peak::from",
+    ][::core::mem::offset_of!(hat_peak, from) - 0usize];
+    ["Offset of field: hat_peak::out"][::core::mem::offset_of!(hat_peak, out) - 8usize];
+    [
+        "Offset of field: hat_peak::vectors",
+    ][::core::mem::offset_of!(hat_peak, vectors) - 16usize];
+    [
+        "Offset of field: hat_peak::steps",
+    ][::core::mem::offset_of!(hat_peak, steps) - 24usize];
+    [
+        "Offset of field: hat_peak::reserved",
+    ][::core::mem::offset_of!(hat_peak, reserved) - 28usize];
+};

@@ -91,4 +91,16 @@ kernels! {
     AcceptTree = "accept_tree", "accept_tree", 32;
     /// K and V rows to other places.
     Compact = "compact", "compact", 32;
+    /// Registers of a load of matrices.
+    FragmentLoad = "fragments", "fragment_load", 32;
+    /// Registers of a load of transposed matrices.
+    FragmentLoadTransposed = "fragments", "fragment_load_transposed", 32;
+    /// Copies to shared memory that nobody waits for.
+    FragmentCopy = "fragments", "fragment_copy", 32;
+    /// Registers of a product of matrices in f16.
+    FragmentMultiply = "fragments", "fragment_multiply", 32;
+    /// A copy of memory, for benches.
+    PeakCopy = "peak", "peak_copy", 256;
+    /// Products of matrices in f16 from registers, for benches.
+    PeakMultiply = "peak", "peak_multiply", 256;
 }

@@ -24,12 +24,14 @@ pub mod driver;
 pub mod embed;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod fragments;
 pub mod gemv;
 pub mod gpu;
 pub mod kernel;
 pub mod kv;
 #[cfg(feature = "nvrtc")]
 pub mod nvrtc;
+pub mod peak;
 pub mod plan;
 pub mod quantise_rows;
 pub mod rms_norm;

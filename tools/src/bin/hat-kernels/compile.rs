@@ -2,6 +2,7 @@
 //! the manifest that says what was made of what.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
@@ -10,7 +11,9 @@ use hat_cuda::nvrtc::{Nvrtc, Source, Target};
 use serde::Serialize;
 
 use crate::cubin::{self, Usage};
-use crate::toolchain::NVRTC;
+use crate::mix::{self, Mix};
+use crate::rules;
+use crate::toolchain::{NVDISASM, NVRTC};
 
 /// GPUs that get machine code: A100, A6000 and other Ampere, Orin, Ada, Hopper. PTX serves others.
 pub(crate) const TARGETS: [Target; 6] = [
@@ -30,22 +33,30 @@ pub(crate) type Artefacts = BTreeMap<String, Vec<u8>>;
 
 /// What `manifest.json` says.
 #[derive(Serialize)]
-struct Manifest {
+struct Manifest<'a> {
     compiler: String,
     compiler_sha256: [&'static str; 2],
+    /// What the instructions were counted with.
+    disassembler: &'static str,
     flags: Vec<&'static str>,
     /// BLAKE3 of each source and header.
     sources: BTreeMap<String, String>,
-    artefacts: BTreeMap<String, Artefact>,
+    #[serde(skip)]
+    artefacts: &'a Described,
 }
 
-#[derive(Serialize)]
-struct Artefact {
+/// What is known of each artefact, by its file's name.
+pub(crate) type Described = BTreeMap<String, Artefact>;
+
+/// What was made of a source for a target.
+pub(crate) struct Artefact {
     blake3: String,
-    bytes: usize,
-    target: String,
+    /// Of the file.
+    pub(crate) bytes: usize,
+    /// `sm_86`, `compute_80`.
+    pub(crate) target: String,
     /// Empty for PTX, whose registers its reader decides.
-    kernels: Vec<Usage>,
+    pub(crate) kernels: Vec<Usage>,
 }
 
 /// Most that a kernel may take, on any architecture; `budgets.json`.
@@ -58,9 +69,20 @@ struct Budget {
     shared_bytes: u64,
 }
 
-/// Compiles all of `kernels`.
-pub(crate) fn all(kernels: &Path, nvrtc: &Path) -> anyhow::Result<Artefacts> {
-    let nvrtc = Nvrtc::open(nvrtc)?;
+/// The tools.
+pub(crate) struct Tools<'a> {
+    /// The compiler, a library.
+    pub(crate) nvrtc: &'a Path,
+    /// The disassembler, a program.
+    pub(crate) nvdisasm: &'a Path,
+}
+
+/// Compiles all of `kernels`, and says what it found of each artefact.
+pub(crate) fn all(
+    kernels: &Path,
+    tools: &Tools<'_>,
+) -> anyhow::Result<(Artefacts, Described)> {
+    let nvrtc = Nvrtc::open(tools.nvrtc)?;
     let (major, minor) = nvrtc.version()?;
     ensure!((major, minor) == (12, 6), "NVRTC is {major}.{minor}, not 12.6");
     let sources = read_sources(kernels)?;
@@ -70,20 +92,14 @@ pub(crate) fn all(kernels: &Path, nvrtc: &Path) -> anyhow::Result<Artefacts> {
         .map(|(name, text)| Source { name, text })
         .collect();
     let mut out = Artefacts::new();
-    let mut described = BTreeMap::new();
+    let mut described = Described::new();
     for (name, text) in sources.iter().filter(|(name, _)| name.ends_with(".cu")) {
         for target in TARGETS {
             let bytes = nvrtc.compile(Source { name, text }, &headers, target, &FLAGS)?;
-            let mut kernels = match target {
-                Target::Cubin(_) => cubin::usage(&bytes).with_context(|| name.clone())?,
+            let kernels = match target {
+                Target::Cubin(_) => usage(&bytes, target).with_context(|| name.clone())?,
                 Target::Ptx(_) => Vec::new(),
             };
-            if target == Target::Cubin(90) {
-                // The first KB of a block's shared memory belongs to the system there.
-                kernels.iter_mut().for_each(|usage| {
-                    usage.shared_bytes = usage.shared_bytes.saturating_sub(1024);
-                });
-            }
             let stem = name.trim_end_matches(".cu");
             let kind = if kernels.is_empty() { "ptx" } else { "cubin" };
             let file = format!("{stem}.{}.{kind}", target.name());
@@ -93,19 +109,87 @@ pub(crate) fn all(kernels: &Path, nvrtc: &Path) -> anyhow::Result<Artefacts> {
             out.insert(file, bytes);
         }
     }
+    count_instructions(tools.nvdisasm, &out, &mut described)?;
     check_budgets(kernels, &described)?;
+    rules::check(&kernels.join("mix.json"), &described)?;
     let hash = |text: &String| blake3::hash(text.as_bytes()).to_hex().to_string();
     let manifest = Manifest {
         compiler: NVRTC.package.to_owned(),
         compiler_sha256: NVRTC.sha256,
+        disassembler: NVDISASM.package,
         flags: FLAGS.to_vec(),
         sources: sources.iter().map(|(name, text)| (name.clone(), hash(text))).collect(),
-        artefacts: described,
+        artefacts: &described,
     };
-    let mut text = serde_json::to_string_pretty(&manifest)?;
-    text.push('\n');
-    out.insert("manifest.json".to_owned(), text.into_bytes());
-    Ok(out)
+    out.insert("manifest.json".to_owned(), manifest.text()?.into_bytes());
+    Ok((out, described))
+}
+
+/// What a cubin says of its kernels.
+fn usage(cubin: &[u8], target: Target) -> anyhow::Result<Vec<Usage>> {
+    let mut kernels = cubin::usage(cubin)?;
+    if target == Target::Cubin(90) {
+        // The first KB of a block's shared memory belongs to the system there.
+        kernels.iter_mut().for_each(|usage| {
+            usage.shared_bytes = usage.shared_bytes.saturating_sub(1024);
+        });
+    }
+    Ok(kernels)
+}
+
+/// Disassembles all cubins, as many at a time as there are cores.
+fn count_instructions(
+    nvdisasm: &Path,
+    bytes: &Artefacts,
+    described: &mut Described,
+) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut open: Vec<_> =
+        described.iter_mut().filter(|(_, artefact)| !artefact.kernels.is_empty()).collect();
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let part = open.len().div_ceil(workers).max(1);
+    let read = |(file, artefact): &mut (&String, &mut Artefact)| -> anyhow::Result<()> {
+        let mut found = mix::of_cubin(nvdisasm, folder.path(), file, &bytes[file.as_str()])?;
+        for usage in &mut artefact.kernels {
+            let Mix { kernel, body } = found
+                .remove(&usage.kernel)
+                .with_context(|| format!("{file}: no code of {}", usage.kernel))?;
+            (usage.mix, usage.body) = (kernel, body);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let parts = open.chunks_mut(part);
+        let running: Vec<_> =
+            parts.map(|part| scope.spawn(|| part.iter_mut().try_for_each(&read))).collect();
+        running.into_iter().try_for_each(|thread| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
+}
+
+impl Manifest<'_> {
+    /// JSON with a line for each kernel.
+    fn text(&self) -> anyhow::Result<String> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.truncate(text.strip_suffix("\n}").context("an object")?.len());
+        text.push_str(",\n  \"artefacts\": {");
+        let mut separator = "\n";
+        for (file, artefact) in self.artefacts {
+            let Artefact { blake3, bytes, target, kernels } = artefact;
+            let head = serde_json::json!({ "blake3": blake3, "bytes": bytes, "target": target });
+            let head = head.to_string();
+            let head = head.trim_end_matches('}');
+            write!(text, "{separator}    \"{file}\": {head},\"kernels\":[")?;
+            let lines = kernels.iter().map(serde_json::to_string);
+            let lines = lines.collect::<Result<Vec<_>, _>>()?.join(",\n      ");
+            let break_line = if kernels.is_empty() { "" } else { "\n      " };
+            write!(text, "{break_line}{lines}]}}")?;
+            separator = ",\n";
+        }
+        text.push_str("\n  }\n}\n");
+        Ok(text)
+    }
 }
 
 /// Every `.cu`, `.cuh` and `.h` of the folder.
@@ -126,7 +210,7 @@ fn read_sources(folder: &Path) -> anyhow::Result<BTreeMap<String, String>> {
 }
 
 /// Spills are never in the budget; registers and shared memory are written for each kernel.
-fn check_budgets(kernels: &Path, artefacts: &BTreeMap<String, Artefact>) -> anyhow::Result<()> {
+fn check_budgets(kernels: &Path, artefacts: &Described) -> anyhow::Result<()> {
     let path = kernels.join("budgets.json");
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let budgets: Budgets =
@@ -134,7 +218,7 @@ fn check_budgets(kernels: &Path, artefacts: &BTreeMap<String, Artefact>) -> anyh
     let mut over = Vec::new();
     for (file, artefact) in artefacts {
         for usage in &artefact.kernels {
-            let Usage { kernel, registers, stack_bytes, shared_bytes } = usage;
+            let Usage { kernel, registers, stack_bytes, shared_bytes, .. } = usage;
             let Some(budget) = budgets.get(kernel) else {
                 over.push(format!(
                     "{file}: {kernel} has no budget; it takes {registers} registers and \

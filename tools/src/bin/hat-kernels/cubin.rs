@@ -2,27 +2,38 @@
 //!
 //! A cubin is an ELF file. Section `.nv.info` is a list of attributes, each a format byte, a kind
 //! byte and 16 bits that are a value or the length of what follows; the ones that matter name a
-//! kernel by its symbol. Section `.nv.shared.NAME` is as large as the static shared memory.
+//! kernel by its symbol. Section `.nv.info.NAME` has attributes of one kernel, `.nv.shared.NAME` is
+//! as large as its static shared memory.
 
 use anyhow::{Context as _, bail, ensure};
 use serde::Serialize;
+
+use crate::mix::Counts;
 
 /// What one kernel takes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
     /// The name by which it is launched.
     pub(crate) kernel: String,
+    /// Most threads of a block.
+    pub(crate) threads: u32,
     /// Registers of a thread.
     pub(crate) registers: u32,
     /// Bytes of local memory of a thread: spilled registers and arrays that found no register.
     pub(crate) stack_bytes: u32,
     /// Bytes of static shared memory of a block.
     pub(crate) shared_bytes: u64,
+    /// Its instructions by kind.
+    pub(crate) mix: Counts,
+    /// Those of the loop that does the work.
+    #[serde(rename = "loop", skip_serializing_if = "Counts::is_empty")]
+    pub(crate) body: Counts,
 }
 
 /// Attributes of `.nv.info`.
 const REGISTERS: u8 = 0x2f;
 const FRAME: u8 = 0x11;
+const MAX_THREADS: u8 = 0x05;
 /// The format whose 16 bits are a length.
 const SIZED: u8 = 4;
 
@@ -56,9 +67,17 @@ pub(crate) fn usage(cubin: &[u8]) -> anyhow::Result<Vec<Usage>> {
             Some(at) => at,
             None => {
                 let shared = find(&format!(".nv.shared.{kernel}")).map_or(0, |found| found.size);
-                let usage =
-                    Usage { kernel, registers: 0, stack_bytes: u32::MAX, shared_bytes: shared };
-                all.push(usage);
+                let info = find(&format!(".nv.info.{kernel}")).map_or(&[][..], |found| found.bytes);
+                let (mix, body) = (Counts::new(), Counts::new());
+                all.push(Usage {
+                    threads: max_threads(info)?,
+                    kernel,
+                    registers: 0,
+                    stack_bytes: u32::MAX,
+                    shared_bytes: shared,
+                    mix,
+                    body,
+                });
                 all.len() - 1
             }
         };
@@ -79,6 +98,19 @@ pub(crate) fn usage(cubin: &[u8]) -> anyhow::Result<Vec<Usage>> {
     ensure!(!all.is_empty(), "a cubin without kernels");
     all.sort_by(|a, b| a.kernel.cmp(&b.kernel));
     Ok(all)
+}
+
+/// Threads of a block, the product of three numbers; 0 where nothing is said.
+fn max_threads(info: &[u8]) -> anyhow::Result<u32> {
+    let attributes = attributes(info)?;
+    let Some((_, value)) = attributes.iter().find(|(kind, _)| *kind == MAX_THREADS) else {
+        return Ok(0);
+    };
+    let mut product = 1u64;
+    for at in [0, 4, 8] {
+        product = product.saturating_mul(number(value, at, 4)?);
+    }
+    Ok(u32::try_from(product)?)
 }
 
 /// The attributes with a sized value: kind and value.
@@ -146,7 +178,7 @@ mod tests {
         let gen_dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../cuda/kernels/gen");
         let good = std::fs::read(gen_dir.join("rms_norm.sm_86.cubin")).unwrap();
         let found = usage(&good).unwrap();
-        assert_eq!(found[0].kernel, "rms_norm");
+        assert_eq!((found[0].kernel.as_str(), found[0].threads), ("rms_norm", 256));
         assert!((8..=255).contains(&found[0].registers), "{found:?}");
         let mut refused = 0;
         for length in (0..good.len()).step_by(97) {

@@ -1,17 +1,22 @@
 //! Compiles `cuda/kernels/*.cu` for every architecture, and `abi.h` to Rust, with pinned tools.
 //!
-//! `cargo run -p hat-tools --features kernels --bin hat-kernels` writes `cuda/kernels/gen/` and
-//! `cuda/src/abi.rs`; both are committed, so that nobody else needs a compiler. With `--check` it
-//! writes nothing and fails if a file is not what the sources give. In either way it fails if a
-//! kernel spills or is over its budget. It needs no GPU and no CUDA: NVRTC and libclang come as
-//! wheels through `python3 -m pip`.
+//! `cargo run -p hat-tools --features kernels --bin hat-kernels` writes `cuda/kernels/gen/`,
+//! `cuda/src/abi.rs` and the tables of `docs/KERNELS.md`; all are committed, so that nobody else
+//! needs a compiler. With `--check` it writes nothing and fails if a file is not what the sources
+//! give. In either way it fails if a kernel spills, is over its budget or is not made of the
+//! instructions that it should be. It needs no GPU and no CUDA: NVRTC, nvdisasm and libclang come
+//! as wheels through `python3 -m pip`.
 //!
 //! - [`toolchain`] fetches; [`compile`] makes the artefacts and their manifest; [`cubin`] reads
-//!   what a kernel takes; [`abi`] makes Rust of the header.
+//!   what a kernel takes, [`mix`] what it is made of; [`rules`] hold that; [`tables`] show it;
+//!   [`abi`] makes Rust of the header.
 
 mod abi;
 mod compile;
 mod cubin;
+mod mix;
+mod rules;
+mod tables;
 mod toolchain;
 
 use std::fs;
@@ -56,12 +61,19 @@ fn main() -> anyhow::Result<()> {
         None => pull::cache_dir()?,
     };
     let kernels = cuda.join("kernels");
-    let artefacts = compile::all(&kernels, &toolchain::NVRTC.file(&cache)?)?;
+    let (nvrtc, nvdisasm) =
+        (toolchain::NVRTC.file(&cache)?, toolchain::NVDISASM.program(&cache)?);
+    let tools = compile::Tools { nvrtc: &nvrtc, nvdisasm: &nvdisasm };
+    let (artefacts, described) = compile::all(&kernels, &tools)?;
     let abi = abi::rust(&kernels.join("abi.h"), &toolchain::LIBCLANG.file(&cache)?)?;
+    let page = cuda.join("../docs/KERNELS.md");
+    let old = fs::read_to_string(&page).with_context(|| page.display().to_string())?;
+    let new = tables::page(&old, &artefacts, &described)?;
+    let texts = [(cuda.join("src/abi.rs"), abi), (page, new)];
     if arguments.check {
-        check(&cuda, &artefacts, &abi)?;
+        check(&cuda, &artefacts, &texts)?;
     } else {
-        write(&cuda, &artefacts, &abi)?;
+        write(&cuda, &artefacts, &texts)?;
     }
     let bytes: usize = artefacts.values().map(Vec::len).sum();
     println!("{} artefacts, {bytes} bytes", artefacts.len());
@@ -78,7 +90,7 @@ fn committed(folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-fn write(cuda: &Path, artefacts: &Artefacts, abi: &str) -> anyhow::Result<()> {
+fn write(cuda: &Path, artefacts: &Artefacts, texts: &[(PathBuf, String)]) -> anyhow::Result<()> {
     let folder = cuda.join("kernels/gen");
     fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
     for name in committed(&folder)?.iter().filter(|name| !artefacts.contains_key(*name)) {
@@ -91,11 +103,15 @@ fn write(cuda: &Path, artefacts: &Artefacts, abi: &str) -> anyhow::Result<()> {
             println!("{name}: {} bytes", bytes.len());
         }
     }
-    let path = cuda.join("src/abi.rs");
-    fs::write(&path, abi).with_context(|| format!("writing {}", path.display()))
+    for (path, text) in texts {
+        if fs::read_to_string(path).ok().as_ref() != Some(text) {
+            fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
-fn check(cuda: &Path, artefacts: &Artefacts, abi: &str) -> anyhow::Result<()> {
+fn check(cuda: &Path, artefacts: &Artefacts, texts: &[(PathBuf, String)]) -> anyhow::Result<()> {
     let folder = cuda.join("kernels/gen");
     let mut findings = Vec::new();
     for (name, bytes) in artefacts {
@@ -108,8 +124,10 @@ fn check(cuda: &Path, artefacts: &Artefacts, abi: &str) -> anyhow::Result<()> {
     for name in committed(&folder)?.iter().filter(|name| !artefacts.contains_key(*name)) {
         findings.push(format!("{name} is made of no source"));
     }
-    if fs::read_to_string(cuda.join("src/abi.rs")).ok().as_deref() != Some(abi) {
-        findings.push("src/abi.rs is not what abi.h gives".to_owned());
+    for (path, text) in texts {
+        if fs::read_to_string(path).ok().as_ref() != Some(text) {
+            findings.push(format!("{} is not what the kernels give", path.display()));
+        }
     }
     if !findings.is_empty() {
         let findings = findings.join("\n");

@@ -1,6 +1,7 @@
 //! The pinned tools, fetched through pip, checked by their hash, kept in the cache.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -36,7 +37,25 @@ pub(crate) const LIBCLANG: Tool = Tool {
     member: "libclang-18.1.1.data/platlib/clang/native/libclang.so",
 };
 
+/// What machine code is read with; it reads that of 12.6 too.
+pub(crate) const NVDISASM: Tool = Tool {
+    package: "nvidia-cuda-nvdisasm==13.2.86",
+    sha256: [
+        "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c",
+        "d02c627f7aecfcac4dd5e923e94adeaa6607c5fdae8df750b01ad948d38941d3",
+    ],
+    member: "nvidia/cu13/bin/nvdisasm",
+};
+
 impl Tool {
+    /// The file as a program: unpacking a wheel leaves it without the right to be one.
+    pub(crate) fn program(&self, cache: &Path) -> anyhow::Result<PathBuf> {
+        let file = self.file(cache)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))
+            .with_context(|| file.display().to_string())?;
+        Ok(file)
+    }
+
     /// The file, fetched if it is not there.
     pub(crate) fn file(&self, cache: &Path) -> anyhow::Result<PathBuf> {
         let home = cache.join("toolchain").join(self.package.replace("==", "-"));
