@@ -3,12 +3,15 @@
 // HAT_FAKE_DRIVER in the environment says what is wrong with it: nothing, "stub", "no-gpu",
 // "old-driver", "old-gpu", "other-gpu" (a capability that has no machine code of ours, so PTX),
 // "other-gpu-old-driver", "no-memory", "no-memory-once", "fault" (each kernel faults), "fault-1" (each
-// kernel of GPU 1), "no-graphs", "no-pinned", "no-peer" (no GPU reads another one's memory).
+// kernel of GPU 1), "no-graphs", "no-pinned", "no-peer" (no GPU reads another one's memory), "integrated"
+// (no memory but the host's), "integrated-other-pointer" (where a kernel sees registered memory elsewhere),
+// "integrated-refused", "integrated-writable" (registers what may be written to alone),
+// "integrated-no-register".
 // HAT_FAKE_AFTER says how many allocations or kernels go well before that. HAT_FAKE_DEVICES says how many
 // GPUs there are, 1 if nothing does. HAT_FAKE_COUNTS names a file that keeps what was copied (`Counts`).
 //
 // Handles are checked, and which GPU they are of: a kernel that is handed memory of another GPU faults,
-// unless it was given access. Work is done as late as a driver may do it: when somebody waits for its
+// unless it was given access, and so does one that is handed host memory that is not registered. Work is done as late as a driver may do it: when somebody waits for its
 // stream, or frees memory. A copy reads its source only then, if that is pinned or on a GPU.
 #include "emulator.cpp"
 
@@ -27,7 +30,9 @@ namespace {
 
 constexpr int INVALID_VALUE = 1, NO_MEMORY = 2, STUB = 34, NO_GPU = 100, INVALID_IMAGE = 200,
               INVALID_CONTEXT = 201, NO_PEER_ACCESS = 217, INVALID_HANDLE = 400, NOT_FOUND = 500,
-              ILLEGAL_ADDRESS = 700, PEER_ALREADY = 704, LAUNCH_FAILED = 719;
+              ILLEGAL_ADDRESS = 700, PEER_ALREADY = 704, REGISTERED_ALREADY = 712, NOT_REGISTERED = 713,
+              LAUNCH_FAILED = 719, NOT_PERMITTED = 800, NOT_SUPPORTED = 801;
+constexpr size_t PAGE = 4096;
 constexpr int DEVICES_MAX = 4;
 
 using Work = std::function<void()>;
@@ -50,7 +55,7 @@ struct Range {
 /// What was copied; of GPU 1 only what its streams did.
 struct Counts {
   std::atomic<uint64_t> up_bytes, down_bytes, up_bytes_1, down_bytes_1, peer_copies, peer_bytes, staged_copies,
-      same_gpu_copies, allocations;
+      same_gpu_copies, allocations, allocated_bytes, registered, unregistered, registered_bytes;
 };
 
 Context contexts[DEVICES_MAX]; // of each GPU the one that all share
@@ -58,12 +63,20 @@ thread_local Context *current_context;
 std::recursive_mutex queue_lock;
 std::set<Stream *> streams;
 std::map<const char *, Range> allocated, pinned;
+/// By whole pages of the host: where the GPU sees them, and as what they were named.
+struct View {
+  size_t bytes;
+  char *seen;
+  const void *named;
+};
+std::map<const char *, View> registered;
 
 const char *text_of(const char *name) {
   const char *text = getenv(name);
   return text ? text : "";
 }
 bool is(const char *what) { return strcmp(text_of("HAT_FAKE_DRIVER"), what) == 0; }
+bool is_integrated() { return strncmp(text_of("HAT_FAKE_DRIVER"), "integrated", 10) == 0; }
 int devices() {
   const int count = atoi(text_of("HAT_FAKE_DEVICES"));
   return std::min(count < 1 ? 1 : count, DEVICES_MAX);
@@ -125,15 +138,38 @@ int queue(Stream *stream, Work work) {
   if (!streams.count(stream) || stream->context != current_context) return INVALID_HANDLE;
   return stream->later.push_back(std::move(work)), 0;
 }
+/// Whether something is at an address of the host.
+bool is_mapped(uint64_t at) {
+  unsigned char resident;
+  return at >> 47 == 0 && mincore((void *)(at / PAGE * PAGE), 1, &resident) == 0;
+}
+bool is_seen(uint64_t at) {
+  for (const auto &[page, view] : registered)
+    if (at >= (uint64_t)view.seen && at < (uint64_t)view.seen + view.bytes) return true;
+  return false;
+}
 /// Whether a kernel is handed memory that its GPU can't reach.
 bool is_foreign(const Context *context, const std::vector<char> &block) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   for (size_t at = 0; at + 8 <= block.size(); at += 8) {
     uint64_t word;
     memcpy(&word, &block[at], 8);
     const Range *range = within(allocated, (const void *)word, 1);
     if (range && range->context != context && !context->peers.count(range->context)) return true;
+    if (!range && !is_seen(word) && is_mapped(word)) return true;
   }
   return false;
+}
+/// Whether the host may write to a page.
+bool is_writable(const char *page) {
+  FILE *maps = fopen("/proc/self/maps", "r");
+  char line[512], mode[5] = "";
+  for (unsigned long begin, end; maps && fgets(line, sizeof line, maps);) {
+    if (sscanf(line, "%lx-%lx %4s", &begin, &end, mode) != 3) continue;
+    if ((uintptr_t)page >= begin && (uintptr_t)page < end) break;
+  }
+  if (maps) fclose(maps);
+  return mode[1] == 'w';
 }
 
 /// Bytes of an image: an ELF file ends with a table, PTX with a zero.
@@ -169,9 +205,15 @@ EXPORT int cuDeviceGet(int *device, int ordinal) {
 EXPORT int cuDeviceGetName(char *name, int bytes, int) { return snprintf(name, (size_t)bytes, "Fake GPU"), 0; }
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int) {
   const int capability = is("old-gpu") ? 75 : is("other-gpu") || is("other-gpu-old-driver") ? 120 : 86;
-  if (attribute != 75 && attribute != 76) return INVALID_VALUE;
-  *value = attribute == 75 ? capability / 10 : capability % 10;
-  return 0;
+  switch (attribute) {
+  case 18: return *value = is_integrated(), 0;
+  case 75: return *value = capability / 10, 0;
+  case 76: return *value = capability % 10, 0;
+  case 91: return *value = !is("integrated-other-pointer"), 0;
+  case 99: return *value = !is("integrated-no-register"), 0;
+  case 113: return *value = !is("integrated-writable"), 0;
+  default: return INVALID_VALUE;
+  }
 }
 EXPORT int cuDeviceCanAccessPeer(int *can, int device, int peer) {
   if (std::max(device, peer) >= devices() || std::min(device, peer) < 0) return NO_GPU + 1;
@@ -242,9 +284,51 @@ EXPORT int cuMemFreeHost(void *address) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   return do_all_of(current_context), pinned.erase((const char *)address), free(address), state();
 }
+EXPORT int cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state()) return state();
+  const uintptr_t begin = (uintptr_t)address / PAGE * PAGE, end = ((uintptr_t)address + bytes + PAGE - 1) / PAGE * PAGE;
+  const char *page = (const char *)begin;
+  const bool reads = flags & 8;
+  if (!bytes || flags > 15 || !(flags & 2)) return INVALID_VALUE;
+  if (is("integrated-no-register") || (reads && is("integrated-writable"))) return NOT_SUPPORTED;
+  if (is("integrated-refused")) return NOT_PERMITTED;
+  for (uintptr_t at = begin; at < end; at += PAGE)
+    if (!is_mapped(at)) return INVALID_VALUE;
+  if (!reads && !is_writable(page)) return INVALID_VALUE;
+  for (const auto &[known, view] : registered)
+    if (page < known + view.bytes && known < (const char *)end) return REGISTERED_ALREADY;
+  char *seen = (char *)begin;
+  if (is("integrated-other-pointer")) {
+    if (posix_memalign((void **)&seen, PAGE, end - begin)) return NO_MEMORY;
+    memcpy(seen, page, end - begin);
+  }
+  ++counts().registered, counts().registered_bytes += bytes;
+  return registered[page] = {end - begin, seen, address}, 0;
+}
+EXPORT int cuMemHostUnregister(void *address) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state()) return state();
+  const char *page = (const char *)((uintptr_t)address / PAGE * PAGE);
+  const auto found = registered.find(page);
+  if (found == registered.end() || found->second.named != address) return NOT_REGISTERED;
+  for (size_t at = 0; at < found->second.bytes; at += PAGE)
+    if (!is_mapped((uintptr_t)page + at)) return fprintf(stderr, "unregistered after it was unmapped\n"), INVALID_VALUE;
+  if (found->second.seen != page) free(found->second.seen);
+  return ++counts().unregistered, registered.erase(found), 0;
+}
+EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *seen, void *address, unsigned flags) {
+  const std::lock_guard<std::recursive_mutex> guard(queue_lock);
+  if (state() || flags) return flags ? INVALID_VALUE : state();
+  for (const auto &[page, view] : registered)
+    if ((char *)address >= page && (char *)address < page + view.bytes)
+      return *seen = (uint64_t)(view.seen + ((char *)address - page)), 0;
+  return INVALID_VALUE;
+}
 EXPORT int cuGetErrorName(int code, const char **name) {
   *name = code == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
           : code == STUB          ? "CUDA_ERROR_STUB_LIBRARY"
+          : code == NOT_PERMITTED ? "CUDA_ERROR_NOT_PERMITTED"
                                   : "CUDA_ERROR_OF_THE_FAKE";
   return 0;
 }
@@ -277,7 +361,7 @@ EXPORT int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   void *at;
   if (lacks_memory() || !bytes || posix_memalign(&at, 256, bytes)) return NO_MEMORY;
   memset(at, 0xff, bytes);
-  ++counts().allocations;
+  ++counts().allocations, counts().allocated_bytes += bytes;
   return *address = (uint64_t)at, allocated[(const char *)at] = {bytes, current_context}, 0;
 }
 EXPORT int cuMemFree_v2(uint64_t address) {

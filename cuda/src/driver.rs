@@ -6,8 +6,10 @@
 
 mod memory;
 mod queue;
+mod register;
 
 use std::ffi::{CString, c_void};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -16,9 +18,10 @@ use self::memory::Allocation;
 pub use self::memory::CudaMemory;
 pub use self::queue::{CopyCounts, LaunchCounts};
 use self::queue::{Failed, Queue};
+use self::register::Weights;
 
 use crate::artefact::{self, Artefact, Form};
-use crate::gpu::{Gpu, GpuError, Launch, Memory as _, Number, Reach, bytes, bytes_mut};
+use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory as _, Number, Reach, bytes, bytes_mut};
 use crate::kernel::Kernel;
 
 /// Lowest driver whose CUDA reads our cubins: 12.0.
@@ -49,6 +52,9 @@ const FUNCTIONS: &[&str] = &[
     "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemHostAlloc",
+    "cuMemHostGetDevicePointer_v2",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
@@ -236,6 +242,7 @@ pub struct Cuda {
     form: Form,
     /// By the number of the kernel.
     functions: Vec<sys::CUfunction>,
+    weights: Weights,
     /// Why it is lost, if it is.
     lost: Option<String>,
 }
@@ -286,7 +293,8 @@ impl Cuda {
         for artefact in artefact::ALL {
             load(artefact, form, &mut context, &mut functions)?;
         }
-        Ok(Self { context: Arc::new(context), form, functions, lost: None })
+        let weights = Weights::of(device);
+        Ok(Self { context: Arc::new(context), form, functions, weights, lost: None })
     }
 
     /// The form of the code that runs.
@@ -393,6 +401,12 @@ fn part<T: Number>(memory: &CudaMemory, at: usize, count: usize) -> sys::CUdevic
     memory.address() + from as u64
 }
 
+/// As [`part`], to write.
+fn part_mut<T: Number>(memory: &CudaMemory, at: usize, count: usize) -> sys::CUdeviceptr {
+    assert!(!memory.allocation().is_in_place(), "a copy to host memory that is read in place");
+    part::<T>(memory, at, count)
+}
+
 /// Lets work of `context` read and write memory of `other`; whether that can be.
 fn give_access(context: &Context, other: &Context) -> Result<bool, result::DriverError> {
     let mut can = 0;
@@ -420,7 +434,7 @@ impl Gpu for Cuda {
             Form::Cubin(capability) => format!("sm_{capability}"),
             Form::Ptx => "PTX of compute_80".to_owned(),
         };
-        format!("{}: {form}", self.context.name)
+        format!("{}: {form}, {}", self.context.name, self.weights.describe())
     }
 
     fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<CudaMemory, GpuError> {
@@ -444,7 +458,7 @@ impl Gpu for Cuda {
         at: usize,
     ) -> Result<(), GpuError> {
         self.lost()?;
-        let address = part::<T>(to, at, from.len());
+        let address = part_mut::<T>(to, at, from.len());
         if from.is_empty() {
             return Ok(());
         }
@@ -496,7 +510,7 @@ impl Gpu for Cuda {
         to: &mut CudaMemory,
     ) -> Result<(), GpuError> {
         self.lost()?;
-        let (from, to) = (part::<u8>(from, 0, bytes), part::<u8>(to, 0, bytes));
+        let (from, to) = (part::<u8>(from, 0, bytes), part_mut::<u8>(to, 0, bytes));
         // SAFETY: `part` checked the ranges, and memory of this GPU waits for it when it goes.
         self.with_queue(|queue| unsafe { queue.copy(to, from, bytes) })
     }
@@ -514,7 +528,7 @@ impl Gpu for Cuda {
         }
         self.lost()?;
         let _ = part::<u8>(from_memory, 0, bytes);
-        let (address, context) = (part::<u8>(to, 0, bytes), self.context.context);
+        let (address, context) = (part_mut::<u8>(to, 0, bytes), self.context.context);
         // SAFETY: `part` checked the ranges; the queue keeps where it copies from.
         self.with_queue(|queue| unsafe { queue.fetch(address, context, from, bytes) })
     }
@@ -522,5 +536,16 @@ impl Gpu for Cuda {
     fn finish(&mut self) -> Result<(), GpuError> {
         self.lost()?;
         self.with_queue(Queue::wait)
+    }
+
+    fn in_place(&mut self, map: &HostMap, range: Range<usize>) -> Option<CudaMemory> {
+        let all = (**map).as_ref().len();
+        assert!(range.start <= range.end && range.end <= all, "{range:?} of {all}");
+        if range.is_empty() || self.context.make_current().is_err() {
+            return None;
+        }
+        let (registered, address) = self.weights.register(&self.context, map, range.start)?;
+        let memory = Allocation::in_place(&self.context, registered, address, range.len());
+        Some(CudaMemory::new(memory))
     }
 }

@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::kernel::Kernel;
 
@@ -71,7 +72,7 @@ pub struct Launch {
 
 /// Memory of a GPU.
 pub trait Memory {
-    /// Its first byte, aligned to 256.
+    /// Its first byte, aligned to 256; of host memory in place to 16.
     fn address(&self) -> u64;
     /// How many bytes it has.
     fn bytes(&self) -> usize;
@@ -181,7 +182,22 @@ pub trait Gpu {
     /// # Errors
     /// If it has failed.
     fn finish(&mut self) -> Result<(), GpuError>;
+
+    /// The bytes `range` of `map` in place, to read alone, where the GPU has no memory but the
+    /// host's and its driver lets it read these; else `None`. All pages of the map are kept in
+    /// memory from then on, until the last memory of it goes.
+    ///
+    /// # Panics
+    /// If the range is not within the map.
+    fn in_place(&mut self, map: &HostMap, range: Range<usize>) -> Option<Self::Memory> {
+        let _ = (map, range);
+        None
+    }
 }
+
+/// Host memory that begins at a page, has its last page for itself, and does not change: a file
+/// that is mapped.
+pub type HostMap = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// How memory of one GPU gets to another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

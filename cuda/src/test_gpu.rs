@@ -2,9 +2,11 @@
 //!
 //! One type for both, so that a test's body is written once and runs wherever there is a GPU.
 
+use std::ops::Range;
+
 use crate::driver::{Cuda, CudaMemory};
 use crate::emulator::{Counts, Emulator, EmulatorMemory, Schedule};
-use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, Reach};
+use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
 
 /// What a test runs on.
 pub enum TestGpu {
@@ -158,6 +160,13 @@ impl Gpu for TestGpu {
         match self {
             Self::Emulator(emulator) => emulator.finish(),
             Self::Cuda(cuda) => cuda.finish(),
+        }
+    }
+
+    fn in_place(&mut self, map: &HostMap, range: Range<usize>) -> Option<TestMemory> {
+        match self {
+            Self::Emulator(emulator) => emulator.in_place(map, range).map(TestMemory::Emulator),
+            Self::Cuda(cuda) => cuda.in_place(map, range).map(TestMemory::Cuda),
         }
     }
 }

@@ -6,8 +6,12 @@
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "cuda_processes/counts.rs"]
+mod counts;
 #[path = "cuda_processes/drafts.rs"]
 mod drafts;
+#[path = "cuda_processes/in_place.rs"]
+mod in_place;
 #[path = "cuda_processes/lost.rs"]
 mod lost;
 #[path = "cuda_processes/stages.rs"]

@@ -3,6 +3,8 @@
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use crate::map::FileMap;
+
 /// How numbers of a tensor are stored. Block types have the GGUF meaning of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -113,6 +115,7 @@ impl Layout {
 pub struct TensorBytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    is_mapped: bool,
 }
 
 impl TensorBytes {
@@ -123,14 +126,26 @@ impl TensorBytes {
     #[must_use]
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= (*owner).as_ref().len());
-        Self { owner, range }
+        Self { owner, range, is_mapped: false }
+    }
+
+    /// The bytes `range` of a mapped file.
+    pub(crate) fn mapped(map: Arc<FileMap>, range: Range<usize>) -> Self {
+        Self { is_mapped: true, ..Self::new(map, range) }
+    }
+
+    /// The whole map that these bytes are in, and where in it they are; `None` if they are in no
+    /// map. A map has its pages for itself, and no byte of it changes.
+    #[must_use]
+    pub fn map(&self) -> Option<(&Arc<dyn AsRef<[u8]> + Send + Sync>, Range<usize>)> {
+        self.is_mapped.then(|| (&self.owner, self.range.clone()))
     }
 
     /// Bytes that this tensor owns by itself (tests, generated models).
     #[must_use]
     pub fn owned(bytes: Vec<u8>) -> Self {
         let range = 0..bytes.len();
-        Self { owner: Arc::new(bytes), range }
+        Self::new(Arc::new(bytes), range)
     }
 }
 

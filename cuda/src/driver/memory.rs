@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{result, sys};
 
 use super::Context;
+use super::register::Registered;
 use crate::gpu::Memory;
 
 /// Memory of a GPU.
@@ -17,6 +18,8 @@ pub(super) struct Allocation {
     context: Arc<Context>,
     address: sys::CUdeviceptr,
     bytes: usize,
+    /// The use of the host memory that it is in, if it is in any.
+    registered: Option<Registered>,
 }
 
 impl Allocation {
@@ -33,7 +36,23 @@ impl Allocation {
             // SAFETY: the caller's promise; the memory is not read before it is written.
             bytes => unsafe { result::malloc_sync(bytes) }?,
         };
-        Ok(Self { context: Arc::clone(context), address, bytes })
+        Ok(Self { context: Arc::clone(context), address, bytes, registered: None })
+    }
+
+    /// Registered host memory at the address that the GPU knows.
+    pub(super) fn in_place(
+        context: &Arc<Context>,
+        registered: Registered,
+        address: sys::CUdeviceptr,
+        bytes: usize,
+    ) -> Self {
+        let (context, registered) = (Arc::clone(context), Some(registered));
+        Self { context, address, bytes, registered }
+    }
+
+    /// Whether nobody may write to it.
+    pub(super) fn is_in_place(&self) -> bool {
+        self.registered.is_some()
     }
 
     pub(super) fn address(&self) -> sys::CUdeviceptr {
@@ -50,6 +69,12 @@ impl Drop for Allocation {
         if self.address != 0 && self.context.make_current().is_ok() {
             // Launches that wait may use it.
             self.context.queue().flush_unheard();
+            if self.is_in_place() {
+                // SAFETY: the stream lives as long as the context. Who unregisters waits for
+                // nothing.
+                let _ = unsafe { result::stream::synchronize(self.context.stream) };
+                return;
+            }
             // SAFETY: it was allocated in this context and is freed here alone; the driver waits
             // for work that uses it.
             let _ = unsafe { result::free_sync(self.address) };

@@ -1,5 +1,6 @@
 //! The way through the driver: on a GPU where there is one, else over a made-up libcuda.
 
+mod in_place;
 mod peers;
 
 use std::path::PathBuf;

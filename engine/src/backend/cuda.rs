@@ -292,8 +292,16 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         let Some(bytes) = tensor.bytes.get(..needed) else {
             return Err(Self::unsupported(tensor));
         };
-        let mut memory = self.gpu.alloc(needed, "weights").map_err(start_error)?;
-        self.gpu.upload(bytes, &mut memory, 0).map_err(start_error)?;
+        let place = tensor.bytes.map().map(|(map, range)| (map, range.start));
+        let in_place = place.and_then(|(map, at)| self.gpu.in_place(map, at..at + needed));
+        let memory = match in_place {
+            Some(memory) => memory,
+            None => {
+                let mut memory = self.gpu.alloc(needed, "weights").map_err(start_error)?;
+                self.gpu.upload(bytes, &mut memory, 0).map_err(start_error)?;
+                memory
+            }
+        };
         Ok(Weight { memory, numbers, n, k })
     }
 

@@ -96,7 +96,8 @@ impl DoctorArgs {
                 return Ok(false);
             }
         };
-        println!("start-up: {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
+        let took_ms = start.elapsed().as_secs_f64() * 1e3;
+        println!("start-up: {took_ms:.0} ms; {}", engine.describe());
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
         for event in engine.generate(request)? {
             match event {

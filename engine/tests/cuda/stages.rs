@@ -116,3 +116,24 @@ fn steps_between_two_stages_keep_their_rows() {
     first.forward(&mut next);
     assert!(kept.lent.is_some() && next.lent.is_some());
 }
+
+#[test]
+fn what_is_borrowed_goes_back_when_the_copy_is_over() {
+    let Some(mut first) = backend() else { return };
+    let mut second = backend().unwrap();
+    assert_eq!(first.link(&second, 2, 64, 1).unwrap().as_deref(), Some("within the GPU"));
+    let [mut from, mut to] = [&mut first, &mut second].map(|gpu| gpu.alloc(2, 64).unwrap());
+    let mut rows = [0.0f32; 128];
+    for step in 0..3 {
+        let numbers: Vec<f32> = (0..128).map(|i| (i + 1000 * step) as f32).collect();
+        first.upload(&numbers, &mut from);
+        let lent = first.lend(2, &from).unwrap();
+        assert!(first.lend(2, &from).is_none(), "its one buffer is lent");
+        second.borrow(2, lent, &mut to);
+        // The copy may be on its way still.
+        assert!(first.lend(2, &from).is_none(), "given back too early in step {step}");
+        second.download(&to, 0, &mut rows);
+        assert_eq!(rows[..], numbers);
+    }
+    assert!(first.fault().is_none() && second.fault().is_none());
+}

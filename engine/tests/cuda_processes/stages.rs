@@ -1,41 +1,12 @@
 //! Two GPUs, a pipeline stage on each: rows go from one to the other without the host.
 
+use super::counts::Counts;
 use super::*;
 
 const TWO: [&str; 4] = ["--processor", "cuda", "--gpus", "0,1"];
 
-/// What the made-up driver counted, in its order (`Counts` of `fake_driver.cpp`).
-#[derive(Debug)]
-struct Counts {
-    up_bytes: [u64; 2],
-    down_bytes: [u64; 2],
-    peer_copies: u64,
-    peer_bytes: u64,
-    staged_copies: u64,
-    same_gpu_copies: u64,
-    allocations: u64,
-}
-
-impl Counts {
-    fn read(path: &Path) -> Self {
-        let bytes = std::fs::read(path).unwrap();
-        let words: Vec<u64> =
-            bytes.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
-        let both = |all: u64, second: u64| [all - second, second];
-        Self {
-            up_bytes: both(words[0], words[2]),
-            down_bytes: both(words[1], words[3]),
-            peer_copies: words[4],
-            peer_bytes: words[5],
-            staged_copies: words[6],
-            same_gpu_copies: words[7],
-            allocations: words[8],
-        }
-    }
-}
-
 /// A cloud on a driver, asked once; what it says at first, its answer, what it says later.
-fn asked(driver: &Driver<'_>, bundle: &Path, more: &[&str]) -> (String, Value, String) {
+pub fn asked(driver: &Driver<'_>, bundle: &Path, more: &[&str]) -> (String, Value, String) {
     let cloud = CloudProcess::start(driver, bundle, more).unwrap();
     let ask = Driver::new(driver.folder, "").generate(bundle, &["--cloud", &cloud.address]);
     let answer = object(&{ ask }.output().unwrap());

@@ -171,7 +171,7 @@ impl Bundle {
             dtype: place.dtype,
             layout: place.layout,
             shape: place.shape.clone(),
-            bytes: TensorBytes::new(Arc::clone(&self.map) as _, place.range.clone()),
+            bytes: TensorBytes::mapped(Arc::clone(&self.map), place.range.clone()),
         })
     }
 
