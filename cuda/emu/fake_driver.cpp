@@ -369,6 +369,7 @@ EXPORT int cuMemFree_v2(uint64_t address) {
   const auto found = allocated.find((const char *)address);
   if (found == allocated.end()) return INVALID_VALUE;
   const int code = do_all_of(found->second.context);
+  memset((void *)address, 0xff, found->second.bytes); // for whoever still reads it
   return allocated.erase(found), free((void *)address), code;
 }
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, Stream *stream) {
@@ -395,7 +396,12 @@ EXPORT int cuMemcpyPeerAsync(uint64_t to, Context *to_context, uint64_t from, Co
   if (!is_memory_of(to_context, to, bytes) || !is_memory_of(from_context, from, bytes)) return INVALID_VALUE;
   ++counts().peer_copies, counts().peer_bytes += bytes;
   counts().staged_copies += !to_context->peers.count(from_context);
-  return queue(stream, [=] { memcpy((void *)to, (const void *)from, bytes); });
+  Context *context = current_context;
+  return queue(stream, [=] {
+    // What it reads may not have gone meanwhile.
+    if (is_memory_of(from_context, from, bytes)) memcpy((void *)to, (const void *)from, bytes);
+    else context->sticky = ILLEGAL_ADDRESS;
+  });
 }
 EXPORT int cuLaunchKernel(const Function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
                           unsigned tz, unsigned shared, Stream *stream, void **params, void **extra) {

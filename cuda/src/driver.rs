@@ -303,6 +303,11 @@ impl Cuda {
         self.form
     }
 
+    /// Reads no weights in place from now on.
+    pub fn copy_weights(&mut self) {
+        self.weights = Weights::Copied;
+    }
+
     /// Whether the GPU is lost to this process.
     #[must_use]
     pub fn is_lost(&self) -> bool {

@@ -80,6 +80,30 @@ impl Limits {
     }
 }
 
+/// Where a GPU has its weights. One with memory of its own always has them there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuWeights {
+    /// In the bundle's mapped file, where a GPU without memory of its own can read them there: no
+    /// second copy.
+    #[default]
+    InPlace,
+    /// In memory that was allocated for the GPU, which its caches may serve better.
+    Copied,
+}
+
+impl GpuWeights {
+    /// The value of `--weights`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "in-place" => Some(Self::InPlace),
+            "copied" => Some(Self::Copied),
+            _ => None,
+        }
+    }
+}
+
 /// Which kernels compute. A GPU is taken only where it is asked for, as long as no kernel has
 /// been executed on one (`docs/KERNELS.md`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,6 +187,8 @@ pub struct EngineConfig {
     pub threads: usize,
     /// Which kernels compute.
     pub processor: Processor,
+    /// Where a GPU has its weights.
+    pub weights: GpuWeights,
     /// Bounds.
     pub limits: Limits,
     /// The only arithmetic that the cloud's layers may compute in; any that is known without.
@@ -205,6 +231,7 @@ impl EngineConfig {
             link: LinkKind::Mio,
             threads: default_threads(),
             processor: Processor::Auto,
+            weights: GpuWeights::InPlace,
             limits: Limits::device(),
             cloud_arithmetic: None,
             reconnect: Duration::from_secs(30),
@@ -293,6 +320,8 @@ pub struct CloudConfig {
     pub processor: Processor,
     /// GPUs by number, one for each stage in turn; the processor's own if there are none here.
     pub gpus: Vec<usize>,
+    /// Where a GPU has its weights.
+    pub weights: GpuWeights,
     /// Bounds.
     pub limits: Limits,
     /// A session of which nothing was heard for so long gives its pages up when others need them,
@@ -314,6 +343,7 @@ impl CloudConfig {
             stages: 1,
             processor: Processor::Auto,
             gpus: Vec::new(),
+            weights: GpuWeights::InPlace,
             limits: Limits::cloud(),
             idle_after: Duration::from_secs(10),
             memory: None,

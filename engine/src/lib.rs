@@ -96,7 +96,7 @@ pub mod options {
     pub use crate::backend::TokenId;
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{
-        ChunkPolicy, CloudAddress, Codec, Limits, LinkKind, PrefixSecret, Processor,
+        ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret, Processor,
     };
     pub use crate::draft::DraftMode;
     pub use crate::error::ErrorKind;

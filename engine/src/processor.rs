@@ -13,7 +13,7 @@ use crate::backend::ARITHMETIC_CPU;
 use crate::backend::cpu::{CpuBackend, CpuConfig, Level};
 #[cfg(feature = "cuda")]
 use crate::backend::{BackendError, cuda::CudaBackend};
-use crate::config::{CloudConfig, EngineConfig, Processor};
+use crate::config::{CloudConfig, EngineConfig, GpuWeights, Processor};
 use crate::model::{
     DeviceForward, DeviceModel, DraftForward, DraftModel, MiddleForward, MiddleModel,
 };
@@ -52,12 +52,14 @@ pub(crate) use with_backend;
 /// # Errors
 /// [`Error::Field`] if there are no threads, [`Error::Backend`] with the reason why a GPU, or a
 /// level of the CPU, can't be had.
-pub fn choose(processor: Processor, threads: usize) -> Result<Chosen, Error> {
+pub fn choose(processor: Processor, weights: GpuWeights, threads: usize) -> Result<Chosen, Error> {
+    #[cfg(not(feature = "cuda"))]
+    let _ = weights;
     match processor {
         #[cfg(feature = "cuda")]
-        Processor::Cuda(ordinal) => Ok(Chosen::Cuda(Box::new(cuda(ordinal)?))),
+        Processor::Cuda(ordinal) => Ok(Chosen::Cuda(Box::new(cuda(ordinal, weights)?))),
         #[cfg(feature = "cuda")]
-        Processor::CudaElseCpu(ordinal) => match cuda(ordinal) {
+        Processor::CudaElseCpu(ordinal) => match cuda(ordinal, weights) {
             Ok(backend) => Ok(Chosen::Cuda(Box::new(backend))),
             Err(error) => {
                 tracing::warn!(%error, "the CPU computes instead");
@@ -69,12 +71,15 @@ pub fn choose(processor: Processor, threads: usize) -> Result<Chosen, Error> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(ordinal: usize) -> Result<CudaBackend<Cuda>, Error> {
-    let gpu = Cuda::open(ordinal).map_err(|error| BackendError::Config {
+fn cuda(ordinal: usize, weights: GpuWeights) -> Result<CudaBackend<Cuda>, Error> {
+    let mut gpu = Cuda::open(ordinal).map_err(|error| BackendError::Config {
         backend: "cuda",
         field: "processor",
         reason: error.to_string(),
     })?;
+    if weights == GpuWeights::Copied {
+        gpu.copy_weights();
+    }
     Ok(CudaBackend::new(gpu))
 }
 
@@ -90,7 +95,7 @@ pub fn device(
 ) -> Result<Box<dyn DeviceForward>, Error> {
     let rows = config.limits.step_rows_max as usize;
     let load = |processor| -> Result<Box<dyn DeviceForward>, Error> {
-        with_backend!(choose(processor, config.threads)?, backend => {
+        with_backend!(choose(processor, config.weights, config.threads)?, backend => {
             Ok(Box::new(DeviceModel::load(backend, bundle, split_layer, rows, pages)?))
         })
     };
@@ -111,7 +116,7 @@ pub fn drafter(
     pages: usize,
 ) -> Result<Option<Box<dyn DraftForward>>, Error> {
     let load = |processor| -> Result<Option<Box<dyn DraftForward>>, Error> {
-        with_backend!(choose(processor, config.threads)?, backend => {
+        with_backend!(choose(processor, config.weights, config.threads)?, backend => {
             let model = DraftModel::load(backend, bundle, rows, pages)?;
             Ok(model.map(|model| Box::new(model) as Box<dyn DraftForward>))
         })
@@ -147,7 +152,7 @@ pub fn middle(
         let mut stages: Vec<Box<dyn MiddleForward>> = Vec::with_capacity(runs.len());
         for (stage, run) in runs.iter().enumerate() {
             let gpu = config.gpus.get(stage % config.gpus.len().max(1));
-            let chosen = choose(on_gpu(processor, gpu), threads)?;
+            let chosen = choose(on_gpu(processor, gpu), config.weights, threads)?;
             stages.push(with_backend!(chosen, backend => {
                 Box::new(MiddleModel::load(backend, bundle, run.clone(), rows, pages)?)
             }));

@@ -55,7 +55,7 @@ impl GenerateArgs {
             let split_layer = self.device.bundle.split_layer();
             let (wire, context) = (self.device.wire(), Limits::device().context_max);
             let run = &self.device.run;
-            let chosen = processor::choose(run.processor(), run.threads())?;
+            let chosen = processor::choose(run.processor(), run.weights(), run.threads())?;
             whole_answer(chosen, &directory, split_layer, wire, context, request, print_text)?
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;

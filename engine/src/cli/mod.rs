@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
-    ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, Processor, SamplerConfig,
+    ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
 };
 use hat_engine::{CloudConfig, EngineConfig, pull};
 
@@ -120,6 +120,14 @@ pub(crate) struct RunArgs {
     /// cuda-else-cpu for a GPU where there is one. No kernel has been executed on a GPU so far.
     #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
+    /// Where a GPU without memory of its own has its weights: in-place for the bundle's mapped
+    /// file, copied for a second copy that its caches may serve better.
+    #[arg(long, env = "HAT_WEIGHTS", default_value = "in-place", value_parser = parse_weights)]
+    weights: GpuWeights,
+}
+
+fn parse_weights(text: &str) -> Result<GpuWeights, String> {
+    GpuWeights::from_name(text).ok_or_else(|| format!("{text:?} is neither in-place nor copied"))
 }
 
 fn parse_link(text: &str) -> Result<LinkKind, String> {
@@ -199,6 +207,7 @@ impl DeviceRunArgs {
             .prefix(self.prefix);
         config.past_share = self.past_share;
         config.processor = self.run.processor;
+        config.weights = self.run.weights;
         config.split_layer = self.bundle.split_layer();
         config.cloud_arithmetic = self.cloud_arithmetic;
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
@@ -213,6 +222,7 @@ impl DeviceRunArgs {
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;
+            cloud.weights = self.run.weights;
         }
         if let Some(threads) = self.run.threads {
             config = config.threads(threads);
@@ -233,6 +243,7 @@ impl RunArgs {
     pub(crate) fn cloud_config(&self, bundle: PathBuf) -> CloudConfig {
         let mut config = CloudConfig::new(bundle).link(self.link);
         config.processor = self.processor;
+        config.weights = self.weights;
         if let Some(threads) = self.threads {
             config = config.threads(threads);
         }
@@ -246,6 +257,10 @@ impl RunArgs {
 
     pub(crate) fn processor(&self) -> Processor {
         self.processor
+    }
+
+    pub(crate) fn weights(&self) -> GpuWeights {
+        self.weights
     }
 }
 

@@ -19,7 +19,8 @@ fn weights_take_no_memory_of_an_integrated_gpu() {
     let directory = tempfile::tempdir().unwrap();
     let weights = ["device", "cloud"].map(|half| tensor_bytes(&bundles.path.join(half)));
     let run = |kind: &str, more: &[&str]| {
-        let file = directory.path().join(format!("counts{kind}{}", more.len()));
+        let file = directory.path().join("counts");
+        let _ = std::fs::remove_file(&file);
         let driver = Driver { counts: Some(&file), ..Driver::new(&folder, kind) };
         let answer = object(&driver.generate(&bundles.path, more).output().unwrap());
         (answer, Counts::read(&file))
@@ -39,10 +40,14 @@ fn weights_take_no_memory_of_an_integrated_gpu() {
             assert!(counts.registered_bytes >= saved, "{counts:?}");
         }
     }
+    // Who wants a copy gets one.
+    let (answer, counts) = run("integrated", &["--processor", "cuda", "--weights", "copied"]);
+    let (expected, copied) = run("", &["--processor", "cuda"]);
+    assert_eq!(answer["logits_blake3"], expected["logits_blake3"]);
+    assert_eq!([counts.allocated_bytes, 0], [copied.allocated_bytes, counts.registered]);
     // A driver that registers nothing that is mapped to be read alone, and one that refuses.
     for kind in ["integrated-writable", "integrated-refused"] {
         let (answer, counts) = run(kind, &["--processor", "cuda"]);
-        let (expected, copied) = run("", &["--processor", "cuda"]);
         assert_eq!(answer["logits_blake3"], expected["logits_blake3"], "{kind}");
         assert_eq!(counts.allocated_bytes, copied.allocated_bytes, "{kind}");
         assert_eq!(counts.registered, 0, "{kind}");
