@@ -98,7 +98,14 @@ impl Split {
         self.device.input(&plan.plan(), tokens, &mut hidden);
         over_the_wire(&mut hidden);
         let (entry_layers, moves) = (vec![1], Vec::new());
-        let mut step = MiddleStep { plan, entry_layers, exit_layer: 3, moves, hidden, lent: None };
+        let mut step = MiddleStep {
+            plan,
+            entry_layers,
+            exit_layer: 3,
+            moves,
+            hidden,
+            ..MiddleStep::default()
+        };
         self.middle.forward(&mut step);
         over_the_wire(&mut step.hidden);
         let head = |row: &[f32]| {

@@ -9,9 +9,7 @@ use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Rows, multiply, rows};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::test_gpu::TestGpu;
 
-use crate::stand::{
-    Random, bits, gpu, memory, numbers, room, same_under_all_schedules as same,
-};
+use crate::stand::{Random, bits, gpu, memory, numbers, room, same_under_all_schedules as same};
 
 const ROWS: usize = 16; // m of m16n8k16
 const COLUMNS: usize = 8; // n
@@ -110,8 +108,8 @@ fn registers(steps: &[Step]) -> Vec<u32> {
                 step.a[row][in_group * 2 + (i & 1) + if i >= 4 { 8 } else { 0 }]
             });
             // b0..b4: row = 2 in_group + (i & 1), 8 more from b2 on; column = group.
-            let b = (0..4)
-                .map(|i| step.b[in_group * 2 + (i & 1) + if i >= 2 { 8 } else { 0 }][group]);
+            let b =
+                (0..4).map(|i| step.b[in_group * 2 + (i & 1) + if i >= 2 { 8 } else { 0 }][group]);
             let halves: Vec<u32> = a.chain(b).map(|half| u32::from(half.to_bits())).collect();
             all.extend(halves.chunks(2).map(|pair| pair[0] | pair[1] << 16));
         }
@@ -238,7 +236,11 @@ fn a_column_of_a_product_depends_on_no_other_column_and_not_on_its_place() {
         for row in 0..ROWS {
             for (column, from) in order.iter().enumerate() {
                 let (found, expected) = (d_moved[row][column], d[row][*from as usize]);
-                assert_eq!(found.to_bits(), expected.to_bits(), "round {round}: {from} at {column}");
+                assert_eq!(
+                    found.to_bits(),
+                    expected.to_bits(),
+                    "round {round}: {from} at {column}"
+                );
             }
         }
     }

@@ -12,8 +12,8 @@ use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 
 use super::{
-    CloudConfig, CloudCounters, arithmetic_of, describe, io, jobs_of, load, open_bundle, pool_pages,
-    spawn, step,
+    CloudConfig, CloudCounters, arithmetic_of, describe, io, jobs_of, load, open_bundle,
+    pool_pages, spawn, step,
 };
 use crate::Error;
 use crate::backend::BackendFault;

@@ -37,6 +37,7 @@ impl Job {
         self.step.entry_layers.clear();
         self.step.moves.clear();
         self.step.hidden.clear();
+        self.step.wanted.get_or_insert_default().clear();
         self.step.lent = None;
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
@@ -79,6 +80,14 @@ impl Job {
         }
         self.sessions.push(session.key);
         self.step.entry_layers.push(session.entry_layer);
+        let wanted = self.step.wanted.get_or_insert_default();
+        for row in &self.rows[index].wanted {
+            let row = rows_before + *row as usize;
+            match wanted.last_mut() {
+                Some(last) if last.end == row => last.end += 1,
+                _ => wanted.push(row..row + 1),
+            }
+        }
         put
     }
 }

@@ -184,6 +184,9 @@ pub struct MiddleStep {
     pub moves: Vec<RowMove>,
     /// The rows, in and out. `[rows, hidden_size]`
     pub hidden: Vec<f32>,
+    /// The rows that somebody reads afterwards, ascending; all of them if it is `None`. What
+    /// `hidden` holds of the others then means nothing.
+    pub wanted: Option<Vec<Range<usize>>>,
     /// Between two stages: the rows where the next one takes them. `hidden` means nothing then.
     pub lent: Option<Lent>,
 }
@@ -282,8 +285,20 @@ impl<B: Backend> MiddleModel<B> {
         if self.hands_over.is_some() && step.exit_layer as usize > end {
             step.lent = self.backend.lend(step.plan.rows(), &self.x);
         }
-        if step.lent.is_none() {
-            self.backend.download(&self.x, 0, &mut step.hidden);
+        if step.lent.is_some() {
+            return;
+        }
+        match &step.wanted {
+            Some(wanted) if step.exit_layer as usize <= end => {
+                // Also where nobody reads anything: it waits, and so shows what went wrong.
+                self.backend.download(&self.x, 0, &mut []);
+                let columns = self.shape.hidden_size;
+                for rows in wanted {
+                    let to = &mut step.hidden[rows.start * columns..rows.end * columns];
+                    self.backend.download(&self.x, rows.start, to);
+                }
+            }
+            _ => self.backend.download(&self.x, 0, &mut step.hidden),
         }
     }
 }

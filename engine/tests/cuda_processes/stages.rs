@@ -30,7 +30,9 @@ fn rows_go_from_gpu_to_gpu_and_say_what_one_gpu_says() {
         // The first GPU sends nothing to the host, the second one gets no rows from there: both
         // stages have a layer of the same size, so the rest that goes up is the same.
         assert!(counts.peer_copies > 4, "{counts:?}");
-        assert_eq!(counts.down_bytes, [0, counts.peer_bytes], "{counts:?}");
+        // Of a prompt the host wants the last row alone.
+        assert!(counts.down_bytes[0] == 0 && counts.down_bytes[1] >= 12 * 64 * 4, "{counts:?}");
+        assert!(counts.down_bytes[1] < counts.peer_bytes / 2, "{counts:?}");
         assert_eq!(counts.up_bytes[0] - counts.up_bytes[1], counts.peer_bytes, "{counts:?}");
         let staged = if kind.is_empty() { 0 } else { counts.peer_copies };
         assert_eq!(counts.staged_copies, staged, "{counts:?}");

@@ -11,8 +11,8 @@ use hat_loader::AdapterKind;
 use hat_transport::emulator::{Emulator, EmulatorConfig};
 
 use super::drafts::{few, whole};
-use super::support::{Bundles, collect, collect_with, long_prompt};
 use super::support::drafter::add_noise;
+use super::support::{Bundles, collect, collect_with, long_prompt};
 use super::{assert_same, support};
 
 /// Rows of a page.

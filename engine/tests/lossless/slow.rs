@@ -10,8 +10,8 @@ use hat_transport::emulator::{Emulator, EmulatorConfig};
 
 use super::assert_same;
 use super::drafts::{request, requests, whole};
-use super::support::{Bundles, collect, steps};
 use super::support::drafter::add_noise;
+use super::support::{Bundles, collect, steps};
 use super::trained::engine;
 
 const RTT: Duration = Duration::from_millis(10);

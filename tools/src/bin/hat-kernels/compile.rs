@@ -78,10 +78,7 @@ pub(crate) struct Tools<'a> {
 }
 
 /// Compiles all of `kernels`, and says what it found of each artefact.
-pub(crate) fn all(
-    kernels: &Path,
-    tools: &Tools<'_>,
-) -> anyhow::Result<(Artefacts, Described)> {
+pub(crate) fn all(kernels: &Path, tools: &Tools<'_>) -> anyhow::Result<(Artefacts, Described)> {
     let nvrtc = Nvrtc::open(tools.nvrtc)?;
     let (major, minor) = nvrtc.version()?;
     ensure!((major, minor) == (12, 6), "NVRTC is {major}.{minor}, not 12.6");

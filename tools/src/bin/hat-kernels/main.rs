@@ -61,8 +61,7 @@ fn main() -> anyhow::Result<()> {
         None => pull::cache_dir()?,
     };
     let kernels = cuda.join("kernels");
-    let (nvrtc, nvdisasm) =
-        (toolchain::NVRTC.file(&cache)?, toolchain::NVDISASM.program(&cache)?);
+    let (nvrtc, nvdisasm) = (toolchain::NVRTC.file(&cache)?, toolchain::NVDISASM.program(&cache)?);
     let tools = compile::Tools { nvrtc: &nvrtc, nvdisasm: &nvdisasm };
     let (artefacts, described) = compile::all(&kernels, &tools)?;
     let abi = abi::rust(&kernels.join("abi.h"), &toolchain::LIBCLANG.file(&cache)?)?;
