@@ -488,7 +488,8 @@ impl Gpu for Cuda {
         let function = self.functions[launch.kernel as usize];
         // SAFETY: the caller's promise; memory that goes away flushes the queue first.
         unsafe { self.context.queue().push(function, launch, params) };
-        Ok(())
+        let is_long = self.context.queue().is_long();
+        if is_long { self.with_queue(Queue::flush) } else { Ok(()) }
     }
 
     fn reach(&mut self, other: &Self) -> Result<Reach, GpuError> {

@@ -1,6 +1,6 @@
 //! Launches and small copies on their way to a stream.
 //!
-//! Launches are gathered until something needs their results. When the same ones come again (the
+//! Launches are gathered until something needs their results, or they are many. When the same ones come again (the
 //! layers of one more decode step), they are captured as a CUDA graph, and go out as one call from
 //! then on. Two runs of launches are the same if every kernel, grid and parameter block is: the
 //! launchers see to it that a bucket of shapes keeps its addresses.
@@ -17,9 +17,11 @@ use super::memory::Allocation;
 use crate::gpu::Launch;
 
 /// Runs of launches that are known at a time; the one unused for longest gives way.
-const GRAPHS_MAX: usize = 64;
+const GRAPHS_MAX: usize = 256;
 /// A shorter run is not worth a graph.
 const GRAPH_LAUNCHES_MIN: usize = 4;
+/// So many go out without being asked for: the GPU begins while the rest of a step is gathered.
+const RUN_LAUNCHES_MAX: usize = 64;
 /// Pinned bytes for each direction.
 const STAGING_BYTES: usize = 8 << 20;
 /// Where copies begin in pinned memory.
@@ -171,6 +173,11 @@ impl Queue {
 
     pub(super) fn copied(&self) -> CopyCounts {
         self.copied
+    }
+
+    /// Whether so many launches wait that they should go out.
+    pub(super) fn is_long(&self) -> bool {
+        self.pending.calls.len() >= RUN_LAUNCHES_MAX
     }
 
     /// Adds a launch.

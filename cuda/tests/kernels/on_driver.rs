@@ -120,6 +120,7 @@ fn launches_that_come_again_become_a_graph() {
     under("", "graphs");
     under("no-graphs", "no_graphs");
     under("no-pinned", "graphs");
+    under("", "long_runs");
     under("", "decoding");
 }
 
@@ -210,6 +211,27 @@ mod made_up {
         // The first time they are new, the second time captured.
         let expected = LaunchCounts { single: 4, graphs: 6, in_graphs: 24, captured: 1 };
         assert_eq!(norms(7), expected);
+    }
+
+    /// Many launches go out 64 at a time, the same ones each time.
+    #[test]
+    #[ignore = "run by a test, under a made-up driver"]
+    fn long_runs() {
+        let mut gpu = Cuda::open(0).unwrap();
+        let [x, mut weight, mut out] = [(); 3].map(|()| gpu.alloc(256, "a test").unwrap());
+        gpu.upload(&[1.0f32; 64], &mut weight, 0).unwrap();
+        for time in 0..3 {
+            for step in 0..150 {
+                let eps = 1e-5 * (step + 1) as f32;
+                let to = RmsNorm { weight: weight.slice(), eps, out: out.slice_mut() };
+                rms_norm(&mut gpu, 1, x.slice(), to).unwrap();
+            }
+            let begun = gpu.launch_counts();
+            assert_eq!(begun.single + begun.in_graphs, time * 150 + 128, "two runs of three");
+            gpu.download(&out, 0, &mut [0.0f32; 64]).unwrap();
+        }
+        let expected = LaunchCounts { single: 150, graphs: 6, in_graphs: 300, captured: 3 };
+        assert_eq!(gpu.launch_counts(), expected);
     }
 
     /// Attention of one token after another: within a bucket of pages all have one graph.
