@@ -112,7 +112,7 @@ pub mod internal {
     pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};
     pub use crate::model::{
         DeviceForward, DeviceModel, DraftForward, DraftModel, Likely, MiddleForward, MiddleModel,
-        MiddleStep, WholeModel,
+        MiddleStep, Tensors, WholeModel,
     };
     pub use crate::page::pages_for;
     pub use crate::processor;

@@ -60,7 +60,12 @@ struct Projection<B: Backend> {
 }
 
 impl<B: Backend> Projection<B> {
-    fn load(backend: &mut B, bundle: &Bundle, name: &str, with_bias: bool) -> Result<Self, Error> {
+    fn load(
+        backend: &mut B,
+        bundle: &impl Tensors,
+        name: &str,
+        with_bias: bool,
+    ) -> Result<Self, Error> {
         let weight = weight(backend, bundle, &format!("{name}.weight"))?;
         let bias = if with_bias {
             Some(self::weight(backend, bundle, &format!("{name}.bias"))?)
@@ -81,17 +86,37 @@ impl<B: Backend> Projection<B> {
     }
 }
 
-/// Takes a tensor of a bundle into the backend.
+/// Where layers come from: a bundle, or (in benches) somebody who makes them up.
+pub trait Tensors {
+    /// What the tensors are of.
+    fn config(&self) -> &LlamaConfig;
+    /// One of them, by its checkpoint name.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] if it is not there.
+    fn tensor(&self, name: &str) -> Result<Tensor, Error>;
+}
+
+impl Tensors for Bundle {
+    fn config(&self) -> &LlamaConfig {
+        self.config()
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        self.tensor(name).map_err(|error| Error::Bundle {
+            path: self.directory().to_path_buf(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// Takes a tensor into the backend.
 pub(super) fn weight<B: Backend>(
     backend: &mut B,
-    bundle: &Bundle,
+    tensors: &impl Tensors,
     name: &str,
 ) -> Result<B::Weight, Error> {
-    let tensor: Tensor = bundle.tensor(name).map_err(|error| Error::Bundle {
-        path: bundle.directory().to_path_buf(),
-        reason: error.to_string(),
-    })?;
-    Ok(backend.weight(&tensor)?)
+    Ok(backend.weight(&tensors.tensor(name)?)?)
 }
 
 /// Buffers that every layer works in. Shapes are `[capacity, columns]`.
@@ -148,7 +173,11 @@ impl<B: Backend> DecoderLayer<B> {
     ///
     /// # Errors
     /// [`Error::Bundle`] if a tensor is missing, [`Error::Backend`] if it has no kernel.
-    pub fn load(backend: &mut B, bundle: &Bundle, index: usize) -> Result<Self, Error> {
+    pub fn load(
+        backend: &mut B,
+        bundle: &impl Tensors,
+        index: usize,
+    ) -> Result<Self, Error> {
         let at = |part: &str| format!("model.layers.{index}.{part}");
         let qkv_bias = bundle.config().attention_bias;
         let mut projection = |part: &str, bias| Projection::load(backend, bundle, &at(part), bias);
@@ -180,7 +209,7 @@ impl<B: Backend> DecoderLayer<B> {
     /// As [`DecoderLayer::load`].
     pub fn load_range(
         backend: &mut B,
-        bundle: &Bundle,
+        bundle: &impl Tensors,
         range: Range<usize>,
     ) -> Result<Vec<Self>, Error> {
         range.map(|index| Self::load(backend, bundle, index)).collect()

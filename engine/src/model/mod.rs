@@ -6,5 +6,6 @@ mod submodel;
 mod whole;
 
 pub use drafter::{DraftForward, DraftModel, Likely};
+pub use llama::Tensors;
 pub use submodel::{DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep};
 pub use whole::WholeModel;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use hat_loader::Bundle;
 
-use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
+use super::llama::{DecoderLayer, ModelShape, Scratch, Tensors, weight};
 use crate::Error;
 use crate::backend::{
     ARITHMETIC_CPU, AttendPlan, Backend, BackendFault, Lent, RowMove, TokenId, Top,
@@ -246,7 +246,7 @@ impl<B: Backend> MiddleModel<B> {
     /// [`Error::Bundle`] or [`Error::Backend`].
     pub fn load(
         mut backend: B,
-        bundle: &Bundle,
+        bundle: &impl Tensors,
         range: Range<usize>,
         capacity: usize,
         pages: usize,

@@ -1,0 +1,434 @@
+//! The CUDA kernels on a GPU: time, rate, and percent of what this GPU can do.
+//!
+//!     cargo bench -p hat-benches --bench cuda -- [--gpu N] [WORD]
+//!         [--models 7b,13b] [--weights q4_1,q8_0,f16] [--layers N] [--full]
+//!         [--tflops N] [--json FILE] [--cost-file FILE] [--small]
+//!
+//! First the peaks: copies, and f16 products from registers, measured. Percents are of these, or of
+//! `--tflops` (the data sheet's dense f16 peak). Then the kernels, those whose line holds WORD:
+//! weights and KV go round over more copies than the L2 holds. Then, for each of `--models`, the steps
+//! of a cloud: sessions with rows to verify, chunks of a prompt, through the engine's own layers with
+//! made-up weights; the bound of a step is the sum of its launches', each the longer of bytes over the
+//! copies' rate and operations over the products'. `--layers` loads fewer layers than the model has (as
+//! it happens by itself where memory is short); times are for all of them, since the time of a layer and
+//! what stands outside of the layers are told apart. `--json` appends a line for each number;
+//! `--cost-file` writes what `hat-sim` opens, of the first model and type.
+//! `--small` is for a made-up driver that runs the emulator; with no argument at all, as `cargo test`
+//! starts it, the bench tries itself there. Without a GPU it says why and ends.
+
+mod cost;
+mod model;
+mod step;
+mod tried;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use hat_cuda::attend::{Cut, Parts, attend};
+use hat_cuda::bound::{self, Work};
+use hat_cuda::driver::{Cuda, CudaMemory};
+use hat_cuda::gemv::{Gemv, Write, gemv};
+use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
+use hat_cuda::kv::{Kv, KvShape};
+use hat_cuda::peak;
+use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
+use hat_cuda::quantise_rows::{BLOCK, Q8};
+use hat_cuda::silu_mul::silu_mul;
+use hat_cuda::table::{Numbers, Table};
+use hat_loader::DType;
+
+use crate::model::Model;
+use crate::step::Wanted;
+
+/// Timed runs of each line; the median counts.
+const RUNS: usize = 7;
+/// More than the L2 of any GPU that the kernels are for.
+const COLD_BYTES: usize = 128 << 20;
+
+/// What the GPU can do, measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Peaks {
+    /// Bytes a second, read and written, of a large copy.
+    pub copy: f64,
+    /// Operations a second of f16 products.
+    pub multiply: f64,
+}
+
+/// What the lines share.
+pub struct Bench {
+    /// Shapes that the emulator runs.
+    pub small: bool,
+    /// Timed runs.
+    pub runs: usize,
+    /// What percents are of.
+    pub peaks: Peaks,
+    only: Option<String>,
+    lines: Option<File>,
+}
+
+impl Bench {
+    /// A line for programs, if there is a file for them.
+    pub fn json(&mut self, line: serde_json::Value) {
+        if let Some(file) = &mut self.lines
+            && let Err(error) = writeln!(file, "{line}")
+        {
+            println!("--json: {error}");
+            self.lines = None;
+        }
+    }
+}
+
+/// The kernels by themselves.
+struct Kernels<'a> {
+    gpu: Cuda,
+    bench: &'a mut Bench,
+}
+
+/// What the command line says.
+struct Arguments {
+    ordinal: usize,
+    tflops: Option<f64>,
+    small: bool,
+    only: Option<String>,
+    json: Option<PathBuf>,
+    cost_file: Option<PathBuf>,
+    wanted: Wanted,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, String> {
+        let mut arguments = std::env::args().skip(1);
+        let list = |text: String| text.split(',').map(str::to_owned).collect::<Vec<_>>();
+        let (models, dtypes) = (list("7b,13b".to_owned()), vec![DType::Q4_1]);
+        let mut all = Self {
+            ordinal: 0,
+            tflops: None,
+            small: false,
+            only: None,
+            json: None,
+            cost_file: None,
+            wanted: Wanted { models, dtypes, layers: usize::MAX, full: false },
+        };
+        while let Some(argument) = arguments.next() {
+            let mut value =
+                || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
+            let number =
+                |text: String| text.parse::<f64>().map_err(|_| format!("{text} is no number"));
+            match argument.as_str() {
+                "--gpu" => all.ordinal = number(value()?)? as usize,
+                "--tflops" => all.tflops = Some(number(value()?)?),
+                "--layers" => all.wanted.layers = number(value()?)? as usize,
+                "--json" => all.json = Some(value()?.into()),
+                "--cost-file" => all.cost_file = Some(value()?.into()),
+                "--models" => all.wanted.models = list(value()?),
+                "--weights" => {
+                    let known = |name: &String| {
+                        DType::from_name(name).ok_or_else(|| format!("{name} is no type"))
+                    };
+                    all.wanted.dtypes =
+                        list(value()?).iter().map(known).collect::<Result<_, _>>()?;
+                }
+                "--full" => all.wanted.full = true,
+                "--small" => all.small = true,
+                "--bench" => {}
+                flag if flag.starts_with("--") => return Err(format!("{flag}: no such flag")),
+                _ => all.only = Some(argument),
+            }
+        }
+        if all.small {
+            all.wanted.models = vec!["small".to_owned()];
+        }
+        Ok(all)
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    let tried = std::env::args().nth(1).is_none();
+    let done = if tried { tried::over_made_up_driver() } else { Arguments::parse().and_then(run) };
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            println!("{error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), String> {
+    let Arguments { ordinal, tflops, small, only, json, cost_file, wanted } = arguments;
+    let gpu = match Cuda::open(ordinal) {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            println!("nothing to measure: {error}");
+            return Ok(());
+        }
+    };
+    let name = gpu.describe();
+    println!("{name}");
+    let open = |path: PathBuf| {
+        let file = File::options().append(true).create(true).open(&path);
+        file.map_err(|error| format!("{}: {error}", path.display()))
+    };
+    let lines = json.map(open).transpose()?;
+    let (runs, peaks) = (if small { 3 } else { RUNS }, Peaks { copy: 1.0, multiply: 1.0 });
+    let mut bench = Bench { small, runs, peaks, only, lines };
+    bench.json(serde_json::json!({ "kind": "gpu", "name": name }));
+    let mut kernels = Kernels { gpu, bench: &mut bench };
+    kernels.all(tflops).map_err(|error| error.to_string())?;
+    drop(kernels);
+
+    let mut cost_file = cost_file;
+    for model in &wanted.models {
+        let model = Model::named(model).ok_or_else(|| format!("{model}: 7b and 13b are known"))?;
+        for dtype in &wanted.dtypes {
+            let timed = step::measure(&mut bench, ordinal, &wanted, &model, *dtype);
+            if let (Some(timed), Some(path)) = (timed, cost_file.take()) {
+                cost::write(&path, &name, &model, *dtype, &bench.peaks, &timed)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Kernels<'_> {
+    fn all(&mut self, tflops: Option<f64>) -> Result<(), GpuError> {
+        self.peaks(tflops)?;
+        self.products()?;
+        self.verify()?;
+        self.prefill()?;
+        self.launches()
+    }
+
+    fn wants(&self, what: &str) -> bool {
+        self.bench.only.as_ref().is_none_or(|only| what.contains(only.as_str()))
+    }
+
+    /// Median seconds of `work`, which is given the number of the run and queues `times` launches.
+    fn time(
+        &mut self,
+        times: usize,
+        mut work: impl FnMut(&mut Cuda, usize) -> Result<(), GpuError>,
+    ) -> Result<f64, GpuError> {
+        let (probe, mut byte) = (self.gpu.alloc(1, "a probe")?, [0u8]);
+        let runs = self.bench.runs;
+        let mut seconds = Vec::with_capacity(runs);
+        // The first two are for clocks, caches and graphs.
+        for run in 0..runs + 2 {
+            let begin = Instant::now();
+            for turn in 0..times {
+                work(&mut self.gpu, turn)?;
+            }
+            self.gpu.download(&probe, 0, &mut byte)?;
+            if run >= 2 {
+                seconds.push(begin.elapsed().as_secs_f64() / times as f64);
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[runs / 2])
+    }
+
+    fn line(&mut self, what: &str, seconds: f64, work: Work) {
+        let (bytes, flops) = (work.bytes as f64 / seconds, work.flops as f64 / seconds);
+        let Peaks { copy, multiply } = self.bench.peaks;
+        let percent = |rate: f64, peak: f64| rate / peak * 100.0;
+        let (micros, giga, tera) = (seconds * 1e6, bytes / 1e9, flops / 1e12);
+        println!(
+            "{what:<36} {micros:10.1} us  {giga:8.1} GB/s {:4.0} % of copies  {tera:7.2} TFLOP/s \
+             {:4.0} % of products",
+            percent(bytes, copy),
+            percent(flops, multiply)
+        );
+        self.bench.json(serde_json::json!({
+            "kind": "kernel", "what": what, "us": micros, "bytes": work.bytes,
+            "flops": work.flops,
+        }));
+    }
+
+    fn room(&mut self, bytes: usize, number: u8) -> Result<CudaMemory, GpuError> {
+        let mut memory = self.gpu.alloc(bytes, "a bench")?;
+        self.gpu.upload(&vec![number; bytes], &mut memory, 0)?;
+        Ok(memory)
+    }
+
+    fn copies(&self, bytes: usize) -> usize {
+        if self.bench.small { 2 } else { COLD_BYTES / bytes + 1 }
+    }
+
+    /// What the GPU can do: copies by two kernels, products by one.
+    fn peaks(&mut self, tflops: Option<f64>) -> Result<(), GpuError> {
+        let small = self.bench.small;
+        let count: usize = if small { 1 << 12 } else { 64 << 20 };
+        let (mut gate, up) = (self.room(4 * count, 0)?, self.room(4 * count, 0)?);
+        let seconds = self.time(4, |gpu, _| silu_mul(gpu, gate.slice_mut(), up.slice()))?;
+        let gated = bound::silu_mul(count).bytes as f64 / seconds;
+        let mut copied = Work::default();
+        let seconds = self.time(4, |gpu, _| {
+            copied = peak::copy(gpu, up.slice(), gate.slice_mut())?;
+            Ok(())
+        })?;
+        let copy = copied.bytes as f64 / seconds;
+        drop((gate, up));
+        let (blocks, steps) = if small { (1, 2) } else { (2048, 2000) };
+        // Numbers that are small and finite.
+        let (from, mut out) = (self.room(512, 0x22)?, self.room(1024 * blocks, 0)?);
+        let mut products = Work::default();
+        let seconds = self.time(2, |gpu, _| {
+            products = peak::multiply(gpu, blocks, steps, from.slice(), out.slice_mut())?;
+            Ok(())
+        })?;
+        let multiply = products.flops as f64 / seconds;
+        println!(
+            "peaks: copies {:.1} GB/s, silu_mul of large arrays {:.1} GB/s, f16 products {:.1} \
+             TFLOP/s",
+            copy / 1e9,
+            gated / 1e9,
+            multiply / 1e12
+        );
+        self.bench.json(serde_json::json!({
+            "kind": "peaks", "copy_gb_s": copy / 1e9, "silu_mul_gb_s": gated / 1e9,
+            "f16_tflop_s": multiply / 1e12,
+        }));
+        let multiply = tflops.map_or(multiply, |tflops| tflops * 1e12);
+        self.bench.peaks = Peaks { copy: copy.max(gated), multiply };
+        Ok(())
+    }
+
+    fn products(&mut self) -> Result<(), GpuError> {
+        let (columns, outputs) = if self.bench.small { (256, 64) } else { (4096, 4096) };
+        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0] {
+            let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
+            let copies = self.copies(bytes);
+            for rows in [1, 8, 64] {
+                let what = format!("gemv {numbers:?} {columns}x{outputs}, {rows} rows");
+                if !self.wants(&what) {
+                    continue;
+                }
+                // Scales of 0x2222 are small and finite.
+                let all = (0..copies).map(|_| self.room(bytes, 0x22));
+                let weights = all.collect::<Result<Vec<_>, _>>()?;
+                let q = self.room(rows * columns, 1)?;
+                let scales = 4 * rows * columns / BLOCK;
+                let (d, s) = (self.room(scales, 0x22)?, self.room(scales, 0x22)?);
+                let mut out = self.room(4 * rows * outputs, 0)?;
+                let seconds = self.time(copies, |gpu, turn| {
+                    let to = Gemv {
+                        x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
+                        weight: Table::new(weights[turn].slice(), numbers, outputs, columns),
+                        bias: None,
+                        write: Write::Store,
+                        out: out.slice_mut(),
+                    };
+                    gemv(gpu, rows, to)
+                })?;
+                self.line(&what, seconds, bound::gemv(numbers, rows, columns, outputs));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows that verify drafts: many sequences, few rows each, K and V from memory.
+    fn verify(&mut self) -> Result<(), GpuError> {
+        let (sequences, context, rows) = if self.bench.small { (2, 40, 2) } else { (30, 1024, 8) };
+        self.attention("verify", Cut::Auto, sequences, context, rows)
+    }
+
+    /// A chunk of one prompt: its products are the bound.
+    fn prefill(&mut self) -> Result<(), GpuError> {
+        let (context, rows) = if self.bench.small { (0, 40) } else { (512, 512) };
+        self.attention("prefill", Cut::Prefill, 1, context, rows)
+    }
+
+    fn attention(
+        &mut self,
+        kind: &str,
+        cut: Cut,
+        sequences: usize,
+        context: usize,
+        rows: usize,
+    ) -> Result<(), GpuError> {
+        for (heads, kv_heads, head_dim) in [(32, 32, 128), (32, 8, 128), (9, 3, 64)] {
+            let what = format!("{kind} {heads}/{kv_heads}x{head_dim} {sequences}x{rows}@{context}");
+            if !self.wants(&what) {
+                continue;
+            }
+            let heads = Heads { heads, kv_heads, head_dim, window: None };
+            let pages = (context + rows).div_ceil(PAGE_SIZE);
+            let numbers = PlanArrays::new(sequences, context, rows, pages);
+            let count = sequences * rows;
+            let mut plan = PlanOnGpu::new(&mut self.gpu, count, 0, sequences * pages)?;
+            plan.write(&mut self.gpu, &numbers.plan(), &heads, sequences * pages)?;
+            let kv_bytes = 4 * sequences * pages * PAGE_SIZE * kv_heads * head_dim;
+            let layers = self.copies(kv_bytes);
+            let shape = KvShape { layers, pages: sequences * pages, kv_heads, head_dim };
+            let mut kv = Kv::new(&mut self.gpu, shape)?;
+            for memory in kv.memory_mut() {
+                self.gpu.upload(&vec![0x22u8; memory.bytes()], memory, 0)?;
+            }
+            let splits = (context + rows).div_ceil(256);
+            let mut parts = Parts::new(&mut self.gpu, &heads, count, splits)?;
+            let bytes = 4 * count * heads.heads * head_dim;
+            let (q, mut out) = (self.room(bytes, 0x22)?, self.room(bytes, 0)?);
+            let seconds = self.time(layers, |gpu, layer| {
+                let (q, out) = (q.slice(), out.slice_mut());
+                attend(gpu, &plan, &heads, layer, cut, q, &kv, &mut parts, out)
+            })?;
+            let keys: Vec<usize> = (context + 1..=context + rows).collect();
+            let work = (0..sequences).map(|_| bound::attend(&heads, &keys)).sum();
+            self.line(&what, seconds, work);
+        }
+        Ok(())
+    }
+
+    /// What a launch costs beside its work: a run of small ones, one by one the
+    /// first time and as a graph after that.
+    fn launches(&mut self) -> Result<(), GpuError> {
+        let mut gate = self.room(1024, 0)?;
+        let up = self.room(1024, 0)?;
+        let seconds = self.time(200, |gpu, _| silu_mul(gpu, gate.slice_mut(), up.slice()))?;
+        println!("launch of a small kernel {:31.2} us", seconds * 1e6);
+        println!("{:?}", self.gpu.launch_counts());
+        Ok(())
+    }
+}
+
+/// The arrays of a plan of `sequences` chains with `rows` rows each behind `context` others.
+struct PlanArrays {
+    positions: Vec<u32>,
+    prefix_len: Vec<u32>,
+    tail_indptr: Vec<u32>,
+    q_indptr: Vec<u32>,
+    page_indptr: Vec<u32>,
+    page_indices: Vec<u32>,
+}
+
+impl PlanArrays {
+    fn new(sequences: usize, context: usize, rows: usize, pages: usize) -> Self {
+        let range = |range: std::ops::Range<usize>| range.map(|number| number as u32);
+        let each = |step: usize| (0..=sequences).map(|i| (i * step) as u32).collect();
+        let positions = (0..sequences).flat_map(|_| range(context..context + rows));
+        let positions: Vec<u32> = positions.collect();
+        Self {
+            prefix_len: positions.iter().map(|position| position + 1).collect(),
+            positions,
+            tail_indptr: vec![0; sequences * rows + 1],
+            q_indptr: each(rows),
+            page_indptr: each(pages),
+            page_indices: range(0..sequences * pages).collect(),
+        }
+    }
+
+    fn plan(&self) -> Plan<'_> {
+        Plan {
+            positions: &self.positions,
+            slots: &self.positions,
+            prefix_len: &self.prefix_len,
+            tail_indptr: &self.tail_indptr,
+            tail_slots: &[],
+            q_indptr: &self.q_indptr,
+            page_indptr: &self.page_indptr,
+            page_indices: &self.page_indices,
+        }
+    }
+}

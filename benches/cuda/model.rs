@@ -1,0 +1,311 @@
+//! A middle submodel with made-up weights, through the engine's own layers and CUDA backend, and
+//! the steps that a cloud gives it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use hat_cuda::driver::Cuda;
+use hat_cuda::gpu::{Gpu as _, GpuError};
+use hat_engine::Error;
+use hat_engine::backend::cuda::CudaBackend;
+use hat_engine::internal::{MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for};
+use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
+use serde_json::json;
+
+/// A model whose middle is measured.
+#[derive(Clone)]
+pub struct Model {
+    /// What it is called.
+    pub name: &'static str,
+    /// Its shape; all layers are counted as the cloud's but the first two.
+    pub config: LlamaConfig,
+}
+
+impl Model {
+    /// The shapes by their names: `7b`, `13b` (Vicuna's), and one that the emulator runs.
+    pub fn named(name: &str) -> Option<Self> {
+        let (name, hidden, intermediate, layers, heads) = match name {
+            "7b" => ("7b", 4096, 11_008, 32, 32),
+            "13b" => ("13b", 5120, 13_824, 40, 40),
+            "small" => ("small", 128, 160, 6, 2),
+            _ => return None,
+        };
+        let config = LlamaConfig::from_hf(&json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": hidden, "intermediate_size": intermediate,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": heads, "rms_norm_eps": 1e-5, "vocab_size": 32_000,
+            "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+            "tie_word_embeddings": false,
+        }));
+        Some(Self { name, config: config.expect("a shape that we compute") })
+    }
+
+    /// Layers between the device's two and the norm.
+    pub fn middle_layers(&self) -> usize {
+        self.config.num_hidden_layers - 2
+    }
+
+    /// Parameters of a layer's matrices, and their bytes.
+    pub fn layer_size(&self, dtype: DType) -> (usize, usize) {
+        let (mut params, mut bytes) = (0, 0);
+        for spec in split::layer_tensors(0, &self.config) {
+            if let &[n, k] = &spec.shape[..] {
+                params += n * k;
+                bytes += layout::packed_bytes(dtype, n, k).expect("whole blocks");
+            }
+        }
+        (params, bytes)
+    }
+
+    /// Bytes of K and V of a row in one layer.
+    pub fn kv_row_bytes(&self) -> usize {
+        4 * self.config.key_value_size()
+    }
+}
+
+/// Weights that are made up: of each shape one, in the order of its bits at random.
+struct MadeUp {
+    config: LlamaConfig,
+    dtype: DType,
+    known: std::cell::RefCell<HashMap<Vec<usize>, TensorBytes>>,
+}
+
+impl MadeUp {
+    fn bytes(&self, shape: &[usize]) -> TensorBytes {
+        let mut known = self.known.borrow_mut();
+        let make = || TensorBytes::new(Arc::new(made_up(self.dtype, shape)), 0..self.len(shape));
+        known.entry(shape.to_vec()).or_insert_with(make).clone()
+    }
+
+    fn len(&self, shape: &[usize]) -> usize {
+        match *shape {
+            [n, k] => layout::packed_bytes(self.dtype, n, k).expect("whole blocks"),
+            _ => 4 * shape[0],
+        }
+    }
+}
+
+/// Norms are 1; numbers of a matrix are small, whatever their type: exponents come from a narrow
+/// range, all other bits are at random.
+fn made_up(dtype: DType, shape: &[usize]) -> Vec<u8> {
+    let &[n, k] = shape else {
+        return [1f32; 1].repeat(shape[0]).into_iter().flat_map(f32::to_le_bytes).collect();
+    };
+    let bytes = layout::packed_bytes(dtype, n, k).expect("whole blocks");
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state >> 32
+    };
+    let mut out: Vec<u8> = Vec::with_capacity(bytes + 8);
+    let small = |bits: u64| ((bits as u16 & 0x83ff) | 0x1400).to_le_bytes();
+    match dtype {
+        DType::F16 => (0..bytes / 2).for_each(|_| out.extend(small(random()))),
+        DType::Bf16 => (0..bytes / 2)
+            .for_each(|_| out.extend(((random() as u16 & 0x80ff) | 0x3a00).to_le_bytes())),
+        _ => {
+            // A block of 16 columns: the numbers, then their scales (and minima).
+            let block = 16 * dtype.block_bytes();
+            let scales = if dtype == DType::Q4_1 { 64 } else { 32 };
+            for _ in 0..bytes / block {
+                (0..(block - scales) / 4).for_each(|_| out.extend((random() as u32).to_le_bytes()));
+                (0..scales / 2).for_each(|_| out.extend(small(random())));
+            }
+        }
+    }
+    out.resize(bytes, 0);
+    out
+}
+
+impl Tensors for MadeUp {
+    fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        let specs = split::model_tensors(&self.config);
+        let spec = specs.into_iter().find(|spec| spec.name == name).expect("a name of the model");
+        let matrix = spec.shape.len() == 2;
+        let (dtype, layout) =
+            if matrix { (self.dtype, Layout::Panel16) } else { (DType::F32, Layout::Rows) };
+        let bytes = self.bytes(&spec.shape);
+        Ok(Tensor { name: name.to_owned(), dtype, layout, shape: spec.shape, bytes })
+    }
+}
+
+/// Rows of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Sessions that verify.
+    pub sessions: usize,
+    /// Rows of each.
+    pub rows: usize,
+    /// Rows that each of them has in its store.
+    pub context: usize,
+    /// Rows of a prompt's chunk beside them; 0 for none.
+    pub chunk: usize,
+    /// Rows of that prompt before the chunk.
+    pub before: usize,
+}
+
+impl Load {
+    /// All rows.
+    pub fn all(&self) -> usize {
+        self.sessions * self.rows + self.chunk
+    }
+
+    /// Pages of the store.
+    pub fn pages(&self) -> usize {
+        // One more row of context in every other step.
+        let chunk = if self.chunk > 0 { pages_for(self.before + self.chunk + 1) } else { 0 };
+        self.sessions * pages_for(self.context + 1 + self.rows) + chunk
+    }
+
+    /// Keys that each row sees, sequence by sequence.
+    pub fn keys(&self) -> Vec<Vec<usize>> {
+        let seen = |from: usize, rows: usize| (from + 1..=from + rows).collect();
+        let mut all = vec![seen(self.context, self.rows); self.sessions];
+        if self.chunk > 0 {
+            all.push(seen(self.before, self.chunk));
+        }
+        all
+    }
+
+    /// The step, its sessions `later` rows on.
+    fn step(&self, model: &Model, later: usize) -> MiddleStep {
+        let number = |count: usize| u32::try_from(count).expect("few rows");
+        let mut step = MiddleStep::default();
+        let mut first_page = 0;
+        let mut sequence = |committed: usize, rows: usize| {
+            let pages = pages_for(committed + rows);
+            let numbers = (number(first_page)..number(first_page + pages)).collect();
+            first_page += pages;
+            let mut sequence = Sequence::new(numbers, number(committed + rows));
+            sequence.append_committed(1, number(committed), 0).expect("rows that fit");
+            sequence
+        };
+        for _ in 0..self.sessions {
+            let context = self.context + later;
+            let mut sequence = sequence(context, self.rows);
+            let first = number(context) + 1;
+            let parents: Vec<u32> = (first - 1..first - 1 + number(self.rows)).collect();
+            sequence.append_pending(first, &parents).expect("rows that fit");
+            for id in first..first + number(self.rows) {
+                assert!(step.plan.push_pending(&sequence, id), "it pends");
+            }
+            step.plan.end_sequence(&sequence);
+        }
+        if self.chunk > 0 {
+            let before = self.before + later;
+            let mut sequence = sequence(before, self.chunk);
+            let first = number(before) + 1;
+            let place = sequence.append_committed(first, number(self.chunk), number(before));
+            step.plan.push_committed(place.expect("rows that fit"), number(self.chunk));
+            step.plan.end_sequence(&sequence);
+        }
+        let sequences = self.sessions + usize::from(self.chunk > 0);
+        step.entry_layers = vec![2; sequences];
+        let numbers = self.all() * model.config.hidden_size;
+        step.hidden = (0..numbers).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+        step
+    }
+}
+
+/// The middle layers on a GPU.
+pub struct Middle {
+    model: Model,
+    layers: usize,
+    on_gpu: MiddleModel<CudaBackend<Cuda>>,
+}
+
+/// What a middle submodel takes on the GPU beside its work space.
+pub struct Room {
+    /// Bytes of weights.
+    pub weights: usize,
+    /// Bytes of K and V.
+    pub kv: usize,
+    /// Bytes of rows between layers.
+    pub rows: usize,
+}
+
+impl Room {
+    /// Of so many layers, pages and rows.
+    pub fn of(model: &Model, dtype: DType, layers: usize, pages: usize, capacity: usize) -> Self {
+        let config = &model.config;
+        let columns = 3 * config.hidden_size
+            + 2 * config.query_size()
+            + 2 * config.key_value_size()
+            + 4 * config.intermediate_size;
+        Self {
+            weights: layers * model.layer_size(dtype).1,
+            kv: layers * pages * hat_cuda::plan::PAGE_SIZE * model.kv_row_bytes(),
+            rows: 4 * capacity * columns,
+        }
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> usize {
+        self.weights + self.kv + self.rows
+    }
+
+    /// Whether the GPU has as much free now.
+    pub fn fits(&self, gpu: &mut Cuda) -> Result<bool, GpuError> {
+        match gpu.alloc(self.bytes(), "a middle submodel") {
+            Ok(_) => Ok(true),
+            Err(GpuError::OutOfMemory { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Middle {
+    /// `layers` of the middle layers on a GPU.
+    pub fn load(
+        gpu: Cuda,
+        model: &Model,
+        dtype: DType,
+        layers: usize,
+        capacity: usize,
+        pages: usize,
+    ) -> Result<Self, Error> {
+        let known = std::cell::RefCell::default();
+        let tensors = MadeUp { config: model.config.clone(), dtype, known };
+        let backend = CudaBackend::new(gpu);
+        let on_gpu = MiddleModel::load(backend, &tensors, 2..2 + layers, capacity, pages)?;
+        Ok(Self { model: model.clone(), layers, on_gpu })
+    }
+
+    /// Median seconds of a step, through the first half of the layers and through all.
+    pub fn seconds(&mut self, load: &Load, runs: usize) -> Result<[f64; 2], String> {
+        let halves = [self.layers.div_ceil(2), self.layers];
+        let mut steps = [0, 1].map(|later| load.step(&self.model, later));
+        let rows = steps[0].hidden.clone();
+        let mut medians = [0.0; 2];
+        for (layers, median) in halves.into_iter().zip(&mut medians) {
+            let mut seconds = Vec::with_capacity(runs);
+            // The first are for clocks and graphs; a step's plan is never that of the one before.
+            for run in 0..runs + 4 {
+                let step = &mut steps[run % 2];
+                step.hidden.copy_from_slice(&rows);
+                step.exit_layer = u32::try_from(2 + layers).expect("few layers");
+                let begin = std::time::Instant::now();
+                self.on_gpu.forward(step);
+                if run >= 4 {
+                    seconds.push(begin.elapsed().as_secs_f64());
+                }
+                if let Some(fault) = self.on_gpu.fault() {
+                    return Err(fault.to_string());
+                }
+            }
+            seconds.sort_by(f64::total_cmp);
+            *median = seconds[runs / 2];
+        }
+        Ok(medians)
+    }
+
+    /// How many layers it has.
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+}
