@@ -7,6 +7,7 @@
 #include "compact.cu"
 #include "embed.cu"
 #include "gemv.cu"
+#include "linear.cu"
 #include "quantise_rows.cu"
 #include "rms_norm.cu"
 #include "rope_append.cu"
@@ -38,12 +39,18 @@ const Entry ENTRIES[] = {
     ENTRY(compact),
     ENTRY(dequantise_q8),
     ENTRY(embed),
-    ENTRY(gemv_q4_0_1),
+    ENTRY(gemv_q4_0_16),
     ENTRY(gemv_q4_0_8),
-    ENTRY(gemv_q4_1_1),
+    ENTRY(gemv_q4_1_16),
     ENTRY(gemv_q4_1_8),
-    ENTRY(gemv_q8_0_1),
+    ENTRY(gemv_q6_k_16),
+    ENTRY(gemv_q6_k_8),
+    ENTRY(gemv_q8_0_16),
     ENTRY(gemv_q8_0_8),
+    ENTRY(linear_q4_0),
+    ENTRY(linear_q4_1),
+    ENTRY(linear_q6_k),
+    ENTRY(linear_q8_0),
     ENTRY(narrow_f16),
     ENTRY(quantise_q8),
     ENTRY(rms_norm),

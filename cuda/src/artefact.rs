@@ -48,6 +48,7 @@ artefacts![
     "compact",
     "embed",
     "gemv",
+    "linear",
     "quantise_rows",
     "rms_norm",
     "rope_append",
