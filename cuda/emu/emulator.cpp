@@ -8,6 +8,7 @@
 #include "embed.cu"
 #include "fragments.cu"
 #include "gemv.cu"
+#include "linear.cu"
 #include "peak.cu"
 #include "quantise_rows.cu"
 #include "rms_norm.cu"
@@ -45,12 +46,18 @@ const Entry ENTRIES[] = {
     ENTRY(fragment_load),
     ENTRY(fragment_load_transposed),
     ENTRY(fragment_multiply),
-    ENTRY(gemv_q4_0_1),
+    ENTRY(gemv_q4_0_16),
     ENTRY(gemv_q4_0_8),
-    ENTRY(gemv_q4_1_1),
+    ENTRY(gemv_q4_1_16),
     ENTRY(gemv_q4_1_8),
-    ENTRY(gemv_q8_0_1),
+    ENTRY(gemv_q6_k_16),
+    ENTRY(gemv_q6_k_8),
+    ENTRY(gemv_q8_0_16),
     ENTRY(gemv_q8_0_8),
+    ENTRY(linear_q4_0),
+    ENTRY(linear_q4_1),
+    ENTRY(linear_q6_k),
+    ENTRY(linear_q8_0),
     ENTRY(narrow_f16),
     ENTRY(peak_copy),
     ENTRY(peak_multiply),

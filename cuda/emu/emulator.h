@@ -14,6 +14,7 @@
 #define __restrict__ __restrict
 #define DEVICE static inline
 #define KERNEL(threads) static void
+#define KERNEL_TOGETHER(threads, blocks) static void
 // One section, so that it can be poisoned before each block. Not inside a template.
 #define __shared__ static __attribute__((section("hat_emu_shared")))
 extern "C" char __start_hat_emu_shared[] __attribute__((visibility("hidden")));
@@ -177,15 +178,106 @@ static inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_
   for (int i = 0; i < 4; ++i) sum[i] += meeting.product[row + i / 2 * 8][column + i % 2];
 }
 
-static inline void compiler_barrier() {}
-
-/// 16 bytes of global memory to shared memory, or zeros.
-static inline void copy_async(void *to, const void *from, bool real) {
-  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulator::fail("cp.async: not 16-byte aligned");
-  ++emulator::machine.counts.async_copies;
-  memset(to, 0xff, 16);
-  emulator::machine.current->open.push_back({to, real ? from : nullptr});
+/// Byte `index` of a word.
+static inline int byte_of(uint32_t word, int index) { return (int8_t)(word >> 8 * index); }
+/// A and B of K = 16 `HALVES`, as m16n8k32 and m16n8k16 of bytes lay them out.
+template <int HALVES> static inline void multiply_byte_fragments(emulator::Meeting &meeting) {
+  ++emulator::machine.counts.mma;
+  int a[16][32], b[32][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t *word = meeting.brought[lane];
+    const int group = lane / 4, first = lane % 4 * 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int r = 0; r < 2 * HALVES; ++r) a[group + r % 2 * 8][first + i + r / 2 * 16] = byte_of(word[r], i);
+      for (int r = 0; r < HALVES; ++r) b[first + i + r * 16][group] = byte_of(word[2 * HALVES + r], i);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      int32_t sum = 0;
+      for (int k = 0; k < 16 * HALVES; ++k) sum += a[row][k] * b[k][column];
+      meeting.whole[row][column] = sum;
+    }
+  }
 }
+static inline void take_whole(int (&sum)[4], const emulator::Meeting &meeting, const int (&base)[4]) {
+  const int lane = emulator::machine.current->thread % 32, row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) sum[i] = base[i] + meeting.whole[row + i / 2 * 8][column + i % 2];
+}
+/// `a b + base` of signed bytes, m16n8k32.
+static inline void multiply_bytes(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  const int (&base)[4]) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  take_whole(sum, emulator::meet("mma of bytes", words, sizeof words, multiply_byte_fragments<2>), base);
+}
+/// The same, m16n8k16.
+static inline void multiply_bytes(int (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&base)[4]) {
+  const uint32_t words[3] = {a0, a1, b};
+  take_whole(sum, emulator::meet("mma of 16 bytes", words, sizeof words, multiply_byte_fragments<1>), base);
+}
+
+template <class T> static inline T load_streamed(const T *from) {
+  if ((uintptr_t)from % sizeof(T)) emulator::fail("a load that is not aligned");
+  return *from;
+}
+/// Counts the words beyond the first of each bank: of a warp for 4 bytes a lane, of half a warp
+/// for 8, of a quarter for 16.
+static inline void count_bank_conflicts(const emulator::SharedAccess &access) {
+  const uint32_t words = access.bytes / 4, lanes = 32 / words;
+  for (uint32_t first = 0; first < 32; first += lanes) {
+    uintptr_t seen[32][32];
+    uint32_t counts[32] = {}, most = 1;
+    for (uint32_t i = 0; i < 32; ++i) {
+      const uintptr_t word = access.at[first + i / words] / 4 + i % words;
+      uintptr_t *bank = seen[word % 32];
+      uint32_t &count = counts[word % 32];
+      if (std::find(bank, bank + count, word) == bank + count) bank[count++] = word;
+      most = std::max(most, count);
+    }
+    emulator::machine.counts.bank_conflicts += most - 1;
+  }
+}
+/// Notes a lane's part of an access; the last lane counts.
+static inline void note_shared(const void *at, uint32_t bytes) {
+  if ((uintptr_t)at % bytes) emulator::fail("an access that is not aligned");
+  emulator::Fiber &fiber = *emulator::machine.current;
+  emulator::Warp &warp = emulator::machine.warps[fiber.thread / 32];
+  const size_t index = fiber.shared_accesses++ - warp.accesses_done;
+  while (warp.accesses.size() <= index) warp.accesses.push_back({});
+  emulator::SharedAccess &access = warp.accesses[index];
+  if (access.lanes && access.bytes != bytes) emulator::fail("lanes of a warp in different accesses");
+  access.bytes = bytes;
+  access.at[fiber.thread % 32] = (uintptr_t)at;
+  access.lanes |= 1u << fiber.thread % 32;
+  if (access.lanes != 0xffffffffu) return;
+  count_bank_conflicts(access);
+  // Lanes go through accesses in one order, so the first is the first that all have done.
+  warp.accesses.erase(warp.accesses.begin());
+  ++warp.accesses_done;
+}
+template <class T> static inline T load_shared(const T *from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "whole words");
+  note_shared(from, sizeof(T));
+  return *from;
+}
+template <class T> static inline void store_shared(T *to, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "whole words");
+  note_shared(to, sizeof(T));
+  *to = value;
+}
+
+static inline void compiler_barrier() {}
+static inline uint32_t kept(uint32_t x) { return x; }
+
+/// `bytes` of global memory to shared memory, or zeros.
+static inline void copy_async_bytes(void *to, const void *from, bool real, uint32_t bytes) {
+  if ((uintptr_t)to % bytes || (uintptr_t)from % bytes) emulator::fail("cp.async: not aligned");
+  ++emulator::machine.counts.async_copies;
+  memset(to, 0xff, bytes);
+  emulator::machine.current->open.push_back({to, real ? from : nullptr, bytes});
+}
+static inline void copy_async(void *to, const void *from, bool real) { copy_async_bytes(to, from, real, 16); }
+static inline void copy_async_word(void *to, const void *from, bool real) { copy_async_bytes(to, from, real, 4); }
 static inline void copy_async_commit() {
   emulator::Fiber &fiber = *emulator::machine.current;
   fiber.groups.push_back(std::move(fiber.open));
@@ -196,8 +288,8 @@ template <int PENDING> static inline void copy_async_wait() {
   auto &groups = emulator::machine.current->groups;
   while (groups.size() > (size_t)PENDING) {
     for (const emulator::AsyncCopy &copy : groups.front()) {
-      if (copy.from) memcpy(copy.to, copy.from, 16);
-      else memset(copy.to, 0, 16);
+      if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+      else memset(copy.to, 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -65,13 +65,14 @@ enum class State : uint8_t { Ready, AtBarrier, AtWarp, Done };
 struct AsyncCopy {
   void *to;
   const void *from; // null: zeros
+  uint32_t bytes;
 };
 
 struct Fiber {
   void *stack_pointer;
   State state;
   uint32_t thread; // in the block
-  uint32_t warp_operations;
+  uint32_t warp_operations, shared_accesses;
   const char *waits_in;
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;
@@ -84,10 +85,19 @@ struct Meeting {
   uint32_t arrived;
   alignas(16) uint32_t brought[32][8];
   float product[16][8]; // of mma
+  int32_t whole[16][8]; // of mma of bytes
+};
+
+/// A load or a store of shared memory by a warp: its lanes need not come together.
+struct SharedAccess {
+  uint32_t lanes, bytes;
+  uintptr_t at[32];
 };
 
 struct Warp {
   Meeting meetings[2];
+  std::vector<SharedAccess> accesses; // from `accesses_done` on: those that not all lanes have done
+  uint32_t accesses_done;
 };
 
 /// Counted over all blocks of a launch; in the order that Rust reads.
@@ -204,7 +214,7 @@ inline bool run_block(uint32_t threads, uint32_t schedule, Random &random) {
   for (uint32_t i = 0; i < threads; ++i) {
     char *top = stack(i);
     if (!top) return snprintf(machine.failure, sizeof machine.failure, "no memory for stacks"), false;
-    machine.fibers[i] = Fiber{first_frame(top, enter_fiber), State::Ready, i, 0, "", {}, {}};
+    machine.fibers[i] = Fiber{first_frame(top, enter_fiber), State::Ready, i, 0, 0, "", {}, {}};
     order[i] = i;
   }
   for (uint32_t i = 0; i < warps; ++i) {

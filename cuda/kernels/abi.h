@@ -38,6 +38,7 @@ typedef int int32_t;
 #define HAT_Q8_0 3
 #define HAT_Q4_0 4
 #define HAT_Q4_1 5
+#define HAT_Q6_K 6
 
 /// rms_norm: `x += add` (if there is one), then `out = x / sqrt(mean(x^2) + eps) * weight`.
 typedef struct hat_rms_norm {
@@ -252,7 +253,7 @@ typedef struct hat_accept_tree {
   uint32_t *next;
 } hat_accept_tree;
 
-/// gemv: `out[r][n] = sum_k x[r][k] w[n][k]` for few rows, with x in blocks of q8.
+/// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
 typedef struct hat_gemv {
   /// `[rows][columns]`
   const int8_t *q;
@@ -267,7 +268,7 @@ typedef struct hat_gemv {
   /// f32 `[rows][outputs]`
   float *out;
   uint32_t rows;
-  /// A multiple of 32.
+  /// A multiple of 32, for q6_k of 256.
   uint32_t columns;
   uint32_t outputs;
   /// 0: `out` is overwritten. 1: it is added to.

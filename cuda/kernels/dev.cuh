@@ -11,6 +11,8 @@
 
 /// A kernel of `threads` threads a block, entered from Rust by its name.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+/// The same, with registers for so many blocks at a time on one multiprocessor.
+#define KERNEL_TOGETHER(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
 /// f16 to f32, exact.
 DEVICE float from_half(uint16_t half) {
@@ -37,6 +39,12 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+/// The same number; the compiler keeps it and does not compute it anew where it is used.
+DEVICE uint32_t kept(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 /// Memory is not touched across this line by the compiler.
 DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
@@ -64,10 +72,48 @@ DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/// `a b + base` of signed bytes, m16n8k32, exact.
+DEVICE void multiply_bytes(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           const int (&base)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+               : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(base[0]),
+                 "r"(base[1]), "r"(base[2]), "r"(base[3]));
+}
+/// The same of half as many, m16n8k16.
+DEVICE void multiply_bytes(int (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&base)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+               "{%4, %5}, {%6}, {%7, %8, %9, %10};"
+               : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b), "r"(base[0]), "r"(base[1]), "r"(base[2]), "r"(base[3]));
+}
+
+/// A word, or two, of global memory that nothing writes, past the L1.
+DEVICE uint32_t load_streamed(const uint32_t *from) {
+  uint32_t word;
+  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
+}
+DEVICE uint2 load_streamed(const uint2 *from) {
+  uint2 words;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+  return words;
+}
+/// Loads and stores of shared memory whose conflicts of banks the emulator counts.
+template <class T> DEVICE T load_shared(const T *from) { return *from; }
+template <class T> DEVICE void store_shared(T *to, T value) { *to = value; }
+
 /// 16 bytes of global memory to shared memory, or zeros; there after a wait and a barrier.
 DEVICE void copy_async(void *to, const void *from, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(real ? 16 : 0)
+               : "memory");
+}
+/// The same of 4 bytes.
+DEVICE void copy_async_word(void *to, const void *from, bool real) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(real ? 4 : 0)
                : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

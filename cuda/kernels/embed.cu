@@ -10,6 +10,11 @@ template <int DTYPE> DEVICE float block_number(const hat_embed &p, uint32_t toke
   return panel_weight<DTYPE>(at, token % HAT_PANEL, column % HAT_BLOCK);
 }
 
+DEVICE float q6_k_number(const hat_embed &p, uint32_t token, uint32_t column) {
+  const size_t block = (size_t)(token / HAT_PANEL) * (p.columns / 256) + column / 256;
+  return q6_k_weight(p.table + block * Q6_K_BYTES, token % HAT_PANEL, column % 256);
+}
+
 KERNEL(256) embed(const hat_embed p) {
   const uint32_t column = blockIdx.y * 256 + threadIdx.x;
   if (column >= p.columns) return;
@@ -23,6 +28,7 @@ KERNEL(256) embed(const hat_embed p) {
   case HAT_BF16: x = __uint_as_float((uint32_t)((const uint16_t *)p.table)[single] << 16); break;
   case HAT_Q8_0: x = block_number<HAT_Q8_0>(p, token, column); break;
   case HAT_Q4_0: x = block_number<HAT_Q4_0>(p, token, column); break;
+  case HAT_Q6_K: x = q6_k_number(p, token, column); break;
   default: x = block_number<HAT_Q4_1>(p, token, column); break;
   }
   p.out[(size_t)blockIdx.x * p.columns + column] = x;

@@ -1,77 +1,157 @@
 // out[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]) for few rows, x in int8 blocks (quantise_q8), w in
-// q8_0, q4_0 or q4_1 panels. Products of bytes are summed exactly; a block adds
-// fma(isum, d_w d, acc), for q4_1 then fma(m, s, acc).
+// q8_0, q4_0, q4_1 or q6_k panels. Products of bytes are summed exactly; the blocks of K are added
+// in sequence, each fma(isum, d_w d, acc), for q4_1 then fma(m, s, acc): the bits of linear.cu.
 // q int8 [rows][columns], d, s f32 [rows][columns / 32], weight [outputs][columns], out f32.
 // Bytes: the weights once for each ROWS rows, and for each panel the rows' q, d and s.
-// Launch: grid (ceil(outputs / 16), ceil(rows / ROWS)), block 256 for a panel of 16 outputs. Block b
-// of K goes to half-warp b % 16; the 16 sums are added in order, for every ROWS alike.
-#include "panel.cuh"
+// Launch: grid (ceil(outputs / 16), ceil(rows / ROWS)), block 256 for a panel of 16 outputs. In a
+// round each of 8 warps multiplies one unit of 32 weights; then a thread for each output adds the
+// 8 terms to its sum. Each warp has loads of two rounds under way.
+#include "product.cuh"
 
 #define GEMV_WARPS 8
 
-template <int DTYPE, int ROWS> DEVICE void gemv(const hat_gemv &p, float (*partial)[8][HAT_PANEL]) {
-  const uint32_t lane = threadIdx.x % WARP, column = lane % HAT_PANEL, blocks = p.columns / HAT_BLOCK;
-  const uint32_t first_row = blockIdx.y * ROWS;
-  const uint8_t *panel = p.weight + (size_t)blockIdx.x * blocks * PANEL_BLOCK_BYTES<DTYPE>;
-  float sums[ROWS] = {};
-#pragma unroll 1
-  for (uint32_t b = threadIdx.x / HAT_PANEL; b < blocks; b += 2 * GEMV_WARPS) {
-    const uint8_t *block = panel + (size_t)b * PANEL_BLOCK_BYTES<DTYPE>;
-    uint32_t words[BLOCK_WORDS<DTYPE>];
+/// The terms of a round.
+template <int DTYPE, int ROWS> struct GemvRound {
+  /// Sum and scale. Two more columns than there are: rows stand in other banks.
+  float2 terms[GEMV_WARPS][ROWS][HAT_PANEL + 2];
+  /// q4_1 alone.
+  float minima[DTYPE == HAT_Q4_1 ? GEMV_WARPS : 1][HAT_PANEL], s[DTYPE == HAT_Q4_1 ? GEMV_WARPS : 1][ROWS];
+};
+
+/// What a thread has loaded of a unit and of the rows beside it.
+template <int DTYPE, int ROWS> struct GemvLoads {
+  PackedUnit<DTYPE> unit;
+  /// B of the mma: bytes of row `lane / 4` of each 8.
+  uint32_t q[ROWS / 8][2];
+  /// Of rows `lane % 4 * 2` and the next, of each 8.
+  float d[ROWS / 8][2];
+  float s;
+};
+
+/// Where a thread's loads of its first round are. Rows that there are not are the last one again:
+/// nobody reads what becomes of them.
+template <int DTYPE, int ROWS> struct GemvPlaces {
+  UnitPlaces unit;
+  const uint8_t *words, *scales;
+  const int8_t *q[ROWS / 8];
+  const float *d[ROWS / 8][2], *s;
+};
+
+template <int DTYPE, int ROWS> DEVICE GemvPlaces<DTYPE, ROWS> gemv_places(const hat_gemv &p) {
+  const uint32_t blocks = p.columns / HAT_BLOCK, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const uint32_t first = blockIdx.y * ROWS, last = p.rows - 1;
+  const uint8_t *panel = p.weight + blockIdx.x * panel_bytes<DTYPE>(blocks);
+  GemvPlaces<DTYPE, ROWS> places;
+  places.unit = unit_places<false>();
+  places.words = unit_byte<DTYPE>(panel, warp, 0);
+  places.scales = unit_byte<DTYPE>(panel, warp, UNIT_SCALES<DTYPE>);
 #pragma unroll
-    for (int j = 0; j < BLOCK_WORDS<DTYPE>; ++j) words[j] = panel_word(block, j, column);
-    const float scale = panel_scale<DTYPE>(block, column);
-    const float minimum = DTYPE == HAT_Q4_1 ? panel_minimum(block, column) : 0.0f;
+  for (int n = 0; n < ROWS / 8; ++n) {
+    places.q[n] = p.q + (size_t)min(first + n * 8 + lane / 4, last) * p.columns + warp * HAT_BLOCK + lane % 4 * 4;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const uint32_t row = first_row + r;
-      if (ROWS > 1 && row >= p.rows) break;
-      const size_t at = (size_t)row * blocks + b;
-      const uint4 *x = (const uint4 *)(p.q + at * HAT_BLOCK);
-      const uint4 low = x[0], high = x[1];
-      const uint32_t q[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      int sum = 0;
-#pragma unroll
-      for (int j = 0; j < BLOCK_WORDS<DTYPE>; ++j) {
-        if (DTYPE == HAT_Q8_0) {
-          sum = __dp4a((int)words[j], (int)q[j], sum);
-        } else {
-          sum = __dp4a((int)(words[j] & 0x0f0f0f0f), (int)q[j], sum);
-          sum = __dp4a((int)(words[j] >> 4 & 0x0f0f0f0f), (int)q[j + 4], sum);
-        }
-        // (w - 8) q: 8 for each weight, without touching the packed ones.
-        if (DTYPE == HAT_Q4_0) sum -= __dp4a(0x08080808, (int)q[j], __dp4a(0x08080808, (int)q[j + 4], 0));
-      }
-      sums[r] = fmaf((float)sum, scale * p.d[at], sums[r]);
-      if (DTYPE == HAT_Q4_1) sums[r] = fmaf(minimum, p.s[at], sums[r]);
+    for (int i = 0; i < 2; ++i) {
+      places.d[n][i] = p.d + (size_t)min(first + n * 8 + lane % 4 * 2 + i, last) * blocks + warp;
     }
   }
+  places.s = p.s + (size_t)min(first + lane % ROWS, last) * blocks + warp;
+  return places;
+}
+
+template <int DTYPE, int ROWS>
+DEVICE void load(const GemvPlaces<DTYPE, ROWS> &places, uint32_t round, GemvLoads<DTYPE, ROWS> &to) {
+  // A round of q6_k is a block.
+  constexpr uint32_t BYTES = DTYPE == HAT_Q6_K ? Q6_K_BYTES : GEMV_WARPS * UNIT_BYTES<DTYPE>;
+  const size_t at = (size_t)round * BYTES;
+  to.unit = read_unit<DTYPE, false>(places.words + at, places.scales + at, places.unit);
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    // The two halves of a warp, then the warps.
-    const float other = __shfl_xor_sync(ALL_LANES, sums[r], HAT_PANEL);
-    if (lane < HAT_PANEL) partial[threadIdx.x / WARP][r][column] = sums[r] + other;
+  for (int n = 0; n < ROWS / 8; ++n) {
+    const uint32_t *q = (const uint32_t *)(places.q[n] + round * (GEMV_WARPS * HAT_BLOCK));
+    to.q[n][0] = q[0];
+    to.q[n][1] = q[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) to.d[n][i] = places.d[n][i][round * GEMV_WARPS];
   }
-  __syncthreads();
-  const uint32_t row = threadIdx.x / HAT_PANEL, output = blockIdx.x * HAT_PANEL + column;
-  if (row >= ROWS || first_row + row >= p.rows || output >= p.outputs) return;
-  float sum = partial[0][row][column];
+  if (DTYPE == HAT_Q4_1) to.s = places.s[round * GEMV_WARPS];
+}
+
+template <int DTYPE, int ROWS>
+DEVICE void multiply(const GemvLoads<DTYPE, ROWS> &from, const int (&base)[4], GemvRound<DTYPE, ROWS> &round) {
+  const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = lane / 4 * 2;
+  const Unit<DTYPE> unit = unpack_unit<DTYPE>(from.unit);
 #pragma unroll
-  for (int warp = 1; warp < GEMV_WARPS; ++warp) sum += partial[warp][row][column];
+  for (int n = 0; n < ROWS / 8; ++n) {
+    float sums[4];
+    multiply_unit<DTYPE>(sums, unit, from.q[n][0], from.q[n][1], base);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float4 *to = (float4 *)&round.terms[warp][n * 8 + lane % 4 * 2 + i][column];
+      store_shared(to, make_float4(sums[i], unit.scale[0] * from.d[n][i], sums[i + 2], unit.scale[1] * from.d[n][i]));
+    }
+  }
+  if (DTYPE == HAT_Q4_1) {
+    if (lane % 4 == 0) *(float2 *)&round.minima[warp][column] = make_float2(unit.minimum[0], unit.minimum[1]);
+    if (lane < ROWS) round.s[warp][lane] = from.s;
+  }
+}
+
+/// Adds the first `count` terms of a round to a thread's sum.
+template <int DTYPE, int ROWS>
+DEVICE float add_round(const GemvRound<DTYPE, ROWS> &round, uint32_t count, float sum) {
+  const uint32_t row = threadIdx.x / HAT_PANEL, column = threadIdx.x % HAT_PANEL;
+  float2 terms[GEMV_WARPS], minima[GEMV_WARPS];
+#pragma unroll
+  for (uint32_t i = 0; i < GEMV_WARPS; ++i) {
+    terms[i] = load_shared(&round.terms[i][row][column]);
+    if (DTYPE == HAT_Q4_1) minima[i] = make_float2(round.minima[i][column], round.s[i][row]);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < GEMV_WARPS; ++i) {
+    const float next = fmaf(terms[i].x, terms[i].y, sum);
+    sum = i < count ? next : sum;
+    if (DTYPE == HAT_Q4_1) sum = i < count ? fmaf(minima[i].x, minima[i].y, sum) : sum;
+  }
+  return sum;
+}
+
+template <int DTYPE, int ROWS> DEVICE void gemv(const hat_gemv &p, GemvRound<DTYPE, ROWS> (&rounds)[2]) {
+  const uint32_t blocks = p.columns / HAT_BLOCK, warp = threadIdx.x / WARP, row = threadIdx.x / HAT_PANEL;
+  const GemvPlaces<DTYPE, ROWS> places = gemv_places<DTYPE, ROWS>(p);
+  GemvLoads<DTYPE, ROWS> loads[2] = {};
+  if (warp < blocks) load<DTYPE, ROWS>(places, 0, loads[0]);
+  if (warp + GEMV_WARPS < blocks) load<DTYPE, ROWS>(places, 1, loads[1]);
+  const int base[4] = {SUM_BASE, SUM_BASE, SUM_BASE, SUM_BASE};
+  float sum = 0.0f;
+#pragma unroll 1
+  for (uint32_t round = 0; round * GEMV_WARPS < blocks; round += 2) {
+#pragma unroll
+    for (uint32_t turn = 0; turn < 2; ++turn) {
+      const uint32_t begin = (round + turn) * GEMV_WARPS;
+      if (begin >= blocks) break;
+      if (begin + warp < blocks) multiply<DTYPE, ROWS>(loads[turn], base, rounds[turn]);
+      if (begin + 2 * GEMV_WARPS + warp < blocks) load<DTYPE, ROWS>(places, round + turn + 2, loads[turn]);
+      // Who is a round ahead writes the other one of `rounds`.
+      __syncthreads();
+      if (row < ROWS) sum = add_round<DTYPE, ROWS>(rounds[turn], blocks - begin, sum);
+    }
+  }
+  const uint32_t to = blockIdx.y * ROWS + row, output = blockIdx.x * HAT_PANEL + threadIdx.x % HAT_PANEL;
+  if (row >= ROWS || to >= p.rows || output >= p.outputs) return;
   if (p.bias) sum += p.bias[output];
-  float *out = p.out + (size_t)(first_row + row) * p.outputs + output;
+  float *out = p.out + (size_t)to * p.outputs + output;
   *out = p.add ? *out + sum : sum;
 }
 
-#define GEMV(name, DTYPE, ROWS)                                                                    \
-  KERNEL(256) name(const hat_gemv p) {                                                             \
-    __shared__ float partial[GEMV_WARPS][8][HAT_PANEL];                                            \
-    gemv<DTYPE, ROWS>(p, partial);                                                                 \
+#define GEMV(name, DTYPE, ROWS, TOGETHER)                                                          \
+  KERNEL_TOGETHER(256, TOGETHER) name(const hat_gemv p) {                                          \
+    __shared__ GemvRound<DTYPE, ROWS> rounds[2];                                                   \
+    gemv<DTYPE, ROWS>(p, rounds);                                                                  \
   }
 
-GEMV(gemv_q8_0_1, HAT_Q8_0, 1)
-GEMV(gemv_q8_0_8, HAT_Q8_0, 8)
-GEMV(gemv_q4_0_1, HAT_Q4_0, 1)
-GEMV(gemv_q4_0_8, HAT_Q4_0, 8)
-GEMV(gemv_q4_1_1, HAT_Q4_1, 1)
-GEMV(gemv_q4_1_8, HAT_Q4_1, 8)
+GEMV(gemv_q8_0_8, HAT_Q8_0, 8, 4)
+GEMV(gemv_q8_0_16, HAT_Q8_0, 16, 2)
+GEMV(gemv_q4_0_8, HAT_Q4_0, 8, 4)
+GEMV(gemv_q4_0_16, HAT_Q4_0, 16, 2)
+GEMV(gemv_q4_1_8, HAT_Q4_1, 8, 3)
+GEMV(gemv_q4_1_16, HAT_Q4_1, 16, 2)
+GEMV(gemv_q6_k_8, HAT_Q6_K, 8, 2)
+GEMV(gemv_q6_k_16, HAT_Q6_K, 16, 2)

@@ -1,6 +1,8 @@
 // Weights in panels of 16 columns, as the loader writes them: the same block of K of 16 columns
 // stands together. Of a block type, a *word* is 4 consecutive bytes of one column; then the 16
 // scales follow, and for q4_1 the 16 minima. Low nibbles are weights 0..16, high ones 16..32.
+// A block of q6_k is 16 scales and 8 units of 32 weights: nibbles as in q4_0; words of high bits of
+// weights 0..16 and 16..32 of each column, two bits a weight; 16 scales of each of these halves.
 #pragma once
 #include "abi.h"
 #include "dev.cuh"
@@ -10,6 +12,9 @@ template <int DTYPE> constexpr int BLOCK_WORDS = DTYPE == HAT_Q8_0 ? 8 : 4;
 /// Bytes of one block of 16 columns.
 template <int DTYPE>
 constexpr int PANEL_BLOCK_BYTES = HAT_PANEL * (BLOCK_WORDS<DTYPE> * 4 + (DTYPE == HAT_Q4_1 ? 4 : 2));
+/// Bytes of a unit of q6_k, and of a block of them.
+#define Q6_K_UNIT_BYTES (HAT_PANEL * (16 + 8 + 2))
+#define Q6_K_BYTES (HAT_PANEL * 2 + 8 * Q6_K_UNIT_BYTES)
 
 /// Word `j` of a column.
 DEVICE uint32_t panel_word(const uint8_t *block, int j, int column) {
@@ -33,4 +38,15 @@ template <int DTYPE> DEVICE float panel_weight(const uint8_t *block, int column,
   const int q = panel_word(block, i % 16 / 4, column) >> (i % 4 * 8 + i / 16 * 4) & 15;
   if (DTYPE == HAT_Q4_0) return d * (float)(q - 8);
   return d * (float)q + panel_minimum(block, column);
+}
+
+/// Weight `i` of 256 of a column of q6_k: `d sc (q - 32)`.
+DEVICE float q6_k_weight(const uint8_t *block, int column, int i) {
+  const uint8_t *unit = block + HAT_PANEL * 2 + i / HAT_BLOCK * Q6_K_UNIT_BYTES;
+  const int half = i % HAT_BLOCK / 16, l = i % 16;
+  const uint32_t low = panel_word(unit, l / 4, column) >> (l % 4 * 8 + half * 4) & 15;
+  const uint32_t high = panel_word(unit + HAT_PANEL * 16, half, column) >> (l % 4 * 8 + l / 4 * 2) & 3;
+  const int8_t scale = (int8_t)unit[HAT_PANEL * (24 + half) + column];
+  const float d = from_half(*(const uint16_t *)(block + column * 2));
+  return d * (float)scale * (float)((int)(low | high << 4) - 32);
 }

@@ -12,6 +12,7 @@ pub const HAT_BF16: u32 = 2;
 pub const HAT_Q8_0: u32 = 3;
 pub const HAT_Q4_0: u32 = 4;
 pub const HAT_Q4_1: u32 = 5;
+pub const HAT_Q6_K: u32 = 6;
 pub const HAT_NOT_FINITE: u32 = 4294967295;
 /// rms_norm: `x += add` (if there is one), then `out = x / sqrt(mean(x^2) + eps) * weight`.
 #[repr(C)]
@@ -559,7 +560,7 @@ const _: () = {
         "Offset of field: hat_accept_tree::next",
     ][::core::mem::offset_of!(hat_accept_tree, next) - 48usize];
 };
-/// gemv: `out[r][n] = sum_k x[r][k] w[n][k]` for few rows, with x in blocks of q8.
+/// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct hat_gemv {
@@ -576,7 +577,7 @@ pub struct hat_gemv {
     /// f32 `[rows][outputs]`
     pub out: *mut f32,
     pub rows: u32,
-    /// A multiple of 32.
+    /// A multiple of 32, for q6_k of 256.
     pub columns: u32,
     pub outputs: u32,
     /// 0: `out` is overwritten. 1: it is added to.

@@ -49,6 +49,7 @@ artefacts![
     "embed",
     "fragments",
     "gemv",
+    "linear",
     "peak",
     "quantise_rows",
     "rms_norm",

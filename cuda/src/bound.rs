@@ -1,7 +1,7 @@
 //! What a kernel cannot do without: the bytes that it has to move, and the operations of its
 //! products. Benches print how near a GPU comes to it.
 
-use crate::gemv::ROWS;
+use crate::linear::passes;
 use crate::plan::Heads;
 use crate::quantise_rows::BLOCK;
 use crate::table::Numbers;
@@ -15,10 +15,11 @@ pub struct Work {
     pub flops: u64,
 }
 
-/// [`crate::gemv::gemv`]: the weights once for each 8 rows, the rows as int8 blocks, the outputs.
+/// [`crate::linear::linear`]: the weights once for up to 16 rows, above that once for each 64 (the
+/// L2 may spare some of that); the rows as int8 blocks, the outputs.
 #[must_use]
 pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
-    let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0) * rows.div_ceil(ROWS);
+    let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0) * passes(rows);
     let activations = rows * (columns + columns / BLOCK * 2 * size_of::<f32>());
     let bytes = weights + activations + rows * outputs * size_of::<f32>();
     Work { bytes: bytes as u64, flops: 2 * (rows * columns * outputs) as u64 }

@@ -1,4 +1,4 @@
-//! Launcher of `gemv.cu`.
+//! Launcher of `gemv.cu`: products of few rows.
 
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
@@ -6,8 +6,10 @@ use crate::kernel::Kernel;
 use crate::quantise_rows::{BLOCK, Q8};
 use crate::table::{Numbers, Table};
 
-/// Rows that one pass over the weights serves.
-pub const ROWS: usize = 8;
+/// Rows that one pass over the weights serves at most.
+pub const ROWS_MAX: usize = 16;
+/// Rows of an `mma`: as many or fewer are one pass of half the work.
+const ROWS: usize = 8;
 
 /// What happens to the old content of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,12 +20,12 @@ pub enum Write {
     Add,
 }
 
-/// Operands of [`gemv`].
+/// Operands of [`gemv`] and of [`crate::linear::linear`].
 #[derive(Debug)]
 pub struct Gemv<'a> {
     /// `[rows][columns]` as int8 blocks.
     pub x: Q8<'a>,
-    /// `[outputs][columns]`; q8_0, q4_0 or q4_1.
+    /// `[outputs][columns]`; of a block type.
     pub weight: Table<'a>,
     /// f32 `[outputs]`
     pub bias: Option<Slice<'a, f32>>,
@@ -33,15 +35,41 @@ pub struct Gemv<'a> {
     pub out: SliceMut<'a, f32>,
 }
 
-/// `out[r][n] = sum_k x[r][k] weight[n][k] (+ bias[n])`. A row's result does not depend on how many
-/// there are.
+/// `out[r][n] = sum_k x[r][k] weight[n][k] (+ bias[n])`, to the bit what CPU backends compute for
+/// the same blocks; for few rows. [`crate::linear::linear`] takes as many as there are.
 ///
 /// # Errors
 /// If the GPU says no.
 ///
 /// # Panics
 /// If a length does not fit, or there is no kernel for the type of the weights.
-pub fn gemv(gpu: &mut impl Gpu, rows: usize, mut to: Gemv<'_>) -> Result<(), GpuError> {
+pub fn gemv(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuError> {
+    let few = rows <= ROWS;
+    let kernel = match to.weight.numbers() {
+        Numbers::Q8_0 if few => Kernel::GemvQ80x8,
+        Numbers::Q8_0 => Kernel::GemvQ80x16,
+        Numbers::Q4_0 if few => Kernel::GemvQ40x8,
+        Numbers::Q4_0 => Kernel::GemvQ40x16,
+        Numbers::Q4_1 if few => Kernel::GemvQ41x8,
+        Numbers::Q4_1 => Kernel::GemvQ41x16,
+        Numbers::Q6K if few => Kernel::GemvQ6Kx8,
+        Numbers::Q6K => Kernel::GemvQ6Kx16,
+        other => panic!("gemv has no kernel for {other:?}"),
+    };
+    let panels = to.weight.rows().div_ceil(abi::HAT_PANEL as usize);
+    let passes = rows.div_ceil(if few { ROWS } else { ROWS_MAX });
+    queue(gpu, kernel, [panels, passes], rows, to)
+}
+
+/// A launch of `gemv` or `linear`, whose blocks write outputs and rows that there are, and no
+/// others.
+pub(crate) fn queue(
+    gpu: &mut impl Gpu,
+    kernel: Kernel,
+    grid: [usize; 2],
+    rows: usize,
+    mut to: Gemv<'_>,
+) -> Result<(), GpuError> {
     let (columns, outputs) = (to.weight.columns(), to.weight.rows());
     let blocks = rows * columns / BLOCK;
     let Q8 { q, d, s } = to.x;
@@ -51,16 +79,6 @@ pub fn gemv(gpu: &mut impl Gpu, rows: usize, mut to: Gemv<'_>) -> Result<(), Gpu
     if rows == 0 || outputs == 0 {
         return Ok(());
     }
-    let single = rows == 1;
-    let kernel = match to.weight.numbers() {
-        Numbers::Q8_0 if single => Kernel::GemvQ80x1,
-        Numbers::Q8_0 => Kernel::GemvQ80x8,
-        Numbers::Q4_0 if single => Kernel::GemvQ40x1,
-        Numbers::Q4_0 => Kernel::GemvQ40x8,
-        Numbers::Q4_1 if single => Kernel::GemvQ41x1,
-        Numbers::Q4_1 => Kernel::GemvQ41x8,
-        other => panic!("gemv has no kernel for {other:?}"),
-    };
     let params = abi::hat_gemv {
         q: q.vectors(),
         d: d.pointer(),
@@ -73,9 +91,8 @@ pub fn gemv(gpu: &mut impl Gpu, rows: usize, mut to: Gemv<'_>) -> Result<(), Gpu
         outputs: count(outputs),
         add: u32::from(to.write == Write::Add),
     };
-    let panels = outputs.div_ceil(abi::HAT_PANEL as usize);
-    let grid = [count(panels), count(rows.div_ceil(if single { 1 } else { ROWS })), 1];
-    // SAFETY: a block reads one panel, whose padding columns are in the table's bytes, and rows
-    // below `rows`; it writes outputs below `outputs`.
+    let grid = [count(grid[0]), count(grid[1]), 1];
+    // SAFETY: a block reads panels with outputs below `outputs`, whose padding columns are in the
+    // table's bytes, and rows below `rows`; it writes outputs below `outputs`.
     unsafe { gpu.launch(Launch { kernel, grid }, &params) }
 }

@@ -71,18 +71,30 @@ kernels! {
     NarrowF16 = "quantise_rows", "narrow_f16", 256;
     /// Rows from f16.
     WidenF16 = "quantise_rows", "widen_f16", 256;
-    /// One row times a q8_0 matrix.
-    GemvQ80x1 = "gemv", "gemv_q8_0_1", 256;
     /// Up to 8 rows at a time times a q8_0 matrix.
     GemvQ80x8 = "gemv", "gemv_q8_0_8", 256;
-    /// One row times a q4_0 matrix.
-    GemvQ40x1 = "gemv", "gemv_q4_0_1", 256;
+    /// Up to 16 rows at a time times a q8_0 matrix.
+    GemvQ80x16 = "gemv", "gemv_q8_0_16", 256;
     /// Up to 8 rows at a time times a q4_0 matrix.
     GemvQ40x8 = "gemv", "gemv_q4_0_8", 256;
-    /// One row times a q4_1 matrix.
-    GemvQ41x1 = "gemv", "gemv_q4_1_1", 256;
+    /// Up to 16 rows at a time times a q4_0 matrix.
+    GemvQ40x16 = "gemv", "gemv_q4_0_16", 256;
     /// Up to 8 rows at a time times a q4_1 matrix.
     GemvQ41x8 = "gemv", "gemv_q4_1_8", 256;
+    /// Up to 16 rows at a time times a q4_1 matrix.
+    GemvQ41x16 = "gemv", "gemv_q4_1_16", 256;
+    /// Up to 8 rows at a time times a q6_k matrix.
+    GemvQ6Kx8 = "gemv", "gemv_q6_k_8", 256;
+    /// Up to 16 rows at a time times a q6_k matrix.
+    GemvQ6Kx16 = "gemv", "gemv_q6_k_16", 256;
+    /// Many rows times a q8_0 matrix.
+    LinearQ80 = "linear", "linear_q8_0", 256;
+    /// Many rows times a q4_0 matrix.
+    LinearQ40 = "linear", "linear_q4_0", 256;
+    /// Many rows times a q4_1 matrix.
+    LinearQ41 = "linear", "linear_q4_1", 256;
+    /// Many rows times a q6_k matrix.
+    LinearQ6K = "linear", "linear_q6_k", 256;
     /// The largest of each slice of a row.
     TopKSlices = "top_k", "top_k_slices", 256;
     /// The largest of all slices.

@@ -29,6 +29,7 @@ pub mod gemv;
 pub mod gpu;
 pub mod kernel;
 pub mod kv;
+pub mod linear;
 #[cfg(feature = "nvrtc")]
 pub mod nvrtc;
 pub mod peak;

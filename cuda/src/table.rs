@@ -18,6 +18,8 @@ pub enum Numbers {
     Q4_0,
     /// Blocks of 32: f16 scale, f16 minimum, 32 nibbles.
     Q4_1,
+    /// Blocks of 256: f16 scale, 16 signed bytes that scale 16 weights each, 6 bits less 32.
+    Q6K,
 }
 
 impl Numbers {
@@ -27,6 +29,7 @@ impl Numbers {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => abi::HAT_BLOCK as usize,
+            Self::Q6K => 256,
         }
     }
 
@@ -39,6 +42,7 @@ impl Numbers {
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
+            Self::Q6K => 210,
         }
     }
 
@@ -61,6 +65,7 @@ impl Numbers {
             Self::Q8_0 => abi::HAT_Q8_0,
             Self::Q4_0 => abi::HAT_Q4_0,
             Self::Q4_1 => abi::HAT_Q4_1,
+            Self::Q6K => abi::HAT_Q6_K,
         }
     }
 }

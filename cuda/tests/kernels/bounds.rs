@@ -5,6 +5,8 @@ use hat_cuda::bound::{Work, attend, gemv, silu_mul};
 use hat_cuda::plan::Heads;
 use hat_cuda::table::Numbers;
 
+use crate::gemv::product;
+use crate::panels::Matrix;
 use crate::sequences::{Sequence, Store, attended, chunk, tree};
 use crate::stand::{Random, gpu};
 
@@ -34,12 +36,30 @@ fn attention_does_the_operations_of_its_formula_and_few_more() {
 }
 
 #[test]
+fn products_do_the_operations_of_their_formula() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(8);
+    for rows in [8, 16, 64, 128] {
+        let matrix = Matrix::random(Numbers::Q4_0, 128, 96, &mut random);
+        let x = random.numbers(rows * 96, 1.0);
+        let before = gpu.counts();
+        product(&mut gpu, &x, &matrix);
+        let (Some(before), Some(after)) = (before, gpu.counts()) else { return };
+        // m16n8k32.
+        let (done, needed) =
+            ((after.mma - before.mma) * 2 * MMA_FLOPS, gemv(Numbers::Q4_0, rows, 96, 128).flops);
+        assert_eq!(done, needed, "{rows} rows");
+    }
+}
+
+#[test]
 fn bytes_are_those_of_the_buffers() {
     // 16,777,216 weights of 20 bytes in 32; 4,096 bytes and 128 pairs of scales; 4,096 outputs.
     let one = gemv(Numbers::Q4_1, 1, 4096, 4096);
     assert_eq!(one, Work { bytes: 10_485_760 + 4096 + 1024 + 16_384, flops: 33_554_432 });
     let many = gemv(Numbers::Q4_1, 17, 4096, 4096);
-    assert_eq!(many.bytes, 3 * 10_485_760 + 17 * (4096 + 1024 + 16_384));
+    assert_eq!(many.bytes, 10_485_760 + 17 * (4096 + 1024 + 16_384));
+    assert_eq!(gemv(Numbers::Q4_1, 65, 4096, 4096).bytes, 2 * 10_485_760 + 65 * 21_504);
     // 1,024 keys of 32 heads of 128 in two bytes, K and V; 8 rows in and out.
     let heads = Heads { heads: 32, kv_heads: 32, head_dim: 128, window: None };
     let work = attend(&heads, &[1017, 1018, 1019, 1020, 1021, 1022, 1023, 1024]);

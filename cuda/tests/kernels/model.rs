@@ -5,9 +5,10 @@
 use hat_cuda::accept_tree::{Trees, accept_tree};
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::embed::embed;
-use hat_cuda::gemv::{Gemv, Write, gemv};
+use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::kv::{Kv, KvShape, RowMove};
+use hat_cuda::linear::linear;
 use hat_cuda::plan::{Heads, PAGE_SIZE};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, narrow_f16, quantise_q8, widen_f16};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
@@ -87,7 +88,7 @@ impl Weight {
         quantise_q8(gpu, x.slice().range(0..count), to).unwrap();
         let x = Q8 { q: q.slice(), d: d.slice(), s: s.slice() };
         let out = out.slice_mut();
-        gemv(gpu, rows, Gemv { x, weight: self.table(), bias: None, write, out }).unwrap();
+        linear(gpu, rows, Gemv { x, weight: self.table(), bias: None, write, out }).unwrap();
     }
 }
 

@@ -19,10 +19,9 @@ use crate::stand::{
 fn embed_gives_the_tables_numbers() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(10);
-    let types =
-        [Numbers::F32, Numbers::F16, Numbers::Bf16, Numbers::Q8_0, Numbers::Q4_0, Numbers::Q4_1];
-    for kind in types {
-        let (vocabulary, columns) = (35, 576);
+    use Numbers::{Bf16, F16, F32, Q4_0, Q4_1, Q6K, Q8_0};
+    for kind in [F32, F16, Bf16, Q8_0, Q4_0, Q4_1, Q6K] {
+        let (vocabulary, columns) = (35, if kind == Q6K { 768 } else { 576 });
         let matrix = Matrix::random(kind, vocabulary, columns, &mut random);
         let table_bytes = memory(&mut gpu, &matrix.bytes);
         let table = Table::new(table_bytes.slice(), kind, vocabulary, columns);
@@ -36,7 +35,7 @@ fn embed_gives_the_tables_numbers() {
         // `d q` is exact in f32 and rounded nowhere; `d q + m` is rounded once or twice.
         for (out, token) in out.chunks(columns).zip(tokens) {
             let out: Vec<f32> = out.iter().map(|bits| f32::from_bits(*bits)).collect();
-            let relative = if kind == Numbers::Q4_1 { 1e-6 } else { 0.0 };
+            let relative = if kind == Q4_1 { 1e-6 } else { 0.0 };
             let what = format!("embed {kind:?} of {token}");
             assert_close(&what, &out, matrix.row(token as usize), relative / 10.0, relative);
         }

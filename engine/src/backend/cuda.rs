@@ -11,6 +11,7 @@ use hat_cuda::embed;
 use hat_cuda::gemv::{self, Gemv};
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
 use hat_cuda::kv;
+use hat_cuda::linear::linear;
 use hat_cuda::plan::{Heads, Plan, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{self, RmsNorm};
@@ -86,6 +87,7 @@ fn numbers(dtype: DType) -> Option<Numbers> {
         DType::Q8_0 => Some(Numbers::Q8_0),
         DType::Q4_0 => Some(Numbers::Q4_0),
         DType::Q4_1 => Some(Numbers::Q4_1),
+        DType::Q6K => Some(Numbers::Q6K),
         _ => None,
     }
 }
@@ -183,7 +185,7 @@ impl<G: Gpu> CudaBackend<G> {
             },
             out: out.slice_mut(),
         };
-        gemv::gemv(&mut self.gpu, rows, to)
+        linear(&mut self.gpu, rows, to)
     }
 
     /// Puts a plan on the GPU, unless it is there.
