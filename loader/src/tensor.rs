@@ -110,10 +110,13 @@ impl Layout {
     }
 }
 
-/// Bytes inside something that outlives them: a memory map, or memory of our own.
+/// What bytes are in: a memory map, or memory of our own.
+pub type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Bytes inside something that outlives them.
 #[derive(Clone)]
 pub struct TensorBytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Owner,
     range: Range<usize>,
     is_mapped: bool,
 }
@@ -124,7 +127,7 @@ impl TensorBytes {
     /// # Panics
     /// If `range` is not inside `owner`.
     #[must_use]
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
+    pub fn new(owner: Owner, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= (*owner).as_ref().len());
         Self { owner, range, is_mapped: false }
     }
@@ -137,7 +140,7 @@ impl TensorBytes {
     /// The whole map that these bytes are in, and where in it they are; `None` if they are in no
     /// map. A map has its pages for itself, and no byte of it changes.
     #[must_use]
-    pub fn map(&self) -> Option<(&Arc<dyn AsRef<[u8]> + Send + Sync>, Range<usize>)> {
+    pub fn map(&self) -> Option<(&Owner, Range<usize>)> {
         self.is_mapped.then(|| (&self.owner, self.range.clone()))
     }
 

@@ -1,9 +1,9 @@
 //! Launches and small copies on their way to a stream.
 //!
-//! Launches are gathered until something needs their results, or they are many. When the same ones come again (the
-//! layers of one more decode step), they are captured as a CUDA graph, and go out as one call from
-//! then on. Two runs of launches are the same if every kernel, grid and parameter block is: the
-//! launchers see to it that a bucket of shapes keeps its addresses.
+//! Launches are gathered until something needs their results, or they are many. When the same
+//! ones come again (the layers of one more decode step), they are captured as a CUDA graph, and go
+//! out as one call from then on. Two runs of launches are the same if every kernel, grid and
+//! parameter block is: the launchers see to it that a bucket of shapes keeps its addresses.
 //!
 //! Copies of a step's rows and plans go through pinned memory, so that the caller waits for none.
 

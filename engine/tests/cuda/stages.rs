@@ -58,7 +58,8 @@ fn linked_stages_have_the_bits_of_one() {
     let [_, cloud] = open(&bundles);
     let (mut whole, [mut first, mut second]) = stages(&cloud, 3);
     let mut sessions = Sessions::new();
-    let cases: [(&[(usize, u32)], u32, u32, bool); 5] = [
+    type Case<'a> = (&'a [(usize, u32)], u32, u32, bool);
+    let cases: [Case<'_>; 5] = [
         (&[(0, 1)], 5, 3, true),
         (&[(0, 1), (1, 2)], 2, 3, true), // one enters at the second stage
         (&[(0, 1)], 3, 2, false),        // leaves before it
