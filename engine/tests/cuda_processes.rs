@@ -300,7 +300,7 @@ fn doctor_says_what_gpus_there_are() {
         for part in [
             "so the CPU computes, also with --processor cuda-else-cpu",
             "needs compute capability 8.0 and NVIDIA's driver",
-            "\n  device: cpu",
+            " ms; cpu: ",
             "\n  cloud: cpu",
             "; beside them at most ",
             " for keys and values, ",

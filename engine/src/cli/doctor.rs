@@ -99,6 +99,7 @@ impl DoctorArgs {
         };
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
         println!("start-up: {took_ms:.0} ms; {}", engine.describe());
+        others(&engine);
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
         for event in engine.generate(request)? {
             match event {
@@ -187,9 +188,8 @@ fn memory(bundle: &Bundle) {
     println!();
 }
 
-/// Which kernels run, for whom.
-fn computes(engine: &Engine) {
-    println!("  device: {}", engine.describe());
+/// Which kernels run beside the device's own.
+fn others(engine: &Engine) {
     if let Some(drafter) = engine.describe_drafter() {
         println!("  drafter: {drafter}");
     }
