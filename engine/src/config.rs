@@ -117,8 +117,9 @@ pub enum Processor {
     /// The GPU of this number, or an error.
     #[cfg(feature = "cuda")]
     Cuda(usize),
-    /// The GPU of this number, or, where it can't be used, what [`Processor::Auto`] is. A daemon's
-    /// cloud that loses its GPU goes on with the CPU.
+    /// The GPU of this number, or, where it can't be used, what [`Processor::Auto`] is. A device or
+    /// a cloud that loses its GPU goes on with the CPU: a cloud's sessions are replayed, a device's
+    /// requests that run end with an error (`docs/KERNELS.md`).
     #[cfg(feature = "cuda")]
     CudaElseCpu(usize),
 }

@@ -203,22 +203,43 @@ fn on_gpu(processor: Processor, _: Option<&usize>) -> Processor {
     processor
 }
 
-/// The GPUs of this machine: a line for each, or one that says why there is none.
+/// The GPUs of this machine, a line for each, or one that says why there is none; and where none
+/// can be used, what that means and what would help.
 #[must_use]
 pub fn gpus() -> Vec<String> {
     #[cfg(feature = "cuda")]
-    match hat_cuda::driver::gpu_count() {
+    let mut lines = match hat_cuda::driver::gpu_count() {
         Ok(0) => vec!["the NVIDIA driver finds no GPU".to_owned()],
-        Ok(count) => (0..count)
-            .map(|ordinal| match Cuda::open(ordinal) {
-                Ok(gpu) => format!("{ordinal}: {}", gpu.describe()),
+        Ok(count) => {
+            let opened = (0..count).map(|ordinal| (ordinal, Cuda::open(ordinal)));
+            let mut can_be_used = false;
+            let line = |(ordinal, gpu): (usize, Result<Cuda, _>)| match gpu {
+                Ok(gpu) => {
+                    can_be_used = true;
+                    format!("{ordinal}: {}", gpu.describe())
+                }
                 Err(error) => format!("{ordinal}: {error}"),
-            })
-            .collect(),
+            };
+            let lines: Vec<String> = opened.map(line).collect();
+            if can_be_used {
+                return lines;
+            }
+            lines
+        }
         Err(error) => vec![error.to_string()],
-    }
+    };
     #[cfg(not(feature = "cuda"))]
-    vec!["this program was built without the feature `cuda`".to_owned()]
+    let mut lines = vec!["this program was built without the feature `cuda`".to_owned()];
+    lines.push(
+        "so the CPU computes, also with --processor cuda-else-cpu; --processor cuda is an error"
+            .to_owned(),
+    );
+    #[cfg(feature = "cuda")]
+    lines.push(
+        "a GPU needs compute capability 8.0 and NVIDIA's driver for CUDA 12.0 or later; no toolkit"
+            .to_owned(),
+    );
+    lines
 }
 
 /// The CPU backend of a configuration; for a processor that is none, the best level.

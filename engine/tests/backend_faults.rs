@@ -374,7 +374,7 @@ fn nobody_waits_for_an_engine_that_has_ended() {
     for _ in 0..12 {
         let engine = engine_with(&bundles, &Arc::new(AtomicI64::new(5)), true);
         assert_eq!(first_error(&engine, request()).kind(), ErrorKind::Resource);
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         while engine.generate(request()).is_ok_and(|mut answer| answer.any(|event| event.is_ok())) {
             assert!(begin.elapsed() < Duration::from_secs(5), "it goes on without a backend");
         }
@@ -391,8 +391,13 @@ fn nobody_waits_for_an_engine_that_has_ended() {
 /// As [`engine_with`], with a processor that falls back, asking a given cloud.
 #[cfg(feature = "cuda")]
 fn engine_else_cpu(bundles: &Bundles, cloud: &Cloud, fuse: &Fuse, lasts: bool) -> Engine {
-    let mut config = device_config(bundles, cloud).threads(1);
+    engine_of(device_config(bundles, cloud), fuse, lasts)
+}
+
+#[cfg(feature = "cuda")]
+fn engine_of(mut config: EngineConfig, fuse: &Fuse, lasts: bool) -> Engine {
     config.processor = Processor::CudaElseCpu(0);
+    config.threads = 1;
     config.limits.sessions_max = 1;
     let half = Bundle::open(&config.bundle).unwrap();
     let pages = pages_for(config.limits.kv_rows_max as usize + 64);
@@ -443,6 +448,56 @@ fn a_device_that_falls_back_serves_what_waits() {
         }
         assert_eq!(engine.metrics().requests_failed, 1);
     }
+}
+
+/// HELLO names what a device's own layers compute in, also after another backend has taken over:
+/// the link is made anew.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_device_that_falls_back_says_what_it_computes_in() {
+    use hat_transport::message::{Hello, Message, Opened, Role};
+    use hat_transport::turn::{Endpoint, EndpointConfig, Event};
+
+    let bundles = Bundles::generated(1, 0);
+    let half = Bundle::open(&bundles.path.join("cloud")).unwrap();
+    let hello = Hello {
+        model_id: *half.model_id().as_bytes(),
+        arithmetic_id: 1,
+        hidden_size: 64,
+        entry_layer: 1,
+        exit_layer: 4,
+        codecs: 15,
+        kv_type: 1,
+        row_budget: 512,
+        rows_pending_max: 64,
+        page_size: 32,
+        ..Hello::new(Role::Cloud)
+    };
+    let listen = Some(([127, 0, 0, 1], 0).into());
+    let link = hat_transport::link::open(hat_transport::link::LinkKind::Mio, listen).unwrap().link;
+    let clock = Arc::new(hat_transport::clock::SystemClock);
+    let mut cloud = Endpoint::new(link, clock, EndpointConfig::new(hello));
+    let address = cloud.local_address().unwrap();
+    let config = EngineConfig::new(bundles.path.join("device")).cloud(address.to_string());
+    let engine = engine_of(config, &Arc::new(AtomicI64::new(0)), true);
+    let answer = engine.generate(request()).unwrap();
+    let (mut said, mut events, begin) = (Vec::new(), Vec::new(), Instant::now());
+    while said.len() < 2 {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{said:?}");
+        cloud.turn(Some(Duration::from_millis(20)), &mut events).unwrap();
+        for event in events.drain(..) {
+            match event {
+                Event::Up { hello, .. } => said.push(hello.arithmetic_id),
+                Event::Frame { connection, frame } => {
+                    let opened = Message::Opened(Opened { pages: 0 });
+                    let _ = cloud.send_message(connection, frame.session, &opened);
+                }
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(said, [2, 1]);
+    drop(answer);
 }
 
 /// What is not lost stays where it is.
@@ -508,7 +563,7 @@ fn a_cloud_can_be_stopped_while_it_falls_back() {
             std::thread::yield_now();
         }
         std::thread::sleep(Duration::from_millis(pause_ms));
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         drop(cloud);
         assert!(begin.elapsed() < Duration::from_secs(20), "after {pause_ms} ms");
         drop(answer);

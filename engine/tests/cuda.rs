@@ -12,8 +12,9 @@ mod support;
 
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 
-use hat_cuda::emulator::{Build, Emulator, EmulatorError};
+use hat_cuda::emulator::{Build, Downloads, Emulator, EmulatorError};
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::reference::Reference;
@@ -31,8 +32,12 @@ const POSITIONS: u32 = 60;
 const PAGES: usize = 12;
 
 fn backend() -> Option<CudaBackend<Emulator>> {
+    emulator().map(CudaBackend::new)
+}
+
+fn emulator() -> Option<Emulator> {
     match Emulator::new(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))) {
-        Ok(emulator) => Some(CudaBackend::new(emulator)),
+        Ok(emulator) => Some(emulator),
         Err(error @ EmulatorError::NoCompiler) => {
             assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
             let _ = writeln!(std::io::stderr(), "{error}: the CUDA backend was not tried");
@@ -273,6 +278,40 @@ fn the_drafter_means_what_the_reference_means() {
         }
         assert_eq!(cuda_likely[0].token, likely[0].token, "{}", kind.name());
     }
+}
+
+/// What a level of a draft tree waits for: its rows of the device's layers, what the drafter says,
+/// and its logits. Decided rows from which nothing is drafted wait for nothing.
+#[test]
+fn a_drafted_level_waits_three_times() {
+    let Some(cuda) = emulator() else { return };
+    let bundles = Bundles::with_kernels();
+    add_noise(&bundles, AdapterKind::Deep);
+    let [device, _] = open(&bundles);
+    let downloads = cuda.downloads();
+    let mut layers = DeviceModel::load(CudaBackend::new(cuda), &device, 1, 40, PAGES).unwrap();
+    let cuda = emulator().unwrap();
+    let drafts = cuda.downloads();
+    let mut drafter = DraftModel::load(CudaBackend::new(cuda), &device, 64, PAGES);
+    let drafter = drafter.as_mut().unwrap().as_mut().unwrap();
+    let mut sequence = Sequence::new(vec![5, 1, 8], POSITIONS);
+    let first = sequence.append_committed(1, 4, 0).unwrap();
+    let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+    plan.clear();
+    plan.push_committed(first, 4);
+    plan.end_sequence(&sequence);
+    let (mut rows, mut y, mut likely) = (vec![0.0; 4 * 64], vec![0.0; 4 * 64], Vec::new());
+    let now = |of: &Downloads| (of.count.load(Relaxed), of.bytes.load(Relaxed));
+    let (before, drafts_before) = (now(&downloads), now(&drafts));
+    layers.input(&plan.plan(), &[3, 1, 4, 1], &mut rows);
+    assert_eq!(now(&downloads).0 - before.0, 1);
+    drafter.remember(&plan.plan(), &rows, &rows);
+    assert_eq!(now(&drafts), drafts_before);
+    drafter.guess(&plan.plan(), &rows, &rows, &mut y);
+    drafter.likeliest(&y, 8, &mut likely);
+    let bytes = (y.len() + 4 * 300) as u64 * 4;
+    assert_eq!(now(&drafts), (drafts_before.0 + 2, drafts_before.1 + bytes));
+    assert_eq!(likely.len(), 4 * 8);
 }
 
 #[test]

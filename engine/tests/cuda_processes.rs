@@ -296,8 +296,21 @@ fn doctor_says_what_gpus_there_are() {
     if hat_cuda::driver::gpu_count().is_err() {
         let text = lines(&Driver::new(nowhere.path(), ""));
         assert!(text.contains("no NVIDIA driver: libcuda is not installed"), "{text}");
+        // What computes instead, what would help, and what it takes.
+        for part in [
+            "so the CPU computes, also with --processor cuda-else-cpu",
+            "needs compute capability 8.0 and NVIDIA's driver",
+            " ms; cpu: ",
+            "\n  cloud: cpu",
+            "; beside them at most ",
+            " for keys and values, ",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
     let Some(folder) = driver() else { return };
+    let text = lines(&Driver::new(&folder, "no-gpu"));
+    assert!(text.contains("the NVIDIA driver finds no GPU\n  so the CPU computes"), "{text}");
     let text = lines(&Driver::new(&folder, ""));
     assert!(
         text.contains("0: Fake GPU: sm_86") && text.contains("only with --processor"),

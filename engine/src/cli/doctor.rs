@@ -4,12 +4,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
-use hat_engine::chunk::{Limits, Planner};
+use hat_engine::chunk::{self, Planner};
 use hat_engine::internal::{processor, short_model_id};
-use hat_engine::options::{ChunkPolicy, ErrorKind, Processor};
+use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
 use hat_engine::token::Special;
 use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
-use hat_loader::Bundle;
+use hat_loader::{Bundle, Role};
 
 use super::DeviceRunArgs;
 
@@ -74,6 +74,7 @@ impl DoctorArgs {
                         opened.as_secs_f64() * 1e3,
                         start.elapsed().as_secs_f64() * 1e3,
                     );
+                    memory(&bundle);
                 }
                 Err(error) => {
                     healthy &= role == "cloud";
@@ -98,6 +99,7 @@ impl DoctorArgs {
         };
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
         println!("start-up: {took_ms:.0} ms; {}", engine.describe());
+        others(&engine);
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
         for event in engine.generate(request)? {
             match event {
@@ -154,7 +156,7 @@ impl DoctorArgs {
             costs.cloud.fixed * 1e3,
             costs.cloud.per_row * 1e3,
         );
-        let (mut planner, limits) = (Planner::default(), Limits::default());
+        let (mut planner, limits) = (Planner::default(), chunk::Limits::default());
         for policy in
             [self.device.chunks(), ChunkPolicy::Off, ChunkPolicy::Paper, ChunkPolicy::Auto]
         {
@@ -166,6 +168,34 @@ impl DoctorArgs {
             );
         }
         Ok(true)
+    }
+}
+
+/// What a role may come to hold: its weights, which stay in the bundle's file unless a GPU has
+/// memory of its own, and a cloud's bounds with the default limits.
+fn memory(bundle: &Bundle) {
+    let weights: u64 = bundle.manifest().files.values().map(|file| file.bytes).sum();
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    print!("    memory: {:.1} MB of files, mapped", megabytes(weights));
+    if bundle.role() == Role::Cloud {
+        let needed = Limits::cloud().bytes_needed(bundle);
+        let all: u64 = needed.iter().map(|(_, bytes)| bytes).sum();
+        print!("; beside them at most {:.1} MB", megabytes(all));
+        for (index, (owner, bytes)) in needed.iter().enumerate() {
+            print!("{}{:.1} for {owner}", [": ", ", "][index.min(1)], megabytes(*bytes));
+        }
+    }
+    println!();
+}
+
+/// Which kernels run beside the device's own.
+fn others(engine: &Engine) {
+    if let Some(drafter) = engine.describe_drafter() {
+        println!("  drafter: {drafter}");
+    }
+    match engine.cloud() {
+        Some(cloud) => println!("  cloud: {}, in this process", cloud.describe()),
+        None => println!("  cloud: another process; it says at its start what computes there"),
     }
 }
 

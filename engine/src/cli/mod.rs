@@ -117,7 +117,8 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
     /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
-    /// cuda-else-cpu for a GPU where there is one. No kernel has been executed on a GPU so far.
+    /// cuda-else-cpu for a GPU where there is one, and the CPU once it is lost. No kernel has been
+    /// executed on a GPU so far.
     #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
     /// Where a GPU without memory of its own has its weights: in-place for the bundle's mapped

@@ -156,15 +156,22 @@ fn a_device_daemon_goes_on_with_the_cpu() {
 #[test]
 fn a_device_that_the_cpu_cannot_take_over_says_both_reasons() {
     let Some(folder) = driver() else { return };
-    let bundles = Bundles::with_kernels();
     let lost = Driver { after: 25, ..Driver::new(&folder, "fault") };
-    let device = DeviceProcess::start(&lost, &bundles.path, &ELSE_CPU).unwrap();
-    std::fs::remove_file(bundles.path.join("device/bundle.json")).unwrap();
-    let (status, answer) = device.ask();
-    assert_ne!(status, 200, "{answer}");
-    let rest = device.rest();
-    let both = |line: &&String| line.contains("is lost to this process") && line.contains("bundle");
-    assert!(rest.iter().find(both).is_some_and(|line| line.contains("CPU can't")), "{rest:#?}");
+    for (moved_in, reason) in [(None, "bundle.json"), (Some(()), "it holds another model")] {
+        let (bundles, others) = (Bundles::with_kernels(), Bundles::generated(1, 0));
+        let half = bundles.path.join("device");
+        let device = DeviceProcess::start(&lost, &bundles.path, &ELSE_CPU).unwrap();
+        std::fs::rename(&half, bundles.path.join("away")).unwrap();
+        if moved_in.is_some() {
+            std::fs::rename(others.path.join("device"), &half).unwrap();
+        }
+        let (status, answer) = device.ask();
+        assert_ne!(status, 200, "{answer}");
+        let rest = device.rest();
+        let ends = rest.iter().find(|line| line.contains("the CPU can't go on: "));
+        let both = |line: &String| line.contains("is lost to this") && line.contains(reason);
+        assert!(ends.is_some_and(both), "{rest:#?}");
+    }
 }
 
 #[test]
