@@ -1,4 +1,4 @@
-//! The CUDA backend on the emulator: a generated model, whole and split, gives the same logits to
+//! The CUDA backend on the emulator, or on the GPU that `HAT_TEST_GPU` names: a generated model, whole and split, gives the same logits to
 //! the bit, and what the reference says within the kernels' tolerance.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
@@ -13,7 +13,9 @@ mod support;
 use std::io::Write as _;
 use std::path::Path;
 
+use hat_cuda::driver::Cuda;
 use hat_cuda::emulator::{Build, Emulator, EmulatorError};
+use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::reference::Reference;
@@ -30,9 +32,17 @@ use support::drafter::add_noise;
 const POSITIONS: u32 = 60;
 const PAGES: usize = 12;
 
-fn backend() -> Option<CudaBackend<Emulator>> {
+/// In the environment: the number of the GPU that the tests run on. Without it, the emulator.
+const GPU: &str = "HAT_TEST_GPU";
+
+fn backend() -> Option<CudaBackend<TestGpu>> {
+    if let Some(ordinal) = std::env::var_os(GPU) {
+        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
+        let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
+        return Some(CudaBackend::new(TestGpu::Cuda(Box::new(cuda))));
+    }
     match Emulator::new(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))) {
-        Ok(emulator) => Some(CudaBackend::new(emulator)),
+        Ok(emulator) => Some(CudaBackend::new(TestGpu::Emulator(emulator))),
         Err(error @ EmulatorError::NoCompiler) => {
             assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
             let _ = writeln!(std::io::stderr(), "{error}: the CUDA backend was not tried");
@@ -77,8 +87,8 @@ fn over_the_wire(rows: &mut [f32]) {
 
 /// Both halves of one session.
 struct Split {
-    device: DeviceModel<CudaBackend<Emulator>>,
-    middle: MiddleModel<CudaBackend<Emulator>>,
+    device: DeviceModel<CudaBackend<TestGpu>>,
+    middle: MiddleModel<CudaBackend<TestGpu>>,
     sequence: Sequence,
     next_id: u32,
 }
