@@ -121,10 +121,18 @@ kernels! {
     FragmentLoadTransposed = "fragments", "fragment_load_transposed", 32;
     /// Copies to shared memory that nobody waits for.
     FragmentCopy = "fragments", "fragment_copy", 32;
+    /// The same by words.
+    FragmentCopyWords = "fragments", "fragment_copy_words", 32;
+    /// Registers of a product of matrices of signed bytes.
+    FragmentMultiplyBytes = "fragments", "fragment_multiply_bytes", 32;
+    /// The same of half as many.
+    FragmentMultiplyBytes16 = "fragments", "fragment_multiply_bytes_16", 32;
     /// Registers of a product of matrices in f16.
     FragmentMultiply = "fragments", "fragment_multiply", 32;
     /// A copy of memory, for benches.
     PeakCopy = "peak", "peak_copy", 256;
     /// Products of matrices in f16 from registers, for benches.
     PeakMultiply = "peak", "peak_multiply", 256;
+    /// Products of matrices of signed bytes from registers, for benches.
+    PeakMultiplyBytes = "peak", "peak_multiply_bytes", 256;
 }

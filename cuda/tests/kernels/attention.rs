@@ -83,19 +83,19 @@ fn attention_means_what_it_says() {
 fn attention_is_the_same_under_all_schedules_and_cuts() {
     let Some(mut gpu) = gpu() else { return };
     for heads in [heads(4, 2, 64), heads(2, 1, 96)] {
-    let mut random = Random(41);
-    let mut free = shuffled_pages(48, &mut random);
-    let rows = [tree(250, 12, &mut random), chunk(300, 340), vec![Row::plain(700)]];
-    let sequences = rows.map(|rows| Sequence::new(rows, &mut free));
-    let mut store = Store::new(1, 48, &heads);
-    sequences.iter().for_each(|sequence| store.fill(0, sequence, &mut random));
-    let q = queries(rows_of(&sequences), &heads, &mut random);
-    let [verify, prefill, auto] = [Cut::Verify, Cut::Prefill, Cut::Auto].map(|cut| {
-        same_under_all_schedules(&mut gpu, |gpu| {
-            bits(&attended(gpu, &store, 0, &heads, &sequences, &q, cut))
-        })
-    });
-    assert!(verify == prefill && verify == auto, "the cut changes the result");
+        let mut random = Random(41);
+        let mut free = shuffled_pages(48, &mut random);
+        let rows = [tree(250, 12, &mut random), chunk(300, 340), vec![Row::plain(700)]];
+        let sequences = rows.map(|rows| Sequence::new(rows, &mut free));
+        let mut store = Store::new(1, 48, &heads);
+        sequences.iter().for_each(|sequence| store.fill(0, sequence, &mut random));
+        let q = queries(rows_of(&sequences), &heads, &mut random);
+        let [verify, prefill, auto] = [Cut::Verify, Cut::Prefill, Cut::Auto].map(|cut| {
+            same_under_all_schedules(&mut gpu, |gpu| {
+                bits(&attended(gpu, &store, 0, &heads, &sequences, &q, cut))
+            })
+        });
+        assert!(verify == prefill && verify == auto, "the cut changes the result");
     }
 }
 
