@@ -4,7 +4,7 @@
 //!         [--models 7b,13b] [--weights q4_1,q8_0,f16] [--layers N] [--full]
 //!         [--tflops N] [--json FILE] [--cost-file FILE] [--small]
 //!
-//! First the peaks: copies, and f16 products from registers, measured. Percents are of these, or of
+//! First the peaks: copies (by the driver and by kernels), and products from registers of f16 and of bytes. Percents are of these, or of
 //! `--tflops` (the data sheet's dense f16 peak). Then the kernels, those whose line holds WORD:
 //! weights and KV go round over more copies than the L2 holds. Then, for each of `--models`, the steps
 //! of a cloud: sessions with rows to verify, chunks of a prompt, through the engine's own layers with
@@ -29,9 +29,10 @@ use std::time::Instant;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::{Cuda, CudaMemory};
-use hat_cuda::gemv::{Gemv, Write, gemv};
+use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
+use hat_cuda::linear::linear;
 use hat_cuda::peak;
 use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
@@ -54,6 +55,8 @@ pub struct Peaks {
     pub copy: f64,
     /// Operations a second of f16 products.
     pub multiply: f64,
+    /// The same of signed bytes.
+    pub bytes: f64,
 }
 
 /// What the lines share.
@@ -112,8 +115,7 @@ impl Arguments {
             wanted: Wanted { models, dtypes, layers: usize::MAX, full: false },
         };
         while let Some(argument) = arguments.next() {
-            let mut value =
-                || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
+            let mut value = || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
             let number =
                 |text: String| text.parse::<f64>().map_err(|_| format!("{text} is no number"));
             match argument.as_str() {
@@ -172,7 +174,8 @@ fn run(arguments: Arguments) -> Result<(), String> {
         file.map_err(|error| format!("{}: {error}", path.display()))
     };
     let lines = json.map(open).transpose()?;
-    let (runs, peaks) = (if small { 3 } else { RUNS }, Peaks { copy: 1.0, multiply: 1.0 });
+    let (runs, peaks) =
+        (if small { 3 } else { RUNS }, Peaks { copy: 1.0, multiply: 1.0, bytes: 1.0 });
     let mut bench = Bench { small, runs, peaks, only, lines };
     bench.json(serde_json::json!({ "kind": "gpu", "name": name }));
     let mut kernels = Kernels { gpu, bench: &mut bench };
@@ -229,16 +232,16 @@ impl Kernels<'_> {
         Ok(seconds[runs / 2])
     }
 
-    fn line(&mut self, what: &str, seconds: f64, work: Work) {
+    fn line(&mut self, what: &str, seconds: f64, work: Work, peak: f64) {
         let (bytes, flops) = (work.bytes as f64 / seconds, work.flops as f64 / seconds);
-        let Peaks { copy, multiply } = self.bench.peaks;
+        let copy = self.bench.peaks.copy;
         let percent = |rate: f64, peak: f64| rate / peak * 100.0;
         let (micros, giga, tera) = (seconds * 1e6, bytes / 1e9, flops / 1e12);
         println!(
             "{what:<36} {micros:10.1} us  {giga:8.1} GB/s {:4.0} % of copies  {tera:7.2} TFLOP/s \
              {:4.0} % of products",
             percent(bytes, copy),
-            percent(flops, multiply)
+            percent(flops, peak)
         );
         self.bench.json(serde_json::json!({
             "kind": "kernel", "what": what, "us": micros, "bytes": work.bytes,
@@ -268,40 +271,48 @@ impl Kernels<'_> {
             copied = peak::copy(gpu, up.slice(), gate.slice_mut())?;
             Ok(())
         })?;
-        let copy = copied.bytes as f64 / seconds;
+        let copied = copied.bytes as f64 / seconds;
+        let seconds = self.time(4, |gpu, _| gpu.copy(4 * count, &up, &mut gate))?;
+        let copy = 8.0 * count as f64 / seconds;
         drop((gate, up));
         let (blocks, steps) = if small { (1, 2) } else { (2048, 2000) };
         // Numbers that are small and finite.
         let (from, mut out) = (self.room(512, 0x22)?, self.room(1024 * blocks, 0)?);
-        let mut products = Work::default();
-        let seconds = self.time(2, |gpu, _| {
-            products = peak::multiply(gpu, blocks, steps, from.slice(), out.slice_mut())?;
-            Ok(())
-        })?;
-        let multiply = products.flops as f64 / seconds;
+        let mut rate = |what| {
+            let mut products = Work::default();
+            let seconds = self.time(2, |gpu, _| {
+                products = peak::multiply(gpu, what, blocks, steps, from.slice(), out.slice_mut())?;
+                Ok(())
+            })?;
+            Ok(products.flops as f64 / seconds)
+        };
+        let (multiply, bytes) = (rate(peak::Numbers::Halves)?, rate(peak::Numbers::Bytes)?);
         println!(
-            "peaks: copies {:.1} GB/s, silu_mul of large arrays {:.1} GB/s, f16 products {:.1} \
-             TFLOP/s",
+            "peaks: copies {:.1} GB/s by the driver, {:.1} by a kernel, silu_mul of large arrays \
+             {:.1} GB/s, f16 products {:.1} TFLOP/s, of bytes {:.1} TOP/s",
             copy / 1e9,
+            copied / 1e9,
             gated / 1e9,
-            multiply / 1e12
+            multiply / 1e12,
+            bytes / 1e12
         );
         self.bench.json(serde_json::json!({
-            "kind": "peaks", "copy_gb_s": copy / 1e9, "silu_mul_gb_s": gated / 1e9,
-            "f16_tflop_s": multiply / 1e12,
+            "kind": "peaks", "copy_gb_s": copy / 1e9, "copy_kernel_gb_s": copied / 1e9,
+            "silu_mul_gb_s": gated / 1e9,
+            "f16_tflop_s": multiply / 1e12, "bytes_top_s": bytes / 1e12,
         }));
         let multiply = tflops.map_or(multiply, |tflops| tflops * 1e12);
-        self.bench.peaks = Peaks { copy: copy.max(gated), multiply };
+        self.bench.peaks = Peaks { copy: copy.max(copied).max(gated), multiply, bytes };
         Ok(())
     }
 
     fn products(&mut self) -> Result<(), GpuError> {
         let (columns, outputs) = if self.bench.small { (256, 64) } else { (4096, 4096) };
-        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0] {
+        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0, Numbers::Q6K] {
             let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
             let copies = self.copies(bytes);
-            for rows in [1, 8, 64] {
-                let what = format!("gemv {numbers:?} {columns}x{outputs}, {rows} rows");
+            for rows in [1, 8, 64, 512] {
+                let what = format!("linear {numbers:?} {columns}x{outputs}, {rows} rows");
                 if !self.wants(&what) {
                     continue;
                 }
@@ -320,9 +331,10 @@ impl Kernels<'_> {
                         write: Write::Store,
                         out: out.slice_mut(),
                     };
-                    gemv(gpu, rows, to)
+                    linear(gpu, rows, to)
                 })?;
-                self.line(&what, seconds, bound::gemv(numbers, rows, columns, outputs));
+                let work = bound::gemv(numbers, rows, columns, outputs);
+                self.line(&what, seconds, work, self.bench.peaks.bytes);
             }
         }
         Ok(())
@@ -376,7 +388,7 @@ impl Kernels<'_> {
             })?;
             let keys: Vec<usize> = (context + 1..=context + rows).collect();
             let work = (0..sequences).map(|_| bound::attend(&heads, &keys)).sum();
-            self.line(&what, seconds, work);
+            self.line(&what, seconds, work, self.bench.peaks.multiply);
         }
         Ok(())
     }

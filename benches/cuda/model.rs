@@ -8,7 +8,9 @@ use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
 use hat_engine::Error;
 use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::internal::{MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for};
+use hat_engine::internal::{
+    MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for,
+};
 use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
 use serde_json::json;
 
@@ -44,6 +46,12 @@ impl Model {
     /// Layers between the device's two and the norm.
     pub fn middle_layers(&self) -> usize {
         self.config.num_hidden_layers - 2
+    }
+
+    /// Whether its rows are whole blocks of a type.
+    pub fn takes(&self, dtype: DType) -> bool {
+        let mut specs = split::layer_tensors(0, &self.config).into_iter();
+        specs.all(|spec| spec.shape.get(1).is_none_or(|k| dtype.row_bytes(*k).is_some()))
     }
 
     /// Parameters of a layer's matrices, and their bytes.
@@ -95,21 +103,30 @@ fn made_up(dtype: DType, shape: &[usize]) -> Vec<u8> {
     let bytes = layout::packed_bytes(dtype, n, k).expect("whole blocks");
     let mut state = 1u64;
     let mut random = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         state >> 32
     };
     let mut out: Vec<u8> = Vec::with_capacity(bytes + 8);
     let small = |bits: u64| ((bits as u16 & 0x83ff) | 0x1400).to_le_bytes();
+    let anything = |bits: u64| (bits as u32).to_le_bytes();
     match dtype {
         DType::F16 => (0..bytes / 2).for_each(|_| out.extend(small(random()))),
         DType::Bf16 => (0..bytes / 2)
             .for_each(|_| out.extend(((random() as u16 & 0x80ff) | 0x3a00).to_le_bytes())),
+        DType::Q6K => {
+            // 16 columns: their scales, then their units.
+            for _ in 0..bytes / 3360 {
+                (0..16).for_each(|_| out.extend(small(random())));
+                (0..3328 / 4).for_each(|_| out.extend(anything(random())));
+            }
+        }
         _ => {
             // A block of 16 columns: the numbers, then their scales (and minima).
             let block = 16 * dtype.block_bytes();
             let scales = if dtype == DType::Q4_1 { 64 } else { 32 };
             for _ in 0..bytes / block {
-                (0..(block - scales) / 4).for_each(|_| out.extend((random() as u32).to_le_bytes()));
+                (0..(block - scales) / 4).for_each(|_| out.extend(anything(random())));
                 (0..scales / 2).for_each(|_| out.extend(small(random())));
             }
         }

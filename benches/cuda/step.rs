@@ -33,17 +33,20 @@ pub struct Timed {
     pub bound: f64,
 }
 
-/// The launches of one layer: what each has to move and to compute.
-pub fn layer_works(model: &Model, numbers: Numbers, load: &Load) -> Vec<Work> {
+/// The launches of one layer: the least seconds of each, by bytes or by operations.
+fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> Vec<f64> {
     let config = &model.config;
     let (hidden, inner, rows) = (config.hidden_size, config.intermediate_size, load.all());
     let (query, key_value) = (config.query_size(), config.key_value_size());
-    let moved = |bytes: usize| Work { bytes: bytes as u64, flops: 0 };
+    let least =
+        |work: Work, peak: f64| (work.bytes as f64 / peaks.copy).max(work.flops as f64 / peak);
+    let moved = |bytes: usize| bytes as f64 / peaks.copy;
     // The weights once, however many rows there are.
     let product = |columns: usize, outputs: usize| {
         let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
         let bytes = weights + rows * (columns + columns / 4) + 4 * rows * outputs;
-        Work { bytes: bytes as u64, flops: 2 * (rows * columns * outputs) as u64 }
+        let flops = 2 * (rows * columns * outputs) as u64;
+        least(Work { bytes: bytes as u64, flops }, peaks.bytes)
     };
     let quantised = |columns: usize| moved(rows * (4 * columns + columns + columns / 4));
     let heads = Heads {
@@ -53,9 +56,10 @@ pub fn layer_works(model: &Model, numbers: Numbers, load: &Load) -> Vec<Work> {
         window: None,
     };
     let attention = load.keys().iter().map(|keys| bound::attend(&heads, keys)).sum();
+    let attention = least(attention, peaks.multiply);
     let norm = moved(8 * rows * hidden);
     let rope = moved(rows * (8 * query + 4 * key_value + 8 * key_value));
-    let gate = bound::silu_mul(rows * inner);
+    let gate = least(bound::silu_mul(rows * inner), peaks.multiply);
     vec![
         norm,
         quantised(hidden),
@@ -74,11 +78,6 @@ pub fn layer_works(model: &Model, numbers: Numbers, load: &Load) -> Vec<Work> {
         quantised(inner),
         product(inner, hidden),
     ]
-}
-
-/// Seconds that a launch takes at least.
-fn seconds(work: &Work, peaks: &Peaks) -> f64 {
-    (work.bytes as f64 / peaks.copy).max(work.flops as f64 / peaks.multiply)
 }
 
 /// The steps that are timed.
@@ -110,6 +109,7 @@ fn numbers(dtype: DType) -> Option<Numbers> {
         DType::Q8_0 => Some(Numbers::Q8_0),
         DType::Q4_0 => Some(Numbers::Q4_0),
         DType::Q4_1 => Some(Numbers::Q4_1),
+        DType::Q6K => Some(Numbers::Q6K),
         _ => None,
     }
 }
@@ -123,7 +123,7 @@ pub fn measure(
     dtype: DType,
 ) -> Option<Vec<Timed>> {
     let what = format!("{} {}", model.name, dtype.name());
-    let Some(numbers) = numbers(dtype) else {
+    let Some(numbers) = numbers(dtype).filter(|_| model.takes(dtype)) else {
         println!("{what}: no such weights on a GPU");
         return None;
     };
@@ -153,8 +153,8 @@ pub fn measure(
             Ok([half, all]) => {
                 let per_layer = (all - half).max(0.0) / (layers - layers.div_ceil(2)) as f64;
                 let outside = (all - per_layer * middle.layers() as f64).max(0.0);
-                let works = layer_works(model, numbers, &load);
-                let of_layer: f64 = works.iter().map(|work| seconds(work, &bench.peaks)).sum();
+                let of_layer: f64 =
+                    layer_bounds(model, numbers, &load, &bench.peaks).into_iter().sum();
                 let (seconds, bound) =
                     (outside + per_layer * whole as f64, of_layer * whole as f64);
                 let line = Timed { load, seconds, outside, bound };

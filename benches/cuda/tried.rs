@@ -62,15 +62,18 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
                 steps += 1;
             }
             Some("peaks") => check(
-                ["copy_gb_s", "silu_mul_gb_s", "f16_tflop_s"].into_iter().all(positive),
+                ["copy_gb_s", "silu_mul_gb_s", "f16_tflop_s", "bytes_top_s"]
+                    .into_iter()
+                    .all(positive),
                 "the peaks",
             )?,
             Some("gpu") => {}
             _ => return Err(format!("{line} is of no kind")),
         }
     }
-    check(kernels >= 12 && steps == 6, &format!("{kernels} kernels and {steps} steps"))?;
-    let cost: Value = serde_json::from_str(&read(&cost_file)?).map_err(|error| error.to_string())?;
+    check(kernels >= 16 && steps == 6, &format!("{kernels} kernels and {steps} steps"))?;
+    let cost: Value =
+        serde_json::from_str(&read(&cost_file)?).map_err(|error| error.to_string())?;
     let share = |name: &str| cost["calibrated"][name]["value"].as_f64().unwrap_or(0.0);
     check(share("cloud_read") > 0.0 && share("cloud_compute") > 0.0, "the cost file's shares")?;
     check(cost["model"]["cloud_layers"] == 4, "the cost file's layers")

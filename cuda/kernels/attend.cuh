@@ -74,13 +74,14 @@ DEVICE bool next_step(const hat_attend &p, const hat_attend_task &task, uint32_t
 /// Queues the copies of a step's keys and values. All threads.
 template <int D>
 DEVICE void load_tile(const hat_attend &p, const hat_attend_task &task, AttendStep step, AttendTile<D> &to) {
-  constexpr int CHUNKS = D / 8;
+  constexpr int CHUNKS = D / 8, ALL = HAT_PAGE_SIZE * CHUNKS, THREADS = ATTEND_WARPS * WARP;
+  static_assert(ALL % THREADS == 0, "every thread copies as many");
   const uint32_t row = task.first_row + max(step.row, 0);
   const uint32_t end = step.row < 0 ? task.end : p.positions[row] + 1;
   const uint32_t prefix = step.row < 0 ? 0xffffffffu : p.prefix_len[row];
 #pragma unroll
-  for (int i = 0; i < HAT_PAGE_SIZE * CHUNKS / (ATTEND_WARPS * WARP); ++i) {
-    const int index = i * ATTEND_WARPS * WARP + threadIdx.x, key = index / CHUNKS, chunk = index % CHUNKS;
+  for (int i = 0; i < ALL / THREADS; ++i) {
+    const int index = i * THREADS + threadIdx.x, key = index / CHUNKS, chunk = index % CHUNKS;
     const uint32_t position = step.tile * HAT_PAGE_SIZE + key;
     // What nobody wrote yet is never read: it may be NaN, which a weight of 0 would not hide.
     const bool real = position < end;
@@ -226,7 +227,7 @@ DEVICE void attend(const hat_attend &p, AttendTile<D> (&tiles)[2], uint32_t firs
   const uint32_t end_tile = (task.end + HAT_PAGE_SIZE - 1) / HAT_PAGE_SIZE;
   const AttendQuery queries[2] = {thread_query(p, task, 0), thread_query(p, task, 1)};
   // Whether the warp has a row at all, and which rows are its own.
-  const uint32_t rows_of_warp = ATTEND_QUERIES / p.group, warp = threadIdx.x / WARP;
+  const uint32_t rows_of_warp = ATTEND_QUERIES / p.group, first_of_warp = threadIdx.x / WARP * rows_of_warp;
   uint32_t q[D / 16][4];
   load_queries<D>(p, queries, q);
   AttendState total[2] = {{MINUS_INFINITY, 0.0f}, {MINUS_INFINITY, 0.0f}};
@@ -250,7 +251,7 @@ DEVICE void attend(const hat_attend &p, AttendTile<D> (&tiles)[2], uint32_t firs
       copy_async_wait<1>();
       __syncthreads();
       const bool concerned =
-          step.row < 0 ? warp * rows_of_warp < task.rows : (uint32_t)step.row / rows_of_warp == warp;
+          step.row < 0 ? first_of_warp < task.rows : (uint32_t)step.row - first_of_warp < rows_of_warp;
       if (concerned) add_tile<D>(tiles[turn], step, p.scale, q, queries, states, sums);
       __syncthreads();
       step = next;

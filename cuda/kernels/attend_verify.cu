@@ -1,6 +1,6 @@
 // out[r] = softmax(q[r] K^T / sqrt(head_dim)) V for few rows over many keys: each split of 256
 // positions is a block of its own, and attend_merge puts them together.
-// q, out f32 [rows][heads][D]; pages f16 [pages][kv_heads][32][D]; split_* as in abi.h; D 64 or 128.
+// q, out f32 [rows][heads][D]; pages f16 [pages][kv_heads][32][D]; split_* as in abi.h; D 32, 64, 96 or 128.
 // Bytes: 4 D for each key of each task and kv_head, then 8 (D + 2) for each query and split.
 // Launch: attend_verify_D grid (tasks, kv_heads, splits), block 128; attend_merge_D grid
 // rows * heads, block 32. Shared: two tiles of K and V, 256 (D + 8) bytes.
@@ -33,5 +33,7 @@ template <int D> DEVICE void attend_merge(const hat_attend &p) {
   for (int i = 0; i < D / WARP; ++i) p.out[(size_t)blockIdx.x * D + i * WARP + threadIdx.x] = out[i] * norm;
 }
 
+ATTEND_VERIFY(32)
 ATTEND_VERIFY(64)
+ATTEND_VERIFY(96)
 ATTEND_VERIFY(128)

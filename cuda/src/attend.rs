@@ -108,13 +108,8 @@ pub fn attend<G: Gpu>(
         Cut::Prefill => false,
     };
     assert!(room || !split, "room for {splits} splits of {rows} rows");
-    let wide = head_dim == 128;
-    let kernel = match (split, wide) {
-        (true, false) => Kernel::AttendVerify64,
-        (true, true) => Kernel::AttendVerify128,
-        (false, false) => Kernel::AttendPrefill64,
-        (false, true) => Kernel::AttendPrefill128,
-    };
+    let [verify, merge, prefill] = kernels(head_dim);
+    let kernel = if split { verify } else { prefill };
     let blocks = if split { splits } else { 1 };
     let grid = [count(tasks), count(heads.kv_heads), count(blocks)];
     // SAFETY: the plan's rows, slots and pages were checked against each other and the store's
@@ -123,8 +118,19 @@ pub fn attend<G: Gpu>(
     if !split {
         return Ok(());
     }
-    let kernel = if wide { Kernel::AttendMerge128 } else { Kernel::AttendMerge64 };
     let grid = [count(rows * heads.heads), 1, 1];
     // SAFETY: every part of every query was written above; `out` has room for all queries.
-    unsafe { gpu.launch(Launch { kernel, grid }, &params) }
+    unsafe { gpu.launch(Launch { kernel: merge, grid }, &params) }
+}
+
+/// In splits, their merge, and without splits.
+fn kernels(head_dim: usize) -> [Kernel; 3] {
+    use Kernel as K;
+    match head_dim {
+        32 => [K::AttendVerify32, K::AttendMerge32, K::AttendPrefill32],
+        64 => [K::AttendVerify64, K::AttendMerge64, K::AttendPrefill64],
+        96 => [K::AttendVerify96, K::AttendMerge96, K::AttendPrefill96],
+        128 => [K::AttendVerify128, K::AttendMerge128, K::AttendPrefill128],
+        other => panic!("no kernel for heads of {other}; the plan was checked"),
+    }
 }

@@ -1,13 +1,24 @@
 //! Launcher of `fragments.cu`: what one operation does to the registers of each lane of a warp.
 
 use crate::abi;
-use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
+use crate::gpu::{Gpu, GpuError, Launch, Number, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 
 /// Lanes of a warp.
 pub const LANES: usize = 32;
-/// Registers of A and B that a lane brings to a product in f16.
+/// Registers of A and B that a lane brings to a product.
 pub const PRODUCT_WORDS: usize = 6;
+
+/// A product of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// f16 with f32 sums, m16n8k16.
+    Halves,
+    /// Signed bytes with i32 sums, m16n8k32.
+    Bytes,
+    /// The same, m16n8k16: of a lane's words the first two are A, the fifth B.
+    Bytes16,
+}
 
 /// An operation on rows of 16 bytes in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +29,8 @@ pub enum Rows {
     LoadTransposed,
     /// `copy_async`: each lane names the place of its row, 32 more for zeros; places differ.
     Copy,
+    /// `copy_async_word`, four times for each row: likewise.
+    CopyWords,
 }
 
 /// Runs an operation over 32 rows of 4 words; `out` gets 4 words of each lane.
@@ -40,6 +53,7 @@ pub fn rows(
         Rows::Load => Kernel::FragmentLoad,
         Rows::LoadTransposed => Kernel::FragmentLoadTransposed,
         Rows::Copy => Kernel::FragmentCopy,
+        Rows::CopyWords => Kernel::FragmentCopyWords,
     };
     let params = abi::hat_fragments {
         from: from.vectors(),
@@ -53,22 +67,28 @@ pub fn rows(
     unsafe { gpu.launch(Launch { kernel, grid: [1, 1, 1] }, &params) }
 }
 
-/// `steps` products m16n8k16 in f16 into the same sums. `from` has `[steps][32][6]` registers,
-/// `sums` the `[32][4]` of C, which become those of D.
+/// `steps` products into the same sums. `from` has `[steps][32][6]` registers, `sums` the `[32][4]` of C,
+/// which become those of D; whole numbers for bytes, else f32.
 ///
 /// # Errors
 /// If the GPU says no.
 ///
 /// # Panics
 /// If a length is not that.
-pub fn multiply(
+pub fn multiply<T: Number>(
     gpu: &mut impl Gpu,
+    what: Product,
     steps: usize,
     from: Slice<'_, u32>,
-    mut sums: SliceMut<'_, f32>,
+    mut sums: SliceMut<'_, T>,
 ) -> Result<(), GpuError> {
     assert!(from.len() >= steps * LANES * PRODUCT_WORDS, "{steps} products of 32 lanes");
-    assert!(sums.len() >= 4 * LANES, "4 sums of 32 lanes");
+    assert!(sums.len() >= 4 * LANES && size_of::<T>() == 4, "4 sums of 32 lanes");
+    let kernel = match what {
+        Product::Halves => Kernel::FragmentMultiply,
+        Product::Bytes => Kernel::FragmentMultiplyBytes,
+        Product::Bytes16 => Kernel::FragmentMultiplyBytes16,
+    };
     let params = abi::hat_fragments {
         from: from.vectors(),
         out: sums.vectors().cast(),
@@ -76,7 +96,6 @@ pub fn multiply(
         steps: count(steps),
         reserved: 0,
     };
-    let launch = Launch { kernel: Kernel::FragmentMultiply, grid: [1, 1, 1] };
     // SAFETY: one warp reads the registers of all steps and writes 32 times 4 sums.
-    unsafe { gpu.launch(launch, &params) }
+    unsafe { gpu.launch(Launch { kernel, grid: [1, 1, 1] }, &params) }
 }

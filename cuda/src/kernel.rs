@@ -51,16 +51,28 @@ kernels! {
     RopeAngles = "rope_angles", "rope_angles", 256;
     /// Rotary positions; k and v into pages.
     RopeAppend = "rope_append", "rope_append", 256;
+    /// Attention in splits, heads of 32.
+    AttendVerify32 = "attend_verify", "attend_verify_32", 128;
     /// Attention in splits, heads of 64.
     AttendVerify64 = "attend_verify", "attend_verify_64", 128;
+    /// Attention in splits, heads of 96.
+    AttendVerify96 = "attend_verify", "attend_verify_96", 128;
     /// Attention in splits, heads of 128.
     AttendVerify128 = "attend_verify", "attend_verify_128", 128;
+    /// Splits put together, heads of 32.
+    AttendMerge32 = "attend_verify", "attend_merge_32", 32;
     /// Splits put together, heads of 64.
     AttendMerge64 = "attend_verify", "attend_merge_64", 32;
+    /// Splits put together, heads of 96.
+    AttendMerge96 = "attend_verify", "attend_merge_96", 32;
     /// Splits put together, heads of 128.
     AttendMerge128 = "attend_verify", "attend_merge_128", 32;
+    /// Attention of many rows, heads of 32.
+    AttendPrefill32 = "attend_prefill", "attend_prefill_32", 128;
     /// Attention of many rows, heads of 64.
     AttendPrefill64 = "attend_prefill", "attend_prefill_64", 128;
+    /// Attention of many rows, heads of 96.
+    AttendPrefill96 = "attend_prefill", "attend_prefill_96", 128;
     /// Attention of many rows, heads of 128.
     AttendPrefill128 = "attend_prefill", "attend_prefill_128", 128;
     /// Rows to int8 blocks.
@@ -109,10 +121,18 @@ kernels! {
     FragmentLoadTransposed = "fragments", "fragment_load_transposed", 32;
     /// Copies to shared memory that nobody waits for.
     FragmentCopy = "fragments", "fragment_copy", 32;
+    /// The same by words.
+    FragmentCopyWords = "fragments", "fragment_copy_words", 32;
+    /// Registers of a product of matrices of signed bytes.
+    FragmentMultiplyBytes = "fragments", "fragment_multiply_bytes", 32;
+    /// The same of half as many.
+    FragmentMultiplyBytes16 = "fragments", "fragment_multiply_bytes_16", 32;
     /// Registers of a product of matrices in f16.
     FragmentMultiply = "fragments", "fragment_multiply", 32;
     /// A copy of memory, for benches.
     PeakCopy = "peak", "peak_copy", 256;
     /// Products of matrices in f16 from registers, for benches.
     PeakMultiply = "peak", "peak_multiply", 256;
+    /// Products of matrices of signed bytes from registers, for benches.
+    PeakMultiplyBytes = "peak", "peak_multiply_bytes", 256;
 }

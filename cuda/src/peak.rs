@@ -8,8 +8,9 @@ use crate::kernel::Kernel;
 const THREADS: usize = 256;
 /// Bytes that a thread copies.
 const VECTOR: usize = 16;
-/// Operations of one round of a warp: 8 products m16n8k16.
-const ROUND_FLOPS: u64 = 8 * 2 * 16 * 8 * 16;
+/// Products of one round of a warp, and operations of one m16n8k16.
+const ROUND: u64 = 8;
+const PRODUCT_FLOPS: u64 = 2 * 16 * 8 * 16;
 
 /// Copies bytes; returns what that is.
 ///
@@ -39,7 +40,16 @@ pub fn copy(
     Ok(Work { bytes: 2 * bytes as u64, flops: 0 })
 }
 
-/// Products in f16 with f32 sums by `blocks` blocks, `steps` rounds each; returns what they are.
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// f16, f32 sums.
+    Halves,
+    /// Signed bytes, i32 sums: products of twice the depth.
+    Bytes,
+}
+
+/// Products by `blocks` blocks, `steps` rounds each; returns what they are.
 /// `from` has 128 words, `out` 256 numbers of each block.
 ///
 /// # Errors
@@ -49,6 +59,7 @@ pub fn copy(
 /// If a length is not that, or there is no block.
 pub fn multiply(
     gpu: &mut impl Gpu,
+    what: Numbers,
     blocks: usize,
     steps: usize,
     from: Slice<'_, u32>,
@@ -62,9 +73,13 @@ pub fn multiply(
         steps: count(steps),
         reserved: 0,
     };
-    let launch = Launch { kernel: Kernel::PeakMultiply, grid: [count(blocks), 1, 1] };
+    let (kernel, flops) = match what {
+        Numbers::Halves => (Kernel::PeakMultiply, PRODUCT_FLOPS),
+        Numbers::Bytes => (Kernel::PeakMultiplyBytes, 2 * PRODUCT_FLOPS),
+    };
+    let launch = Launch { kernel, grid: [count(blocks), 1, 1] };
     // SAFETY: each thread reads words below 128 and writes its own number.
     unsafe { gpu.launch(launch, &params) }?;
     let warps = (blocks * THREADS / 32) as u64;
-    Ok(Work { bytes: 0, flops: warps * steps as u64 * ROUND_FLOPS })
+    Ok(Work { bytes: 0, flops: warps * steps as u64 * ROUND * flops })
 }

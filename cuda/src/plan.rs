@@ -13,6 +13,8 @@ use crate::gpu::{Gpu, GpuError, Memory, Slice, count};
 pub const PAGE_SIZE: usize = abi::HAT_PAGE_SIZE as usize;
 /// Rows of an mma, and most query heads of one key/value head.
 pub const GROUP_MAX: usize = 16;
+/// Sizes of heads that attention has kernels for.
+pub const HEAD_DIMS: [usize; 4] = [32, 64, 96, 128];
 /// Warps of an attention kernel, each with its own rows.
 const WARPS: usize = 4;
 
@@ -44,7 +46,7 @@ pub struct Heads {
     pub heads: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// Numbers in one head: 64 or 128.
+    /// Numbers in one head: one of [`HEAD_DIMS`].
     pub head_dim: usize,
     /// A row at position `p` sees positions `p - window + 1 ..= p`.
     pub window: Option<u32>,
@@ -63,7 +65,7 @@ impl Heads {
         self.kv_heads > 0
             && self.heads.is_multiple_of(self.kv_heads)
             && (1..=GROUP_MAX).contains(&self.group())
-            && matches!(self.head_dim, 64 | 128)
+            && HEAD_DIMS.contains(&self.head_dim)
             && self.window.is_none_or(|window| window > 0)
     }
 

@@ -1,4 +1,4 @@
-//! The CUDA backend on the emulator: a generated model, whole and split, gives the same logits to
+//! The CUDA backend on the emulator, or on the GPU that `HAT_TEST_GPU` names: a generated model, whole and split, gives the same logits to
 //! the bit, and what the reference says within the kernels' tolerance.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
@@ -14,7 +14,9 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 
+use hat_cuda::driver::Cuda;
 use hat_cuda::emulator::{Build, Downloads, Emulator, EmulatorError};
+use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::reference::Reference;
@@ -31,8 +33,16 @@ use support::drafter::add_noise;
 const POSITIONS: u32 = 60;
 const PAGES: usize = 12;
 
-fn backend() -> Option<CudaBackend<Emulator>> {
-    emulator().map(CudaBackend::new)
+/// In the environment: the number of the GPU that the tests run on. Without it, the emulator.
+const GPU: &str = "HAT_TEST_GPU";
+
+fn backend() -> Option<CudaBackend<TestGpu>> {
+    if let Some(ordinal) = std::env::var_os(GPU) {
+        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
+        let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
+        return Some(CudaBackend::new(TestGpu::Cuda(Box::new(cuda))));
+    }
+    emulator().map(|emulator| CudaBackend::new(TestGpu::Emulator(emulator)))
 }
 
 fn emulator() -> Option<Emulator> {
@@ -82,8 +92,8 @@ fn over_the_wire(rows: &mut [f32]) {
 
 /// Both halves of one session.
 struct Split {
-    device: DeviceModel<CudaBackend<Emulator>>,
-    middle: MiddleModel<CudaBackend<Emulator>>,
+    device: DeviceModel<CudaBackend<TestGpu>>,
+    middle: MiddleModel<CudaBackend<TestGpu>>,
     sequence: Sequence,
     next_id: u32,
 }

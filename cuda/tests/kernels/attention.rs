@@ -59,7 +59,9 @@ fn mixed(random: &mut Random, pages: u32) -> Vec<Sequence> {
 #[test]
 fn attention_means_what_it_says() {
     let Some(mut gpu) = gpu() else { return };
-    for heads in [heads(4, 4, 64), heads(9, 3, 64), heads(8, 1, 64), heads(4, 2, 128)] {
+    let others = [heads(4, 2, 32), heads(3, 1, 96)];
+    let usual = [heads(4, 4, 64), heads(9, 3, 64), heads(8, 1, 64), heads(4, 2, 128)];
+    for heads in usual.into_iter().chain(others) {
         let mut random = Random(40);
         let sequences = mixed(&mut random, 90);
         let mut store = Store::new(2, 90, &heads);
@@ -80,19 +82,21 @@ fn attention_means_what_it_says() {
 #[test]
 fn attention_is_the_same_under_all_schedules_and_cuts() {
     let Some(mut gpu) = gpu() else { return };
-    let (mut random, heads) = (Random(41), heads(4, 2, 64));
-    let mut free = shuffled_pages(48, &mut random);
-    let rows = [tree(250, 12, &mut random), chunk(300, 340), vec![Row::plain(700)]];
-    let sequences = rows.map(|rows| Sequence::new(rows, &mut free));
-    let mut store = Store::new(1, 48, &heads);
-    sequences.iter().for_each(|sequence| store.fill(0, sequence, &mut random));
-    let q = queries(rows_of(&sequences), &heads, &mut random);
-    let [verify, prefill, auto] = [Cut::Verify, Cut::Prefill, Cut::Auto].map(|cut| {
-        same_under_all_schedules(&mut gpu, |gpu| {
-            bits(&attended(gpu, &store, 0, &heads, &sequences, &q, cut))
-        })
-    });
-    assert!(verify == prefill && verify == auto, "the cut changes the result");
+    for heads in [heads(4, 2, 64), heads(2, 1, 96)] {
+        let mut random = Random(41);
+        let mut free = shuffled_pages(48, &mut random);
+        let rows = [tree(250, 12, &mut random), chunk(300, 340), vec![Row::plain(700)]];
+        let sequences = rows.map(|rows| Sequence::new(rows, &mut free));
+        let mut store = Store::new(1, 48, &heads);
+        sequences.iter().for_each(|sequence| store.fill(0, sequence, &mut random));
+        let q = queries(rows_of(&sequences), &heads, &mut random);
+        let [verify, prefill, auto] = [Cut::Verify, Cut::Prefill, Cut::Auto].map(|cut| {
+            same_under_all_schedules(&mut gpu, |gpu| {
+                bits(&attended(gpu, &store, 0, &heads, &sequences, &q, cut))
+            })
+        });
+        assert!(verify == prefill && verify == auto, "the cut changes the result");
+    }
 }
 
 #[test]
@@ -193,7 +197,7 @@ fn rotated(x: &[f32], angles: &[f32], dim: usize) -> Vec<f32> {
 #[test]
 fn rope_append_rotates_and_puts_rows_to_their_slots() {
     let Some(mut gpu) = gpu() else { return };
-    for heads in [heads(9, 3, 64), heads(4, 4, 128)] {
+    for heads in [heads(9, 3, 64), heads(4, 4, 128), heads(2, 1, 96)] {
         let mut random = Random(45);
         let mut free = shuffled_pages(12, &mut random);
         let sequences =

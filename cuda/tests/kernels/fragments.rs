@@ -1,11 +1,11 @@
 //! The operations of dev.cuh on a warp's registers against the tables of the PTX ISA, written anew
 //! from there: section "Warp-level Matrix Instructions", the parts "Matrix Fragments for
-//! mma.m16n8k16 with floating point type", "ldmatrix" and (of "Data Movement") "cp.async". Kernel and
+//! mma.m16n8k16" with floating point and with integer type, "for mma.m16n8k32", "ldmatrix" and (of "Data Movement") "cp.async". Kernel and
 //! emulator can't share a misreading of them then. And what the independence of rows rests on: what a
 //! product of matrices gives for a row does not depend on the others, nor on where it stands.
 
 use half::f16;
-use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Rows, multiply, rows};
+use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::test_gpu::TestGpu;
 
@@ -80,11 +80,13 @@ fn copies_arrive_where_they_are_sent_and_zeros_where_nothing_is() {
         .enumerate()
         .map(|(lane, place)| place + if lane % 3 == 1 { 32 } else { 0 })
         .collect();
-    let found = same(&mut gpu, |gpu| run(gpu, Rows::Copy, &tile, &lanes));
-    for (lane, place) in lanes.iter().enumerate() {
-        let expected = if *place < 32 { tile[lane] } else { [0; 8] };
-        let at = 4 * (*place as usize % LANES);
-        assert_eq!(found[at..at + 4], words(&[expected]), "row {lane} at place {place}");
+    for what in [Rows::Copy, Rows::CopyWords] {
+        let found = same(&mut gpu, |gpu| run(gpu, what, &tile, &lanes));
+        for (lane, place) in lanes.iter().enumerate() {
+            let expected = if *place < 32 { tile[lane] } else { [0; 8] };
+            let at = 4 * (*place as usize % LANES);
+            assert_eq!(found[at..at + 4], words(&[expected]), "{what:?}: row {lane} at {place}");
+        }
     }
 }
 
@@ -131,7 +133,7 @@ fn multiplied(gpu: &mut TestGpu, steps: &[Step], c: &Sums) -> Sums {
     let before: Vec<f32> =
         (0..LANES).flat_map(lay_out).map(|(row, column)| c[row][column]).collect();
     let (from, mut sums) = (memory(gpu, &registers(steps)), memory(gpu, &before));
-    multiply(gpu, steps.len(), from.slice(), sums.slice_mut()).unwrap();
+    multiply(gpu, Product::Halves, steps.len(), from.slice(), sums.slice_mut::<f32>()).unwrap();
     let after: Vec<f32> = numbers(gpu, &sums, 4 * LANES);
     let mut d = Sums::default();
     for ((row, column), sum) in (0..LANES).flat_map(lay_out).zip(after) {
@@ -162,6 +164,68 @@ fn a_product_has_its_numbers_where_the_isa_says() {
             });
             let expected = c[row][column] + products.sum::<f32>();
             assert_eq!(found[row][column], expected, "row {row}, column {column}");
+        }
+    }
+}
+
+/// `(row, column)` of byte `i` of a thread's A, and of its B, in a product of bytes of this depth.
+/// k16: row = group for i < 4, else group + 8; column = 4 in_group + (i & 3); of B row
+/// 4 in_group + i. k32: row = group for i < 4 and 8 <= i < 12, else group + 8, and 16 columns more
+/// from a8 on; of B 16 rows more from b4 on. B's column = group.
+fn byte_of_a(depth: usize, thread: usize, i: usize) -> (usize, usize) {
+    let (group, in_group) = (thread / 4, thread % 4);
+    let upper = if depth == 16 { i < 4 } else { i < 4 || (8..12).contains(&i) };
+    (if upper { group } else { group + 8 }, in_group * 4 + (i & 3) + if i < 8 { 0 } else { 16 })
+}
+
+fn byte_of_b(thread: usize, i: usize) -> (usize, usize) {
+    (thread % 4 * 4 + (i & 3) + if i < 4 { 0 } else { 16 }, thread / 4)
+}
+
+#[test]
+fn a_product_of_bytes_has_its_numbers_where_the_isa_says() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(65);
+    for (what, depth) in [(Product::Bytes, 32), (Product::Bytes16, 16)] {
+        let a: Vec<i8> = (0..ROWS * depth).map(|_| random.next() as i8).collect();
+        let b: Vec<i8> = (0..depth * COLUMNS).map(|_| random.next() as i8).collect();
+        let c: Vec<i32> = (0..4 * LANES).map(|_| random.next() as i32 >> 8).collect();
+        let mut registers = Vec::new();
+        for thread in 0..LANES {
+            let word = |bytes: &mut dyn Iterator<Item = i8>| {
+                bytes.enumerate().fold(0, |word, (i, byte)| word | u32::from(byte as u8) << (8 * i))
+            };
+            let words_of_a = (0..depth / 8).map(|register| {
+                word(&mut (0..4).map(|i| {
+                    let (row, column) = byte_of_a(depth, thread, 4 * register + i);
+                    a[row * depth + column]
+                }))
+            });
+            let words_of_b = (0..depth / 16).map(|register| {
+                word(&mut (0..4).map(|i| {
+                    let (row, column) = byte_of_b(thread, 4 * register + i);
+                    b[row * COLUMNS + column]
+                }))
+            });
+            // What the shorter product does not take is anything.
+            let mut six = [0x7b7b_7b7b; PRODUCT_WORDS];
+            words_of_a.enumerate().for_each(|(at, word)| six[at] = word);
+            words_of_b.enumerate().for_each(|(at, word)| six[4 + at] = word);
+            registers.extend(six);
+        }
+        let found = same(&mut gpu, |gpu| {
+            let (from, mut sums) = (memory(gpu, &registers), memory(gpu, &c));
+            multiply(gpu, what, 1, from.slice(), sums.slice_mut::<i32>()).unwrap();
+            numbers::<i32>(gpu, &sums, 4 * LANES)
+        });
+        for thread in 0..LANES {
+            for i in 0..4 {
+                let (row, column) = place(thread, i);
+                let products = (0..depth)
+                    .map(|k| i32::from(a[row * depth + k]) * i32::from(b[k * COLUMNS + column]));
+                let expected = c[4 * thread + i] + products.sum::<i32>();
+                assert_eq!(found[4 * thread + i], expected, "{what:?}: row {row}, column {column}");
+            }
         }
     }
 }

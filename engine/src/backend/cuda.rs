@@ -12,7 +12,7 @@ use hat_cuda::gemv::{self, Gemv};
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
 use hat_cuda::kv;
 use hat_cuda::linear::linear;
-use hat_cuda::plan::{Heads, Plan, PlanOnGpu};
+use hat_cuda::plan::{HEAD_DIMS, Heads, Plan, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
@@ -309,8 +309,8 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
 
     fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, BackendError> {
         let KvShape { layers, pages, kv_heads, head_dim } = shape;
-        if !matches!(head_dim, 64 | 128) {
-            let reason = format!("is {head_dim}; there are kernels for 64 and 128");
+        if !HEAD_DIMS.contains(&head_dim) {
+            let reason = format!("is {head_dim}; there are kernels for {HEAD_DIMS:?}");
             return Err(BackendError::Config { backend: NAME, field: "head_dim", reason });
         }
         let shape = kv::KvShape { layers, pages, kv_heads, head_dim };

@@ -3,7 +3,7 @@
 
 use super::*;
 
-type Middle = MiddleModel<CudaBackend<Emulator>>;
+type Middle = MiddleModel<CudaBackend<TestGpu>>;
 
 /// One stage for both middle layers, and two that are linked, with room for `lent` steps.
 fn stages(cloud: &Bundle, lent: usize) -> (Middle, [Middle; 2]) {
