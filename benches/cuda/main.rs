@@ -29,9 +29,10 @@ use std::time::Instant;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::{Cuda, CudaMemory};
-use hat_cuda::gemv::{Gemv, Write, gemv};
+use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
+use hat_cuda::linear::linear;
 use hat_cuda::peak;
 use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
@@ -112,8 +113,7 @@ impl Arguments {
             wanted: Wanted { models, dtypes, layers: usize::MAX, full: false },
         };
         while let Some(argument) = arguments.next() {
-            let mut value =
-                || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
+            let mut value = || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
             let number =
                 |text: String| text.parse::<f64>().map_err(|_| format!("{text} is no number"));
             match argument.as_str() {
@@ -297,11 +297,11 @@ impl Kernels<'_> {
 
     fn products(&mut self) -> Result<(), GpuError> {
         let (columns, outputs) = if self.bench.small { (256, 64) } else { (4096, 4096) };
-        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0] {
+        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0, Numbers::Q6K] {
             let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
             let copies = self.copies(bytes);
-            for rows in [1, 8, 64] {
-                let what = format!("gemv {numbers:?} {columns}x{outputs}, {rows} rows");
+            for rows in [1, 8, 16, 64, 512] {
+                let what = format!("linear {numbers:?} {columns}x{outputs}, {rows} rows");
                 if !self.wants(&what) {
                     continue;
                 }
@@ -320,7 +320,7 @@ impl Kernels<'_> {
                         write: Write::Store,
                         out: out.slice_mut(),
                     };
-                    gemv(gpu, rows, to)
+                    linear(gpu, rows, to)
                 })?;
                 self.line(&what, seconds, bound::gemv(numbers, rows, columns, outputs));
             }

@@ -3,6 +3,8 @@
 // load, load_transposed: from [32] rows of 16 bytes, lane i names row lanes[i]; out [32][4] registers.
 // copy: row i goes to place lanes[i] % 32, or zeros if lanes[i] >= 32; out [32] places of 16 bytes.
 // multiply: from [steps][32][6] registers, 4 of A and 2 of B; out [32][4], C before and D after.
+// multiply_bf16, multiply_bytes_32 and _16: the same of bf16, and of whole numbers; of the last one, 2
+// registers of A and 1 of B stand first.
 // Bytes: a few hundred. Launch: grid 1, block 32.
 #include "abi.h"
 #include "dev.cuh"
@@ -51,3 +53,31 @@ KERNEL(32) fragment_multiply(const hat_fragments p) {
   }
   for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = __float_as_uint(sums[i]);
 }
+
+KERNEL(32) fragment_multiply_bf16(const hat_fragments p) {
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(p.out[threadIdx.x * 4 + i]);
+#pragma unroll 1
+  for (uint32_t step = 0; step < p.steps; ++step) {
+    const uint32_t *in = p.from + (step * WARP + threadIdx.x) * 6;
+    const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
+    multiply_add_bf16(sums, a, in[4], in[5]);
+  }
+  for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = __float_as_uint(sums[i]);
+}
+
+template <int K> DEVICE void fragment_bytes(const hat_fragments &p) {
+  int sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = (int)p.out[threadIdx.x * 4 + i];
+#pragma unroll 1
+  for (uint32_t step = 0; step < p.steps; ++step) {
+    const uint32_t *in = p.from + (step * WARP + threadIdx.x) * 6;
+    const int base[4] = {sums[0], sums[1], sums[2], sums[3]};
+    const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
+    if (K == 32) multiply_bytes(sums, a, in[4], in[5], base);
+    else multiply_bytes(sums, a[0], a[1], a[2], base);
+  }
+  for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = (uint32_t)sums[i];
+}
+KERNEL(32) fragment_multiply_bytes_32(const hat_fragments p) { fragment_bytes<32>(p); }
+KERNEL(32) fragment_multiply_bytes_16(const hat_fragments p) { fragment_bytes<16>(p); }

@@ -1,12 +1,12 @@
 //! Launcher of `fragments.cu`: what one operation does to the registers of each lane of a warp.
 
 use crate::abi;
-use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
+use crate::gpu::{Gpu, GpuError, Launch, Number, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 
 /// Lanes of a warp.
 pub const LANES: usize = 32;
-/// Registers of A and B that a lane brings to a product in f16.
+/// Registers of A and B that a lane brings to a product.
 pub const PRODUCT_WORDS: usize = 6;
 
 /// An operation on rows of 16 bytes in shared memory.
@@ -53,7 +53,20 @@ pub fn rows(
     unsafe { gpu.launch(Launch { kernel, grid: [1, 1, 1] }, &params) }
 }
 
-/// `steps` products m16n8k16 in f16 into the same sums. `from` has `[steps][32][6]` registers,
+/// A product of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// m16n8k16 of f16, sums in f32.
+    F16,
+    /// m16n8k16 of bf16, sums in f32.
+    Bf16,
+    /// m16n8k32 of signed bytes, sums in i32.
+    Bytes32,
+    /// m16n8k16 of signed bytes, sums in i32: 2 registers of A, 1 of B, 3 that nobody reads.
+    Bytes16,
+}
+
+/// `steps` products into the same sums. `from` has `[steps][32][6]` registers,
 /// `sums` the `[32][4]` of C, which become those of D.
 ///
 /// # Errors
@@ -61,14 +74,15 @@ pub fn rows(
 ///
 /// # Panics
 /// If a length is not that.
-pub fn multiply(
+pub fn multiply<T: Number>(
     gpu: &mut impl Gpu,
+    what: Product,
     steps: usize,
     from: Slice<'_, u32>,
-    mut sums: SliceMut<'_, f32>,
+    mut sums: SliceMut<'_, T>,
 ) -> Result<(), GpuError> {
     assert!(from.len() >= steps * LANES * PRODUCT_WORDS, "{steps} products of 32 lanes");
-    assert!(sums.len() >= 4 * LANES, "4 sums of 32 lanes");
+    assert!(size_of::<T>() == 4 && sums.len() >= 4 * LANES, "4 sums of 32 lanes");
     let params = abi::hat_fragments {
         from: from.vectors(),
         out: sums.vectors().cast(),
@@ -76,7 +90,12 @@ pub fn multiply(
         steps: count(steps),
         reserved: 0,
     };
-    let launch = Launch { kernel: Kernel::FragmentMultiply, grid: [1, 1, 1] };
+    let kernel = match what {
+        Product::F16 => Kernel::FragmentMultiply,
+        Product::Bf16 => Kernel::FragmentMultiplyBf16,
+        Product::Bytes32 => Kernel::FragmentMultiplyBytes32,
+        Product::Bytes16 => Kernel::FragmentMultiplyBytes16,
+    };
     // SAFETY: one warp reads the registers of all steps and writes 32 times 4 sums.
-    unsafe { gpu.launch(launch, &params) }
+    unsafe { gpu.launch(Launch { kernel, grid: [1, 1, 1] }, &params) }
 }

@@ -4,8 +4,8 @@
 //! emulator can't share a misreading of them then. And what the independence of rows rests on: what a
 //! product of matrices gives for a row does not depend on the others, nor on where it stands.
 
-use half::f16;
-use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Rows, multiply, rows};
+use half::{bf16, f16};
+use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::test_gpu::TestGpu;
 
@@ -131,7 +131,7 @@ fn multiplied(gpu: &mut TestGpu, steps: &[Step], c: &Sums) -> Sums {
     let before: Vec<f32> =
         (0..LANES).flat_map(lay_out).map(|(row, column)| c[row][column]).collect();
     let (from, mut sums) = (memory(gpu, &registers(steps)), memory(gpu, &before));
-    multiply(gpu, steps.len(), from.slice(), sums.slice_mut()).unwrap();
+    multiply(gpu, Product::F16, steps.len(), from.slice(), sums.slice_mut::<f32>()).unwrap();
     let after: Vec<f32> = numbers(gpu, &sums, 4 * LANES);
     let mut d = Sums::default();
     for ((row, column), sum) in (0..LANES).flat_map(lay_out).zip(after) {
@@ -162,6 +162,77 @@ fn a_product_has_its_numbers_where_the_isa_says() {
             });
             let expected = c[row][column] + products.sum::<f32>();
             assert_eq!(found[row][column], expected, "row {row}, column {column}");
+        }
+    }
+}
+
+#[test]
+fn products_of_bf16_have_the_places_of_f16() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(65);
+    let mut number = || f16::from_f32(random.below(33) as f32 - 16.0);
+    let step = Step { a: matrix(&mut number), b: matrix(&mut number) };
+    let c: Sums = std::array::from_fn(|_| std::array::from_fn(|_| number().to_f32() * 64.0));
+    let expected = multiplied(&mut gpu, std::slice::from_ref(&step), &c);
+    // The same whole numbers, which bf16 holds too.
+    let other =
+        |half: u32| u32::from(bf16::from_f32(f16::from_bits(half as u16).to_f32()).to_bits());
+    let registers: Vec<u32> = registers(&[step])
+        .into_iter()
+        .map(|pair| other(pair & 0xffff) | other(pair >> 16) << 16)
+        .collect();
+    let lanes = || (0..LANES).flat_map(|thread| (0..4).map(move |i| place(thread, i)));
+    let before: Vec<f32> = lanes().map(|(row, column)| c[row][column]).collect();
+    let (from, mut sums) = (memory(&mut gpu, &registers), memory(&mut gpu, &before));
+    multiply(&mut gpu, Product::Bf16, 1, from.slice(), sums.slice_mut::<f32>()).unwrap();
+    let found: Vec<f32> = numbers(&mut gpu, &sums, 4 * LANES);
+    for ((row, column), found) in lanes().zip(found) {
+        assert_eq!(found, expected[row][column], "row {row}, column {column}");
+    }
+}
+
+#[test]
+fn products_of_bytes_have_their_numbers_where_the_isa_says() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(66);
+    for (what, depth) in [(Product::Bytes32, 32), (Product::Bytes16, 16)] {
+        let steps = 2;
+        let mut byte = || i32::from(random.next() as i8);
+        let a: Vec<[[i32; 32]; ROWS]> =
+            (0..steps).map(|_| [(); ROWS].map(|()| [(); 32].map(|()| byte()))).collect();
+        let b: Vec<[[i32; COLUMNS]; 32]> =
+            (0..steps).map(|_| [(); 32].map(|()| [(); COLUMNS].map(|()| byte()))).collect();
+        let c = [(); ROWS].map(|()| [(); COLUMNS].map(|()| byte() * 1000));
+        let mut registers = vec![0u32; steps * LANES * PRODUCT_WORDS];
+        for (at, words) in registers.chunks_mut(PRODUCT_WORDS).enumerate() {
+            let (step, group, in_group) = (at / LANES, at % LANES / 4, at % 4);
+            // m16n8k32: a0..a16, row = group for a0..a4 and a8..a12, else group + 8; column =
+            // 4 in_group + (i & 3), and 16 more from a8 on. b0..b8: row = 4 in_group + (i & 3), 16 more
+            // from b4 on; column = group. m16n8k16 has the first half of each.
+            let a = (0..depth / 2).map(|i| {
+                let row = if i % 8 < 4 { group } else { group + 8 };
+                a[step][row][in_group * 4 + (i & 3) + if i >= 8 { 16 } else { 0 }]
+            });
+            let b = (0..depth / 4)
+                .map(|i| b[step][in_group * 4 + (i & 3) + if i >= 4 { 16 } else { 0 }][group]);
+            let bytes: Vec<u8> = a.chain(b).map(|byte| byte as u8).collect();
+            for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+                *word = u32::from_le_bytes(*bytes);
+            }
+        }
+        let lanes = || (0..LANES).flat_map(|thread| (0..4).map(move |i| place(thread, i)));
+        let before: Vec<i32> = lanes().map(|(row, column)| c[row][column]).collect();
+        let found = same(&mut gpu, |gpu| {
+            let (from, mut sums) = (memory(gpu, &registers), memory(gpu, &before));
+            multiply(gpu, what, steps, from.slice(), sums.slice_mut::<i32>()).unwrap();
+            numbers::<i32>(gpu, &sums, 4 * LANES)
+        });
+        for ((row, column), found) in lanes().zip(found) {
+            let product = |step: usize| -> i32 {
+                (0..depth).map(|k| a[step][row][k] * b[step][k][column]).sum()
+            };
+            let expected = c[row][column] + product(0) + product(1);
+            assert_eq!(found, expected, "{what:?}: row {row}, column {column}");
         }
     }
 }
