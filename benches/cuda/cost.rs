@@ -57,18 +57,18 @@ pub fn write(
     file["published"] = json!([]);
     let text = serde_json::to_string_pretty(&file).map_err(|error| error.to_string())?;
     std::fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
-    println!(
-        "{}: reads at {:.0} %, computes at {:.0} %",
-        path.display(),
-        read * 1e2,
-        compute * 1e2
-    );
+    println!("{}: reads at {:.0} %, computes at {:.0} %", path.display(), read * 1e2, compute * 1e2);
     Ok(())
 }
 
 /// Shares of the copy bandwidth and of the products' peak that hat-sim's model of a step (the longer
 /// of the two) takes for the smallest and for the largest step.
-fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result<[f64; 2], String> {
+fn shares(
+    model: &Model,
+    dtype: DType,
+    peaks: &Peaks,
+    steps: &[Timed],
+) -> Result<[f64; 2], String> {
     let layers = model.middle_layers() as f64;
     let (params, bytes) = model.layer_size(dtype);
     let few = steps.iter().filter(|step| step.load.chunk == 0).min_by_key(|step| step.load.all());

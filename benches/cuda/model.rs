@@ -8,9 +8,7 @@ use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
 use hat_engine::Error;
 use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::internal::{
-    MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for,
-};
+use hat_engine::internal::{MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for};
 use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
 use serde_json::json;
 
@@ -97,8 +95,7 @@ fn made_up(dtype: DType, shape: &[usize]) -> Vec<u8> {
     let bytes = layout::packed_bytes(dtype, n, k).expect("whole blocks");
     let mut state = 1u64;
     let mut random = || {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         state >> 32
     };
     let mut out: Vec<u8> = Vec::with_capacity(bytes + 8);

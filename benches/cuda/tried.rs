@@ -70,8 +70,7 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
         }
     }
     check(kernels >= 12 && steps == 6, &format!("{kernels} kernels and {steps} steps"))?;
-    let cost: Value =
-        serde_json::from_str(&read(&cost_file)?).map_err(|error| error.to_string())?;
+    let cost: Value = serde_json::from_str(&read(&cost_file)?).map_err(|error| error.to_string())?;
     let share = |name: &str| cost["calibrated"][name]["value"].as_f64().unwrap_or(0.0);
     check(share("cloud_read") > 0.0 && share("cloud_compute") > 0.0, "the cost file's shares")?;
     check(cost["model"]["cloud_layers"] == 4, "the cost file's layers")

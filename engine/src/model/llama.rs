@@ -173,7 +173,11 @@ impl<B: Backend> DecoderLayer<B> {
     ///
     /// # Errors
     /// [`Error::Bundle`] if a tensor is missing, [`Error::Backend`] if it has no kernel.
-    pub fn load(backend: &mut B, bundle: &impl Tensors, index: usize) -> Result<Self, Error> {
+    pub fn load(
+        backend: &mut B,
+        bundle: &impl Tensors,
+        index: usize,
+    ) -> Result<Self, Error> {
         let at = |part: &str| format!("model.layers.{index}.{part}");
         let qkv_bias = bundle.config().attention_bias;
         let mut projection = |part: &str, bias| Projection::load(backend, bundle, &at(part), bias);
