@@ -311,7 +311,7 @@ impl Kernels<'_> {
         for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0, Numbers::Q6K] {
             let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
             let copies = self.copies(bytes);
-            for rows in [1, 8, 64, 512] {
+            for rows in [1, 8, 16, 64, 512] {
                 let what = format!("linear {numbers:?} {columns}x{outputs}, {rows} rows");
                 if !self.wants(&what) {
                     continue;

@@ -9,6 +9,7 @@
 #include "fragments.cu"
 #include "gemv.cu"
 #include "linear.cu"
+#include "linear_float.cu"
 #include "peak.cu"
 #include "quantise_rows.cu"
 #include "rms_norm.cu"
@@ -55,6 +56,7 @@ const Entry ENTRIES[] = {
     ENTRY(fragment_multiply),
     ENTRY(fragment_multiply_bytes),
     ENTRY(fragment_multiply_bytes_16),
+    ENTRY(fragment_multiply_bf16),
     ENTRY(gemv_q4_0_16),
     ENTRY(gemv_q4_0_8),
     ENTRY(gemv_q4_1_16),
@@ -63,6 +65,8 @@ const Entry ENTRIES[] = {
     ENTRY(gemv_q6_k_8),
     ENTRY(gemv_q8_0_16),
     ENTRY(gemv_q8_0_8),
+    ENTRY(linear_bf16),
+    ENTRY(linear_f16),
     ENTRY(linear_q4_0),
     ENTRY(linear_q4_1),
     ENTRY(linear_q6_k),
@@ -75,6 +79,8 @@ const Entry ENTRIES[] = {
     ENTRY(rms_norm),
     ENTRY(rope_angles),
     ENTRY(rope_append),
+    ENTRY(round_bf16),
+    ENTRY(round_f16),
     ENTRY(silu_mul),
     ENTRY(top_k_merge),
     ENTRY(top_k_slices),

@@ -109,6 +109,13 @@ static inline uint16_t to_half(float x) {
   return (uint16_t)(sign | (rounded - 0x38000000) >> 13);
 }
 static inline uint32_t pack_half(float low, float high) { return to_half(low) | (uint32_t)to_half(high) << 16; }
+/// binary32 to bf16, to nearest, ties to even.
+static inline uint16_t to_bf16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static inline uint32_t pack_bf16(float low, float high) { return to_bf16(low) | (uint32_t)to_bf16(high) << 16; }
 static inline float exp2_fast(float x) { return exp2f(x); }
 
 /// Counts the lanes of each group of eight whose 16 bytes stand in banks that another one reads.
@@ -151,15 +158,16 @@ static inline void load_matrices_transposed(uint32_t (&to)[4], const void *row) 
   }
 }
 static inline float half_of(uint32_t word, int index) { return from_half((uint16_t)(word >> 16 * index)); }
-static inline void multiply_fragments(emulator::Meeting &meeting) {
+static inline float bf16_of(uint32_t word, int index) { return __uint_as_float(word >> 16 * index << 16); }
+template <float (&NUMBER)(uint32_t, int)> static inline void multiply_fragments(emulator::Meeting &meeting) {
   ++emulator::machine.counts.mma;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const uint32_t *word = meeting.brought[lane];
     const int group = lane / 4, pair = lane % 4 * 2;
     for (int i = 0; i < 2; ++i) {
-      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + i + r / 2 * 8] = half_of(word[r], i);
-      for (int r = 0; r < 2; ++r) b[pair + i + r * 8][group] = half_of(word[4 + r], i);
+      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + i + r / 2 * 8] = NUMBER(word[r], i);
+      for (int r = 0; r < 2; ++r) b[pair + i + r * 8][group] = NUMBER(word[4 + r], i);
     }
   }
   for (int row = 0; row < 16; ++row) {
@@ -170,12 +178,19 @@ static inline void multiply_fragments(emulator::Meeting &meeting) {
     }
   }
 }
+static inline void add_product(float (&sum)[4], const emulator::Meeting &meeting) {
+  const int lane = emulator::machine.current->thread % 32, row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) sum[i] += meeting.product[row + i / 2 * 8][column + i % 2];
+}
 /// `sum += a b`, m16n8k16, f16 with f32 sums.
 static inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const emulator::Meeting &meeting = emulator::meet("mma", words, sizeof words, multiply_fragments);
-  const int lane = emulator::machine.current->thread % 32, row = lane / 4, column = lane % 4 * 2;
-  for (int i = 0; i < 4; ++i) sum[i] += meeting.product[row + i / 2 * 8][column + i % 2];
+  add_product(sum, emulator::meet("mma", words, sizeof words, multiply_fragments<half_of>));
+}
+/// The same of bf16.
+static inline void multiply_add_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  add_product(sum, emulator::meet("mma of bf16", words, sizeof words, multiply_fragments<bf16_of>));
 }
 
 /// Byte `index` of a word.

@@ -275,6 +275,35 @@ typedef struct hat_gemv {
   uint32_t add;
 } hat_gemv;
 
+/// round_f16, round_bf16: numbers to the nearest of 16 bits, ties to even; what is too large is
+/// infinite.
+typedef struct hat_round {
+  /// f32 `[count]`
+  const float *x;
+  /// `[count]`
+  uint16_t *out;
+  /// A multiple of 2.
+  uint64_t count;
+} hat_round;
+
+/// linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, both of one type.
+typedef struct hat_linear_float {
+  /// `[rows][columns]`
+  const uint16_t *x;
+  /// `[outputs][columns]` in panels.
+  const uint16_t *weight;
+  /// f32 `[outputs]`, or null.
+  const float *bias;
+  /// f32 `[rows][outputs]`
+  float *out;
+  uint32_t rows;
+  /// A multiple of 8.
+  uint32_t columns;
+  uint32_t outputs;
+  /// 0: `out` is overwritten. 1: it is added to.
+  uint32_t add;
+} hat_linear_float;
+
 /// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
 typedef struct hat_fragments {
   /// The kernel says what stands there.

@@ -4,6 +4,7 @@
 // copy: row i goes to place lanes[i] % 32, or zeros if lanes[i] >= 32; out [32] places of 16 bytes.
 // copy_words: the same, in four copies of 4 bytes.
 // multiply: from [steps][32][6] registers, 4 of A and 2 of B; out [32][4], C before and D after.
+// multiply_bf16: the same of bf16.
 // multiply_bytes: the same of signed bytes, m16n8k32; multiply_bytes_16: m16n8k16 (words 0, 1 and 4).
 // Bytes: a few hundred. Launch: grid 1, block 32.
 #include "abi.h"
@@ -72,14 +73,18 @@ template <bool HALF> DEVICE void fragment_bytes(const hat_fragments &p) {
 KERNEL(32) fragment_multiply_bytes(const hat_fragments p) { fragment_bytes<false>(p); }
 KERNEL(32) fragment_multiply_bytes_16(const hat_fragments p) { fragment_bytes<true>(p); }
 
-KERNEL(32) fragment_multiply(const hat_fragments p) {
+template <bool BF16> DEVICE void fragment_product(const hat_fragments &p) {
   float sums[4];
   for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(p.out[threadIdx.x * 4 + i]);
 #pragma unroll 1
   for (uint32_t step = 0; step < p.steps; ++step) {
     const uint32_t *in = p.from + (step * WARP + threadIdx.x) * 6;
     const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
-    multiply_add(sums, a, in[4], in[5]);
+    if (BF16) multiply_add_bf16(sums, a, in[4], in[5]);
+    else multiply_add(sums, a, in[4], in[5]);
   }
   for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = __float_as_uint(sums[i]);
 }
+
+KERNEL(32) fragment_multiply(const hat_fragments p) { fragment_product<false>(p); }
+KERNEL(32) fragment_multiply_bf16(const hat_fragments p) { fragment_product<true>(p); }

@@ -62,7 +62,7 @@ template <bool STAGED, class T> DEVICE T load_weights(const uint8_t *at) {
 }
 template <int DTYPE, bool STAGED>
 DEVICE PackedUnit<DTYPE> read_unit(const uint8_t *unit, const uint8_t *scales, const UnitPlaces &places) {
-  PackedUnit<DTYPE> packed;
+  PackedUnit<DTYPE> packed = {};
   packed.words[0] = load_weights<STAGED, uint2>(unit + places.words);
   if (DTYPE == HAT_Q8_0) packed.words[1] = load_weights<STAGED, uint2>(unit + places.words + 4 * HAT_PANEL * 4);
   packed.scales = load_weights<STAGED, uint32_t>(scales + places.scales);

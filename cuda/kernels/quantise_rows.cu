@@ -2,7 +2,7 @@
 // x f32 [rows][columns]; q int8 [rows][columns], d and s f32 [rows][columns / 32]; half f16.
 // Bytes: 4 columns read, 1.25 (q8) or 2 (f16) columns written for each row, each once.
 // Launch: q8 kernels grid ceil(blocks / 8), block 256, a warp for each block of 32;
-// f16 kernels grid rows, block 256. A block, or a row, depends on its own numbers alone.
+// f16 kernels grid rows, block 256; round_* grid ceil(count / 512), block 256. A block, or a row, depends on its own numbers alone.
 #include "abi.h"
 #include "dev.cuh"
 
@@ -70,3 +70,12 @@ KERNEL(256) widen_f16(const hat_f16_rows p) {
   const uint32_t bad = block_sum<256 / WARP>(seen, partial);
   if (threadIdx.x == 0) p.report[blockIdx.x] = bad ? HAT_NOT_FINITE : 0;
 }
+
+template <bool BF16> DEVICE void round_pair(const hat_round &p) {
+  const uint64_t pair = (uint64_t)blockIdx.x * 256 + threadIdx.x;
+  if (pair >= p.count / 2) return;
+  const float2 x = ((const float2 *)p.x)[pair];
+  ((uint32_t *)p.out)[pair] = BF16 ? pack_bf16(x.x, x.y) : pack_half(x.x, x.y);
+}
+KERNEL(256) round_f16(const hat_round p) { round_pair<false>(p); }
+KERNEL(256) round_bf16(const hat_round p) { round_pair<true>(p); }

@@ -608,6 +608,80 @@ const _: () = {
     ][::core::mem::offset_of!(hat_gemv, outputs) - 56usize];
     ["Offset of field: hat_gemv::add"][::core::mem::offset_of!(hat_gemv, add) - 60usize];
 };
+/** round_f16, round_bf16: numbers to the nearest of 16 bits, ties to even; what is too large is
+ infinite.*/
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct hat_round {
+    /// f32 `[count]`
+    pub x: *const f32,
+    /// `[count]`
+    pub out: *mut u16,
+    /// A multiple of 2.
+    pub count: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of hat_round"][::core::mem::size_of::<hat_round>() - 24usize];
+    ["Alignment of hat_round"][::core::mem::align_of::<hat_round>() - 8usize];
+    ["Offset of field: hat_round::x"][::core::mem::offset_of!(hat_round, x) - 0usize];
+    [
+        "Offset of field: hat_round::out",
+    ][::core::mem::offset_of!(hat_round, out) - 8usize];
+    [
+        "Offset of field: hat_round::count",
+    ][::core::mem::offset_of!(hat_round, count) - 16usize];
+};
+/// linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, both of one type.
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct hat_linear_float {
+    /// `[rows][columns]`
+    pub x: *const u16,
+    /// `[outputs][columns]` in panels.
+    pub weight: *const u16,
+    /// f32 `[outputs]`, or null.
+    pub bias: *const f32,
+    /// f32 `[rows][outputs]`
+    pub out: *mut f32,
+    pub rows: u32,
+    /// A multiple of 8.
+    pub columns: u32,
+    pub outputs: u32,
+    /// 0: `out` is overwritten. 1: it is added to.
+    pub add: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of hat_linear_float"][::core::mem::size_of::<hat_linear_float>() - 48usize];
+    [
+        "Alignment of hat_linear_float",
+    ][::core::mem::align_of::<hat_linear_float>() - 8usize];
+    [
+        "Offset of field: hat_linear_float::x",
+    ][::core::mem::offset_of!(hat_linear_float, x) - 0usize];
+    [
+        "Offset of field: hat_linear_float::weight",
+    ][::core::mem::offset_of!(hat_linear_float, weight) - 8usize];
+    [
+        "Offset of field: hat_linear_float::bias",
+    ][::core::mem::offset_of!(hat_linear_float, bias) - 16usize];
+    [
+        "Offset of field: hat_linear_float::out",
+    ][::core::mem::offset_of!(hat_linear_float, out) - 24usize];
+    [
+        "Offset of field: hat_linear_float::rows",
+    ][::core::mem::offset_of!(hat_linear_float, rows) - 32usize];
+    [
+        "Offset of field: hat_linear_float::columns",
+    ][::core::mem::offset_of!(hat_linear_float, columns) - 36usize];
+    [
+        "Offset of field: hat_linear_float::outputs",
+    ][::core::mem::offset_of!(hat_linear_float, outputs) - 40usize];
+    [
+        "Offset of field: hat_linear_float::add",
+    ][::core::mem::offset_of!(hat_linear_float, add) - 44usize];
+};
 /// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
 #[repr(C)]
 #[derive(Copy, Clone)]

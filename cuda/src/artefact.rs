@@ -50,6 +50,7 @@ artefacts![
     "fragments",
     "gemv",
     "linear",
+    "linear_float",
     "peak",
     "quantise_rows",
     "rms_norm",

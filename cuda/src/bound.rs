@@ -15,13 +15,16 @@ pub struct Work {
     pub flops: u64,
 }
 
-/// [`crate::linear::linear`]: the weights once for up to 16 rows, above that once for each 64 (the
-/// L2 may spare some of that); the rows as int8 blocks, the outputs.
+/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once for each
+/// tile of rows (the L2 may spare some of that), the rows as the product takes them, the outputs.
 #[must_use]
 pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
     let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0) * passes(rows);
-    let activations = rows * (columns + columns / BLOCK * 2 * size_of::<f32>());
-    let bytes = weights + activations + rows * outputs * size_of::<f32>();
+    let row = match numbers.block() {
+        1 => columns * size_of::<u16>(),
+        _ => columns + columns / BLOCK * 2 * size_of::<f32>(),
+    };
+    let bytes = weights + rows * row + rows * outputs * size_of::<f32>();
     Work { bytes: bytes as u64, flops: 2 * (rows * columns * outputs) as u64 }
 }
 

@@ -14,6 +14,8 @@ pub const PRODUCT_WORDS: usize = 6;
 pub enum Product {
     /// f16 with f32 sums, m16n8k16.
     Halves,
+    /// bf16 with f32 sums, m16n8k16.
+    Bf16,
     /// Signed bytes with i32 sums, m16n8k32.
     Bytes,
     /// The same, m16n8k16: of a lane's words the first two are A, the fifth B.
@@ -86,6 +88,7 @@ pub fn multiply<T: Number>(
     assert!(sums.len() >= 4 * LANES && size_of::<T>() == 4, "4 sums of 32 lanes");
     let kernel = match what {
         Product::Halves => Kernel::FragmentMultiply,
+        Product::Bf16 => Kernel::FragmentMultiplyBf16,
         Product::Bytes => Kernel::FragmentMultiplyBytes,
         Product::Bytes16 => Kernel::FragmentMultiplyBytes16,
     };

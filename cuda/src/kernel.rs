@@ -83,6 +83,10 @@ kernels! {
     NarrowF16 = "quantise_rows", "narrow_f16", 256;
     /// Rows from f16.
     WidenF16 = "quantise_rows", "widen_f16", 256;
+    /// Numbers to f16, as a product takes them.
+    RoundF16 = "quantise_rows", "round_f16", 256;
+    /// Numbers to bf16.
+    RoundBf16 = "quantise_rows", "round_bf16", 256;
     /// Up to 8 rows at a time times a q8_0 matrix.
     GemvQ80x8 = "gemv", "gemv_q8_0_8", 256;
     /// Up to 16 rows at a time times a q8_0 matrix.
@@ -107,6 +111,10 @@ kernels! {
     LinearQ41 = "linear", "linear_q4_1", 256;
     /// Many rows times a q6_k matrix.
     LinearQ6K = "linear", "linear_q6_k", 256;
+    /// Rows times an f16 matrix.
+    LinearF16 = "linear_float", "linear_f16", 256;
+    /// Rows times a bf16 matrix.
+    LinearBf16 = "linear_float", "linear_bf16", 256;
     /// The largest of each slice of a row.
     TopKSlices = "top_k", "top_k_slices", 256;
     /// The largest of all slices.
@@ -129,6 +137,8 @@ kernels! {
     FragmentMultiplyBytes16 = "fragments", "fragment_multiply_bytes_16", 32;
     /// Registers of a product of matrices in f16.
     FragmentMultiply = "fragments", "fragment_multiply", 32;
+    /// Products of matrices of bf16.
+    FragmentMultiplyBf16 = "fragments", "fragment_multiply_bf16", 32;
     /// A copy of memory, for benches.
     PeakCopy = "peak", "peak_copy", 256;
     /// Products of matrices in f16 from registers, for benches.

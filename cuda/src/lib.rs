@@ -30,6 +30,7 @@ pub mod gpu;
 pub mod kernel;
 pub mod kv;
 pub mod linear;
+pub mod linear_float;
 #[cfg(feature = "nvrtc")]
 pub mod nvrtc;
 pub mod peak;

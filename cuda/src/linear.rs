@@ -8,7 +8,7 @@ use crate::table::Numbers;
 /// Rows of a tile: one pass over the weights serves as many.
 pub const TILE_ROWS: usize = 64;
 /// Outputs of a tile.
-const TILE_OUTPUTS: usize = 128;
+pub(crate) const TILE_OUTPUTS: usize = 128;
 
 /// `out[r][n] = sum_k x[r][k] weight[n][k] (+ bias[n])` for any number of rows, by the kernel that
 /// reads the weights less often. Both give the same bits, so a row's result does not depend on how

@@ -3,6 +3,7 @@
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
+use crate::table::Numbers;
 
 /// What a report says of a row with a number that is not finite.
 pub const NOT_FINITE: u32 = abi::HAT_NOT_FINITE;
@@ -130,6 +131,35 @@ pub fn widen_f16(
     assert!(x.len() >= half.len(), "{} numbers in {}", half.len(), x.len());
     let half_pointer = half.vectors().cast_mut(); // only read
     queue_rows(gpu, Kernel::WidenF16, columns, half.len(), (x.vectors(), half_pointer), report)
+}
+
+/// Numbers to the nearest of f16 or of bf16, as a product of matrices takes them; what is too large
+/// is infinite, so that nobody takes the product for a number.
+///
+/// # Errors
+/// If the GPU says no.
+///
+/// # Panics
+/// If a length does not fit, is odd, or the type is another one.
+pub fn round_rows(
+    gpu: &mut impl Gpu,
+    numbers: Numbers,
+    x: Slice<'_, f32>,
+    mut out: SliceMut<'_, u16>,
+) -> Result<(), GpuError> {
+    let kernel = match numbers {
+        Numbers::F16 => Kernel::RoundF16,
+        Numbers::Bf16 => Kernel::RoundBf16,
+        other => panic!("numbers are not rounded to {other:?}"),
+    };
+    assert!(x.len().is_multiple_of(2) && out.len() >= x.len(), "{} in {}", x.len(), out.len());
+    if x.is_empty() {
+        return Ok(());
+    }
+    let params = abi::hat_round { x: x.vectors(), out: out.vectors(), count: x.len() as u64 };
+    let grid = [count(x.len().div_ceil(512)), 1, 1];
+    // SAFETY: a thread touches a pair below `count`; both lengths were asserted.
+    unsafe { gpu.launch(Launch { kernel, grid }, &params) }
 }
 
 fn queue_rows(

@@ -327,7 +327,7 @@ fn a_drafted_level_waits_three_times() {
 #[test]
 fn what_has_no_kernel_is_refused() {
     let Some(mut cuda) = backend() else { return };
-    let bundles = Bundles::of_dtype(DType::F16);
+    let bundles = Bundles::of_dtype(DType::F32);
     let [device, cloud] = open(&bundles);
     let error = DeviceModel::load(backend().unwrap(), &device, 1, 4, 4).err().unwrap();
     assert!(error.to_string().contains("cuda: no kernel for tensor"), "{error}");

@@ -1,5 +1,5 @@
-//! Products of block types on CUDA, emulated, against the CPU: arithmetic id 1 to the bit, for few
-//! rows and for many.
+//! Products on CUDA, emulated, against the CPU: of block types arithmetic id 1 to the bit, for few rows
+//! and for many; of f16 and bf16 matrices as near as activations of 16 bits are.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.
@@ -55,6 +55,48 @@ fn products_of_blocks_have_the_bits_of_the_cpu() {
             }
         }
     }
+}
+
+#[test]
+fn products_of_floats_are_as_near_as_their_activations() {
+    let Some((mut cuda, mut cpu)) = backends() else { return };
+    let mut random = Random::new(62);
+    for (dtype, step) in [(DType::F16, 2f64.powi(-11)), (DType::Bf16, 2f64.powi(-8))] {
+        for (rows, n, k) in [(1, 40, 200), (24, 33, 512)] {
+            let weight = matrix(dtype, n, k, &mut random);
+            let mut ones = vec![0.0; n * k];
+            let x = random.numbers(rows * k);
+            let got = linear(&mut cuda, &weight, None, &x, None);
+            let expected = linear(&mut cpu, &weight, None, &x, None);
+            // What each weight may add: its row of the identity.
+            for (i, column) in ones.chunks_mut(n).enumerate() {
+                let one: Vec<f32> = (0..k).map(|j| f32::from(u8::from(i == j))).collect();
+                column.copy_from_slice(&linear(&mut cpu, &weight, None, &one, None));
+            }
+            for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
+                let (row, output) = (at / n, at % n);
+                let size: f64 = (0..k)
+                    .map(|i| f64::from(x[row * k + i]) * f64::from(ones[i * n + output]))
+                    .map(|product| product * product)
+                    .sum();
+                // Roundings are independent: five deviations of their sum.
+                let bound = 5.0 * step * size.sqrt() + 1e-6;
+                let far = f64::from(got - expected).abs();
+                assert!(far <= bound, "{} {row}, {output}: {far} of {bound}", dtype.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_f16_does_not_hold_is_no_number() {
+    let Some((mut cuda, _)) = backends() else { return };
+    let weight = matrix(DType::F16, 16, 64, &mut Random::new(63));
+    let mut x = vec![1.0; 3 * 64];
+    x[64 + 7] = 70_000.0;
+    let got = linear(&mut cuda, &weight, None, &x, None);
+    let finite: Vec<bool> = got.chunks(16).map(|row| row.iter().all(|x| x.is_finite())).collect();
+    assert_eq!(finite, [true, false, true]);
 }
 
 #[test]

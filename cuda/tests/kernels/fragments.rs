@@ -4,7 +4,7 @@
 //! emulator can't share a misreading of them then. And what the independence of rows rests on: what a
 //! product of matrices gives for a row does not depend on the others, nor on where it stands.
 
-use half::f16;
+use half::{bf16, f16};
 use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::test_gpu::TestGpu;
@@ -165,6 +165,31 @@ fn a_product_has_its_numbers_where_the_isa_says() {
             let expected = c[row][column] + products.sum::<f32>();
             assert_eq!(found[row][column], expected, "row {row}, column {column}");
         }
+    }
+}
+
+#[test]
+fn products_of_bf16_have_the_places_of_f16() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(65);
+    let mut number = || f16::from_f32(random.below(33) as f32 - 16.0);
+    let step = Step { a: matrix(&mut number), b: matrix(&mut number) };
+    let c: Sums = std::array::from_fn(|_| std::array::from_fn(|_| number().to_f32() * 64.0));
+    let expected = multiplied(&mut gpu, std::slice::from_ref(&step), &c);
+    // The same whole numbers, which bf16 holds too.
+    let other =
+        |half: u32| u32::from(bf16::from_f32(f16::from_bits(half as u16).to_f32()).to_bits());
+    let registers: Vec<u32> = registers(&[step])
+        .into_iter()
+        .map(|pair| other(pair & 0xffff) | other(pair >> 16) << 16)
+        .collect();
+    let lanes = || (0..LANES).flat_map(|thread| (0..4).map(move |i| place(thread, i)));
+    let before: Vec<f32> = lanes().map(|(row, column)| c[row][column]).collect();
+    let (from, mut sums) = (memory(&mut gpu, &registers), memory(&mut gpu, &before));
+    multiply(&mut gpu, Product::Bf16, 1, from.slice(), sums.slice_mut::<f32>()).unwrap();
+    let found: Vec<f32> = numbers(&mut gpu, &sums, 4 * LANES);
+    for ((row, column), found) in lanes().zip(found) {
+        assert_eq!(found, expected[row][column], "row {row}, column {column}");
     }
 }
 

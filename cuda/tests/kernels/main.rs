@@ -10,6 +10,7 @@ mod artefacts;
 mod attention;
 mod bounds;
 mod choice;
+mod floats;
 mod fragments;
 mod gemv;
 mod model;

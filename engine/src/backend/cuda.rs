@@ -12,8 +12,9 @@ use hat_cuda::gemv::{self, Gemv};
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
 use hat_cuda::kv;
 use hat_cuda::linear::linear;
+use hat_cuda::linear_float::{COLUMNS, LinearFloat, linear_float};
 use hat_cuda::plan::{HEAD_DIMS, Heads, Plan, PlanOnGpu};
-use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8};
+use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8, round_rows};
 use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
@@ -39,6 +40,8 @@ pub struct CudaBackend<G: Gpu> {
     fault: Option<BackendFault>,
     /// Activations as int8 blocks: q, d, s.
     blocks: Option<[G::Memory; 3]>,
+    /// Activations in a float matrix's type.
+    rounded: Option<G::Memory>,
     /// Token ids on their way.
     tokens: Option<G::Memory>,
     /// Frequencies and positions on their way, and there.
@@ -88,6 +91,8 @@ fn numbers(dtype: DType) -> Option<Numbers> {
         DType::Q4_0 => Some(Numbers::Q4_0),
         DType::Q4_1 => Some(Numbers::Q4_1),
         DType::Q6K => Some(Numbers::Q6K),
+        DType::F16 => Some(Numbers::F16),
+        DType::Bf16 => Some(Numbers::Bf16),
         _ => None,
     }
 }
@@ -129,6 +134,7 @@ impl<G: Gpu> CudaBackend<G> {
             gpu,
             fault: None,
             blocks: None,
+            rounded: None,
             tokens: None,
             turning: (Vec::new(), None),
             other: None,
@@ -152,7 +158,30 @@ impl<G: Gpu> CudaBackend<G> {
         }
     }
 
-    /// `out = x w^T`, through int8 blocks of x.
+    /// `out = x w^T` of a float matrix, through x in the matrix's type.
+    fn float_product(
+        &mut self,
+        rows: usize,
+        x: Slice<'_, f32>,
+        weight: &Weight<G::Memory>,
+        bias: Option<&Weight<G::Memory>>,
+        write: gemv::Write,
+        out: &mut G::Memory,
+    ) -> Result<(), GpuError> {
+        let count = rows * weight.k;
+        let rounded = room(&mut self.gpu, &mut self.rounded, 2 * count, "rounded activations")?;
+        round_rows(&mut self.gpu, weight.numbers, x.range(0..count), rounded.slice_mut())?;
+        let to = LinearFloat {
+            x: rounded.slice(),
+            weight: weight.table(),
+            bias: bias.map(|bias| bias.memory.slice()),
+            write,
+            out: out.slice_mut(),
+        };
+        linear_float(&mut self.gpu, rows, to)
+    }
+
+    /// `out = x w^T`; for block types through int8 blocks of x.
     fn product(
         &mut self,
         rows: usize,
@@ -162,6 +191,13 @@ impl<G: Gpu> CudaBackend<G> {
         write: Write,
         out: &mut G::Memory,
     ) -> Result<(), GpuError> {
+        let write = match write {
+            Write::Store => gemv::Write::Store,
+            Write::Add => gemv::Write::Add,
+        };
+        if weight.numbers.block() == 1 {
+            return self.float_product(rows, x, weight, bias, write, out);
+        }
         let count = rows * weight.k;
         let [q, d, s] = match &mut self.blocks {
             Some(blocks) if blocks[0].bytes() >= count => blocks,
@@ -179,10 +215,7 @@ impl<G: Gpu> CudaBackend<G> {
             x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
             weight: weight.table(),
             bias: bias.map(|bias| bias.memory.slice()),
-            write: match write {
-                Write::Store => gemv::Write::Store,
-                Write::Add => gemv::Write::Add,
-            },
+            write,
             out: out.slice_mut(),
         };
         linear(&mut self.gpu, rows, to)
@@ -288,7 +321,9 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
             }
             _ => (0, 0, None, None),
         };
-        let (Some(numbers), Some(needed)) = (kind, needed) else {
+        // Float matrices are copied by 16 bytes of a row of activations.
+        let fits = |kind: &Numbers| k == 0 || kind.block() > 1 || k.is_multiple_of(COLUMNS);
+        let (Some(numbers), Some(needed)) = (kind.filter(fits), needed) else {
             return Err(Self::unsupported(tensor));
         };
         let Some(bytes) = tensor.bytes.get(..needed) else {
