@@ -5,16 +5,14 @@
 //! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
 mod lanes;
+mod product;
 
 use hat_cuda::attend::{self, Cut, Parts};
 use hat_cuda::embed;
-use hat_cuda::gemv::{self, Gemv};
-use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
+use hat_cuda::gpu::{Gpu, GpuError, Memory as _};
 use hat_cuda::kv;
-use hat_cuda::linear::linear;
-use hat_cuda::linear_float::{COLUMNS, LinearFloat, linear_float};
+use hat_cuda::linear_float::COLUMNS;
 use hat_cuda::plan::{HEAD_DIMS, Heads, Plan, PlanOnGpu};
-use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8, round_rows};
 use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
@@ -24,9 +22,10 @@ use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 
 use self::lanes::Lanes;
+use self::product::Prepared;
 use super::{
     ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent,
-    RowMove, TokenId, Top, Write,
+    LinearInto, RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cuda";
@@ -38,10 +37,8 @@ pub struct CudaBackend<G: Gpu> {
     gpu: G,
     /// What nobody has asked for yet, or what lasts.
     fault: Option<BackendFault>,
-    /// Activations as int8 blocks: q, d, s.
-    blocks: Option<[G::Memory; 3]>,
-    /// Activations in a float matrix's type.
-    rounded: Option<G::Memory>,
+    /// Activations as products take them.
+    prepared: Prepared<G::Memory>,
     /// Token ids on their way.
     tokens: Option<G::Memory>,
     /// Frequencies and positions on their way, and there.
@@ -133,8 +130,7 @@ impl<G: Gpu> CudaBackend<G> {
         Self {
             gpu,
             fault: None,
-            blocks: None,
-            rounded: None,
+            prepared: Prepared::default(),
             tokens: None,
             turning: (Vec::new(), None),
             other: None,
@@ -156,69 +152,6 @@ impl<G: Gpu> CudaBackend<G> {
             self.planned = Planned::default();
             self.fault = Some(BackendFault { backend: NAME, reason: error.to_string(), lasts });
         }
-    }
-
-    /// `out = x w^T` of a float matrix, through x in the matrix's type.
-    fn float_product(
-        &mut self,
-        rows: usize,
-        x: Slice<'_, f32>,
-        weight: &Weight<G::Memory>,
-        bias: Option<&Weight<G::Memory>>,
-        write: gemv::Write,
-        out: &mut G::Memory,
-    ) -> Result<(), GpuError> {
-        let count = rows * weight.k;
-        let rounded = room(&mut self.gpu, &mut self.rounded, 2 * count, "rounded activations")?;
-        round_rows(&mut self.gpu, weight.numbers, x.range(0..count), rounded.slice_mut())?;
-        let to = LinearFloat {
-            x: rounded.slice(),
-            weight: weight.table(),
-            bias: bias.map(|bias| bias.memory.slice()),
-            write,
-            out: out.slice_mut(),
-        };
-        linear_float(&mut self.gpu, rows, to)
-    }
-
-    /// `out = x w^T`; for block types through int8 blocks of x.
-    fn product(
-        &mut self,
-        rows: usize,
-        x: Slice<'_, f32>,
-        weight: &Weight<G::Memory>,
-        bias: Option<&Weight<G::Memory>>,
-        write: Write,
-        out: &mut G::Memory,
-    ) -> Result<(), GpuError> {
-        let write = match write {
-            Write::Store => gemv::Write::Store,
-            Write::Add => gemv::Write::Add,
-        };
-        if weight.numbers.block() == 1 {
-            return self.float_product(rows, x, weight, bias, write, out);
-        }
-        let count = rows * weight.k;
-        let [q, d, s] = match &mut self.blocks {
-            Some(blocks) if blocks[0].bytes() >= count => blocks,
-            blocks => {
-                *blocks = None;
-                let room = count.next_power_of_two();
-                let scales = room / BLOCK * size_of::<f32>();
-                let mut alloc = |bytes| self.gpu.alloc(bytes, "int8 activations");
-                blocks.insert([alloc(room)?, alloc(scales)?, alloc(scales)?])
-            }
-        };
-        let to = Q8Mut { q: q.slice_mut(), d: d.slice_mut(), s: s.slice_mut() };
-        quantise_q8(&mut self.gpu, x.range(0..count), to)?;
-        let to = Gemv {
-            x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
-            weight: weight.table(),
-            bias: bias.map(|bias| bias.memory.slice()),
-            write,
-            out: out.slice_mut(),
-        };
-        linear(&mut self.gpu, rows, to)
     }
 
     /// Puts a plan on the GPU, unless it is there.
@@ -403,6 +336,26 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         });
     }
 
+    fn linear_each<const N: usize>(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        each: [LinearInto<'_, Self>; N],
+    ) {
+        self.queue(|this| {
+            let mut before: Option<&Self::Weight> = None;
+            for LinearInto { weight, bias, out } in each {
+                assert_eq!((weight.n, weight.k), (out.columns, x.columns), "outputs and inputs");
+                if !before.is_some_and(|before| weight.takes_what(before)) {
+                    this.prepare(rows, x.memory.slice(), weight)?;
+                }
+                this.multiply(rows, weight, bias, Write::Store, &mut out.memory)?;
+                before = Some(weight);
+            }
+            Ok(())
+        });
+    }
+
     fn linear_top(
         &mut self,
         rows: usize,
@@ -454,7 +407,10 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
             let memory = other.as_mut().expect("put there above");
             let x = x.memory.slice();
             this.product(rows, x, gate, None, Write::Store, &mut out.memory)?;
-            this.product(rows, x, up, None, Write::Store, memory)?;
+            if !up.takes_what(gate) {
+                this.prepare(rows, x, up)?;
+            }
+            this.multiply(rows, up, None, Write::Store, memory)?;
             let mut gate = out.memory.slice_mut();
             silu_mul(&mut this.gpu, gate.range(0..count), memory.slice().range(0..count))?;
             this.other = other;
