@@ -198,7 +198,7 @@ impl Endpoint {
         self.insert(Slot { dial_at: Some(now), ..Slot::new(connection, address) })
     }
 
-    /// What is said from the next [`Endpoint::dial`] on; connections that exist keep what they said.
+    /// What is said from the next [`Endpoint::dial`] on; connections keep what they have said.
     ///
     /// # Panics
     /// If the role is another one.
