@@ -30,7 +30,10 @@ pub fn write(
     let (params, bytes) = model.layer_size(dtype);
     let layers = model.middle_layers();
     let [read, compute] = shares(model, dtype, peaks, steps)?;
-    let name = format!("{}-{}-{gpu}", model.name, dtype.name()).replace([' ', ':'], "-");
+    let name: String = format!("{}-{}-{gpu}", model.name, dtype.name())
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
     file["name"] = json!(name);
     file["source"] = json!(format!(
         "benches/cuda on {gpu}: copy and product peaks, and step times of a {} middle submodel \

@@ -401,6 +401,7 @@ impl Kernels<'_> {
         let up = self.room(1024, 0)?;
         let seconds = self.time(200, |gpu, _| silu_mul(gpu, gate.slice_mut(), up.slice()))?;
         println!("launch of a small kernel {:31.2} us", seconds * 1e6);
+        self.bench.json(serde_json::json!({ "kind": "launch", "us": seconds * 1e6 }));
         println!("{:?}", self.gpu.launch_counts());
         Ok(())
     }
