@@ -50,7 +50,7 @@ pub fn write(
     set(&mut file["model"], "layer_bytes", json!(bytes as f64));
     set(&mut file["model"], "kv_bytes", json!(model.kv_row_bytes() as f64));
     file["cloud"] = json!({
-        "stages": 1, "read_gb_s": peaks.copy / 1e9, "tera_flop_s": peaks.bytes / 1e12,
+        "stages": 1, "read_gb_s": peaks.copy / 1e9, "tera_flop_s": peak(dtype, peaks) / 1e12,
         "rows_max": 512,
     });
     let around = |share: f64| json!({ "value": share, "low": share * 0.9, "high": share * 1.1 });
@@ -69,6 +69,11 @@ pub fn write(
     Ok(())
 }
 
+/// Operations a second of products with such weights.
+fn peak(dtype: DType, peaks: &Peaks) -> f64 {
+    if matches!(dtype, DType::F16 | DType::Bf16) { peaks.multiply } else { peaks.bytes }
+}
+
 /// Shares of the copy bandwidth and of the products' peak that hat-sim's model of a step (the
 /// longer of the two) takes for the smallest and for the largest step.
 fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result<[f64; 2], String> {
@@ -80,6 +85,6 @@ fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result
     let context = few.load.sessions * few.load.context * model.kv_row_bytes();
     let read = layers * (bytes + context) as f64 / peaks.copy / few.seconds;
     let flops = 2.0 * layers * params as f64 * many.load.all() as f64;
-    let compute = flops / peaks.bytes / many.seconds;
+    let compute = flops / peak(dtype, peaks) / many.seconds;
     Ok([read, compute].map(|share| share.clamp(1e-6, 100.0)))
 }
