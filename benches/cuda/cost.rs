@@ -15,8 +15,8 @@ const TESTBEDS: [(&str, &str); 2] = [
     ("13b", include_str!("../../tools/src/bin/hat-sim/costs/cnndm-13b.json")),
 ];
 
-/// Writes the file: the testbed of the model's size, its cloud replaced by one stage of this GPU with
-/// the shares of its peaks that the measured steps reach.
+/// Writes the file: the testbed of the model's size, its cloud replaced by one stage of this GPU
+/// with the shares of its peaks that the measured steps reach.
 pub fn write(
     path: &Path,
     gpu: &str,
@@ -30,11 +30,14 @@ pub fn write(
     let (params, bytes) = model.layer_size(dtype);
     let layers = model.middle_layers();
     let [read, compute] = shares(model, dtype, peaks, steps)?;
-    let name = format!("{}-{}-{gpu}", model.name, dtype.name()).replace([' ', ':'], "-");
+    let name: String = format!("{}-{}-{gpu}", model.name, dtype.name())
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
     file["name"] = json!(name);
     file["source"] = json!(format!(
-        "benches/cuda on {gpu}: copy and f16 product peaks, and step times of a {} middle submodel with \
-         made-up {} weights. Devices, link, requests and drafters: {}.",
+        "benches/cuda on {gpu}: copy and product peaks, and step times of a {} middle submodel \
+         with made-up {} weights. Devices, link, requests and drafters: {}.",
         model.name,
         dtype.name(),
         testbed.0
@@ -47,7 +50,7 @@ pub fn write(
     set(&mut file["model"], "layer_bytes", json!(bytes as f64));
     set(&mut file["model"], "kv_bytes", json!(model.kv_row_bytes() as f64));
     file["cloud"] = json!({
-        "stages": 1, "read_gb_s": peaks.copy / 1e9, "tera_flop_s": peaks.multiply / 1e12,
+        "stages": 1, "read_gb_s": peaks.copy / 1e9, "tera_flop_s": peak(dtype, peaks) / 1e12,
         "rows_max": 512,
     });
     let around = |share: f64| json!({ "value": share, "low": share * 0.9, "high": share * 1.1 });
@@ -66,8 +69,13 @@ pub fn write(
     Ok(())
 }
 
-/// Shares of the copy bandwidth and of the products' peak that hat-sim's model of a step (the longer
-/// of the two) takes for the smallest and for the largest step.
+/// Operations a second of products with such weights.
+fn peak(dtype: DType, peaks: &Peaks) -> f64 {
+    if matches!(dtype, DType::F16 | DType::Bf16) { peaks.multiply } else { peaks.bytes }
+}
+
+/// Shares of the copy bandwidth and of the products' peak that hat-sim's model of a step (the
+/// longer of the two) takes for the smallest and for the largest step.
 fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result<[f64; 2], String> {
     let layers = model.middle_layers() as f64;
     let (params, bytes) = model.layer_size(dtype);
@@ -77,6 +85,6 @@ fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result
     let context = few.load.sessions * few.load.context * model.kv_row_bytes();
     let read = layers * (bytes + context) as f64 / peaks.copy / few.seconds;
     let flops = 2.0 * layers * params as f64 * many.load.all() as f64;
-    let compute = flops / peaks.multiply / many.seconds;
+    let compute = flops / peak(dtype, peaks) / many.seconds;
     Ok([read, compute].map(|share| share.clamp(1e-6, 100.0)))
 }

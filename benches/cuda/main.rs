@@ -4,17 +4,18 @@
 //!         [--models 7b,13b] [--weights q4_1,q8_0,f16] [--layers N] [--full]
 //!         [--tflops N] [--json FILE] [--cost-file FILE] [--small]
 //!
-//! First the peaks: copies (by the driver and by kernels), and products from registers of f16 and of bytes. Percents are of these, or of
-//! `--tflops` (the data sheet's dense f16 peak). Then the kernels, those whose line holds WORD:
-//! weights and KV go round over more copies than the L2 holds. Then, for each of `--models`, the steps
-//! of a cloud: sessions with rows to verify, chunks of a prompt, through the engine's own layers with
-//! made-up weights; the bound of a step is the sum of its launches', each the longer of bytes over the
-//! copies' rate and operations over the products'. `--layers` loads fewer layers than the model has (as
-//! it happens by itself where memory is short); times are for all of them, since the time of a layer and
-//! what stands outside of the layers are told apart. `--json` appends a line for each number;
-//! `--cost-file` writes what `hat-sim` opens, of the first model and type.
-//! `--small` is for a made-up driver that runs the emulator; with no argument at all, as `cargo test`
-//! starts it, the bench tries itself there. Without a GPU it says why and ends.
+//! First the peaks: copies (by the driver and by kernels), and products from registers of f16 and
+//! of bytes. Percents are of these, or of `--tflops` (the data sheet's dense f16 peak). Then the
+//! kernels, those whose line holds WORD: weights and KV go round over more copies than the L2
+//! holds. Then, for each of `--models`, the steps of a cloud: sessions with rows to verify, chunks
+//! of a prompt, through the engine's own layers with made-up weights; the bound of a step is the
+//! sum of its launches', each the longer of bytes over the copies' rate and operations over the
+//! products'. `--layers` loads fewer layers than the model has (as it happens by itself where
+//! memory is short); times are for all of them, since the time of a layer and what stands outside
+//! of the layers are told apart. `--json` appends a line for each number; `--cost-file` writes
+//! what `hat-sim` opens, of the first model and type. `--small` is for a made-up driver that runs
+//! the emulator; with no argument at all, as `cargo test` starts it, the bench tries itself there.
+//! Without a GPU it says why and ends.
 
 mod cost;
 mod model;
@@ -400,6 +401,7 @@ impl Kernels<'_> {
         let up = self.room(1024, 0)?;
         let seconds = self.time(200, |gpu, _| silu_mul(gpu, gate.slice_mut(), up.slice()))?;
         println!("launch of a small kernel {:31.2} us", seconds * 1e6);
+        self.bench.json(serde_json::json!({ "kind": "launch", "us": seconds * 1e6 }));
         println!("{:?}", self.gpu.launch_counts());
         Ok(())
     }

@@ -193,6 +193,7 @@ impl Load {
     fn step(&self, model: &Model, later: usize) -> MiddleStep {
         let number = |count: usize| u32::try_from(count).expect("few rows");
         let mut step = MiddleStep::default();
+        step.plan.clear(); // an empty plan has its first borders
         let mut first_page = 0;
         let mut sequence = |committed: usize, rows: usize| {
             let pages = pages_for(committed + rows);

@@ -46,7 +46,9 @@ fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> 
         let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
         let bytes = weights + rows * (columns + columns / 4) + 4 * rows * outputs;
         let flops = 2 * (rows * columns * outputs) as u64;
-        least(Work { bytes: bytes as u64, flops }, peaks.bytes)
+        let halves = matches!(numbers, Numbers::F16 | Numbers::Bf16);
+        let peak = if halves { peaks.multiply } else { peaks.bytes };
+        least(Work { bytes: bytes as u64, flops }, peak)
     };
     let quantised = |columns: usize| moved(rows * (4 * columns + columns + columns / 4));
     let heads = Heads {

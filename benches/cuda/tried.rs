@@ -67,7 +67,7 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
                     .all(positive),
                 "the peaks",
             )?,
-            Some("gpu") => {}
+            Some("gpu" | "launch") => {}
             _ => return Err(format!("{line} is of no kind")),
         }
     }

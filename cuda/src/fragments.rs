@@ -69,8 +69,8 @@ pub fn rows(
     unsafe { gpu.launch(Launch { kernel, grid: [1, 1, 1] }, &params) }
 }
 
-/// `steps` products into the same sums. `from` has `[steps][32][6]` registers, `sums` the `[32][4]` of C,
-/// which become those of D; whole numbers for bytes, else f32.
+/// `steps` products into the same sums. `from` has `[steps][32][6]` registers, `sums` the `[32][4]`
+/// of C, which become those of D; whole numbers for bytes, else f32.
 ///
 /// # Errors
 /// If the GPU says no.

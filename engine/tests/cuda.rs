@@ -1,5 +1,6 @@
-//! The CUDA backend on the emulator, or on the GPU that `HAT_TEST_GPU` names: a generated model, whole and split, gives the same logits to
-//! the bit, and what the reference says within the kernels' tolerance.
+//! The CUDA backend on the emulator, or on the GPU that `HAT_TEST_GPU` names: a generated model,
+//! whole and split, gives the same logits to the bit, and what the reference says within the
+//! kernels' tolerance.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.

@@ -1,8 +1,9 @@
 //! The operations of dev.cuh on a warp's registers against the tables of the PTX ISA, written anew
-//! from there: section "Warp-level Matrix Instructions", the parts "Matrix Fragments for
-//! mma.m16n8k16" with floating point and with integer type, "for mma.m16n8k32", "ldmatrix" and (of "Data Movement") "cp.async". Kernel and
-//! emulator can't share a misreading of them then. And what the independence of rows rests on: what a
-//! product of matrices gives for a row does not depend on the others, nor on where it stands.
+//! from there: of "Warp-level Matrix Instructions" the parts "Matrix Fragments for mma.m16n8k16"
+//! (with floating point and with integer type), "for mma.m16n8k32" and "ldmatrix", of "Data
+//! Movement" the part "cp.async". Kernel and emulator can't share a misreading of them then. And
+//! what the independence of rows rests on: what a product of matrices gives for a row does not
+//! depend on the others, nor on where it stands.
 
 use half::{bf16, f16};
 use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
@@ -103,8 +104,8 @@ fn registers(steps: &[Step]) -> Vec<u32> {
     for step in steps {
         for thread in 0..LANES {
             let (group, in_group) = (thread / 4, thread % 4);
-            // a0..a8: row = group for a0, a1, a4, a5, else group + 8; column = 2 in_group + (i & 1),
-            // and 8 more from a4 on.
+            // a0..a8: row = group for a0, a1, a4, a5, else group + 8; column =
+            // 2 in_group + (i & 1), and 8 more from a4 on.
             let a = (0..8).map(|i| {
                 let row = if i < 2 || (4..6).contains(&i) { group } else { group + 8 };
                 step.a[row][in_group * 2 + (i & 1) + if i >= 4 { 8 } else { 0 }]

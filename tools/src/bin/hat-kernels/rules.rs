@@ -1,9 +1,9 @@
 //! What the instructions of kernels have to be, `mix.json`: so that a kernel which lost its matrix
 //! products or its wide loads, and is right and slow, is noticed where no GPU is.
 //!
-//! A rule names kernels (`gemv_*`), says in words what it is for, and has counts that the whole kernel
-//! or its loop must have at least (`must`) or may have at most (`at_most`). A count is of a kind
-//! (`LDG.128`) or of all widths (`LDG`).
+//! A rule names kernels (`gemv_*`), says in words what it is for, and has counts that the whole
+//! kernel or its loop must have at least (`must`) or may have at most (`at_most`). A count is of a
+//! kind (`LDG.128`) or of all widths (`LDG`).
 
 use std::collections::BTreeMap;
 use std::fs;
