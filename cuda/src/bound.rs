@@ -14,9 +14,9 @@ pub struct Work {
     pub flops: u64,
 }
 
-/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once, however many
-/// tiles of rows there are (those with the same weights run side by side, so the L2 can have them), the
-/// rows as the product takes them, the outputs.
+/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once, however
+/// many tiles of rows there are (those with the same weights run side by side, so the L2 can have
+/// them), the rows as the product takes them, the outputs.
 #[must_use]
 pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
     let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
