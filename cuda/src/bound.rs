@@ -1,7 +1,6 @@
 //! What a kernel cannot do without: the bytes that it has to move, and the operations of its
 //! products. Benches print how near a GPU comes to it.
 
-use crate::linear::passes;
 use crate::plan::Heads;
 use crate::quantise_rows::BLOCK;
 use crate::table::Numbers;
@@ -15,11 +14,12 @@ pub struct Work {
     pub flops: u64,
 }
 
-/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once for each
-/// tile of rows (the L2 may spare some of that), the rows as the product takes them, the outputs.
+/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once, however
+/// many tiles of rows there are (those with the same weights run side by side, so the L2 can have
+/// them), the rows as the product takes them, the outputs.
 #[must_use]
 pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
-    let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0) * passes(rows);
+    let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
     let row = match numbers.block() {
         1 => columns * size_of::<u16>(),
         _ => columns + columns / BLOCK * 2 * size_of::<f32>(),

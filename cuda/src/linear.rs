@@ -41,8 +41,3 @@ pub fn tiled(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuErr
     let grid = [rows.div_ceil(TILE_ROWS), to.weight.rows().div_ceil(TILE_OUTPUTS)];
     gemv::queue(gpu, kernel, grid, rows, to)
 }
-
-/// Passes over the weights that [`linear`] makes for so many rows.
-pub(crate) const fn passes(rows: usize) -> usize {
-    if rows <= gemv::ROWS_MAX { 1 } else { rows.div_ceil(TILE_ROWS) }
-}

@@ -25,8 +25,8 @@ pub struct LinearFloat<'a> {
     pub out: SliceMut<'a, f32>,
 }
 
-/// `out[r][n] = sum_k x[r][k] weight[n][k] (+ bias[n])`: 32 of K at a time by tensor cores, these sums
-/// in sequence in f32.
+/// `out[r][n] = sum_k x[r][k] weight[n][k] (+ bias[n])`: 32 of K at a time by tensor cores, these
+/// sums in sequence in f32.
 ///
 /// # Errors
 /// If the GPU says no.

@@ -1,5 +1,5 @@
-//! Products on CUDA, emulated, against the CPU: of block types arithmetic id 1 to the bit, for few rows
-//! and for many; of f16 and bf16 matrices as near as activations of 16 bits are.
+//! Products on CUDA, emulated, against the CPU: of block types arithmetic id 1 to the bit, for few
+//! rows and for many; of f16 and bf16 matrices as near as activations of 16 bits are.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.

@@ -59,7 +59,9 @@ fn bytes_are_those_of_the_buffers() {
     assert_eq!(one, Work { bytes: 10_485_760 + 4096 + 1024 + 16_384, flops: 33_554_432 });
     let many = gemv(Numbers::Q4_1, 17, 4096, 4096);
     assert_eq!(many.bytes, 10_485_760 + 17 * (4096 + 1024 + 16_384));
-    assert_eq!(gemv(Numbers::Q4_1, 65, 4096, 4096).bytes, 2 * 10_485_760 + 65 * 21_504);
+    assert_eq!(gemv(Numbers::Q4_1, 65, 4096, 4096).bytes, 10_485_760 + 65 * 21_504);
+    // Numbers of two bytes.
+    assert_eq!(gemv(Numbers::F16, 2, 64, 32).bytes, 4096 + 2 * (128 + 128));
     // 1,024 keys of 32 heads of 128 in two bytes, K and V; 8 rows in and out.
     let heads = Heads { heads: 32, kv_heads: 32, head_dim: 128, window: None };
     let work = attend(&heads, &[1017, 1018, 1019, 1020, 1021, 1022, 1023, 1024]);

@@ -18,6 +18,7 @@ mod mutants;
 mod norm;
 mod on_driver;
 mod panels;
+mod peak;
 mod rows;
 mod sanitizer;
 mod sequences;
