@@ -7,8 +7,19 @@ const TWO: [&str; 4] = ["--processor", "cuda", "--gpus", "0,1"];
 
 /// A cloud on a driver, asked once; what it says at first, its answer, what it says later.
 pub fn asked(driver: &Driver<'_>, bundle: &Path, more: &[&str]) -> (String, Value, String) {
+    asked_for(driver, bundle, more, "auto")
+}
+
+/// The same, with the drafts of this mode.
+pub fn asked_for(
+    driver: &Driver<'_>,
+    bundle: &Path,
+    more: &[&str],
+    draft: &str,
+) -> (String, Value, String) {
     let cloud = CloudProcess::start(driver, bundle, more).unwrap();
-    let ask = Driver::new(driver.folder, "").generate(bundle, &["--cloud", &cloud.address]);
+    let ask = ["--cloud", &cloud.address, "--draft", draft];
+    let ask = Driver::new(driver.folder, "").generate(bundle, &ask);
     let answer = object(&{ ask }.output().unwrap());
     (cloud.first.clone(), answer, cloud.kill())
 }
