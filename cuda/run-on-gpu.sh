@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# What a GPU has to show: every kernel against its meaning, the backend against the reference, the split
-# answer against the whole model's, the sanitizers where they are, and the bench. Needs a driver and the
-# built programs, and no compiler, network or source:
+# What a GPU has to show: every kernel against its meaning, the backend against the reference and the
+# CPU's bits, the split answer against the whole model's, the sanitizers where they are, and the bench.
+# Needs a driver and the built programs, and no compiler, network or source:
 #
 #     cargo test -p hat-cuda --test kernels --no-run                # prints the path of KERNELS
-#     cargo test -p hat-engine --test cuda --no-run                 # prints the path of BACKEND
+#     cargo test -p hat-engine --test cuda --test cuda_bits --no-run # prints the paths of BACKEND and BITS
 #     cargo build --release -p hat-engine
 #     cargo bench -p hat-benches --bench cuda --no-run              # prints the path of BENCH
-#     cuda/run-on-gpu.sh --kernels KERNELS --backend BACKEND --engine target/release/hat-engine \
-#         --bench BENCH [--bundle DIR] [--gpu N] [--out DIR] [--part-max SECONDS] [-- ARGUMENTS OF THE BENCH]
+#     cuda/run-on-gpu.sh --kernels KERNELS --backend BACKEND --bits BITS --bench BENCH \
+#         --engine target/release/hat-engine [--bundle DIR] [--gpu N] [--out DIR] [--part-max SECONDS] [-- ARGUMENTS OF THE BENCH]
 #
 # --bundle is a model that is split already; without it, the default one, which `hat-engine pull` makes.
 # What was seen is appended to cuda/HARDWARE.md or, with --out, written to DIR/hardware.md; the bench's lines
 # and the cost file for hat-sim go beside it. Each part ends after --part-max seconds (600).
 set -euo pipefail
 
-gpu=0 part_max=600 bundle='' out='' kernels='' backend='' engine='' bench=''
+gpu=0 part_max=600 bundle='' out='' kernels='' backend='' bits='' engine='' bench=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     [ $# -ge 2 ] || { echo "$1 wants a value" >&2; exit 2; }
     case $1 in
     --kernels) kernels=$(realpath "$2") ;;
     --backend) backend=$(realpath "$2") ;;
+    --bits) bits=$(realpath "$2") ;;
     --engine) engine=$(realpath "$2") ;;
     --bench) bench=$(realpath "$2") ;;
     --bundle) bundle=$(realpath "$2") ;;
@@ -32,8 +33,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift 2
 done
 [ $# -eq 0 ] || shift
-for program in "$kernels" "$backend" "$engine" "$bench"; do
-    [ -x "$program" ] || { echo "--kernels, --backend, --engine and --bench are wanted" >&2; exit 2; }
+for program in "$kernels" "$backend" "$bits" "$engine" "$bench"; do
+    [ -x "$program" ] || { echo "--kernels, --backend, --bits, --engine, --bench are wanted" >&2; exit 2; }
 done
 home=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 log=$(mktemp) notes=$(mktemp)
@@ -58,7 +59,17 @@ skip=(--skip on_driver --skip sanitizer --skip artefacts --skip mutants)
 part "doctor" "$engine" doctor || true
 part "kernels" env HAT_TEST_GPU="$gpu" "$kernels" "${skip[@]}" || true
 tests=$(passed)
-part "backend" env HAT_TEST_GPU="$gpu" "$backend" --test-threads 1 || true
+for program in backend bits; do
+    part "$program" env HAT_TEST_GPU="$gpu" "${!program}" --test-threads 1 || true
+    tests=$((tests + $(passed)))
+done
+# Weights that stay with the host where the GPU has no memory of its own; rows from GPU to GPU where
+# there are two.
+real=(on_driver::in_place::weights_are_read_where_the_host_has_them_on_the_gpu)
+if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)" -gt 1 ]; then
+    real+=(on_driver::peers::one_gpu_fetches_from_another_on_gpus)
+fi
+part "host and peers" "$kernels" "${real[@]}" --exact --ignored --nocapture || true
 tests=$((tests + $(passed)))
 if [ "$tests" = 0 ]; then
     echo "no test has run" >&2

@@ -7,16 +7,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/gpu.rs"]
+mod gpu;
 #[path = "cuda/stages.rs"]
 mod stages;
 mod support;
 
-use std::io::Write as _;
-use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 
-use hat_cuda::driver::Cuda;
-use hat_cuda::emulator::{Build, Downloads, Emulator, EmulatorError};
+use gpu::{backend, emulator};
+use hat_cuda::emulator::Downloads;
 use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
@@ -33,30 +33,6 @@ use support::drafter::add_noise;
 
 const POSITIONS: u32 = 60;
 const PAGES: usize = 12;
-
-/// In the environment: the number of the GPU that the tests run on. Without it, the emulator.
-const GPU: &str = "HAT_TEST_GPU";
-
-fn backend() -> Option<CudaBackend<TestGpu>> {
-    if let Some(ordinal) = std::env::var_os(GPU) {
-        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
-        let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
-        return Some(CudaBackend::new(TestGpu::Cuda(Box::new(cuda))));
-    }
-    emulator().map(|emulator| CudaBackend::new(TestGpu::Emulator(emulator)))
-}
-
-fn emulator() -> Option<Emulator> {
-    match Emulator::new(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))) {
-        Ok(emulator) => Some(emulator),
-        Err(error @ EmulatorError::NoCompiler) => {
-            assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
-            let _ = writeln!(std::io::stderr(), "{error}: the CUDA backend was not tried");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 fn open(bundles: &Bundles) -> [Bundle; 2] {
     ["device", "cloud"].map(|half| Bundle::open(&bundles.path.join(half)).unwrap())

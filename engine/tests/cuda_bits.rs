@@ -1,5 +1,6 @@
-//! Products on CUDA, emulated, against the CPU: of block types arithmetic id 1 to the bit, for few
-//! rows and for many; of f16 and bf16 matrices as near as activations of 16 bits are.
+//! What of the CUDA backend has the bits of the CPU's arithmetic 1, on the emulator or on the GPU
+//! that `HAT_TEST_GPU` names: all but attention and products of float matrices. These are as near
+//! as activations of 16 bits are.
 //!
 //! Without a C++ compiler nothing is tried, and standard error says so; with
 //! `HAT_REQUIRE_EMULATOR` set that is a failure.
@@ -9,12 +10,12 @@
 #[path = "conformance/cases.rs"]
 #[allow(dead_code, reason = "the cases serve other tests too")]
 mod cases;
-
-use std::io::Write as _;
-use std::path::Path;
+#[path = "support/gpu.rs"]
+mod gpu;
 
 use cases::*;
-use hat_cuda::emulator::{Build, Emulator, EmulatorError};
+use gpu::{backend, emulator};
+use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
 use hat_engine::backend::{AttendShape, Backend as _};
@@ -22,21 +23,9 @@ use hat_loader::DType;
 
 const BLOCKS: [DType; 4] = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q6K];
 
-fn backends() -> Option<(CudaBackend<Emulator>, CpuBackend)> {
+fn backends() -> Option<(CudaBackend<TestGpu>, CpuBackend)> {
     let cpu = CpuBackend::new(CpuConfig { threads: 1, level: Level::Portable }).unwrap();
-    Some((CudaBackend::new(emulator()?), cpu))
-}
-
-fn emulator() -> Option<Emulator> {
-    match Emulator::new(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))) {
-        Ok(emulator) => Some(emulator),
-        Err(error @ EmulatorError::NoCompiler) => {
-            assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
-            let _ = writeln!(std::io::stderr(), "{error}: the CUDA backend was not tried");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    Some((backend()?, cpu))
 }
 
 #[track_caller]
