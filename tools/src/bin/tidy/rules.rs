@@ -204,7 +204,6 @@ pub(crate) const HOSTS: &[&str] = &[
     "localhost.evil.com", // the strangers of the HTTP tests
     "github.com",
     "arxiv.org",
-    "docs.nvidia.com",
     "docs.rs",
     "doc.rust-lang.org",
     "www.apache.org",
