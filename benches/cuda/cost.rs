@@ -42,20 +42,19 @@ pub fn write(
         dtype.name(),
         testbed.0
     ));
-    let set = |value: &mut Value, key: &str, number: Value| value[key] = number;
-    set(&mut file["model"], "hidden_size", json!(model.config.hidden_size));
-    set(&mut file["model"], "cloud_layers", json!(layers));
-    set(&mut file["model"], "device_layers", json!(2));
-    set(&mut file["model"], "layer_params", json!(params as f64));
-    set(&mut file["model"], "layer_bytes", json!(bytes as f64));
-    set(&mut file["model"], "kv_bytes", json!(model.kv_row_bytes() as f64));
+    file["model"]["hidden_size"] = json!(model.config.hidden_size);
+    file["model"]["cloud_layers"] = json!(layers);
+    file["model"]["device_layers"] = json!(2);
+    file["model"]["layer_params"] = json!(params as f64);
+    file["model"]["layer_bytes"] = json!(bytes as f64);
+    file["model"]["kv_bytes"] = json!(model.kv_row_bytes() as f64);
     file["cloud"] = json!({
         "stages": 1, "read_gb_s": peaks.copy / 1e9, "tera_flop_s": peak(dtype, peaks) / 1e12,
         "rows_max": 512,
     });
     let around = |share: f64| json!({ "value": share, "low": share * 0.9, "high": share * 1.1 });
-    set(&mut file["calibrated"], "cloud_read", around(read));
-    set(&mut file["calibrated"], "cloud_compute", around(compute));
+    file["calibrated"]["cloud_read"] = around(read);
+    file["calibrated"]["cloud_compute"] = around(compute);
     // What was published is of another cloud.
     file["published"] = json!([]);
     let text = serde_json::to_string_pretty(&file).map_err(|error| error.to_string())?;

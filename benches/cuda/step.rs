@@ -41,16 +41,11 @@ fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> 
     let least =
         |work: Work, peak: f64| (work.bytes as f64 / peaks.copy).max(work.flops as f64 / peak);
     let moved = |bytes: usize| bytes as f64 / peaks.copy;
-    // The weights once, however many rows there are.
-    let product = |columns: usize, outputs: usize| {
-        let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
-        let bytes = weights + rows * (columns + columns / 4) + 4 * rows * outputs;
-        let flops = 2 * (rows * columns * outputs) as u64;
-        let halves = matches!(numbers, Numbers::F16 | Numbers::Bf16);
-        let peak = if halves { peaks.multiply } else { peaks.bytes };
-        least(Work { bytes: bytes as u64, flops }, peak)
-    };
-    let quantised = |columns: usize| moved(rows * (4 * columns + columns + columns / 4));
+    let halves = matches!(numbers, Numbers::F16 | Numbers::Bf16);
+    let peak = if halves { peaks.multiply } else { peaks.bytes };
+    let product =
+        |columns: usize, outputs: usize| least(bound::gemv(numbers, rows, columns, outputs), peak);
+    let prepared = |columns: usize| least(bound::prepare(numbers, rows, columns), peak);
     let heads = Heads {
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,
@@ -64,20 +59,20 @@ fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> 
     let gate = least(bound::silu_mul(rows * inner), peaks.multiply);
     vec![
         norm,
-        quantised(hidden),
+        prepared(hidden),
         product(hidden, query),
         product(hidden, key_value),
         product(hidden, key_value),
         rope,
         attention,
-        quantised(query),
+        prepared(query),
         product(query, hidden),
         norm,
-        quantised(hidden),
+        prepared(hidden),
         product(hidden, inner),
         product(hidden, inner),
         gate,
-        quantised(inner),
+        prepared(inner),
         product(inner, hidden),
     ]
 }

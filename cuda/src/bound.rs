@@ -14,16 +14,30 @@ pub struct Work {
     pub flops: u64,
 }
 
+/// Bytes of a row of activations as a product takes it: int8 blocks, or numbers of 16 bits.
+fn prepared_bytes(numbers: Numbers, columns: usize) -> usize {
+    match numbers.block() {
+        1 => columns * size_of::<u16>(),
+        _ => columns + columns / BLOCK * 2 * size_of::<f32>(),
+    }
+}
+
+/// [`crate::quantise_rows::quantise_q8`], or for float matrices
+/// [`crate::quantise_rows::round_rows`]: rows in f32 are read, and written as the products of such
+/// weights take them.
+#[must_use]
+pub fn prepare(numbers: Numbers, rows: usize, columns: usize) -> Work {
+    let bytes = rows * (columns * size_of::<f32>() + prepared_bytes(numbers, columns));
+    Work { bytes: bytes as u64, flops: 0 }
+}
+
 /// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once, however
 /// many tiles of rows there are (those with the same weights run side by side, so the L2 can have
 /// them), the rows as the product takes them, the outputs.
 #[must_use]
 pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
     let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
-    let row = match numbers.block() {
-        1 => columns * size_of::<u16>(),
-        _ => columns + columns / BLOCK * 2 * size_of::<f32>(),
-    };
+    let row = prepared_bytes(numbers, columns);
     let bytes = weights + rows * row + rows * outputs * size_of::<f32>();
     Work { bytes: bytes as u64, flops: 2 * (rows * columns * outputs) as u64 }
 }

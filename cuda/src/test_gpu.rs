@@ -2,11 +2,36 @@
 //!
 //! One type for both, so that a test's body is written once and runs wherever there is a GPU.
 
+use std::io::Write as _;
 use std::ops::Range;
 
 use crate::driver::{Cuda, CudaMemory};
-use crate::emulator::{Counts, Emulator, EmulatorMemory, Schedule};
+use crate::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
+
+/// In the environment: the number of the GPU that tests run on. Without it, the emulator.
+pub const GPU: &str = "HAT_TEST_GPU";
+/// In the environment: tests that find no C++ compiler fail, and do not pass untried.
+const REQUIRE: &str = "HAT_REQUIRE_EMULATOR";
+
+/// What was made with the C++ compiler; nothing, and a line on standard error that `what` was not
+/// tried, where there is none.
+///
+/// # Panics
+/// If there is none and `HAT_REQUIRE_EMULATOR` is set, and at every other error.
+#[track_caller]
+pub fn compiled<T>(result: Result<T, EmulatorError>, what: &str) -> Option<T> {
+    match result {
+        Ok(compiled) => Some(compiled),
+        Err(error @ EmulatorError::NoCompiler) => {
+            assert!(std::env::var_os(REQUIRE).is_none(), "{error}");
+            // Not `eprintln`, which a passing test keeps to itself.
+            let _ = writeln!(std::io::stderr(), "{error}: {what} not tried");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
 
 /// What a test runs on.
 pub enum TestGpu {
@@ -41,6 +66,21 @@ impl Memory for TestMemory {
 }
 
 impl TestGpu {
+    /// The GPU that `HAT_TEST_GPU` names, or else the emulator; nothing where that can't be built.
+    ///
+    /// # Panics
+    /// If there is no such GPU, and as [`compiled`].
+    #[track_caller]
+    pub fn from_environment(build: &Build) -> Option<Self> {
+        let Some(ordinal) = std::env::var_os(GPU) else {
+            return compiled(Emulator::new(build), "kernels").map(Self::Emulator);
+        };
+        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
+        let ordinal = ordinal.unwrap_or_else(|| panic!("{GPU} is no number"));
+        let cuda = Cuda::open(ordinal).unwrap_or_else(|error| panic!("{GPU}={ordinal}: {error}"));
+        Some(Self::Cuda(Box::new(cuda)))
+    }
+
     /// The order of threads from now on, where there is a choice.
     pub fn set_schedule(&mut self, schedule: Schedule) {
         if let Self::Emulator(emulator) = self {

@@ -18,26 +18,20 @@ mod lost;
 mod stages;
 mod support;
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use hat_cuda::emulator::{Build, EmulatorError};
+use hat_cuda::emulator::Build;
+use hat_cuda::test_gpu::compiled;
 use serde_json::Value;
 use support::Bundles;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hat-engine");
 
 fn driver() -> Option<PathBuf> {
-    match Build::new(Path::new(env!("CARGO_TARGET_TMPDIR"))).driver(&[]) {
-        Ok(folder) => Some(folder),
-        Err(error @ EmulatorError::NoCompiler) => {
-            assert!(std::env::var_os("HAT_REQUIRE_EMULATOR").is_none(), "{error}");
-            let _ = writeln!(std::io::stderr(), "{error}: the CUDA processor was not tried");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    let build = Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")));
+    compiled(build.driver(&[]), "the CUDA processor")
 }
 
 /// Where libcuda is looked for, and what is wrong with it.

@@ -1,7 +1,7 @@
 //! The formulas of what kernels cannot do without, against buffers and what the emulator counts.
 
 use hat_cuda::attend::Cut;
-use hat_cuda::bound::{Work, attend, gemv, silu_mul};
+use hat_cuda::bound::{Work, attend, gemv, prepare, silu_mul};
 use hat_cuda::plan::Heads;
 use hat_cuda::table::Numbers;
 
@@ -62,6 +62,9 @@ fn bytes_are_those_of_the_buffers() {
     assert_eq!(gemv(Numbers::Q4_1, 65, 4096, 4096).bytes, 10_485_760 + 65 * 21_504);
     // Numbers of two bytes.
     assert_eq!(gemv(Numbers::F16, 2, 64, 32).bytes, 4096 + 2 * (128 + 128));
+    // Rows of 64 numbers of four bytes become bytes and two pairs of scales, or numbers of two.
+    assert_eq!(prepare(Numbers::Q8_0, 3, 64).bytes, 3 * (256 + 64 + 16));
+    assert_eq!(prepare(Numbers::Bf16, 3, 64).bytes, 3 * (256 + 128));
     // 1,024 keys of 32 heads of 128 in two bytes, K and V; 8 rows in and out.
     let heads = Heads { heads: 32, kv_heads: 32, head_dim: 128, window: None };
     let work = attend(&heads, &[1017, 1018, 1019, 1020, 1021, 1022, 1023, 1024]);

@@ -11,10 +11,10 @@ use hat_cuda::driver::{Cuda, LaunchCounts, OpenError, gpu_count};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::plan::{Heads, PlanOnGpu};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::test_gpu::{GPU, TestGpu, compiled};
 
 use crate::sequences::{Batch, Sequence, Store, chunk, expected};
-use crate::stand::{GPU, Random, assert_close, build, compiled, memory, numbers, room};
+use crate::stand::{Random, assert_close, build, memory, numbers, room};
 
 /// Runs tests of this program in a process of its own.
 pub fn tests(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -34,7 +34,7 @@ pub fn assert_passed(output: &Output, at_least: usize) {
 
 /// A folder with a libcuda.so of ours; nothing where it can't be built.
 fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
-    compiled(build().driver(flags))
+    compiled(build().driver(flags), "the driver")
 }
 
 /// Runs the ignored test `name` under a driver of this kind.

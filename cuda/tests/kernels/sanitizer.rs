@@ -5,9 +5,10 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use hat_cuda::emulator::{Build, EmulatorError};
+use hat_cuda::test_gpu::compiled;
 
 use crate::mutants::{Mutant, mutants};
-use crate::stand::{KERNELS, RECORD, build, compiled};
+use crate::stand::{KERNELS, RECORD, build};
 
 const SANITIZERS: &[&str] =
     &["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
@@ -58,7 +59,10 @@ fn replay(build: &Build, launches: &[PathBuf]) -> Result<Output, EmulatorError> 
 #[test]
 #[ignore = "takes a minute; .ci/run runs it"]
 fn all_launches_are_clean_under_the_sanitizers() {
-    let Some(_) = compiled(build().compile("replay.cpp", SANITIZERS, "exe")) else { return };
+    let Some(_) = compiled(build().compile("replay.cpp", SANITIZERS, "exe"), "the sanitizers")
+    else {
+        return;
+    };
     let launches = recorded();
     assert!(launches.len() > 60, "{} launches", launches.len());
     for kernel in hat_cuda::kernel::Kernel::ALL {

@@ -1,15 +1,11 @@
 //! What the tests stand on: a GPU, random numbers, comparison.
 
-use std::io::Write as _;
 use std::path::Path;
 
-use hat_cuda::driver::Cuda;
-use hat_cuda::emulator::{Build, Emulator, EmulatorError, Schedule};
+use hat_cuda::emulator::{Build, Schedule};
 use hat_cuda::gpu::{Gpu as _, Number};
 use hat_cuda::test_gpu::{TestGpu, TestMemory};
 
-/// In the environment: the number of the GPU that the tests run on. Without it, the emulator.
-pub const GPU: &str = "HAT_TEST_GPU";
 /// In the environment: another folder of kernels for the emulator. For tests of the tests.
 pub const KERNELS: &str = "HAT_TEST_KERNELS";
 
@@ -25,34 +21,13 @@ pub fn build() -> Build {
     build
 }
 
-/// The path of something that needs a C++ compiler, or nothing (and a word about it) where there
-/// is none.
-pub fn compiled<T>(result: Result<T, EmulatorError>) -> Option<T> {
-    match result {
-        Ok(compiled) => Some(compiled),
-        Err(error @ EmulatorError::NoCompiler) => {
-            let required = std::env::var_os("HAT_REQUIRE_EMULATOR").is_some();
-            assert!(!required, "{error}");
-            // Not `eprintln`, which a passing test keeps to itself.
-            let _ = writeln!(std::io::stderr(), "{error}: kernels were not tried");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
-
 /// The GPU that the environment names, or else the emulator; nothing where that can't be built.
 pub fn gpu() -> Option<TestGpu> {
-    if let Some(ordinal) = std::env::var_os(GPU) {
-        let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
-        let cuda = Cuda::open(ordinal.expect("HAT_TEST_GPU is a number")).unwrap();
-        return Some(TestGpu::Cuda(Box::new(cuda)));
-    }
-    let mut emulator = compiled(Emulator::new(&build()))?;
-    if let Some(folder) = std::env::var_os(RECORD) {
+    let mut gpu = TestGpu::from_environment(&build())?;
+    if let (TestGpu::Emulator(emulator), Some(folder)) = (&mut gpu, std::env::var_os(RECORD)) {
         emulator.record_to(Path::new(&folder));
     }
-    Some(TestGpu::Emulator(emulator))
+    Some(gpu)
 }
 
 /// Runs a case under every schedule; the results have to be the same bytes.

@@ -103,8 +103,7 @@ impl Drop for WakeAtEnd {
 
 /// Starts a thread for each of `stages`: steps come from `jobs`, go from stage to stage, and end
 /// in `done`. A queue between two stages holds one step (`processor::LENT_MAX` counts on it).
-/// When one thread ends, so do the others:
-/// their queues close.
+/// When one thread ends, so do the others: their queues close.
 ///
 /// # Errors
 /// [`Error::Io`] if a thread cannot be had.
