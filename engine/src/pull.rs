@@ -167,7 +167,20 @@ fn with_drafter(device: &Path) -> anyhow::Result<()> {
 /// # Errors
 /// What reading and writing say.
 pub fn split(model: &Path, options: BundleOptions, out: &Path) -> anyhow::Result<Report> {
-    let source = SourceModel::open(model).context("the model can't be opened")?;
+    split_with(model, None, options, out)
+}
+
+/// As [`split`]; `pre` names the pattern of a GGUF file that does not name its own.
+///
+/// # Errors
+/// As [`split`].
+pub fn split_with(
+    model: &Path,
+    pre: Option<&str>,
+    options: BundleOptions,
+    out: &Path,
+) -> anyhow::Result<Report> {
+    let source = SourceModel::open_with(model, pre).context("the model can't be opened")?;
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("splitting {bar:30} {bytes} of {total_bytes} {wide_msg}")
             .expect("a constant template"),

@@ -17,8 +17,10 @@ mod python;
 mod rendered;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use hat_loader::{ControlTokens, TextFacts};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokenizers::Model;
@@ -154,6 +156,8 @@ pub struct TokenSettings {
     pub eos_token: Option<String>,
     /// Further ids that end an answer (`eos_token_id` of `generation_config.json`).
     pub eos_token_ids: Vec<TokenId>,
+    /// Ids that no text of a user may make; `None`: derived from the rest.
+    pub control_tokens: Option<Vec<TokenId>>,
     /// Whether a raw prompt begins with BOS; `None`: as `tokenizer.json` says.
     pub add_bos: Option<bool>,
 }
@@ -171,6 +175,10 @@ pub enum Special {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     guard: Guard,
+    /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
+    unknown: Option<TokenId>,
+    /// Whether text changes before it is cut, so that it may come to spell a control token.
+    folds: bool,
     template: Option<ChatTemplate>,
     pieces: Arc<Pieces>,
     bos: Option<TokenId>,
@@ -214,7 +222,8 @@ impl Tokenizer {
         let merges = outline.model.merges.map_or(0, |merges| merges.len());
         within("tokenizer.json model.merges in entries", merges, 8 * rows + 1024)?;
 
-        let mut inner = parse(json)?;
+        let (json, control, derived_ends) = control(json, settings)?;
+        let mut inner = parse(&json)?;
         // The parser numbers added tokens itself, whatever the file says.
         for AddedOutline { id, content } in &outline.added_tokens {
             if inner.token_to_id(content) != Some(*id) {
@@ -228,7 +237,10 @@ impl Tokenizer {
         // A stored truncation would cut prompts in silence.
         inner.with_truncation(None).map_err(|e| TokenError::Malformed(e.to_string()))?;
         inner.with_padding(None);
-        let guard = install_guard(&mut inner)?;
+        let folds = inner.get_normalizer().is_some();
+        let guard = install_guard(&mut inner, control)?;
+        let unknown = unknown_token(&inner);
+
         let pieces = Arc::new(Pieces::new(&inner, rows)?);
         let id_of = |field, token: &Option<String>| match token {
             None => Ok(None),
@@ -239,6 +251,7 @@ impl Tokenizer {
         };
         let bos = id_of("bos_token", &settings.bos_token)?;
         let mut ends: Vec<TokenId> = settings.eos_token_ids.clone();
+        ends.extend(derived_ends);
         ends.extend(id_of("eos_token", &settings.eos_token)?);
         ends.sort_unstable();
         ends.dedup();
@@ -250,7 +263,17 @@ impl Tokenizer {
                 settings.eos_token.as_deref(),
             )?),
         };
-        Ok(Self { inner, guard, template, pieces, bos, add_bos: settings.add_bos, ends })
+        Ok(Self {
+            inner,
+            guard,
+            unknown,
+            folds,
+            template,
+            pieces,
+            bos,
+            add_bos: settings.add_bos,
+            ends,
+        })
     }
 
     /// The ids of `text`, nothing added before or after.
@@ -361,21 +384,34 @@ impl Tokenizer {
     /// Encodes text in which control tokens of users are broken; see [`guard`](self::guard).
     fn encode_guarded(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
         let refused = |e: tokenizers::Error| TokenError::Encode(e.to_string());
-        if !text.contains(guard::BREAK) {
+        if !self.folds && !text.contains(guard::BREAK) {
             let encoding = self.inner.encode_fast(text, add_special).map_err(refused)?;
             return Ok(encoding.get_ids().to_vec());
         }
         let encoding = self.inner.encode(text, add_special).map_err(refused)?;
-        let breaks: Vec<usize> = text.match_indices(guard::BREAK).map(|(at, _)| at).collect();
         let mut ids = Vec::with_capacity(encoding.len());
-        for (&id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
-            let next = breaks.partition_point(|&at| at < start);
-            match breaks.get(next) {
-                Some(&at) if at < end && self.guard.is_control(id) => self.spell(id, &mut ids)?,
-                _ => ids.push(id),
+        let made = encoding.get_special_tokens_mask();
+        for ((&id, &(start, end)), made) in
+            encoding.get_ids().iter().zip(encoding.get_offsets()).zip(made)
+        {
+            // What the post-processor puts in front is nobody's text.
+            if *made == 1 || !self.guard.is_control(id) || self.is_meant(id, &text[start..end]) {
+                ids.push(id);
+            } else {
+                self.spell(id, &mut ids)?;
             }
         }
         Ok(ids)
+    }
+
+    /// Whether a control token stands for a marker as the template writes it, or for what has no
+    /// token; not where ordinary pieces of `text` came to spell it.
+    fn is_meant(&self, control: TokenId, text: &str) -> bool {
+        let content = self.guard.text(control);
+        if Some(control) == self.unknown {
+            return !text.contains(guard::BREAK) || guard::unguarded(text) != content;
+        }
+        text.contains(content)
     }
 
     /// Ordinary pieces spelled a control token in spite of a break: spells its halves instead.
@@ -387,7 +423,10 @@ impl Tokenizer {
         for half in [&text[..first], &text[first..]] {
             let tokens = model.tokenize(half).map_err(|e| TokenError::Encode(e.to_string()))?;
             ids.extend(
-                tokens.iter().map(|token| token.id).filter(|id| !self.guard.is_control(*id)),
+                tokens
+                    .iter()
+                    .map(|token| token.id)
+                    .filter(|id| !self.guard.is_control(*id) || Some(*id) == self.unknown),
             );
         }
         Ok(())
@@ -430,29 +469,51 @@ fn check_vocabulary(inner: &tokenizers::Tokenizer, rows: usize) -> Result<(), To
     Ok(())
 }
 
+/// The file with its control tokens typed as such, those tokens, and ends that come with them.
+/// A bundle that lists its tokens was typed at the split.
+type Controlled<'a> = (Cow<'a, [u8]>, BTreeMap<TokenId, String>, Vec<TokenId>);
+
+fn control<'a>(json: &'a [u8], settings: &TokenSettings) -> Result<Controlled<'a>, TokenError> {
+    let malformed = |e: serde_json::Error| TokenError::Malformed(e.to_string());
+    let mut value: serde_json::Value = serde_json::from_slice(json).map_err(malformed)?;
+    let facts = TextFacts {
+        bos: settings.bos_token.as_deref(),
+        eos: settings.eos_token.as_deref(),
+        end_ids: &settings.eos_token_ids,
+        template: settings.chat_template.as_deref(),
+    };
+    let derived = ControlTokens::derive(&mut value, facts);
+    let Some(listed) = &settings.control_tokens else {
+        return Ok((Cow::Owned(value.to_string().into_bytes()), derived.control, derived.ends));
+    };
+    let mut control = derived.control;
+    control.retain(|id, _| listed.binary_search(id).is_ok());
+    if control.len() < listed.len() {
+        let reason = "the bundle lists control tokens that this file does not have; split again";
+        return Err(TokenError::Malformed(reason.into()));
+    }
+    Ok((Cow::Borrowed(json), control, Vec::new()))
+}
+
 /// Teaches the tokenizer to remove our marks after control tokens have been found.
-fn install_guard(inner: &mut tokenizers::Tokenizer) -> Result<Guard, TokenError> {
+fn install_guard(
+    inner: &mut tokenizers::Tokenizer,
+    control: BTreeMap<TokenId, String>,
+) -> Result<Guard, TokenError> {
     let malformed = |e: tokenizers::Error| TokenError::Malformed(e.to_string());
     // A special token that is matched in *normalised* text would be found after the marks are
     // gone. Models that declare theirs so mean no difference by it.
-    let mut special = Vec::new();
     for (id, mut token) in inner.get_added_tokens_decoder() {
-        if token.special {
-            special.push((id, token.content.clone()));
-            if token.normalized {
-                token.normalized = false;
-                inner.add_tokens([token]).map_err(malformed)?;
-            }
+        if token.normalized && control.contains_key(&id) {
+            token.normalized = false;
+            inner.add_tokens([token]).map_err(malformed)?;
         }
     }
     let mut steps = guard::normalizers().map_err(malformed)?;
     steps.extend(inner.get_normalizer().cloned());
     let sequence = NormalizerWrapper::Sequence(Sequence::new(steps));
     inner.with_normalizer(Some(sequence)).map_err(malformed)?;
-
-    let unknown = unknown_token(inner);
-    special.retain(|&(id, _)| Some(id) != unknown);
-    Ok(Guard::new(special))
+    Ok(Guard::new(control))
 }
 
 /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.

@@ -11,7 +11,7 @@ use crate::config::{LlamaConfig, token_ids};
 use crate::error::LoadError;
 use crate::header;
 use crate::map::FileMap;
-use crate::source::{SourceModel, SourceTensor, TokenSettings};
+use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
 use crate::split::LM_HEAD;
 use crate::tensor::{DType, TensorBytes};
 
@@ -58,6 +58,7 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
         tensors,
         tokenizer_json,
         settings: read_settings(directory)?,
+        text: TextReport::default(),
     })
 }
 

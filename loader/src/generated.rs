@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use serde_json::json;
 
 use crate::config::{Family, LlamaConfig, RopeScaling};
-use crate::source::{SourceModel, SourceTensor, TokenSettings};
+use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
 use crate::split::{self, EMBED_TOKENS, LM_HEAD, TensorSpec};
 use crate::tensor::{DType, TensorBytes};
 
@@ -123,7 +123,7 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
         };
         tensors.insert(spec.name, tensor);
     }
-    SourceModel {
+    let mut model = SourceModel {
         name: format!("generated-{}", tiny.seed),
         path,
         config,
@@ -137,7 +137,10 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
             add_bos_token: false,
             chat_template: Some(CHAT_TEMPLATE.to_owned()),
         },
-    }
+        text: TextReport::default(),
+    };
+    model.derive_control().expect("our own JSON");
+    model
 }
 
 /// Random numbers of one tensor.

@@ -30,6 +30,7 @@
 pub mod bundle;
 mod checkpoint;
 pub mod config;
+mod control;
 mod error;
 mod fuzz;
 mod generated;
@@ -47,12 +48,13 @@ pub use bundle::{
     RoleReport, Weights, add_adapter, check_same_model, write_bundles,
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
+pub use control::{ControlTokens, TextFacts};
 pub use error::{ConfigError, LoadError};
 #[doc(hidden)]
 pub use fuzz::{fuzz_gguf, fuzz_safetensors_header};
 pub use generated::{TinyModel, generated};
 pub use gguf::GgufError;
 pub use header::HeaderError;
-pub use source::{SourceModel, TokenSettings};
+pub use source::{SourceModel, TextReport, TokenSettings};
 pub use split::{Role, Split, Submodel};
 pub use tensor::{DType, Layout, Tensor, TensorBytes};

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::config::LlamaConfig;
+use crate::control::{ControlTokens, TextFacts};
 use crate::error::LoadError;
 use crate::split::{self, TensorSpec};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
@@ -36,6 +37,25 @@ pub struct TokenSettings {
     pub chat_template: Option<String>,
 }
 
+/// What was found out about a model's text at the split, for people and for the manifest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct TextReport {
+    /// Control tokens by id: no text of a user makes one.
+    pub control_tokens: BTreeMap<u32, String>,
+    /// Control tokens that the file typed otherwise.
+    pub retyped_tokens: usize,
+    /// Ids that end an answer.
+    pub ends: Vec<u32>,
+    /// The pattern that cuts text into words, and where its name is from; of GGUF files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pattern: Option<String>,
+    /// Merges left out, since they join what are no tokens.
+    pub merges_skipped: usize,
+    /// Ids left without a token, since an earlier one has the same text.
+    pub tokens_doubled: usize,
+}
+
 /// A tensor of the source, and what is to be done when it is asked for.
 pub(crate) struct SourceTensor {
     pub(crate) path: PathBuf,
@@ -57,6 +77,7 @@ pub struct SourceModel {
     pub(crate) tensors: BTreeMap<String, SourceTensor>,
     pub(crate) tokenizer_json: String,
     pub(crate) settings: TokenSettings,
+    pub(crate) text: TextReport,
 }
 
 impl SourceModel {
@@ -68,9 +89,20 @@ impl SourceModel {
     /// # Errors
     /// The first thing that is wrong, with the file and the name.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
+        Self::open_with(path, None)
+    }
+
+    /// As [`SourceModel::open`]; `pre` names the pattern of a GGUF file that doesn't name its
+    /// own, as `tokenizer.ggml.pre` would.
+    ///
+    /// # Errors
+    /// As [`SourceModel::open`], and if the name is none.
+    pub fn open_with(path: &Path, pre: Option<&str>) -> Result<Self, LoadError> {
         let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
-        let model = if metadata.is_dir() { checkpoint::open(path)? } else { gguf::open(path)? };
+        let mut model =
+            if metadata.is_dir() { checkpoint::open(path)? } else { gguf::open(path, pre)? };
         model.check()?;
+        model.derive_control()?;
         Ok(model)
     }
 
@@ -127,6 +159,35 @@ impl SourceModel {
     #[must_use]
     pub fn token_settings(&self) -> &TokenSettings {
         &self.settings
+    }
+
+    /// What was found out about its text.
+    #[must_use]
+    pub fn text_report(&self) -> &TextReport {
+        &self.text
+    }
+
+    /// Derives control tokens and ends, and writes them into tokenizer, configuration and report.
+    pub(crate) fn derive_control(&mut self) -> Result<(), LoadError> {
+        let wrong = |error| LoadError::Json { path: self.path.join("tokenizer.json"), error };
+        let mut json = serde_json::from_str(&self.tokenizer_json).map_err(wrong)?;
+        let facts = TextFacts {
+            bos: self.settings.bos_token.as_deref(),
+            eos: self.settings.eos_token.as_deref(),
+            end_ids: &self.config.eos_token_ids,
+            template: self.settings.chat_template.as_deref(),
+        };
+        let derived = ControlTokens::derive(&mut json, facts);
+        if derived.retyped > 0 {
+            self.tokenizer_json = json.to_string();
+        }
+        self.config.eos_token_ids.extend(&derived.ends);
+        self.config.eos_token_ids.sort_unstable();
+        self.config.eos_token_ids.dedup();
+        self.text.control_tokens = derived.control;
+        self.text.retyped_tokens = derived.retyped;
+        self.text.ends = self.config.eos_token_ids.clone();
+        Ok(())
     }
 
     /// The chat template, if the model has one.

@@ -21,7 +21,13 @@ fn numbers_beyond_the_type_are_refused() {
     files::write_directory(&model, directory.path(), 1);
     let path = directory.path().join("model.safetensors");
     let good = std::fs::read(&path).unwrap();
-    for number in [70_000.0, f32::NAN, f32::NEG_INFINITY] {
+    // A scale of eight bits holds more than f16 does.
+    for (number, kinds) in [
+        (70_000.0, &[Weights::F16][..]),
+        (9e6, &[Weights::F16, Weights::Q8]),
+        (f32::NAN, &[Weights::F16, Weights::Q8]),
+        (f32::NEG_INFINITY, &[Weights::F16, Weights::Q8]),
+    ] {
         let mut bytes = good.clone();
         let file = safetensors::SafeTensors::deserialize(&good).unwrap();
         let data = file.tensor("model.layers.0.mlp.up_proj.weight").unwrap().data();
@@ -30,7 +36,7 @@ fn numbers_beyond_the_type_are_refused() {
         std::fs::write(&path, bytes).unwrap();
         let opened = SourceModel::open(directory.path()).unwrap();
         let out = directory.path().join("out");
-        for weights in [Weights::F16, Weights::Q8] {
+        for &weights in kinds {
             let error =
                 write_bundles(&opened, options(2, 0, weights), &out, &mut |_| {}).unwrap_err();
             let text = error.to_string();
@@ -92,7 +98,9 @@ fn other_directories_are_refused() {
 fn manifests_that_lie_are_refused() {
     let written = write(&generated(&tiny()), options(2, 0, Weights::Keep));
     let refused = |change: &dyn Fn(&mut Value), parts: &[&str]| written.refused(change, parts);
-    refused(&|m| m["format_version"] = json!(2), &["format_version 2", "reads 1"]);
+    refused(&|m| m["format_version"] = json!(3), &["format_version 3", "reads 2"]);
+    refused(&|m| m["control_tokens"] = json!([512]), &["control_tokens", "512"]);
+    refused(&|m| m["control_tokens"] = Value::Null, &["control_tokens: missing"]);
     refused(&|m| m["format_version"] = Value::Null, &["format_version"]);
     refused(&|m| m["role"] = json!("server"), &["server"]);
     refused(&|m| m["role"] = json!("cloud"), &["layers"]);

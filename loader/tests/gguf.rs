@@ -7,7 +7,10 @@ mod files;
 use files::gguf::{
     Gguf, GgufTensor, Meta, assert_same_tensors, open, refused_metadata, sentence_piece, tiny,
 };
-use hat_loader::{DType, Family, RopeScaling, SourceModel, TinyModel, generated};
+use hat_loader::{
+    Bundle, BundleOptions, DType, Family, RopeScaling, SourceModel, TinyModel, Weights, generated,
+    write_bundles,
+};
 use tokenizers::Tokenizer;
 
 #[test]
@@ -169,4 +172,90 @@ fn sentence_piece_scores_become_merges() {
     gguf.set("tokenizer.ggml.add_space_prefix", Meta::Bool(false));
     let tokenizer: Tokenizer = open(&gguf).unwrap().tokenizer_json().parse().unwrap();
     assert_eq!(tokenizer.encode("the", true).unwrap().get_tokens(), ["<s>", "t", "he"]);
+}
+
+#[test]
+fn a_file_that_does_not_name_its_pattern_is_not_guessed_at() {
+    let mut gguf = Gguf::of(&generated(&tiny()));
+    let named = open(&gguf).unwrap();
+    assert_eq!(named.text_report().pattern.as_deref(), Some("gpt-2, by the file"));
+    for pre in [None, Some("default")] {
+        gguf.remove("tokenizer.ggml.pre");
+        if let Some(pre) = pre {
+            gguf.set("tokenizer.ggml.pre", Meta::Text(pre.into()));
+        }
+        refused_metadata(&gguf, "tokenizer.ggml.pre", "pass --pre NAME to hat-split");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.gguf");
+        gguf.write(&path);
+        let told = SourceModel::open_with(&path, Some("gpt-2")).unwrap();
+        assert_eq!(told.tokenizer_json(), named.tokenizer_json());
+        let error = SourceModel::open_with(&path, Some("nonsense")).unwrap_err().to_string();
+        assert!(error.contains("nonsense") && error.contains("deepseek-r1-qwen"), "{error}");
+    }
+}
+
+#[test]
+fn markers_are_control_tokens_whatever_type_a_file_gives_them() {
+    let model = generated(&tiny());
+    for kind in [1, 3, 4] {
+        let mut gguf = Gguf::of(&model);
+        let types = (0..512).map(|id| if id < 3 { kind } else { 1 }).collect();
+        gguf.set("tokenizer.ggml.token_type", Meta::I32s(types));
+        let opened = open(&gguf).unwrap();
+        let report = opened.text_report();
+        assert_eq!(report.control_tokens.keys().copied().collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(report.retyped_tokens, if kind == 3 { 0 } else { 3 });
+        assert_eq!(report.ends, [0, 2]);
+        let tokenizer: Tokenizer = opened.tokenizer_json().parse().unwrap();
+        assert_eq!(tokenizer.encode("<|im_end|>", false).unwrap().get_ids(), [2], "type {kind}");
+
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("out");
+        let options = BundleOptions { split_layer: 1, tail_layers: 0, weights: Weights::Keep };
+        write_bundles(&opened, options, &out, &mut |_| {}).unwrap();
+        let device = Bundle::open(&out.join("device")).unwrap();
+        assert_eq!(device.manifest().control_tokens.as_deref(), Some(&[0, 1, 2][..]));
+        assert_eq!(Bundle::open(&out.join("cloud")).unwrap().manifest().control_tokens, None);
+    }
+}
+
+#[test]
+fn odd_merges_and_doubled_tokens_are_counted() {
+    let model = generated(&tiny());
+    let mut gguf = Gguf::of(&model);
+    let list = |gguf: &Gguf, key: &str| {
+        let found = gguf.metadata.iter().find(|(name, _)| name == key).unwrap();
+        let Meta::Texts(texts) = &found.1 else { panic!("{key}") };
+        texts.clone()
+    };
+    let mut merges = list(&gguf, "tokenizer.ggml.merges");
+    merges.insert(0, "zz top".into());
+    gguf.set("tokenizer.ggml.merges", Meta::Texts(merges));
+    let mut tokens = list(&gguf, "tokenizer.ggml.tokens");
+    let doubled = tokens[100].clone();
+    *tokens.last_mut().unwrap() = doubled.clone();
+    gguf.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    let opened = open(&gguf).unwrap();
+    let report = opened.text_report();
+    // The token that is gone takes its own merge with it.
+    assert_eq!((report.merges_skipped, report.tokens_doubled), (2, 1));
+    let tokenizer: Tokenizer = opened.tokenizer_json().parse().unwrap();
+    assert_eq!(tokenizer.token_to_id(&doubled), Some(100));
+}
+
+#[test]
+fn a_matrix_that_no_block_fits_keeps_a_type_of_its_own() {
+    let odd = TinyModel { intermediate: 60, dtype: DType::F32, ..tiny() };
+    let model = generated(&odd);
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let options = BundleOptions { split_layer: 1, tail_layers: 0, weights: Weights::Q8 };
+    let report = write_bundles(&model, options, &out, &mut |_| {}).unwrap();
+    let kept: Vec<&String> = report.kept.keys().collect();
+    let names = [0, 1].map(|layer| format!("model.layers.{layer}.mlp.down_proj.weight"));
+    assert_eq!(kept, names.each_ref());
+    assert!(report.kept[&names[0]].contains("f16 instead of q8_0: rows of 60"));
+    let device = Bundle::open(&out.join("device")).unwrap();
+    assert_eq!(device.tensor(&names[0]).unwrap().dtype, DType::F16);
 }

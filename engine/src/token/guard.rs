@@ -21,6 +21,7 @@
 //! A control token of one character can't be broken; no model family has one.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use tokenizers::normalizers::{NormalizerWrapper, Replace};
 
@@ -36,22 +37,25 @@ pub(super) const BREAK: &str = "\u{FDD0}\u{FDD2}";
 pub(super) struct Guard {
     /// Their texts, sorted, none empty.
     texts: Vec<String>,
-    /// Their ids, sorted.
-    ids: Vec<TokenId>,
+    /// Them by id.
+    ids: BTreeMap<TokenId, String>,
 }
 
 impl Guard {
-    pub(super) fn new(control: Vec<(TokenId, String)>) -> Self {
-        let mut ids: Vec<TokenId> = control.iter().map(|&(id, _)| id).collect();
-        ids.sort_unstable();
+    pub(super) fn new(control: BTreeMap<TokenId, String>) -> Self {
         let mut texts: Vec<String> =
-            control.into_iter().map(|(_, text)| text).filter(|text| !text.is_empty()).collect();
+            control.values().filter(|text| !text.is_empty()).cloned().collect();
         texts.sort();
-        Self { texts, ids }
+        Self { texts, ids: control }
     }
 
     pub(super) fn is_control(&self, id: TokenId) -> bool {
-        self.ids.binary_search(&id).is_ok()
+        self.ids.contains_key(&id)
+    }
+
+    /// The text of a control token; of another id none.
+    pub(super) fn text(&self, id: TokenId) -> &str {
+        self.ids.get(&id).map_or("", String::as_str)
     }
 
     /// `text` with each control token broken, and escapes escaped.

@@ -28,6 +28,21 @@ pub(super) fn stored_dtype(spec: &TensorSpec, source: DType, weights: Weights) -
     if source.row_bytes(256) <= target.row_bytes(256) { source } else { target }
 }
 
+/// The type that a matrix keeps, and why, where its rows are no whole number of blocks of the
+/// type asked for.
+pub(super) fn misfit(spec: &TensorSpec, source: DType, asked: DType) -> Option<(DType, String)> {
+    let k = *spec.shape.last()?;
+    if asked == source || asked.row_bytes(k).is_some() {
+        return None;
+    }
+    let kept = match source {
+        DType::F32 => DType::F16,
+        other => other,
+    };
+    let why = format!("rows of {k} are no whole number of blocks of {}", asked.block_weights());
+    Some((kept, why))
+}
+
 /// The bytes of a tensor in row order, as `dtype`.
 ///
 /// # Errors
@@ -52,7 +67,13 @@ pub(super) fn convert(tensor: &Tensor, dtype: DType) -> Result<TensorBytes, Bund
     for (index, (row, out)) in rows.zip(out.chunks_exact_mut(to_bytes)).enumerate() {
         layout::dequantise_row(tensor.dtype, k, row, &mut numbers);
         // False for NaN as well.
-        let fits = |x: &&f32| x.abs() < if dtype == DType::F32 { f32::INFINITY } else { F16_END };
+        let end = match dtype {
+            DType::F32 | DType::Bf16 => f32::INFINITY,
+            // The scale is what has to fit: the largest weight over 127.
+            DType::Q8_0 => F16_END * 127.0,
+            _ => F16_END,
+        };
+        let fits = |x: &&f32| x.abs() < end;
         if let Some(x) = numbers.iter().find(|x| !fits(x)) {
             return Err(wrong(format!("row {index} holds {x}")));
         }

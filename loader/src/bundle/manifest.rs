@@ -10,8 +10,10 @@ use crate::layout;
 use crate::split::{Role, Split, Submodel, TensorSpec};
 use crate::tensor::{DType, Layout};
 
-/// The format of the directory that this crate reads and writes.
-pub const FORMAT_VERSION: u64 = 1;
+/// The format of the directory that this crate writes.
+pub const FORMAT_VERSION: u64 = 2;
+/// The oldest format that is read: without `control_tokens`, which are derived at opening then.
+pub const FORMAT_VERSION_MIN: u64 = 1;
 /// The manifest's file name.
 pub const MANIFEST: &str = "bundle.json";
 /// The weights' file name.
@@ -50,6 +52,9 @@ pub struct Manifest {
     pub wire: String,
     /// The hyper-parameters of the whole model.
     pub config: LlamaConfig,
+    /// Ids that no text of a user may make, ascending; device only, and from format 2 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control_tokens: Option<Vec<u32>>,
     /// Every other file of the bundle.
     pub files: BTreeMap<String, FileEntry>,
     /// The tensors in the order of the weights file.
@@ -162,8 +167,28 @@ impl Manifest {
             let reason = format!("{:?} is no row codec", self.wire);
             return Err(ConfigError::new("wire", reason));
         }
+        self.check_control()?;
         self.check_files()?;
         self.check_tensors(&split)
+    }
+
+    fn check_control(&self) -> Result<(), ConfigError> {
+        let wrong = |reason: String| Err(ConfigError::new("control_tokens", reason));
+        match (&self.control_tokens, self.role) {
+            (None, Role::Device) if self.format_version > FORMAT_VERSION_MIN => {
+                wrong("missing; run hat-split again".into())
+            }
+            (Some(_), Role::Cloud) => wrong("belong to no cloud bundle".into()),
+            (Some(ids), Role::Device) => {
+                match ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
+                    None => Ok(()),
+                    Some(id) => {
+                        wrong(format!("{id} is beyond vocab_size = {}", self.config.vocab_size))
+                    }
+                }
+            }
+            (None, _) => Ok(()),
+        }
     }
 
     fn check_files(&self) -> Result<(), ConfigError> {

@@ -30,8 +30,8 @@ use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add_adapter_bytes};
 pub use error::BundleError;
 pub use manifest::{
-    ADAPTER, ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, TOKENIZER, TOKENIZER_CONFIG,
-    TensorEntry, WEIGHTS,
+    ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_MIN, FileEntry, MANIFEST, Manifest,
+    TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS,
 };
 pub use model_id::{ModelId, ModelIdError};
 pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, write_bundles};
@@ -249,7 +249,8 @@ fn read_manifest(directory: &Path) -> Result<Manifest, BundleError> {
     let text = read_text(&path, MANIFEST_BYTES_MAX)?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(BundleError::json(&path))?;
     let version = json.get("format_version");
-    if version.and_then(serde_json::Value::as_u64) != Some(FORMAT_VERSION) {
+    let number = version.and_then(serde_json::Value::as_u64);
+    if !number.is_some_and(|number| (FORMAT_VERSION_MIN..=FORMAT_VERSION).contains(&number)) {
         let got = version.map_or("missing".to_owned(), ToString::to_string);
         return Err(BundleError::FormatVersion { path, expected: FORMAT_VERSION, got });
     }

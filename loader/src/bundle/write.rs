@@ -16,7 +16,7 @@ use super::model_id::ModelHasher;
 use super::{BundleError, ModelId, convert};
 use crate::header;
 use crate::layout;
-use crate::source::SourceModel;
+use crate::source::{SourceModel, TextReport};
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout};
 
@@ -73,6 +73,10 @@ pub struct Report {
     pub hidden_size: usize,
     /// Bytes of one row's payload on the wire in f16, in each direction.
     pub row_bytes_f16: usize,
+    /// Control tokens, ends of an answer, and what the vocabulary was read as.
+    pub text: TextReport,
+    /// Matrices that kept another type than the one asked for, and why.
+    pub kept: BTreeMap<String, String>,
     /// The device's half.
     pub device: RoleReport,
     /// The cloud's half.
@@ -114,6 +118,7 @@ pub fn write_bundles(
         .iter()
         .map(|role| Plan::new(model, &split, *role, options.weights))
         .collect::<Result<Vec<_>, _>>()?;
+    let kept = plans.iter().flat_map(|plan| plan.kept.clone()).collect();
     let staging = Staging::create(directory)?;
 
     let mut state = Writing {
@@ -146,6 +151,8 @@ pub fn write_bundles(
         num_hidden_layers: layers,
         hidden_size: model.config().hidden_size,
         row_bytes_f16: 2 * model.config().hidden_size,
+        text: model.text_report().clone(),
+        kept,
         device: device.expect("one report a role"),
         cloud: cloud.expect("one report a role"),
     })
@@ -156,6 +163,8 @@ struct Plan {
     role: Role,
     tensors: Vec<(TensorEntry, Stored)>,
     bytes: u64,
+    /// Matrices that keep another type than asked for, and why.
+    kept: BTreeMap<String, String>,
 }
 
 impl Plan {
@@ -168,9 +177,20 @@ impl Plan {
         let mut specs = split.role_tensors(role, model.config());
         specs.sort_by_key(|spec| spec.shape.len() == 1);
         let mut tensors = Vec::with_capacity(specs.len());
+        let mut kept = BTreeMap::new();
         for spec in specs {
             let source = model.tensor_dtype(&spec.name)?;
-            let dtype = convert::stored_dtype(&spec, source, weights);
+            let asked = convert::stored_dtype(&spec, source, weights);
+            let dtype = match convert::misfit(&spec, source, asked) {
+                None => asked,
+                Some((dtype, why)) => {
+                    kept.insert(
+                        spec.name.clone(),
+                        format!("{} instead of {}: {why}", dtype.name(), asked.name()),
+                    );
+                    dtype
+                }
+            };
             let entry = TensorEntry::new(&spec.name, dtype, &spec.shape);
             let stored = Stored::of(&entry).map_err(|error| BundleError::Convert {
                 name: spec.name,
@@ -180,7 +200,7 @@ impl Plan {
             tensors.push((entry, stored));
         }
         let bytes = tensors.iter().map(|(_, stored)| stored.file_bytes as u64).sum();
-        Ok(Self { role, tensors, bytes })
+        Ok(Self { role, tensors, bytes, kept })
     }
 }
 
@@ -278,6 +298,8 @@ fn write_manifest(
         layers: report.layers.clone(),
         hidden_size: model.config().hidden_size,
         wire: "f16".to_owned(),
+        control_tokens: (plan.role == Role::Device)
+            .then(|| model.text_report().control_tokens.keys().copied().collect()),
         config: model.config().clone(),
         files,
         tensors: plan.tensors.into_iter().map(|(entry, _)| entry).collect(),

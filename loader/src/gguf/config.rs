@@ -161,22 +161,13 @@ fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<Option<RopeScaling>, Ggu
     Ok(Some(RopeScaling::Factors { factors }))
 }
 
-/// The first token, and all that end an answer: those that the metadata names, and the
-/// end-of-turn tokens that chat models have beside them.
+/// The first token, and those that end an answer by the metadata; `control` adds those of the
+/// vocabulary.
 fn end_tokens(container: &Container<'_>) -> Result<(Option<u32>, Vec<u32>), GgufError> {
-    const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end|>"];
-
     let bos = token_id(container, "tokenizer.ggml.bos_token_id")?;
     let mut eos = Vec::new();
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         eos.extend(token_id(container, &format!("tokenizer.ggml.{key}"))?);
-    }
-    if let Some(Value::Array(tokens)) = container.metadata.get("tokenizer.ggml.tokens") {
-        for (id, token) in tokens.iter().enumerate() {
-            if matches!(token, Value::Text(text) if TURN_ENDS.contains(&text)) {
-                eos.push(id as u32);
-            }
-        }
     }
     eos.sort_unstable();
     eos.dedup();

@@ -6,6 +6,7 @@
 
 mod config;
 mod parse;
+mod pre;
 mod tokenizer;
 mod vocabulary;
 
@@ -182,24 +183,29 @@ impl From<ConfigError> for GgufError {
 }
 
 /// Opens a file; the tensors are not yet checked against the configuration.
-pub(crate) fn open(path: &Path) -> Result<SourceModel, LoadError> {
+pub(crate) fn open(path: &Path, pre: Option<&str>) -> Result<SourceModel, LoadError> {
     let map = FileMap::open(path).map_err(|error| LoadError::io(path, error))?;
     let wrong = |error| LoadError::Gguf { path: path.to_owned(), error };
-    read(path, map).map_err(wrong)
+    read(path, map, pre).map_err(wrong)
 }
 
 /// Entry for fuzzers.
 pub(crate) fn fuzz(bytes: &[u8]) -> bool {
-    let model = read(Path::new("fuzz"), Arc::new(bytes.to_vec()));
+    let model = read(Path::new("fuzz"), Arc::new(bytes.to_vec()), None);
     model.is_ok_and(|model| model.check().is_ok())
 }
 
-fn read(path: &Path, map: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<SourceModel, GgufError> {
+fn read(
+    path: &Path,
+    map: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    pre: Option<&str>,
+) -> Result<SourceModel, GgufError> {
     let file: &[u8] = (*map).as_ref();
     let container = parse::parse(file)?;
     let architecture = config::architecture(&container)?;
     let config = config::config(&container, architecture, file)?;
-    let (tokenizer_json, settings) = tokenizer::tokenizer(&container, config.vocab_size)?;
+    let (tokenizer_json, settings, text) =
+        tokenizer::tokenizer(&container, config.vocab_size, pre)?;
 
     let mut tensors = BTreeMap::new();
     for (name, info) in &container.tensors {
@@ -235,6 +241,7 @@ fn read(path: &Path, map: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<SourceMo
         tensors,
         tokenizer_json,
         settings,
+        text,
     })
 }
 

@@ -10,18 +10,22 @@ use serde_json::{Value as Json, json};
 use super::GgufError;
 use super::config::token_id;
 use super::parse::{Container, Value};
+use super::pre;
 use super::vocabulary::{TokenKind, Vocabulary};
-use crate::source::TokenSettings;
+use crate::source::{TextReport, TokenSettings};
 
 /// SentencePiece's visible space.
 const SPACE: &str = "\u{2581}";
 
-/// The text of `tokenizer.json`, and the settings beside it.
+/// The text of `tokenizer.json`, the settings beside it, and what was found out. `pre` is the
+/// name of the pattern, where a person gives it.
 pub(super) fn tokenizer(
     container: &Container<'_>,
     vocab_size: usize,
-) -> Result<(String, TokenSettings), GgufError> {
+    pre: Option<&str>,
+) -> Result<(String, TokenSettings, TextReport), GgufError> {
     let vocabulary = Vocabulary::read(container)?;
+    let mut report = TextReport { tokens_doubled: vocabulary.doubled, ..TextReport::default() };
     if vocabulary.tokens.len() > vocab_size {
         let reason =
             format!("{} tokens, but the embedding has {vocab_size} rows", vocabulary.tokens.len());
@@ -29,7 +33,7 @@ pub(super) fn tokenizer(
     }
     let key = "tokenizer.ggml.model";
     let (mut json, add_bos_default) = match container.metadata.get(key) {
-        Some(Value::Text("gpt2")) => byte_level(container, &vocabulary)?,
+        Some(Value::Text("gpt2")) => byte_level(container, &vocabulary, pre, &mut report)?,
         Some(Value::Text("llama")) => sentence_piece(container, &vocabulary)?,
         None => return Err(GgufError::metadata(key, "missing")),
         Some(other) => {
@@ -47,7 +51,7 @@ pub(super) fn tokenizer(
         };
         json["post_processor"] = begin_with(id, text);
     }
-    Ok((json.to_string(), settings))
+    Ok((json.to_string(), settings, report))
 }
 
 fn settings(
@@ -86,31 +90,23 @@ fn settings(
 fn byte_level(
     container: &Container<'_>,
     vocabulary: &Vocabulary<'_>,
+    told: Option<&str>,
+    report: &mut TextReport,
 ) -> Result<(Json, bool), GgufError> {
-    let pre_key = "tokenizer.ggml.pre";
-    let pre = match container.metadata.get(pre_key) {
-        None => "default",
-        Some(Value::Text(pre)) => *pre,
-        Some(other) => {
-            return Err(GgufError::metadata(pre_key, format!("{other:?} is not a string")));
-        }
-    };
-    let pre_tokenizer = pre_tokenizer(pre).ok_or_else(|| {
-        let known = "smollm, llama-bpe, qwen2, gpt-2, default";
-        GgufError::metadata(pre_key, format!("{pre:?} is not supported; supported: {known}"))
-    })?;
-    let is_llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
-    let normalizer = if pre == "qwen2" { json!({"type": "NFC"}) } else { Json::Null };
-    let merges = vocabulary.listed_merges(container)?;
+    let (merges, skipped) = vocabulary.listed_merges(container)?;
+    let (row, from) = pre::of(container, &merges, told)?;
+    report.merges_skipped = skipped;
+    report.pattern = Some(from);
+    let normalizer = if row.composes { json!({"type": "NFC"}) } else { Json::Null };
     let json = json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": added_tokens(vocabulary),
         "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
+        "pre_tokenizer": row.pattern.json(),
         "post_processor": null,
-        "decoder": byte_level_step(true),
+        "decoder": pre::byte_level_step(true),
         "model": {
             "type": "BPE",
             "dropout": null,
@@ -119,45 +115,12 @@ fn byte_level(
             "end_of_word_suffix": null,
             "fuse_unk": false,
             "byte_fallback": false,
-            "ignore_merges": is_llama3,
+            "ignore_merges": row.ignore_merges,
             "vocab": vocabulary.json(),
             "merges": merges,
         },
     });
-    Ok((json, is_llama3))
-}
-
-/// How `tokenizer.ggml.pre` cuts text into words.
-fn pre_tokenizer(pre: &str) -> Option<Json> {
-    // Contractions, words with at most one other character in front, numbers, other characters
-    // with their line ends, spaces. The two patterns differ in how many digits go together.
-    let words = |digits: &str| {
-        let pattern = format!(
-            "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{{L}}\\p{{N}}]?\\p{{L}}+|\\p{{N}}{digits}|\
-             \x20?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-        );
-        json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-             "invert": false},
-            byte_level_step(false),
-        ]})
-    };
-    Some(match pre {
-        "gpt-2" | "default" => byte_level_step(true),
-        "smollm" => json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": true},
-            byte_level_step(true),
-        ]}),
-        "llama-bpe" | "llama3" | "llama-v3" => words("{1,3}"),
-        "qwen2" => words(""),
-        _ => return None,
-    })
-}
-
-/// Bytes as letters; with `use_regex` cut by GPT-2's own pattern.
-fn byte_level_step(use_regex: bool) -> Json {
-    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
-           "use_regex": use_regex})
+    Ok((json, row.begins_with_bos))
 }
 
 /// `llama`: the JSON, and whether a prompt begins with bos if the file doesn't say.
@@ -220,6 +183,9 @@ fn added_tokens(vocabulary: &Vocabulary<'_>) -> Vec<Json> {
             TokenKind::UserDefined => false,
             TokenKind::Normal | TokenKind::Byte => continue,
         };
+        if !vocabulary.is_first(id) {
+            continue;
+        }
         added.push(json!({
             "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": special,

@@ -32,6 +32,8 @@ pub(super) struct Vocabulary<'a> {
     pub(super) tokens: Vec<&'a str>,
     pub(super) kinds: Vec<TokenKind>,
     ids: HashMap<&'a str, usize>,
+    /// Ids without a token of their own: an earlier one has the same text.
+    pub(super) doubled: usize,
 }
 
 impl<'a> Vocabulary<'a> {
@@ -46,11 +48,9 @@ impl<'a> Vocabulary<'a> {
             .collect::<Result<Vec<_>, _>>()?;
         let mut ids = HashMap::with_capacity(tokens.len());
         for (id, token) in tokens.iter().enumerate() {
-            if let Some(other) = ids.insert(*token, id) {
-                let reason = format!("tokens {other} and {id} are the same");
-                return Err(GgufError::metadata(TOKENS, reason));
-            }
+            ids.entry(*token).or_insert(id);
         }
+        let doubled = tokens.len() - ids.len();
         let kinds = match array(container, TYPES)? {
             None => vec![TokenKind::Normal; tokens.len()],
             Some(types) if types.len() != tokens.len() => {
@@ -59,20 +59,26 @@ impl<'a> Vocabulary<'a> {
             }
             Some(types) => types.iter().map(kind).collect::<Result<_, _>>()?,
         };
-        Ok(Self { tokens, kinds, ids })
+        Ok(Self { tokens, kinds, ids, doubled })
     }
 
     /// `{token: id}`, ids ascending.
     pub(super) fn json(&self) -> Json {
-        let entries = self.tokens.iter().enumerate();
+        let entries = self.tokens.iter().enumerate().filter(|(id, _)| self.is_first(*id));
         Json::Object(entries.map(|(id, token)| ((*token).to_owned(), id.into())).collect())
     }
 
-    /// The merges that the file lists, as pairs of tokens, the earliest first.
+    /// Whether no earlier token has the text of this one.
+    pub(super) fn is_first(&self, id: usize) -> bool {
+        self.ids.get(self.tokens[id]) == Some(&id)
+    }
+
+    /// The merges that the file lists, as pairs of tokens, the earliest first, and how many were
+    /// left out: those that join or make what is no token, which nothing could use.
     pub(super) fn listed_merges(
         &self,
         container: &Container<'a>,
-    ) -> Result<Vec<[&'a str; 2]>, GgufError> {
+    ) -> Result<(Vec<[&'a str; 2]>, usize), GgufError> {
         let merges =
             array(container, MERGES)?.ok_or_else(|| GgufError::metadata(MERGES, "missing"))?;
         let pair = |value: Value<'a>| {
@@ -84,9 +90,12 @@ impl<'a> Vocabulary<'a> {
             let all_known = [left, right, &format!("{left}{right}")]
                 .into_iter()
                 .all(|token| self.ids.contains_key(token));
-            if all_known { Ok([left, right]) } else { Err(wrong("joins what are no tokens")) }
+            Ok(all_known.then_some([left, right]))
         };
-        merges.iter().map(pair).collect()
+        let pairs = merges.iter().map(pair).collect::<Result<Vec<_>, _>>()?;
+        let known: Vec<_> = pairs.into_iter().flatten().collect();
+        let skipped = merges.len() - known.len();
+        Ok((known, skipped))
     }
 
     /// The merges that follow from SentencePiece's scores: each way to put a piece together from
@@ -101,7 +110,8 @@ impl<'a> Vocabulary<'a> {
         let mut merges = Vec::new();
         let mut ways = Vec::new();
         for (id, piece) in self.tokens.iter().enumerate() {
-            if !matches!(self.kinds[id], TokenKind::Normal | TokenKind::UserDefined) {
+            let is_text = matches!(self.kinds[id], TokenKind::Normal | TokenKind::UserDefined);
+            if !is_text || !self.is_first(id) {
                 continue;
             }
             if piece.len() > PIECE_BYTES_MAX {

@@ -30,6 +30,10 @@ struct Args {
     /// A trained drafter for the device half: what `hat-train fit` wrote for this model.
     #[arg(long, value_name = "FILE")]
     adapter: Option<PathBuf>,
+    /// The pattern that cuts text into words, for a GGUF file that does not name it: a value of
+    /// `tokenizer.ggml.pre`.
+    #[arg(long, value_name = "NAME")]
+    pre: Option<String>,
     /// Print what each side holds.
     #[arg(long)]
     report: bool,
@@ -84,7 +88,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         tail_layers: args.tail_layers,
         weights: args.weights.into(),
     };
-    let report = pull::split(&path, options, &args.out)?;
+    let report = pull::split_with(&path, args.pre.as_deref(), options, &args.out)?;
     if let Some(adapter) = &args.adapter {
         let added = hat_loader::add_adapter(&args.out.join("device"), adapter);
         added.context("the bundles are written, but without the drafter")?;
@@ -110,8 +114,32 @@ fn print_report(report: &Report) {
         "on the wire    {} bytes a row in f16, each way (hidden_size {})",
         report.row_bytes_f16, report.hidden_size
     );
+    print_text(report);
     print_role("device", "embedding, final norm, LM head, tokenizer", &report.device);
     print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud);
+}
+
+/// What the text side was read as.
+fn print_text(report: &Report) {
+    let text = &report.text;
+    if let Some(pattern) = &text.pattern {
+        println!("words          cut as {pattern}");
+    }
+    let (count, retyped) = (text.control_tokens.len(), text.retyped_tokens);
+    println!("control tokens {count}, of which the file typed {retyped} otherwise");
+    for (id, token) in &text.control_tokens {
+        let end = if text.ends.contains(id) { "  ends an answer" } else { "" };
+        println!("  {id:>10} {token:?}{end}");
+    }
+    if text.merges_skipped > 0 {
+        println!("merges         {} skipped: they join no tokens", text.merges_skipped);
+    }
+    if text.tokens_doubled > 0 {
+        println!("tokens         {} with the text of an earlier one", text.tokens_doubled);
+    }
+    for (name, why) in &report.kept {
+        println!("kept           {name}: {why}");
+    }
 }
 
 fn print_role(name: &str, holds: &str, role: &RoleReport) {
