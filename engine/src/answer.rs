@@ -112,7 +112,12 @@ fn encode(
         }
         Prompt::Chat(messages) => {
             let options = ChatOptions::at(hat_transport::clock::unix_seconds());
-            let refused = |error: crate::token::TokenError| Error::Template(error.to_string());
+            let refused = |error: crate::token::TokenError| match error {
+                hangs @ crate::token::TokenError::TemplateHangs => {
+                    Error::TemplateHangs(hangs.to_string())
+                }
+                error => Error::Template(error.to_string()),
+            };
             let rendered = tokenizer.render(messages, &options).map_err(refused)?;
             // Encoding takes its time, and is nobody else's.
             let known =

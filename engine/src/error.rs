@@ -45,6 +45,9 @@ pub enum Error {
     /// The chat template refused the messages, or there is none.
     #[error("chat template: {0}")]
     Template(String),
+    /// The model's chat template does not end; other prompts work.
+    #[error("chat template: {0}")]
+    TemplateHangs(String),
     /// Too many requests at once.
     #[error("busy: {reason}; try again in {retry_after_ms} ms")]
     Busy {
@@ -99,7 +102,9 @@ impl Error {
             Self::Field { .. } | Self::ContextLength { .. } | Self::Template(_) => ErrorKind::Input,
             Self::Busy { .. } => ErrorKind::Busy,
             Self::Peer { .. } => ErrorKind::Peer,
-            Self::Bundle { .. } | Self::Backend(_) | Self::Io { .. } => ErrorKind::Resource,
+            Self::Bundle { .. } | Self::Backend(_) | Self::Io { .. } | Self::TemplateHangs(_) => {
+                ErrorKind::Resource
+            }
             Self::NotFinite { .. } | Self::Stopped(_) => ErrorKind::Broken,
         }
     }

@@ -267,6 +267,7 @@ pub fn token_settings(bundle: &Bundle) -> TokenSettings {
         bos_token: text.bos_token,
         eos_token: text.eos_token,
         eos_token_ids: bundle.config().eos_token_ids.clone(),
+        template_limit: None,
         control_tokens: bundle.manifest().control_tokens.clone(),
         add_bos: None, // tokenizer.json's post-processor knows
     }

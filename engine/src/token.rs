@@ -12,6 +12,7 @@
 mod chat;
 mod detokenizer;
 mod guard;
+mod limited;
 mod pieces;
 mod python;
 mod rendered;
@@ -19,6 +20,7 @@ mod rendered;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hat_loader::{ControlTokens, TextFacts};
 use serde::Deserialize;
@@ -39,6 +41,8 @@ use crate::backend::TokenId;
 pub const TOKENIZER_BYTES_MAX: usize = 64 << 20;
 /// Largest chat template, in bytes.
 pub const TEMPLATE_BYTES_MAX: usize = 256 << 10;
+/// Longest time for one rendering of a chat template; real ones take a millisecond.
+pub const TEMPLATE_LIMIT: Duration = Duration::from_secs(1);
 /// Longest text that is encoded in one call, in bytes; also the longest rendered prompt. Some
 /// 250,000 tokens.
 pub const TEXT_BYTES_MAX: usize = 1 << 20;
@@ -92,6 +96,12 @@ pub enum TokenError {
     /// The chat template failed on these messages, or ran beyond its fuel.
     #[error("chat template: {0}")]
     Template(String),
+    /// The chat template runs without an end, now or in requests before.
+    #[error(
+        "it does not end in time; chat is off while it runs, prompts of your own (/v1/completions, \
+         --raw) work"
+    )]
+    TemplateHangs,
     /// The chat template refused these messages by `raise_exception`.
     #[error("chat template refuses these messages: {0}")]
     Refused(String),
@@ -156,6 +166,8 @@ pub struct TokenSettings {
     pub eos_token: Option<String>,
     /// Further ids that end an answer (`eos_token_id` of `generation_config.json`).
     pub eos_token_ids: Vec<TokenId>,
+    /// Longest time for one rendering of the template; `None`: [`TEMPLATE_LIMIT`].
+    pub template_limit: Option<Duration>,
     /// Ids that no text of a user may make; `None`: derived from the rest.
     pub control_tokens: Option<Vec<TokenId>>,
     /// Whether a raw prompt begins with BOS; `None`: as `tokenizer.json` says.
@@ -261,6 +273,7 @@ impl Tokenizer {
                 source,
                 settings.bos_token.as_deref(),
                 settings.eos_token.as_deref(),
+                settings.template_limit.unwrap_or(TEMPLATE_LIMIT),
             )?),
         };
         Ok(Self {

@@ -140,6 +140,9 @@ impl From<Error> for ApiError {
             (Error::Field { field, .. }, _) => Self::field(*field, message),
             (Error::ContextLength { .. }, _) => bad("context_length_exceeded").param("prompt"),
             (Error::Template(_), _) => bad("template_error").param("messages"),
+            (Error::TemplateHangs(_), _) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_error", message)
+            }
             (_, ErrorKind::Input) => bad("invalid_value"),
             (_, ErrorKind::Busy) => {
                 let retry_after_ms = error.retry_after_ms().unwrap_or(1000);

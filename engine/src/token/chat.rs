@@ -9,17 +9,19 @@
 //! What fuel does not bound: minijinja's lists are lazy, so a template can double one sixty times
 //! for next to nothing (`x + x`, `x * 99999999`) and then compare or print it, which takes for
 //! ever. Messages are plain strings and can't do that, only the author of the model's files can.
-//! Therefore render where a hang hurts nobody else: on the request's thread, never on the one
-//! that runs the sessions.
+//! Therefore each rendering has a thread and a limit of its own (see [`super::limited`]).
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 use super::guard::Guard;
+use super::limited::Limited;
 use super::{TEMPLATE_BYTES_MAX, TEXT_BYTES, TEXT_BYTES_MAX, TokenError, python, within};
 
 /// One unit pays for one instruction or 64 bytes: bounds time (tens of milliseconds) and memory.
@@ -107,7 +109,8 @@ impl ChatOptions {
 
 /// A parsed template. Compiled once, rendered by any number of threads.
 pub(super) struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    limited: Limited,
     bos_token: String,
     eos_token: String,
 }
@@ -117,6 +120,7 @@ impl ChatTemplate {
         source: &str,
         bos_token: Option<&str>,
         eos_token: Option<&str>,
+        limit: Duration,
     ) -> Result<Self, TokenError> {
         within("chat template in bytes", source.len(), TEMPLATE_BYTES_MAX)?;
         let mut environment = Environment::new();
@@ -134,7 +138,12 @@ impl ChatTemplate {
             .add_template_owned("chat_template", source.to_owned())
             .map_err(|e| TokenError::TemplateSyntax(describe(&e)))?;
         let owned = |token: Option<&str>| token.unwrap_or_default().to_owned();
-        Ok(Self { environment, bos_token: owned(bos_token), eos_token: owned(eos_token) })
+        Ok(Self {
+            environment: Arc::new(environment),
+            limited: Limited::new(limit),
+            bos_token: owned(bos_token),
+            eos_token: owned(eos_token),
+        })
     }
 
     /// The prompt, with control tokens in contents broken by `guard`.
@@ -172,15 +181,23 @@ impl ChatTemplate {
             ),
         ]);
         add_kwargs(&mut context, options, guard)?;
-        let mut out = Bounded(Vec::new());
-        let template = self.environment.get_template("chat_template").expect("added in new");
-        match template.render_captured_to(context, &mut out) {
-            Ok(_) => Ok(String::from_utf8(out.0).expect("templates write strings")),
-            Err(error) => match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
-                Some(message) => Err(TokenError::Refused(short(message))),
-                None => Err(TokenError::Template(describe(&error))),
-            },
-        }
+        let environment = Arc::clone(&self.environment);
+        self.limited.run(move || rendered(&environment, context))?
+    }
+}
+
+fn rendered(
+    environment: &Environment<'_>,
+    context: BTreeMap<&'static str, Value>,
+) -> Result<String, TokenError> {
+    let mut out = Bounded(Vec::new());
+    let template = environment.get_template("chat_template").expect("added in new");
+    match template.render_captured_to(context, &mut out) {
+        Ok(_) => Ok(String::from_utf8(out.0).expect("templates write strings")),
+        Err(error) => match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
+            Some(message) => Err(TokenError::Refused(short(message))),
+            None => Err(TokenError::Template(describe(&error))),
+        },
     }
 }
 

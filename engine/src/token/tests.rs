@@ -108,6 +108,7 @@ fn settings(json: &Value, template: Option<&str>, bos: &str, eos: &str) -> Token
         chat_template: template.map(String::from),
         bos_token: Some(bos.into()),
         eos_token: Some(eos.into()),
+        template_limit: Some(std::time::Duration::from_secs(600)),
         ..TokenSettings::default()
     }
 }

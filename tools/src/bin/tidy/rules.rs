@@ -130,6 +130,7 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/device/",
             "engine/src/cloud.rs",
             "engine/src/cloud/",
+            "engine/src/token/limited.rs",
             "engine/src/http/",
             "engine/src/backend/cpu/threads.rs",
             "transport/src/link/",
