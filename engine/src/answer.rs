@@ -53,8 +53,9 @@ impl Prepared {
         request.sampler.check(vocab_size).map_err(|error| {
             Error::field(error.field, format!("{} is not in {}", error.value, error.range))
         })?;
-        StopStrings::new(request.stop.clone())
-            .map_err(|error| Error::field("stop", error.to_string()))?;
+        StopStrings::new(request.stop.clone()).map_err(|error| {
+            Error::field("stop", format!("{} is not in {}", error.value, error.range))
+        })?;
         if request.max_tokens == Some(0) {
             return Err(Error::field("max_tokens", "0 asks for nothing; at least 1"));
         }

@@ -38,7 +38,7 @@ pub struct Request {
     pub sampler: SamplerConfig,
     /// Which of several answers to the same request this is: part of the noise's counter.
     pub choice: u32,
-    /// At most four strings that end the answer; they are not part of it.
+    /// Strings that end the answer and are not part of it: at most 64, 4,096 bytes in all.
     pub stop: Vec<String>,
     /// Alternatives to report for each token; `None` reports no log-probabilities.
     pub top_logprobs: Option<u8>,

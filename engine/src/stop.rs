@@ -7,7 +7,9 @@
 use crate::sample::FieldError;
 
 /// Most stop strings of a request.
-pub const STOP_STRINGS_MAX: usize = 4;
+pub const STOP_STRINGS_MAX: usize = 64;
+/// Most bytes of all stop strings of a request together.
+pub const STOPS_BYTES_MAX: usize = 4096;
 /// Longest stop string, in bytes.
 pub const STOP_BYTES_MAX: usize = 256;
 
@@ -36,7 +38,7 @@ impl StopStrings {
     ///
     /// # Errors
     /// If there are more than [`STOP_STRINGS_MAX`], or one is empty or longer than
-    /// [`STOP_BYTES_MAX`].
+    /// [`STOP_BYTES_MAX`], or they have more than [`STOPS_BYTES_MAX`] together.
     pub fn new(stops: Vec<String>) -> Result<Self, FieldError> {
         let wrong = |value, range| Err(FieldError { field: "stop", value, range });
         if stops.len() > STOP_STRINGS_MAX {
@@ -48,6 +50,10 @@ impl StopStrings {
                 let value = format!("a string of {} bytes", stop.len());
                 return wrong(value, format!("1..={STOP_BYTES_MAX} bytes"));
             }
+        }
+        let bytes: usize = stops.iter().map(String::len).sum();
+        if bytes > STOPS_BYTES_MAX {
+            return wrong(format!("{bytes} bytes in all"), format!("0..={STOPS_BYTES_MAX} bytes"));
         }
         Ok(Self { stops, held: String::new(), shown: String::new(), stopped: false })
     }
@@ -152,7 +158,9 @@ mod tests {
     #[test]
     fn limits_are_named() {
         let refuse = |stops: Vec<String>| StopStrings::new(stops).unwrap_err().to_string();
-        assert_eq!(refuse(vec!["a".into(); 5]), "stop: 5 strings is not in 0..=4 strings");
+        assert_eq!(refuse(vec!["a".into(); 65]), "stop: 65 strings is not in 0..=64 strings");
+        let bytes = refuse(vec!["a".repeat(256); 17]);
+        assert_eq!(bytes, "stop: 4352 bytes in all is not in 0..=4096 bytes");
         let empty = refuse(vec!["a".into(), String::new()]);
         assert_eq!(empty, "stop: a string of 0 bytes is not in 1..=256 bytes");
         assert!(refuse(vec!["x".repeat(1 << 20)]).contains("1048576 bytes"));

@@ -2,12 +2,15 @@
 //! happens when the cloud is killed in the middle of an answer.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hat_engine::pull;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hat-engine");
@@ -48,6 +51,58 @@ impl Drop for CloudProcess {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A device process with its HTTP API. Killed when dropped.
+struct DeviceProcess {
+    child: Child,
+    address: String,
+}
+
+impl DeviceProcess {
+    fn start(bundle: &Path, more: &[&str]) -> Self {
+        let mut child = Command::new(PROGRAM)
+            .args(["device", "--no-api-key", "--http", "127.0.0.1:0", "--bundle"])
+            .arg(bundle)
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let line = lines.find(|line| line.contains("listening at http://")).unwrap();
+        let address = line.trim().rsplit("http://").next().unwrap().to_owned();
+        Self { child, address }
+    }
+
+    /// Begins a streamed answer and waits for its first bytes.
+    fn stream(&self, max_tokens: u32) -> TcpStream {
+        let body = serde_json::json!({
+            "prompt": "Write a short story about a lighthouse keeper.", "stream": true,
+            "max_tokens": max_tokens, "ignore_eos": true,
+        })
+        .to_string();
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.read_exact(&mut [0; 32]).unwrap();
+        stream
+    }
+}
+
+impl Drop for DeviceProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    let pid = Pid::from_raw(child.id().try_into().unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
 }
 
 fn generate(bundle: &Path, more: &[&str]) -> Command {
@@ -139,4 +194,62 @@ fn unknown_flags_and_files_are_named() {
     let text =
         said(&["cloud", "--bundle", bundle().join("cloud").to_str().unwrap(), "--stages", "29"]);
     assert!(text.contains("stages") && text.contains("layers"), "{text}");
+}
+
+#[test]
+fn a_cloud_that_is_told_to_end_is_an_outage_and_the_text_goes_on() {
+    let bundle = bundle();
+    let whole = generate(&bundle, &["--whole"]).output().unwrap();
+    let whole = object(&String::from_utf8(whole.stdout).unwrap());
+    for ask in [Signal::TERM, Signal::INT] {
+        let mut cloud = CloudProcess::start(&bundle, "127.0.0.1:0");
+        let address = cloud.address.clone();
+        let mut device =
+            generate(&bundle, &["--cloud", &address]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = device.stdout.take().unwrap();
+        let mut said = vec![0; 16];
+        stdout.read_exact(&mut said).unwrap();
+        signal(&cloud.child, ask);
+        assert_eq!(cloud.child.wait().unwrap().code(), Some(0), "{ask:?}");
+        let _second = CloudProcess::start(&bundle, &address);
+        stdout.read_to_end(&mut said).unwrap();
+        assert!(device.wait().unwrap().success());
+        let split = object(&String::from_utf8(said).unwrap());
+        assert_eq!(split["token_ids"], whole["token_ids"]);
+        assert_eq!(split["logits_blake3"], whole["logits_blake3"]);
+    }
+}
+
+#[test]
+fn a_device_that_is_told_to_end_lets_its_answers_end() {
+    let mut device = DeviceProcess::start(&bundle(), &["--drain", "600"]);
+    let mut stream = device.stream(60);
+    signal(&device.child, Signal::TERM);
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("data: [DONE]"), "{text}");
+    assert_eq!(device.child.wait().unwrap().code(), Some(0));
+    assert!(TcpStream::connect(&device.address).is_err());
+}
+
+#[test]
+fn the_end_of_the_drain_is_told_and_a_second_signal_does_not_wait_for_it() {
+    let bundle = bundle();
+    let mut device = DeviceProcess::start(&bundle, &["--drain", "0.1"]);
+    let mut stream = device.stream(4000);
+    signal(&device.child, Signal::INT);
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("shutting down") && !text.contains("[DONE]"), "{text}");
+    assert_eq!(device.child.wait().unwrap().code(), Some(0));
+
+    let mut device = DeviceProcess::start(&bundle, &["--drain", "600"]);
+    let _stream = device.stream(4000);
+    signal(&device.child, Signal::TERM);
+    // The first has been taken once nobody listens any more.
+    while TcpStream::connect(&device.address).is_ok() {
+        std::thread::yield_now();
+    }
+    signal(&device.child, Signal::TERM);
+    assert_eq!(device.child.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
 }

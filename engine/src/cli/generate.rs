@@ -28,7 +28,7 @@ pub(crate) struct GenerateArgs {
     /// Most tokens of the answer; up to the context's end without.
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
-    /// A string that ends the answer; at most four.
+    /// A string that ends the answer; may be repeated, up to 64 times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     #[command(flatten)]

@@ -4,18 +4,20 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
 use hat_engine::internal::open_cloud_bundle;
-use hat_engine::{Cloud, Engine};
+use hat_engine::options::CloudAddress;
+use hat_engine::{Cloud, Engine, EngineConfig};
 
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
 
-/// How often a daemon looks whether what it serves has stopped.
-const STOPPED_LOOK: Duration = Duration::from_millis(200);
+/// Pause between two looks of a daemon at its signals and at the state of its role.
+const STOPPED_LOOK: Duration = Duration::from_millis(50);
 
 /// The cloud role.
 #[derive(Args)]
@@ -58,8 +60,8 @@ impl CloudArgs {
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
         let per_device = &mut config.limits.sessions_per_device_max;
         *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
-        config.idle_after = Duration::try_from_secs_f64(self.idle_after)
-            .context("--idle-after: a number of seconds from 0 up is wanted")?;
+        config.idle_after = seconds("--idle-after", self.idle_after)?;
+        let ending = Ending::watch()?;
         let needed = config.limits.bytes_needed(&open_cloud_bundle(&config)?);
         let cloud = Cloud::start(config)?;
         let (describe, address) = (cloud.describe(), cloud.address());
@@ -67,12 +69,59 @@ impl CloudArgs {
         for (owner, bytes) in &needed {
             text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
         }
-        // Whoever started it may read the first line alone, and then close the pipe.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        say(text.trim_end());
+        while !cloud.has_stopped() {
+            if let Some(signal) = ending.signal() {
+                say(&format!("{signal}: devices are told to come back later"));
+                drop(cloud);
+                return Ok(());
+            }
+            std::thread::sleep(STOPPED_LOOK);
+        }
         match cloud.join_for_fault() {
             Some(fault) => bail!("the cloud stopped: {fault}"),
             None => bail!("the cloud stopped by itself; the log says why"),
         }
+    }
+}
+
+/// A line for the person who started a role. Their program may have closed the pipe.
+fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
+    Duration::try_from_secs_f64(value)
+        .with_context(|| format!("{flag}: a number of seconds from 0 up is wanted"))
+}
+
+/// The signals that ask a role to end. The first is seen by [`Ending::signal`]; one more ends the
+/// process where it stands, as it would without this.
+struct Ending {
+    asked: Vec<(&'static str, Arc<AtomicBool>)>,
+}
+
+impl Ending {
+    fn watch() -> anyhow::Result<Self> {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        let any = Arc::new(AtomicBool::new(false));
+        let mut asked = Vec::new();
+        for (name, signal) in [("SIGTERM", SIGTERM), ("SIGINT", SIGINT)] {
+            let flag = Arc::new(AtomicBool::new(false));
+            // In the order in which they run: a signal that finds the flag set ends the process.
+            signal_hook::flag::register_conditional_default(signal, any.clone())
+                .and_then(|_| signal_hook::flag::register(signal, any.clone()))
+                .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
+                .with_context(|| format!("watching for {name}"))?;
+            asked.push((name, flag));
+        }
+        Ok(Self { asked })
+    }
+
+    /// The signal that came, if one did.
+    fn signal(&self) -> Option<&'static str> {
+        let came = |(_, flag): &&(_, Arc<AtomicBool>)| flag.load(Ordering::Acquire);
+        self.asked.iter().find(came).map(|(name, _)| *name)
     }
 }
 
@@ -87,6 +136,25 @@ pub(crate) struct DeviceArgs {
     /// The file that holds the API key; made on first start.
     #[arg(long, env = "HAT_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// Another name of this machine that callers may use, NAME or NAME:PORT: a container's
+    /// host.docker.internal. May be repeated.
+    #[arg(long, env = "HAT_ALLOW_HOST", value_delimiter = ',', value_name = "NAME")]
+    allow_host: Vec<String>,
+    /// Origin of web pages that may ask, scheme://host[:port]. May be repeated. Pages of this
+    /// machine always may.
+    #[arg(long, env = "HAT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
+    allow_origin: Vec<String>,
+    /// Answers at once; further requests wait.
+    #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    sessions_max: Option<u32>,
+    /// Tokens of one prompt with its answer; the model's own context bounds it too.
+    #[arg(long, env = "HAT_CONTEXT", value_name = "TOKENS",
+          value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    context: Option<u32>,
+    /// Seconds that answers may go on after SIGTERM or SIGINT; a second signal ends at once.
+    #[arg(long, env = "HAT_DRAIN", value_name = "SECONDS", default_value_t = 30.0)]
+    drain: f64,
     /// Serves without a key. Whoever can run a program on this machine can then ask.
     #[arg(long, conflicts_with = "api_key_file")]
     no_api_key: bool,
@@ -94,20 +162,48 @@ pub(crate) struct DeviceArgs {
 
 impl DeviceArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
-        let api_key = if self.no_api_key { None } else { Some(self.api_key()?) };
-        let engine = Arc::new(Engine::open(self.device.config(cache)?)?);
-        eprintln!("device: {}; model {}", engine.describe(), engine.model_name());
         let mut config = HttpConfig::new(self.http);
-        config.api_key = api_key;
+        config.allow_hosts.clone_from(&self.allow_host);
+        config.allow_origins.clone_from(&self.allow_origin);
+        config.limits.drain = seconds("--drain", self.drain)?;
+        config.check()?; // before a key is made or a model loaded
+        let ending = Ending::watch()?;
+        config.api_key = if self.no_api_key { None } else { Some(self.api_key()?) };
+        let engine = Arc::new(Engine::open(self.engine_config(cache)?)?);
+        say(&format!("device: {}; model {}", engine.describe(), engine.model_name()));
+        let (sessions, context) = (engine.sessions_max(), engine.context());
+        say(&format!("{sessions} answers at once, {context} tokens each"));
         let server = HttpServer::start(engine.clone(), config)?;
-        eprintln!("http: listening at http://{}", server.address());
+        say(&format!("http: listening at http://{}", server.address()));
         while !server.has_stopped() {
             if engine.has_stopped() {
                 bail!("the device stopped by itself; the log says why");
             }
+            if let Some(signal) = ending.signal() {
+                say(&format!(
+                    "{signal}: answers have {} s to end; once more ends at once",
+                    self.drain
+                ));
+                server.stop();
+                return Ok(());
+            }
             std::thread::sleep(STOPPED_LOOK);
         }
         bail!("the HTTP server stopped by itself; the log says why")
+    }
+
+    fn engine_config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
+        let mut config = self.device.config(cache)?;
+        let mut limits = config.limits;
+        limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
+        limits.context_max = self.context.unwrap_or(limits.context_max);
+        limits.kv_rows_max = limits.sessions_max.saturating_mul(limits.context_max);
+        config.limits = limits;
+        if let CloudAddress::InProcess(cloud) = &mut config.cloud {
+            cloud.limits.context_max = limits.context_max;
+            cloud.limits.kv_rows_max = limits.kv_rows_max;
+        }
+        Ok(config)
     }
 
     /// The key in the key file; a new one, printed once, if there is no file.

@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use hat_transport::clock::Clock;
@@ -78,9 +78,14 @@ impl Start {
                 return;
             }
         };
-        if let Err(error) = io.serve() {
-            tracing::error!(%error, "the cloud stops");
-        }
+        let (code, reason) = match io.serve() {
+            Ok(()) => (CloseCode::ShuttingDown, "the cloud is shutting down".to_owned()),
+            Err(error) => {
+                tracing::error!(%error, "the cloud stops");
+                (CloseCode::Internal, format!("the cloud has failed: {error}"))
+            }
+        };
+        io.say_goodbye(code, &reason);
     }
 
     fn listen(self) -> Result<(Io, SocketAddr), Error> {
@@ -150,7 +155,27 @@ pub(super) struct Io {
 /// a few. The buffers are everybody's.
 const BEGUN_FRAMES_MAX: usize = 512;
 
+/// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
+const LAST_TURNS: usize = 10;
+const LAST_TURN_TIME: Duration = Duration::from_millis(20);
+
 impl Io {
+    /// Tells every device that the connection is over, so that it comes back instead of waiting
+    /// for the silence to be long enough.
+    fn say_goodbye(&mut self, code: CloseCode, reason: &str) {
+        let connections: Vec<_> = self.guests.keys().copied().collect();
+        for connection in &connections {
+            self.endpoint.close(*connection, code, reason);
+        }
+        let mut events = Vec::new();
+        for _ in 0..if connections.is_empty() { 0 } else { LAST_TURNS } {
+            if self.endpoint.turn(Some(LAST_TURN_TIME), &mut events).is_err() {
+                return; // the link has failed, and the sockets close with it
+            }
+            events.clear();
+        }
+    }
+
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
         while !self.start.stop.load(Ordering::Acquire) {

@@ -131,6 +131,13 @@ impl Cloud {
         &self.seen.counters
     }
 
+    /// Whether it has stopped by itself.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn has_stopped(&self) -> bool {
+        self.keeper.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Waits until it stops by itself, which it does only when its link or its backend fails.
     pub fn join(self) {
         let _ = self.join_for_fault();

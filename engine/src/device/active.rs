@@ -168,7 +168,9 @@ pub(super) struct Active {
     pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
-    /// How often the cloud lost the session since the last token.
+    /// Time of the last answer of the cloud, or of the last moment in which none was due.
+    pub(super) heard: Instant,
+    /// Times that the cloud lost the session since the last token.
     pub(super) lost_n: u32,
     /// The cloud is there and has no room: after how many ms it said it might.
     pub(super) busy_ms: Option<u32>,
@@ -176,6 +178,8 @@ pub(super) struct Active {
 
 /// A cloud that loses a session so often before it gives a token will not give one.
 const LOST_MAX: u32 = 3;
+/// The same for a cloud that forgets sessions in order: it restarts, or needs their pages.
+const RETURNS_MAX: u32 = 16;
 
 impl Active {
     /// Rows of the decided path that the device's own layers have computed and committed.
@@ -263,6 +267,21 @@ impl Active {
     pub(super) fn may_lose_session(&mut self) -> bool {
         self.lost_n += 1;
         self.lost_n <= LOST_MAX
+    }
+
+    /// The cloud has forgotten the session: whether it is worth another try.
+    pub(super) fn may_return(&mut self) -> bool {
+        self.lost_n += 1;
+        self.lost_n <= RETURNS_MAX
+    }
+
+    /// Whether nothing goes on before the cloud has answered.
+    pub(super) fn awaits_cloud(&self) -> bool {
+        match self.phase {
+            Phase::Closed { .. } => false,
+            Phase::Opening => true,
+            Phase::Open => self.unsent.sent == self.unsent.count && !self.wants_compute(),
+        }
     }
 
     /// Starts the clock on a cloud that is away, if it does not run already.

@@ -5,6 +5,7 @@ mod compute;
 mod feed;
 mod grow;
 mod lost;
+mod outage;
 mod plan;
 mod prefix;
 mod run;
@@ -52,6 +53,7 @@ pub(crate) struct Shared {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) config: LlamaConfig,
     pub(crate) context: u32,
+    pub(crate) sessions_max: u32,
     pub(crate) connected: AtomicBool,
     pub(crate) stop: AtomicBool,
     /// Whether the engine thread takes no more requests, since it ends.
@@ -158,6 +160,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             tokenizer: tokenizer(bundle)?,
             context: u32::try_from(context).unwrap_or(u32::MAX),
+            sessions_max: config.limits.sessions_max,
             config: model_config,
             connected: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -248,6 +251,12 @@ impl Engine {
     #[must_use]
     pub fn context(&self) -> u32 {
         self.shared.context
+    }
+
+    /// Answers at once; further requests wait for their turn.
+    #[must_use]
+    pub fn sessions_max(&self) -> u32 {
+        self.shared.sessions_max
     }
 
     /// Whether the cloud is connected now.

@@ -13,6 +13,7 @@ use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionError
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Chunk, Drafts, Phase, Unsent};
+use super::outage::{Redial, SILENCE_FACTOR, is_outage};
 use super::plan::Sizing;
 use super::prefix::PageNamer;
 use super::walk::Walk;
@@ -114,6 +115,8 @@ impl Start {
             endpoint,
             cloud: cloud.clone(),
             connection: None,
+            redial: Redial::default(),
+            down_since: Some(self.shared.clock.now()),
             peer_rows_max: limits.step_rows_max,
             peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
@@ -154,9 +157,12 @@ impl Start {
 pub(super) struct Device {
     pub(super) start: Start,
     pub(super) endpoint: Endpoint,
-    cloud: String,
+    pub(super) cloud: String,
     pub(super) connection: Option<ConnectionId>,
+    pub(super) redial: Redial,
     pub(super) connected: bool,
+    /// Begin of the outage at hand; `None` while the cloud is connected.
+    pub(super) down_since: Option<Instant>,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
     /// Pipeline stages of the cloud.
@@ -168,7 +174,7 @@ pub(super) struct Device {
     /// Why this device's own backend is lost, if it is.
     pub(super) lost: Option<BackendFault>,
     /// Why the cloud is away, for people.
-    reason: String,
+    pub(super) reason: String,
     /// Why this device does not want the cloud that it found.
     refused: Option<String>,
     pub(super) actives: Vec<Active>,
@@ -204,8 +210,14 @@ pub(super) struct Device {
     pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
 }
 
-/// How long a device waits before it replays a session that the cloud lost.
-const LOST_WAIT: Duration = Duration::from_millis(100);
+/// Shortest pause before a session is opened again, whatever the cloud says.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest one.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The pause before a session is opened for the `attempt`-th time, at least 1.
+fn pause(attempt: u32) -> Duration {
+    (PAUSE_MIN * 2_u32.pow(attempt.clamp(1, 12) - 1)).min(PAUSE_MAX)
+}
 
 /// What was said to be missing: each is said once.
 #[derive(Default)]
@@ -224,13 +236,15 @@ impl Missing {
 
 impl Device {
     fn serve(&mut self) -> std::io::Result<()> {
-        self.dial();
         while !self.start.shared.stop.load(Ordering::Acquire) {
             if let Some(fault) = self.lost.take() {
                 self.go_on_without(fault)?;
             }
             let now = self.start.shared.clock.now();
             self.admit();
+            if self.connection.is_none() && self.redial.is_due(now) {
+                self.dial();
+            }
             self.drop_cancelled();
             self.drop_overdue(now);
             self.open_sessions(now);
@@ -253,25 +267,15 @@ impl Device {
         self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
     }
 
-    pub(super) fn dial(&mut self) {
-        if self.connection.is_some() {
-            return;
-        }
-        match wire::resolve(&self.cloud) {
-            Ok(address) => self.connection = Some(self.endpoint.dial(address)),
-            Err(reason) => self.reason = reason,
-        }
-    }
-
     /// Gives waiting requests a session of their own while there is room.
     fn admit(&mut self) {
         // Whatever finds no place here stays in the bounded queue, and its makers are told.
         let room = self.start.config.limits.queue_max as usize - self.waiting.len();
+        let before = self.waiting.len();
         self.waiting.extend(self.start.incoming.try_iter().take(room));
-        if self.waiting.is_empty() {
-            return;
+        if self.waiting.len() > before {
+            self.redial.hurry();
         }
-        self.dial();
         while self.actives.len() < self.start.config.limits.sessions_max as usize {
             let Some(job) = self.waiting.front() else { return };
             let rows_max = job.prepared.rows_max();
@@ -323,6 +327,7 @@ impl Device {
                 sent_id: 0,
                 decided: 1..1,
                 deadline: None,
+                heard: shared.clock.now(),
                 lost_n: 0,
                 busy_ms: None,
                 job,
@@ -344,33 +349,6 @@ impl Device {
         if cancelled > 0 {
             self.start.shared.metrics().requests_cancelled += cancelled as u64;
         }
-    }
-
-    fn drop_overdue(&mut self, now: Instant) {
-        for index in (0..self.actives.len()).rev() {
-            if !self.connected {
-                self.actives[index].start_deadline(now, self.start.config.reconnect);
-            }
-            if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
-                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
-                    Some(retry_after_ms) => Error::Busy {
-                        reason: format!("cloud {} has no room for another session", self.cloud),
-                        retry_after_ms: u64::from(retry_after_ms),
-                    },
-                    None => self.peer_error(),
-                };
-                self.fail(index, error);
-            }
-        }
-    }
-
-    fn peer_error(&self) -> Error {
-        let patience = self.start.config.reconnect.as_secs_f32();
-        let reason = format!(
-            "{} (waited {patience:.0} s); is `hat-engine cloud` running there?",
-            self.reason
-        );
-        Error::Peer { peer: self.cloud.clone(), reason }
     }
 
     fn open_sessions(&mut self, now: Instant) {
@@ -414,7 +392,16 @@ impl Device {
             _ => None,
         });
         let deadlines = self.actives.iter().filter_map(|active| active.deadline);
-        retries.chain(deadlines).min().map(|time| time.saturating_duration_since(now))
+        let silence_max = self.start.config.reconnect * SILENCE_FACTOR;
+        let awaiting = self.actives.iter().filter(|active| active.awaits_cloud());
+        let silences = awaiting.map(|active| active.heard + silence_max);
+        let redial = self.redial.at().filter(|_| self.connection.is_none());
+        retries
+            .chain(deadlines)
+            .chain(silences)
+            .chain(redial)
+            .min()
+            .map(|time| time.saturating_duration_since(now))
     }
 
     fn take(&mut self, event: LinkEvent) {
@@ -435,36 +422,45 @@ impl Device {
                 self.peer_rows_max = hello.row_budget.max(1);
                 self.peer_stages = u32::from(hello.stages.max(1));
                 self.peer_pending_max = usize::from(hello.rows_pending_max);
+                tracing::info!(cloud = %self.cloud, resumed, "the cloud is connected");
                 if !resumed {
-                    self.actives.iter_mut().for_each(|active| active.restart(None));
+                    self.begin_anew();
                 }
                 self.actives.iter_mut().for_each(|active| active.deadline = None);
             }
             LinkEvent::Down { reason, .. } => {
-                tracing::info!(%reason, "the cloud is away");
+                if self.connected || self.reason != reason {
+                    tracing::info!(cloud = %self.cloud, %reason, "the cloud is away; dialling on");
+                }
                 self.reason = reason;
                 self.set_connected(false);
                 // A round that an outage falls into says nothing about rounds.
                 self.actives.iter_mut().for_each(|active| active.timed = None);
             }
             LinkEvent::Gone { error, .. } => {
-                tracing::info!(%error, "the cloud is gone");
-                self.reason = self.refused.take().unwrap_or_else(|| error.to_string());
+                let reason = self.refused.take().unwrap_or_else(|| error.to_string());
+                if self.connected || self.reason != reason {
+                    tracing::info!(cloud = %self.cloud, %reason, "the cloud is gone; dialling on");
+                }
+                self.reason = reason;
                 self.set_connected(false);
                 self.connection = None;
+                self.redial.put_off(self.start.shared.clock.now());
+                if is_outage(&error) {
+                    self.actives.iter_mut().for_each(|active| active.restart(None));
+                    return;
+                }
                 for index in (0..self.actives.len()).rev() {
                     let (peer, reason) = (self.cloud.clone(), self.reason.clone());
                     self.fail(index, Error::Peer { peer, reason });
                 }
             }
-            LinkEvent::Frame { frame, .. } => self.take_frame(&frame),
+            LinkEvent::Frame { frame, .. } => {
+                self.redial.works();
+                self.take_frame(&frame);
+            }
             _ => {}
         }
-    }
-
-    pub(super) fn set_connected(&mut self, connected: bool) {
-        self.connected = connected;
-        self.start.shared.connected.store(connected, Ordering::Release);
     }
 
     fn take_frame(&mut self, frame: &Frame) {
@@ -472,6 +468,7 @@ impl Device {
         let own = |active: &Active| active.wire_id == frame.session;
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
+        self.actives[index].heard = now;
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].busy_ms = None;
@@ -483,23 +480,28 @@ impl Device {
             }
             Ok(Message::Busy(busy)) => {
                 let wait = Duration::from_millis(u64::from(busy.retry_after_ms));
+                let wait = wait.clamp(PAUSE_MIN, PAUSE_MAX);
                 self.reason = "it has no room for another session".into();
                 let patience = self.start.config.reconnect;
                 let active = &mut self.actives[index];
-                active.busy_ms = Some(busy.retry_after_ms);
+                active.busy_ms = Some(u32::try_from(wait.as_millis()).expect("at most PAUSE_MAX"));
                 active.start_deadline(now, patience);
                 active.restart(Some(now + wait));
                 Ok(())
             }
             Ok(Message::SessionError(error)) => match error.code {
-                SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => {
-                    self.actives[index].restart(None);
+                SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted
+                    if self.actives[index].may_return() =>
+                {
+                    let active = &mut self.actives[index];
+                    active.restart(Some(now + pause(active.lost_n)));
                     Ok(())
                 }
                 SessionErrorCode::Resource if self.actives[index].may_lose_session() => {
                     tracing::warn!(text = %error.text, "the cloud lost the session");
                     self.actives[index].start_deadline(now, self.start.config.reconnect);
-                    self.actives[index].restart(Some(now + LOST_WAIT));
+                    let active = &mut self.actives[index];
+                    active.restart(Some(now + pause(active.lost_n)));
                     Ok(())
                 }
                 code => Err(format!("it ended the session: {code:?}: {}", error.text)),

@@ -1,7 +1,6 @@
 //! From the JSON of `/v1/chat/completions` and `/v1/completions` to [`Request`]s.
 //!
-//! Top-level fields that we don't know are ignored, as clients send many. Fields that we know and
-//! can't honour are refused where ignoring them would change the answer. The sampler's ranges are
+//! [`super::verdict`] says which fields are read, ignored and refused. The sampler's ranges are
 //! checked by the engine, which names the same fields.
 
 use serde_json::Value;
@@ -9,13 +8,16 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::json;
+use super::verdict;
 use crate::backend::TokenId;
 use crate::draft::DraftMode;
-use crate::request::{Message, Prompt, Request, Role};
+use crate::request::{Message, Request, Role};
 use crate::sample::SamplerConfig;
 
 /// Most answers to one request.
 pub(super) const CHOICES_MAX: u64 = 4;
+/// Most answers to one request with several prompts, each prompt's choices counted.
+const ANSWERS_MAX: usize = 32;
 /// Most messages of one conversation.
 const MESSAGES_MAX: usize = 4096;
 /// Most alternatives with each token.
@@ -35,14 +37,28 @@ pub(super) enum Shape {
 /// A parsed request.
 #[derive(Debug)]
 pub(super) struct Ask {
-    /// What the engine is asked; the same for each choice but for its number.
-    pub(super) request: Request,
-    /// How many answers, `1..=CHOICES_MAX`.
+    /// The engine's request for each prompt, at least one; its choices differ in their number.
+    pub(super) requests: Vec<Request>,
+    /// Answers to each prompt, `1..=CHOICES_MAX`.
     pub(super) choices: u32,
     /// Whether the answer is streamed.
     pub(super) stream: bool,
     /// Whether the stream ends with a chunk about usage.
     pub(super) include_usage: bool,
+    /// Names of the fields that were ignored, as the header `x-hat-ignored` has them.
+    pub(super) ignored: Option<String>,
+}
+
+impl Ask {
+    /// Whether log-probabilities go with each token.
+    pub(super) fn logprobs(&self) -> bool {
+        self.requests.iter().any(|request| request.top_logprobs.is_some())
+    }
+
+    /// Answers to all prompts together, at most [`ANSWERS_MAX`] or [`CHOICES_MAX`].
+    pub(super) fn answers(&self) -> u32 {
+        self.choices * u32::try_from(self.requests.len()).expect("few prompts")
+    }
 }
 
 /// Reads a body.
@@ -53,57 +69,51 @@ pub(super) fn ask(shape: Shape, body: &[u8]) -> Result<Ask, ApiError> {
     let body = json::object(body)?;
     let fields = Fields(&body);
     fields.text("model")?;
-    refuse_unsupported(shape, fields)?;
-    let (mut request, top_logprobs) = match shape {
-        Shape::Chat => (Request::conversation(messages(fields)?), chat_logprobs(fields)?),
+    let ignored = verdict::judge(shape, &body)?;
+    refuse_format(fields)?;
+    let (mut requests, top_logprobs) = match shape {
+        Shape::Chat => (vec![Request::conversation(messages(fields)?)], chat_logprobs(fields)?),
         Shape::Text => {
             let top = fields.integer("logprobs", 0..=TOP_LOGPROBS_MAX)?;
-            (prompt(fields)?, top)
+            (prompts(fields)?, top)
         }
     };
-    request.top_logprobs = top_logprobs.map(|top| u8::try_from(top).expect("in range"));
-    request.max_tokens = max_tokens(fields)?;
-    request.sampler = sampler(fields)?;
-    request.stop = stop(fields)?;
-    request.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
-    request.draft = draft(fields)?;
+    let (max_tokens, sampler, stop) = (max_tokens(fields)?, sampler(fields)?, stop(fields)?);
+    let (ignore_eos, draft) = (fields.flag("ignore_eos")?.unwrap_or(false), draft(fields)?);
+    for request in &mut requests {
+        request.top_logprobs = top_logprobs.map(|top| u8::try_from(top).expect("in range"));
+        request.max_tokens = max_tokens;
+        request.sampler = sampler.clone();
+        request.stop.clone_from(&stop);
+        request.ignore_eos = ignore_eos;
+        request.draft = draft;
+    }
     let choices = fields.integer("n", 1..=CHOICES_MAX)?.unwrap_or(1);
+    if requests.len() * choices as usize > ANSWERS_MAX {
+        let message = format!("prompt: prompts times n is at most {ANSWERS_MAX} a request");
+        return Err(ApiError::field("prompt", message));
+    }
+    let stream = fields.flag("stream")?.unwrap_or(false);
     let options = fields.object("stream_options")?;
+    if options.is_some_and(|options| !options.0.is_empty()) && !stream {
+        let message = "stream_options: only allowed together with \"stream\": true";
+        return Err(ApiError::field("stream_options", message));
+    }
     let include_usage = match options {
         Some(options) => options.flag("include_usage")?.unwrap_or(false),
         None => false,
     };
     Ok(Ask {
-        request,
+        requests,
         choices: u32::try_from(choices).expect("in range"),
-        stream: fields.flag("stream")?.unwrap_or(false),
+        stream,
         include_usage,
+        ignored: verdict::ignored_header(&ignored),
     })
 }
 
-/// What would change the answer if it were ignored.
-fn refuse_unsupported(shape: Shape, fields: Fields<'_>) -> Result<(), ApiError> {
-    let empty = |value: &Value| match value {
-        Value::Array(items) => items.is_empty(),
-        Value::Object(items) => items.is_empty(),
-        Value::String(text) => text.is_empty(),
-        Value::Bool(flag) => !flag,
-        _ => false,
-    };
-    let names: &[&'static str] = match shape {
-        Shape::Chat => {
-            &["tools", "functions", "audio", "grammar", "json_schema", "chat_template_kwargs"]
-        }
-        Shape::Text => &["suffix", "echo", "grammar", "json_schema"],
-    };
-    for &name in names {
-        if fields.value(name).is_some_and(|value| !empty(value)) {
-            return Err(ApiError::unsupported(
-                name,
-                format!("{name}: not supported; leave it out"),
-            ));
-        }
-    }
+/// Refuses every format of an answer but text.
+fn refuse_format(fields: Fields<'_>) -> Result<(), ApiError> {
     if let Some(format) = fields.object("response_format")?
         && format.text("type")?.is_some_and(|kind| kind != "text")
     {
@@ -175,31 +185,29 @@ fn text_parts(param: &str, parts: &[Value]) -> Result<String, ApiError> {
     Ok(content)
 }
 
-/// A string, an array of one string, or token ids (also as an array of one array).
-fn prompt(fields: Fields<'_>) -> Result<Request, ApiError> {
+/// A string, token ids, or an array of strings and arrays of token ids, each a prompt.
+fn prompts(fields: Fields<'_>) -> Result<Vec<Request>, ApiError> {
     let expected = || {
-        let message =
-            "prompt: a string, an array of one string, or an array of token ids is expected";
+        let message = "prompt: a string, an array of token ids, or an array of prompts is expected";
         ApiError::field("prompt", message)
     };
-    let prompt = match fields.value("prompt").ok_or_else(expected)? {
-        Value::String(text) => Prompt::Text(text.clone()),
-        Value::Array(items) => match items.as_slice() {
-            [Value::String(text)] => Prompt::Text(text.clone()),
-            [Value::Array(tokens)] => Prompt::Tokens(token_ids(tokens).ok_or_else(expected)?),
-            [Value::String(_) | Value::Array(_), ..] => {
-                let message = "prompt: one prompt a request; send several requests instead";
-                return Err(ApiError::unsupported("prompt", message));
-            }
-            tokens => Prompt::Tokens(token_ids(tokens).ok_or_else(expected)?),
-        },
-        _ => return Err(expected()),
+    let one = |value: &Value| match value {
+        Value::String(text) => Some(Request::text(text.clone())),
+        Value::Array(tokens) => token_ids(tokens).map(Request::tokens),
+        _ => None,
     };
-    Ok(match prompt {
-        Prompt::Tokens(tokens) => Request::tokens(tokens),
-        Prompt::Text(text) => Request::text(text),
-        Prompt::Chat(_) => unreachable!("made above, from text or tokens"),
-    })
+    match fields.value("prompt").ok_or_else(expected)? {
+        Value::Array(items)
+            if matches!(items.first(), Some(Value::String(_) | Value::Array(_))) =>
+        {
+            if items.len() > ANSWERS_MAX {
+                let message = format!("prompt: at most {ANSWERS_MAX} prompts a request");
+                return Err(ApiError::field("prompt", message));
+            }
+            items.iter().map(|item| one(item).ok_or_else(expected)).collect()
+        }
+        value => Ok(vec![one(value).ok_or_else(expected)?]),
+    }
 }
 
 fn token_ids(values: &[Value]) -> Option<Vec<TokenId>> {
@@ -231,23 +239,27 @@ fn draft(fields: Fields<'_>) -> Result<DraftMode, ApiError> {
     }
 }
 
-/// `max_completion_tokens` is the newer name and wins.
+/// `max_completion_tokens` is the newer name and wins; -1 is no limit.
 fn max_tokens(fields: Fields<'_>) -> Result<Option<u32>, ApiError> {
-    let older = fields.integer("max_tokens", 1..=MAX_TOKENS_MAX)?;
-    let newer = fields.integer("max_completion_tokens", 1..=MAX_TOKENS_MAX)?;
+    let older = fields.integer_or_off("max_tokens", 1..=MAX_TOKENS_MAX)?;
+    let newer = fields.integer_or_off("max_completion_tokens", 1..=MAX_TOKENS_MAX)?;
     Ok(newer.or(older).map(|tokens| u32::try_from(tokens).expect("in range")))
 }
 
 fn stop(fields: Fields<'_>) -> Result<Vec<String>, ApiError> {
     let expected = || ApiError::field("stop", "stop: a string or an array of strings is expected");
-    match fields.value("stop") {
-        None => Ok(Vec::new()),
-        Some(Value::String(text)) => Ok(vec![text.clone()]),
+    let mut stops: Vec<String> = match fields.value("stop") {
+        None => Vec::new(),
+        Some(Value::String(text)) => vec![text.clone()],
         Some(Value::Array(items)) => {
-            items.iter().map(|item| item.as_str().map(str::to_owned).ok_or_else(expected)).collect()
+            let text = |item: &Value| item.as_str().map(str::to_owned).ok_or_else(expected);
+            items.iter().map(text).collect::<Result<_, _>>()?
         }
-        Some(_) => Err(expected()),
-    }
+        Some(_) => return Err(expected()),
+    };
+    // Many clients send an empty string for none.
+    stops.retain(|stop| !stop.is_empty());
+    Ok(stops)
 }
 
 /// Greedy unless a temperature is given; a random seed unless one is given.
@@ -255,10 +267,13 @@ fn sampler(fields: Fields<'_>) -> Result<SamplerConfig, ApiError> {
     let off = SamplerConfig::default();
     let to_u32 = |value: u64| u32::try_from(value).expect("in range");
     let u32_range = 0..=u64::from(u32::MAX);
-    let repetition_penalty = match fields.number("repetition_penalty")? {
-        Some(penalty) => Some(penalty),
-        None => fields.number("repeat_penalty")?,
-    };
+    let repetition_penalty = fields.number("repetition_penalty")?;
+    let other_name = fields.number("repeat_penalty")?;
+    if repetition_penalty.is_some_and(|penalty| other_name.is_some_and(|other| other != penalty)) {
+        let message = "repeat_penalty: another name of repetition_penalty, and not equal to it";
+        return Err(ApiError::field("repeat_penalty", message));
+    }
+    let repetition_penalty = repetition_penalty.or(other_name);
     let seed = match fields.integer_or_off("seed", 0..=u64::MAX)? {
         Some(seed) => seed,
         None => random_seed()?,
@@ -311,6 +326,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::request::Prompt;
 
     fn chat(mut extra: Value) -> Result<Ask, ApiError> {
         let fields = extra.as_object_mut().unwrap();
@@ -328,12 +344,14 @@ mod tests {
     #[test]
     fn the_default_is_one_greedy_answer() {
         let ask = chat(json!({"model": "anything", "user": "ignored", "unknown": [1]})).unwrap();
-        assert_eq!(ask.request.prompt, Prompt::Chat(vec![Message::new(Role::User, "hi")]));
-        let seed = ask.request.sampler.seed;
+        let [request] = &ask.requests[..] else { panic!("one prompt") };
+        assert_eq!(request.prompt, Prompt::Chat(vec![Message::new(Role::User, "hi")]));
+        let seed = request.sampler.seed;
         let greedy = SamplerConfig { seed, ..SamplerConfig::default() };
-        assert_eq!(ask.request.sampler, greedy);
+        assert_eq!(request.sampler, greedy);
         assert_eq!((ask.choices, ask.stream, ask.include_usage), (1, false, false));
-        assert_eq!((ask.request.max_tokens, ask.request.top_logprobs), (None, None));
+        assert_eq!((request.max_tokens, request.top_logprobs), (None, None));
+        assert_eq!(ask.ignored.as_deref(), Some("unknown"));
     }
 
     #[test]
@@ -360,13 +378,33 @@ mod tests {
             logit_bias: vec![(3, -100.0), (4, 1.5)],
             seed: u64::MAX,
         };
-        assert_eq!(ask.request.sampler, expected);
-        assert_eq!(ask.request.max_tokens, Some(5));
-        assert_eq!(ask.request.stop, ["a", "b"]);
-        assert_eq!(ask.request.top_logprobs, Some(4));
-        assert!(ask.request.ignore_eos);
+        let request = &ask.requests[0];
+        assert_eq!(request.sampler, expected);
+        assert_eq!(request.max_tokens, Some(5));
+        assert_eq!(request.stop, ["a", "b"]);
+        assert_eq!(request.top_logprobs, Some(4));
+        assert!(request.ignore_eos);
         assert_eq!((ask.choices, ask.stream, ask.include_usage), (2, true, true));
-        assert_eq!(ask.request.draft, DraftMode::Lookup);
+        assert_eq!(request.draft, DraftMode::Lookup);
+    }
+
+    #[test]
+    fn limits_that_are_off_and_stops_that_are_empty_count_as_absent() {
+        for body in [json!({"max_tokens": -1}), json!({"max_completion_tokens": -1, "stop": ""})] {
+            let ask = chat(and_stream(body)).unwrap();
+            assert_eq!(ask.requests[0].max_tokens, None);
+            assert!(ask.requests[0].stop.is_empty());
+        }
+        let ask =
+            chat(json!({"stop": ["", "a"], "repeat_penalty": 1.5, "repetition_penalty": 1.5}));
+        let ask = ask.unwrap();
+        assert_eq!(ask.requests[0].stop, ["a"]);
+        assert_eq!(ask.requests[0].sampler.repetition_penalty, 1.5);
+    }
+
+    fn and_stream(mut body: Value) -> Value {
+        body["stream"] = json!(true);
+        body
     }
 
     #[test]
@@ -376,7 +414,11 @@ mod tests {
             (json!({"max_tokens": 0}), "max_tokens"),
             (json!({"draft": "medusa"}), "draft"),
             (json!({"draft": true}), "draft"),
-            (json!({"max_tokens": -1}), "max_tokens"),
+            (json!({"max_tokens": -2}), "max_tokens"),
+            (json!({"repeat_penalty": 1.5, "repetition_penalty": 2}), "repeat_penalty"),
+            (json!({"stream_options": {"include_usage": true}}), "stream_options"),
+            (json!({"guided_regex": "[a-z]+"}), "guided_regex"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"max_tokens": 1_u64 << 63}), "max_tokens"),
             (json!({"n": 10_000}), "n"),
             (json!({"n": 0}), "n"),
@@ -417,27 +459,36 @@ mod tests {
     fn text_parts_join() {
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let ask = chat(json!({"messages": [{"role": "developer", "content": parts}]})).unwrap();
-        assert_eq!(ask.request.prompt, Prompt::Chat(vec![Message::new(Role::System, "ab")]));
+        let joined = Prompt::Chat(vec![Message::new(Role::System, "ab")]);
+        assert_eq!(ask.requests[0].prompt, joined);
     }
 
     #[test]
     fn prompts_of_every_form() {
-        let prompt = |prompt: Value| {
-            ask(Shape::Text, json!({"prompt": prompt}).to_string().as_bytes())
-                .map(|ask| ask.request.prompt)
+        let prompts = |prompt: Value| {
+            let body = json!({"prompt": prompt, "n": 2}).to_string();
+            let prompts = |ask: Ask| ask.requests.into_iter().map(|request| request.prompt);
+            ask(Shape::Text, body.as_bytes()).map(|ask| prompts(ask).collect::<Vec<_>>())
         };
-        assert_eq!(prompt(json!("a")).unwrap(), Prompt::Text("a".into()));
-        assert_eq!(prompt(json!(["a"])).unwrap(), Prompt::Text("a".into()));
-        assert_eq!(prompt(json!([1, 2])).unwrap(), Prompt::Tokens(vec![1, 2]));
-        assert_eq!(prompt(json!([[1, 2]])).unwrap(), Prompt::Tokens(vec![1, 2]));
-        for wrong in [json!(["a", "b"]), json!([1, -2]), json!([1, 1_u64 << 32]), json!({})] {
-            prompt(wrong).unwrap_err();
+        let text = |text: &str| Prompt::Text(text.into());
+        let tokens = || Prompt::Tokens(vec![1, 2]);
+        assert_eq!(prompts(json!("a")).unwrap(), [text("a")]);
+        assert_eq!(prompts(json!(["a"])).unwrap(), [text("a")]);
+        assert_eq!(prompts(json!([1, 2])).unwrap(), [tokens()]);
+        assert_eq!(prompts(json!([[1, 2]])).unwrap(), [tokens()]);
+        assert_eq!(prompts(json!(["a", "b"])).unwrap(), [text("a"), text("b")]);
+        assert_eq!(prompts(json!([[1, 2], "b"])).unwrap(), [tokens(), text("b")]);
+        assert_eq!(prompts(json!(vec!["a"; 16])).unwrap().len(), 16);
+        let too_many = [json!(vec!["a"; 17]), json!(vec!["a"; 100_000])];
+        let wrong = [json!(["a", 1]), json!([1, -2]), json!([1, 1_u64 << 32]), json!({})];
+        for wrong in wrong.into_iter().chain(too_many) {
+            prompts(wrong).unwrap_err();
         }
     }
 
     #[test]
     fn seeds_differ_unless_given() {
-        let seed = |extra| chat(extra).unwrap().request.sampler.seed;
+        let seed = |extra| chat(extra).unwrap().requests[0].sampler.seed;
         assert_ne!(seed(json!({})), seed(json!({"seed": -1})));
         assert_eq!(seed(json!({"seed": 7})), 7);
     }

@@ -23,7 +23,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
+use super::access::{self, Access};
 use super::error::{ApiError, Refused};
+use super::gate::{self, Passed};
 use super::route::Route;
 
 /// Most bytes of a request's head.
@@ -32,6 +34,9 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 const SEND_BUFFER_BYTES: usize = 128 << 10;
 /// A pause when the system gives no more connections (no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Time for the error that ends an answer at the end of the drain time.
+const LAST_WORD_TIME: Duration = Duration::from_secs(1);
 
 /// What is taken from a connection after its last response.
 const LINGER_BYTES_MAX: usize = 1 << 20;
@@ -67,10 +72,16 @@ pub(super) async fn serve(
         connections.spawn(connection(stream, shared.clone(), router.clone(), stop.clone()));
     }
     drop(listener);
-    let drain = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(shared.limits.drain, drain).await.is_err() {
-        tracing::warn!(connections = connections.len(), "cut at the end of the drain time");
+    if !ended_within(shared.limits.drain, &mut connections).await {
+        tracing::warn!(connections = connections.len(), "the drain time is over");
+        shared.relay.fail_all();
+        ended_within(LAST_WORD_TIME, &mut connections).await;
     }
+}
+
+async fn ended_within(time: Duration, connections: &mut JoinSet<()>) -> bool {
+    let ended = async { while connections.join_next().await.is_some() {} };
+    tokio::time::timeout(time, ended).await.is_ok()
 }
 
 async fn connection(
@@ -156,19 +167,25 @@ fn say(stream: &TcpStream, status: StatusCode, code: &'static str, message: &str
 async fn respond(
     shared: Arc<Shared>,
     router: TowerToHyperService<Router>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
-    let route = Route::of(request.uri().path()).map_or("none", Route::path);
-    let response = match shared.gate.check(&request) {
-        Ok(()) => router.call(request.map(Body::new)).await?,
+    access::tidy_path(&mut request);
+    let route = Route::of(request.uri().path());
+    let access = Access::new(request.headers(), route);
+    let origin = shared.gate.allowed_origin(request.headers());
+    let mut response = match shared.gate.check(&request) {
+        Ok(Passed::Preflight(response)) => response,
+        Ok(Passed::Request) => router.call(request.map(Body::new)).await?,
         Err(error) => error.close().into_response(),
     };
     if let Some(Refused(reason)) = response.extensions().get() {
         shared.counters.refuse(reason);
     }
-    shared.counters.respond(route, response.status().as_u16());
-    tracing::debug!(route, status = response.status().as_u16(), "response");
-    Ok(response)
+    shared.counters.respond(route.map_or("none", Route::path), response.status().as_u16());
+    if let Some(origin) = origin {
+        gate::let_read(origin, response.headers_mut());
+    }
+    Ok(access.follow(response))
 }
 
 /// Counts a connection while it is open.

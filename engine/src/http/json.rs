@@ -21,6 +21,9 @@ pub(super) fn object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     let invalid = |error: serde_json::Error| {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body: {error}"))
     };
+    if body.starts_with(b"\xef\xbb\xbf") {
+        return Err(invalid(serde_json::Error::custom("it begins with a byte order mark")));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value = Strict { depth: 0 }.deserialize(&mut deserializer).map_err(invalid)?;
     deserializer.end().map_err(invalid)?;
@@ -142,6 +145,7 @@ mod tests {
             b"{\"a\":\"secret\\ud800\"}",
             b"{\"a\":\"secret\0\"}",
             b"{\"secret\":1,\"secret\":2}",
+            b"\xef\xbb\xbf{}",
         ] {
             assert!(!refused(body).contains("secret"));
         }

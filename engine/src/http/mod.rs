@@ -7,15 +7,17 @@
 //! | file | what |
 //! |---|---|
 //! | `connection` | accepts, bounds and times connections |
-//! | `gate` | Host, Origin, key: before any route |
+//! | `gate` | Host, Origin, key: before any route; preflights of browsers |
+//! | `access` | request ids and the line that the log has of each request |
 //! | `route` | the routes |
-//! | `body`, `json`, `fields`, `ask` | bytes to a [`Request`](crate::Request) |
+//! | `body`, `json`, `fields`, `verdict`, `ask` | bytes to a [`Request`](crate::Request) |
 //! | `relay` | the engine's events to the runtime |
 //! | `openai`, `sse` | events to JSON, whole or streamed |
 //! | `error`, `counters` | refusals and their count |
 //!
 //! Each queue and time has a bound in [`HttpLimits`].
 
+mod access;
 mod ask;
 mod body;
 mod connection;
@@ -28,6 +30,7 @@ mod openai;
 mod relay;
 mod route;
 mod sse;
+mod verdict;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -55,8 +58,15 @@ pub fn routes() -> Vec<(&'static str, &'static str)> {
 pub struct HttpConfig {
     /// Where to listen: loopback only, as there is no TLS. Port 0 lets the system choose.
     pub listen: SocketAddr,
-    /// The key that each request but `/health` has to carry; `None` serves without one.
+    /// The key that each request has to carry, but those to `/`, `/health` and `/ready`; `None`
+    /// serves without one.
     pub api_key: Option<String>,
+    /// Names, each with or without `:port`, that the `Host` header may have beside those of this
+    /// machine's loopback addresses: the ones by which containers reach it.
+    pub allow_hosts: Vec<String>,
+    /// Origins of web pages that may ask beside those of this machine, as browsers send them:
+    /// `scheme://host` or `scheme://host:port`.
+    pub allow_origins: Vec<String>,
     /// Bounds.
     pub limits: HttpLimits,
 }
@@ -65,7 +75,13 @@ impl HttpConfig {
     /// Without a key, with the default limits.
     #[must_use]
     pub fn new(listen: SocketAddr) -> Self {
-        Self { listen, api_key: None, limits: HttpLimits::default() }
+        Self {
+            listen,
+            api_key: None,
+            allow_hosts: Vec::new(),
+            allow_origins: Vec::new(),
+            limits: HttpLimits::default(),
+        }
     }
 
     /// The key that requests have to carry.
@@ -75,14 +91,18 @@ impl HttpConfig {
         self
     }
 
-    fn check(&self) -> Result<(), Error> {
+    /// Refuses what can't be served, before anything is made or loaded for it.
+    ///
+    /// # Errors
+    /// [`Error::Field`] that names the field.
+    pub fn check(&self) -> Result<(), Error> {
         crate::config::check_loopback("http", self.listen)?;
         let printable = |key: &String| !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
         if self.api_key.as_ref().is_some_and(|key| !printable(key)) {
             let reason = "a key is made of printable ASCII without spaces, and not empty";
             return Err(Error::field("api_key", reason));
         }
-        Ok(())
+        gate::check_lists(&self.allow_hosts, &self.allow_origins)
     }
 }
 
@@ -96,6 +116,8 @@ pub struct HttpLimits {
     pub answers_max: usize,
     /// Bytes of a request's body; more is told 413.
     pub body_bytes_max: usize,
+    /// Bodies of more than 64 KiB in memory at once; more are told 429.
+    pub large_bodies_max: usize,
     /// Bytes of events that wait for one reader; beyond it the reader is cut.
     pub queued_bytes_max: usize,
     /// How long a request's head may take, and how long a connection may be idle.
@@ -118,6 +140,7 @@ impl Default for HttpLimits {
             connections_max: 128,
             answers_max: 64,
             body_bytes_max: 4 << 20,
+            large_bodies_max: 16,
             queued_bytes_max: 1 << 20,
             head_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
@@ -136,6 +159,7 @@ struct Shared {
     gate: Gate,
     relay: Relay,
     in_flight: Arc<Semaphore>,
+    large_bodies: Arc<Semaphore>,
     counters: Counters,
     started_unix: u64,
 }
@@ -190,9 +214,10 @@ impl HttpServer {
         let shared = Arc::new(Shared {
             engine,
             limits: config.limits,
-            gate: Gate::new(config.api_key.as_deref()),
+            gate: Gate::new(&config),
             relay,
             in_flight: Arc::new(Semaphore::new(config.limits.answers_max)),
+            large_bodies: Arc::new(Semaphore::new(config.limits.large_bodies_max)),
             counters: Counters::default(),
             started_unix: hat_transport::clock::unix_seconds(),
         });
@@ -226,8 +251,8 @@ impl HttpServer {
         self.address
     }
 
-    /// Takes no more requests, lets the answers in flight end within [`HttpLimits::drain`], cuts
-    /// the rest, and waits for all of that.
+    /// Takes no more requests, lets the answers in flight end within [`HttpLimits::drain`], ends
+    /// the rest with an error that their readers are told, and waits for all of that.
     pub fn stop(self) {
         drop(self);
     }

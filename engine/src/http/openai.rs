@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::ask::Shape;
+use crate::backend::PAGE_SIZE;
 use crate::metrics::Timings;
 use crate::request::{FinishReason, TokenLogprob};
 use crate::token::Tokenizer;
@@ -79,12 +80,33 @@ pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptDetails,
+}
+
+/// The part of a prompt whose rows the cloud had already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct PromptDetails {
+    cached_tokens: usize,
 }
 
 impl Usage {
-    pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    pub(super) fn new(
+        prompt_tokens: usize,
+        completion_tokens: usize,
+        cached_tokens: usize,
+    ) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens },
+        }
     }
+}
+
+/// Tokens of a prompt whose rows were not uploaded: whole pages that the cloud held.
+pub(super) fn cached_tokens(timings: &Timings) -> usize {
+    timings.pages_reused as usize * PAGE_SIZE
 }
 
 /// One answer of a chat.
@@ -228,6 +250,11 @@ impl Collected {
         }
     }
 
+    /// Tokens of the answer and round trips, once it is complete.
+    pub(super) fn figures(&self) -> Option<(u32, u32)> {
+        self.timings().map(|timings| (timings.predicted_n, timings.rounds))
+    }
+
     /// Whether the answer is complete.
     pub(super) fn is_complete(&self) -> bool {
         self.ended.is_some()
@@ -242,17 +269,22 @@ impl Collected {
     }
 }
 
-/// The whole answer as JSON. `logprobs` tells whether they were asked for.
+/// The whole answer as JSON: `choices` answers to each prompt, one prompt after the other.
+/// `logprobs` tells whether they were asked for.
 pub(super) fn whole(
     identity: &Identity,
     collected: &[Collected],
+    choices: u32,
     prompt_tokens: usize,
     logprobs: bool,
     tokenizer: &Tokenizer,
 ) -> String {
     let predicted =
         |one: &Collected| one.timings().map_or(0, |timings| timings.predicted_n as usize);
-    let usage = Usage::new(prompt_tokens, collected.iter().map(predicted).sum());
+    // The first choice of each prompt stands for the prompt.
+    let first = collected.iter().step_by(choices as usize);
+    let cached = first.filter_map(Collected::timings).map(cached_tokens).sum();
+    let usage = Usage::new(prompt_tokens, collected.iter().map(predicted).sum(), cached);
     // One answer has its timings on top, as in llama.cpp; several have them each.
     let (single, each) = match collected {
         [one] => (one.timings(), false),

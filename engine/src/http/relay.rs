@@ -33,9 +33,21 @@ struct Follow {
     queued_bytes: Arc<AtomicUsize>,
 }
 
+impl Follow {
+    fn shut_down(self) {
+        let event = Err(Error::Stopped("it is shutting down".into()));
+        // Nobody listens if the request has gone.
+        let _ = self.told.send(Told { choice: self.choice, event, bytes: 0 });
+    }
+}
+
 enum Order {
     Follow(Box<Follow>),
-    Cancel { request: u64 },
+    Cancel {
+        request: u64,
+    },
+    /// Ends every generation with an error.
+    FailAll,
 }
 
 /// The thread, and the way to it.
@@ -57,21 +69,29 @@ impl Relay {
         Ok((Self { orders, requests: AtomicU64::new(0), cut }, thread))
     }
 
+    /// Ends what still runs with an error that its reader is told.
+    pub(super) fn fail_all(&self) {
+        let _ = self.orders.send(Order::FailAll); // without the thread nothing runs
+    }
+
     /// Requests that were cut since their reader was too slow.
     pub(super) fn cut(&self) -> u64 {
         self.cut.load(Ordering::Relaxed)
     }
 
-    /// Follows the generations of one request, one a choice.
+    /// Follows the generations of one request: `choices` to each prompt, one prompt after the
+    /// other.
     pub(super) fn follow(
         &self,
         generations: Vec<Generation>,
-        permits: Vec<OwnedSemaphorePermit>,
+        choices: u32,
+        permits: OwnedSemaphorePermit,
     ) -> Answers {
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         let (told, events) = mpsc::unbounded_channel(); // bounded by `queued_bytes_max`
         let queued_bytes = Arc::new(AtomicUsize::new(0));
-        let prompt_tokens = generations.first().map_or(0, Generation::prompt_tokens);
+        let first = generations.iter().step_by(choices as usize);
+        let prompt_tokens = first.map(Generation::prompt_tokens).sum();
         for (choice, generation) in (0..).zip(generations) {
             let (told, queued_bytes) = (told.clone(), queued_bytes.clone());
             let follow = Follow { request, choice, generation, told, queued_bytes };
@@ -91,11 +111,11 @@ pub(super) struct Answers {
     orders: Sender<Order>,
     request: u64,
     /// Held for their drop: the request's share of what may be in flight.
-    _permits: Vec<OwnedSemaphorePermit>,
+    _permits: OwnedSemaphorePermit,
 }
 
 impl Answers {
-    /// Tokens of the prompt, template included.
+    /// Tokens of the prompts together, templates included.
     pub(super) fn prompt_tokens(&self) -> usize {
         self.prompt_tokens
     }
@@ -139,6 +159,7 @@ fn run(orders: &Receiver<Order>, queued_bytes_max: usize, cut: &AtomicU64) {
             None => match orders.try_recv() {
                 Ok(Order::Follow(follow)) => follows.push(*follow),
                 Ok(Order::Cancel { request }) => follows.retain(|one| one.request != request),
+                Ok(Order::FailAll) => follows.drain(..).for_each(Follow::shut_down),
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return,
             },

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use axum::routing::{MethodRouter, get, post};
@@ -11,6 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::TryAcquireError;
 
 use super::Shared;
+use super::access::Figures;
 use super::ask::{self, Ask, Shape};
 use super::body;
 use super::error::ApiError;
@@ -22,6 +24,7 @@ use crate::Generation;
 /// What the server knows; all else is 404.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
+    Root,
     Models,
     Model,
     Chat,
@@ -32,7 +35,8 @@ pub(super) enum Route {
 }
 
 impl Route {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
+        Self::Root,
         Self::Models,
         Self::Model,
         Self::Chat,
@@ -45,6 +49,7 @@ impl Route {
     /// The path, as axum writes patterns; also the label in `/metrics`.
     pub(super) const fn path(self) -> &'static str {
         match self {
+            Self::Root => "/",
             Self::Models => "/v1/models",
             Self::Model => "/v1/models/{*id}",
             Self::Chat => "/v1/chat/completions",
@@ -63,6 +68,12 @@ impl Route {
         })
     }
 
+    /// Whether it is answered without the key: it says nothing about anybody's requests, and
+    /// probes carry no key.
+    pub(super) const fn is_open(self) -> bool {
+        matches!(self, Self::Root | Self::Health | Self::Ready)
+    }
+
     /// The one method that it takes.
     pub(super) const fn method(self) -> &'static str {
         match self {
@@ -73,6 +84,7 @@ impl Route {
 
     fn answer(self) -> MethodRouter<Arc<Shared>> {
         match self {
+            Self::Root => get(async || text(root())),
             Self::Models => get(models),
             Self::Model => get(model),
             Self::Chat => post(chat),
@@ -94,7 +106,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 }
 
 async fn no_route() -> Response<Body> {
-    let message = "there is no such route; see docs/HTTP.md";
+    let message = "there is no such route; GET / lists those that there are";
     ApiError::new(StatusCode::NOT_FOUND, "unknown_url", message).into_response()
 }
 
@@ -112,7 +124,12 @@ async fn models(State(shared): State<Arc<Shared>>) -> Response<Body> {
     json(serde_json::to_string(&list).expect("plain data serialises"))
 }
 
-async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response<Body> {
+async fn model(
+    State(shared): State<Arc<Shared>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Response<Body> {
+    // A name that is not UTF-8 names no model.
+    let id = id.map_or_else(|_| String::new(), |Path(id)| id);
     if id == shared.engine.model_name() || id == "default" {
         return json(serde_json::to_string(&shared.model()).expect("plain data serialises"));
     }
@@ -132,7 +149,25 @@ async fn ready(State(shared): State<Arc<Shared>>) -> Response<Body> {
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> Response<Body> {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    let mut response = Response::new(Body::from(shared.prometheus()));
+    let mut response = text(shared.prometheus());
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+/// The list of routes, for a person with a browser.
+fn root() -> String {
+    let mut page = "hat-engine: the OpenAI-compatible API of this device.\n\n".to_owned();
+    for route in Route::ALL {
+        let key = if route.is_open() { "" } else { "  (with the API key)" };
+        let path = route.path().replace("{*id}", "NAME");
+        page += &format!("{:4} {path}{key}\n", route.method());
+    }
+    page
+}
+
+fn text(body: String) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
 }
@@ -151,32 +186,54 @@ async fn answer(
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
     check_content_type(request.headers())?;
-    let permit = shared.permits(1)?;
-    let body = body::read(request, &shared.limits).await?;
+    let body = body::read(request, &shared.limits, &shared.large_bodies).await?;
     let asked = shared.clone();
     // Parsing and tokenising take milliseconds to tens of them: not on the runtime's thread.
-    let started = tokio::task::spawn_blocking(move || start(&asked, shape, &body, permit)).await;
+    let started = tokio::task::spawn_blocking(move || start(&asked, shape, &body.bytes)).await;
     let (ask, mut answers) = started.map_err(|_| {
         let message = "the request's task failed; the log says why";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     })??;
     let identity = Identity::new(shape, shared.engine.model_name());
-    let logprobs = ask.request.top_logprobs.is_some();
-    if !ask.stream {
-        return whole(&shared, &identity, ask.choices, logprobs, answers).await;
+    let figures = Arc::new(Figures::new(answers.prompt_tokens()));
+    let mut response = if ask.stream {
+        let first = first_event(&shared, &mut answers).await?;
+        let wanted = Wanted {
+            logprobs: ask.logprobs(),
+            usage: ask.include_usage,
+            choices: ask.choices,
+            answers: ask.answers(),
+            figures: figures.clone(),
+        };
+        stream(EventStream::new(shared, identity, wanted, answers, first))
+    } else {
+        whole(&shared, &identity, &ask, &figures, answers).await?
+    };
+    if let Some(ignored) = &ask.ignored {
+        tracing::debug!(fields = ignored, "fields that nothing is known about were ignored");
+        let value = HeaderValue::from_str(ignored).expect("letters, digits and punctuation");
+        response.headers_mut().insert("x-hat-ignored", value);
     }
-    let first = first_event(&shared, &mut answers).await?;
-    let wanted = Wanted { logprobs, usage: ask.include_usage };
-    let stream = EventStream::new(shared, identity, ask.choices, wanted, answers, first);
-    let mut response = Response::new(Body::new(stream));
+    response.extensions_mut().insert(figures);
+    Ok(response)
+}
+
+fn stream(events: EventStream) -> Response<Body> {
+    let mut response = Response::new(Body::new(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    response
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let plain = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
+    if !headers.get_all(header::CONTENT_ENCODING).iter().all(plain) {
+        let message = "the Content-Encoding header: a compressed body is not read; send it plain";
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(ApiError::new(status, "unsupported_media_type", message).close());
+    }
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let kind = value.and_then(|value| value.split(';').next()).unwrap_or_default();
     if kind.trim().eq_ignore_ascii_case("application/json") {
@@ -187,25 +244,19 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         .close())
 }
 
-/// Parses the body and asks the engine, once for each choice.
-fn start(
-    shared: &Shared,
-    shape: Shape,
-    body: &[u8],
-    permit: OwnedSemaphorePermit,
-) -> Result<(Ask, Answers), ApiError> {
+/// Parses the body and asks the engine, once for each choice of each prompt.
+fn start(shared: &Shared, shape: Shape, body: &[u8]) -> Result<(Ask, Answers), ApiError> {
     let ask = ask::ask(shape, body)?;
-    let mut permits = vec![permit];
-    if ask.choices > 1 {
-        permits.push(shared.permits(ask.choices - 1)?);
+    let permits = shared.permits(ask.answers())?;
+    let mut generations: Vec<Generation> = Vec::with_capacity(ask.answers() as usize);
+    for request in &ask.requests {
+        for choice in 0..ask.choices {
+            let mut request = request.clone();
+            request.choice = choice;
+            generations.push(shared.engine.generate(request)?);
+        }
     }
-    let mut generations: Vec<Generation> = Vec::with_capacity(ask.choices as usize);
-    for choice in 0..ask.choices {
-        let mut request = ask.request.clone();
-        request.choice = choice;
-        generations.push(shared.engine.generate(request)?);
-    }
-    let answers = shared.relay.follow(generations, permits);
+    let answers = shared.relay.follow(generations, ask.choices, permits);
     Ok((ask, answers))
 }
 
@@ -226,18 +277,22 @@ async fn first_event(shared: &Shared, answers: &mut Answers) -> Result<Option<To
 async fn whole(
     shared: &Shared,
     identity: &Identity,
-    choices: u32,
-    logprobs: bool,
+    ask: &Ask,
+    figures: &Figures,
     mut answers: Answers,
 ) -> Result<Response<Body>, ApiError> {
-    let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
+    let mut collected: Vec<Collected> = (0..ask.answers()).map(|_| Collected::default()).collect();
     while !collected.iter().all(Collected::is_complete) {
         let told = answers.next().await.ok_or_else(cut)?;
         collected[told.choice as usize].add(told.event?);
     }
     let tokenizer = shared.engine.tokenizer();
     let prompt_tokens = answers.prompt_tokens();
-    Ok(json(openai::whole(identity, &collected, prompt_tokens, logprobs, tokenizer)))
+    for (tokens, rounds) in collected.iter().filter_map(Collected::figures) {
+        figures.add(tokens, rounds);
+    }
+    let (choices, logprobs) = (ask.choices, ask.logprobs());
+    Ok(json(openai::whole(identity, &collected, choices, prompt_tokens, logprobs, tokenizer)))
 }
 
 fn cut() -> ApiError {

@@ -17,10 +17,12 @@ use serde::Serialize;
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
+use super::access::Figures;
 use super::ask::Shape;
 use super::error::ApiError;
 use super::openai::{
     ChatDelta, ChatLogprobs, Delta, Envelope, Identity, Logprobs, TextChoice, TextLogprobs, Usage,
+    cached_tokens,
 };
 use super::relay::{Answers, Told};
 use crate::metrics::Timings;
@@ -36,6 +38,12 @@ pub(super) struct Wanted {
     pub(super) logprobs: bool,
     /// A last chunk about usage.
     pub(super) usage: bool,
+    /// Answers to each prompt.
+    pub(super) choices: u32,
+    /// Answers to all prompts.
+    pub(super) answers: u32,
+    /// Figures for the log.
+    pub(super) figures: Arc<Figures>,
 }
 
 /// The body.
@@ -54,12 +62,12 @@ impl EventStream {
     pub(super) fn new(
         shared: Arc<Shared>,
         identity: Identity,
-        choices: u32,
         wanted: Wanted,
         answers: Answers,
         first: Option<Told>,
     ) -> Self {
         let keep_alive = shared.limits.keep_alive;
+        let choices = wanted.answers;
         let chunks = Chunks {
             shared,
             identity,
@@ -68,6 +76,7 @@ impl EventStream {
             going: choices,
             prompt_tokens: answers.prompt_tokens(),
             completion_tokens: 0,
+            cached_tokens: 0,
         };
         let mut out = Vec::new();
         for index in 0..choices {
@@ -154,6 +163,7 @@ struct Chunks {
     going: u32,
     prompt_tokens: usize,
     completion_tokens: usize,
+    cached_tokens: usize,
 }
 
 impl Chunks {
@@ -183,6 +193,10 @@ impl Chunks {
                 }
                 self.going -= 1;
                 self.completion_tokens += metrics.timings.predicted_n as usize;
+                self.wanted.figures.add(metrics.timings.predicted_n, metrics.timings.rounds);
+                if index.is_multiple_of(self.wanted.choices) {
+                    self.cached_tokens += cached_tokens(&metrics.timings);
+                }
                 self.finish(index, finish_reason, &metrics.timings, out);
             }
         }
@@ -227,7 +241,8 @@ impl Chunks {
     fn end(&self, out: &mut Vec<u8>) {
         if self.wanted.usage {
             let mut envelope = self.identity.envelope::<()>(self.object(), &[]);
-            envelope.usage = Some(Some(Usage::new(self.prompt_tokens, self.completion_tokens)));
+            let (prompt, cached) = (self.prompt_tokens, self.cached_tokens);
+            envelope.usage = Some(Some(Usage::new(prompt, self.completion_tokens, cached)));
             data(&envelope, out);
         }
         out.extend_from_slice(b"data: [DONE]\n\n");

@@ -207,3 +207,18 @@ fn an_error_in_mid_stream_is_an_event() {
     assert_eq!(error["error"]["code"], "cloud_unavailable", "{error}");
     assert_eq!(server.metric("hat_rejected_total{reason=\"cloud_unavailable\"}"), 1.0);
 }
+
+#[test]
+fn an_answer_that_outlives_the_drain_ends_with_an_error() {
+    let mut server = Server::with(|http| http.limits.drain = Duration::from_millis(100), |_| {});
+    let body = and(question(LONG), json!({"stream": true}));
+    let mut client = server.begin("/v1/chat/completions", &body);
+    let mut bytes = vec![0; 64];
+    client.read_exact(&mut bytes).unwrap();
+    server.http.take().unwrap().stop();
+    client.read_to_end(&mut bytes).unwrap();
+    let reply = Reply::parse(&bytes);
+    let last = reply.events().pop().unwrap();
+    let message = last["error"]["message"].as_str().unwrap_or_else(|| panic!("{last}"));
+    assert!(message.contains("shutting down"), "{message}");
+}

@@ -62,6 +62,7 @@ fn usage_counts_what_the_library_counts() {
     assert_eq!(reply.text(0), text);
     let expected = json!({
         "prompt_tokens": prompt_tokens, "completion_tokens": 9, "total_tokens": prompt_tokens + 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
     });
     assert_eq!(reply.json()["usage"], expected);
     assert_eq!(reply.json()["timings"]["prompt_n"], prompt_tokens);
@@ -268,4 +269,70 @@ fn a_cloud_that_is_away_is_said_so() {
     // A stream, too, has a status of its own as long as nothing was sent.
     let streamed = server.chat(&and(question(4), json!({"stream": true})));
     streamed.refused(503, "cloud_unavailable", None);
+}
+
+#[test]
+fn several_prompts_are_answered_in_order() {
+    let server = Server::start();
+    let ask = |prompt: Value, more: Value| {
+        let body = and(json!({"prompt": prompt, "max_tokens": 6}), more);
+        server.post("/v1/completions", &body)
+    };
+    let seeded = json!({"temperature": 1.5, "seed": 3, "n": 2});
+    let text = |reply: &Value, index: usize| {
+        assert_eq!(reply["choices"][index]["index"], index);
+        reply["choices"][index]["text"].as_str().unwrap().to_owned()
+    };
+    let one = [json!("abc"), json!([70, 80])].map(|prompt| ask(prompt, seeded.clone()).json());
+    let both = ask(json!(["abc", [70, 80]]), seeded.clone()).json();
+    let expected: Vec<_> = one.iter().flat_map(|one| [text(one, 0), text(one, 1)]).collect();
+    let found: Vec<_> = (0..4).map(|index| text(&both, index)).collect();
+    assert_eq!(found, expected);
+    let tokens = |reply: &Value| reply["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(tokens(&both), tokens(&one[0]) + tokens(&one[1]));
+    assert_eq!(both["usage"]["completion_tokens"], 24);
+
+    let more = and(seeded, json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let streamed = ask(json!(["abc", [70, 80]]), more);
+    let events = streamed.events();
+    for (index, expected) in expected.iter().enumerate() {
+        let choices = events.iter().filter_map(|event| event["choices"].get(0));
+        let ours = choices.filter(|choice| choice["index"] == index);
+        let text: String = ours.filter_map(|choice| choice["text"].as_str()).collect();
+        assert_eq!(text, *expected);
+    }
+    assert_eq!(events[events.len() - 2]["usage"], both["usage"]);
+    let message =
+        ask(json!(vec!["a"; 33]), json!({})).refused(400, "invalid_value", Some("prompt"));
+    assert!(message.contains("32"), "{message}");
+}
+
+#[test]
+fn tokens_that_the_cloud_had_are_counted() {
+    let server = Server::start();
+    let body = json!({"prompt": (3..163).collect::<Vec<u32>>(), "max_tokens": 2});
+    let first = server.post("/v1/completions", &body).json();
+    assert_eq!(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    let second = server.post("/v1/completions", &body).json();
+    let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let pages = second["timings"]["pages_reused"].as_u64().unwrap();
+    assert!(pages > 0 && cached == 32 * pages, "{second}");
+    let body = and(body, json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let events = server.post("/v1/completions", &body).events();
+    let usage = &events[events.len() - 2]["usage"];
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], cached);
+}
+
+#[test]
+fn an_answer_has_the_id_of_its_request() {
+    let server = Server::start();
+    let body = question(2).to_string();
+    let ask = |id: &str| {
+        let headers = format!("{}X-Request-Id: {id}\r\n", client::JSON);
+        server.request("POST", "/v1/chat/completions", &headers, &body)
+    };
+    assert_eq!(ask("mine-1").header("x-request-id"), Some("mine-1"));
+    let made = ask("not mine").header("x-request-id").unwrap().to_owned();
+    assert!(made.starts_with("req-") && made != ask("x y").header("x-request-id").unwrap());
+    assert!(server.get("/nothing").header("x-request-id").is_some());
 }

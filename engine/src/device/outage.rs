@@ -1,0 +1,205 @@
+//! Outages: the cloud can't be reached, has closed the connection, or says nothing.
+//!
+//! A link that breaks is dialled again by the endpoint. A connection that one side has ended by a
+//! CLOSE, or an address that could not be resolved, is dialled from here, for as long as the
+//! device lives, each time after twice the pause. Requests wait for as long as they may.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use hat_transport::message::CloseCode;
+use hat_transport::turn::GoneError;
+
+use super::run::Device;
+use crate::{Error, wire};
+
+/// Length of an outage after which requests that come are not kept waiting for its end.
+const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
+/// Patience of such a request: an attempt to reach the cloud ends within it.
+const PATIENCE_KNOWN: Duration = Duration::from_secs(1);
+/// A connected cloud may leave a request without any answer for so many times the patience with
+/// one that is away.
+pub(super) const SILENCE_FACTOR: u32 = 4;
+
+/// The first pause.
+const FIRST: Duration = Duration::from_millis(100);
+/// The longest pause.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// When to dial next.
+#[derive(Debug, Default)]
+pub(super) struct Redial {
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+impl Redial {
+    /// Puts the next attempt off.
+    pub(super) fn put_off(&mut self, now: Instant) {
+        self.pause = (2 * self.pause).clamp(FIRST, LONGEST);
+        self.at = Some(now + self.pause);
+    }
+
+    /// Dials at the next chance: somebody asks for an answer.
+    pub(super) fn hurry(&mut self) {
+        self.at = None;
+    }
+
+    /// The cloud works: the next outage begins with the first pause.
+    pub(super) fn works(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether an attempt is due.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.at.is_none_or(|at| at <= now)
+    }
+
+    /// Time of the next attempt; `None` if it is due.
+    pub(super) fn at(&self) -> Option<Instant> {
+        self.at
+    }
+}
+
+/// Whether a connection that is over is an outage, which requests outlast, as `docs/PROTOCOL.md`
+/// has the close codes: the same cloud, or another at its address, may serve them later.
+pub(super) fn is_outage(error: &GoneError) -> bool {
+    match error {
+        GoneError::ClosedByPeer { code, .. } => {
+            !matches!(code, CloseCode::Protocol | CloseCode::Version | CloseCode::Incompatible)
+        }
+        GoneError::GraceOver | GoneError::HelloLate { .. } | GoneError::Overload { .. } => true,
+        _ => false,
+    }
+}
+
+impl Device {
+    pub(super) fn dial(&mut self) {
+        if self.connection.is_some() {
+            return;
+        }
+        match wire::resolve(&self.cloud) {
+            Ok(address) => self.connection = Some(self.endpoint.dial(address)),
+            Err(reason) => {
+                self.reason = reason;
+                self.redial.put_off(self.start.shared.clock.now());
+            }
+        }
+    }
+
+    /// Fails requests that have waited for the cloud as long as they may.
+    pub(super) fn drop_overdue(&mut self, now: Instant) {
+        let patience = self.start.config.reconnect;
+        let silence_max = patience * SILENCE_FACTOR;
+        for index in (0..self.actives.len()).rev() {
+            let active = &mut self.actives[index];
+            if !self.connected {
+                let came_late =
+                    self.down_since.is_some_and(|since| active.job.asked > since + OUTAGE_KNOWN);
+                let patience = if came_late { patience.min(PATIENCE_KNOWN) } else { patience };
+                active.start_deadline(now, patience);
+            }
+            if !self.connected || !active.awaits_cloud() {
+                active.heard = now;
+            }
+            if now.saturating_duration_since(active.heard) >= silence_max {
+                let (peer, seconds) = (self.cloud.clone(), silence_max.as_secs_f32());
+                let reason = format!("it is connected, but has said nothing for {seconds:.0} s");
+                self.fail(index, Error::Peer { peer, reason });
+                continue;
+            }
+            if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
+                let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
+                    Some(retry_after_ms) => Error::Busy {
+                        reason: format!("cloud {} has no room for another session", self.cloud),
+                        retry_after_ms: u64::from(retry_after_ms),
+                    },
+                    None => self.peer_error(),
+                };
+                self.fail(index, error);
+            }
+        }
+    }
+
+    fn peer_error(&self) -> Error {
+        let patience = self.start.config.reconnect.as_secs_f32();
+        let reason = format!(
+            "{} (waited {patience:.0} s); is `hat-engine cloud` running there?",
+            self.reason
+        );
+        Error::Peer { peer: self.cloud.clone(), reason }
+    }
+
+    /// The cloud knows none of the sessions: each is opened again, within reason.
+    pub(super) fn begin_anew(&mut self) {
+        for index in (0..self.actives.len()).rev() {
+            let active = &mut self.actives[index];
+            let had_session = active.wire_id != 0;
+            if !had_session || active.may_return() {
+                active.restart(None);
+                continue;
+            }
+            let (peer, lost_n) = (self.cloud.clone(), active.lost_n);
+            let reason = format!("it forgot the session {lost_n} times before the next token");
+            self.fail(index, Error::Peer { peer, reason });
+        }
+    }
+
+    pub(super) fn set_connected(&mut self, connected: bool) {
+        if connected {
+            self.down_since = None;
+        } else if self.down_since.is_none() {
+            self.down_since = Some(self.start.shared.clock.now());
+        }
+        self.connected = connected;
+        self.start.shared.connected.store(connected, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_the_longest_and_begin_anew_once_it_works() {
+        let mut now = Instant::now();
+        let mut redial = Redial::default();
+        assert!(redial.is_due(now));
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            redial.put_off(now);
+            assert!(!redial.is_due(now));
+            let at = redial.at().unwrap();
+            pauses.push((at - now).as_millis());
+            now = at;
+            assert!(redial.is_due(now));
+        }
+        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        redial.hurry();
+        assert!(redial.is_due(now));
+        redial.put_off(now);
+        assert_eq!(redial.at().unwrap() - now, LONGEST, "hurry alone proves nothing");
+        redial.works();
+        redial.put_off(now);
+        assert_eq!(redial.at().unwrap() - now, FIRST);
+    }
+
+    #[test]
+    fn closes_are_of_two_kinds() {
+        let closed = |code| GoneError::ClosedByPeer {
+            address: ([127, 0, 0, 1], 1).into(),
+            code,
+            reason: String::new(),
+        };
+        use CloseCode::{
+            Done, Incompatible, Internal, Other, Overload, Protocol, ShuttingDown, Version,
+        };
+        for code in [Done, Overload, ShuttingDown, Internal, Other(77)] {
+            assert!(is_outage(&closed(code)), "{code:?}");
+        }
+        for code in [Protocol, Version, Incompatible] {
+            assert!(!is_outage(&closed(code)), "{code:?}");
+        }
+        assert!(is_outage(&GoneError::GraceOver) && !is_outage(&GoneError::Closed));
+    }
+}
