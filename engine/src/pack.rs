@@ -1,13 +1,16 @@
 //! Hidden rows to the bytes that cross the wire, and back.
 //!
 //! A codec is chosen when a session opens and stays. A payload is `rows` rows one after another,
-//! each [`Codec::row_bytes`] long, numbers little-endian, no padding. `--whole` applies the same
-//! loss where rows would cross.
+//! each [`Codec::row_bytes`] long, numbers little-endian, no padding. `--whole --wire` applies the
+//! same loss where rows would cross.
+//!
+//! All codecs but f32 begin a row with its exponent (`exponent`), so that no row is out of reach.
 
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "functions compiled for AVX2, entered after the CPU was asked")]
 mod avx2;
 mod block;
+mod exponent;
 #[cfg(test)]
 mod tests;
 
@@ -15,9 +18,8 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use self::block::{Bytes, Grid, Nibbles};
+use self::exponent::Exponent;
 
-/// The largest finite f16; greater values are cut to it.
-const F16_MAX: f32 = 65504.0;
 /// Numbers converted at a time, on the stack.
 const BLOCK: usize = 256;
 /// Numbers that share a scale.
@@ -30,14 +32,14 @@ const INT4_BLOCK: usize = 32;
 pub enum Codec {
     /// IEEE binary32, without loss.
     F32,
-    /// IEEE binary16, rounded to nearest even; beyond +-65504 cut to that.
-    #[default]
+    /// IEEE binary16, rounded to nearest even, with one exponent for the row.
     F16,
     /// Blocks of 64 numbers as 8-bit integers with one scale, the greatest number of each apart as
-    /// f16: 8.5 bits a number.
+    /// f16: 8.5 bits a number, and one exponent for the row.
+    #[default]
     Int8,
     /// Blocks of 32 numbers as 4-bit integers with one scale, the greatest number of each apart as
-    /// f16: 5 bits a number.
+    /// f16: 5 bits a number, and one exponent for the row.
     Int4,
 }
 
@@ -67,14 +69,14 @@ impl Codec {
     /// All that this build offers, the least lossy first.
     pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Int8, Self::Int4];
 
-    /// The id in HELLO.
+    /// The id in HELLO. 1 to 3 were rows without an exponent, which this build does not speak.
     #[must_use]
     pub const fn id(self) -> u8 {
         match self {
             Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Int8 => 2,
-            Self::Int4 => 3,
+            Self::F16 => 4,
+            Self::Int8 => 5,
+            Self::Int4 => 6,
         }
     }
 
@@ -117,46 +119,39 @@ impl Codec {
     pub const fn row_bytes(self, hidden: usize) -> usize {
         match self {
             Self::F32 => 4 * hidden,
-            Self::F16 => 2 * hidden,
-            Self::Int8 => block::row_bytes(hidden, INT8_BLOCK, 8),
-            Self::Int4 => block::row_bytes(hidden, INT4_BLOCK, 4),
+            Self::F16 => 1 + 2 * hidden,
+            Self::Int8 => 1 + block::row_bytes(hidden, INT8_BLOCK, 8),
+            Self::Int4 => 1 + block::row_bytes(hidden, INT4_BLOCK, 4),
         }
     }
 
-    /// Writes `rows` (`[n, hidden]`) to `out` (`n * row_bytes(hidden)` bytes). Returns how many
-    /// numbers were cut because the codec does not reach as far.
+    /// Writes `rows` (`[n, hidden]`) to `out` (`n * row_bytes(hidden)` bytes).
     ///
     /// # Errors
     /// If a number is not finite; `out` is then undefined.
     ///
     /// # Panics
     /// If the lengths do not fit together.
-    pub fn pack(self, rows: &[f32], hidden: usize, out: &mut [u8]) -> Result<usize, PackError> {
+    pub fn pack(self, rows: &[f32], hidden: usize, out: &mut [u8]) -> Result<(), PackError> {
         assert!(rows.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", rows.len());
         let row_bytes = self.row_bytes(hidden);
         assert_eq!(out.len(), rows.len() / hidden * row_bytes, "room for all rows");
         finite(rows, hidden)?;
-        Ok(match self {
+        match self {
             Self::F32 => {
                 for (to, from) in out.chunks_exact_mut(4).zip(rows) {
                     to.copy_from_slice(&from.to_le_bytes());
                 }
-                0
             }
             Self::F16 => {
-                let mut cut = 0;
-                for (to, from) in out.chunks_mut(2 * BLOCK).zip(rows.chunks(BLOCK)) {
-                    let mut narrow = [f16::ZERO; BLOCK];
-                    cut += to_f16(from, &mut narrow[..from.len()]);
-                    for (to, from) in to.chunks_exact_mut(2).zip(narrow) {
-                        to.copy_from_slice(&from.to_le_bytes());
-                    }
+                for (row, out) in rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes)) {
+                    pack_f16(row, out);
                 }
-                cut
             }
             Self::Int8 => pack_blocks::<Bytes, INT8_BLOCK>(rows, hidden, row_bytes, out),
             Self::Int4 => pack_blocks::<Nibbles, INT4_BLOCK>(rows, hidden, row_bytes, out),
-        })
+        }
+        Ok(())
     }
 
     /// Reads rows (`[n, hidden]`) from the bytes of a peer.
@@ -181,18 +176,50 @@ impl Codec {
                 }
             }
             Self::F16 => {
-                for (to, from) in out.chunks_mut(BLOCK).zip(bytes.chunks(2 * BLOCK)) {
-                    let mut narrow = [f16::ZERO; BLOCK];
-                    for (to, from) in narrow.iter_mut().zip(from.as_chunks().0) {
-                        *to = f16::from_le_bytes(*from);
-                    }
-                    narrow[..to.len()].convert_to_f32_slice(to);
-                }
+                let rows = out.chunks_exact_mut(hidden);
+                rows.zip(bytes.chunks_exact(row_bytes)).for_each(|(row, bytes)| {
+                    unpack_f16(bytes, row);
+                });
             }
             Self::Int8 => unpack_blocks::<Bytes, INT8_BLOCK>(bytes, hidden, row_bytes, out),
             Self::Int4 => unpack_blocks::<Nibbles, INT4_BLOCK>(bytes, hidden, row_bytes, out),
         }
-        finite(out, hidden)
+        finite(out, hidden)?;
+        if self != Self::F32 {
+            // After the check: what is too great for f32 by a rounding alone is no fault.
+            for (row, bytes) in out.chunks_exact_mut(hidden).zip(bytes.chunks_exact(row_bytes)) {
+                Exponent::from_byte(bytes[0]).put_back(row);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes one row: its exponent, then its numbers.
+fn pack_f16(row: &[f32], out: &mut [u8]) {
+    let exponent = Exponent::of(row, 0);
+    let (byte, out) = out.split_at_mut(1);
+    byte[0] = exponent.byte();
+    for (to, from) in out.chunks_mut(2 * BLOCK).zip(row.chunks(BLOCK)) {
+        let mut within = [0.0; BLOCK];
+        within[..from.len()].copy_from_slice(from);
+        exponent.take_out(&mut within);
+        let mut narrow = [f16::ZERO; BLOCK];
+        narrow.convert_from_f32_slice(&within);
+        for (to, from) in to.as_chunks_mut().0.iter_mut().zip(narrow) {
+            *to = from.to_le_bytes();
+        }
+    }
+}
+
+/// Reads one row's numbers; its exponent is still to be put back.
+fn unpack_f16(bytes: &[u8], row: &mut [f32]) {
+    for (to, from) in row.chunks_mut(BLOCK).zip(bytes[1..].chunks(2 * BLOCK)) {
+        let mut narrow = [f16::ZERO; BLOCK];
+        for (to, from) in narrow.iter_mut().zip(from.as_chunks().0) {
+            *to = f16::from_le_bytes(*from);
+        }
+        narrow[..to.len()].convert_to_f32_slice(to);
     }
 }
 
@@ -202,12 +229,12 @@ fn pack_blocks<G: Grid, const N: usize>(
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
-) -> usize {
+) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(cut) = avx2::pack::<G, N>(rows, hidden, row_bytes, out) {
-        return cut;
+    if avx2::pack::<G, N>(rows, hidden, row_bytes, out) {
+        return;
     }
-    pack_portable::<G, N>(rows, hidden, row_bytes, out)
+    pack_portable::<G, N>(rows, hidden, row_bytes, out);
 }
 
 fn pack_portable<G: Grid, const N: usize>(
@@ -215,9 +242,9 @@ fn pack_portable<G: Grid, const N: usize>(
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
-) -> usize {
+) {
     let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
-    rows.map(|(row, out)| block::pack_row::<G, N>(row, out)).sum()
+    rows.for_each(|(row, out)| block::pack_row::<G, N>(row, out));
 }
 
 /// The inverse of [`pack_blocks`].
@@ -242,19 +269,6 @@ fn unpack_portable<G: Grid, const N: usize>(
 ) {
     let rows = bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(hidden));
     rows.for_each(|(bytes, row)| block::unpack_row::<G, N>(bytes, row));
-}
-
-/// At most [`BLOCK`] numbers; returns how many were cut.
-fn to_f16(from: &[f32], to: &mut [f16]) -> usize {
-    let mut within = [0.0; BLOCK];
-    let within = &mut within[..from.len()];
-    let mut cut = 0;
-    for (within, &value) in within.iter_mut().zip(from) {
-        *within = value.clamp(-F16_MAX, F16_MAX);
-        cut += usize::from(value.abs() > F16_MAX);
-    }
-    to.convert_from_f32_slice(within);
-    cut
 }
 
 fn finite(rows: &[f32], hidden: usize) -> Result<(), PackError> {

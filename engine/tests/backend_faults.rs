@@ -466,7 +466,7 @@ fn a_device_that_falls_back_says_what_it_computes_in() {
         hidden_size: 64,
         entry_layer: 1,
         exit_layer: 4,
-        codecs: 15,
+        codecs: 0x71,
         kv_type: 1,
         row_budget: 512,
         rows_pending_max: 64,

@@ -98,7 +98,7 @@ fn a_page_is_found_by_its_name_and_by_rows_of_its_kind_alone() {
     assert_eq!(hand.opened(1), 0);
     let expected = decided(&mut hand, 1, 0, 40);
     hand.end(1, End { commit: 0, pages: &NAMES });
-    for (session, entry_layer, codec, pages) in [(2, 2, 0, 0), (3, 1, 1, 0), (4, 1, 0, 1)] {
+    for (session, entry_layer, codec, pages) in [(2, 2, 0, 0), (3, 1, 4, 0), (4, 1, 0, 1)] {
         hand.open(session, |open| {
             (open.rows_max, open.pages) = (200, &NAMES);
             (open.entry_layer, open.codec) = (entry_layer, codec);
@@ -166,7 +166,7 @@ fn a_cloud_that_claims_pages_is_found_out() {
         hidden_size: u32::try_from(HIDDEN).unwrap(),
         entry_layer: 1,
         exit_layer: 4,
-        codecs: 3,
+        codecs: 0x71,
         row_budget: 512,
         rows_pending_max: 64,
         page_size: 32,

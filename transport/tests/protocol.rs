@@ -110,8 +110,8 @@ fn open() -> Vec<u8> {
     }))
 }
 
-/// A row of two f16 numbers: 1 and -2.
-const ROW: [u8; 4] = [0x00, 0x3c, 0x00, 0xc0];
+/// A row of two f16 numbers: 1 and -2, with exponent 0.
+const ROW: [u8; 5] = [0x8e, 0x00, 0x3c, 0x00, 0xc0];
 
 fn rows() -> Vec<u8> {
     let head = RowsHead {

@@ -142,12 +142,9 @@ impl Device {
         let Some(mut body) = self.endpoint.buffer(bytes) else { return false };
         let start = head.encode(parents, body.body_mut());
         let hidden = &unsent.hidden[unsent.sent * hidden_size..][..rows * hidden_size];
-        let cut = codec
+        codec
             .pack(hidden, hidden_size, &mut body.body_mut()[start..])
             .expect("rows are checked when they are computed");
-        if cut > 0 {
-            tracing::warn!(cut, "numbers beyond the wire codec's range were cut");
-        }
         let in_answer = !active.answer.tokens().is_empty();
         let urgent = in_answer && unsent.decided <= 1;
         let priority = if urgent { Priority::Verify } else { Priority::Prompt };

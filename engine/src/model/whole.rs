@@ -169,7 +169,7 @@ impl<B: Backend> WholeModel<B> {
         self.wire.resize(codec.row_bytes(hidden_size), 0);
         codec
             .pack(&self.row, hidden_size, &mut self.wire)
-            .and_then(|_| codec.unpack(&self.wire, hidden_size, &mut self.row))
+            .and_then(|()| codec.unpack(&self.wire, hidden_size, &mut self.row))
             .map_err(|_| Error::NotFinite { position })?;
         self.backend.upload(&self.row, &mut self.x);
         Ok(())

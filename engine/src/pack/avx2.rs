@@ -2,18 +2,19 @@
 
 use super::block::{Grid, pack_row, unpack_row};
 
-/// As [`pack_row`], for each row; `None` if this CPU has no AVX2.
+/// As [`pack_row`], for each row; says whether this CPU has AVX2, and if not does nothing.
 pub(super) fn pack<G: Grid, const N: usize>(
     rows: &[f32],
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
-) -> Option<usize> {
+) -> bool {
     if !is_x86_feature_detected!("avx2") {
-        return None;
+        return false;
     }
     // SAFETY: this CPU has AVX2, as was asked right above.
-    Some(unsafe { pack_avx2::<G, N>(rows, hidden, row_bytes, out) })
+    unsafe { pack_avx2::<G, N>(rows, hidden, row_bytes, out) };
+    true
 }
 
 /// As [`unpack_row`], for each row; says whether this CPU has AVX2, and if not does nothing.
@@ -37,9 +38,9 @@ fn pack_avx2<G: Grid, const N: usize>(
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
-) -> usize {
+) {
     let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
-    rows.map(|(row, out)| pack_row::<G, N>(row, out)).sum()
+    rows.for_each(|(row, out)| pack_row::<G, N>(row, out));
 }
 
 #[target_feature(enable = "avx2")]

@@ -1,6 +1,6 @@
 //! Rows as small integers: blocks with a scale, and the greatest number of each block apart.
 //!
-//! A block is up to `N` numbers of a row. Its bytes: the scale and the greatest
+//! A row is its exponent, and then blocks of up to `N` numbers. A block's bytes: the scale and the greatest
 //! number, both f16, then a code for each number. A code is a signed integer times the scale; the
 //! lowest code, which rounding never gives, stands where the greatest number was. Residual
 //! streams hold a few channels that are hundreds of times greater than the rest: in one scale
@@ -11,7 +11,7 @@
 
 use half::f16;
 
-use super::F16_MAX;
+use super::exponent::Exponent;
 
 /// Adding it rounds to an integer, ties to even, which stands in the low bits.
 const ROUND: f32 = 12_582_912.0;
@@ -20,6 +20,8 @@ const ROUND: f32 = 12_582_912.0;
 pub(super) trait Grid {
     /// The greatest code; the least one is its negative.
     const MOST: i8;
+    /// Bits of a code's magnitude.
+    const BITS: i32;
     /// Stands for the number that is written apart.
     const MARK: i8 = -Self::MOST - 1;
     /// Bytes of so many codes.
@@ -35,6 +37,7 @@ pub(super) struct Bytes;
 
 impl Grid for Bytes {
     const MOST: i8 = 127;
+    const BITS: i32 = 7;
 
     fn bytes(count: usize) -> usize {
         count
@@ -56,6 +59,7 @@ pub(super) struct Nibbles;
 
 impl Grid for Nibbles {
     const MOST: i8 = 7;
+    const BITS: i32 = 3;
 
     fn bytes(count: usize) -> usize {
         count.div_ceil(2)
@@ -83,27 +87,32 @@ pub(super) const fn row_bytes(hidden: usize, block: usize, bits: usize) -> usize
     hidden / block * (4 + block * bits / 8) + last
 }
 
-/// Writes one row; returns how many numbers were cut to what f16 reaches.
+/// Writes one row: its exponent, then its blocks.
 #[inline(always)]
-pub(super) fn pack_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) -> usize {
-    let (mut out, mut cut) = (out, 0);
+pub(super) fn pack_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) {
+    // The greatest scale is a normal f16, too: a subnormal one has few bits.
+    let exponent = Exponent::of(row, G::BITS);
+    let (byte, mut out) = out.split_at_mut(1);
+    byte[0] = exponent.byte();
     for numbers in row.chunks(N) {
         let (block, rest) = out.split_at_mut(4 + G::bytes(numbers.len()));
         out = rest;
+        // Whole blocks, so that the loops have a known length; zeros change nothing.
+        let mut whole = [0.0f32; N];
+        whole[..numbers.len()].copy_from_slice(numbers);
+        exponent.take_out(&mut whole);
         let mut codes = [0; N];
-        let (scale, apart, cut_here) = quantise::<G, N>(numbers, &mut codes);
+        let (scale, apart) = quantise::<G, N>(&whole, &mut codes);
         block[..2].copy_from_slice(&scale.to_le_bytes());
         block[2..4].copy_from_slice(&apart.to_le_bytes());
         G::write(&codes[..numbers.len()], &mut block[4..]);
-        cut += cut_here;
     }
-    cut
 }
 
-/// Reads one row.
+/// Reads one row's numbers; its exponent is still to be put back.
 #[inline(always)]
 pub(super) fn unpack_row<G: Grid, const N: usize>(bytes: &[u8], row: &mut [f32]) {
-    let mut bytes = bytes;
+    let mut bytes = &bytes[1..];
     for numbers in row.chunks_mut(N) {
         let (block, rest) = bytes.split_at(4 + G::bytes(numbers.len()));
         bytes = rest;
@@ -118,14 +127,9 @@ pub(super) fn unpack_row<G: Grid, const N: usize>(bytes: &[u8], row: &mut [f32])
     }
 }
 
-/// Codes of up to a block of numbers, their scale, the number apart, and how many were cut.
+/// Codes of a block of numbers, their scale, and the number apart.
 #[inline(always)]
-fn quantise<G: Grid, const N: usize>(numbers: &[f32], codes: &mut [i8; N]) -> (f16, f16, usize) {
-    // Whole blocks, so that the loops have a known length; zeros change nothing.
-    let mut block = [0.0f32; N];
-    block[..numbers.len()].copy_from_slice(numbers);
-    let cut = block.iter().fold(0u32, |cut, number| cut + u32::from(number.abs() > F16_MAX));
-    block.iter_mut().for_each(|number| *number = number.clamp(-F16_MAX, F16_MAX));
+fn quantise<G: Grid, const N: usize>(block: &[f32; N], codes: &mut [i8; N]) -> (f16, f16) {
     // Magnitudes order as their bits do.
     let sizes = block.map(|number| (number.to_bits() & 0x7FFF_FFFF).cast_signed());
     let greatest = sizes.iter().fold(0, |most, &size| size.max(most));
@@ -138,10 +142,10 @@ fn quantise<G: Grid, const N: usize>(numbers: &[f32], codes: &mut [i8; N]) -> (f
     let most = f32::from(G::MOST);
     let scale = f16::from_f32(f32::from_bits(second.cast_unsigned()) / most);
     let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
-    for (code, &number) in codes.iter_mut().zip(&block) {
+    for (code, &number) in codes.iter_mut().zip(block) {
         let rounded = (number * inverse).clamp(-most, most) + ROUND;
         *code = rounded.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed() as i8;
     }
     codes[at as usize] = G::MARK;
-    (scale, apart, cut as usize)
+    (scale, apart)
 }

@@ -18,7 +18,7 @@ fn crossed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<f32> {
 fn names_and_ids_are_fixed() {
     assert_eq!(
         Codec::ALL.map(|codec| (codec.id(), codec.name(), codec.row_bytes(576))),
-        [(0, "f32", 2304), (1, "f16", 1152), (2, "int8", 612), (3, "int4", 360)]
+        [(0, "f32", 2304), (4, "f16", 1153), (5, "int8", 613), (6, "int4", 361)]
     );
     for codec in Codec::ALL {
         assert_eq!(Codec::from_id(codec.id()), Some(codec));
@@ -28,34 +28,35 @@ fn names_and_ids_are_fixed() {
     for codec in [Codec::F32, Codec::F16, Codec::Int8] {
         assert_eq!(codec.down(), codec);
     }
-    assert_eq!([4, 255].map(Codec::from_id), [None, None]);
+    // Rows without an exponent were 1 to 3.
+    assert_eq!([1, 2, 3, 7, 255].map(Codec::from_id), [None; 5]);
     assert_eq!(["int5", "", "F16"].map(Codec::from_name), [None, None, None]);
     // A block and a short one; an odd number of halves.
-    assert_eq!((Codec::Int8.row_bytes(65), Codec::Int4.row_bytes(37)), (73, 27));
-    assert_eq!((Codec::Int8.row_bytes(64), Codec::Int4.row_bytes(32)), (68, 20));
+    assert_eq!((Codec::Int8.row_bytes(65), Codec::Int4.row_bytes(37)), (74, 28));
+    assert_eq!((Codec::Int8.row_bytes(64), Codec::Int4.row_bytes(32)), (69, 21));
 }
 
 #[test]
 fn bytes_are_little_endian_and_dense() {
     let rows = [1.0f32, -2.0, 0.5, 65504.0];
     assert_eq!(packed(Codec::F32, &rows, 2)[..8], [0, 0, 0x80, 0x3F, 0, 0, 0, 0xC0]);
-    assert_eq!(packed(Codec::F16, &rows, 2), [0, 0x3C, 0, 0xC0, 0, 0x38, 0xFF, 0x7B]);
+    assert_eq!(packed(Codec::F16, &rows, 2), [142, 0, 0x3C, 0, 0xC0, 142, 0, 0x38, 0xFF, 0x7B]);
 }
 
 #[test]
 fn blocks_are_a_scale_the_greatest_number_and_codes() {
     // The greatest is 1000, the next 127: scale 1. Ties go to even.
     let row = [3.0f32, -127.0, 1000.0, 2.5, 3.5];
-    let bytes = [0, 0x3C, 0xD0, 0x63, 3, 0x81, 0x80, 2, 4];
+    let bytes = [142, 0, 0x3C, 0xD0, 0x63, 3, 0x81, 0x80, 2, 4];
     assert_eq!(packed(Codec::Int8, &row, 5), bytes);
     assert_eq!(crossed(Codec::Int8, &row, 5), [3.0, -127.0, 1000.0, 2.0, 4.0]);
     // Scale 0.5; of two greatest ones the first is apart. Low halves: 8, 7, -2; high: -7, 1.
     let row = [-10.0f32, 3.5, -1.0, -3.5, 0.5];
-    assert_eq!(packed(Codec::Int4, &row, 5), [0, 0x38, 0, 0xC9, 0x98, 0x17, 0x0E]);
+    assert_eq!(packed(Codec::Int4, &row, 5), [142, 0, 0x38, 0, 0xC9, 0x98, 0x17, 0x0E]);
     assert_eq!(crossed(Codec::Int4, &row, 5), row);
-    assert_eq!(packed(Codec::Int4, &[2.0, -2.0], 2), [0x92, 0x34, 0, 0x40, 0x98]);
+    assert_eq!(packed(Codec::Int4, &[2.0, -2.0], 2), [142, 0x92, 0x34, 0, 0x40, 0x98]);
     // Nothing but zeros, and one number alone.
-    assert_eq!(packed(Codec::Int8, &[0.0; 3], 3), [0, 0, 0, 0, 0x80, 0, 0]);
+    assert_eq!(packed(Codec::Int8, &[0.0; 3], 3), [142, 0, 0, 0, 0, 0x80, 0, 0]);
     assert_eq!(crossed(Codec::Int4, &[-7.25], 1), [-7.25]);
 }
 
@@ -73,16 +74,48 @@ fn one_great_number_leaves_its_neighbours_alone() {
 }
 
 #[test]
-fn f16_rounds_to_even_and_all_but_f32_cut_beyond_its_range() {
-    let rows = [65505.0f32, -1e30, 2049.0, 2051.0, 6e-8, 2e-8, -0.0, 65503.0];
-    let got = crossed(Codec::F16, &rows, 4);
-    assert_eq!(got[..4], [65504.0, -65504.0, 2048.0, 2052.0]);
-    assert_eq!(got[4], 2f32.powi(-24));
-    assert_eq!((got[5], got[6].to_bits(), got[7]), (0.0, (-0.0f32).to_bits(), 65504.0));
-    for (codec, cut) in Codec::ALL.into_iter().zip([0, 2, 2, 2]) {
-        let mut bytes = vec![0; 2 * codec.row_bytes(4)];
-        assert_eq!(codec.pack(&rows, 4, &mut bytes), Ok(cut), "{codec:?}");
-        assert!(crossed(codec, &rows, 4).iter().all(|number| number.is_finite()));
+fn f16_rounds_to_even() {
+    let rows = [2049.0f32, 2051.0, 6e-8, 2e-8, -0.0, 65503.0, 65519.0, -1.0];
+    let got = crossed(Codec::F16, &rows, 8);
+    assert_eq!(got[..2], [2048.0, 2052.0]);
+    assert_eq!(got[2], 2f32.powi(-24));
+    assert_eq!((got[3], got[4].to_bits()), (0.0, (-0.0f32).to_bits()));
+    assert_eq!(got[5..], [65504.0, 65504.0, -1.0]);
+}
+
+/// The exponent's byte, and what comes back, where a row's greatest number is at an edge.
+#[test]
+fn a_row_has_the_least_exponent_that_holds_it() {
+    let edges = [
+        (65504.0f32, 142),
+        (65519.996, 142),
+        (65520.0, 143),
+        (131_039.99, 143),
+        (131_040.0, 144),
+        (f32::MAX, 255),
+        (1.0, 142),
+        (2f32.powi(-14), 142),
+        (2f32.powi(-15), 142 - 30),
+        (f32::MIN_POSITIVE, 142 - 141),
+        (f32::from_bits(1), 0),
+        (0.0, 142),
+    ];
+    for (number, byte) in edges {
+        let row = [0.0, -number, number / 2.0];
+        assert_eq!(packed(Codec::F16, &row, 3)[0], byte, "{number}");
+        for codec in Codec::ALL {
+            let got = crossed(codec, &row, 3);
+            let error = (f64::from(got[1]) - f64::from(row[1])).abs();
+            assert!(error <= f64::from(number) / 2048.0, "{codec:?}: {number} came as {}", got[1]);
+        }
+    }
+    // The greatest numbers would be rounded up beyond f32.
+    assert_eq!(crossed(Codec::F16, &[f32::MAX, -f32::MAX], 2), [f32::MAX, -f32::MAX]);
+    // int8 and int4 need more room below, for their scales.
+    for (codec, least) in [(Codec::Int8, 2f32.powi(-7)), (Codec::Int4, 2f32.powi(-11))] {
+        let bytes = [least, least / 2.0].map(|number| packed(codec, &[number], 1)[0]);
+        assert_eq!(bytes[0], 142);
+        assert!(bytes[1] < 142);
     }
 }
 
@@ -99,23 +132,23 @@ fn what_is_not_finite_is_refused_on_both_sides() {
             match codec {
                 Codec::F32 => bytes[row + 28..][..4].copy_from_slice(&bad.to_le_bytes()),
                 Codec::F16 => {
-                    bytes[row + 14..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                    bytes[row + 15..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
                 }
                 Codec::Int8 | Codec::Int4 => {
                     // The number apart is bad, and then the scale: that takes all with it.
-                    bytes[row + 2..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
-                    bytes[row + 4] = if codec == Codec::Int8 { 1 } else { 0x11 };
-                    let byte = row + 4 + 7;
+                    bytes[row + 3..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                    bytes[row + 5] = if codec == Codec::Int8 { 1 } else { 0x11 };
+                    let byte = row + 5 + 7;
                     bytes[byte] = if codec == Codec::Int8 { 0x80 } else { 0x18 };
                     let refused = codec.unpack(&bytes, 300, &mut rows.clone());
                     assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 7 }));
-                    bytes[row..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
+                    bytes[row + 1..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
                     let refused = codec.unpack(&bytes, 300, &mut rows);
                     assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 0 }));
                     continue;
                 }
             }
-            assert_eq!(codec.unpack(&bytes, 300, &mut rows), refused.clone().map(drop));
+            assert_eq!(codec.unpack(&bytes, 300, &mut rows), refused);
         }
     }
 }
@@ -144,6 +177,12 @@ fn any_rows() -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(number, 1..700)
 }
 
+/// Whether a codec whose codes have so many bits takes a row without an exponent.
+fn within_reach(rows: &[f32], bits: i32) -> bool {
+    let greatest = rows.iter().copied().map(f32::abs).fold(0.0, f32::max);
+    greatest == 0.0 || (2f32.powi(bits - 14)..65520.0).contains(&greatest)
+}
+
 proptest! {
     /// F32 and F16 give what `half` gives, at any alignment, and a second crossing changes
     /// nothing.
@@ -159,11 +198,59 @@ proptest! {
             prop_assert_eq!(bits(&crossed(codec, &got, hidden)), bits(&got));
             for (&x, &y) in rows.iter().zip(&got) {
                 let wanted = match codec {
-                    Codec::F32 => x,
-                    _ => f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
+                    Codec::F32 => Some(x),
+                    _ => within_reach(&rows, 0).then(|| f16::from_f32(x).to_f32()),
                 };
-                prop_assert_eq!(y.to_bits(), wanted.to_bits());
+                prop_assert!(wanted.is_none_or(|wanted| y.to_bits() == wanted.to_bits()));
             }
+        }
+    }
+
+    /// No row is out of reach: each number comes back within the codec's step of the row's
+    /// greatest, be that as great or as small as f32 has. f16 writes what came back as it was
+    /// written, and so do the others where the greatest number of each block is well apart.
+    #[test]
+    fn rows_of_any_size_come_back(
+        rows in prop::collection::vec(-1.0f32..1.0, 1..200), exponent in -148i32..=127,
+        apart in any::<bool>(),
+    ) {
+        let mut rows = rows;
+        if apart {
+            rows.chunks_mut(32).for_each(|block| block[0] = 4.0);
+            rows.chunks_mut(64).for_each(|block| block[0] = 8.0);
+        }
+        let power = 2f64.powi(if apart { exponent - 3 } else { exponent });
+        let rows: Vec<f32> = rows.iter().map(|x| (f64::from(*x) * power) as f32).collect();
+        let greatest = rows.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
+        let steps = [(Codec::F16, 2048.0), (Codec::Int8, 253.0), (Codec::Int4, 13.9)];
+        for (codec, steps) in steps {
+            let got = crossed(codec, &rows, rows.len());
+            for (&got, &wanted) in got.iter().zip(&rows) {
+                // Where f32 is subnormal it has steps of its own.
+                let allowed = greatest / steps + f64::from(f32::from_bits(1));
+                let error = (f64::from(got) - f64::from(wanted)).abs();
+                prop_assert!(error <= allowed, "{codec:?}: {got} for {wanted} of {greatest}");
+            }
+            if codec == Codec::F16 || (apart && exponent > -120) {
+                let bytes = packed(codec, &rows, rows.len());
+                prop_assert_eq!(packed(codec, &got, rows.len()), bytes, "{:?}", codec);
+            }
+        }
+    }
+
+    /// A row out of reach has the bytes of one that is just within reach, but for the exponent.
+    #[test]
+    fn the_exponent_alone_tells_rows_apart(rows in any_rows(), far in 17i32..100) {
+        let mut rows: Vec<f32> = rows.iter().map(|x| x.clamp(-30000.0, 30000.0)).collect();
+        rows[0] = 30000.0;
+        for codec in [Codec::F16, Codec::Int8, Codec::Int4] {
+            let near = packed(codec, &rows, rows.len());
+            let scaled: Vec<f32> = rows.iter().map(|x| x * 2f32.powi(far)).collect();
+            // Brought to where f16 ends, as those of a row twice as great.
+            let twice: Vec<f32> = rows.iter().map(|x| x * 2.0).collect();
+            let [scaled, twice] = [&scaled, &twice].map(|rows| packed(codec, rows, rows.len()));
+            prop_assert_eq!(near[0], 142);
+            prop_assert_eq!(&scaled[1..], &twice[1..]);
         }
     }
 
@@ -173,15 +260,17 @@ proptest! {
     fn blocks_keep_their_promise(rows in any_rows()) {
         for (codec, block, most) in [(Codec::Int8, 64, 127.0f32), (Codec::Int4, 32, 7.0)] {
             let got = crossed(codec, &rows, rows.len());
+            if !within_reach(&rows, most.log2().ceil() as i32) {
+                continue;
+            }
             for (got, rows) in got.chunks(block).zip(rows.chunks(block)) {
-                let cut: Vec<f32> = rows.iter().map(|x| x.clamp(-65504.0, 65504.0)).collect();
-                let mut sizes: Vec<f32> = cut.iter().map(|x| x.abs()).collect();
+                let mut sizes: Vec<f32> = rows.iter().map(|x| x.abs()).collect();
                 let greatest = sizes.iter().copied().fold(0.0, f32::max);
                 let at = sizes.iter().position(|&size| size == greatest).unwrap();
                 sizes.remove(at);
                 let scale = sizes.iter().copied().fold(0.0, f32::max) / most;
-                prop_assert_eq!(got[at], f16::from_f32(cut[at]).to_f32());
-                for (index, (&got, &wanted)) in got.iter().zip(&cut).enumerate() {
+                prop_assert_eq!(got[at], f16::from_f32(rows[at]).to_f32());
+                for (index, (&got, &wanted)) in got.iter().zip(rows).enumerate() {
                     // f16 rounds the scale, by as much as its least step for the tiniest.
                     let allowed = scale * 0.505 + most * 3.1e-8;
                     prop_assert!(index == at || (got - wanted).abs() <= allowed,
@@ -207,6 +296,9 @@ proptest! {
             } else {
                 pack_portable::<Nibbles, 32>(rows, hidden, row_bytes, &mut portable);
                 unpack_portable::<Nibbles, 32>(&bytes, hidden, row_bytes, &mut back);
+            }
+            for (row, bytes) in back.chunks_mut(hidden).zip(bytes.chunks(row_bytes)) {
+                Exponent::from_byte(bytes[0]).put_back(row);
             }
             prop_assert_eq!(&portable, &bytes);
             prop_assert_eq!(&back, &crossed(codec, rows, hidden));

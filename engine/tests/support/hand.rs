@@ -40,7 +40,7 @@ impl Hand {
             hidden_size: u32::try_from(HIDDEN).unwrap(),
             entry_layer: 1,
             exit_layer: 4,
-            codecs: 3,
+            codecs: 0x71,
             kv_type: 1,
             ..Hello::new(Role::Device)
         };
