@@ -10,6 +10,7 @@ use half::{bf16, f16};
 use serde_json::json;
 
 use crate::config::{Family, LlamaConfig, RopeScaling};
+use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, SourceTensor, TokenSettings};
 use crate::split::{self, EMBED_TOKENS, LM_HEAD, TensorSpec};
 use crate::tensor::{DType, TensorBytes};
@@ -137,6 +138,7 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
             add_bos_token: false,
             chat_template: Some(CHAT_TEMPLATE.to_owned()),
         },
+        sampling: SamplingDefaults::default(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::LlamaConfig;
 use crate::error::LoadError;
+use crate::sampling::SamplingDefaults;
 use crate::split::{self, TensorSpec};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 use crate::{checkpoint, gguf};
@@ -57,6 +58,7 @@ pub struct SourceModel {
     pub(crate) tensors: BTreeMap<String, SourceTensor>,
     pub(crate) tokenizer_json: String,
     pub(crate) settings: TokenSettings,
+    pub(crate) sampling: SamplingDefaults,
 }
 
 impl SourceModel {
@@ -127,6 +129,12 @@ impl SourceModel {
     #[must_use]
     pub fn token_settings(&self) -> &TokenSettings {
         &self.settings
+    }
+
+    /// How the model's makers sample from it.
+    #[must_use]
+    pub fn sampling(&self) -> SamplingDefaults {
+        self.sampling
     }
 
     /// The chat template, if the model has one.

@@ -7,11 +7,14 @@ use serde::{Deserialize, Serialize};
 use super::ModelId;
 use crate::config::{ConfigError, LlamaConfig};
 use crate::layout;
+use crate::sampling::SamplingDefaults;
 use crate::split::{Role, Split, Submodel, TensorSpec};
 use crate::tensor::{DType, Layout};
 
-/// The format of the directory that this crate reads and writes.
-pub const FORMAT_VERSION: u64 = 1;
+/// The format of the directory that this crate writes.
+pub const FORMAT_VERSION: u64 = 2;
+/// The oldest format that this crate reads: it knows no `sampling`.
+pub const FORMAT_VERSION_OLDEST: u64 = 1;
 /// The manifest's file name.
 pub const MANIFEST: &str = "bundle.json";
 /// The weights' file name.
@@ -30,7 +33,7 @@ pub const ALIGNMENT: usize = 64;
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`].
+    /// [`FORMAT_VERSION_OLDEST`] to [`FORMAT_VERSION`].
     pub format_version: u64,
     /// Whose bundle it is.
     pub role: Role,
@@ -50,6 +53,9 @@ pub struct Manifest {
     pub wire: String,
     /// The hyper-parameters of the whole model.
     pub config: LlamaConfig,
+    /// How the model's makers sample from it; in the device's half.
+    #[serde(default, skip_serializing_if = "SamplingDefaults::is_empty")]
+    pub sampling: SamplingDefaults,
     /// Every other file of the bundle.
     pub files: BTreeMap<String, FileEntry>,
     /// The tensors in the order of the weights file.
@@ -162,6 +168,9 @@ impl Manifest {
             let reason = format!("{:?} is no row codec", self.wire);
             return Err(ConfigError::new("wire", reason));
         }
+        self.sampling
+            .checked()
+            .map_err(|error| ConfigError::new(format!("sampling.{}", error.key), error.reason))?;
         self.check_files()?;
         self.check_tensors(&split)
     }

@@ -30,8 +30,8 @@ use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add_adapter_bytes};
 pub use error::BundleError;
 pub use manifest::{
-    ADAPTER, ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, TOKENIZER, TOKENIZER_CONFIG,
-    TensorEntry, WEIGHTS,
+    ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_OLDEST, FileEntry, MANIFEST, Manifest,
+    TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS,
 };
 pub use model_id::{ModelId, ModelIdError};
 pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, write_bundles};
@@ -112,6 +112,12 @@ impl Bundle {
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// How the model's makers sample from it; nothing of a cloud's bundle.
+    #[must_use]
+    pub fn sampling(&self) -> crate::SamplingDefaults {
+        self.manifest.sampling
     }
 
     /// Whose bundle it is.
@@ -249,9 +255,11 @@ fn read_manifest(directory: &Path) -> Result<Manifest, BundleError> {
     let text = read_text(&path, MANIFEST_BYTES_MAX)?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(BundleError::json(&path))?;
     let version = json.get("format_version");
-    if version.and_then(serde_json::Value::as_u64) != Some(FORMAT_VERSION) {
+    let known = FORMAT_VERSION_OLDEST..=FORMAT_VERSION;
+    if !version.and_then(serde_json::Value::as_u64).is_some_and(|got| known.contains(&got)) {
         let got = version.map_or("missing".to_owned(), ToString::to_string);
-        return Err(BundleError::FormatVersion { path, expected: FORMAT_VERSION, got });
+        let (oldest, newest) = known.into_inner();
+        return Err(BundleError::FormatVersion { path, oldest, newest, got });
     }
     // From the text again, not from the value: errors then name line and column.
     let manifest: Manifest = serde_json::from_str(&text).map_err(BundleError::json(&path))?;

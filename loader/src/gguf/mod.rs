@@ -199,6 +199,7 @@ fn read(path: &Path, map: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<SourceMo
     let container = parse::parse(file)?;
     let architecture = config::architecture(&container)?;
     let config = config::config(&container, architecture, file)?;
+    let sampling = config::sampling(&container)?;
     let (tokenizer_json, settings) = tokenizer::tokenizer(&container, config.vocab_size)?;
 
     let mut tensors = BTreeMap::new();
@@ -235,6 +236,7 @@ fn read(path: &Path, map: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<SourceMo
         tensors,
         tokenizer_json,
         settings,
+        sampling,
     })
 }
 
