@@ -11,6 +11,7 @@ use crate::config::{LlamaConfig, token_ids};
 use crate::error::LoadError;
 use crate::header;
 use crate::map::FileMap;
+use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
 use crate::split::LM_HEAD;
 use crate::tensor::{DType, TensorBytes};
@@ -31,7 +32,7 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
     }
     let mut config = LlamaConfig::from_hf(&read_json(&config_path)?)
         .map_err(|error| LoadError::config(&config_path, error))?;
-    add_generation_eos(directory, &mut config)?;
+    let sampling = read_generation(directory, &mut config)?;
 
     let tokenizer_path = directory.join("tokenizer.json");
     if !tokenizer_path.exists() {
@@ -59,21 +60,26 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
         tokenizer_json,
         settings: read_settings(directory)?,
         text: TextReport::default(),
+        sampling,
     })
 }
 
-/// `generation_config.json` may know more tokens that end an answer.
-fn add_generation_eos(directory: &Path, config: &mut LlamaConfig) -> Result<(), LoadError> {
+/// `generation_config.json` may know more tokens that end an answer, and how to sample.
+fn read_generation(
+    directory: &Path,
+    config: &mut LlamaConfig,
+) -> Result<SamplingDefaults, LoadError> {
     let path = directory.join("generation_config.json");
     if !path.exists() {
-        return Ok(());
+        return Ok(SamplingDefaults::default());
     }
-    let ids = token_ids(&read_json(&path)?, "eos_token_id")
-        .map_err(|error| LoadError::config(&path, error))?;
-    config.eos_token_ids.extend(ids);
+    let wrong = |error| LoadError::config(&path, error);
+    let json = read_json(&path)?;
+    config.eos_token_ids.extend(token_ids(&json, "eos_token_id").map_err(wrong)?);
     config.eos_token_ids.sort_unstable();
     config.eos_token_ids.dedup();
-    config.check().map_err(|error| LoadError::config(&path, error))
+    config.check().map_err(wrong)?;
+    SamplingDefaults::from_hf(&json).map_err(wrong)
 }
 
 /// No id of the tokenizer may be beyond the embedding's rows.

@@ -10,6 +10,7 @@ use half::{bf16, f16};
 use serde_json::json;
 
 use crate::config::{Family, LlamaConfig, RopeScaling};
+use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
 use crate::split::{self, EMBED_TOKENS, LM_HEAD, TensorSpec};
 use crate::tensor::{DType, TensorBytes};
@@ -138,6 +139,7 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
             chat_template: Some(CHAT_TEMPLATE.to_owned()),
         },
         text: TextReport::default(),
+        sampling: SamplingDefaults::default(),
     };
     model.derive_control().expect("our own JSON");
     model

@@ -39,6 +39,7 @@ mod header;
 pub mod layout;
 #[expect(unsafe_code, reason = "memory maps; the contract is in the module")]
 mod map;
+mod sampling;
 mod source;
 pub mod split;
 mod tensor;
@@ -55,6 +56,7 @@ pub use fuzz::{fuzz_gguf, fuzz_safetensors_header};
 pub use generated::{TinyModel, generated};
 pub use gguf::GgufError;
 pub use header::HeaderError;
+pub use sampling::SamplingDefaults;
 pub use source::{SourceModel, TextReport, TokenSettings};
 pub use split::{Role, Split, Submodel};
 pub use tensor::{DType, Layout, Tensor, TensorBytes};

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::LlamaConfig;
 use crate::control::{ControlTokens, TextFacts};
 use crate::error::LoadError;
+use crate::sampling::SamplingDefaults;
 use crate::split::{self, TensorSpec};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 use crate::{checkpoint, gguf};
@@ -78,6 +79,7 @@ pub struct SourceModel {
     pub(crate) tokenizer_json: String,
     pub(crate) settings: TokenSettings,
     pub(crate) text: TextReport,
+    pub(crate) sampling: SamplingDefaults,
 }
 
 impl SourceModel {
@@ -188,6 +190,12 @@ impl SourceModel {
         self.text.retyped_tokens = derived.retyped;
         self.text.ends = self.config.eos_token_ids.clone();
         Ok(())
+    }
+
+    /// How the model's makers sample from it.
+    #[must_use]
+    pub fn sampling(&self) -> SamplingDefaults {
+        self.sampling
     }
 
     /// The chat template, if the model has one.

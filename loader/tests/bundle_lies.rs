@@ -98,9 +98,12 @@ fn other_directories_are_refused() {
 fn manifests_that_lie_are_refused() {
     let written = write(&generated(&tiny()), options(2, 0, Weights::Keep));
     let refused = |change: &dyn Fn(&mut Value), parts: &[&str]| written.refused(change, parts);
-    refused(&|m| m["format_version"] = json!(3), &["format_version 3", "reads 2"]);
     refused(&|m| m["control_tokens"] = json!([512]), &["control_tokens", "512"]);
     refused(&|m| m["control_tokens"] = Value::Null, &["control_tokens: missing"]);
+    refused(&|m| m["format_version"] = json!(3), &["format_version 3", "reads 1 to 2"]);
+    refused(&|m| m["format_version"] = json!(0), &["format_version 0", "reads 1 to 2"]);
+    refused(&|m| m["sampling"] = json!({"top_p": 2}), &["sampling.top_p", "0..=1"]);
+    refused(&|m| m["sampling"] = json!({"mirostat": 2}), &["mirostat"]);
     refused(&|m| m["format_version"] = Value::Null, &["format_version"]);
     refused(&|m| m["role"] = json!("server"), &["server"]);
     refused(&|m| m["role"] = json!("cloud"), &["layers"]);

@@ -70,14 +70,16 @@ pub enum BundleError {
     },
     /// The bundle is of another format.
     #[error(
-        "{}: format_version {got}, this program reads {expected}; run hat-split again",
+        "{}: format_version {got}, this program reads {oldest} to {newest}; run hat-split again",
         path.display()
     )]
     FormatVersion {
         /// The manifest.
         path: PathBuf,
-        /// What we read.
-        expected: u64,
+        /// The oldest that we read.
+        oldest: u64,
+        /// The newest that we read.
+        newest: u64,
         /// What it is.
         got: String,
     },

@@ -7,13 +7,15 @@ use serde::{Deserialize, Serialize};
 use super::ModelId;
 use crate::config::{ConfigError, LlamaConfig};
 use crate::layout;
+use crate::sampling::SamplingDefaults;
 use crate::split::{Role, Split, Submodel, TensorSpec};
 use crate::tensor::{DType, Layout};
 
 /// The format of the directory that this crate writes.
 pub const FORMAT_VERSION: u64 = 2;
-/// The oldest format that is read: without `control_tokens`, which are derived at opening then.
-pub const FORMAT_VERSION_MIN: u64 = 1;
+/// The oldest format that this crate reads: it knows neither `control_tokens`, which are derived at opening then,
+/// nor `sampling`.
+pub const FORMAT_VERSION_OLDEST: u64 = 1;
 /// The manifest's file name.
 pub const MANIFEST: &str = "bundle.json";
 /// The weights' file name.
@@ -32,7 +34,7 @@ pub const ALIGNMENT: usize = 64;
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`].
+    /// [`FORMAT_VERSION_OLDEST`] to [`FORMAT_VERSION`].
     pub format_version: u64,
     /// Whose bundle it is.
     pub role: Role,
@@ -55,6 +57,9 @@ pub struct Manifest {
     /// Ids that no text of a user may make, ascending; device only, and from format 2 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control_tokens: Option<Vec<u32>>,
+    /// How the model's makers sample from it; in the device's half.
+    #[serde(default, skip_serializing_if = "SamplingDefaults::is_empty")]
+    pub sampling: SamplingDefaults,
     /// Every other file of the bundle.
     pub files: BTreeMap<String, FileEntry>,
     /// The tensors in the order of the weights file.
@@ -168,6 +173,9 @@ impl Manifest {
             return Err(ConfigError::new("wire", reason));
         }
         self.check_control()?;
+        self.sampling
+            .checked()
+            .map_err(|error| ConfigError::new(format!("sampling.{}", error.key), error.reason))?;
         self.check_files()?;
         self.check_tensors(&split)
     }
@@ -175,7 +183,7 @@ impl Manifest {
     fn check_control(&self) -> Result<(), ConfigError> {
         let wrong = |reason: String| Err(ConfigError::new("control_tokens", reason));
         match (&self.control_tokens, self.role) {
-            (None, Role::Device) if self.format_version > FORMAT_VERSION_MIN => {
+            (None, Role::Device) if self.format_version > FORMAT_VERSION_OLDEST => {
                 wrong("missing; run hat-split again".into())
             }
             (Some(_), Role::Cloud) => wrong("belong to no cloud bundle".into()),

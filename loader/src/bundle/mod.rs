@@ -30,7 +30,7 @@ use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add_adapter_bytes};
 pub use error::BundleError;
 pub use manifest::{
-    ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_MIN, FileEntry, MANIFEST, Manifest,
+    ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_OLDEST, FileEntry, MANIFEST, Manifest,
     TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS,
 };
 pub use model_id::{ModelId, ModelIdError};
@@ -112,6 +112,12 @@ impl Bundle {
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// How the model's makers sample from it; nothing of a cloud's bundle.
+    #[must_use]
+    pub fn sampling(&self) -> crate::SamplingDefaults {
+        self.manifest.sampling
     }
 
     /// Whose bundle it is.
@@ -249,10 +255,11 @@ fn read_manifest(directory: &Path) -> Result<Manifest, BundleError> {
     let text = read_text(&path, MANIFEST_BYTES_MAX)?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(BundleError::json(&path))?;
     let version = json.get("format_version");
-    let number = version.and_then(serde_json::Value::as_u64);
-    if !number.is_some_and(|number| (FORMAT_VERSION_MIN..=FORMAT_VERSION).contains(&number)) {
+    let known = FORMAT_VERSION_OLDEST..=FORMAT_VERSION;
+    if !version.and_then(serde_json::Value::as_u64).is_some_and(|got| known.contains(&got)) {
         let got = version.map_or("missing".to_owned(), ToString::to_string);
-        return Err(BundleError::FormatVersion { path, expected: FORMAT_VERSION, got });
+        let (oldest, newest) = known.into_inner();
+        return Err(BundleError::FormatVersion { path, oldest, newest, got });
     }
     // From the text again, not from the value: errors then name line and column.
     let manifest: Manifest = serde_json::from_str(&text).map_err(BundleError::json(&path))?;

@@ -16,6 +16,7 @@ use super::model_id::ModelHasher;
 use super::{BundleError, ModelId, convert};
 use crate::header;
 use crate::layout;
+use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, TextReport};
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout};
@@ -61,6 +62,8 @@ pub struct Progress<'a> {
 pub struct Report {
     /// The model's name.
     pub model_name: String,
+    /// How the model's makers sample from it.
+    pub sampling: SamplingDefaults,
     /// The identity that both halves carry.
     pub model_id: ModelId,
     /// Layers of the input submodel.
@@ -145,6 +148,7 @@ pub fn write_bundles(
     let (cloud, device) = (reports.pop(), reports.pop());
     Ok(Report {
         model_name: model.name().to_owned(),
+        sampling: model.sampling(),
         model_id,
         split_layer: split.split_layer(),
         tail_layers: split.tail_layers(),
@@ -301,6 +305,10 @@ fn write_manifest(
         control_tokens: (plan.role == Role::Device)
             .then(|| model.text_report().control_tokens.keys().copied().collect()),
         config: model.config().clone(),
+        sampling: match plan.role {
+            Role::Device => model.sampling(),
+            Role::Cloud => SamplingDefaults::default(),
+        },
         files,
         tensors: plan.tensors.into_iter().map(|(entry, _)| entry).collect(),
     };

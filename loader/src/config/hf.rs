@@ -238,7 +238,7 @@ fn required(json: &Value, key: &str) -> Result<usize, ConfigError> {
     count(json, key)?.ok_or_else(|| ConfigError::new(key, "missing"))
 }
 
-fn number(json: &Value, key: &str) -> Result<Option<f32>, ConfigError> {
+pub(crate) fn number(json: &Value, key: &str) -> Result<Option<f32>, ConfigError> {
     let Some(value) = present(json, key) else {
         return Ok(None);
     };
@@ -248,7 +248,7 @@ fn number(json: &Value, key: &str) -> Result<Option<f32>, ConfigError> {
     }
 }
 
-fn flag(json: &Value, key: &str) -> Result<Option<bool>, ConfigError> {
+pub(crate) fn flag(json: &Value, key: &str) -> Result<Option<bool>, ConfigError> {
     let Some(value) = present(json, key) else {
         return Ok(None);
     };

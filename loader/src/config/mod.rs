@@ -6,7 +6,7 @@ mod rope;
 use serde::{Deserialize, Serialize};
 
 pub use crate::error::ConfigError;
-pub(crate) use hf::token_ids;
+pub(crate) use hf::{flag, number, token_ids};
 
 /// Limits of what is believed. Far above any model that exists, far below what would hurt.
 const LAYERS_MAX: usize = 1024;

@@ -3,6 +3,7 @@
 use super::GgufError;
 use super::parse::{Container, Value};
 use crate::config::{Family, LlamaConfig, RopeScaling};
+use crate::sampling::SamplingDefaults;
 use crate::tensor::DType;
 
 /// Numbers by which rotary frequencies are divided; in Llama 3 files.
@@ -186,6 +187,43 @@ pub(super) fn token_id(container: &Container<'_>, key: &str) -> Result<Option<u3
         Some(Value::Signed(-1)) => Ok(None),
         Some(other) => Err(GgufError::metadata(key, format!("{other:?} is not a token id"))),
     }
+}
+
+/// `general.sampling.*`, as llama.cpp's converter writes it from `generation_config.json`. A file
+/// without a temperature is greedy.
+pub(super) fn sampling(container: &Container<'_>) -> Result<SamplingDefaults, GgufError> {
+    let key = |name: &str| format!("general.sampling.{name}");
+    let number = |name: &str| match container.metadata.get(&key(name)) {
+        None => Ok(None),
+        Some(Value::Float(value)) => Ok(Some(*value as f32)),
+        Some(other) => Err(GgufError::metadata(&key(name), format!("{other:?} is not a number"))),
+    };
+    // -1 stands for all.
+    let count = |name: &str, all: u32| match container.metadata.get(&key(name)) {
+        None => Ok(None),
+        Some(Value::Signed(-1)) => Ok(Some(all)),
+        Some(Value::Signed(value)) if u32::try_from(*value).is_ok() => Ok(Some(*value as u32)),
+        Some(Value::Unsigned(value)) if u32::try_from(*value).is_ok() => Ok(Some(*value as u32)),
+        Some(other) => {
+            Err(GgufError::metadata(&key(name), format!("{other:?} is not a whole number")))
+        }
+    };
+    let sampling = SamplingDefaults {
+        temperature: number("temp")?,
+        top_k: count("top_k", 0)?,
+        top_p: number("top_p")?,
+        min_p: number("min_p")?,
+        repetition_penalty: number("penalty_repeat")?,
+        repeat_last_n: count("penalty_last_n", u32::MAX)?,
+    };
+    sampling.checked().map_err(|error| {
+        let name = match error.key.as_str() {
+            "temperature" => "temp",
+            "repetition_penalty" => "penalty_repeat",
+            other => other,
+        };
+        GgufError::metadata(&key(name), error.reason)
+    })
 }
 
 /// Metadata of one architecture.

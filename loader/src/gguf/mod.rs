@@ -206,6 +206,7 @@ fn read(
     let config = config::config(&container, architecture, file)?;
     let (tokenizer_json, settings, text) =
         tokenizer::tokenizer(&container, config.vocab_size, pre)?;
+    let sampling = config::sampling(&container)?;
 
     let mut tensors = BTreeMap::new();
     for (name, info) in &container.tensors {
@@ -242,6 +243,7 @@ fn read(
         tokenizer_json,
         settings,
         text,
+        sampling,
     })
 }
 

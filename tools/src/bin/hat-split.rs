@@ -106,6 +106,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
 fn print_report(report: &Report) {
     println!("model          {}", report.model_name);
     println!("model id       {}", report.model_id);
+    println!("sampling       {}", report.sampling);
     println!(
         "split          {} layers: {} first and {} last at the device",
         report.num_hidden_layers, report.split_layer, report.tail_layers
