@@ -132,13 +132,14 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/cloud/",
             "engine/src/http/",
             "engine/src/backend/cpu/threads.rs",
+            "loader/src/hash.rs",
             "transport/src/link/",
             "transport/src/emulator.rs",
             "transport/src/emulator/",
         ],
         except_tests: true,
-        reason: "only the two roles, http, the links, the link emulator and the CPU backend start \
-                 threads or sleep",
+        reason: "only the two roles, http, the links, the link emulator, the CPU backend and the \
+                 hash of files start threads or sleep",
     },
     Ban {
         words: &[
