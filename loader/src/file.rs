@@ -169,11 +169,6 @@ impl NewFile {
         fs::rename(&self.path, &self.target)?;
         sync_directory(parent(&self.target))
     }
-
-    /// What the system says of it.
-    pub(crate) fn metadata(&self) -> io::Result<Metadata> {
-        self.file.metadata()
-    }
 }
 
 impl Write for NewFile {

@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use hat_loader::bundle::{ADAPTER, MANIFEST, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS};
 use hat_loader::{
@@ -25,7 +25,10 @@ fn bundles(directory: &Path) -> PathBuf {
 
 fn verify(half: &Path, memory: Option<&Path>) -> Result<Verified, String> {
     let bundle = Bundle::open(half).map_err(|error| error.to_string())?;
-    bundle.watch().verify(memory, 2, &mut |_| {}).map_err(|error| error.to_string())
+    bundle
+        .watch()
+        .verify(memory, SystemTime::now(), 2, &mut |_| {})
+        .map_err(|error| error.to_string())
 }
 
 /// Verifies until a verdict is remembered: one is kept once the file's last change is past.
@@ -77,7 +80,7 @@ fn a_verdict_is_remembered_for_the_file_and_not_for_the_path() {
     fs::rename(&half, &moved).unwrap();
     assert_eq!(verify(&moved, Some(&memory)), Ok(Verified { hashed: 0, remembered: bytes }));
     // Another time, the same content.
-    let times = fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
+    let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
     File::options().write(true).open(moved.join(WEIGHTS)).unwrap().set_times(times).unwrap();
     assert_eq!(verify(&moved, Some(&memory)), Ok(Verified { hashed: bytes, remembered: 0 }));
     remember(&moved, &memory);
@@ -142,7 +145,7 @@ fn a_change_while_it_is_used_is_found_and_a_touch_is_none() {
         (
             "touched",
             |path| {
-                let times = fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
+                let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
                 File::options().write(true).open(path).unwrap().set_times(times).unwrap();
             },
             true,
@@ -182,7 +185,7 @@ fn a_change_while_it_is_used_is_found_and_a_touch_is_none() {
             let memory = directory.path().join("memory");
             remember(&half, &memory);
             let mut watch = Bundle::open(&half).unwrap().watch();
-            watch.verify(Some(&memory), 1, &mut |_| {}).unwrap();
+            watch.verify(Some(&memory), SystemTime::now(), 1, &mut |_| {}).unwrap();
             assert!(!watch.may_have_changed().unwrap(), "{what}");
             change(&half.join(name));
             let looked = watch.may_have_changed();
@@ -207,15 +210,19 @@ fn a_fresh_file_is_hashed_once_more() {
     let directory = tempfile::tempdir().unwrap();
     let half = bundles(directory.path()).join("cloud");
     let mut watch = Bundle::open(&half).unwrap().watch();
-    watch.verify(None, 1, &mut |_| {}).unwrap();
+    watch.verify(None, SystemTime::now(), 1, &mut |_| {}).unwrap();
     assert!(watch.may_have_changed().unwrap());
     watch.verify_changed(1).unwrap();
     assert!(!watch.may_have_changed().unwrap());
 }
 
+/// Puts an impostor in its place.
+#[cfg(unix)]
+type Put = Box<dyn Fn()>;
+
 /// What can stand where a regular file belongs.
 #[cfg(unix)]
-fn impostors(path: &Path) -> Vec<(&'static str, Box<dyn Fn()>)> {
+fn impostors(path: &Path) -> Vec<(&'static str, Put)> {
     let path = path.to_owned();
     let (a, b, c, d) = (path.clone(), path.clone(), path.clone(), path);
     vec![

@@ -19,6 +19,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::config::LlamaConfig;
 use crate::file;
@@ -107,7 +108,21 @@ impl Bundle {
         self.watch().hash_all(threads)
     }
 
-    /// Its files, to be verified by what is remembered, and looked at again while it is used.
+    /// As [`Watch::verify`], so that [`Bundle::watch`] begins where this ends.
+    ///
+    /// # Errors
+    /// As [`Watch::verify`].
+    pub fn verify_remembered(
+        &mut self,
+        memory: Option<&Path>,
+        now: SystemTime,
+        threads: usize,
+        on_piece: &mut dyn FnMut(&Path),
+    ) -> Result<Verified, BundleError> {
+        self.watch.verify(memory, now, threads, on_piece)
+    }
+
+    /// Its files, to be looked at again while it is used.
     #[must_use]
     pub fn watch(&self) -> Watch {
         self.watch.clone()

@@ -1,11 +1,12 @@
 //! Whether the files of a bundle hold what its manifest says: hashed when it is opened, remembered
 //! for the next time, and looked at again while it is used.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::BundleError;
 use super::manifest::FileEntry;
@@ -124,18 +125,24 @@ impl Watch {
 
     /// Verifies every file, by a verdict that is remembered in the directory `memory` or by its
     /// hash; remembers what it hashed. A memory that can't be read or written is no error.
-    /// `on_piece` hears of the file at hand several times a second.
+    /// `now` tells whether a file's last change is past; `on_piece` hears of the file at hand
+    /// several times a second.
     ///
     /// # Errors
     /// The first file that differs or can't be read.
     pub fn verify(
         &mut self,
         memory: Option<&Path>,
+        now: SystemTime,
         threads: usize,
         on_piece: &mut dyn FnMut(&Path),
     ) -> Result<Verified, BundleError> {
+        let now = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        let now = i128::try_from(now).unwrap_or(i128::MAX);
         let mut verdicts = memory.map(Verdicts::read).unwrap_or_default();
         let mut verified = Verified::default();
+        // A file that was written just now could be written again within the same tick: no
+        // verdict is kept of it, and it is hashed at the next look.
         self.is_settled = true;
         for file in &mut self.files {
             let stamps = file.look()?;
@@ -148,12 +155,16 @@ impl Watch {
             let path = file.path.clone();
             file.hash(threads, &mut || on_piece(&path))?;
             verified.hashed += file.entry.bytes;
-            verdicts.new.extend(file.stamps.iter().map(|stamp| (*stamp, file.entry.clone())));
+            if file.stamps.iter().all(|stamp| stamp.is_settled(now)) {
+                verdicts.new.extend(file.stamps.iter().map(|stamp| line(stamp, &file.entry)));
+            } else {
+                self.is_settled = false;
+            }
         }
-        if verified.hashed > 0 {
-            // A file that was written just now could be written again within the same tick: no
-            // verdict is kept of it, and it is hashed at the next look.
-            self.is_settled = memory.is_some_and(|memory| verdicts.write(memory).unwrap_or(false));
+        if let Some(memory) = memory
+            && !verdicts.new.is_empty()
+        {
+            let _ = verdicts.write(memory);
         }
         Ok(verified)
     }
@@ -191,7 +202,7 @@ impl Watch {
 #[derive(Default)]
 struct Verdicts {
     lines: Vec<String>,
-    new: Vec<(Stamp, FileEntry)>,
+    new: Vec<String>,
 }
 
 /// A verdict: which file, at which state, has which content.
@@ -213,27 +224,18 @@ impl Verdicts {
         Self { lines, new: Vec::new() }
     }
 
-    /// Adds the new ones; says whether all of them could be kept.
-    fn write(self, directory: &Path) -> io::Result<bool> {
+    /// Adds the new ones.
+    fn write(self, directory: &Path) -> io::Result<()> {
         fs::create_dir_all(directory)?;
         let mut file = NewFile::create(&directory.join(FILE), true)?;
         file.write_all(HEADER.as_bytes())?;
         file.write_all(b"\n")?;
-        // The time of what was just written is the clock that all stamps are read from.
-        let now_ns = Stamp::of(&file.metadata()?).modified_ns;
-        let settled = self.new.iter().filter(|(stamp, _)| stamp.is_settled(now_ns));
-        let mut kept = BTreeMap::new();
-        let all = settled.map(|(stamp, entry)| line(stamp, entry)).chain(self.lines);
-        for (age, line) in all.enumerate() {
-            kept.entry(line).or_insert(age);
-        }
-        let mut kept: Vec<_> = kept.into_iter().collect();
-        kept.sort_by_key(|(_, age)| *age);
-        for (line, _) in kept.iter().take(VERDICTS_MAX) {
+        let mut seen = BTreeSet::new();
+        let newest = self.new.iter().chain(&self.lines).filter(|line| seen.insert(line.as_str()));
+        for line in newest.take(VERDICTS_MAX) {
             writeln!(file, "{line}")?;
         }
-        file.publish()?;
-        Ok(self.new.iter().all(|(stamp, _)| stamp.is_settled(now_ns)))
+        file.publish()
     }
 }
 
