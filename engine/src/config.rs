@@ -12,6 +12,7 @@ pub use crate::chunk::ChunkPolicy;
 use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
 pub use crate::prefix::PrefixSecret;
+use crate::verify::Verify;
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,6 +166,8 @@ impl Processor {
 pub struct EngineConfig {
     /// The device half of a bundle.
     pub bundle: PathBuf,
+    /// Whether the bundle's files are verified before the model is named to a cloud.
+    pub verify: Verify,
     /// Where the middle submodel runs.
     pub cloud: CloudAddress,
     /// Layers on the device before the cloud's; at most what the bundle holds. `None` is the
@@ -222,6 +225,7 @@ impl EngineConfig {
             bundle.parent().map_or_else(|| PathBuf::from("cloud"), |dir| dir.join("cloud"));
         Self {
             bundle,
+            verify: Verify::default(),
             cloud: CloudAddress::InProcess(Box::new(CloudConfig::new(sibling))),
             split_layer: None,
             wire: Codec::F16,
@@ -254,6 +258,16 @@ impl EngineConfig {
         if let CloudAddress::InProcess(cloud) = &mut self.cloud {
             cloud.threads = threads;
         }
+        self
+    }
+
+    /// Whether files are verified, on both sides if the cloud is in this process.
+    #[must_use]
+    pub fn verify(mut self, verify: Verify) -> Self {
+        if let CloudAddress::InProcess(cloud) = &mut self.cloud {
+            cloud.verify = verify.clone();
+        }
+        self.verify = verify;
         self
     }
 
@@ -309,6 +323,8 @@ impl EngineConfig {
 pub struct CloudConfig {
     /// The cloud half of a bundle.
     pub bundle: PathBuf,
+    /// Whether the bundle's files are verified before the model is named to a device.
+    pub verify: Verify,
     /// Where to listen. Until TLS exists, loopback only.
     pub listen: SocketAddr,
     /// What moves bytes.
@@ -338,6 +354,7 @@ impl CloudConfig {
     pub fn new(bundle: impl Into<PathBuf>) -> Self {
         Self {
             bundle: bundle.into(),
+            verify: Verify::default(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             link: LinkKind::Mio,
             threads: default_threads(),

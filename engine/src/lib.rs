@@ -78,10 +78,16 @@ pub mod sample;
 #[doc(hidden)]
 pub mod sched;
 mod sequence;
+#[cfg(all(feature = "daemon", target_os = "linux"))]
+#[doc(hidden)]
+#[expect(unsafe_code, reason = "a signal's action; see the module")]
+pub mod shrunk;
 mod stop;
 #[doc(hidden)]
 pub mod token;
 mod turns;
+mod verify;
+mod watch;
 mod whole;
 mod wire;
 
@@ -104,6 +110,7 @@ pub mod options {
     pub use crate::monitor::Estimates;
     pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use crate::sample::SamplerConfig;
+    pub use crate::verify::Verify;
 }
 
 /// For our own tests, tools and benches; no part of the interface.

@@ -13,6 +13,7 @@ use crate::model::WholeModel;
 use crate::processor::{Chosen, with_backend};
 use crate::request::FinishReason;
 use crate::token::Tokenizer;
+use crate::verify::Verify;
 use crate::{Error, Event, Metrics, Request};
 use hat_transport::clock::{Clock, SystemClock};
 
@@ -39,10 +40,27 @@ impl<B: Backend> Whole<B> {
         wire: Codec,
         context_max: u32,
     ) -> Result<Self, Error> {
-        let device = open_bundle(&bundle.join("device"))?;
+        Self::open_verified(backend, bundle, split_layer, wire, context_max, &Verify::default())
+    }
+
+    /// As [`Whole::open`], with its files verified as `verify` says.
+    ///
+    /// # Errors
+    /// As [`Whole::open`].
+    pub fn open_verified(
+        backend: B,
+        bundle: &Path,
+        split_layer: Option<u32>,
+        wire: Codec,
+        context_max: u32,
+        verify: &Verify,
+    ) -> Result<Self, Error> {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let device = open_bundle(&bundle.join("device"), verify, threads)?;
         let cloud_path = bundle.join("cloud");
-        let cloud = Bundle::open(&cloud_path)
+        let mut cloud = Bundle::open(&cloud_path)
             .map_err(|error| bundle_error(&cloud_path, error.to_string()))?;
+        verify.check(&mut cloud, threads)?;
         if device.model_id() != cloud.model_id() {
             return Err(bundle_error(bundle, "device/ and cloud/ hold two different models"));
         }
@@ -116,9 +134,11 @@ impl<B: Backend> Whole<B> {
 ///
 /// # Errors
 /// As [`Whole::open`] and [`Whole::generate`].
+#[expect(clippy::too_many_arguments, reason = "the parts of one command")]
 pub fn whole_answer(
     chosen: Chosen,
     bundle: &Path,
+    verify: &Verify,
     split_layer: Option<u32>,
     wire: Codec,
     context_max: u32,
@@ -126,6 +146,7 @@ pub fn whole_answer(
     on_event: impl FnMut(&Event),
 ) -> Result<(FinishReason, Box<Metrics>), Error> {
     with_backend!(chosen, backend => {
-        Whole::open(backend, bundle, split_layer, wire, context_max)?.generate(request, on_event)
+        Whole::open_verified(backend, bundle, split_layer, wire, context_max, verify)?
+            .generate(request, on_event)
     })
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::config::{LlamaConfig, token_ids};
 use crate::error::LoadError;
+use crate::file;
 use crate::header;
 use crate::map::FileMap;
 use crate::sampling::SamplingDefaults;
@@ -24,7 +25,7 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Opens a directory; the tensors are not yet checked against the configuration.
 pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
     let config_path = directory.join("config.json");
-    if !config_path.exists() {
+    if !file::is_there(&config_path) {
         return Err(LoadError::NotAModel {
             path: directory.to_owned(),
             reason: "no config.json in it; expected a Hugging Face directory or a GGUF file".into(),
@@ -35,7 +36,7 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
     let sampling = read_generation(directory, &mut config)?;
 
     let tokenizer_path = directory.join("tokenizer.json");
-    if !tokenizer_path.exists() {
+    if !file::is_there(&tokenizer_path) {
         let reason = "no such file; slow tokenizers (tokenizer.model) must be converted first";
         return Err(LoadError::tokenizer(&tokenizer_path, reason));
     }
@@ -70,7 +71,7 @@ fn read_generation(
     config: &mut LlamaConfig,
 ) -> Result<SamplingDefaults, LoadError> {
     let path = directory.join("generation_config.json");
-    if !path.exists() {
+    if !file::is_there(&path) {
         return Ok(SamplingDefaults::default());
     }
     let wrong = |error| LoadError::config(&path, error);
@@ -117,7 +118,7 @@ fn read_tensors(directory: &Path) -> Result<BTreeMap<String, SourceTensor>, Load
         return Ok(tensors);
     }
     let index_path = directory.join(INDEX);
-    if !index_path.exists() {
+    if !file::is_there(&index_path) {
         return Err(LoadError::NotAModel {
             path: directory.to_owned(),
             reason: format!("neither {SINGLE} nor {INDEX} in it"),
@@ -204,14 +205,14 @@ fn read_shard(path: &Path, tensors: &mut BTreeMap<String, SourceTensor>) -> Resu
 /// `tokenizer_config.json` and `chat_template.jinja`; both may be absent.
 fn read_settings(directory: &Path) -> Result<TokenSettings, LoadError> {
     let path = directory.join("tokenizer_config.json");
-    let json = if path.exists() { read_json(&path)? } else { Value::Null };
+    let json = if file::is_there(&path) { read_json(&path)? } else { Value::Null };
     let token = |key: &str| {
         let value = json.get(key)?;
         // A plain text, or the object that describes an added token.
         value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
     };
     let template_path = directory.join("chat_template.jinja");
-    let chat_template = if template_path.exists() {
+    let chat_template = if file::is_there(&template_path) {
         Some(read_text(&template_path)?)
     } else {
         json.get("chat_template").and_then(chat_template)
@@ -244,14 +245,11 @@ fn read_json(path: &Path) -> Result<Value, LoadError> {
 
 /// A text file of at most [`TEXT_BYTES_MAX`].
 fn read_text(path: &Path) -> Result<String, LoadError> {
-    use std::io::Read as _;
-
-    let io = |error| LoadError::io(path, error);
-    let file = std::fs::File::open(path).map_err(io)?;
-    let mut text = String::new();
-    let bytes = file.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text).map_err(io)? as u64;
-    if bytes > TEXT_BYTES_MAX {
-        return Err(LoadError::TooLarge { path: path.into(), bytes, bytes_max: TEXT_BYTES_MAX });
-    }
-    Ok(text)
+    file::read_text(path, TEXT_BYTES_MAX).map_err(|error| match error.kind() {
+        std::io::ErrorKind::FileTooLarge => {
+            let bytes = std::fs::metadata(path).map_or(0, |found| found.len());
+            LoadError::TooLarge { path: path.into(), bytes, bytes_max: TEXT_BYTES_MAX }
+        }
+        _ => LoadError::io(path, error),
+    })
 }

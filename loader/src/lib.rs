@@ -25,16 +25,18 @@
 //! # Mapped files
 //! Models and bundles are memory maps. A file must not be changed or shortened while it is open:
 //! a shorter file ends the process with `SIGBUS` when the missing part is read. Replace files by
-//! renaming, as [`write_bundles`] does.
+//! renaming, as [`write_bundles`] does. [`Watch`] finds out that a file was changed all the same.
 
 pub mod bundle;
 mod checkpoint;
 pub mod config;
 mod control;
 mod error;
+pub mod file;
 mod fuzz;
 mod generated;
 mod gguf;
+mod hash;
 mod header;
 pub mod layout;
 #[expect(unsafe_code, reason = "memory maps; the contract is in the module")]
@@ -46,7 +48,7 @@ mod tensor;
 
 pub use bundle::{
     Adapter, AdapterKind, Bundle, BundleError, BundleOptions, ModelId, Progress, Report,
-    RoleReport, Weights, add_adapter, check_same_model, write_bundles,
+    RoleReport, Verified, Watch, Weights, add_adapter, check_same_model, write_bundles,
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
 pub use control::{ControlTokens, TextFacts};

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-/// A whole file, mapped read-only and private to this process.
+/// A whole file, mapped read-only. The pages are shared with everybody who has the file open, so
+/// what others write to it shows here.
 ///
 /// # Contract
 /// A mapped file must not be changed or shortened as long as the map lives: its bytes would change
@@ -25,13 +26,17 @@ impl FileMap {
     /// # Errors
     /// What the system says; something that is no regular file is `InvalidInput`.
     pub(crate) fn open(path: &Path) -> io::Result<Arc<Self>> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
+        Self::of(&crate::file::open(path)?)
+    }
+
+    /// Maps an open file. Reads no byte of it.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn of(file: &File) -> io::Result<Arc<Self>> {
         // SAFETY: the map is read-only and we never write to the file; that nobody else does is
         // the contract above, handed to the caller of the public `open` functions.
-        let map = unsafe { Mmap::map(&file)? };
+        let map = unsafe { Mmap::map(file)? };
         Ok(Arc::new(Self { map }))
     }
 }

@@ -56,7 +56,17 @@ impl GenerateArgs {
             let (wire, context) = (self.device.wire(), Limits::device().context_max);
             let run = &self.device.run;
             let chosen = processor::choose(run.processor(), run.weights(), run.threads())?;
-            whole_answer(chosen, &directory, split_layer, wire, context, request, print_text)?
+            let verify = run.verify(cache);
+            whole_answer(
+                chosen,
+                &directory,
+                &verify,
+                split_layer,
+                wire,
+                context,
+                request,
+                print_text,
+            )?
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;
             answer(&engine, request, print_text)?

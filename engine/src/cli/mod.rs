@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
+    Verify,
 };
 use hat_engine::{CloudConfig, EngineConfig, pull};
 
@@ -125,6 +126,9 @@ pub(crate) struct RunArgs {
     /// file, copied for a second copy that its caches may serve better.
     #[arg(long, env = "HAT_WEIGHTS", default_value = "in-place", value_parser = parse_weights)]
     weights: GpuWeights,
+    /// Starts without hashing the bundle's files. A changed file then gives wrong text.
+    #[arg(long, env = "HAT_NO_VERIFY")]
+    no_verify: bool,
 }
 
 fn parse_weights(text: &str) -> Result<GpuWeights, String> {
@@ -203,6 +207,7 @@ impl DeviceRunArgs {
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
             .link(self.run.link)
+            .verify(self.run.verify(cache))
             .wire(self.wire)
             .chunks(self.chunks)
             .prefix(self.prefix);
@@ -241,8 +246,17 @@ impl DeviceRunArgs {
 }
 
 impl RunArgs {
-    pub(crate) fn cloud_config(&self, bundle: PathBuf) -> CloudConfig {
+    /// Verdicts are remembered beside the models.
+    pub(crate) fn verify(&self, cache: &Path) -> Verify {
+        let mut verify = Verify::default();
+        verify.enabled = !self.no_verify;
+        verify.memory = Some(cache.to_owned());
+        verify
+    }
+
+    pub(crate) fn cloud_config(&self, bundle: PathBuf, cache: &Path) -> CloudConfig {
         let mut config = CloudConfig::new(bundle).link(self.link);
+        config.verify = self.verify(cache);
         config.processor = self.processor;
         config.weights = self.weights;
         if let Some(threads) = self.threads {
@@ -329,12 +343,14 @@ impl SamplerArgs {
     }
 }
 
+/// Longest prompt file that is read.
+const PROMPT_BYTES_MAX: u64 = 16 << 20;
+
 /// `TEXT`, or what the file behind `@FILE` holds.
 pub(crate) fn text_or_file(text: &str) -> anyhow::Result<String> {
     match text.strip_prefix('@') {
-        Some(path) => {
-            std::fs::read_to_string(path).with_context(|| format!("reading the prompt from {path}"))
-        }
+        Some(path) => hat_loader::file::read_text(Path::new(path), PROMPT_BYTES_MAX)
+            .with_context(|| format!("reading the prompt from {path}")),
         None => Ok(text.to_owned()),
     }
 }

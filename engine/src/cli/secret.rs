@@ -31,7 +31,7 @@ pub(super) fn prefix_secret(state: &Path) -> anyhow::Result<Option<PrefixSecret>
 }
 
 fn read(path: &Path) -> anyhow::Result<Option<PrefixSecret>> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match hat_loader::file::read(path, 4096) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => {

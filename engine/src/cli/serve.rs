@@ -10,9 +10,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
-use hat_engine::internal::open_cloud_bundle;
 use hat_engine::options::CloudAddress;
 use hat_engine::{Cloud, Engine, EngineConfig};
+use hat_loader::Bundle;
 
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
 
@@ -53,7 +53,7 @@ pub(crate) struct CloudArgs {
 impl CloudArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let mut config =
-            self.run.cloud_config(self.bundle.half(cache, "cloud")?).listen(self.listen);
+            self.run.cloud_config(self.bundle.half(cache, "cloud")?, cache).listen(self.listen);
         config = config.stages(self.stages.unwrap_or(self.gpus.len().max(1)));
         config.gpus = self.gpus;
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
@@ -62,8 +62,8 @@ impl CloudArgs {
         *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
         config.idle_after = seconds("--idle-after", self.idle_after)?;
         let ending = Ending::watch()?;
-        let needed = config.limits.bytes_needed(&open_cloud_bundle(&config)?);
-        let cloud = Cloud::start(config)?;
+        let cloud = Cloud::start(config.clone())?;
+        let needed = config.limits.bytes_needed(&Bundle::open(&config.bundle)?);
         let (describe, address) = (cloud.describe(), cloud.address());
         let mut text = format!("cloud: {describe}; listening at {address}\n");
         for (owner, bytes) in &needed {
@@ -212,7 +212,7 @@ impl DeviceArgs {
             Some(path) => path.clone(),
             None => state_dir()?.join("api-key"),
         };
-        match std::fs::read_to_string(&path) {
+        match hat_loader::file::read_text(&path, 4096) {
             Ok(key) if key.trim().is_empty() => bail!("{} is empty", path.display()),
             Ok(key) => return Ok(key.trim().to_owned()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -35,6 +35,7 @@ use crate::page::{PagePool, pages_for};
 use crate::prefix::PrefixCache;
 use crate::sched::{DeviceKey, Scheduler, SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
+use crate::watch;
 use crate::wire::{self, BundleFacts, KV_TYPE_F16};
 
 /// What becomes of a session that a device wants to open.
@@ -48,6 +49,7 @@ enum Admitted {
 pub(super) struct Start {
     pub(super) config: CloudConfig,
     pub(super) bundle: BundleFacts,
+    pub(super) watch: watch::Start,
     pub(super) pages: u32,
     /// Pipeline stages.
     pub(super) stages: usize,
@@ -92,10 +94,12 @@ impl Start {
         let hello = self.hello();
         let limits = self.config.limits;
         let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
+        let guard = self.watch.start(endpoint.waker())?;
         // A session has one work there at a time, so there is room for all.
         let queue_max = limits.sessions_max as usize;
         let io = Io {
             endpoint,
+            guard,
             now: self.clock.now(),
             scheduler: Scheduler::new(limits.step_rows_max, queue_max),
             guests: HashMap::new(),
@@ -131,6 +135,7 @@ impl Start {
 pub(super) struct Io {
     pub(super) start: Start,
     pub(super) endpoint: Endpoint,
+    guard: watch::Guard,
     /// When the turn at hand began.
     pub(super) now: Instant,
     scheduler: Scheduler,
@@ -197,8 +202,15 @@ impl Io {
             if let Some(fault) = self.start.fault.get() {
                 return Err(std::io::Error::other(fault.clone()));
             }
+            if let Some(reason) = self.guard.changed() {
+                let reason = reason.to_owned();
+                self.send_all_away()?;
+                return Err(std::io::Error::other(reason));
+            }
             self.flush_outboxes();
-            self.plan();
+            if self.guard.is_clear() {
+                self.plan();
+            }
             self.note_gauges();
         }
         Ok(())
@@ -207,6 +219,7 @@ impl Io {
     fn take(&mut self, event: Event) {
         match event {
             Event::Up { connection, hello, resumed, .. } => {
+                self.guard.look();
                 if !resumed {
                     self.drop_sessions_of(connection);
                     let guest = Guest::new(self.next_device);
@@ -234,6 +247,14 @@ impl Io {
             }
             _ => {}
         }
+    }
+
+    /// Closes every connection: whoever is there may come back to whatever starts here next.
+    fn send_all_away(&mut self) -> std::io::Result<()> {
+        for connection in self.guests.keys() {
+            self.endpoint.close(*connection, CloseCode::ShuttingDown, "the cloud's files changed");
+        }
+        self.endpoint.turn(Some(std::time::Duration::ZERO), &mut Vec::new())
     }
 
     fn set_up(&mut self, connection: ConnectionId, is_up: bool) {

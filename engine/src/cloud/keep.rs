@@ -89,6 +89,7 @@ impl Run {
         let io = io::Start {
             config: config.clone(),
             bundle: crate::wire::BundleFacts::for_cloud(bundle),
+            watch: crate::watch::Start::new(bundle, &config.verify),
             pages,
             stages: stages.len(),
             arithmetic_id: arithmetic_of(&stages)?,

@@ -161,13 +161,13 @@ impl Drop for Cloud {
     }
 }
 
-/// Opens a cloud's bundle.
+/// Opens a cloud's bundle and verifies its files.
 ///
 /// # Errors
 /// [`Error::Bundle`].
 #[doc(hidden)]
 pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
-    let bundle = Bundle::open(&config.bundle).map_err(|error| Error::Bundle {
+    let mut bundle = Bundle::open(&config.bundle).map_err(|error| Error::Bundle {
         path: config.bundle.clone(),
         reason: error.to_string(),
     })?;
@@ -175,6 +175,7 @@ pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
         let reason = "it holds no middle layers; a cloud needs the cloud half".to_owned();
         return Err(Error::Bundle { path: config.bundle.clone(), reason });
     }
+    config.verify.check(&mut bundle, config.threads)?;
     Ok(bundle)
 }
 

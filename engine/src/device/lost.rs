@@ -89,7 +89,7 @@ impl Start {
     /// The same layers of the same model by the processor that is configured now.
     fn load_again(&mut self) -> Result<(), Error> {
         let config = &self.config;
-        let bundle = open_bundle(&config.bundle)?;
+        let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         if *bundle.model_id().as_bytes() != self.facts.model_id {
             return Err(bundle_error(&config.bundle, "it holds another model than at start"));
         }

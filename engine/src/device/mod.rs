@@ -37,8 +37,9 @@ use crate::request::CancelOnDrop;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::token::Tokenizer;
 use crate::turns::Turns;
+use crate::verify::Verify;
 use crate::wire::BundleFacts;
-use crate::{Error, Event, Generation, Request, processor};
+use crate::{Error, Event, Generation, Request, processor, watch};
 
 /// A request on its way to the engine thread.
 pub(crate) struct Job {
@@ -114,7 +115,7 @@ impl Engine {
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
         config.limits.check()?;
-        let bundle = open_bundle(&config.bundle)?;
+        let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let model = processor::device(&config, &bundle, split_layer, pages)?;
@@ -174,7 +175,10 @@ impl Engine {
         let (ready, is_ready) = bounded(1);
         let queue_max = config.limits.queue_max;
         let facts = BundleFacts::for_device(bundle, split_layer);
-        let start = run::Start { config, facts, model, trained, shared: shared.clone(), incoming };
+        let watch = watch::Start::new(bundle, &config.verify);
+        let shared_too = shared.clone();
+        let start =
+            run::Start { config, facts, model, trained, shared: shared_too, incoming, watch };
         *shared.describe() = start.describe();
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())
@@ -350,15 +354,20 @@ fn trained(
     Ok(Some(Box::new(DraftSessions::new(model, hidden_size, rows, pages))))
 }
 
-/// Opens a device's bundle.
+/// Opens a device's bundle and verifies its files.
 ///
 /// # Errors
 /// [`Error::Bundle`].
-pub(crate) fn open_bundle(path: &std::path::Path) -> Result<Bundle, Error> {
-    let bundle = Bundle::open(path).map_err(|error| bundle_error(path, error.to_string()))?;
+pub(crate) fn open_bundle(
+    path: &std::path::Path,
+    verify: &Verify,
+    threads: usize,
+) -> Result<Bundle, Error> {
+    let mut bundle = Bundle::open(path).map_err(|error| bundle_error(path, error.to_string()))?;
     if bundle.role() != Role::Device {
         return Err(bundle_error(path, "it is the cloud half; a device needs the device half"));
     }
+    verify.check(&mut bundle, threads)?;
     Ok(bundle)
 }
 

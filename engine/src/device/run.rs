@@ -33,6 +33,7 @@ use crate::page::{PagePool, pages_for};
 use crate::prefix::{PrefixCache, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
+use crate::watch;
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
 use crate::{Error, Event, Metrics};
 
@@ -44,6 +45,7 @@ pub(super) struct Start {
     pub(super) trained: Option<Box<dyn Trained>>,
     pub(super) shared: Arc<Shared>,
     pub(super) incoming: Receiver<Job>,
+    pub(super) watch: watch::Start,
 }
 
 /// The end of the engine thread, whatever ends it: nobody waits for it after that. A bounded
@@ -108,11 +110,13 @@ impl Start {
         let clock = self.shared.clock.clone();
         let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(&self.config, clock, self.hello())?;
+        let guard = self.watch.start(endpoint.waker())?;
         let limits = self.config.limits;
         let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let step_rows = limits.step_rows_max as usize;
         Ok(Device {
             endpoint,
+            guard,
             cloud: cloud.clone(),
             connection: None,
             redial: Redial::default(),
@@ -157,6 +161,7 @@ impl Start {
 pub(super) struct Device {
     pub(super) start: Start,
     pub(super) endpoint: Endpoint,
+    guard: watch::Guard,
     pub(super) cloud: String,
     pub(super) connection: Option<ConnectionId>,
     pub(super) redial: Redial,
@@ -240,6 +245,9 @@ impl Device {
             if let Some(fault) = self.lost.take() {
                 self.go_on_without(fault)?;
             }
+            if let Some(reason) = self.guard.changed() {
+                return Err(std::io::Error::other(reason.to_owned()));
+            }
             let now = self.start.shared.clock.now();
             self.admit();
             if self.connection.is_none() && self.redial.is_due(now) {
@@ -247,8 +255,12 @@ impl Device {
             }
             self.drop_cancelled();
             self.drop_overdue(now);
-            self.open_sessions(now);
-            let mut busy = self.compute_one()?;
+            // Nothing is computed with weights that may have changed.
+            let is_clear = self.guard.is_clear();
+            if is_clear {
+                self.open_sessions(now);
+            }
+            let mut busy = is_clear && self.compute_one()?;
             self.send_unsent();
             busy |= self.feed_sent();
             busy |= !self.events.is_empty();
@@ -411,6 +423,7 @@ impl Device {
         }
         match event {
             LinkEvent::Up { connection, hello, resumed, .. } => {
+                self.guard.look();
                 let wanted = self.start.config.cloud_arithmetic;
                 if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
                     self.endpoint.close(connection, CloseCode::Incompatible, &reason);

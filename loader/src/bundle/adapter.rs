@@ -6,15 +6,14 @@
 //! checked.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read as _;
 use std::path::Path;
 
 use half::f16;
 
 use super::manifest::{ADAPTER, FileEntry, MANIFEST, Manifest};
-use super::{BundleError, read_manifest, write};
+use super::{BundleError, read_manifest};
 use crate::config::LlamaConfig;
+use crate::file;
 use crate::header::{self, Entry, Texts};
 use crate::layout;
 use crate::split::Role;
@@ -233,8 +232,7 @@ pub fn add_adapter_bytes(directory: &Path, name: &Path, bytes: &[u8]) -> Result<
     }
     let entry = replace(directory, ADAPTER, bytes)?;
     manifest.files.insert(ADAPTER.to_owned(), entry);
-    replace_manifest(directory, &manifest)?;
-    write::sync_directory(directory)
+    replace_manifest(directory, &manifest)
 }
 
 fn replace_manifest(directory: &Path, manifest: &Manifest) -> Result<(), BundleError> {
@@ -245,22 +243,14 @@ fn replace_manifest(directory: &Path, manifest: &Manifest) -> Result<(), BundleE
 
 /// Writes a file under another name and renames it.
 fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<FileEntry, BundleError> {
-    let partial = directory.join(format!("{name}.tmp-{}", std::process::id()));
-    let _ = fs::remove_file(&partial); // of a process that had our number and died
-    let entry = write::write_file(&partial, bytes)?;
     let path = directory.join(name);
-    fs::rename(&partial, &path).map_err(BundleError::io(&path))?;
-    Ok(entry)
+    file::replace(&path, bytes, false).map_err(BundleError::io(&path))?;
+    let blake3 = blake3::hash(bytes).to_hex().to_string();
+    Ok(FileEntry { bytes: bytes.len() as u64, blake3 })
 }
 
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, BundleError> {
-    let file = fs::File::open(path).map_err(BundleError::io(path))?;
-    let mut bytes = Vec::new();
-    file.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(BundleError::io(path))?;
-    if bytes.len() as u64 > BYTES_MAX {
-        return Err(BundleError::TooLarge { path: path.to_owned(), bytes_max: BYTES_MAX });
-    }
-    Ok(bytes)
+    file::read(path, BYTES_MAX).map_err(BundleError::reading(path, BYTES_MAX))
 }
 
 fn vocabulary(

@@ -41,7 +41,10 @@ pub enum BundleError {
         bytes_max: u64,
     },
     /// A file has another size than the manifest says.
-    #[error("{}: {got} bytes, the manifest says {expected}", path.display())]
+    #[error(
+        "{}: {got} bytes, the manifest says {expected}; remove the bundle and split again",
+        path.display()
+    )]
     FileSize {
         /// The file.
         path: PathBuf,
@@ -51,7 +54,11 @@ pub enum BundleError {
         got: u64,
     },
     /// A file has other content than the manifest says.
-    #[error("{}: BLAKE3 {got}, the manifest says {expected}; split again", path.display())]
+    #[error(
+        "{}: not the content that was split: BLAKE3 {got}, the manifest says {expected}; \
+         remove the bundle and split again",
+        path.display()
+    )]
     FileHash {
         /// The file.
         path: PathBuf,
@@ -167,6 +174,15 @@ impl BundleError {
     pub(super) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |error| Self::Io { path, error }
+    }
+
+    /// What reading a file of at most `bytes_max` bytes says.
+    pub(super) fn reading(path: &Path, bytes_max: u64) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| match error.kind() {
+            std::io::ErrorKind::FileTooLarge => Self::TooLarge { path, bytes_max },
+            _ => Self::Io { path, error },
+        }
     }
 
     pub(super) fn manifest(path: &Path) -> impl FnOnce(ConfigError) -> Self {

@@ -11,16 +11,18 @@ mod convert;
 mod error;
 mod manifest;
 mod model_id;
+mod verify;
 mod write;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io::Read as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::config::LlamaConfig;
+use crate::file;
 use crate::header;
 use crate::map::FileMap;
 use crate::source::TokenSettings;
@@ -34,9 +36,11 @@ pub use manifest::{
     TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS,
 };
 pub use model_id::{ModelId, ModelIdError};
+pub use verify::{Verified, Watch};
 pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, write_bundles};
 
 use manifest::Stored;
+use verify::OpenFile;
 
 /// Longest `bundle.json` and `tokenizer_config.json` that are read.
 const MANIFEST_BYTES_MAX: u64 = 16 << 20;
@@ -50,6 +54,7 @@ pub struct Bundle {
     split: Split,
     settings: Option<TokenSettings>,
     map: Arc<FileMap>,
+    watch: Watch,
     tensors: HashMap<String, Place>,
 }
 
@@ -72,18 +77,26 @@ impl Bundle {
     /// The first thing that is wrong, with the file and the key or tensor.
     pub fn open(directory: &Path) -> Result<Self, BundleError> {
         let manifest = read_manifest(directory)?;
+        let mut files = Vec::with_capacity(manifest.files.len());
+        let mut weights = None;
         for (name, entry) in &manifest.files {
-            check_size(&directory.join(name), entry)?;
+            let file = OpenFile::open(directory.join(name), entry)?;
+            if name == WEIGHTS {
+                weights = Some(file.file().clone());
+            }
+            files.push(file);
         }
+        let weights = weights.expect("the manifest was checked");
         let settings = match manifest.role {
             Role::Cloud => None,
             Role::Device => Some(read_settings(directory, &manifest)?),
         };
         let weights_path = directory.join(WEIGHTS);
-        let map = FileMap::open(&weights_path).map_err(BundleError::io(&weights_path))?;
+        let map = FileMap::of(&weights).map_err(BundleError::io(&weights_path))?;
         let tensors = place_tensors(&weights_path, (*map).as_ref(), &manifest)?;
         let split = manifest.split().map_err(BundleError::Split)?;
-        Ok(Self { directory: directory.to_owned(), manifest, split, settings, map, tensors })
+        let (directory, watch) = (directory.to_owned(), Watch::new(files));
+        Ok(Self { directory, manifest, split, settings, map, watch, tensors })
     }
 
     /// Reads every file of the bundle and compares it with the manifest's hashes.
@@ -91,15 +104,28 @@ impl Bundle {
     /// # Errors
     /// The first file that differs.
     pub fn verify(&self) -> Result<(), BundleError> {
-        for (name, entry) in &self.manifest.files {
-            let path = self.directory.join(name);
-            check_size(&path, entry)?;
-            let mut hasher = blake3::Hasher::new();
-            let file = std::fs::File::open(&path).map_err(BundleError::io(&path))?;
-            hasher.update_reader(file).map_err(BundleError::io(&path))?;
-            check_hash(&path, entry, hasher.finalize())?;
-        }
-        Ok(())
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.watch().hash_all(threads)
+    }
+
+    /// As [`Watch::verify`], so that [`Bundle::watch`] begins where this ends.
+    ///
+    /// # Errors
+    /// As [`Watch::verify`].
+    pub fn verify_remembered(
+        &mut self,
+        memory: Option<&Path>,
+        now: SystemTime,
+        threads: usize,
+        on_piece: &mut dyn FnMut(&Path),
+    ) -> Result<Verified, BundleError> {
+        self.watch.verify(memory, now, threads, on_piece)
+    }
+
+    /// Its files, to be looked at again while it is used.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.watch.clone()
     }
 
     /// The directory.
@@ -241,7 +267,7 @@ pub fn check_same_model(device: &Bundle, cloud: &Bundle) -> Result<(), BundleErr
 
 fn read_manifest(directory: &Path) -> Result<Manifest, BundleError> {
     let path = directory.join(MANIFEST);
-    if !path.is_file() {
+    if !file::is_there(&path) {
         let inner = [Role::Device, Role::Cloud]
             .into_iter()
             .map(|role| directory.join(role.name()))
@@ -339,12 +365,5 @@ fn read_checked(path: &Path, entry: &FileEntry, bytes_max: u64) -> Result<String
 }
 
 fn read_text(path: &Path, bytes_max: u64) -> Result<String, BundleError> {
-    let file = std::fs::File::open(path).map_err(BundleError::io(path))?;
-    let mut text = String::new();
-    let mut limited = file.take(bytes_max + 1);
-    limited.read_to_string(&mut text).map_err(BundleError::io(path))?;
-    if text.len() as u64 > bytes_max {
-        return Err(BundleError::TooLarge { path: path.to_owned(), bytes_max });
-    }
-    Ok(text)
+    file::read_text(path, bytes_max).map_err(BundleError::reading(path, bytes_max))
 }

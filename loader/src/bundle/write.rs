@@ -1,7 +1,7 @@
 //! Writing the two bundles of a model.
 //!
-//! Everything is written into a directory of another name beside the target, synced, and renamed
-//! at the end: a bundle is there as a whole or not at all.
+//! Everything is written into a [`NewDirectory`], which takes the target's place at the end: a
+//! bundle is there as a whole or not at all.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,6 +14,7 @@ use super::manifest::{
 };
 use super::model_id::ModelHasher;
 use super::{BundleError, ModelId, convert};
+use crate::file::{self, NewDirectory};
 use crate::header;
 use crate::layout;
 use crate::sampling::SamplingDefaults;
@@ -122,7 +123,8 @@ pub fn write_bundles(
         .map(|role| Plan::new(model, &split, *role, options.weights))
         .collect::<Result<Vec<_>, _>>()?;
     let kept = plans.iter().flat_map(|plan| plan.kept.clone()).collect();
-    let staging = Staging::create(directory)?;
+    check_free(directory)?;
+    let staging = NewDirectory::create(directory).map_err(BundleError::io(directory))?;
 
     let mut state = Writing {
         model,
@@ -133,17 +135,23 @@ pub fn write_bundles(
     };
     let mut files = Vec::new();
     for plan in &plans {
-        let path = staging.path.join(plan.role.name());
+        let path = staging.path().join(plan.role.name());
         fs::create_dir(&path).map_err(BundleError::io(&path))?;
         files.push(state.write_role(plan, &path)?);
     }
     let model_id = state.hasher.finish(model.config());
     let mut reports = Vec::new();
     for (plan, files) in plans.into_iter().zip(files) {
-        let path = staging.path.join(plan.role.name());
+        let path = staging.path().join(plan.role.name());
         reports.push(write_manifest(model, &split, plan, files, model_id, &path)?);
     }
-    staging.publish(directory)?;
+    // An empty directory is replaced; a full one that came meanwhile is not.
+    staging.publish(directory).map_err(|error| match error.kind() {
+        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
+            BundleError::Exists { path: directory.to_owned() }
+        }
+        _ => BundleError::io(directory)(error),
+    })?;
 
     let (cloud, device) = (reports.pop(), reports.pop());
     Ok(Report {
@@ -316,7 +324,7 @@ fn write_manifest(
     manifest.check().map_err(BundleError::manifest(&path))?;
     let json = serde_json::to_string_pretty(&manifest).map_err(BundleError::json(&path))?;
     let written = write_text(&path, &json)?;
-    sync_directory(directory)?;
+    file::sync_directory(directory).map_err(BundleError::io(directory))?;
     report.files.insert(MANIFEST.to_owned(), written.bytes);
     report.bytes = report.files.values().sum();
     Ok(report)
@@ -354,63 +362,10 @@ fn write_text(path: &Path, text: &str) -> Result<FileEntry, BundleError> {
 }
 
 /// Writes a new file, to the disk.
-pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<FileEntry, BundleError> {
+fn write_file(path: &Path, bytes: &[u8]) -> Result<FileEntry, BundleError> {
     let mut file = HashedFile::create(path)?;
     file.write(bytes)?;
     file.finish()
-}
-
-/// A directory under another name, removed unless it is published.
-struct Staging {
-    path: PathBuf,
-}
-
-impl Staging {
-    /// Creates `TARGET.tmp-PID-N` beside the target.
-    fn create(target: &Path) -> Result<Self, BundleError> {
-        check_free(target)?;
-        let name = target.file_name().ok_or_else(|| BundleError::NotABundle {
-            path: target.to_owned(),
-            reason: "the path ends in no name that a directory could have".into(),
-        })?;
-        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
-        fs::create_dir_all(parent).map_err(BundleError::io(parent))?;
-        let mut number = 0;
-        loop {
-            let mut name = name.to_owned();
-            name.push(format!(".tmp-{}-{number}", std::process::id()));
-            let path = parent.join(name);
-            match fs::create_dir(&path) {
-                Ok(()) => return Ok(Self { path }),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(BundleError::io(&path)(error)),
-            }
-        }
-    }
-
-    fn publish(self, target: &Path) -> Result<(), BundleError> {
-        sync_directory(&self.path)?;
-        // An empty directory is replaced; a full one that came meanwhile is not.
-        fs::rename(&self.path, target).map_err(|error| match error.kind() {
-            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
-                BundleError::Exists { path: target.to_owned() }
-            }
-            _ => BundleError::io(target)(error),
-        })?;
-        if let Some(parent) = target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            sync_directory(parent)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // After `publish` there is nothing of this name; on the way out of an error, what can't
-        // be removed stays under a name that says what it is.
-        let _ = fs::remove_dir_all(&self.path);
-    }
 }
 
 fn check_free(target: &Path) -> Result<(), BundleError> {
@@ -422,10 +377,6 @@ fn check_free(target: &Path) -> Result<(), BundleError> {
             Some(_) => Err(BundleError::Exists { path: target.to_owned() }),
         },
     }
-}
-
-pub(super) fn sync_directory(path: &Path) -> Result<(), BundleError> {
-    File::open(path).and_then(|directory| directory.sync_all()).map_err(BundleError::io(path))
 }
 
 impl SourceModel {

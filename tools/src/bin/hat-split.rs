@@ -67,6 +67,8 @@ impl From<WeightsArg> for Weights {
 }
 
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    let _ = hat_engine::shrunk::install("hat-split");
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

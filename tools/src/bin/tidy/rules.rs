@@ -27,6 +27,7 @@ pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "engine/src/backend/cpu/neon/",
     "engine/src/backend/cpu/threads.rs",
     "engine/src/pack/avx2.rs",
+    "engine/src/shrunk.rs",
     "engine/tests/allocations.rs",
     "engine/tests/sessions.rs",
     "benches/peak.rs",
@@ -133,13 +134,15 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/token/limited.rs",
             "engine/src/http/",
             "engine/src/backend/cpu/threads.rs",
+            "engine/src/watch.rs",
+            "loader/src/hash.rs",
             "transport/src/link/",
             "transport/src/emulator.rs",
             "transport/src/emulator/",
         ],
         except_tests: true,
-        reason: "only the two roles, http, the links, the link emulator and the CPU backend start \
-                 threads or sleep",
+        reason: "only the two roles, http, the links, the link emulator, the CPU backend and the \
+                 hash of files start threads or sleep",
     },
     Ban {
         words: &[
