@@ -190,6 +190,18 @@ impl Monitor {
         (left as f64 * self.byte_up_s() - self.rtt.value().unwrap_or(0.0)).max(0.0)
     }
 
+    /// Whether the cloud has said how fast frames come in there.
+    #[must_use]
+    pub fn knows_uplink(&self) -> bool {
+        self.is_uplink_seen
+    }
+
+    /// Seconds of the device's own layers, if they have computed anything.
+    #[must_use]
+    pub fn device_cost(&self) -> Option<CloudCost> {
+        self.device.cost()
+    }
+
     /// What a chunk costs whose rows have `row_bytes` bytes; `None` while device or uplink are
     /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
     /// device: `layers` are those of the device and of the cloud, which are `stages` runs.

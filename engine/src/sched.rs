@@ -10,6 +10,14 @@
 //! Prompts do not starve behind verifies: the one whose turn it is waits [`PROMPT_PATIENCE`] steps
 //! at most, and then goes before them.
 //!
+//! A [`Bound`] says how long a step with prompts may take. A chunk of a prompt is then cut: its
+//! first rows run in this step, and the rest is the newest work of its device, so that a client's
+//! chunk size decides neither how long others wait for the step nor whose turn is next. Verifies
+//! and prompts then take turns instead of sharing steps: a verify waits for at most one step of
+//! prompts, and its own is as short as without them. (For the same time between tokens, prompts
+//! get as much of the time as if both shared each step where a round is short, and more where it
+//! is long: a verify's way through a shared step costs it all of the prompts' time once more.)
+//!
 //! A step costs as many looks as it has works, and a few more: nobody walks over all that waits.
 //! Integers only: no clock, no transport, no model.
 
@@ -49,7 +57,10 @@ impl Hasher for KeyHasher {
 
 type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
 
-/// Rows that run together or not at all: a prompt chunk, or the rows of one verify.
+/// Fewest rows of a prompt's piece, where the prompt has so many left, however long they take.
+pub const PIECE_ROWS_MIN: u32 = 4;
+
+/// A prompt chunk, or the rows of one verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
     /// Whose rows.
@@ -58,10 +69,86 @@ pub struct Work {
     pub device: DeviceKey,
     /// How many.
     pub rows: u32,
+    /// Rows of the session before these.
+    pub context: u32,
     /// Somebody waits for a token: runs before prompt chunks.
     pub urgent: bool,
+    /// Its rows need not run in one step. An urgent work is never cut.
+    pub divisible: bool,
     /// Works of different classes never share a step (they leave at different layers).
     pub class: u32,
+}
+
+/// The time that a step may take, and what rows take of it, all in one unit: picoseconds, say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// A step with rows of prompts.
+    pub step: u64,
+    /// A step, whatever is in it.
+    pub fixed: u64,
+    /// A row.
+    pub row: u64,
+    /// A row, for each row that it attends to.
+    pub row_context: u64,
+}
+
+impl Bound {
+    /// No bound but the row budget; nothing is cut.
+    pub const NONE: Self = Self { step: u64::MAX, fixed: 0, row: 0, row_context: 0 };
+
+    /// `rows` rows behind `context` rows; a row sees half of the others as well.
+    fn cost(&self, rows: u32, context: u32) -> u64 {
+        let (rows, context) = (u64::from(rows), u64::from(context));
+        let attended = rows.saturating_mul(2 * context + rows) / 2;
+        rows.saturating_mul(self.row).saturating_add(attended.saturating_mul(self.row_context))
+    }
+
+    /// The most of `rows` rows behind `context` rows that take no longer than `left`.
+    fn rows_within(&self, left: u64, rows: u32, context: u32) -> u32 {
+        let (mut fits, mut beyond) = (0, rows + 1);
+        while beyond - fits > 1 {
+            let middle = fits + (beyond - fits) / 2;
+            if self.cost(middle, context) <= left { fits = middle } else { beyond = middle }
+        }
+        fits
+    }
+}
+
+/// What is left of the step at hand.
+struct Room {
+    bound: Bound,
+    rows: u32,
+    time: u64,
+    /// No row of a prompt is in it yet: the first piece joins however long it takes.
+    no_prompt: bool,
+}
+
+impl Room {
+    fn new(bound: Bound, rows: u32) -> Self {
+        Self { bound, rows, time: bound.step.saturating_sub(bound.fixed), no_prompt: true }
+    }
+
+    /// So many rows of `work` fit; 0 if it has to wait.
+    fn fits(&self, work: &Work) -> u32 {
+        if work.urgent || self.bound == Bound::NONE {
+            return if work.rows <= self.rows { work.rows } else { 0 };
+        }
+        let most = self.rows.min(work.rows);
+        let in_time = self.bound.rows_within(self.time, most, work.context);
+        let least = PIECE_ROWS_MIN.min(work.rows);
+        let rows = if self.no_prompt { in_time.max(least) } else { in_time }.min(most);
+        match work.divisible {
+            true if rows >= least => rows,
+            false if work.rows <= self.rows && (self.no_prompt || rows == work.rows) => work.rows,
+            _ => 0,
+        }
+    }
+
+    fn take(&mut self, work: &Work) {
+        self.rows -= work.rows;
+        self.time = self.time.saturating_sub(self.bound.cost(work.rows, work.context));
+        self.no_prompt &= work.urgent;
+    }
 }
 
 /// There is no room for more work.
@@ -85,8 +172,8 @@ pub struct Scheduler {
     prompts: Tier,
     /// Steps that passed over the prompt whose turn it was.
     passed_over: u32,
-    /// Sessions of the step at hand.
-    picked: Vec<SessionKey>,
+    /// Sessions of the step at hand, and what is left of a work that was cut.
+    picked: Vec<(SessionKey, Option<Work>)>,
     /// Devices of the step at hand whose work did not fit.
     missed: Vec<Turn>,
     /// Devices that were looked at, ever.
@@ -165,11 +252,14 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Chooses the works of the next step into `step`.
-    pub fn plan(&mut self, step: &mut Vec<Work>) {
+    /// Chooses the works of the next step into `step`. One that is cut comes with its first rows;
+    /// the others wait for a later step, and nothing of the session runs before them.
+    pub fn plan(&mut self, bound: Bound, step: &mut Vec<Work>) {
         step.clear();
         let prompt = self.prompts.next();
-        let is_due = self.passed_over >= PROMPT_PATIENCE;
+        let is_bounded = bound != Bound::NONE;
+        let patience = if is_bounded { 1 } else { PROMPT_PATIENCE };
+        let is_due = prompt.is_some() && self.passed_over >= patience;
         let leader = match (prompt.filter(|_| is_due), self.verifies.next()) {
             (Some(due), _) => due,
             (None, Some(verify)) => verify,
@@ -179,19 +269,27 @@ impl Scheduler {
             },
         };
         let class = leader.class;
-        let mut budget = self.rows_max;
-        if is_due {
-            self.take(false, class, 1, &mut budget, step);
+        let mut room = Room::new(bound, self.rows_max);
+        if is_due && !is_bounded {
+            self.take(false, class, 1, &mut room, step);
         }
-        self.take(true, class, usize::MAX, &mut budget, step);
-        self.take(false, class, usize::MAX, &mut budget, step);
+        if !is_due || !is_bounded {
+            self.take(true, class, usize::MAX, &mut room, step);
+        }
+        if step.is_empty() || !is_bounded {
+            self.take(false, class, usize::MAX, &mut room, step);
+        }
         if let Some(turn) = prompt {
             let ran = step.iter().any(|work| work.session == turn.session);
             self.passed_over = if ran { 0 } else { self.passed_over + 1 };
         }
-        for session in self.picked.drain(..) {
+        for (session, rest) in self.picked.drain(..) {
             let line = self.lines.get_mut(&session).expect("it was picked");
-            let Some(next) = line.rest.pop_front() else {
+            let rest = rest.map(|work| {
+                self.arrivals += 1;
+                Waiting { work, arrival: self.arrivals - 1 }
+            });
+            let Some(next) = rest.or_else(|| line.rest.pop_front()) else {
                 self.lines.remove(&session);
                 continue;
             };
@@ -201,33 +299,37 @@ impl Scheduler {
         }
     }
 
-    /// Puts works of one urgency and class into `step`, `works_max` at most, as the budget allows.
+    /// Puts works of one urgency and class into `step`, `works_max` at most, as there is room.
     fn take(
         &mut self,
         urgent: bool,
         class: u32,
         works_max: usize,
-        budget: &mut u32,
+        room: &mut Room,
         step: &mut Vec<Work>,
     ) {
         let end = step.len().saturating_add(works_max);
         let tier = if urgent { &mut self.verifies } else { &mut self.prompts };
-        while step.len() < end && *budget > 0 && self.missed.len() < MISSES_MAX {
+        while step.len() < end && room.rows > 0 && self.missed.len() < MISSES_MAX {
             let Some(turn) = tier.next_of(class) else { break };
             #[cfg(test)]
             {
                 self.looks += 1;
             }
-            let work = self.lines[&turn.session].first.work;
-            if work.rows > *budget {
+            let whole = self.lines[&turn.session].first.work;
+            let rows = room.fits(&whole);
+            if rows == 0 {
                 tier.set_aside(&turn);
                 self.missed.push(turn);
                 continue;
             }
-            tier.serve(&turn, work.rows);
-            *budget -= work.rows;
-            self.queued -= 1;
-            self.picked.push(work.session);
+            let work = Work { rows, ..whole };
+            tier.serve(&turn, rows);
+            room.take(&work);
+            let (left, context) = (whole.rows - rows, whole.context + rows);
+            let rest = (left > 0).then_some(Work { rows: left, context, ..whole });
+            self.queued -= usize::from(rest.is_none());
+            self.picked.push((work.session, rest));
             step.push(work);
         }
         for turn in self.missed.drain(..) {

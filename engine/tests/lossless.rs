@@ -6,6 +6,8 @@
 //! distinct tokens, so agreement is no accident.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "lossless/cut.rs"]
+mod cut;
 #[path = "lossless/drafts.rs"]
 mod drafts;
 #[path = "lossless/prefix.rs"]

@@ -211,7 +211,15 @@ impl Endpoint {
     /// pool is empty: try again after a turn. Some buffers are kept back for receiving.
     #[must_use]
     pub fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.pool.take_leaving(body_bytes, POOL_RESERVE)
+        self.buffer_for(Priority::Verify, body_bytes)
+    }
+
+    /// As [`Endpoint::buffer`], for a frame of this priority: prompts leave as many buffers again
+    /// for what is more urgent.
+    #[must_use]
+    pub fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+        let is_prompt = priority == Priority::Prompt;
+        self.pool.take_leaving(body_bytes, if is_prompt { POOL_RESERVE / 2 } else { POOL_RESERVE })
     }
 
     /// Queues a frame; see [`Connection::send`].

@@ -1,11 +1,12 @@
 //! The io thread: everything that arrives, what runs next, and what goes back.
 
 mod fault;
+mod plan;
 mod prefix;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ pub(super) use self::prefix::scope_of;
 use super::admission::Admission;
 use super::outbox::{Guest, Output};
 use super::output::Outputs;
+use super::pace::Pace;
 use super::session::{Offence, Session};
 use super::step::Job;
 use super::{CloudConfig, CloudCounters};
@@ -61,6 +63,8 @@ pub(super) struct Start {
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) to_step: Sender<Job>,
+    /// Steps that the first stage is done with.
+    pub(super) first_done: Arc<AtomicU64>,
     pub(super) from_step: Receiver<Job>,
 }
 
@@ -111,6 +115,9 @@ impl Start {
             sessions: HashMap::new(),
             keys: HashMap::new(),
             next_key: 1,
+            pace: Pace::default(),
+            sent_steps: 0,
+            is_step_long: false,
             jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
             unsent: VecDeque::new(),
@@ -150,6 +157,11 @@ pub(super) struct Io {
     /// Connections with outputs that wait, in turn.
     pub(super) unsent: VecDeque<ConnectionId>,
     dropped: Vec<Dropped>,
+    pace: Pace,
+    /// Steps that went to the first stage.
+    sent_steps: u64,
+    /// The last of them takes so long that planning the next one ahead saves little.
+    is_step_long: bool,
     jobs: Vec<Job>,
     works: Vec<Work>,
     /// Moves of commits that came on their own, for the next step.
@@ -418,24 +430,6 @@ impl Io {
         Err(Offence::new(SessionErrorCode::BadShape, text))
     }
 
-    /// Tells the scheduler of a session's first chunk, if it does not know one.
-    fn enqueue_next(&mut self, key: SessionKey) {
-        let Some(session) = self.sessions.get_mut(&key).filter(|session| !session.is_queued) else {
-            return;
-        };
-        let Some(next) = session.next() else { return };
-        let guest = self.guests.get(&session.connection).expect("a session has a connection");
-        session.is_queued = true;
-        let work = Work {
-            session: key,
-            device: guest.device,
-            rows: next.rows,
-            urgent: next.urgent,
-            class: session.exit_layer,
-        };
-        self.scheduler.enqueue(work).expect("there is room for a work of each session");
-    }
-
     fn take_commit(&mut self, key: SessionKey, frame: &Frame) -> Result<(), Offence> {
         let commit = match Message::decode(Kind::Commit, &frame.body) {
             Ok(Message::Commit(commit)) => commit,
@@ -448,35 +442,6 @@ impl Io {
         session.take_commit(commit.row, &mut self.moves)
     }
 
-    /// Plans steps while there is work and a job to put it in.
-    fn plan(&mut self) {
-        while self.scheduler.queued() > 0 && !self.start.to_step.is_full() {
-            let Some(mut job) = self.jobs.pop() else { return };
-            job.clear();
-            job.step.moves.append(&mut self.moves);
-            let mut works = std::mem::take(&mut self.works);
-            self.scheduler.plan(&mut works);
-            works.sort_by_key(|work| self.sessions[&work.session].entry_layer);
-            for work in &works {
-                job.step.exit_layer = work.class;
-                let session = self.sessions.get_mut(&work.session).expect("forgotten when ended");
-                session.is_queued = false;
-                session.in_flight += 1;
-                if let Err(offence) = job.put(session, self.start.bundle.hidden_size) {
-                    let (connection, wire_id) = (session.connection, session.wire_id);
-                    self.end(work.session);
-                    self.refuse(connection, wire_id, offence);
-                }
-                self.name_prompt(work.session);
-            }
-            works.iter().for_each(|work| self.enqueue_next(work.session));
-            self.works = works;
-            if self.start.to_step.send(job).is_err() {
-                return;
-            }
-        }
-    }
-
     /// Sends back what a finished step computed.
     fn finish(&mut self, mut job: Job) {
         if let Some(fault) = job.fault.take() {
@@ -487,6 +452,7 @@ impl Io {
         counters.steps.fetch_add(1, Ordering::Relaxed);
         counters.rows.fetch_add(step_rows as u64, Ordering::Relaxed);
         let took_us = u32::try_from(job.took.as_micros()).unwrap_or(u32::MAX);
+        self.pace.note_step(step_rows, job.attended, job.urgent_rows, job.took);
         counters.step_us.fetch_add(u64::from(took_us), Ordering::Relaxed);
         for index in 0..job.sessions.len() {
             if let Some(session) = self.sessions.get_mut(&job.sessions[index]) {
@@ -507,12 +473,17 @@ impl Io {
 
     /// Sends what one session gets out of a finished step.
     fn send_outputs(&mut self, job: &Job, index: usize, took_us: u32) -> Result<(), PackError> {
-        let Some(session) = self.sessions.get(&job.sessions[index]) else { return Ok(()) };
+        let Some(session) = self.sessions.get_mut(&job.sessions[index]) else { return Ok(()) };
         let (connection, wire_id) = (session.connection, session.wire_id);
         let hidden_size = self.start.bundle.hidden_size;
         let codec = session.codec;
+        let rows = &job.rows[index];
+        let step = (took_us, u32::try_from(job.step.plan.rows()).expect("within the row budget"));
+        let goes_back = !rows.wanted.is_empty();
+        let spent = session.note_ran(&rows.planned, goes_back, job.queue_us(index), step);
+        let Some(spent) = spent else { return Ok(()) };
         let arrivals = self.arrivals_of(connection);
-        let mut outputs = Outputs::of(job, index, codec, hidden_size, took_us, arrivals);
+        let mut outputs = Outputs::of(job, index, codec, hidden_size, spent, arrivals);
         if let Some(computed) = outputs.computed() {
             self.answer(connection, wire_id, &Message::Computed(computed));
             return Ok(());
@@ -562,6 +533,7 @@ impl Io {
     pub(super) fn end(&mut self, key: SessionKey) {
         let Some(session) = self.sessions.remove(&key) else { return };
         self.scheduler.forget(key);
+        self.pace.forget(key);
         self.admission.note_life(self.now.saturating_duration_since(session.opened_at));
         if let Some(guest) = self.guests.get_mut(&session.connection) {
             guest.sessions -= 1;
@@ -573,6 +545,7 @@ impl Io {
 
     fn cancel(&mut self, key: SessionKey) {
         self.scheduler.forget(key);
+        self.pace.forget(key);
         if let Some(session) = self.sessions.get_mut(&key) {
             if let Some(guest) = self.guests.get_mut(&session.connection) {
                 guest.begun_frames -= session.gathering.frames.len();

@@ -2,7 +2,7 @@
 //! falls back and its GPU is lost, another run on the CPU.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -83,7 +83,8 @@ impl Run {
     ) -> Result<Self, Error> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let fault = Arc::new(OnceLock::new());
-        let (to_step, jobs) = bounded(1);
+        let (to_step, jobs) = bounded(jobs_of(stages.len()));
+        let first_done = Arc::new(AtomicU64::new(0));
         let (done, from_step) = bounded(jobs_of(stages.len()));
         let (ready, is_ready) = bounded(1);
         let io = io::Start {
@@ -98,6 +99,7 @@ impl Run {
             counters: seen.counters.clone(),
             stop: seen.stop.clone(),
             to_step,
+            first_done: first_done.clone(),
             from_step,
         };
         let describe = describe(&stages);
@@ -108,7 +110,8 @@ impl Run {
             Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
         };
         let mut threads = vec![io_thread];
-        threads.extend(step::spawn_stages(stages, jobs, &done, &waker, &clock)?);
+        let stages = step::spawn_stages(stages, jobs, &done, &waker, &first_done, &clock)?;
+        threads.extend(stages);
         seen.begin(describe, &waker);
         Ok(Self { address, fault, threads })
     }

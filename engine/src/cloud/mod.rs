@@ -8,6 +8,7 @@ mod keep;
 mod memory;
 mod outbox;
 mod output;
+mod pace;
 mod session;
 mod step;
 mod void;

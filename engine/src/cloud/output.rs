@@ -2,7 +2,7 @@
 
 use hat_transport::message::{Arrivals, Computed, OutputHead};
 
-use super::session::StepRows;
+use super::session::{Planned, Spent, StepRows};
 use super::step::Job;
 use crate::pack::{Codec, PackError};
 use crate::wire;
@@ -24,23 +24,17 @@ impl<'a> Outputs<'a> {
         index: usize,
         codec: Codec,
         hidden_size: usize,
-        step_us: u32,
+        spent: Spent,
         arrivals: Arrivals,
     ) -> Self {
         let rows = job.step.plan.rows_of(index);
-        let step_rows = u32::try_from(job.step.plan.rows()).expect("within the row budget");
+        let Spent { queue_us, step_us, step_rows, .. } = spent;
         Self {
             rows: &job.rows[index],
             hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
             hidden_size,
             codec: codec.down(),
-            head: OutputHead {
-                count: 0,
-                queue_us: job.queue_us(index),
-                step_us,
-                step_rows,
-                arrivals,
-            },
+            head: OutputHead { count: 0, queue_us, step_us, step_rows, arrivals },
             done: 0,
             frame: 0,
         }
@@ -50,8 +44,9 @@ impl<'a> Outputs<'a> {
     /// zeros since something is wrong with it.
     pub(super) fn computed(&self) -> Option<Computed> {
         let OutputHead { queue_us, step_us, step_rows, arrivals, .. } = self.head;
-        let (first_id, rows) = (*self.rows.ids.first()?, self.rows.ids.len());
-        let count = u16::try_from(rows).ok().filter(|_| self.rows.wanted.is_empty())?;
+        self.rows.ids.first()?;
+        let Planned { first_id, rows, answers, is_all } = self.rows.planned;
+        let count = u16::try_from(rows).ok().filter(|_| is_all && !answers)?;
         Some(Computed { first_id, count, queue_us, step_us, step_rows, arrivals })
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use hat_transport::conn::Frame;
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{Dropped, Message, Open, Rows, SessionErrorCode, Want};
+use hat_transport::message::{Dropped, Message, Open, Rows, RowsHead, SessionErrorCode, Want};
 use hat_transport::turn::ConnectionId;
 
 use super::io::scope_of;
@@ -45,16 +45,48 @@ pub(super) enum Item {
     Commit(u32),
 }
 
-/// Rows that run together: one frame, or several joined by `MORE`.
+/// Rows of one frame, or of several joined by `MORE`. A verify runs in one step; decided rows may
+/// run in several.
 #[derive(Default)]
 pub(super) struct Chunk {
-    pub(super) frames: Vec<Frame>,
+    /// Frames of which not all rows are planned.
+    pub(super) frames: VecDeque<Frame>,
+    /// Rows of the first of them that are planned.
+    skip: u32,
+    /// Rows that are not planned.
     rows: u32,
     urgent: bool,
-    /// Whether any of its rows are.
-    pub(super) decided: bool,
+    /// A row of it leads to a token.
+    leads: bool,
+    /// Rows that are decided.
+    pub(super) decided: u32,
     /// When its last frame came; `None` before.
     complete_at: Option<Instant>,
+    planned: Planned,
+}
+
+/// What of a chunk is planned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Planned {
+    /// Id of the chunk's first row; 0 before that is planned.
+    pub(super) first_id: u32,
+    pub(super) rows: u32,
+    /// Whether any of these rows go back.
+    pub(super) answers: bool,
+    /// Whether these are all.
+    pub(super) is_all: bool,
+}
+
+/// What the steps of one chunk took, of which its device has not been told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Spent {
+    /// Id of the chunk's first row.
+    first_id: u32,
+    /// How long the chunk waited for its first step.
+    pub(super) queue_us: u32,
+    pub(super) step_us: u32,
+    /// Rows of the steps, those of others included.
+    pub(super) step_rows: u32,
 }
 
 /// Rows of one session in one step, and which of them go back.
@@ -66,8 +98,10 @@ pub(super) struct StepRows {
     pub(super) wanted: Vec<u32>,
     /// Their ids. `[wanted]`
     pub(super) wanted_ids: Vec<u32>,
-    /// When the last of them had come.
+    /// When the last row of their chunk had come.
     pub(super) complete_at: Option<Instant>,
+    /// Their chunk up to them.
+    pub(super) planned: Planned,
 }
 
 impl StepRows {
@@ -75,6 +109,7 @@ impl StepRows {
         self.ids.clear();
         self.wanted.clear();
         self.wanted_ids.clear();
+        self.planned = Planned::default();
     }
 }
 
@@ -100,16 +135,31 @@ pub(super) struct Session {
     pub(super) is_queued: bool,
     /// Steps on their way that have rows of this session.
     pub(super) in_flight: u32,
+    spent: Spent,
     pub(super) opened_at: Instant,
     /// When a frame came last, or an output went.
     pub(super) active_at: Instant,
 }
 
-/// The chunk that is to run next: so many rows, and whether they are a verify.
+/// The chunk that is to run next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Next {
+    /// Rows of it that are not planned.
     pub(super) rows: u32,
+    /// Somebody waits for it. A peer may say so of a verify alone, not of a piece of a prompt.
     pub(super) urgent: bool,
+    /// It may run in several steps.
+    pub(super) divisible: bool,
+    /// It is a verify, or the end of a prompt: verifies follow.
+    pub(super) decodes: bool,
+}
+
+impl Next {
+    fn of(chunk: &Chunk) -> Self {
+        let urgent = chunk.urgent && chunk.decided <= 1;
+        let divisible = !urgent && chunk.decided == chunk.rows + chunk.planned.rows;
+        Self { rows: chunk.rows, urgent, divisible, decodes: urgent || chunk.leads }
+    }
 }
 
 impl Session {
@@ -137,6 +187,7 @@ impl Session {
             gathering: Chunk::default(),
             is_queued: false,
             in_flight: 0,
+            spent: Spent::default(),
             opened_at: now,
             active_at: now,
         }
@@ -165,7 +216,7 @@ impl Session {
     /// The first chunk that waits.
     pub(super) fn next(&self) -> Option<Next> {
         self.items.iter().find_map(|item| match item {
-            Item::Chunk(Chunk { rows, urgent, .. }) => Some(Next { rows: *rows, urgent: *urgent }),
+            Item::Chunk(chunk) => Some(Next::of(chunk)),
             Item::Commit(_) => None,
         })
     }
@@ -200,12 +251,13 @@ impl Session {
             let text = format!("a chunk of {rows} rows exceeds the row budget of {rows_max}");
             return Err(Offence::new(SessionErrorCode::BadShape, text));
         }
-        let (more, decided, commit) = (head.more, head.decided, head.commit);
+        let RowsHead { more, decided, commit, .. } = head;
         let any_void = decided && self.drop_void(commit, dropped);
         self.gathering.rows = rows;
         self.gathering.urgent = frame.priority == Priority::Verify;
-        self.gathering.decided |= decided;
-        self.gathering.frames.push(frame);
+        self.gathering.leads |= head.want != Want::None;
+        self.gathering.decided += if decided { count } else { 0 };
+        self.gathering.frames.push_back(frame);
         if !more {
             self.gathering.complete_at = Some(now);
             self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
@@ -234,25 +286,28 @@ impl Session {
         self.is_queued = false;
     }
 
-    /// Puts the oldest chunk into a step: its rows' places into `plan`, its numbers to the end of
-    /// `hidden`, row ids and wishes into `rows`.
-    pub(super) fn put_chunk(
+    /// Puts the next `count` rows of the oldest chunk into a step: their places into `plan`, their
+    /// numbers to the end of `hidden`, row ids and wishes into `rows`.
+    pub(super) fn put_rows(
         &mut self,
+        count: u32,
         hidden_size: usize,
         plan: &mut PlanBuffers,
         moves: &mut Vec<RowMove>,
         hidden: &mut Vec<f32>,
         rows: &mut StepRows,
     ) -> Result<(), Offence> {
-        let chunk = loop {
+        let mut chunk = loop {
             match self.items.pop_front().expect("the scheduler counts the chunks") {
                 Item::Commit(row) => self.sequence.commit(row, moves, &mut Vec::new())?,
                 Item::Chunk(chunk) => break chunk,
             }
         };
         rows.complete_at = chunk.complete_at;
-        for frame in &chunk.frames {
+        let mut left = count;
+        while let Some(frame) = chunk.frames.front().filter(|_| left > 0) {
             let wire = rows_of(frame)?;
+            let wire = part_of(wire, chunk.skip, left, self.codec.row_bytes(hidden_size));
             let first = rows.ids.len();
             self.put_frame(&wire, plan, moves, rows)?;
             self.unpack(wire.payload, hidden_size, hidden)?;
@@ -264,9 +319,45 @@ impl Session {
             };
             rows.wanted_ids.extend_from_slice(&rows.ids[wanted.clone()]);
             rows.wanted.extend(wanted.map(|index| u32::try_from(index).expect("few rows")));
+            let put = u32::from(wire.head.count);
+            (left, chunk.skip) = (left - put, chunk.skip + put);
+            if chunk.skip == u32::from(rows_of(frame)?.head.count) {
+                chunk.skip = 0;
+                chunk.frames.pop_front();
+            }
         }
         plan.end_sequence(&self.sequence);
+        chunk.rows -= count - left;
+        let planned = &mut chunk.planned;
+        if planned.rows == 0 {
+            planned.first_id = rows.ids.first().copied().unwrap_or(0);
+        }
+        planned.rows += count - left;
+        planned.answers |= !rows.wanted.is_empty();
+        planned.is_all = chunk.rows == 0;
+        rows.planned = *planned;
+        if !planned.is_all {
+            self.items.push_front(Item::Chunk(chunk));
+        }
         Ok(())
+    }
+
+    /// A step with the rows of `planned` took so long. Says what the chunk has taken since its
+    /// device was told, if it is to be told now: rows go back, or all of the chunk has run.
+    pub(super) fn note_ran(
+        &mut self,
+        planned: &Planned,
+        goes_back: bool,
+        queue_us: u32,
+        (step_us, step_rows): (u32, u32),
+    ) -> Option<Spent> {
+        let spent = &mut self.spent;
+        if spent.first_id != planned.first_id || spent.step_rows == 0 {
+            *spent = Spent { first_id: planned.first_id, queue_us, ..Spent::default() };
+        }
+        spent.step_us = spent.step_us.saturating_add(step_us);
+        spent.step_rows = spent.step_rows.saturating_add(step_rows);
+        (goes_back || planned.is_all).then(|| std::mem::take(spent))
     }
 
     fn put_frame(
@@ -310,6 +401,28 @@ impl Session {
             .unpack(payload, hidden_size, &mut hidden[start..])
             .map_err(|error| Offence::new(SessionErrorCode::BadValue, error.to_string()))
     }
+}
+
+/// Rows of a frame behind its first `skip`, at most `rows_max`. Only decided rows are cut.
+fn part_of(wire: Rows<'_>, skip: u32, rows_max: u32, row_bytes: usize) -> Rows<'_> {
+    let head = wire.head;
+    let rows = (u32::from(head.count) - skip).min(rows_max);
+    let is_last = skip + rows == u32::from(head.count);
+    if skip == 0 && is_last {
+        return wire;
+    }
+    debug_assert!(head.decided, "a verify runs in one step");
+    let first_id = head.first_id + skip;
+    let head = RowsHead {
+        first_id,
+        count: u16::try_from(rows).expect("at most as many as the frame has"),
+        parent: if skip > 0 { first_id - 1 } else { head.parent },
+        commit: if skip > 0 { 0 } else { head.commit },
+        want: if head.want == Want::Last && !is_last { Want::None } else { head.want },
+        ..head
+    };
+    let bytes = skip as usize * row_bytes..(skip + rows) as usize * row_bytes;
+    Rows { head, payload: &wire.payload[bytes], ..wire }
 }
 
 pub(super) fn rows_of(frame: &Frame) -> Result<Rows<'_>, Offence> {

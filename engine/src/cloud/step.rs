@@ -1,6 +1,7 @@
 //! One step on its way from the io thread through the stages and back.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use super::session::{Session, StepRows};
 use crate::Error;
 use crate::backend::{BackendFault, cpu::lower_priority};
 use crate::model::{MiddleForward, MiddleStep};
-use crate::sched::SessionKey;
+use crate::sched::{SessionKey, Work};
 
 /// A step, and what to do with its rows afterwards. There is one more of these than stages, so
 /// that the next step is planned while all stages run.
@@ -23,6 +24,10 @@ pub(super) struct Job {
     pub(super) sessions: Vec<SessionKey>,
     /// Rows of each of them. `[sessions]`
     pub(super) rows: Vec<StepRows>,
+    /// Rows that its rows attend to, added up.
+    pub(super) attended: u64,
+    /// Rows that somebody waits for.
+    pub(super) urgent_rows: u32,
     /// When the first stage began.
     pub(super) began: Option<Instant>,
     /// How long the stages computed, all together.
@@ -41,6 +46,8 @@ impl Job {
         self.step.lent = None;
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
+        self.attended = 0;
+        self.urgent_rows = 0;
         self.began = None;
         self.took = Duration::ZERO;
         self.fault = None;
@@ -54,10 +61,11 @@ impl Job {
         u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
     }
 
-    /// Puts the oldest chunk of `session` into this step. What is wrong with it comes back as an
-    /// offence; its rows then run as zeros and nothing of them is returned.
+    /// Puts `work`, rows of the oldest chunk of `session`, into this step. What is wrong with them
+    /// comes back as an offence; they then run as zeros and nothing of them is returned.
     pub(super) fn put(
         &mut self,
+        work: &Work,
         session: &mut Session,
         hidden_size: usize,
     ) -> Result<(), super::session::Offence> {
@@ -68,7 +76,7 @@ impl Job {
         let MiddleStep { plan, moves, hidden, .. } = &mut self.step;
         let rows = &mut self.rows[index];
         let (rows_before, numbers_before) = (plan.rows(), hidden.len());
-        let put = session.put_chunk(hidden_size, plan, moves, hidden, rows);
+        let put = session.put_rows(work.rows, hidden_size, plan, moves, hidden, rows);
         if put.is_err() {
             rows.clear();
             if plan.rows() == rows_before {
@@ -78,6 +86,9 @@ impl Job {
             hidden.resize(plan.rows() * hidden_size, 0.0);
             plan.end_sequence(&session.sequence);
         }
+        let (count, context) = (u64::from(work.rows), u64::from(work.context));
+        self.attended += count * (2 * context + count) / 2;
+        self.urgent_rows += if work.urgent { work.rows } else { 0 };
         self.sessions.push(session.key);
         self.step.entry_layers.push(session.entry_layer);
         let wanted = self.step.wanted.get_or_insert_default();
@@ -112,6 +123,7 @@ pub(super) fn spawn_stages(
     jobs: Receiver<Job>,
     done: &Sender<Job>,
     waker: &Waker,
+    first_done: &Arc<AtomicU64>,
     clock: &Arc<dyn Clock>,
 ) -> Result<Vec<JoinHandle<()>>, Error> {
     let (mut threads, mut incoming) = (Vec::new(), jobs);
@@ -122,9 +134,10 @@ pub(super) fn spawn_stages(
             false => bounded(1),
         };
         let (jobs, clock) = (std::mem::replace(&mut incoming, next), clock.clone());
-        let wakes = (number == last).then(|| waker.clone());
+        let wakes = (number == 0 || number == last).then(|| waker.clone());
+        let first = (number == 0).then(|| first_done.clone());
         let at_end = WakeAtEnd(waker.clone());
-        let stage = Stage { model, jobs, next: sender, wakes, clock };
+        let stage = Stage { model, jobs, next: sender, wakes, first, clock };
         threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
             // Dropped in this order: the queues first, so that the io thread wakes to their end.
             let _at_end = at_end;
@@ -141,8 +154,10 @@ struct Stage {
     model: Box<dyn MiddleForward>,
     jobs: Receiver<Job>,
     next: Sender<Job>,
-    /// The io thread, if it is next.
+    /// The io thread, if it plans the next step now or sends this one's rows.
     wakes: Option<Waker>,
+    /// Steps that the first stage is done with, if this is it.
+    first: Option<Arc<AtomicU64>>,
     clock: Arc<dyn Clock>,
 }
 
@@ -160,6 +175,9 @@ impl Stage {
                 job.step.lent = None; // nobody will take them
             }
             job.took += self.clock.now().duration_since(start);
+            if let Some(done) = &self.first {
+                done.fetch_add(1, Ordering::Release);
+            }
             if self.next.send(job).is_err() {
                 return;
             }

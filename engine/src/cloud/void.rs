@@ -17,7 +17,7 @@ impl Session {
     /// were to come back are put to the end of `dropped`. Says whether there were any chunks.
     pub(super) fn drop_void(&mut self, commit: u32, dropped: &mut Vec<Dropped>) -> bool {
         // What stands before the last decided chunk was looked at when that came.
-        let decided = |item: &Item| matches!(item, Item::Chunk(chunk) if chunk.decided);
+        let decided = |item: &Item| matches!(item, Item::Chunk(chunk) if chunk.decided > 0);
         let start = self.items.iter().rposition(decided).map_or(0, |index| index + 1);
         if !self.items.range(start..).any(|item| matches!(item, Item::Chunk(_))) {
             return false;

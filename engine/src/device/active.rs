@@ -124,6 +124,8 @@ pub(super) struct Active {
     pub(super) tokens: Vec<TokenId>,
     /// Names of the pages that `tokens` fill; `None` if the cloud is asked for none.
     pub(super) names: Option<PageNames>,
+    /// Pieces of others that were computed while one of its own could have been.
+    pub(super) passed: u32,
     /// Rows that the cloud held when the session opened: they are not sent.
     pub(super) held: u32,
     /// The chunk of decided rows at hand.

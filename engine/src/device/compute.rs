@@ -8,6 +8,7 @@ use hat_transport::message::{RowsHead, Want};
 
 use super::active::{Active, Chunk, Phase, Timed, Unsent};
 use super::run::Device;
+use super::turn::{self, Ask};
 use crate::{Error, Event, wire};
 
 /// Rows of a chunk that are computed, and sent, before the next ones are: the uplink does not wait
@@ -15,14 +16,16 @@ use crate::{Error, Event, wire};
 const PIECE_ROWS: u32 = 64;
 
 impl Device {
-    /// Computes one chunk of one request, the one with the fewest rows left first: a decode step
-    /// is not kept waiting by another's long prompt. If there is none, adds drafts to a tree whose
-    /// rows are away. Says whether there was anything to do.
+    /// Computes one piece of one request: see [`turn::choose`]. If there is none, adds drafts to a
+    /// tree whose rows are away. Says whether there was anything to do.
     pub(super) fn compute_one(&mut self) -> io::Result<bool> {
-        let next = (0..self.actives.len())
-            .filter(|index| self.actives[*index].wants_compute())
-            .min_by_key(|index| self.actives[*index].rows() - self.actives[*index].computed());
+        let may_upload = self.upload_pause().is_none();
+        let next = turn::choose(self.actives.iter().map(|active| active.ask(may_upload)));
         if let Some(index) = next {
+            for active in &mut self.actives {
+                active.passed += u32::from(active.ask(may_upload).is_some());
+            }
+            self.actives[index].passed = 0;
             self.feed_trained(index);
             if self.actives[index].is_decoding() && self.draft(index) {
                 self.compute_tree(index)?;
@@ -51,6 +54,7 @@ impl Device {
             0 => active.chunk.left.min(PIECE_ROWS),
             _ => held.min(self.start.config.limits.step_rows_max),
         };
+        let count = turn::piece_rows(self.monitor.device_cost(), active.computed(), count);
         active.drafts.clear();
         let first = active.computed();
         let (first_id, parent) = (active.sequence.last_id() + 1, active.sequence.tip());
@@ -99,10 +103,19 @@ impl Device {
         }
     }
 
-    /// Sends what is computed, as far as there are buffers and credit.
+    /// Sends what is computed, as far as there are buffers and credit: first what somebody waits
+    /// for, then prompts, of which another one is the first each time.
     pub(super) fn send_unsent(&mut self) {
-        for index in 0..self.actives.len() {
-            if !self.send_frames(index) {
+        let count = self.actives.len();
+        for index in 0..count {
+            if self.actives[index].is_urgent() {
+                self.send_frames(index);
+            }
+        }
+        self.first_to_send = (self.first_to_send + 1) % count.max(1);
+        let first = self.first_to_send;
+        for index in (0..count).map(|index| (first + index) % count) {
+            if !self.actives[index].is_urgent() && !self.send_frames(index) {
                 return;
             }
         }
@@ -139,15 +152,13 @@ impl Device {
         let rows = usize::from(head.count);
         let parents = if head.tree { unsent.parents_of(rows) } else { &[] };
         let bytes = head.payload_start() + rows * codec.row_bytes(hidden_size);
-        let Some(mut body) = self.endpoint.buffer(bytes) else { return false };
+        let priority = if active.is_urgent() { Priority::Verify } else { Priority::Prompt };
+        let Some(mut body) = self.endpoint.buffer_for(priority, bytes) else { return false };
         let start = head.encode(parents, body.body_mut());
         let hidden = &unsent.hidden[unsent.sent * hidden_size..][..rows * hidden_size];
         codec
             .pack(hidden, hidden_size, &mut body.body_mut()[start..])
             .expect("rows are checked when they are computed");
-        let in_answer = !active.answer.tokens().is_empty();
-        let urgent = in_answer && unsent.decided <= 1;
-        let priority = if urgent { Priority::Verify } else { Priority::Prompt };
         let sent = self.endpoint.send(connection, Kind::Rows, active.wire_id, priority, body);
         if sent.is_err() {
             return false;
@@ -160,6 +171,19 @@ impl Device {
 }
 
 impl Active {
+    /// What it asks of the processor now, if anything; `may_upload` says whether the uplink takes
+    /// more of prompts.
+    fn ask(&self, may_upload: bool) -> Option<Ask> {
+        let goes_up = self.is_decoding() || self.held_left() > 0 || may_upload;
+        (self.wants_compute() && goes_up)
+            .then(|| Ask { rows: self.rows() - self.computed(), passed: self.passed })
+    }
+
+    /// Whether somebody waits for a token of what it has to send: its rows are a verify.
+    fn is_urgent(&self) -> bool {
+        !self.answer.tokens().is_empty() && self.unsent.decided <= 1
+    }
+
     /// `count` decided rows of `unsent.hidden` are to be sent, and with them what the cloud shall
     /// keep.
     pub(super) fn set_unsent(&mut self, first_id: u32, parent: u32, count: usize, decides: bool) {

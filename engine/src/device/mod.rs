@@ -10,6 +10,7 @@ mod plan;
 mod prefix;
 mod run;
 mod trained;
+mod turn;
 mod verify;
 mod walk;
 

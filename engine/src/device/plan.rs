@@ -1,9 +1,12 @@
 //! How many rows of a prompt go next, by what was measured; and what is measured.
 
+use std::time::Duration;
+
 use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::run::Device;
+use super::turn;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::monitor::{Estimates, Returned};
 
@@ -75,6 +78,15 @@ impl Device {
             self.monitor.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
+    }
+
+    /// For how long no more of a prompt is computed, since the uplink has enough; `None` if it may
+    /// go on.
+    pub(super) fn upload_pause(&self) -> Option<Duration> {
+        let counters = self.connection.and_then(|id| self.endpoint.counters(id))?;
+        turn::upload_pause(counters.traffic.unacked_bytes, |bytes| {
+            self.monitor.knows_uplink().then(|| self.monitor.uplink_busy_s(bytes))
+        })
     }
 
     /// How fast the cloud saw this device's frames come in.

@@ -135,6 +135,7 @@ impl Start {
             prefixes: PrefixCache::default(),
             namer,
             next_wire_id: 1,
+            first_to_send: 0,
             missing: Missing::default(),
             acceptance: Acceptance::default(),
             costs: Costs::default(),
@@ -191,6 +192,8 @@ pub(super) struct Device {
     /// Names pages; `None` if all rows go up.
     pub(super) namer: Option<PageNamer>,
     next_wire_id: u32,
+    /// The request whose prompt is sent first.
+    pub(super) first_to_send: usize,
     missing: Missing,
     /// How good guesses were, over all requests.
     pub(super) acceptance: Acceptance,
@@ -317,6 +320,7 @@ impl Device {
                 wire_id: 0,
                 tokens: job.prepared.prompt.clone(),
                 names: None,
+                passed: 0,
                 held: 0,
                 chunk: Chunk::default(),
                 sequence: Sequence::new(pages, rows_max),
@@ -408,12 +412,16 @@ impl Device {
         let awaiting = self.actives.iter().filter(|active| active.awaits_cloud());
         let silences = awaiting.map(|active| active.heard + silence_max);
         let redial = self.redial.at().filter(|_| self.connection.is_none());
+        let pause = self.upload_pause().filter(|_| self.actives.iter().any(Active::wants_compute));
         retries
             .chain(deadlines)
             .chain(silences)
             .chain(redial)
             .min()
             .map(|time| time.saturating_duration_since(now))
+            .into_iter()
+            .chain(pause)
+            .min()
     }
 
     fn take(&mut self, event: LinkEvent) {

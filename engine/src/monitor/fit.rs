@@ -32,14 +32,20 @@ pub struct Fit {
 impl Fit {
     /// `rows` rows behind `prefix` rows took so long; `past` is the share of the past.
     pub fn note(&mut self, past: f64, rows: u32, prefix: u32, seconds: f64) {
+        self.note_mean(past, rows, f64::from(prefix) + f64::from(rows) / 2.0, seconds);
+    }
+
+    /// As [`Fit::note`], for rows that attend to `context` rows each, in the mean.
+    pub fn note_mean(&mut self, past: f64, rows: u32, context: f64, seconds: f64) {
         if !(seconds.is_finite() && seconds >= 0.0) || rows == 0 {
             return;
         }
         let size = (rows.ilog2() + u32::from(!rows.is_power_of_two())) as usize;
-        let context = (prefix.max(64).ilog2() as usize - 6) / 2;
-        let cell = &mut self.cells[size.min(SIZES - 1)][context.min(CONTEXTS - 1)];
+        let prefix = (context - f64::from(rows) / 2.0).max(64.0) as u32;
+        let place = (prefix.ilog2() as usize - 6) / 2;
+        let cell = &mut self.cells[size.min(SIZES - 1)][place.min(CONTEXTS - 1)];
         cell.rows.note(past, f64::from(rows));
-        cell.context.note(past, f64::from(prefix) + f64::from(rows) / 2.0);
+        cell.context.note(past, context);
         cell.seconds.note(past, seconds);
     }
 

@@ -6,12 +6,12 @@ use super::*;
 
 /// A session that is a device of its own.
 fn work(session: SessionKey, rows: u32, urgent: bool) -> Work {
-    Work { session, device: session, rows, urgent, class: 30 }
+    Work { session, device: session, rows, context: 0, urgent, divisible: !urgent, class: 30 }
 }
 
 fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
     let mut step = vec![];
-    scheduler.plan(&mut step);
+    scheduler.plan(Bound::NONE, &mut step);
     step.iter().map(|work| (work.session, work.rows)).collect()
 }
 
@@ -87,13 +87,13 @@ fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
     for (device, &(sessions, rows, urgent)) in devices.iter().enumerate() {
         for _ in 0..sessions {
             let device = device as u64;
-            scheduler.enqueue(Work { session, device, rows, urgent, class: 30 }).unwrap();
+            scheduler.enqueue(Work { device, ..work(session, rows, urgent) }).unwrap();
             session += 1;
         }
     }
     let (mut step, mut served) = (vec![], vec![0; devices.len()]);
     for _ in 0..steps {
-        scheduler.plan(&mut step);
+        scheduler.plan(Bound::NONE, &mut step);
         for work in &step {
             served[work.device as usize] += u64::from(work.rows);
             scheduler.enqueue(*work).unwrap();
@@ -128,7 +128,7 @@ fn a_step_costs_as_much_with_ten_thousand_sessions_as_with_a_hundred() {
         let mut step = vec![];
         for _ in 0..1000 {
             let before = scheduler.looks;
-            scheduler.plan(&mut step);
+            scheduler.plan(Bound::NONE, &mut step);
             let (looks, works) = (scheduler.looks - before, step.len() as u64);
             assert!(looks <= works + 2 * MISSES_MAX as u64, "{looks} looks for {works} works");
             for work in &step {
@@ -158,13 +158,13 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 /// 24 sessions of six devices, in three classes.
 fn of_session(session: u64, rows: u32, urgent: bool) -> Work {
     let class = 28 + u32::try_from(session % 3).unwrap();
-    Work { session, device: session % 6, rows, urgent, class }
+    Work { device: session % 6, class, ..work(session, rows, urgent) }
 }
 
 /// Plans a step, and checks it against what waits.
 fn check_step(scheduler: &mut Scheduler, waiting: &mut HashMap<u64, VecDeque<Work>>) -> usize {
     let mut step = vec![];
-    scheduler.plan(&mut step);
+    scheduler.plan(Bound::NONE, &mut step);
     assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max());
     for (index, work) in step.iter().enumerate() {
         assert_eq!(work.class, step[0].class);
@@ -178,7 +178,141 @@ fn check_step(scheduler: &mut Scheduler, waiting: &mut HashMap<u64, VecDeque<Wor
     step.len()
 }
 
+/// A step of 40 units: 10 whatever is in it, 1 a row, and 1 more for each 100 rows behind which it
+/// comes.
+const BOUND: Bound = Bound { step: 4000, fixed: 1000, row: 100, row_context: 1 };
+
+fn bounded(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32, u32)> {
+    let mut step = vec![];
+    scheduler.plan(BOUND, &mut step);
+    step.iter().map(|work| (work.session, work.context, work.rows)).collect()
+}
+
+#[test]
+fn a_step_beside_a_verify_holds_as_much_of_a_prompt_as_the_time_allows() {
+    let mut scheduler = Scheduler::new(512, 8);
+    scheduler.enqueue(work(1, 300, false)).unwrap();
+    // 30 units are left: 26 rows, each of which sees 13 others in the mean.
+    assert_eq!(bounded(&mut scheduler), [(1, 0, 26)]);
+    scheduler.enqueue(Work { context: 100, ..work(2, 4, true) }).unwrap();
+    assert_eq!(bounded(&mut scheduler), [(2, 100, 4)]);
+    // A row of the prompt is dearer further on.
+    assert_eq!(bounded(&mut scheduler), [(1, 26, 21)]);
+    assert_eq!(scheduler.queued(), 1);
+    // The rest runs in order, each row once.
+    let mut context = 47;
+    while let [(1, from, rows)] = bounded(&mut scheduler)[..] {
+        assert_eq!(from, context);
+        context += rows;
+    }
+    assert_eq!((context, scheduler.queued()), (300, 0));
+}
+
+#[test]
+fn a_verify_is_in_the_next_step_whatever_is_in_line() {
+    let mut scheduler = Scheduler::new(512, 8);
+    for session in 1..=4 {
+        scheduler.enqueue(work(session, 500, false)).unwrap();
+    }
+    bounded(&mut scheduler);
+    scheduler.enqueue(work(9, 8, true)).unwrap();
+    assert_eq!(bounded(&mut scheduler), [(9, 0, 8)]);
+}
+
+#[test]
+fn a_cut_chunk_goes_behind_the_other_prompts_of_its_device() {
+    let mut scheduler = Scheduler::new(512, 8);
+    for (session, rows) in [(1, 500), (2, 20), (3, 20)] {
+        scheduler.enqueue(Work { device: 7, ..work(session, rows, false) }).unwrap();
+    }
+    // Beside the 20 rows of the second there is time for some of the third's.
+    let sessions = |step: Vec<(SessionKey, u32, u32)>| step.iter().map(|it| it.0).collect();
+    let steps: [Vec<u64>; 4] = std::array::from_fn(|_| sessions(bounded(&mut scheduler)));
+    assert_eq!(steps, [vec![1], vec![2, 3], vec![1], vec![3, 1]]);
+}
+
+#[test]
+fn prompts_have_every_second_step_beside_verifies_that_never_pause() {
+    let mut scheduler = Scheduler::new(512, 8);
+    scheduler.enqueue(Work { context: 400, ..work(2, 300, false) }).unwrap();
+    for turn in 0..20 {
+        let _ = scheduler.enqueue(work(1, 60, true));
+        let _ = scheduler.enqueue(work(3, 60, true));
+        let step = bounded(&mut scheduler);
+        let prompts = step.iter().filter(|(session, ..)| *session == 2).count();
+        assert_eq!((prompts, step.len()), if turn % 2 == 0 { (0, 2) } else { (1, 1) });
+    }
+}
+
+#[test]
+fn a_piece_has_some_rows_however_long_they_take() {
+    let mut scheduler = Scheduler::new(512, 8);
+    scheduler.enqueue(Work { context: 100_000, ..work(2, 300, false) }).unwrap();
+    scheduler.enqueue(work(3, 300, false)).unwrap();
+    assert_eq!(bounded(&mut scheduler), [(2, 100_000, PIECE_ROWS_MIN)]);
+}
+
+#[test]
+fn what_may_not_be_cut_runs_whole() {
+    let mut scheduler = Scheduler::new(512, 8);
+    scheduler.enqueue(Work { divisible: false, ..work(1, 60, false) }).unwrap();
+    scheduler.enqueue(Work { divisible: false, ..work(2, 60, false) }).unwrap();
+    scheduler.enqueue(work(3, 500, true)).unwrap();
+    assert_eq!(bounded(&mut scheduler), [(3, 0, 500)]);
+    assert_eq!(bounded(&mut scheduler), [(1, 0, 60)]);
+    assert_eq!(bounded(&mut scheduler), [(2, 0, 60)]);
+}
+
+#[test]
+fn the_first_piece_of_a_chunk_is_forgotten_with_its_rest() {
+    let mut scheduler = Scheduler::new(512, 8);
+    scheduler.enqueue(work(1, 300, false)).unwrap();
+    scheduler.enqueue(work(1, 300, false)).unwrap();
+    bounded(&mut scheduler);
+    assert_eq!(scheduler.queued(), 2);
+    scheduler.forget(1);
+    assert_eq!((scheduler.queued(), bounded(&mut scheduler)), (0, vec![]));
+}
+
 proptest! {
+    /// Rows of each session run once, in order, however they are cut.
+    #[test]
+    fn cut_works_run_once_in_order(
+        works in prop::collection::vec((0..6u64, 1..=64u32, any::<bool>()), 1..60),
+        (step, fixed, row, row_context) in (0..9000u64, 0..2000u64, 1..200u64, 0..4u64),
+    ) {
+        let bound = Bound { step, fixed, row, row_context };
+        let mut scheduler = Scheduler::new(64, 1000);
+        let mut next = [0; 6];
+        let mut ends = [0; 6];
+        for (session, rows, urgent) in works {
+            let end = &mut ends[session as usize];
+            let add = Work { context: *end, device: session % 2, ..work(session, rows, urgent) };
+            scheduler.enqueue(add).unwrap();
+            *end += rows;
+        }
+        let mut step = vec![];
+        while scheduler.queued() > 0 {
+            scheduler.plan(bound, &mut step);
+            prop_assert!(!step.is_empty());
+            prop_assert!(step.iter().all(|work| work.urgent == step[0].urgent));
+            let cost = |work: &Work| bound.cost(work.rows, work.context);
+            let took = bound.fixed + step.iter().map(cost).sum::<u64>();
+            // Only the first piece may be beyond the bound, and is the smallest then.
+            let is_within = step[0].urgent
+                || took <= bound.step
+                || step.len() == 1 && step[0].rows <= PIECE_ROWS_MIN;
+            prop_assert!(is_within, "{:?}", &step);
+            prop_assert!(step.iter().map(|work| work.rows).sum::<u32>() <= 64);
+            for work in &step {
+                let next = &mut next[work.session as usize];
+                prop_assert_eq!(*next, work.context);
+                *next += work.rows;
+            }
+        }
+        prop_assert_eq!(next, ends);
+    }
+
     #[test]
     fn works_run_once_in_order_within_the_budget(acts in acts()) {
         let mut scheduler = Scheduler::new(64, 1000);
@@ -238,12 +372,12 @@ proptest! {
         let mut scheduler = Scheduler::new(64, 1000);
         for (device, &(rows, sessions)) in (0..).zip(&devices) {
             for session in device * 10..device * 10 + sessions {
-                scheduler.enqueue(Work { session, device, rows, urgent, class: 30 }).unwrap();
+                scheduler.enqueue(Work { device, ..work(session, rows, urgent) }).unwrap();
             }
         }
         let (mut step, mut served) = (vec![], vec![0; devices.len()]);
         for _ in 0..200 {
-            scheduler.plan(&mut step);
+            scheduler.plan(Bound::NONE, &mut step);
             let first = step[0].device as usize;
             // What a device could not use for want of sessions is not kept for it.
             let level = scheduler.tier(urgent).level;
@@ -274,7 +408,7 @@ proptest! {
         let mut step = vec![];
         let mut left = prompts.len();
         for _ in 0..prompts.len() as u32 * (PROMPT_PATIENCE + 1) {
-            scheduler.plan(&mut step);
+            scheduler.plan(Bound::NONE, &mut step);
             for work in &step {
                 if work.urgent {
                     scheduler.enqueue(*work).unwrap();

@@ -9,19 +9,24 @@ struct Hooked<M, F> {
     before: F,
 }
 
-impl<M: MiddleForward, F: FnMut() + Send> MiddleForward for Hooked<M, F> {
+impl<M: MiddleForward, F: FnMut(usize) + Send> MiddleForward for Hooked<M, F> {
     fn describe(&self) -> String {
         self.model.describe()
     }
 
     fn forward(&mut self, step: &mut MiddleStep) {
-        (self.before)();
+        (self.before)(step.plan.rows());
         self.model.forward(step);
     }
 }
 
 /// A cloud that calls `before` at the beginning of each step, on its step thread.
-pub fn cloud(config: CloudConfig, before: impl FnMut() + Send + 'static) -> Cloud {
+pub fn cloud(config: CloudConfig, mut before: impl FnMut() + Send + 'static) -> Cloud {
+    cloud_of_rows(config, move |_| before())
+}
+
+/// As [`cloud`]; `before` is told how many rows the step has.
+pub fn cloud_of_rows(config: CloudConfig, before: impl FnMut(usize) + Send + 'static) -> Cloud {
     let half = hat_loader::Bundle::open(&config.bundle).unwrap();
     let pages = pool_pages(&config);
     let rows = config.limits.step_rows_max as usize;

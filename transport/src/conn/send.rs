@@ -16,6 +16,9 @@ const BATCH_BYTES: usize = 16 << 10;
 const BATCH_FRAMES: usize = 32;
 /// Control frames that may stand in a full queue.
 const CONTROL_RESERVE: usize = 64;
+/// One part in so many of the queue, in frames and in bytes, is not for prompts: a verify finds
+/// room there whatever is uploaded.
+const VERIFY_RESERVE: usize = 8;
 
 /// Why a frame was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -228,8 +231,12 @@ impl Connection {
         assert!(session != 0, "session 0 is the connection itself");
         let is_control = priority == Priority::Control;
         let (frames, bytes) = (self.send.queued_frames + self.send.sent.len(), body.wire().len());
-        let frames_max = self.config.queue_frames_max + usize::from(is_control) * CONTROL_RESERVE;
-        let bytes_full = self.send.held_bytes + bytes > self.config.queue_bytes_max && !is_control;
+        let reserve = if priority == Priority::Prompt { VERIFY_RESERVE } else { usize::MAX };
+        let without = |max: usize| max - max / reserve;
+        let frames_max = without(self.config.queue_frames_max);
+        let frames_max = frames_max + usize::from(is_control) * CONTROL_RESERVE;
+        let bytes_max = without(self.config.queue_bytes_max);
+        let bytes_full = self.send.held_bytes + bytes > bytes_max && !is_control;
         let refusal = if self.send.peer_frame_max == 0 {
             Refusal::NotUp
         } else if bytes > self.send.peer_frame_max {

@@ -521,3 +521,28 @@ fn arrivals_are_timed_within_frames_alone() {
     pair.connect();
     assert_eq!(seen(&pair), expected);
 }
+
+/// A prompt fills all that it may; a verify is still taken, and is the next frame to leave.
+#[test]
+fn a_verify_finds_room_beside_a_full_backlog_of_a_prompt() {
+    for bytes_max in [1 << 20, 20_000] {
+        let limited = ConnectionConfig {
+            queue_frames_max: 16,
+            queue_bytes_max: bytes_max,
+            ..config(Role::Device)
+        };
+        let device = Connection::device(limited, LINK, pool()).unwrap();
+        let mut pair = Pair { device, cloud: cloud(EPOCH), now: Instant::now() };
+        pair.connect();
+        pair.ups();
+        let mut taken = 0;
+        while rows(&mut pair.device, 1, Priority::Prompt, 1000).is_ok() {
+            taken += 1;
+        }
+        assert!((10..16).contains(&taken), "{taken}");
+        assert_eq!(rows(&mut pair.device, 1, Priority::Prompt, 1000), Err(Refusal::Full));
+        assert_eq!(rows(&mut pair.device, 2, Priority::Verify, 1000), Ok(()));
+        let batch = transmit(&mut pair.device, pair.now);
+        assert_eq!(kinds(&batch)[0], (Kind::Rows, 2), "the verify goes first");
+    }
+}

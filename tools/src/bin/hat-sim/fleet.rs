@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Args;
-use hat_engine::sched::{Scheduler, Work};
+use hat_engine::sched::{Bound, Scheduler, Work};
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -100,7 +100,15 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
 /// with so many sessions waiting: the scheduler's share of an io thread's turn.
 fn scheduler_us(sessions: u64, rows: u32) -> f64 {
     let mut scheduler = Scheduler::new(512, 4096);
-    let work = |session| Work { session, device: session, rows, urgent: true, class: 0 };
+    let work = |session| Work {
+        session,
+        device: session,
+        rows,
+        context: 0,
+        urgent: true,
+        divisible: false,
+        class: 0,
+    };
     for session in 0..sessions {
         scheduler.enqueue(work(session)).expect("the queue is long enough");
     }
@@ -108,7 +116,7 @@ fn scheduler_us(sessions: u64, rows: u32) -> f64 {
     let mut times = Vec::with_capacity(PLANS);
     for _ in 0..PLANS {
         let began = Instant::now();
-        scheduler.plan(&mut step);
+        scheduler.plan(Bound::NONE, &mut step);
         for done in &step {
             scheduler.enqueue(work(done.session)).expect("its place is free");
         }

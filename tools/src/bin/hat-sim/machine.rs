@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hat_engine::draft::policy::Average;
 use hat_engine::draft::{Acceptance, Costs};
-use hat_engine::sched::{Scheduler, Work};
+use hat_engine::sched::{Bound, Scheduler, Work};
 use hat_transport::frame::HEADER_BYTES;
 
 use crate::costs::{DeviceCosts, Stage};
@@ -303,7 +303,8 @@ impl Replica {
             left -= rows;
             let session = message.request as u64;
             let (device, urgent) = (device as u64, message.urgent);
-            let work = Work { session, device, rows, urgent, class: 0 };
+            let (divisible, class) = (false, 0);
+            let work = Work { session, device, rows, context, urgent, divisible, class };
             if self.scheduler.enqueue(work).is_err() {
                 self.clock.refused += 1;
                 return;
@@ -333,7 +334,7 @@ impl Replica {
             return false;
         }
         let began = self.clock.on.then(Instant::now);
-        self.scheduler.plan(&mut self.plan);
+        self.scheduler.plan(Bound::NONE, &mut self.plan);
         if let Some(began) = began {
             let took = began.elapsed();
             self.clock.plans += 1;

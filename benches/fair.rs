@@ -1,0 +1,245 @@
+//! Short answers beside a long prompt, and what the long prompt pays for them.
+//!
+//!     cargo bench -p hat-benches --bench fair -- [--rounds N] [--rows N] [--tokens N]
+//!         [--shorts N,N] [--answers N] [--chunks 128,auto] [--devices 1|2]
+//!
+//! The default model, device and cloud on this machine over loopback, runs in turn: one short
+//! answer alone; a long prompt alone; then, for each number of `--shorts`, the long prompt with so
+//! many users beside it, who have `--answers` short answers each, one after another (0: until the
+//! prompt's first token). With `--devices 2` the
+//! long prompt is another device's. Ratios are those of one round: time between tokens beside the
+//! prompt over that alone (bound: 5), the prompt's TTFT beside them over that alone (bound: 1.5).
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use hat_engine::chunk::ChunkPolicy;
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+
+struct Args {
+    rounds: usize,
+    rows: usize,
+    tokens: u32,
+    shorts: Vec<usize>,
+    answers: usize,
+    chunks: Vec<ChunkPolicy>,
+    devices: usize,
+}
+
+impl Args {
+    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
+        let mut parsed = Self {
+            rounds: 3,
+            rows: 3000,
+            tokens: 24,
+            shorts: vec![1, 4],
+            answers: 2,
+            chunks: vec![ChunkPolicy::default()],
+            devices: 1,
+        };
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--bench" => {}
+                "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
+                "--rows" => parsed.rows = args.next()?.parse().ok()?,
+                "--tokens" => parsed.tokens = args.next()?.parse().ok()?,
+                "--answers" => parsed.answers = args.next()?.parse().ok()?,
+                "--devices" => parsed.devices = args.next()?.parse().ok()?,
+                "--shorts" => parsed.shorts = list(&args.next()?)?,
+                "--chunks" => parsed.chunks = list(&args.next()?)?,
+                _ => return None,
+            }
+        }
+        Some(parsed)
+    }
+}
+
+fn list<T: std::str::FromStr>(text: &str) -> Option<Vec<T>> {
+    text.split(',').map(|one| one.parse().ok()).collect()
+}
+
+/// What a user sees of one answer.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    ttft_ms: f64,
+    /// Milliseconds a token after the first.
+    token_ms: f64,
+    /// Between two events with text.
+    longest_gap_ms: f64,
+}
+
+fn short(engine: &Engine, tokens: u32) -> Seen {
+    let request = Request::chat("Tell me about the sea.").max_tokens(tokens).ignore_eos();
+    let (began, mut last, mut longest) = (Instant::now(), None, Duration::ZERO);
+    for event in engine.generate(request).expect("a good request") {
+        match event.expect("an answer") {
+            Event::Token { .. } => {
+                let now = Instant::now();
+                longest = longest.max(now.duration_since(last.unwrap_or(now)));
+                last = Some(now);
+            }
+            Event::Done { metrics, .. } => {
+                let ttft_ms = metrics.timings.ttft_ms;
+                let whole_ms = began.elapsed().as_secs_f64() * 1e3;
+                return Seen {
+                    ttft_ms,
+                    token_ms: (whole_ms - ttft_ms) / f64::from(tokens - 1),
+                    longest_gap_ms: longest.as_secs_f64() * 1e3,
+                };
+            }
+            _ => {}
+        }
+    }
+    unreachable!("an answer ends with Done")
+}
+
+/// TTFT of a prompt that no other is like, in milliseconds.
+fn long(engine: &Engine, rows: usize, begun: &AtomicBool) -> f64 {
+    let tokens = (0..rows).map(|index| (index * 7919 % 200 + 10) as u32).collect();
+    let request = Request::tokens(tokens).max_tokens(1).ignore_eos();
+    for event in engine.generate(request).expect("a good request") {
+        match event.expect("an answer") {
+            Event::Prefill { .. } => begun.store(true, Ordering::SeqCst),
+            Event::Done { metrics, .. } => return metrics.timings.ttft_ms,
+            _ => {}
+        }
+    }
+    unreachable!("an answer ends with Done")
+}
+
+/// The long prompt with `count` short answers at a time beside it.
+fn beside(engines: &Engines, args: &Args, count: usize) -> (f64, Vec<Seen>) {
+    let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let long = scope.spawn(|| {
+            let ttft_ms = long(engines.long(), args.rows, &begun);
+            ended.store(true, Ordering::SeqCst);
+            ttft_ms
+        });
+        while !begun.load(Ordering::SeqCst) && !long.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let shorts: Vec<_> = (0..count)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut seen = vec![];
+                    let more = |had: usize| args.answers == 0 || had < args.answers;
+                    while more(seen.len()) && !ended.load(Ordering::SeqCst) {
+                        seen.push(short(&engines.device, args.tokens));
+                    }
+                    seen
+                })
+            })
+            .collect();
+        let seen = shorts.into_iter().flat_map(|short| short.join().expect("answers")).collect();
+        (long.join().expect("an answer"), seen)
+    })
+}
+
+struct Engines {
+    device: Engine,
+    other: Option<Engine>,
+    _cloud: Cloud,
+}
+
+impl Engines {
+    fn open(bundle: &Path, args: &Args, chunks: ChunkPolicy) -> Self {
+        let cloud = Cloud::start(CloudConfig::new(bundle.join("cloud"))).expect("the cloud starts");
+        let device = || {
+            let mut config = EngineConfig::new(bundle.join("device"));
+            config = config.cloud(cloud.address().to_string()).chunks(chunks).prefix(false);
+            config.limits.sessions_max = 8;
+            Engine::open(config).expect("the engine opens")
+        };
+        let other = (args.devices > 1).then(device);
+        Self { device: device(), other, _cloud: cloud }
+    }
+
+    fn long(&self) -> &Engine {
+        self.other.as_ref().unwrap_or(&self.device)
+    }
+}
+
+/// Median, least and greatest.
+fn spread(values: impl IntoIterator<Item = f64>) -> String {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    match values[..] {
+        [] => "none".to_owned(),
+        [least, .., greatest] => {
+            format!("{:.2} ({least:.2} - {greatest:.2})", values[values.len() / 2])
+        }
+        [only] => format!("{only:.2}"),
+    }
+}
+
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// What came of `shorts` short answers beside the prompt, over the rounds.
+#[derive(Default)]
+struct Beside {
+    token_ratio: Vec<f64>,
+    ttft_ratio: Vec<f64>,
+    seen: Vec<Seen>,
+}
+
+fn main() {
+    let Some(args) = Args::parse(std::env::args().skip(1)) else {
+        println!("fair: an argument is not understood; see the top of benches/fair.rs");
+        return;
+    };
+    let cache = pull::cache_dir().expect("a cache directory");
+    let bundle = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
+    for &chunks in &args.chunks {
+        measure(&bundle, &args, chunks);
+    }
+}
+
+fn measure(bundle: &Path, args: &Args, chunks: ChunkPolicy) {
+    let engines = Engines::open(bundle, args, chunks);
+    let quiet = AtomicBool::new(false);
+    // Warms the maps, and teaches both sides what steps cost.
+    short(&engines.device, args.tokens);
+    long(engines.long(), args.rows / 4, &quiet);
+    let (mut alone, mut prompt) = (vec![], vec![]);
+    let mut results: Vec<Beside> = args.shorts.iter().map(|_| Beside::default()).collect();
+    for _ in 0..args.rounds {
+        let short_alone: Vec<Seen> = (0..5).map(|_| short(&engines.device, args.tokens)).collect();
+        let token_ms = median(short_alone.iter().map(|seen| seen.token_ms));
+        let long_ms = long(engines.long(), args.rows, &quiet);
+        alone.extend(short_alone);
+        prompt.push(long_ms);
+        for (&count, result) in args.shorts.iter().zip(&mut results) {
+            let (ttft_ms, seen) = beside(&engines, args, count);
+            let beside_ms = median(seen.iter().map(|seen| seen.token_ms));
+            result.token_ratio.push(beside_ms / token_ms);
+            result.ttft_ratio.push(ttft_ms / long_ms);
+            result.seen.extend(seen);
+        }
+    }
+    println!(
+        "== {} rows beside {} answers of {} tokens a user, chunks {chunks}, {} device(s), \
+         {} rounds; median (least - greatest)",
+        args.rows, args.answers, args.tokens, args.devices, args.rounds
+    );
+    println!("prompt alone, TTFT ms             {}", spread(prompt));
+    print_seen("short alone", &alone);
+    for (count, result) in args.shorts.iter().zip(&results) {
+        print_seen(&format!("{count} short beside the prompt"), &result.seen);
+        println!("  time a token / alone (<= 5)     {}", spread(result.token_ratio.clone()));
+        println!("  prompt's TTFT / alone (<= 1.5)  {}", spread(result.ttft_ratio.clone()));
+    }
+}
+
+fn print_seen(name: &str, seen: &[Seen]) {
+    println!("{name}: {} answers", seen.len());
+    println!("  ms a token                      {}", spread(seen.iter().map(|one| one.token_ms)));
+    let gaps = seen.iter().map(|one| one.longest_gap_ms);
+    println!("  longest gap, ms                 {}", spread(gaps));
+    println!("  TTFT, ms                        {}", spread(seen.iter().map(|one| one.ttft_ms)));
+}
