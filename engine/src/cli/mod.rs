@@ -2,6 +2,7 @@
 
 mod doctor;
 mod generate;
+pub(crate) mod log;
 mod secret;
 mod serve;
 
@@ -22,6 +23,8 @@ pub(crate) struct Cli {
     /// Where models and bundles are kept.
     #[arg(long, global = true, env = "HAT_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    log: log::LogArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -46,6 +49,7 @@ enum Command {
 
 impl Cli {
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        self.log.install(matches!(self.command, Command::Cloud(_) | Command::Device(_)));
         let cache = match self.cache_dir {
             Some(dir) => dir,
             None => pull::cache_dir()?,
