@@ -3,7 +3,8 @@
 //! From the wire up: [`frame`] is the 32-byte header and cuts bytes into frames; [`message`] is
 //! what stands in bodies; [`conn`] is the protocol without a socket, a clock or a thread; [`link`]
 //! moves bytes (in memory, over mio, over io_uring); [`turn`] is the one place where link, clock
-//! and protocol meet. [`pool`] holds all memory, [`clock`] the time. `docs/PROTOCOL.md` has the
+//! and protocol meet. [`pool`] holds all memory, [`clock`] the time; [`log`] makes what a peer says
+//! fit for a log. `docs/PROTOCOL.md` has the
 //! byte tables and the rules of sessions.
 //!
 //! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
@@ -58,6 +59,7 @@ pub mod conn;
 pub mod emulator;
 pub mod frame;
 pub mod link;
+pub mod log;
 pub mod message;
 #[expect(unsafe_code, reason = "page-aligned buffers, each reached through one slot")]
 pub mod pool;

@@ -2,6 +2,7 @@
 
 mod doctor;
 mod generate;
+pub(crate) mod log;
 mod secret;
 mod serve;
 
@@ -23,6 +24,8 @@ pub(crate) struct Cli {
     /// Where models and bundles are kept.
     #[arg(long, global = true, env = "HAT_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    log: log::LogArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -47,6 +50,11 @@ enum Command {
 
 impl Cli {
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        self.log.install(matches!(self.command, Command::Cloud(_) | Command::Device(_)));
+        #[cfg(target_os = "linux")]
+        if let Err(error) = hat_engine::shrunk::install("hat-engine") {
+            tracing::warn!(%error, "a mapped file that becomes shorter will not be named");
+        }
         let cache = match self.cache_dir {
             Some(dir) => dir,
             None => pull::cache_dir()?,

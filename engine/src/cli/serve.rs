@@ -1,6 +1,5 @@
 //! `cloud` and `device`: the two roles as processes of their own.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +13,7 @@ use hat_engine::options::CloudAddress;
 use hat_engine::{Cloud, Engine, EngineConfig};
 use hat_loader::Bundle;
 
+use super::log::tell;
 use super::{BundleArgs, DeviceRunArgs, RunArgs};
 
 /// Pause between two looks of a daemon at its signals and at the state of its role.
@@ -69,10 +69,10 @@ impl CloudArgs {
         for (owner, bytes) in &needed {
             text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
         }
-        say(text.trim_end());
+        tell(text.trim_end());
         while !cloud.has_stopped() {
             if let Some(signal) = ending.signal() {
-                say(&format!("{signal}: devices are told to come back later"));
+                tell(&format!("{signal}: devices are told to come back later"));
                 drop(cloud);
                 return Ok(());
             }
@@ -83,11 +83,6 @@ impl CloudArgs {
             None => bail!("the cloud stopped by itself; the log says why"),
         }
     }
-}
-
-/// A line for the person who started a role. Their program may have closed the pipe.
-fn say(line: &str) {
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
@@ -170,17 +165,17 @@ impl DeviceArgs {
         let ending = Ending::watch()?;
         config.api_key = if self.no_api_key { None } else { Some(self.api_key()?) };
         let engine = Arc::new(Engine::open(self.engine_config(cache)?)?);
-        say(&format!("device: {}; model {}", engine.describe(), engine.model_name()));
+        tell(&format!("device: {}; model {}", engine.describe(), engine.model_name()));
         let (sessions, context) = (engine.sessions_max(), engine.context());
-        say(&format!("{sessions} answers at once, {context} tokens each"));
+        tell(&format!("{sessions} answers at once, {context} tokens each"));
         let server = HttpServer::start(engine.clone(), config)?;
-        say(&format!("http: listening at http://{}", server.address()));
+        tell(&format!("http: listening at http://{}", server.address()));
         while !server.has_stopped() {
             if engine.has_stopped() {
                 bail!("the device stopped by itself; the log says why");
             }
             if let Some(signal) = ending.signal() {
-                say(&format!(
+                tell(&format!(
                     "{signal}: answers have {} s to end; once more ends at once",
                     self.drain
                 ));
@@ -224,7 +219,7 @@ impl DeviceArgs {
                 .with_context(|| format!("creating {}", parent.display()))?;
         }
         write_secret(&path, &key).with_context(|| format!("writing {}", path.display()))?;
-        eprintln!("new API key, kept in {}: {key}", path.display());
+        tell(&format!("new API key, kept in {}: {key}", path.display()));
         Ok(key)
     }
 }
@@ -237,7 +232,6 @@ fn new_key() -> anyhow::Result<String> {
 
 /// Writes a file that only its owner can read.
 fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
-    use std::io::Write as _;
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
