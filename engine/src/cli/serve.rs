@@ -232,6 +232,7 @@ fn new_key() -> anyhow::Result<String> {
 
 /// Writes a file that only its owner can read.
 fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write as _;
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
