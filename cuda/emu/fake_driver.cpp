@@ -6,7 +6,8 @@
 // kernel of GPU 1), "no-graphs", "no-pinned", "no-peer" (no GPU reads another one's memory), "integrated"
 // (no memory but the host's), "integrated-other-pointer" (where a kernel sees registered memory elsewhere),
 // "integrated-refused", "integrated-writable" (registers what may be written to alone),
-// "integrated-no-register".
+// "integrated-no-register",
+// "bad-ptx" (its compiler takes no PTX).
 // HAT_FAKE_AFTER says how many allocations or kernels go well before that. HAT_FAKE_DEVICES says how many
 // GPUs there are, 1 if nothing does. HAT_FAKE_COUNTS names a file that keeps what was copied (`Counts`).
 //
@@ -16,6 +17,7 @@
 #include "emulator.cpp"
 
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <fcntl.h>
 #include <functional>
@@ -29,9 +31,9 @@
 namespace {
 
 constexpr int INVALID_VALUE = 1, NO_MEMORY = 2, STUB = 34, NO_GPU = 100, INVALID_IMAGE = 200,
-              INVALID_CONTEXT = 201, NO_PEER_ACCESS = 217, INVALID_HANDLE = 400, NOT_FOUND = 500,
+              INVALID_CONTEXT = 201, NO_PEER_ACCESS = 217, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500,
               ILLEGAL_ADDRESS = 700, PEER_ALREADY = 704, REGISTERED_ALREADY = 712, NOT_REGISTERED = 713,
-              LAUNCH_FAILED = 719, NOT_PERMITTED = 800, NOT_SUPPORTED = 801;
+              NOT_READY = 600, LAUNCH_FAILED = 719, NOT_PERMITTED = 800, NOT_SUPPORTED = 801;
 constexpr size_t PAGE = 4096;
 constexpr int DEVICES_MAX = 4;
 
@@ -55,7 +57,13 @@ struct Range {
 /// What was copied; of GPU 1 only what its streams did.
 struct Counts {
   std::atomic<uint64_t> up_bytes, down_bytes, up_bytes_1, down_bytes_1, peer_copies, peer_bytes, staged_copies,
-      same_gpu_copies, allocations, allocated_bytes, registered, unregistered, registered_bytes;
+      same_gpu_copies, allocations, allocated_bytes, registered, unregistered, registered_bytes,
+      machine_code_modules, ptx_modules, carveouts, asleep;
+};
+struct Event {
+  Context *context;
+  bool is_over;
+  std::chrono::steady_clock::time_point at;
 };
 
 Context contexts[DEVICES_MAX]; // of each GPU the one that all share
@@ -328,14 +336,24 @@ EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *seen, void *address, unsigned 
 EXPORT int cuGetErrorName(int code, const char **name) {
   *name = code == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
           : code == STUB          ? "CUDA_ERROR_STUB_LIBRARY"
+          : code == INVALID_PTX   ? "CUDA_ERROR_INVALID_PTX"
           : code == NOT_PERMITTED ? "CUDA_ERROR_NOT_PERMITTED"
                                   : "CUDA_ERROR_OF_THE_FAKE";
   return 0;
 }
-EXPORT int cuModuleLoadData(void **module, const void *image) {
+EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned options, const int *names, void **values) {
   if (state()) return state();
-  const bool elf = memcmp(image, "\x7f" "ELF", 4) == 0, wants_elf = !is("other-gpu");
-  if (elf != wants_elf || (uintptr_t)image % 8) return INVALID_IMAGE;
+  const bool elf = memcmp(image, "\x7f" "ELF", 4) == 0;
+  if ((elf && is("other-gpu")) || (uintptr_t)image % 8) return INVALID_IMAGE;
+  if (!elf && is("bad-ptx")) {
+    for (unsigned option = 0; option + 1 < options; ++option) // a log, and then its size
+      if (names[option] == 5 && names[option + 1] == 6)
+        snprintf((char *)values[option], (size_t)values[option + 1],
+                 "ptxas application ptx input, line 9; error   : Unknown symbol 'hat'\n"
+                 "ptxas fatal   : Ptx assembly aborted due to errors\n");
+    return INVALID_PTX;
+  }
+  ++(elf ? counts().machine_code_modules : counts().ptx_modules);
   const char *bytes = (const char *)image;
   *module = new Module{{bytes, bytes + image_bytes((const unsigned char *)image)}, current_context};
   return 0;
@@ -344,7 +362,7 @@ EXPORT int cuModuleUnload(void *module) { return delete (Module *)module, state(
 EXPORT int cuModuleGetFunction(Function **function, Module *module, const char *name) {
   const std::vector<char> &image = module->image;
   std::vector<char> word(name, name + strlen(name) + 1); // with its end: not the begin of another
-  if (is("other-gpu")) word.back() = '(';
+  if (image[0] != '\x7f') word.back() = '(';
   if (std::search(image.begin(), image.end(), word.begin(), word.end()) == image.end()) return NOT_FOUND;
   for (const Entry &entry : ENTRIES) {
     if (strcmp(entry.name, name)) continue;
@@ -355,6 +373,38 @@ EXPORT int cuModuleGetFunction(Function **function, Module *module, const char *
   }
   return NOT_FOUND;
 }
+/// A block's shared memory is not known here: that of the kernels which have much of it is large.
+EXPORT int cuFuncGetAttribute(int *value, int attribute, const Function *function) {
+  const char *name = function->entry->name;
+  bool large = false;
+  for (const char *known : {"attend_verify", "attend_prefill", "gemv_", "linear_"}) large |= strstr(name, known) == name;
+  switch (attribute) {
+  case 1: return *value = large ? 20000 : 512, state();
+  case 3: return *value = 0, state();
+  case 4: return *value = 64, state();
+  default: return INVALID_VALUE;
+  }
+}
+EXPORT int cuFuncSetAttribute(const Function *, int attribute, int value) {
+  return attribute != 9 || value != 100 ? INVALID_VALUE : (++counts().carveouts, state());
+}
+EXPORT int cuDevicePrimaryCtxSetFlags_v2(int device, unsigned flags) {
+  if (device < 0 || device >= devices()) return NO_GPU + 1;
+  return flags & ~7u ? INVALID_VALUE : (counts().asleep += flags == 4, 0);
+}
+EXPORT int cuEventCreate(Event **event, unsigned flags) {
+  return state() ? state() : flags > 7 ? INVALID_VALUE : (*event = new Event{current_context, false, {}}, 0);
+}
+EXPORT int cuEventRecord(Event *event, Stream *stream) {
+  if (event->context != current_context) return INVALID_HANDLE;
+  return queue(stream, [=] { event->is_over = true, event->at = std::chrono::steady_clock::now(); });
+}
+EXPORT int cuEventElapsedTime(float *milliseconds, const Event *begin, const Event *end) {
+  if (state()) return state();
+  if (!begin->is_over || !end->is_over) return NOT_READY;
+  return *milliseconds = std::chrono::duration<float, std::milli>(end->at - begin->at).count(), 0;
+}
+EXPORT int cuEventDestroy_v2(Event *event) { return do_all_of(event->context), delete event, state(); }
 EXPORT int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   const std::lock_guard<std::recursive_mutex> guard(queue_lock);
   if (state()) return state();

@@ -4,23 +4,27 @@
 //! and every function are looked up before the first call. An error that loses the GPU (a fault in
 //! a kernel) is kept, and every later call gives it again.
 
+mod event;
+mod load;
 mod memory;
 mod queue;
 mod register;
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 
+pub use self::event::Mark;
+pub use self::load::Usage;
 use self::memory::Allocation;
 pub use self::memory::CudaMemory;
 pub use self::queue::{CopyCounts, LaunchCounts};
 use self::queue::{Failed, Queue};
 use self::register::Weights;
 
-use crate::artefact::{self, Artefact, Form};
+use crate::artefact::{self, Form};
 use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory as _, Number, Reach, bytes, bytes_mut};
 use crate::kernel::Kernel;
 
@@ -40,7 +44,14 @@ const FUNCTIONS: &[&str] = &[
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxSetFlags_v2",
     "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventElapsedTime",
+    "cuEventRecord",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
     "cuGetErrorName",
     "cuGraphDestroy",
     "cuGraphExecDestroy",
@@ -60,7 +71,7 @@ const FUNCTIONS: &[&str] = &[
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyPeerAsync",
     "cuModuleGetFunction",
-    "cuModuleLoadData",
+    "cuModuleLoadDataEx",
     "cuModuleUnload",
     "cuStreamBeginCapture_v2",
     "cuStreamCreate",
@@ -107,6 +118,16 @@ pub enum OpenError {
         name: String,
         /// Its compute capability.
         capability: String,
+    },
+    /// The driver's compiler refuses our PTX.
+    #[error("the driver does not translate the PTX of {module} ({reason}): {log}")]
+    Ptx {
+        /// The kernel file.
+        module: &'static str,
+        /// The driver's name for it.
+        reason: String,
+        /// The compiler's messages, in one line.
+        log: String,
     },
     /// Another error of the driver.
     #[error("{what} failed: {reason}")]
@@ -236,6 +257,25 @@ impl Drop for Context {
     }
 }
 
+/// How a thread waits for a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wait {
+    /// As the driver chooses: it spins while there are more cores than contexts, and yields else.
+    #[default]
+    Driver,
+    /// Asleep until the GPU's interrupt: no core is taken, and each wait is longer.
+    Asleep,
+}
+
+/// Choices for [`Cuda::open_with`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// PTX through the driver's compiler, also where there is machine code for the GPU.
+    pub ptx: bool,
+    /// How threads of this process wait for this GPU.
+    pub wait: Wait,
+}
+
 /// One GPU, and the stream on which it works.
 pub struct Cuda {
     context: Arc<Context>,
@@ -256,6 +296,14 @@ impl Cuda {
     /// # Errors
     /// If it can't be used; the error says why and what to do.
     pub fn open(ordinal: usize) -> Result<Self, OpenError> {
+        Self::open_with(ordinal, Options::default())
+    }
+
+    /// As [`Cuda::open`], with other choices than the usual ones.
+    ///
+    /// # Errors
+    /// As [`Cuda::open`].
+    pub fn open_with(ordinal: usize, options: Options) -> Result<Self, OpenError> {
         let count = gpu_count()?;
         let too_old = |what, found, needed| {
             let (found, needed) = (version(found), version(needed));
@@ -277,8 +325,16 @@ impl Cuda {
             let capability = format!("{}.{}", capability / 10, capability % 10);
             return Err(OpenError::OldGpu { name, capability });
         };
+        let form = if options.ptx { Form::Ptx } else { form };
         if form == Form::Ptx && found < VERSION_MIN_PTX {
             return too_old("PTX for this GPU", found, VERSION_MIN_PTX);
+        }
+        if options.wait == Wait::Asleep {
+            let flags = sys::CUctx_flags::CU_CTX_SCHED_BLOCKING_SYNC as u32;
+            // SAFETY: the device came from the driver.
+            unsafe { sys::cuDevicePrimaryCtxSetFlags_v2(device, flags) }
+                .result()
+                .map_err(open_error("cuDevicePrimaryCtxSetFlags"))?;
         }
         // SAFETY: the device came from the driver.
         let handle = unsafe { result::primary_ctx::retain(device) }
@@ -291,7 +347,7 @@ impl Cuda {
         context.queue = Some(Mutex::new(Queue::new(context.stream)));
         let mut functions = vec![std::ptr::null_mut(); Kernel::ALL.len()];
         for artefact in artefact::ALL {
-            load(artefact, form, &mut context, &mut functions)?;
+            load::load(artefact, form, &mut context, &mut functions)?;
         }
         let weights = Weights::of(device);
         Ok(Self { context: Arc::new(context), form, functions, weights, lost: None })
@@ -373,30 +429,6 @@ impl Cuda {
             }
         })
     }
-}
-
-fn load(
-    artefact: &Artefact,
-    form: Form,
-    context: &mut Context,
-    functions: &mut [sys::CUfunction],
-) -> Result<(), OpenError> {
-    let code = artefact.code(form);
-    // Aligned, and terminated for the case of text.
-    let mut image = vec![0u64; code.len() / 8 + 1];
-    bytes_mut(&mut image)[..code.len()].copy_from_slice(code);
-    // SAFETY: the image is a whole cubin or terminated PTX, and lives until the call returns.
-    let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-        .map_err(open_error("cuModuleLoadData"))?;
-    context.modules.push(module);
-    for kernel in artefact.kernels() {
-        let name = CString::new(kernel.name()).expect("names of kernels have no zero byte");
-        // SAFETY: the module was loaded above and lives as long as the context.
-        let function = unsafe { result::module::get_function(module, name) }
-            .map_err(open_error("cuModuleGetFunction"))?;
-        functions[kernel as usize] = function;
-    }
-    Ok(())
 }
 
 /// The part of an allocation that a copy touches.

@@ -1,6 +1,7 @@
 //! The way through the driver: on a GPU where there is one, else over a made-up libcuda.
 
 mod in_place;
+mod loading;
 mod peers;
 
 use std::path::PathBuf;
