@@ -191,7 +191,7 @@ fn is_own_header(name: &str) -> bool {
 pub(super) fn let_read(origin: HeaderValue, headers: &mut HeaderMap) {
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     headers.append(header::VARY, HeaderValue::from_static("Origin"));
-    let ours = HeaderValue::from_static("x-request-id, x-hat-ignored, retry-after");
+    let ours = HeaderValue::from_static("x-request-id, x-hat-ignored, x-hat-sampling, retry-after");
     headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, ours);
 }
 
