@@ -71,6 +71,23 @@ impl Default for SamplerConfig {
     }
 }
 
+impl SamplerConfig {
+    /// How the makers of a model sample from it; greedy where they don't say. The seed is 0.
+    #[must_use]
+    pub(crate) fn of_model(model: &hat_loader::SamplingDefaults) -> Self {
+        let off = Self::default();
+        Self {
+            temperature: model.temperature.unwrap_or(off.temperature),
+            top_k: model.top_k.unwrap_or(off.top_k),
+            top_p: model.top_p.unwrap_or(off.top_p),
+            min_p: model.min_p.unwrap_or(off.min_p),
+            repetition_penalty: model.repetition_penalty.unwrap_or(off.repetition_penalty),
+            penalty_last_n: model.repeat_last_n.unwrap_or(off.penalty_last_n),
+            ..off
+        }
+    }
+}
+
 /// A field of a request is out of its range.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {value} is not in {range}")]

@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, TrySendError, bounded, unbounded};
-use hat_loader::{Bundle, LlamaConfig, Role};
+use hat_loader::{Bundle, LlamaConfig, Role, SamplingDefaults};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{LinkKind, Waker};
@@ -35,6 +35,7 @@ use crate::metrics::EngineMetrics;
 use crate::model::DeviceForward;
 use crate::page::pages_for;
 use crate::request::CancelOnDrop;
+use crate::sample::SamplerConfig;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::token::Tokenizer;
 use crate::turns::Turns;
@@ -100,6 +101,7 @@ pub struct Engine {
     waker: Waker,
     thread: Option<JoinHandle<()>>,
     model_name: String,
+    sampling: SamplingDefaults,
     queue_max: u32,
     cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
 }
@@ -194,6 +196,7 @@ impl Engine {
             waker,
             thread: Some(thread),
             model_name: bundle.manifest().model_name.clone(),
+            sampling: bundle.sampling(),
             queue_max,
             cloud,
         })
@@ -250,6 +253,21 @@ impl Engine {
     #[must_use]
     pub fn model_name(&self) -> &str {
         &self.model_name
+    }
+
+    /// How the model's makers sample from it, from its `generation_config.json` or GGUF metadata;
+    /// greedy if they don't say. Requests are greedy whatever it is, unless a caller takes it, as
+    /// the HTTP API does where a request is silent.
+    #[must_use]
+    pub fn sampling(&self) -> SamplerConfig {
+        SamplerConfig::of_model(&self.sampling)
+    }
+
+    /// The same for people: `temperature 0.6, top_p 0.95`, or `greedy`.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn describe_sampling(&self) -> String {
+        self.sampling.to_string()
     }
 
     /// Positions of one session, prompt and answer together.

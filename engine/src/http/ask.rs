@@ -45,6 +45,8 @@ pub(super) struct Ask {
     pub(super) stream: bool,
     /// Whether the stream ends with a chunk about usage.
     pub(super) include_usage: bool,
+    /// Values that the model's files gave, as the header `x-hat-sampling` has them.
+    pub(super) sampling: Option<String>,
     /// Names of the fields that were ignored, as the header `x-hat-ignored` has them.
     pub(super) ignored: Option<String>,
 }
@@ -61,11 +63,11 @@ impl Ask {
     }
 }
 
-/// Reads a body.
+/// Reads a body. `model` is the sampler of a request that says nothing about it.
 ///
 /// # Errors
 /// 400, naming the field.
-pub(super) fn ask(shape: Shape, body: &[u8]) -> Result<Ask, ApiError> {
+pub(super) fn ask(shape: Shape, body: &[u8], model: &SamplerConfig) -> Result<Ask, ApiError> {
     let body = json::object(body)?;
     let fields = Fields(&body);
     fields.text("model")?;
@@ -78,7 +80,8 @@ pub(super) fn ask(shape: Shape, body: &[u8]) -> Result<Ask, ApiError> {
             (prompts(fields)?, top)
         }
     };
-    let (max_tokens, sampler, stop) = (max_tokens(fields)?, sampler(fields)?, stop(fields)?);
+    let (max_tokens, sampler, stop) = (max_tokens(fields)?, sampler(fields, model)?, stop(fields)?);
+    let sampling = from_model(fields, &sampler);
     let (ignore_eos, draft) = (fields.flag("ignore_eos")?.unwrap_or(false), draft(fields)?);
     for request in &mut requests {
         request.top_logprobs = top_logprobs.map(|top| u8::try_from(top).expect("in range"));
@@ -108,6 +111,7 @@ pub(super) fn ask(shape: Shape, body: &[u8]) -> Result<Ask, ApiError> {
         choices: u32::try_from(choices).expect("in range"),
         stream,
         include_usage,
+        sampling,
         ignored: verdict::ignored_header(&ignored),
     })
 }
@@ -262,9 +266,8 @@ fn stop(fields: Fields<'_>) -> Result<Vec<String>, ApiError> {
     Ok(stops)
 }
 
-/// Greedy unless a temperature is given; a random seed unless one is given.
-fn sampler(fields: Fields<'_>) -> Result<SamplerConfig, ApiError> {
-    let off = SamplerConfig::default();
+/// The model's own values where the request is silent; a random seed unless one is given.
+fn sampler(fields: Fields<'_>, model: &SamplerConfig) -> Result<SamplerConfig, ApiError> {
     let to_u32 = |value: u64| u32::try_from(value).expect("in range");
     let u32_range = 0..=u64::from(u32::MAX);
     let repetition_penalty = fields.number("repetition_penalty")?;
@@ -280,22 +283,45 @@ fn sampler(fields: Fields<'_>) -> Result<SamplerConfig, ApiError> {
     };
     let last_n = fields.integer_or_off("repeat_last_n", u32_range.clone())?;
     let penalty_last_n = match (fields.value("repeat_last_n"), last_n) {
-        (None, _) => off.penalty_last_n,
+        (None, _) => model.penalty_last_n,
         (Some(_), None) => u32::MAX, // -1: all of it
         (Some(_), Some(last_n)) => to_u32(last_n),
     };
+    let top_k = fields.integer_or_off("top_k", u32_range)?.map_or(0, to_u32);
     Ok(SamplerConfig {
-        temperature: fields.number("temperature")?.unwrap_or(off.temperature),
-        top_k: fields.integer_or_off("top_k", u32_range)?.map_or(off.top_k, to_u32),
-        top_p: fields.number("top_p")?.unwrap_or(off.top_p),
-        min_p: fields.number("min_p")?.unwrap_or(off.min_p),
-        repetition_penalty: repetition_penalty.unwrap_or(off.repetition_penalty),
-        presence_penalty: fields.number("presence_penalty")?.unwrap_or(off.presence_penalty),
-        frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(off.frequency_penalty),
+        temperature: fields.number("temperature")?.unwrap_or(model.temperature),
+        top_k: fields.value("top_k").map_or(model.top_k, |_| top_k),
+        top_p: fields.number("top_p")?.unwrap_or(model.top_p),
+        min_p: fields.number("min_p")?.unwrap_or(model.min_p),
+        repetition_penalty: repetition_penalty.unwrap_or(model.repetition_penalty),
+        presence_penalty: fields.number("presence_penalty")?.unwrap_or(model.presence_penalty),
+        frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(model.frequency_penalty),
         penalty_last_n,
         logit_bias: logit_bias(fields)?,
         seed,
     })
+}
+
+/// The values of `used` that change an answer and that the request left to the model's files.
+fn from_model(fields: Fields<'_>, used: &SamplerConfig) -> Option<String> {
+    let off = SamplerConfig::default();
+    let samples = used.temperature != off.temperature;
+    let values = [
+        ("temperature", samples, used.temperature.to_string()),
+        ("top_k", samples && used.top_k != off.top_k, used.top_k.to_string()),
+        ("top_p", samples && used.top_p != off.top_p, used.top_p.to_string()),
+        ("min_p", samples && used.min_p != off.min_p, used.min_p.to_string()),
+        (
+            "repetition_penalty",
+            used.repetition_penalty != off.repetition_penalty
+                && fields.value("repeat_penalty").is_none(),
+            used.repetition_penalty.to_string(),
+        ),
+    ];
+    let silent = |name: &str| fields.value(name).is_none();
+    let given = values.iter().filter(|(name, matters, _)| *matters && silent(name));
+    let given: Vec<_> = given.map(|(name, _, value)| format!("{name}={value}")).collect();
+    (!given.is_empty()).then(|| given.join(", "))
 }
 
 fn logit_bias(fields: Fields<'_>) -> Result<Vec<(TokenId, f32)>, ApiError> {
@@ -332,7 +358,7 @@ mod tests {
         let fields = extra.as_object_mut().unwrap();
         let messages = json!([{"role": "user", "content": "hi"}]);
         fields.entry("messages").or_insert(messages);
-        ask(Shape::Chat, extra.to_string().as_bytes())
+        ask(Shape::Chat, extra.to_string().as_bytes(), &SamplerConfig::default())
     }
 
     fn refused(extra: Value, param: &str) -> String {
@@ -468,7 +494,8 @@ mod tests {
         let prompts = |prompt: Value| {
             let body = json!({"prompt": prompt, "n": 2}).to_string();
             let prompts = |ask: Ask| ask.requests.into_iter().map(|request| request.prompt);
-            ask(Shape::Text, body.as_bytes()).map(|ask| prompts(ask).collect::<Vec<_>>())
+            ask(Shape::Text, body.as_bytes(), &SamplerConfig::default())
+                .map(|ask| prompts(ask).collect::<Vec<_>>())
         };
         let text = |text: &str| Prompt::Text(text.into());
         let tokens = || Prompt::Tokens(vec![1, 2]);

@@ -5,33 +5,28 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response, StatusCode};
+use axum::http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Sleep};
 
 use super::Shared;
 use super::access::{self, Access};
 use super::error::{ApiError, Refused};
 use super::gate::{self, Passed};
 use super::route::Route;
+use super::stream::{Broken, Guarded, Listener, Stream};
 
 /// Most bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
-/// Bytes that the system may hold for a reader who does not read.
-const SEND_BUFFER_BYTES: usize = 128 << 10;
 /// A pause when the system gives no more connections (no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -44,7 +39,7 @@ const LINGER_TIME: Duration = Duration::from_millis(500);
 
 /// Serves until `stop` turns true, then lets what runs end, at most for the drain time.
 pub(super) async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     shared: Arc<Shared>,
     router: Router,
     mut stop: watch::Receiver<bool>,
@@ -53,7 +48,7 @@ pub(super) async fn serve(
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(stream) => stream,
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -85,15 +80,16 @@ async fn ended_within(time: Duration, connections: &mut JoinSet<()>) -> bool {
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: Stream,
     shared: Arc<Shared>,
     router: Router,
     mut stop: watch::Receiver<bool>,
 ) {
     let _open = Open::new(shared.clone());
-    let _ = stream.set_nodelay(true); // slower without, but right
-    let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
-    let io = TokioIo::new(Guarded::new(stream, shared.limits.write_timeout));
+    stream.set_options();
+    let limits = &shared.limits;
+    let guarded = Guarded::new(stream, limits.head_timeout, limits.write_timeout);
+    let io = TokioIo::new(guarded);
     let served = shared.clone();
     let service = TowerToHyperService::new(router);
     let service = service_fn(move |request| -> Pin<Box<dyn Future<Output = _> + Send>> {
@@ -101,7 +97,7 @@ async fn connection(
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(shared.limits.head_timeout)
+        .header_read_timeout(shared.limits.idle_timeout)
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(2 * HEAD_BYTES_MAX)
         .serve_connection(io, service);
@@ -113,16 +109,25 @@ async fn connection(
         }
     };
     let parts = connection.into_parts();
-    let stream = &parts.io.inner().stream;
-    if let Err(error) = ended {
-        tracing::debug!(%error, "connection ended");
-        if error.is_timeout() && !parts.read_buf.is_empty() {
+    let Guarded { stream, broken, .. } = parts.io.inner();
+    match (broken, ended) {
+        (Some(Broken::LateHead), _) => {
             shared.counters.refuse("head_timeout");
             let message = "the request's head did not arrive in time";
             say(stream, StatusCode::REQUEST_TIMEOUT, "head_timeout", message);
-        } else if error.is_parse() {
-            shared.counters.refuse("malformed_http");
         }
+        (Some(Broken::Head(fault)), _) => {
+            tracing::debug!(fault = fault.message(), "a head was refused");
+            shared.counters.refuse("malformed_http");
+            say(stream, StatusCode::BAD_REQUEST, "malformed_http", fault.message());
+        }
+        (None, Err(error)) => {
+            tracing::debug!(%error, "connection ended");
+            if error.is_parse() {
+                shared.counters.refuse("malformed_http");
+            }
+        }
+        (None, Ok(())) => {}
     }
     linger(stream).await;
 }
@@ -133,8 +138,8 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 
 /// Takes a little of what the other side still sends. Closing with bytes unread would reset the
 /// connection, and the reset could destroy the last response before it is read.
-async fn linger(stream: &TcpStream) {
-    if rustix::net::shutdown(stream, rustix::net::Shutdown::Write).is_err() {
+async fn linger(stream: &Stream) {
+    if stream.shutdown_write().is_err() {
         return;
     }
     let discard = async {
@@ -153,7 +158,7 @@ async fn linger(stream: &TcpStream) {
 }
 
 /// A response outside of HTTP's own machinery: the connection is closed behind it.
-fn say(stream: &TcpStream, status: StatusCode, code: &'static str, message: &str) {
+fn say(stream: &Stream, status: StatusCode, code: &'static str, message: &str) {
     let json = ApiError::new(status, code, message).json();
     let text = format!(
         "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
@@ -173,6 +178,8 @@ async fn respond(
     let route = Route::of(request.uri().path());
     let access = Access::new(request.headers(), route);
     let origin = shared.gate.allowed_origin(request.headers());
+    // Heads are followed to the end of a body of known length, not through chunks.
+    let is_last = request.headers().contains_key(header::TRANSFER_ENCODING);
     let mut response = match shared.gate.check(&request) {
         Ok(Passed::Preflight(response)) => response,
         Ok(Passed::Request) => router.call(request.map(Body::new)).await?,
@@ -185,7 +192,21 @@ async fn respond(
     if let Some(origin) = origin {
         gate::let_read(origin, response.headers_mut());
     }
+    keep_alive(&mut response, is_last, shared.limits.idle_timeout);
     Ok(access.follow(response))
+}
+
+/// Says how long the connection may be idle now, unless this response is its last.
+fn keep_alive(response: &mut Response<Body>, is_last: bool, idle: Duration) {
+    let headers = response.headers_mut();
+    if is_last {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if !headers.contains_key(header::CONNECTION) {
+        let value = format!("timeout={}", idle.as_secs());
+        let value = HeaderValue::from_str(&value).expect("letters and digits");
+        headers.insert("keep-alive", value);
+    }
 }
 
 /// Counts a connection while it is open.
@@ -201,77 +222,5 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.counters.connections.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A stream whose writes fail when the other side takes nothing for too long.
-struct Guarded {
-    stream: TcpStream,
-    timeout: Duration,
-    /// Runs while a write waits.
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl Guarded {
-    fn new(stream: TcpStream, timeout: Duration) -> Self {
-        Self { stream, timeout, stalled: None }
-    }
-
-    fn watch<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        written: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.stalled = None;
-            return written;
-        }
-        let deadline = Instant::now() + self.timeout;
-        let stalled =
-            self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the reader takes nothing")))
-    }
-}
-
-impl AsyncRead for Guarded {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Guarded {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.watch(cx, written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
-        self.watch(cx, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `listen`, `stream`, `heads` | sockets, and a look at raw heads |
 //! | `connection` | accepts, bounds and times connections |
 //! | `gate` | Host, Origin, key: before any route; preflights of browsers |
 //! | `access` | request ids and the line that the log has of each request |
@@ -25,14 +26,18 @@ mod counters;
 mod error;
 mod fields;
 mod gate;
+mod heads;
 mod json;
+mod listen;
 mod openai;
 mod relay;
 mod route;
 mod sse;
+mod stream;
 mod verdict;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -41,6 +46,7 @@ use tokio::sync::{Semaphore, watch};
 
 use self::counters::Counters;
 use self::gate::Gate;
+use self::listen::Bound;
 use self::relay::Relay;
 use self::route::Route;
 use crate::{Engine, Error};
@@ -58,6 +64,8 @@ pub fn routes() -> Vec<(&'static str, &'static str)> {
 pub struct HttpConfig {
     /// Where to listen: loopback only, as there is no TLS. Port 0 lets the system choose.
     pub listen: SocketAddr,
+    /// A Unix socket to listen at instead, made for its owner alone (mode 0600).
+    pub unix: Option<PathBuf>,
     /// The key that each request has to carry, but those to `/`, `/health` and `/ready`; `None`
     /// serves without one.
     pub api_key: Option<String>,
@@ -77,6 +85,7 @@ impl HttpConfig {
     pub fn new(listen: SocketAddr) -> Self {
         Self {
             listen,
+            unix: None,
             api_key: None,
             allow_hosts: Vec::new(),
             allow_origins: Vec::new(),
@@ -96,7 +105,9 @@ impl HttpConfig {
     /// # Errors
     /// [`Error::Field`] that names the field.
     pub fn check(&self) -> Result<(), Error> {
-        crate::config::check_loopback("http", self.listen)?;
+        if self.unix.is_none() {
+            crate::config::check_loopback("http", self.listen)?;
+        }
         let printable = |key: &String| !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
         if self.api_key.as_ref().is_some_and(|key| !printable(key)) {
             let reason = "a key is made of printable ASCII without spaces, and not empty";
@@ -120,8 +131,10 @@ pub struct HttpLimits {
     pub large_bodies_max: usize,
     /// Bytes of events that wait for one reader; beyond it the reader is cut.
     pub queued_bytes_max: usize,
-    /// How long a request's head may take, and how long a connection may be idle.
+    /// How long a request's head may take from its first byte.
     pub head_timeout: Duration,
+    /// How long a connection may be idle.
+    pub idle_timeout: Duration,
     /// How long a request's body may take.
     pub body_timeout: Duration,
     /// How long a reader may take nothing at all.
@@ -143,6 +156,7 @@ impl Default for HttpLimits {
             large_bodies_max: 16,
             queued_bytes_max: 1 << 20,
             head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(5),
@@ -192,7 +206,7 @@ impl Shared {
 
 /// A running server. Dropping it stops it as [`HttpServer::stop`] does.
 pub struct HttpServer {
-    address: SocketAddr,
+    bound: Bound,
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -205,10 +219,7 @@ impl HttpServer {
     /// [`Error::Io`] if the address or a thread can't be had.
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
         config.check()?;
-        let listening = |error| Error::io(format!("listening at http://{}", config.listen), error);
-        let listener = TcpListener::bind(config.listen).map_err(listening)?;
-        listener.set_nonblocking(true).map_err(listening)?;
-        let address = listener.local_addr().map_err(listening)?;
+        let (listener, bound) = listen::bind(&config)?;
         let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)
             .map_err(|error| Error::io("starting the HTTP relay thread", error))?;
         let shared = Arc::new(Shared {
@@ -231,7 +242,7 @@ impl HttpServer {
             .map_err(|error| Error::io("starting the HTTP runtime", error))?;
         let listener = {
             let _inside = runtime.enter();
-            tokio::net::TcpListener::from_std(listener).map_err(listening)?
+            listener.on_runtime().map_err(|error| Error::io(bound.what(), error))?
         };
         let serve = move || {
             let router = route::router(shared.clone());
@@ -242,13 +253,20 @@ impl HttpServer {
             .name("hat-http".to_owned())
             .spawn(serve)
             .map_err(|error| Error::io("starting the HTTP thread", error))?;
-        Ok(Self { address, stop, threads: vec![thread, relay_thread] })
+        Ok(Self { bound, stop, threads: vec![thread, relay_thread] })
     }
 
-    /// Where it listens; the port is the one that the system chose if 0 was configured.
+    /// The address; the port is the one that the system chose if 0 was configured. With a Unix
+    /// socket it is the configured address, at which nobody listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.bound.address
+    }
+
+    /// The place for people: `http://127.0.0.1:8080`, or `unix:` with the socket's path.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.bound.place()
     }
 
     /// Takes no more requests, lets the answers in flight end within [`HttpLimits::drain`], ends

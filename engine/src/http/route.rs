@@ -209,6 +209,10 @@ async fn answer(
     } else {
         whole(&shared, &identity, &ask, &figures, answers).await?
     };
+    if let Some(sampling) = &ask.sampling {
+        let value = HeaderValue::from_str(sampling).expect("names and numbers");
+        response.headers_mut().insert("x-hat-sampling", value);
+    }
     if let Some(ignored) = &ask.ignored {
         tracing::debug!(fields = ignored, "fields that nothing is known about were ignored");
         let value = HeaderValue::from_str(ignored).expect("letters, digits and punctuation");
@@ -246,7 +250,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 
 /// Parses the body and asks the engine, once for each choice of each prompt.
 fn start(shared: &Shared, shape: Shape, body: &[u8]) -> Result<(Ask, Answers), ApiError> {
-    let ask = ask::ask(shape, body)?;
+    let ask = ask::ask(shape, body, &shared.engine.sampling())?;
     let permits = shared.permits(ask.answers())?;
     let mut generations: Vec<Generation> = Vec::with_capacity(ask.answers() as usize);
     for request in &ask.requests {

@@ -336,3 +336,49 @@ fn an_answer_has_the_id_of_its_request() {
     assert!(made.starts_with("req-") && made != ask("x y").header("x-request-id").unwrap());
     assert!(server.get("/nothing").header("x-request-id").is_some());
 }
+
+#[test]
+fn a_silent_request_samples_as_the_models_makers_do() {
+    let plain = Server::start();
+    assert_eq!(plain.chat(&question(8)).header("x-hat-sampling"), None, "its files say nothing");
+    let greedy = plain.chat(&question(8)).text(0);
+
+    let server = Server::with(
+        |_| {},
+        |engine| {
+            let path = engine.bundle.join("bundle.json");
+            let mut manifest: Value =
+                serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            manifest["sampling"] = json!({"temperature": 5.0, "top_p": 0.9375, "top_k": 300});
+            std::fs::write(&path, manifest.to_string()).unwrap();
+        },
+    );
+    let ask = |more| server.chat(&and(question(8), more));
+    let silent = ask(json!({"seed": 1}));
+    let given = json!({"seed": 1, "temperature": 5.0, "top_p": 0.9375, "top_k": 300});
+    assert_eq!(silent.header("x-hat-sampling"), Some("temperature=5, top_k=300, top_p=0.9375"));
+    assert_eq!(silent.text(0), plain.chat(&and(question(8), given.clone())).text(0));
+    assert_ne!(silent.text(0), greedy);
+    let streamed = ask(json!({"seed": 1, "stream": true}));
+    assert_eq!(streamed.header("x-hat-sampling"), silent.header("x-hat-sampling"));
+    assert_eq!(streamed.streamed_text(0), silent.text(0));
+
+    // What a request says counts, and an answer that has nothing of the model doesn't say so.
+    assert_eq!(ask(given).header("x-hat-sampling"), None);
+    let cold = ask(json!({"temperature": 0}));
+    assert_eq!((cold.text(0), cold.header("x-hat-sampling")), (greedy, None));
+    let all = ask(json!({"seed": 1, "top_p": 1, "top_k": -1}));
+    assert_eq!(all.header("x-hat-sampling"), Some("temperature=5"));
+    let open = json!({"seed": 1, "temperature": 5.0});
+    assert_eq!(all.text(0), plain.chat(&and(question(8), open)).text(0));
+    // The library and `generate` stay greedy.
+    assert_eq!(server.engine.sampling().temperature, 5.0);
+    let mut text = String::new();
+    let request = Request::chat("Why is the sky blue?").max_tokens(8);
+    for event in server.engine.generate(request).unwrap() {
+        if let Event::Token { text: more, .. } | Event::Done { text: more, .. } = event.unwrap() {
+            text.push_str(&more);
+        }
+    }
+    assert_eq!(text, plain.chat(&question(8)).text(0));
+}
