@@ -361,6 +361,12 @@ impl Connection {
         self.send.is_drained()
     }
 
+    /// Whether frames of `session` are queued, or sent and not acknowledged.
+    #[must_use]
+    pub fn holds(&self, session: u32) -> bool {
+        self.send.holds(session)
+    }
+
     /// The device's name for the link.
     #[must_use]
     pub fn link_id(&self) -> [u8; 16] {

@@ -187,6 +187,12 @@ pub enum HeaderError {
         /// Found in the header.
         got: u32,
     },
+    /// As [`HeaderError::Checksum`], and the bytes begin as HTTP does.
+    #[error("it {verb} like HTTP")]
+    Http {
+        /// "answered" for a response, "asked" for a request.
+        verb: &'static str,
+    },
     /// The body would be longer than any body may be.
     #[error("body length {len} exceeds {max}")]
     Length {
@@ -223,6 +229,15 @@ pub enum HeaderError {
     },
 }
 
+/// What the first bytes of a peer that speaks HTTP do, if it does.
+fn http_verb(bytes: &[u8; HEADER_BYTES]) -> Option<&'static str> {
+    const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT "];
+    if bytes.starts_with(b"HTTP/") {
+        return Some("answered");
+    }
+    METHODS.iter().any(|method| bytes.starts_with(method)).then_some("asked")
+}
+
 impl Header {
     /// Writes the 32 bytes, checksum included.
     #[must_use]
@@ -251,7 +266,10 @@ impl Header {
         let expected = crc32c::crc32c(&bytes[..28]);
         let got = word(bytes, 28);
         if got != expected {
-            return Err(HeaderError::Checksum { expected, got });
+            return Err(match http_verb(bytes) {
+                Some(verb) => HeaderError::Http { verb },
+                None => HeaderError::Checksum { expected, got },
+            });
         }
         let len = word(bytes, 0);
         if len as usize > BODY_BYTES_MAX {

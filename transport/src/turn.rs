@@ -10,8 +10,9 @@
 mod event;
 mod peer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::mem::Discriminant;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use crate::conn::{
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
+use crate::log::RateLimit;
 use crate::message::{CloseCode, Hello, Message, Role};
 use crate::pool::{Buf, Pool, PoolConfig};
 use peer::{Peer, State};
@@ -136,6 +138,8 @@ pub struct Endpoint {
     completions: Vec<Completion>,
     /// Events that arose outside of a turn, or in it.
     events: Vec<Event>,
+    /// How often each kind of refusal is logged.
+    refusals: HashMap<Discriminant<GoneError>, RateLimit>,
     /// A receive waits for a buffer.
     starved: bool,
     /// When the last turn ended.
@@ -161,6 +165,7 @@ impl Endpoint {
             next_connection: 1,
             completions: Vec::new(),
             events: Vec::new(),
+            refusals: HashMap::new(),
             starved: false,
         }
     }
@@ -318,6 +323,18 @@ impl Endpoint {
         let now = self.clock.now();
         self.pump(now, id);
         self.retire(now, id, Some((code, reason)), GoneError::Closed);
+    }
+
+    /// Whether every CLOSE has gone out, so that nothing is lost if the link is dropped now.
+    #[must_use]
+    pub fn has_said_farewell(&self) -> bool {
+        !self.peers.values().any(Peer::is_saying_farewell)
+    }
+
+    /// Whether frames of `session` are queued, or sent and not acknowledged.
+    #[must_use]
+    pub fn holds(&self, id: ConnectionId, session: u32) -> bool {
+        self.connections.get(&id).is_some_and(|slot| slot.connection.holds(session))
     }
 
     /// What went over a connection.
@@ -540,7 +557,8 @@ impl Slot {
 
 /// Whether what came is no frame at all, so that an answer would not be understood.
 fn is_stranger(error: &ProtocolError) -> bool {
-    matches!(error, ProtocolError::Frame(FrameError::Header(HeaderError::Checksum { .. })))
+    let ProtocolError::Frame(FrameError::Header(error)) = error else { return false };
+    matches!(error, HeaderError::Checksum { .. } | HeaderError::Http { .. })
 }
 
 /// Random bytes for the id of a link or an epoch.

@@ -76,6 +76,7 @@ struct Lane {
 /// A frame that has a sequence number and waits for its acknowledgement.
 #[derive(Debug)]
 struct Sent {
+    session: u32,
     /// `None` while the link has it.
     buf: Option<Buf>,
     /// Header and body.
@@ -112,6 +113,11 @@ pub(super) struct SendState {
 impl SendState {
     pub(super) fn is_drained(&self) -> bool {
         self.queued_frames == 0 && self.sent.is_empty()
+    }
+
+    pub(super) fn holds(&self, session: u32) -> bool {
+        self.lanes.iter().any(|lane| lane.session == session)
+            || self.sent.iter().any(|sent| sent.session == session)
     }
 
     /// Bytes that were acknowledged, and those that are queued or sent and were not.
@@ -400,7 +406,7 @@ impl Connection {
         };
         buf.write_header(&header.encode());
         buf.set_tag(state.generation);
-        let sent = Sent { buf: None, bytes: buf.wire().len(), at: Some(now) };
+        let sent = Sent { session, buf: None, bytes: buf.wire().len(), at: Some(now) };
         state.sent.push_back(sent);
         state.replay = state.sent.len();
         self.traffic.sent_frames += 1;

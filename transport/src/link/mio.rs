@@ -10,7 +10,7 @@ use std::time::Duration;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 
-use super::{Completion, Link, LinkCounters, PeerId, Waker, limit_unsent};
+use super::{Accepting, Completion, Link, LinkCounters, PeerId, Waker, limit_unsent};
 use crate::pool::Buf;
 
 const LISTENER: Token = Token(0);
@@ -30,6 +30,7 @@ pub struct MioLink {
     events: Events,
     listener: Option<TcpListener>,
     listener_ready: bool,
+    accepting: Accepting,
     waker: Waker,
     peers: HashMap<PeerId, Peer>,
     /// Peers with something to try, each once.
@@ -76,6 +77,7 @@ impl MioLink {
             events: Events::with_capacity(EVENTS),
             listener,
             listener_ready: false,
+            accepting: Accepting::default(),
             waker: Waker::new(rouse),
             peers: HashMap::new(),
             active: Vec::new(),
@@ -131,15 +133,18 @@ impl MioLink {
                     let inserted =
                         stream.set_nodelay(true).and_then(|()| self.insert(stream, false));
                     match inserted {
-                        Ok(peer) => done.push(Completion::Accepted { peer, address }),
-                        Err(error) => tracing::warn!(%error, %address, "a peer is lost"),
+                        Ok(peer) => {
+                            self.accepting.note(None);
+                            done.push(Completion::Accepted { peer, address });
+                        }
+                        Err(error) => self.accepting.note(Some(&error)),
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.listener_ready = false,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     // Out of file descriptors, or a peer that left again: the next event retries.
-                    tracing::warn!(%error, "accept failed");
+                    self.accepting.note(Some(&error));
                     self.listener_ready = false;
                 }
             }

@@ -47,6 +47,34 @@ impl fmt::Display for LinkKind {
     }
 }
 
+/// Tells of a listener that takes no peers, and of the first one that it takes again: once each,
+/// however often it is tried between.
+#[derive(Debug, Default)]
+struct Accepting {
+    failures: u64,
+}
+
+impl Accepting {
+    /// A peer wanted in, and this is what came between.
+    fn note(&mut self, error: Option<&io::Error>) {
+        let change = self.change(error.is_some());
+        match (change, error) {
+            (Some(_), Some(error)) => tracing::warn!(%error, "no peer is accepted; trying on"),
+            (Some(failures), None) => tracing::info!(failures, "peers are accepted again"),
+            (None, _) => {}
+        }
+    }
+
+    /// The failures so far if this one changes something: the first, or the end of them.
+    fn change(&mut self, has_failed: bool) -> Option<u64> {
+        if has_failed {
+            self.failures += 1;
+            return (self.failures == 1).then_some(1);
+        }
+        Some(std::mem::take(&mut self.failures)).filter(|failures| *failures > 0)
+    }
+}
+
 /// One socket of a link, from its birth to its [`Completion::Closed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId(pub u64);
@@ -255,4 +283,19 @@ fn open_uring(listen: Option<SocketAddr>) -> io::Result<Opened> {
 #[cfg(not(all(target_os = "linux", feature = "io-uring")))]
 fn open_uring(_listen: Option<SocketAddr>) -> io::Result<Opened> {
     Err(io::Error::from(io::ErrorKind::Unsupported))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Accepting;
+
+    #[test]
+    fn a_listener_without_descriptors_is_told_of_twice() {
+        let mut accepting = Accepting::default();
+        assert_eq!(accepting.change(false), None);
+        let told: Vec<_> = (0..1000).filter_map(|_| accepting.change(true)).collect();
+        assert_eq!(told, [1]);
+        assert_eq!(accepting.change(false), Some(1000));
+        assert_eq!(accepting.change(false), None);
+    }
 }

@@ -20,7 +20,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::event::EventfdFlags;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
 
-use super::{Completion, Link, LinkCounters, PeerId, Waker};
+use super::{Accepting, Completion, Link, LinkCounters, PeerId, Waker};
 use crate::pool::Buf;
 use setup::build;
 
@@ -59,6 +59,7 @@ pub struct UringLink {
     accept_armed: bool,
     /// One submission accepts many peers (Linux 5.19).
     accept_multi: bool,
+    accepting: Accepting,
     wake_event: Arc<OwnedFd>,
     /// Where the kernel puts the count of `wake_event`.
     wake_count: Box<u64>,
@@ -146,6 +147,7 @@ impl UringLink {
             listener: listen.map(TcpListener::bind).transpose()?,
             accept_armed: false,
             accept_multi: true,
+            accepting: Accepting::default(),
             wake_event,
             wake_count: Box::new(0),
             wake_armed: false,
@@ -368,7 +370,10 @@ impl UringLink {
             Ok((self.insert(socket, None)?, address))
         });
         match accepted {
-            Ok((peer, address)) => done.push(Completion::Accepted { peer, address }),
+            Ok((peer, address)) => {
+                self.accepting.note(None);
+                done.push(Completion::Accepted { peer, address });
+            }
             Err(error) if self.accept_multi && error.raw_os_error() == Some(libc::EINVAL) => {
                 self.accept_multi = false;
                 self.arm();
@@ -376,7 +381,7 @@ impl UringLink {
             // Cancelled, since the link is being dropped.
             Err(_) if self.listener.is_none() => {}
             // Out of file descriptors, or a peer that left again: armed again at the next wait.
-            Err(error) => tracing::warn!(%error, "accept failed"),
+            Err(error) => self.accepting.note(Some(&error)),
         }
     }
 

@@ -215,6 +215,13 @@ impl CloseCode {
         }
     }
 
+    /// Whether another try with the same peers would end the same way. All other codes, those of
+    /// later versions among them, are an outage: what was asked may be asked again.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Protocol | Self::Version | Self::Incompatible)
+    }
+
     /// The code with this number.
     #[must_use]
     pub const fn from_wire(number: u16) -> Self {

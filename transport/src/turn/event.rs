@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use crate::conn::{Frame, ProtocolError, Traffic};
+use crate::log::Untrusted;
 use crate::message::{CloseCode, Hello};
 
 /// One connection of an endpoint; never used twice.
@@ -86,13 +87,13 @@ pub enum GoneError {
     #[error("closed here")]
     Closed,
     /// The peer has closed it.
-    #[error("{address} closed the connection ({code:?}): {reason}")]
+    #[error("{address} closed the connection ({code:?}): {}", Untrusted(reason))]
     ClosedByPeer {
         /// The peer.
         address: SocketAddr,
         /// Why, for programs.
         code: CloseCode,
-        /// Why, for people.
+        /// Why, as the peer worded it: show it as [`Untrusted`] text.
         reason: String,
     },
     /// The first bytes were no frame.
@@ -128,6 +129,20 @@ pub enum GoneError {
         /// The limit that was reached.
         limit: usize,
     },
+}
+
+impl GoneError {
+    /// Whether another try would end the same way; see [`CloseCode::is_final`].
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::ClosedByPeer { code, .. } => code.is_final(),
+            Self::NotHat { .. } | Self::Protocol { .. } => true,
+            Self::Closed | Self::GraceOver | Self::HelloLate { .. } | Self::Overload { .. } => {
+                false
+            }
+        }
+    }
 }
 
 /// What went over a connection so far.

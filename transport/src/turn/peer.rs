@@ -42,6 +42,13 @@ impl Peer {
         matches!(self.state, State::Attached)
     }
 
+    pub(super) fn is_saying_farewell(&self) -> bool {
+        match &self.state {
+            State::Leaving { farewell, closed: false, .. } => farewell.is_some() || self.sending,
+            _ => false,
+        }
+    }
+
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Greeting(greeting) => Some(greeting.poll_timeout()),
@@ -290,7 +297,10 @@ impl Endpoint {
         };
         let farewell = code.and_then(|code| Connection::refusal(&self.pool, code, &reason));
         let address = self.peers[&id].address;
-        tracing::warn!(%address, %error, "a peer is turned away");
+        let limit = self.refusals.entry(std::mem::discriminant(&error)).or_default();
+        if let Some(suppressed) = limit.admit(now) {
+            tracing::warn!(%address, %error, suppressed, "a peer is turned away");
+        }
         self.leave(now, id, farewell);
         self.events.push(Event::Refused { address, error });
     }

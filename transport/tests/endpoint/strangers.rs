@@ -8,7 +8,7 @@ use hat_transport::conn::{ProtocolError, Refusal};
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{CloseCode, End, Hello, Message, Role};
-use hat_transport::turn::{Event, GoneError};
+use hat_transport::turn::{EndpointConfig, Event, GoneError};
 
 use super::pair::{Pair, config, kinds, take, take_down, take_frame, take_gone, take_up};
 
@@ -58,7 +58,7 @@ fn another_protocol_is_refused_and_others_are_served() {
         let gone = pair.until(|pair| take_gone(&mut pair.cloud_events));
         assert!(matches!(gone, GoneError::NotHat { .. }), "{gone:?}");
         let text = gone.to_string();
-        assert!(text.starts_with(&format!("{address} is not speaking hat")), "{text}");
+        assert_eq!(text, format!("{address} is not speaking hat: it asked like HTTP"));
         // The socket is closed without an answer.
         stranger.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         pair.turn();
@@ -89,6 +89,41 @@ fn a_device_that_dials_another_protocol_says_so() {
     assert!(text.starts_with(&format!("{address} is not speaking hat")), "{text}");
     drop(pair);
     let _ = answer.join().unwrap();
+}
+
+#[test]
+fn a_device_that_dials_a_web_server_says_so() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let answer = std::thread::spawn(move || {
+        let (mut peer, _) = server.accept().unwrap();
+        peer.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").unwrap();
+        let _ = peer.read_to_end(&mut Vec::new()); // closed or reset
+    });
+    let mut pair = Pair::new(LinkKind::Mio);
+    pair.device.close(pair.dialled, CloseCode::Done, "");
+    let closed = pair.until(|pair| take_gone(&mut pair.device_events));
+    assert_eq!((closed.is_final(), closed), (false, GoneError::Closed));
+    pair.device.dial(address);
+    let gone = pair.until(|pair| take_gone(&mut pair.device_events));
+    let expected = format!("{address} is not speaking hat: it answered like HTTP");
+    assert_eq!((gone.is_final(), gone.to_string()), (true, expected));
+    drop(pair);
+    answer.join().unwrap();
+}
+
+#[test]
+fn a_peers_words_are_shown_without_their_controls() {
+    let mut pair = Pair::new(LinkKind::Memory);
+    let (cloud_id, _) = pair.up();
+    let words = "\u{1b}[2Jbye\r\nERROR forged \u{202e}txet";
+    pair.cloud.close(cloud_id, CloseCode::ShuttingDown, words);
+    let gone = pair.until(|pair| take_gone(&mut pair.device_events));
+    let shown = gone.to_string();
+    assert!(shown.ends_with("\\u{1b}[2Jbye\\u{d}\\u{a}ERROR forged \\u{202e}txet"), "{shown}");
+    assert!(!gone.is_final());
+    // Its CLOSE has gone out: the link could be dropped now.
+    assert!(pair.cloud.has_said_farewell());
 }
 
 #[test]
@@ -162,7 +197,12 @@ fn a_cut_frame_and_a_closed_socket_are_no_end() {
 
 #[test]
 fn a_second_socket_of_one_link_fences_the_first() {
-    let mut pair = Pair::new(LinkKind::Mio);
+    // Nobody is taken for dead within this test: nothing but the fence closes a socket.
+    let patient = |role| {
+        let never = Duration::from_secs(3600);
+        EndpointConfig { ping_after: never, dead_after: never, ..config(role) }
+    };
+    let mut pair = Pair::with(LinkKind::Mio, patient(Role::Cloud), patient(Role::Device));
     let mine = pair.until(|pair| {
         let up = |event: &Event| matches!(event, Event::Up { .. });
         take(&mut pair.cloud_events, up, |event| match event {
