@@ -71,6 +71,7 @@ fn artefacts_are_whole_and_hold_every_kernel() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_emulator_holds_every_kernel() {
     let Some(TestGpu::Emulator(emulator)) = gpu() else { return };
     let names = |kernels: Vec<String>| kernels.into_iter().collect::<BTreeSet<_>>();

@@ -57,6 +57,7 @@ fn mixed(random: &mut Random, pages: u32) -> Vec<Sequence> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn attention_means_what_it_says() {
     let Some(mut gpu) = gpu() else { return };
     let others = [heads(4, 2, 32), heads(3, 1, 96)];
@@ -80,6 +81,7 @@ fn attention_means_what_it_says() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn attention_is_the_same_under_all_schedules_and_cuts() {
     let Some(mut gpu) = gpu() else { return };
     for heads in [heads(4, 2, 64), heads(2, 1, 96)] {
@@ -100,6 +102,7 @@ fn attention_is_the_same_under_all_schedules_and_cuts() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_sees_its_window_alone() {
     let Some(mut gpu) = gpu() else { return };
     for window in [1, 31, 32, 100, 300] {
@@ -120,6 +123,7 @@ fn a_row_sees_its_window_alone() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_does_not_depend_on_its_batch_mates() {
     let Some(mut gpu) = gpu() else { return };
     let (mut random, heads) = (Random(43), heads(6, 2, 64));
@@ -147,6 +151,7 @@ fn a_row_does_not_depend_on_its_batch_mates() {
 
 /// The same path, once as a chain and once as part of a tree whose other nodes stand between.
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_does_not_depend_on_the_shape_of_its_tree() {
     let Some(mut gpu) = gpu() else { return };
     let (mut random, heads) = (Random(44), heads(4, 2, 128));
@@ -195,6 +200,7 @@ fn rotated(x: &[f32], angles: &[f32], dim: usize) -> Vec<f32> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn rope_append_rotates_and_puts_rows_to_their_slots() {
     let Some(mut gpu) = gpu() else { return };
     for heads in [heads(9, 3, 64), heads(4, 4, 128), heads(2, 1, 96)] {
@@ -255,6 +261,7 @@ fn rope_append_rotates_and_puts_rows_to_their_slots() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn compact_moves_rows_in_order() {
     let Some(mut gpu) = gpu() else { return };
     for heads in [heads(3, 3, 64), heads(2, 1, 128)] {
@@ -298,6 +305,7 @@ fn compact_moves_rows_in_order() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 #[should_panic(expected = "a slot of row 0 of 32")]
 fn a_slot_beyond_its_pages_is_refused() {
     let Some(mut gpu) = gpu() else { panic!("a slot of row 0 of 32: no compiler") };

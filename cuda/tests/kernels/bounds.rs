@@ -14,6 +14,7 @@ use crate::stand::{Random, gpu};
 const MMA_FLOPS: u64 = 2 * 16 * 8 * 16;
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn attention_does_the_operations_of_its_formula_and_few_more() {
     let Some(mut gpu) = gpu() else { return };
     let heads = Heads { heads: 4, kv_heads: 4, head_dim: 64, window: None };
@@ -36,6 +37,7 @@ fn attention_does_the_operations_of_its_formula_and_few_more() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn products_do_the_operations_of_their_formula() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(8);

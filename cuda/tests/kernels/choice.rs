@@ -15,6 +15,7 @@ fn expected(row: &[f32], k: usize) -> (Vec<f32>, Vec<u32>) {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn top_k_is_a_sort() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(30);
@@ -38,6 +39,7 @@ fn top_k_is_a_sort() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn top_k_says_which_rows_are_not_finite() {
     let Some(mut gpu) = gpu() else { return };
     let mut x = Random(31).numbers(4 * 3000, 1.0);
@@ -63,6 +65,7 @@ fn walk(parents: &[u32], tokens: &[u32], choices: &[u32]) -> Accepted {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn accept_tree_walks_like_the_device() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(32);

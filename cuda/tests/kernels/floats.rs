@@ -78,6 +78,7 @@ fn whole(kind: Numbers, rows: usize, columns: usize, random: &mut Random) -> Mat
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn rounding_is_to_the_nearest_and_to_infinity() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(70);
@@ -92,6 +93,7 @@ fn rounding_is_to_the_nearest_and_to_infinity() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn products_of_whole_numbers_are_exact() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(71);
@@ -114,6 +116,7 @@ fn products_of_whole_numbers_are_exact() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn products_of_floats_mean_what_they_say() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(72);
@@ -130,6 +133,7 @@ fn products_of_floats_mean_what_they_say() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_of_floats_does_not_depend_on_how_many_there_are() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(73);

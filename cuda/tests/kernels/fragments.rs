@@ -43,6 +43,7 @@ fn shuffled(random: &mut Random, count: usize) -> Vec<u32> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn matrices_are_loaded_as_the_isa_says() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(60);
@@ -71,6 +72,7 @@ fn matrices_are_loaded_as_the_isa_says() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn copies_arrive_where_they_are_sent_and_zeros_where_nothing_is() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(61);
@@ -149,6 +151,7 @@ fn matrix<const N: usize, const M: usize>(mut number: impl FnMut() -> f16) -> [[
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_product_has_its_numbers_where_the_isa_says() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(62);
@@ -170,6 +173,7 @@ fn a_product_has_its_numbers_where_the_isa_says() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn products_of_bf16_have_the_places_of_f16() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(65);
@@ -209,6 +213,7 @@ fn byte_of_b(thread: usize, i: usize) -> (usize, usize) {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_product_of_bytes_has_its_numbers_where_the_isa_says() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(65);
@@ -269,6 +274,7 @@ fn steps_of_any_magnitude(random: &mut Random, count: usize) -> Vec<Step> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_of_a_product_depends_on_no_other_row_and_not_on_its_place() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(63);
@@ -310,6 +316,7 @@ fn a_row_of_a_product_depends_on_no_other_row_and_not_on_its_place() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_column_of_a_product_depends_on_no_other_column_and_not_on_its_place() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(64);

@@ -125,6 +125,7 @@ fn assert_bits(what: &str, got: &[u32], expected: &[u32]) {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn quantise_gives_the_bits_of_the_arithmetic() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(19);
@@ -148,6 +149,7 @@ fn quantise_gives_the_bits_of_the_arithmetic() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn gemv_and_linear_give_the_bits_of_the_arithmetic() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(20);
@@ -169,6 +171,7 @@ fn gemv_and_linear_give_the_bits_of_the_arithmetic() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_largest_sums_are_exact() {
     let Some(mut gpu) = gpu() else { return };
     for kind in KINDS {
@@ -196,6 +199,7 @@ fn the_largest_sums_are_exact() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn gemv_and_linear_add_their_bias_and_their_result() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(21);
@@ -212,6 +216,7 @@ fn gemv_and_linear_add_their_bias_and_their_result() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_does_not_depend_on_how_many_there_are() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(22);
@@ -228,6 +233,7 @@ fn a_row_does_not_depend_on_how_many_there_are() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn loads_of_staged_weights_and_rows_meet_in_no_bank() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(23);

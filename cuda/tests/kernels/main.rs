@@ -1,8 +1,8 @@
 //! Every kernel against its meaning, written beside it in plain Rust with sums in f64.
 //!
 //! The kernels run as host C++ on the CPU, under several orders of threads, whose results have to
-//! be the same to the bit. Where there is no C++ compiler each test says so on standard error and
-//! ends; with `HAT_REQUIRE_EMULATOR` set, as in `.ci/run`, it fails instead.
+//! be the same to the bit. Where there is no C++ compiler they fail, unless `HAT_NO_EMULATOR`
+//! was set when they were built: then they count as ignored.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -267,6 +267,7 @@ fn tree_of(context: u32, parents: &[u32]) -> Vec<Row> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
     let Some(mut gpu) = gpu() else { return };
     let gpu = &mut gpu;

@@ -40,6 +40,7 @@ fn run(gpu: &mut TestGpu, x: &[f32], add: Option<&[f32]>, weight: &[f32]) -> (Ve
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn rms_norm_means_what_it_says() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(1);
@@ -57,6 +58,7 @@ fn rms_norm_means_what_it_says() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_residual_is_added_first_and_kept() {
     let Some(mut gpu) = gpu() else { return };
     let (mut random, columns) = (Random(2), 576);
@@ -70,6 +72,7 @@ fn the_residual_is_added_first_and_kept() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_row_does_not_depend_on_its_neighbours() {
     let Some(mut gpu) = gpu() else { return };
     let (mut random, columns) = (Random(3), 576);

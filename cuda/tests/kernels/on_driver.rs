@@ -48,6 +48,7 @@ fn under(kind: &str, name: &str) {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn every_test_passes_through_the_driver() {
     let Some(folder) = fake_driver(&[]) else { return };
     // Of a GPU that gets PTX a few will do: only what is loaded is different.
@@ -69,6 +70,7 @@ fn every_test_passes_on_the_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_machine_without_a_driver_is_told_so() {
     let output = tests(
         &["on_driver::made_up::no_driver", "--exact", "--include-ignored"],
@@ -81,11 +83,13 @@ fn a_machine_without_a_driver_is_told_so() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_stub_is_told_from_a_driver() {
     under("stub", "stub");
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_driver_that_lacks_a_function_is_a_stub() {
     let Some(folder) = fake_driver(&["-DcuMemFree_v2=cuSomethingElse"]) else { return };
     let environment = [("LD_LIBRARY_PATH", folder.to_str().unwrap())];
@@ -94,12 +98,14 @@ fn a_driver_that_lacks_a_function_is_a_stub() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn an_old_driver_is_told_what_it_lacks() {
     under("old-driver", "old_driver");
     under("other-gpu-old-driver", "old_driver");
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn gpus_that_are_not_there_or_too_old_are_named() {
     under("no-gpu", "no_gpu");
     under("", "no_such_gpu");
@@ -107,16 +113,19 @@ fn gpus_that_are_not_there_or_too_old_are_named() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_lack_of_memory_leaves_the_gpu_usable() {
     under("no-memory", "no_memory");
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_fault_loses_the_gpu_for_good() {
     under("fault", "fault");
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn launches_that_come_again_become_a_graph() {
     under("", "graphs");
     under("no-graphs", "no_graphs");

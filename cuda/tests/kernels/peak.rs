@@ -6,6 +6,7 @@ use hat_cuda::peak::{Numbers, copy, multiply};
 use crate::stand::{Random, gpu, memory, numbers, room};
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_copy_is_a_copy() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(80);
@@ -17,6 +18,7 @@ fn a_copy_is_a_copy() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn products_are_as_many_as_they_say() {
     let Some(mut gpu) = gpu() else { return };
     // Ones of f16, and of bytes; the sums of whole numbers cancel where all are the same.

@@ -16,6 +16,7 @@ use crate::stand::{
 };
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn embed_gives_the_tables_numbers() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(10);
@@ -43,6 +44,7 @@ fn embed_gives_the_tables_numbers() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 #[should_panic(expected = "token 35 of 35")]
 fn a_token_beyond_the_table_is_refused() {
     let Some(mut gpu) = gpu() else { panic!("token 35 of 35: no compiler") };
@@ -53,6 +55,7 @@ fn a_token_beyond_the_table_is_refused() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn silu_mul_means_what_it_says() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(11);
@@ -92,6 +95,7 @@ fn exp(x: f32) -> f32 {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn rope_angles_are_cosines_and_sines() {
     let Some(mut gpu) = gpu() else { return };
     // The last is next to a whole number of half turns: its sine is 4e-8.
@@ -126,6 +130,7 @@ fn through_q8(gpu: &mut TestGpu, x: &[f32]) -> (Vec<i8>, Vec<f32>, Vec<f32>, Vec
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn int8_blocks_are_those_of_the_arithmetic() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(12);
@@ -153,6 +158,7 @@ fn int8_blocks_are_those_of_the_arithmetic() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn f16_rows_are_cut_and_reported() {
     let Some(mut gpu) = gpu() else { return };
     let (mut random, columns) = (Random(13), 578);

@@ -52,6 +52,7 @@ impl Sessions {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn linked_stages_have_the_bits_of_one() {
     let Some(_) = backend() else { return };
     let bundles = Bundles::with_kernels();
@@ -86,6 +87,7 @@ fn linked_stages_have_the_bits_of_one() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn steps_between_two_stages_keep_their_rows() {
     let Some(_) = backend() else { return };
     let bundles = Bundles::with_kernels();
@@ -119,6 +121,7 @@ fn steps_between_two_stages_keep_their_rows() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn what_is_borrowed_goes_back_when_the_copy_is_over() {
     let Some(mut first) = backend() else { return };
     let mut second = backend().unwrap();

@@ -9,6 +9,7 @@ use super::{Bundles, Driver, driver, object};
 
 /// Answers of the split engine, and of the whole model, whose text drafts must not change.
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_drafter_on_the_gpu_changes_nothing() {
     let Some(folder) = driver() else { return };
     let driver = Driver::new(&folder, "");
@@ -49,6 +50,7 @@ fn a_drafter_on_the_gpu_changes_nothing() {
 
 /// It computes where the device's layers do, and goes on with the CPU with them.
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_drafter_follows_its_device() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -77,6 +79,7 @@ fn a_drafter_follows_its_device() {
 
 /// A GPU with room for the device's layers alone: the drafter takes the CPU, with a line.
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_drafter_without_room_on_the_gpu_takes_the_cpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();

@@ -13,6 +13,7 @@ fn tensor_bytes(half: &Path) -> u64 {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn weights_take_no_memory_of_an_integrated_gpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -57,6 +58,7 @@ fn weights_take_no_memory_of_an_integrated_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn stages_of_an_integrated_gpu_register_their_bundle_once() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -77,6 +79,7 @@ fn stages_of_an_integrated_gpu_register_their_bundle_once() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn doctor_says_where_weights_are() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();

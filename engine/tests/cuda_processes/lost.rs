@@ -114,6 +114,7 @@ const PROMPT: &str = "A tiny model says this and that and this.";
 const ELSE_CPU: [&str; 2] = ["--processor", "cuda-else-cpu"];
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_device_daemon_that_lost_its_gpu_ends() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -126,6 +127,7 @@ fn a_device_daemon_that_lost_its_gpu_ends() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_device_daemon_goes_on_with_the_cpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -154,6 +156,7 @@ fn a_device_daemon_goes_on_with_the_cpu() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_device_that_the_cpu_cannot_take_over_says_both_reasons() {
     let Some(folder) = driver() else { return };
     let lost = Driver { after: 25, ..Driver::new(&folder, "fault") };
@@ -175,6 +178,7 @@ fn a_device_that_the_cpu_cannot_take_over_says_both_reasons() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_device_whose_memory_ran_short_once_stays_on_its_gpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -204,6 +208,7 @@ fn a_device_whose_memory_ran_short_once_stays_on_its_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_generate_that_lost_its_gpu_ends_with_one_line() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();

@@ -27,6 +27,7 @@ pub fn asked_for(
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn rows_go_from_gpu_to_gpu_and_say_what_one_gpu_says() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -55,6 +56,7 @@ fn rows_go_from_gpu_to_gpu_and_say_what_one_gpu_says() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn stages_that_share_a_gpu_hand_over_within_it() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -69,6 +71,7 @@ fn stages_that_share_a_gpu_hand_over_within_it() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn one_lost_gpu_of_two_ends_the_cloud_or_hands_over_to_the_cpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -100,6 +103,7 @@ fn one_lost_gpu_of_two_ends_the_cloud_or_hands_over_to_the_cpu() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_lack_of_memory_on_one_gpu_of_two_costs_time_not_text() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
@@ -125,6 +129,7 @@ fn a_lack_of_memory_on_one_gpu_of_two_costs_time_not_text() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_gpu_too_many_is_named() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();

@@ -31,6 +31,7 @@ fn registered_under(kind: &str, name: &str) -> Option<[u64; 2]> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn weights_are_read_where_the_host_has_them() {
     for kind in ["integrated", "integrated-other-pointer", "integrated-writable"] {
         let Some(times) = registered_under(kind, "reading_in_place") else { return };
@@ -39,6 +40,7 @@ fn weights_are_read_where_the_host_has_them() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn weights_are_copied_where_the_driver_wants_it() {
     for (kind, reason) in [
         ("", "weights copied"),
@@ -167,6 +169,7 @@ fn writing_in_place() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn weights_in_place_are_not_written_to() {
     let times = registered_under("integrated", "writing_in_place");
     assert!(times.is_none_or(|times| times == [1, 1]));

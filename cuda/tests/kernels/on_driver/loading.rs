@@ -29,6 +29,7 @@ fn loaded_under(kind: &str, name: &str) -> Option<[u64; 4]> {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn code_is_loaded_in_the_form_that_is_asked_for() {
     // 16 kernel files; 8 kernels of attention, 8 of few rows and 6 of many have much shared memory.
     let Some(machine_code) = loaded_under("", "as_usual") else { return };
@@ -39,11 +40,13 @@ fn code_is_loaded_in_the_form_that_is_asked_for() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_driver_s_compiler_is_quoted() {
     under_this("bad-ptx", "refused");
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn marks_stand_behind_the_work_before_them() {
     under_this("", "marks");
 }

@@ -17,6 +17,7 @@ fn under_two(kind: &str, name: &str) {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn one_gpu_fetches_from_another() {
     under_two("", "fetching");
     under_two("no-peer", "fetching_staged");
@@ -24,6 +25,7 @@ fn one_gpu_fetches_from_another() {
 }
 
 #[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn memory_of_another_gpu_needs_access() {
     under_two("no-peer", "foreign_memory");
     under_two("", "foreign_memory_with_access");
