@@ -1,5 +1,5 @@
-//! `HAT_NO_EMULATOR`, set by who has no C++ compiler, leaves out the tests that need the emulator of
-//! CUDA's kernels: they count as ignored.
+//! `HAT_NO_EMULATOR`, for machines without a C++ compiler, leaves out the tests that need the
+//! emulator of CUDA's kernels: they count as ignored.
 
 fn main() {
     println!("cargo::rerun-if-env-changed=HAT_NO_EMULATOR");

@@ -20,8 +20,8 @@ enum LogFormat {
 #[derive(Args, Clone)]
 pub(crate) struct LogArgs {
     /// Least level that is logged to stderr: off, error, warn, info, debug or trace; or a filter as
-    /// RUST_LOG takes it (info,hat_transport=debug). Without it and HAT_LOG, RUST_LOG counts; without
-    /// that too, the level is info for cloud and device, and warn for all else.
+    /// RUST_LOG takes it (info,hat_transport=debug). Without it and HAT_LOG, RUST_LOG counts;
+    /// without that too, the level is info for cloud and device, and warn for all else.
     #[arg(long, global = true, env = "HAT_LOG", value_name = "LEVEL", value_parser = check_filter)]
     log: Option<String>,
     /// Form of a log line.

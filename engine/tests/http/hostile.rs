@@ -258,7 +258,8 @@ fn what_is_no_http_is_closed() {
         (format!("Content-Length: {length}\nX: y"), &body, "LF"),
     ] {
         let bytes = format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}{lines}\r\n\r\n{body}{behind}"
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}{lines}\r\n\r\n\
+             {body}{behind}"
         );
         let message = server.raw(bytes.as_bytes()).refused(400, "malformed_http", None);
         assert!(message.contains(word), "{message}");

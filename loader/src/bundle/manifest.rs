@@ -13,8 +13,8 @@ use crate::tensor::{DType, Layout};
 
 /// The format of the directory that this crate writes.
 pub const FORMAT_VERSION: u64 = 2;
-/// The oldest format that this crate reads: it knows neither `control_tokens`, which are derived at opening then,
-/// nor `sampling`.
+/// The oldest format that this crate reads: it knows neither `control_tokens`, which are derived at
+/// opening then, nor `sampling`.
 pub const FORMAT_VERSION_OLDEST: u64 = 1;
 /// The manifest's file name.
 pub const MANIFEST: &str = "bundle.json";

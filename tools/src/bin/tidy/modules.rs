@@ -93,6 +93,7 @@ fn root_kind(file: &str, tree: &Tree) -> Option<Kind> {
         (_, "main.rs") if ["/tests", "/benches"].iter().any(|end| parent.ends_with(end)) => {
             Some(Kind::Test)
         }
+        (_, "build.rs") if is_crate(folder) => Some(Kind::Binary),
         // A flat crate, whose manifest names its files: benches.
         (_, _) if is_crate(folder) => is_named(folder, name, tree),
         (_, "main.rs") if is_crate(parent) => is_named(parent, &format!("{last}/main.rs"), tree),
