@@ -60,10 +60,10 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
 
 /// What the link's f16 makes of rows.
 fn over_the_wire(rows: &mut [f32]) {
-    let mut bytes = vec![0; rows.len() * 2];
-    for (row, bytes) in rows.chunks_mut(64).zip(bytes.chunks_mut(128)) {
-        Codec::F16.pack(row, 64, bytes).unwrap();
-        Codec::F16.unpack(bytes, 64, row).unwrap();
+    let mut bytes = vec![0; Codec::F16.row_bytes(64)];
+    for row in rows.chunks_mut(64) {
+        Codec::F16.pack(row, 64, &mut bytes).unwrap();
+        Codec::F16.unpack(&bytes, 64, row).unwrap();
     }
 }
 
