@@ -1,10 +1,10 @@
 //! Rows as small integers: blocks with a scale, and the greatest number of each block apart.
 //!
 //! A row is its exponent, and then blocks of up to `N` numbers. A block's bytes: the scale and the
-//! greatest number, both f16, then a code for each number. A code is a signed integer times the scale; the
-//! lowest code, which rounding never gives, stands where the greatest number was. Residual
-//! streams hold a few channels that are hundreds of times greater than the rest: in one scale
-//! with them, their neighbours would all be rounded to nothing.
+//! greatest number, both f16, then a code for each number. A code is a signed integer times the
+//! scale; the lowest code, which rounding never gives, stands where the greatest number was.
+//! Residual streams hold a few channels that are hundreds of times greater than the rest: in one
+//! scale with them, their neighbours would all be rounded to nothing.
 //!
 //! The functions are written once and compiled for several instruction sets (`avx2`): each lane
 //! does the same IEEE operations, so the bytes are the same everywhere.
