@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
-use hat_engine::options::{ChunkPolicy, ErrorKind, SamplerConfig};
+use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::message::{RowsHead, SessionErrorCode};
@@ -170,7 +170,7 @@ fn chunks_that_return_no_row_say_what_they_took() {
     let cloud = cloud(&bundles);
     let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100)).prefix(false);
     let engine = Engine::open(config).unwrap();
-    let output = 32 + 24 + 4 + 2 * HIDDEN as u64;
+    let output = 32 + 24 + 4 + Codec::F16.row_bytes(HIDDEN) as u64;
     for chunks in [1, 2, 4] {
         let prompt = long_prompt(100 * chunks - 30);
         let metrics = collect(&engine, Request::tokens(prompt).max_tokens(1));
