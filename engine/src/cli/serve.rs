@@ -14,7 +14,7 @@ use hat_engine::{Cloud, Engine, EngineConfig};
 use hat_loader::Bundle;
 
 use super::log::tell;
-use super::{BundleArgs, DeviceRunArgs, RunArgs};
+use super::{BundleArgs, DeviceRunArgs, RunArgs, secret};
 
 /// Pause between two looks of a daemon at its signals and at the state of its role.
 const STOPPED_LOOK: Duration = Duration::from_millis(50);
@@ -125,9 +125,11 @@ impl Ending {
 pub(crate) struct DeviceArgs {
     #[command(flatten)]
     device: DeviceRunArgs,
-    /// Where the HTTP API listens; loopback only until TLS exists.
-    #[arg(long, env = "HAT_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDR")]
-    http: SocketAddr,
+    /// Where the HTTP API listens: an address, loopback only until TLS exists, or unix:/PATH for a
+    /// socket of this user alone.
+    #[arg(long, env = "HAT_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDR|unix:/PATH",
+          value_parser = parse_http)]
+    http: HttpAt,
     /// The file that holds the API key; made on first start.
     #[arg(long, env = "HAT_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -157,19 +159,19 @@ pub(crate) struct DeviceArgs {
 
 impl DeviceArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
-        let mut config = HttpConfig::new(self.http);
-        config.allow_hosts.clone_from(&self.allow_host);
-        config.allow_origins.clone_from(&self.allow_origin);
-        config.limits.drain = seconds("--drain", self.drain)?;
-        config.check()?; // before a key is made or a model loaded
+        let mut config = self.http_config()?; // before a key is made or a model loaded
         let ending = Ending::watch()?;
-        config.api_key = if self.no_api_key { None } else { Some(self.api_key()?) };
+        let key_file = self.key_file()?;
+        config.api_key = key_file.as_deref().map(secret::api_key).transpose()?;
         let engine = Arc::new(Engine::open(self.engine_config(cache)?)?);
         tell(&format!("device: {}; model {}", engine.describe(), engine.model_name()));
         let (sessions, context) = (engine.sessions_max(), engine.context());
         tell(&format!("{sessions} answers at once, {context} tokens each"));
         let server = HttpServer::start(engine.clone(), config)?;
-        tell(&format!("http: listening at http://{}", server.address()));
+        if let Some(path) = &key_file {
+            tell(&format!("http: the API key is in {}", path.display()));
+        }
+        tell(&format!("http: listening at {}", server.place()));
         while !server.has_stopped() {
             if engine.has_stopped() {
                 bail!("the device stopped by itself; the log says why");
@@ -201,44 +203,49 @@ impl DeviceArgs {
         Ok(config)
     }
 
-    /// The key in the key file; a new one, printed once, if there is no file.
-    fn api_key(&self) -> anyhow::Result<String> {
-        let path = match &self.api_key_file {
-            Some(path) => path.clone(),
-            None => state_dir()?.join("api-key"),
+    fn http_config(&self) -> anyhow::Result<HttpConfig> {
+        let mut config = match &self.http {
+            HttpAt::Address(address) => HttpConfig::new(*address),
+            HttpAt::Unix(_) => HttpConfig::new(SocketAddr::from(([127, 0, 0, 1], 0))),
         };
-        match hat_loader::file::read_text(&path, 4096) {
-            Ok(key) if key.trim().is_empty() => bail!("{} is empty", path.display()),
-            Ok(key) => return Ok(key.trim().to_owned()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        if let HttpAt::Unix(path) = &self.http {
+            config.unix = Some(path.clone());
         }
-        let key = new_key()?;
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent)
-                .with_context(|| format!("creating {}", parent.display()))?;
+        config.allow_hosts.clone_from(&self.allow_host);
+        config.allow_origins.clone_from(&self.allow_origin);
+        config.limits.drain = seconds("--drain", self.drain)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The file of the API key; none with `--no-api-key`.
+    fn key_file(&self) -> anyhow::Result<Option<PathBuf>> {
+        match (&self.api_key_file, self.no_api_key) {
+            (_, true) => Ok(None),
+            (Some(path), false) => Ok(Some(path.clone())),
+            (None, false) => Ok(Some(state_dir()?.join("api-key"))),
         }
-        write_secret(&path, &key).with_context(|| format!("writing {}", path.display()))?;
-        tell(&format!("new API key, kept in {}: {key}", path.display()));
-        Ok(key)
     }
 }
 
-fn new_key() -> anyhow::Result<String> {
-    let mut bytes = [0u8; 24];
-    getrandom::fill(&mut bytes).context("the system gave no random bytes")?;
-    Ok(bytes.iter().fold("hat-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
+/// A place for the HTTP API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum HttpAt {
+    Address(SocketAddr),
+    Unix(PathBuf),
 }
 
-/// Writes a file that only its owner can read.
-fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
-    use std::io::Write as _;
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(path)?;
-    writeln!(file, "{text}")
+fn parse_http(text: &str) -> Result<HttpAt, String> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        let path = PathBuf::from(path);
+        return if path.is_absolute() {
+            Ok(HttpAt::Unix(path))
+        } else {
+            Err("after unix: an absolute path is wanted, as unix:/run/user/1000/hat.sock".into())
+        };
+    }
+    let address = text.parse().map(HttpAt::Address);
+    address.map_err(|error| format!("{error}: 127.0.0.1:PORT or unix:/PATH is wanted"))
 }
 
 /// Where secrets of this user's roles are kept.
@@ -249,4 +256,21 @@ pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")));
     let base = base.context("neither XDG_STATE_HOME nor HOME is set; use --api-key-file")?;
     Ok(base.join("hat-engine"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_api_has_an_address_or_a_socket() {
+        let address = "127.0.0.1:8080".parse().unwrap();
+        assert_eq!(parse_http("127.0.0.1:8080"), Ok(HttpAt::Address(address)));
+        assert_eq!(parse_http("unix:/run/x.sock"), Ok(HttpAt::Unix("/run/x.sock".into())));
+        for (text, word) in [("unix:", "absolute"), ("unix:x.sock", "absolute"), ("", "unix:/PATH")]
+        {
+            let error = parse_http(text).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
 }
