@@ -15,7 +15,7 @@ mod verify;
 mod walk;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -49,6 +49,24 @@ pub(crate) struct Job {
     pub(crate) events: Sender<Result<Event, Error>>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) asked: std::time::Instant,
+    /// Held until the request has a session.
+    pub(crate) waits: Option<Waits>,
+}
+
+/// Counts a request while it waits.
+pub(crate) struct Waits(Arc<Shared>);
+
+impl Waits {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What callers and the engine thread both see.
@@ -58,6 +76,8 @@ pub(crate) struct Shared {
     pub(crate) context: u32,
     pub(crate) sessions_max: u32,
     pub(crate) connected: AtomicBool,
+    /// Requests without a session so far, in the queue or on the engine thread.
+    waiting: AtomicU64,
     pub(crate) stop: AtomicBool,
     /// Whether the engine thread takes no more requests, since it ends.
     pub(crate) ended: AtomicBool,
@@ -167,6 +187,7 @@ impl Engine {
             sessions_max: config.limits.sessions_max,
             config: model_config,
             connected: AtomicBool::new(false),
+            waiting: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             metrics: Mutex::new(EngineMetrics::default()),
@@ -214,7 +235,8 @@ impl Engine {
         // Bounded by the answer: one event a token, one a prompt chunk, one at the end.
         let (events, receiver) = unbounded();
         let cancelled = Arc::new(AtomicBool::new(false));
-        let job = Job { prepared, events, cancelled: cancelled.clone(), asked };
+        let waits = Some(Waits::new(&self.shared));
+        let job = Job { prepared, events, cancelled: cancelled.clone(), asked, waits };
         match self.jobs.try_send(job) {
             Ok(()) => {
                 fence(Ordering::SeqCst);
@@ -280,6 +302,13 @@ impl Engine {
     #[must_use]
     pub fn sessions_max(&self) -> u32 {
         self.shared.sessions_max
+    }
+
+    /// Requests that wait for a session now, in the order in which they came.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.shared.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether the cloud is connected now.

@@ -297,7 +297,8 @@ impl Device {
             let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
             let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
             let Some((pages, _)) = admitted else { return };
-            let job = self.waiting.pop_front().expect("looked at above");
+            let mut job = self.waiting.pop_front().expect("looked at above");
+            job.waits = None;
             let shared = &self.start.shared;
             let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
             let draft = job.prepared.request.draft;

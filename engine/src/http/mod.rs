@@ -196,6 +196,9 @@ impl Shared {
         counters::family(&mut out, "hat_cloud_connected", "gauge", "1 if the cloud is connected.");
         let connected = u8::from(self.engine.is_connected());
         counters::sample(&mut out, "hat_cloud_connected", connected);
+        let help = "Requests that wait for one of the answers at once to end.";
+        counters::family(&mut out, "hat_requests_waiting", "gauge", help);
+        counters::sample(&mut out, "hat_requests_waiting", self.engine.waiting());
         let cloud = self.engine.cloud().map(|cloud| ("cloud", cloud.describe()));
         let drafter = self.engine.describe_drafter().map(|drafter| ("drafter", drafter));
         let device = [("device", self.engine.describe())];

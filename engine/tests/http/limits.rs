@@ -222,3 +222,18 @@ fn an_answer_that_outlives_the_drain_ends_with_an_error() {
     let message = last["error"]["message"].as_str().unwrap_or_else(|| panic!("{last}"));
     assert!(message.contains("shutting down"), "{message}");
 }
+
+#[test]
+fn requests_that_wait_are_counted() {
+    let server = Server::with(|_| {}, |engine| engine.limits.sessions_max = 1);
+    let long = and(question(LONG), json!({"stream": true}));
+    let mut first = server.begin("/v1/chat/completions", &long);
+    first.read_exact(&mut [0; 64]).unwrap();
+    assert_eq!(server.engine.waiting(), 0, "it has its session");
+    let more: Vec<_> = (0..3).map(|_| server.begin("/v1/chat/completions", &long)).collect();
+    let waiting = || server.metric("hat_requests_waiting");
+    eventually("three wait", Duration::from_secs(60), || waiting() == 3.0);
+    drop(more);
+    eventually("none does", Duration::from_secs(60), || waiting() == 0.0);
+    drop(first);
+}
