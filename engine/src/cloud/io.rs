@@ -85,13 +85,14 @@ impl Start {
             }
         };
         let (code, reason) = match io.serve() {
-            Ok(()) => (CloseCode::ShuttingDown, "the cloud is shutting down".to_owned()),
+            Ok(()) => (CloseCode::ShuttingDown, "the cloud is shutting down"),
             Err(error) => {
                 tracing::error!(%error, "the cloud stops");
-                (CloseCode::Internal, format!("the cloud has failed: {error}"))
+                // The error may name files of this machine, which are no business of a device.
+                (CloseCode::Internal, "the cloud has failed; its log says why")
             }
         };
-        io.say_goodbye(code, &reason);
+        io.say_goodbye(code, reason);
     }
 
     fn listen(self) -> Result<(Io, SocketAddr), Error> {
@@ -215,9 +216,7 @@ impl Io {
                 return Err(std::io::Error::other(fault.clone()));
             }
             if let Some(reason) = self.guard.changed() {
-                let reason = reason.to_owned();
-                self.send_all_away()?;
-                return Err(std::io::Error::other(reason));
+                return Err(std::io::Error::other(reason.to_owned()));
             }
             self.flush_outboxes();
             if self.guard.is_clear() {
@@ -259,14 +258,6 @@ impl Io {
             }
             _ => {}
         }
-    }
-
-    /// Closes every connection: whoever is there may come back to whatever starts here next.
-    fn send_all_away(&mut self) -> std::io::Result<()> {
-        for connection in self.guests.keys() {
-            self.endpoint.close(*connection, CloseCode::ShuttingDown, "the cloud's files changed");
-        }
-        self.endpoint.turn(Some(std::time::Duration::ZERO), &mut Vec::new())
     }
 
     fn set_up(&mut self, connection: ConnectionId, is_up: bool) {

@@ -7,9 +7,6 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use hat_transport::message::CloseCode;
-use hat_transport::turn::GoneError;
-
 use super::run::Device;
 use crate::{Error, wire};
 
@@ -50,7 +47,7 @@ impl Redial {
         *self = Self::default();
     }
 
-    /// Whether an attempt is due.
+    /// True if an attempt is due.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.at.is_none_or(|at| at <= now)
     }
@@ -58,18 +55,6 @@ impl Redial {
     /// Time of the next attempt; `None` if it is due.
     pub(super) fn at(&self) -> Option<Instant> {
         self.at
-    }
-}
-
-/// Whether a connection that is over is an outage, which requests outlast, as `docs/PROTOCOL.md`
-/// has the close codes: the same cloud, or another at its address, may serve them later.
-pub(super) fn is_outage(error: &GoneError) -> bool {
-    match error {
-        GoneError::ClosedByPeer { code, .. } => {
-            !matches!(code, CloseCode::Protocol | CloseCode::Version | CloseCode::Incompatible)
-        }
-        GoneError::GraceOver | GoneError::HelloLate { .. } | GoneError::Overload { .. } => true,
-        _ => false,
     }
 }
 
@@ -182,24 +167,5 @@ mod tests {
         redial.works();
         redial.put_off(now);
         assert_eq!(redial.at().unwrap() - now, FIRST);
-    }
-
-    #[test]
-    fn closes_are_of_two_kinds() {
-        let closed = |code| GoneError::ClosedByPeer {
-            address: ([127, 0, 0, 1], 1).into(),
-            code,
-            reason: String::new(),
-        };
-        use CloseCode::{
-            Done, Incompatible, Internal, Other, Overload, Protocol, ShuttingDown, Version,
-        };
-        for code in [Done, Overload, ShuttingDown, Internal, Other(77)] {
-            assert!(is_outage(&closed(code)), "{code:?}");
-        }
-        for code in [Protocol, Version, Incompatible] {
-            assert!(!is_outage(&closed(code)), "{code:?}");
-        }
-        assert!(is_outage(&GoneError::GraceOver) && !is_outage(&GoneError::Closed));
     }
 }

@@ -13,7 +13,7 @@ use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionError
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
 
 use super::active::{Active, Chunk, Drafts, Phase, Unsent};
-use super::outage::{Redial, SILENCE_FACTOR, is_outage};
+use super::outage::{Redial, SILENCE_FACTOR};
 use super::plan::Sizing;
 use super::prefix::PageNamer;
 use super::walk::Walk;
@@ -460,6 +460,7 @@ impl Device {
                 self.actives.iter_mut().for_each(|active| active.timed = None);
             }
             LinkEvent::Gone { error, .. } => {
+                let is_final = self.refused.is_some() || error.is_final();
                 let reason = self.refused.take().unwrap_or_else(|| error.to_string());
                 if self.connected || self.reason != reason {
                     tracing::info!(cloud = %self.cloud, %reason, "the cloud is gone; dialling on");
@@ -468,7 +469,7 @@ impl Device {
                 self.set_connected(false);
                 self.connection = None;
                 self.redial.put_off(self.start.shared.clock.now());
-                if is_outage(&error) {
+                if !is_final {
                     self.actives.iter_mut().for_each(|active| active.restart(None));
                     return;
                 }

@@ -243,3 +243,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn close_codes_are_of_two_kinds() {
+    use CloseCode::{
+        Done, Incompatible, Internal, Other, Overload, Protocol, ShuttingDown, Version,
+    };
+    for code in [Done, Overload, ShuttingDown, Internal, Other(77)] {
+        assert!(!code.is_final(), "{code:?}");
+    }
+    for code in [Protocol, Version, Incompatible] {
+        assert!(code.is_final(), "{code:?}");
+    }
+}
