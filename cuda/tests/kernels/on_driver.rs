@@ -4,7 +4,7 @@ mod in_place;
 mod loading;
 mod peers;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use hat_cuda::attend::{Cut, Parts, attend};
@@ -45,6 +45,29 @@ fn under(kind: &str, name: &str) {
     let environment = [("HAT_FAKE_DRIVER", kind), ("LD_LIBRARY_PATH", folder.to_str().unwrap())];
     let name = format!("on_driver::made_up::{name}");
     assert_passed(&tests(&[&name, "--exact", "--include-ignored"], &environment), 1);
+}
+
+/// Runs the ignored test `name` of the module `group` under a driver of this kind. What the driver
+/// has counted: a word for each place of its table.
+#[track_caller]
+fn counts_under(kind: &str, group: &str, name: &str) -> Option<Vec<u64>> {
+    let folder = fake_driver(&[])?;
+    let counts = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("counts-{name}-{kind}"));
+    let _ = std::fs::remove_file(&counts);
+    let environment = [
+        ("HAT_FAKE_DRIVER", kind),
+        ("HAT_FAKE_COUNTS", counts.to_str().unwrap()),
+        ("LD_LIBRARY_PATH", folder.to_str().unwrap()),
+    ];
+    let test = format!("on_driver::{group}::{name}");
+    assert_passed(&tests(&[&test, "--exact", "--include-ignored"], &environment), 1);
+    let bytes = std::fs::read(&counts).unwrap();
+    Some(
+        bytes
+            .chunks_exact(8)
+            .map(|word| u64::from_ne_bytes(*word.first_chunk().unwrap()))
+            .collect(),
+    )
 }
 
 #[test]

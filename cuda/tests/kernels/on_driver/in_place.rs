@@ -1,6 +1,5 @@
 //! Weights that a GPU without memory of its own reads where the host has them.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use hat_cuda::driver::CudaMemory;
@@ -15,19 +14,8 @@ const PAGE: usize = 4096;
 /// unregistered.
 #[track_caller]
 fn registered_under(kind: &str, name: &str) -> Option<[u64; 2]> {
-    let folder = fake_driver(&[])?;
-    let counts = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("counts-{name}-{kind}"));
-    let _ = std::fs::remove_file(&counts);
-    let environment = [
-        ("HAT_FAKE_DRIVER", kind),
-        ("HAT_FAKE_COUNTS", counts.to_str().unwrap()),
-        ("LD_LIBRARY_PATH", folder.to_str().unwrap()),
-    ];
-    let test = format!("on_driver::in_place::{name}");
-    assert_passed(&tests(&[&test, "--exact", "--include-ignored"], &environment), 1);
-    let bytes = std::fs::read(&counts).unwrap();
-    let word = |index: usize| u64::from_ne_bytes(*bytes[8 * index..].first_chunk().unwrap());
-    Some([word(10), word(11)])
+    let counts = counts_under(kind, "in_place", name)?;
+    Some([counts[10], counts[11]])
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! Code on its way to a GPU: its form, the compiler's words, the share of shared memory; and time
 //! by the GPU's own clock.
 
-use std::path::Path;
-
 use hat_cuda::driver::{Options, Wait};
 
 use super::*;
@@ -13,19 +11,8 @@ const PTX: Options = Options { ptx: true, wait: Wait::Driver };
 /// kernels that asked for all shared memory, and contexts whose threads sleep.
 #[track_caller]
 fn loaded_under(kind: &str, name: &str) -> Option<[u64; 4]> {
-    let folder = fake_driver(&[])?;
-    let counts = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("counts-{name}-{kind}"));
-    let _ = std::fs::remove_file(&counts);
-    let environment = [
-        ("HAT_FAKE_DRIVER", kind),
-        ("HAT_FAKE_COUNTS", counts.to_str().unwrap()),
-        ("LD_LIBRARY_PATH", folder.to_str().unwrap()),
-    ];
-    let test = format!("on_driver::loading::{name}");
-    assert_passed(&tests(&[&test, "--exact", "--include-ignored"], &environment), 1);
-    let bytes = std::fs::read(&counts).unwrap();
-    let word = |index: usize| u64::from_ne_bytes(*bytes[8 * index..].first_chunk().unwrap());
-    Some([13, 14, 15, 16].map(word))
+    let counts = counts_under(kind, "loading", name)?;
+    Some([13, 14, 15, 16].map(|place| counts[place]))
 }
 
 #[test]
