@@ -55,7 +55,7 @@ impl Liar {
             hidden_size: 64,
             entry_layer: 1,
             exit_layer: 4,
-            codecs: 15,
+            codecs: 0x71,
             row_budget: 512,
             rows_pending_max: 64,
             page_size: 32,
