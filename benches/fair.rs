@@ -59,7 +59,7 @@ fn list<T: std::str::FromStr>(text: &str) -> Option<Vec<T>> {
     text.split(',').map(|one| one.parse().ok()).collect()
 }
 
-/// What a user sees of one answer.
+/// One answer as a user sees it.
 #[derive(Clone, Copy, Default)]
 struct Seen {
     ttft_ms: f64,
@@ -180,7 +180,7 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// What came of `shorts` short answers beside the prompt, over the rounds.
+/// Figures of `shorts` short answers beside the prompt, over the rounds.
 #[derive(Default)]
 struct Beside {
     token_ratio: Vec<f64>,

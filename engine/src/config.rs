@@ -166,7 +166,7 @@ impl Processor {
 pub struct EngineConfig {
     /// The device half of a bundle.
     pub bundle: PathBuf,
-    /// Whether the bundle's files are verified before the model is named to a cloud.
+    /// True if the bundle's files are verified before the model is named to a cloud.
     pub verify: Verify,
     /// Where the middle submodel runs.
     pub cloud: CloudAddress,
@@ -261,7 +261,7 @@ impl EngineConfig {
         self
     }
 
-    /// Whether files are verified, on both sides if the cloud is in this process.
+    /// True if files are verified, on both sides if the cloud is in this process.
     #[must_use]
     pub fn verify(mut self, verify: Verify) -> Self {
         if let CloudAddress::InProcess(cloud) = &mut self.cloud {
@@ -323,7 +323,7 @@ impl EngineConfig {
 pub struct CloudConfig {
     /// The cloud half of a bundle.
     pub bundle: PathBuf,
-    /// Whether the bundle's files are verified before the model is named to a device.
+    /// True if the bundle's files are verified before the model is named to a device.
     pub verify: Verify,
     /// Where to listen. Until TLS exists, loopback only.
     pub listen: SocketAddr,

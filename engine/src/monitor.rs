@@ -190,7 +190,7 @@ impl Monitor {
         (left as f64 * self.byte_up_s() - self.rtt.value().unwrap_or(0.0)).max(0.0)
     }
 
-    /// Whether the cloud has said how fast frames come in there.
+    /// True if the cloud has said how fast frames come in there.
     #[must_use]
     pub fn knows_uplink(&self) -> bool {
         self.is_uplink_seen

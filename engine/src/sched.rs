@@ -114,7 +114,7 @@ impl Bound {
     }
 }
 
-/// What is left of the step at hand.
+/// The rest of the step at hand.
 struct Room {
     bound: Bound,
     rows: u32,
@@ -128,7 +128,7 @@ impl Room {
         Self { bound, rows, time: bound.step.saturating_sub(bound.fixed), no_prompt: true }
     }
 
-    /// So many rows of `work` fit; 0 if it has to wait.
+    /// Rows of `work` that fit; 0 if it has to wait.
     fn fits(&self, work: &Work) -> u32 {
         if work.urgent || self.bound == Bound::NONE {
             return if work.rows <= self.rows { work.rows } else { 0 };

@@ -14,16 +14,16 @@ const STATUS: libc::c_int = 70;
 /// Longer than a line of `/proc/self/maps`, and little enough for any thread's stack.
 const BUFFER_BYTES: usize = 8192;
 
-/// Who says it.
+/// The program's name.
 static PROGRAM: OnceLock<&str> = OnceLock::new();
-/// Whether a thread says it already.
+/// True if a thread says it already.
 static IS_SAID: AtomicBool = AtomicBool::new(false);
 
 /// From now on the process ends with status 70 and one line that names the file, when the missing
 /// part of a mapped file is read. `SIGBUS` for any other reason does what it does by default.
 ///
 /// # Errors
-/// What the system says.
+/// The operating system's error.
 pub fn install(program: &'static str) -> io::Result<()> {
     PROGRAM.get_or_init(|| program);
     // SAFETY: all zeroes is a `sigaction` without flags and with an empty mask.

@@ -189,7 +189,7 @@ pub struct Tokenizer {
     guard: Guard,
     /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
     unknown: Option<TokenId>,
-    /// Whether text changes before it is cut, so that it may come to spell a control token.
+    /// True if text changes before it is cut, so that it may come to spell a control token.
     folds: bool,
     template: Option<ChatTemplate>,
     pieces: Arc<Pieces>,
@@ -417,7 +417,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Whether a control token stands for a marker as the template writes it, or for what has no
+    /// True if a control token stands for a marker as the template writes it, or for what has no
     /// token; not where ordinary pieces of `text` came to spell it.
     fn is_meant(&self, control: TokenId, text: &str) -> bool {
         let content = self.guard.text(control);

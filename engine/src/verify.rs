@@ -1,4 +1,4 @@
-//! Whether a bundle's files hold what was split, before anything is said of the model in them.
+//! The check that a bundle's files hold what was split, before the model in them is named.
 
 use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
@@ -11,11 +11,11 @@ use crate::Error;
 /// Hashing that takes longer is said in the log.
 const LONG: Duration = Duration::from_secs(1);
 
-/// Whether and how a role verifies its bundle's files before it names the model to a peer.
+/// The way a role verifies its bundle's files before it names the model to a peer, if it does.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Verify {
-    /// Whether files are hashed and compared with the manifest. Without, a changed file gives wrong
+    /// True if files are hashed and compared with the manifest. Without, a changed file gives wrong
     /// text.
     pub enabled: bool,
     /// The directory in which verdicts are remembered, so that a file is hashed once and not at

@@ -13,7 +13,7 @@ use hat_transport::link::Waker;
 use crate::Error;
 use crate::verify::Verify;
 
-/// What a role starts its guard with.
+/// The beginnings of a role's guard.
 pub(crate) struct Start {
     watch: Option<Watch>,
     every: Duration,
@@ -42,7 +42,7 @@ impl Start {
     }
 }
 
-/// What the role and the thread both see.
+/// State that the role and the thread share.
 #[derive(Default)]
 struct Seen {
     /// Looks that the role has asked for.
@@ -70,7 +70,7 @@ impl Guard {
         }
     }
 
-    /// Whether the weights may be used now.
+    /// True if the weights may be used now.
     pub(crate) fn is_clear(&self) -> bool {
         let Seen { asked, done, hashing, changed } = &*self.seen;
         done.load(Ordering::SeqCst) >= asked.load(Ordering::SeqCst)

@@ -82,7 +82,7 @@ const MARKERS: &[&str] = &[
 /// Longest token that is looked for in a template, in bytes.
 const SPELLED_BYTES_MAX: usize = 128;
 
-/// What the derivation needs beside `tokenizer.json`.
+/// Facts that the derivation needs beside `tokenizer.json`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TextFacts<'a> {
     /// Text of the token that begins a text.

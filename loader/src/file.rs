@@ -33,7 +33,7 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Whether a regular file can be looked for at `path`: something is there, whatever it is.
+/// True if a regular file can be looked for at `path`: something is there, whatever it is.
 pub(crate) fn is_there(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
@@ -126,7 +126,7 @@ impl Stamp {
         Self { device: 0, inode: 0, bytes, modified_ns, changed_ns: modified_ns }
     }
 
-    /// Whether the last change is so long before `now_ns`, by the same clock, that another one
+    /// True if the last change is so long before `now_ns`, by the same clock, that another one
     /// would have had another time: more than a few ticks, or than the two seconds of file
     /// systems that keep whole seconds.
     pub(crate) fn is_settled(&self, now_ns: i128) -> bool {
@@ -148,7 +148,7 @@ impl NewFile {
     /// removes what killed processes left there for the same target.
     ///
     /// # Errors
-    /// What the system says.
+    /// The operating system's error.
     pub fn create(target: &Path, is_private: bool) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true);
@@ -210,7 +210,7 @@ impl NewDirectory {
     /// killed processes left there for the same target.
     ///
     /// # Errors
-    /// What the system says.
+    /// The operating system's error.
     pub fn create(target: &Path) -> io::Result<Self> {
         fs::create_dir_all(parent(target))?;
         let make = |path: &Path| {
@@ -281,7 +281,7 @@ fn claim(
 }
 
 /// Removes the temporaries in `directory` whose names begin with `stem` and whose makers are gone.
-/// What can't be removed is in nobody's way.
+/// A file that can't be removed is in nobody's way.
 fn sweep(directory: &Path, stem: &OsStr, remove: impl Fn(&Path) -> io::Result<()>) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for entry in entries.flatten() {
@@ -308,7 +308,7 @@ fn parent(path: &Path) -> &Path {
 /// Waits until the names in a directory are on the disk.
 ///
 /// # Errors
-/// What the system says.
+/// The operating system's error.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }

@@ -32,7 +32,7 @@ impl FileMap {
     /// Maps an open file. Reads no byte of it.
     ///
     /// # Errors
-    /// What the system says.
+    /// The operating system's error.
     pub(crate) fn of(file: &File) -> io::Result<Arc<Self>> {
         // SAFETY: the map is read-only and we never write to the file; that nobody else does is
         // the contract above, handed to the caller of the public `open` functions.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::config::{ConfigError, flag, number};
 
-/// What the model's files say of sampling. `None` is what they don't say.
+/// Sampling values of the model's files; `None` where they have none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -33,7 +33,7 @@ pub struct SamplingDefaults {
 }
 
 impl SamplingDefaults {
-    /// Whether the model's files say nothing.
+    /// True if the model's files say nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

@@ -38,7 +38,7 @@ pub struct TokenSettings {
     pub chat_template: Option<String>,
 }
 
-/// What was found out about a model's text at the split, for people and for the manifest.
+/// Facts about a model's text, found at the split, for people and for the manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct TextReport {
@@ -163,7 +163,7 @@ impl SourceModel {
         &self.settings
     }
 
-    /// What was found out about its text.
+    /// Facts about its text.
     #[must_use]
     pub fn text_report(&self) -> &TextReport {
         &self.text

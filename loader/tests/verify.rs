@@ -220,7 +220,7 @@ fn a_fresh_file_is_hashed_once_more() {
 #[cfg(unix)]
 type Put = Box<dyn Fn()>;
 
-/// What can stand where a regular file belongs.
+/// Kinds of things that stand where a regular file belongs.
 #[cfg(unix)]
 fn impostors(path: &Path) -> Vec<(&'static str, Put)> {
     let path = path.to_owned();

@@ -361,7 +361,7 @@ impl Connection {
         self.send.is_drained()
     }
 
-    /// Whether frames of `session` are queued, or sent and not acknowledged.
+    /// True if frames of `session` are queued, or sent and not acknowledged.
     #[must_use]
     pub fn holds(&self, session: u32) -> bool {
         self.send.holds(session)

@@ -325,13 +325,13 @@ impl Endpoint {
         self.retire(now, id, Some((code, reason)), GoneError::Closed);
     }
 
-    /// Whether every CLOSE has gone out, so that nothing is lost if the link is dropped now.
+    /// True if every CLOSE has gone out, so that nothing is lost if the link is dropped now.
     #[must_use]
     pub fn has_said_farewell(&self) -> bool {
         !self.peers.values().any(Peer::is_saying_farewell)
     }
 
-    /// Whether frames of `session` are queued, or sent and not acknowledged.
+    /// True if frames of `session` are queued, or sent and not acknowledged.
     #[must_use]
     pub fn holds(&self, id: ConnectionId, session: u32) -> bool {
         self.connections.get(&id).is_some_and(|slot| slot.connection.holds(session))

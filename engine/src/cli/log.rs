@@ -16,7 +16,7 @@ enum LogFormat {
     Json,
 }
 
-/// What is logged, and how.
+/// Level and form of the log.
 #[derive(Args, Clone)]
 pub(crate) struct LogArgs {
     /// Least level that is logged to stderr: off, error, warn, info, debug or trace; or a filter as
@@ -50,7 +50,7 @@ fn check_filter(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Whether log lines, and with them the first lines of a role, are JSON.
+/// True if log lines, and with them the first lines of a role, are JSON.
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 
 impl LogArgs {

@@ -132,7 +132,7 @@ impl Cloud {
         &self.seen.counters
     }
 
-    /// Whether it has stopped by itself.
+    /// True if it has stopped by itself.
     #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {

@@ -27,7 +27,7 @@ const QUIET_TIMES: f64 = 20.0;
 /// A step of this length is long beside the time in which the next one is planned.
 const LONG_S: f64 = 0.02;
 
-/// What steps take, and who decodes.
+/// Costs of steps, and the sessions that decode.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     steps: Fit,
@@ -68,7 +68,7 @@ impl Pace {
         self.decoders.remove(&session);
     }
 
-    /// Whether any session decodes.
+    /// True if any session decodes.
     pub(super) fn is_decoding(&mut self, now: Instant) -> bool {
         let is_recent = |at: &Instant| now.saturating_duration_since(*at) < DECODES_FOR;
         // The map is emptied at once, when the last of them has been silent for long.
@@ -79,7 +79,7 @@ impl Pace {
         !self.decoders.is_empty()
     }
 
-    /// Whether such a step takes long.
+    /// True if such a step takes long.
     pub(super) fn is_long(&self, rows: usize, attended: u64) -> bool {
         let (Some(cost), Some((rows, context))) = (self.steps.cost(), mean(rows, attended)) else {
             return false;

@@ -65,19 +65,19 @@ pub(super) struct Chunk {
     planned: Planned,
 }
 
-/// What of a chunk is planned.
+/// The part of a chunk that is planned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Planned {
     /// Id of the chunk's first row; 0 before that is planned.
     pub(super) first_id: u32,
     pub(super) rows: u32,
-    /// Whether any of these rows go back.
+    /// True if any of these rows go back.
     pub(super) answers: bool,
-    /// Whether these are all.
+    /// True if these are all.
     pub(super) is_all: bool,
 }
 
-/// What the steps of one chunk took, of which its device has not been told.
+/// Time and rows of a chunk's steps that its device has not been told of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Spent {
     /// Id of the chunk's first row.

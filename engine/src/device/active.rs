@@ -277,7 +277,7 @@ impl Active {
         self.lost_n <= RETURNS_MAX
     }
 
-    /// Whether nothing goes on before the cloud has answered.
+    /// True if nothing goes on before the cloud has answered.
     pub(super) fn awaits_cloud(&self) -> bool {
         match self.phase {
             Phase::Closed { .. } => false,

@@ -179,7 +179,7 @@ impl Active {
             .then(|| Ask { rows: self.rows() - self.computed(), passed: self.passed })
     }
 
-    /// Whether somebody waits for a token of what it has to send: its rows are a verify.
+    /// True if somebody waits for a token of what it has to send: its rows are a verify.
     fn is_urgent(&self) -> bool {
         !self.answer.tokens().is_empty() && self.unsent.decided <= 1
     }

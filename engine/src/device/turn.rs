@@ -1,4 +1,4 @@
-//! Whose piece is computed next, how large it is, and when the uplink has enough.
+//! The next piece to compute: of which request, how large, and when the uplink has enough.
 //!
 //! Pure: numbers in, numbers out.
 

@@ -100,7 +100,7 @@ struct Line {
     access: Access,
     status: u16,
     figures: Option<Arc<Figures>>,
-    /// Whether the whole body was taken.
+    /// True if the whole body was taken.
     ended: bool,
 }
 

@@ -52,7 +52,7 @@ pub(super) struct Ask {
 }
 
 impl Ask {
-    /// Whether log-probabilities go with each token.
+    /// True if log-probabilities go with each token.
     pub(super) fn logprobs(&self) -> bool {
         self.requests.iter().any(|request| request.top_logprobs.is_some())
     }

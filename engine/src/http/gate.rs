@@ -18,7 +18,7 @@ pub(super) struct Gate {
     key: Option<blake3::Hash>,
     /// Names of this machine beside the loopback ones, with or without a port.
     hosts: Vec<String>,
-    /// Whether the file of a Unix socket decides who may ask: no web page reaches it, so any name
+    /// True if the file of a Unix socket decides who may ask: no web page reaches it, so any name
     /// will do.
     any_host: bool,
     /// Origins of web pages beside those of this machine.
@@ -103,7 +103,7 @@ impl Gate {
             || self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
     }
 
-    /// Whether a `Host` value names this machine.
+    /// True if a `Host` value names this machine.
     fn is_here(&self, authority: &str) -> bool {
         let name = authority.split_once(':').map_or(authority, |(name, _)| name);
         let listed =
@@ -180,7 +180,7 @@ fn preflight(route: Route, asked: &HeaderMap) -> Response<Body> {
 /// Most headers that one preflight is granted.
 const REQUEST_HEADERS_MAX: usize = 64;
 
-/// Whether a page may send this header: one that clients of this API add by themselves.
+/// True if a page may send this header: one that clients of this API add by themselves.
 fn is_own_header(name: &str) -> bool {
     let lower = name.to_ascii_lowercase();
     let plain = lower.len() <= 64 && lower.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');

@@ -71,7 +71,7 @@ impl Default for Heads {
 }
 
 impl Heads {
-    /// Whether a head has begun and not ended.
+    /// True if a head has begun and not ended.
     pub(super) fn in_head(&self) -> bool {
         self.place == Place::Head && (self.lines > 0 || self.line_bytes > 0)
     }

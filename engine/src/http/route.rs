@@ -68,7 +68,7 @@ impl Route {
         })
     }
 
-    /// Whether it is answered without the key: it says nothing about anybody's requests, and
+    /// True if it is answered without the key: it says nothing about anybody's requests, and
     /// probes carry no key.
     pub(super) const fn is_open(self) -> bool {
         matches!(self, Self::Root | Self::Health | Self::Ready)

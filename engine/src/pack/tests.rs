@@ -177,7 +177,7 @@ fn any_rows() -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(number, 1..700)
 }
 
-/// Whether a codec whose codes have so many bits takes a row without an exponent.
+/// True if a codec whose codes have so many bits takes a row without an exponent.
 fn within_reach(rows: &[f32], bits: i32) -> bool {
     let greatest = rows.iter().copied().map(f32::abs).fold(0.0, f32::max);
     greatest == 0.0 || (2f32.powi(bits - 14)..65520.0).contains(&greatest)

@@ -26,7 +26,7 @@ impl Limited {
         Self { limit, abandoned: Arc::default() }
     }
 
-    /// What `work` makes.
+    /// The result of `work`.
     ///
     /// # Errors
     /// [`TokenError::TemplateHangs`] if it is over the limit, or too many are already;

@@ -176,7 +176,7 @@ impl BundleError {
         move |error| Self::Io { path, error }
     }
 
-    /// What reading a file of at most `bytes_max` bytes says.
+    /// The error of reading a file of at most `bytes_max` bytes.
     pub(super) fn reading(path: &Path, bytes_max: u64) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |error| match error.kind() {

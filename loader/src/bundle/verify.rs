@@ -1,5 +1,5 @@
-//! Whether the files of a bundle hold what its manifest says: hashed when it is opened, remembered
-//! for the next time, and looked at again while it is used.
+//! The check that a bundle's files hold what its manifest says: hashed when it is opened,
+//! remembered for the next time, and looked at again while it is used.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -50,7 +50,7 @@ impl OpenFile {
         &self.file
     }
 
-    /// What the system says now, of the open file and of the path.
+    /// The operating system's answer now, for the open file and for the path.
     fn look(&self) -> Result<[Stamp; 2], BundleError> {
         let open = self.file.metadata().map_err(BundleError::io(&self.path))?;
         let path = fs::metadata(&self.path).map_err(BundleError::io(&self.path))?;
@@ -106,7 +106,7 @@ pub struct Verified {
 #[derive(Clone)]
 pub struct Watch {
     files: Vec<OpenFile>,
-    /// Whether a change since the last hash would show in a file's times.
+    /// True if a change since the last hash would show in a file's times.
     is_settled: bool,
 }
 
@@ -169,7 +169,7 @@ impl Watch {
         Ok(verified)
     }
 
-    /// Whether a file may have changed since it was verified: another inode, size or time, of the
+    /// True if a file may have changed since it was verified: another inode, size or time, of the
     /// open file or at its path. Reads none of them.
     ///
     /// # Errors
@@ -198,7 +198,7 @@ impl Watch {
     }
 }
 
-/// What is remembered: one line for each verdict.
+/// The remembered verdicts, a line each.
 #[derive(Default)]
 struct Verdicts {
     lines: Vec<String>,
@@ -239,7 +239,7 @@ impl Verdicts {
     }
 }
 
-/// Whether nobody but this user can have written the file.
+/// True if nobody but this user can have written the file.
 fn is_private(path: &Path) -> bool {
     #[cfg(unix)]
     {

@@ -68,7 +68,7 @@ impl<'a> Vocabulary<'a> {
         Json::Object(entries.map(|(id, token)| ((*token).to_owned(), id.into())).collect())
     }
 
-    /// Whether no earlier token has the text of this one.
+    /// True if no earlier token has the text of this one.
     pub(super) fn is_first(&self, id: usize) -> bool {
         self.ids.get(self.tokens[id]) == Some(&id)
     }

@@ -122,7 +122,7 @@ fn print_report(report: &Report) {
     print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud);
 }
 
-/// What the text side was read as.
+/// The reading of the text side.
 fn print_text(report: &Report) {
     let text = &report.text;
     if let Some(pattern) = &text.pattern {

@@ -215,7 +215,7 @@ impl CloseCode {
         }
     }
 
-    /// Whether another try with the same peers would end the same way. All other codes, those of
+    /// True if another try with the same peers would end the same way. All other codes, those of
     /// later versions among them, are an outage: what was asked may be asked again.
     #[must_use]
     pub const fn is_final(self) -> bool {

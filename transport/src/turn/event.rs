@@ -132,7 +132,7 @@ pub enum GoneError {
 }
 
 impl GoneError {
-    /// Whether another try would end the same way; see [`CloseCode::is_final`].
+    /// True if another try would end the same way; see [`CloseCode::is_final`].
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {

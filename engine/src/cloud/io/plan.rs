@@ -29,7 +29,7 @@ impl Io {
         self.scheduler.enqueue(work).expect("there is room for a work of each session");
     }
 
-    /// Whether it is time to plan a step: the first stage has none that waits for it. While
+    /// True if it is time to plan a step: the first stage has none that waits for it. While
     /// somebody decodes, or the step in it is long, it must have nothing at all to do, so that
     /// what comes during a step is in the next one.
     fn may_plan(&self, is_decoding: bool) -> bool {
