@@ -5,6 +5,8 @@
 mod client;
 mod hostile;
 mod limits;
+#[path = "../support/proxy.rs"]
+mod proxy;
 
 use hat_engine::{Event, Request};
 use serde_json::{Value, json};
