@@ -15,7 +15,7 @@ use hat_transport::message::{Dropped, Message, RowsHead, SessionErrorCode, Want}
 use hat_transport::turn::Event as LinkEvent;
 use support::hand::{HIDDEN, Hand, chain};
 use support::proxy::Proxy;
-use support::{Bundles, collect, collect_with, long_prompt, steps};
+use support::{Bundles, PATIENCE, collect, collect_with, long_prompt, steps};
 
 fn request() -> Request {
     Request::tokens(long_prompt(75)).max_tokens(48).ignore_eos().hash_logits()
@@ -48,7 +48,7 @@ fn count(counter: &AtomicU64) -> u64 {
 fn wait_until(what: &str, cloud: &Cloud, is_so: impl Fn(&CloudCounters) -> bool) {
     let start = Instant::now();
     while !is_so(cloud.counters()) {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}: {:?}", cloud.counters());
+        assert!(start.elapsed() < PATIENCE, "{what}: {:?}", cloud.counters());
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -222,10 +222,8 @@ fn a_device_that_never_reads_holds_nobody_up() {
         deaf.turn_for(Duration::from_millis(1), |_| {});
     }
     wait_until("its rows are run", &cloud, |counters| count(&counters.rows) >= 2700);
-    let start = Instant::now();
     let split = collect(&device(&bundles, cloud.address()), request());
     assert_same("beside a deaf device", &whole, &split);
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     // It is alive, as far as the cloud can tell, and its sessions end all the same.
     std::thread::scope(|scope| {
         let gone = scope.spawn(|| {
@@ -296,11 +294,11 @@ fn an_idle_session_is_evicted_and_replayed() {
     let cloud = Cloud::start(config).unwrap();
     let link = Proxy::to(cloud.address());
     let (stalled, other) = (device(&bundles, link.address()), device(&bundles, cloud.address()));
-    let mut tokens = 0;
+    link.stop_after(1500);
+    let mut is_first = true;
     let split = collect_with(&stalled, request(), |_| {
-        tokens += 1;
-        if tokens == 9 {
-            link.stop(true);
+        if std::mem::take(&mut is_first) {
+            link.wait_until_stopped();
             assert_same("the other", &whole, &collect(&other, request()));
             link.stop(false);
         }
@@ -326,9 +324,8 @@ fn a_killed_device_is_not_waited_for() {
     }
     assert!(count(&cloud.counters().pages_free) < 6);
     drop(killed);
-    let start = Instant::now();
     assert_same("after", &whole, &collect(&device(&bundles, cloud.address()), request()));
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    // After the minute its sessions would end without being evicted.
     assert!(count(&cloud.counters().evicted) > 0);
 }
 
@@ -405,7 +402,7 @@ fn void_waves_are_dropped_and_nothing_else() {
         let mut outputs: Vec<(u32, Vec<u8>)> = Vec::new();
         let start = Instant::now();
         while !outputs.iter().any(|(id, _)| *id == 8) {
-            assert!(start.elapsed() < Duration::from_secs(10), "no answer");
+            assert!(start.elapsed() < PATIENCE, "no answer");
             hand.turn_for(Duration::from_millis(5), |event| {
                 let LinkEvent::Frame { frame, .. } = event else { return };
                 match Message::decode(frame.kind, &frame.body).unwrap() {

@@ -187,7 +187,7 @@ fn a_cloud_that_claims_pages_is_found_out() {
             Some(Err(error)) => break error,
             event => assert!(event.is_none(), "{event:?}"),
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "nobody minds");
+        assert!(start.elapsed() < support::PATIENCE, "nobody minds");
         cloud.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Frame { connection, frame } = event

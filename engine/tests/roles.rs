@@ -15,7 +15,7 @@ use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Reque
 use hat_loader::TinyModel;
 use hat_transport::message::{RowsHead, SessionErrorCode};
 use support::hand::{HIDDEN, Hand, chain};
-use support::{Bundles, collect, long_prompt};
+use support::{Bundles, PATIENCE, collect, eventually, long_prompt};
 
 fn cloud(bundles: &Bundles) -> Cloud {
     Cloud::start(CloudConfig::new(bundles.path.join("cloud"))).unwrap()
@@ -44,7 +44,7 @@ fn an_absent_cloud_is_named() {
     let engine = Engine::open(device(&bundles, port)).unwrap();
     let start = Instant::now();
     let error = first_error(&engine, Request::chat("Hello"));
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
     assert_eq!(error.kind(), ErrorKind::Peer);
     let text = error.to_string();
     assert!(text.contains(&port.to_string()) && text.contains("hat-engine cloud"), "{text}");
@@ -155,10 +155,8 @@ fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
         let models = (0..stages).map(stage).collect();
         let cloud = Cloud::serve_stages(config, &half, models, pages).unwrap();
         let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
-        let start = Instant::now();
         let error = first_error(&engine, Request::chat("Hello"));
         assert_eq!(error.kind(), ErrorKind::Peer, "stage {broken} of {stages}: {error}");
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
         cloud.join();
     }
 }
@@ -194,11 +192,8 @@ fn a_dropped_generation_frees_its_session() {
     }
     assert!(free(&cloud) < all);
     drop(generation);
-    let start = Instant::now();
-    while cloud.counters().sessions.load(Ordering::Relaxed) > 0 || free(&cloud) < all {
-        assert!(start.elapsed() < Duration::from_secs(1), "the session is still there");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let sessions = || cloud.counters().sessions.load(Ordering::Relaxed);
+    eventually("its session is gone", || sessions() == 0 && free(&cloud) == all);
 }
 
 #[test]
@@ -210,7 +205,7 @@ fn too_many_requests_are_told_to_wait() {
     config.limits.queue_max = 2;
     let engine = Engine::open(config).unwrap();
     let mut kept = Vec::new();
-    let error = (0..100)
+    let error = (0..100_000)
         .find_map(|_| match engine.generate(Request::chat("Hello")) {
             Ok(generation) => {
                 kept.push(generation);
@@ -231,7 +226,7 @@ fn a_stranger_at_the_port_is_sent_away() {
     for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 64], &[0; 64]] {
         let mut stream = TcpStream::connect(cloud.address()).unwrap();
         // Longer than a HELLO may take: one greeting is no whole header.
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(greeting).unwrap();
         let mut said = Vec::new();
         // Closed or reset: a time-out would be an error of another kind.
@@ -289,9 +284,6 @@ fn lies_end_the_liars_session_and_nobody_elses() {
 
     assert_eq!(canary(&bundles, &cloud).logits_blake3, before.logits_blake3);
     // The honest device says END when its answer is there already.
-    let start = Instant::now();
-    while cloud.counters().sessions.load(Ordering::Relaxed) > 0 {
-        assert!(start.elapsed() < Duration::from_secs(10), "a session is still there");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let sessions = || cloud.counters().sessions.load(Ordering::Relaxed);
+    eventually("no session is left", || sessions() == 0);
 }

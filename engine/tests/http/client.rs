@@ -3,11 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use hat_engine::http::{HttpConfig, HttpServer};
 use hat_engine::{Engine, EngineConfig};
 use serde_json::{Value, json};
+
+use crate::support::PATIENCE;
 
 /// A server with its engine and an in-process cloud.
 pub struct Server {
@@ -49,7 +50,7 @@ impl Server {
 
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream
     }
 
@@ -137,16 +138,6 @@ pub fn and(mut base: Value, more: Value) -> Value {
     let more = more.as_object().unwrap().clone();
     base.as_object_mut().unwrap().extend(more);
     base
-}
-
-/// Waits until something is so.
-pub fn eventually(what: &str, limit: Duration, check: impl Fn() -> bool) -> Duration {
-    let begun = Instant::now();
-    while !check() {
-        assert!(begun.elapsed() < limit, "not within {limit:?}: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    begun.elapsed()
 }
 
 impl Reply {

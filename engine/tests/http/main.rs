@@ -5,8 +5,8 @@
 mod client;
 mod hostile;
 mod limits;
-#[path = "../support/proxy.rs"]
-mod proxy;
+#[path = "../support/mod.rs"]
+mod support;
 
 use hat_engine::{Event, Request};
 use serde_json::{Value, json};
@@ -223,7 +223,7 @@ fn models_health_ready_and_metrics_answer() {
     assert_eq!(server.get("/v1/models/default").json(), models["data"][0]);
     server.get("/v1/models/other").refused(404, "model_not_found", None);
     assert_eq!(server.get("/health").json()["status"], "ok");
-    assert!(server.engine.wait_connected(std::time::Duration::from_secs(10)));
+    assert!(server.engine.wait_connected(support::PATIENCE));
     assert_eq!(server.get("/ready").json()["status"], "ready");
 
     server.chat(&question(4));

@@ -63,7 +63,7 @@ impl Hand {
             if let Some(found) = events.drain(..).find_map(|event| wanted(&event)) {
                 return found;
             }
-            assert!(start.elapsed() < Duration::from_secs(5), "no answer");
+            assert!(start.elapsed() < super::PATIENCE, "no answer");
         }
     }
 

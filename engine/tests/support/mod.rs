@@ -7,9 +7,22 @@ pub mod proxy;
 pub mod steps;
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_loader::{BundleOptions, DType, TinyModel, Weights, generated, write_bundles};
+
+/// Longer than anything takes that works, on a machine that is busy with other things.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until something is so.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
 
 /// Both halves of a generated model, below a temporary directory.
 pub struct Bundles {
