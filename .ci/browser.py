@@ -91,7 +91,8 @@ class Pages:
         with tempfile.TemporaryDirectory() as profile:
             browser = subprocess.Popen(
                 [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-                 "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync",
                  "--disable-dev-shm-usage", f"--user-data-dir={profile}",
                  "--host-resolver-rules=MAP *.example 127.0.0.1",
                  "--remote-debugging-port=0", f"http://{host}:{self.port}/"],
