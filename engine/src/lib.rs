@@ -63,6 +63,9 @@ mod metrics;
 mod model;
 #[doc(hidden)]
 pub mod monitor;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
+pub mod out;
 #[doc(hidden)]
 pub mod pack;
 mod page;

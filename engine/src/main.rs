@@ -4,13 +4,17 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use hat_engine::out;
 
 fn main() -> ExitCode {
-    match cli::Cli::parse().run() {
+    let cli: cli::Cli = match out::parse() {
+        Ok(cli) => cli,
+        Err(ended) => return ended,
+    };
+    match out::ended(cli.run()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            cli::log::tell_error(&error);
+        Err(said) => {
+            cli::log::tell_error(&said);
             ExitCode::FAILURE
         }
     }

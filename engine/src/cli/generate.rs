@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use clap::Args;
 use hat_engine::internal::{processor, whole_answer};
 use hat_engine::options::{FinishReason, Limits, Message, Role};
+use hat_engine::out::OutError;
 use hat_engine::{Engine, Event, Metrics, Request};
+use hat_engine::{note, out, outln};
 use serde_json::json;
 
 use super::{DeviceRunArgs, DraftArgs, SamplerArgs, text_or_file};
@@ -18,7 +20,7 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     device: DeviceRunArgs,
     #[command(flatten)]
-    sampler: SamplerArgs,
+    pub(super) sampler: SamplerArgs,
     /// The prompt, or @FILE.
     #[arg(short, long, value_name = "TEXT|@FILE")]
     prompt: String,
@@ -57,7 +59,13 @@ impl GenerateArgs {
             let run = &self.device.run;
             let chosen = processor::choose(run.processor(), run.weights(), run.threads())?;
             let verify = run.verify(cache);
-            whole_answer(
+            let mut printed = Ok(());
+            let print = |event: &Event| {
+                if printed.is_ok() {
+                    printed = print_text(event);
+                }
+            };
+            let whole = whole_answer(
                 chosen,
                 &directory,
                 &verify,
@@ -65,15 +73,17 @@ impl GenerateArgs {
                 wire,
                 context,
                 request,
-                print_text,
-            )?
+                print,
+            )?;
+            printed?;
+            whole
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;
             answer(&engine, request, print_text)?
         };
-        println!();
+        outln!()?;
         if self.json {
-            println!("{}", object(reason, &metrics));
+            outln!("{}", object(reason, &metrics))?;
         }
         Ok(())
     }
@@ -109,21 +119,21 @@ fn object(reason: FinishReason, metrics: &Metrics) -> serde_json::Value {
     })
 }
 
-fn print_text(event: &Event) {
-    if let Event::Token { text, .. } | Event::Done { text, .. } = event {
-        print!("{text}");
-        let _ = std::io::stdout().flush();
+fn print_text(event: &Event) -> Result<(), OutError> {
+    match event {
+        Event::Token { text, .. } | Event::Done { text, .. } => out!("{text}"),
+        _ => Ok(()),
     }
 }
 
 fn answer(
     engine: &Engine,
     request: Request,
-    mut on_event: impl FnMut(&Event),
+    mut on_event: impl FnMut(&Event) -> Result<(), OutError>,
 ) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
     for event in engine.generate(request)? {
         let event = event?;
-        on_event(&event);
+        on_event(&event)?;
         if let Event::Done { finish_reason, metrics, .. } = event {
             return Ok((finish_reason, metrics));
         }
@@ -137,7 +147,7 @@ pub(crate) struct ChatArgs {
     #[command(flatten)]
     device: DeviceRunArgs,
     #[command(flatten)]
-    sampler: SamplerArgs,
+    pub(super) sampler: SamplerArgs,
     #[command(flatten)]
     draft: DraftArgs,
     /// A system message.
@@ -155,7 +165,7 @@ impl ChatArgs {
         if let Some(system) = &self.system {
             messages.push(Message::new(Role::System, text_or_file(system)?));
         }
-        eprintln!("{}: an empty line or ctrl-D ends the chat", engine.model_name());
+        note!("{}: an empty line or ctrl-D ends the chat", engine.model_name());
         for line in prompts() {
             let line = line.context("reading your message")?;
             if line.trim().is_empty() {
@@ -168,12 +178,13 @@ impl ChatArgs {
             request.max_tokens = self.max_tokens;
             match answer(&engine, request, print_text) {
                 Ok((_, metrics)) => messages.push(Message::new(Role::Assistant, metrics.text)),
+                Err(error) if error.is::<OutError>() => return Err(error),
                 Err(error) => {
-                    eprintln!("{error:#}");
+                    note!("{error:#}");
                     messages.pop();
                 }
             }
-            println!();
+            outln!()?;
         }
         Ok(())
     }
@@ -183,7 +194,7 @@ impl ChatArgs {
 fn prompts() -> impl Iterator<Item = std::io::Result<String>> {
     let mut lines = std::io::stdin().lock().lines();
     std::iter::from_fn(move || {
-        eprint!("> ");
+        let _ = std::io::stderr().write_all(b"> ");
         lines.next()
     })
 }
@@ -206,17 +217,17 @@ pub(crate) struct DemoArgs {
 impl DemoArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let engine = Engine::open(self.device.config(cache)?)?;
-        eprintln!("device: {}", engine.describe());
+        note!("device: {}", engine.describe());
         if let Some(cloud) = engine.cloud() {
-            eprintln!("cloud:  {} at {}", cloud.describe(), cloud.address());
+            note!("cloud:  {} at {}", cloud.describe(), cloud.address());
         }
-        println!("> {}", self.prompt);
+        outln!("> {}", self.prompt)?;
         let request =
             Request::chat(&self.prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
         let (_, metrics) = answer(&engine, request, print_text)?;
-        println!();
+        outln!()?;
         let timings = &metrics.timings;
-        eprintln!(
+        note!(
             "{} prompt tokens, {} answered; TTFT {:.0} ms, TBT {:.1} ms (p50), {:.1} ms (p99), \
              {:.1} tokens/s",
             timings.prompt_n,
@@ -226,7 +237,7 @@ impl DemoArgs {
             timings.tbt_ms_p99,
             timings.tokens_per_second,
         );
-        eprintln!(
+        note!(
             "on the wire: {} bytes up, {} bytes down, in {} round trips after the prompt \
              ({:.2} tokens each; {} drafted, {} of them right)",
             timings.bytes_up,

@@ -90,11 +90,11 @@ pub(crate) fn tell(text: &str) {
 }
 
 /// The error that ends the program.
-pub(crate) fn tell_error(error: &anyhow::Error) {
+pub(crate) fn tell_error(error: &str) {
     if IS_JSON.load(Ordering::Relaxed) {
-        tracing::error!("{error:#}");
+        tracing::error!("{error}");
     } else {
-        tell(&format!("hat-engine: {error:#}"));
+        tell(&format!("hat-engine: {error}"));
     }
 }
 

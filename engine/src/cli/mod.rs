@@ -15,6 +15,7 @@ use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
     Verify,
 };
+use hat_engine::outln;
 use hat_engine::{CloudConfig, EngineConfig, pull};
 
 /// A large language model split between this device and a cloud.
@@ -66,7 +67,7 @@ impl Cli {
             Command::Cloud(args) => args.run(&cache),
             Command::Device(args) => args.run(&cache),
             Command::Pull(args) => {
-                println!("{}", args.directory(&cache)?.display());
+                outln!("{}", args.directory(&cache)?.display())?;
                 Ok(())
             }
             Command::Doctor(args) => args.run(&cache),
@@ -299,25 +300,25 @@ pub(crate) struct DraftArgs {
 #[derive(Args, Clone)]
 pub(crate) struct SamplerArgs {
     /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
     temperature: f32,
     /// Keep the N likeliest tokens; 0 keeps all.
     #[arg(long, default_value_t = 0)]
     top_k: u32,
     /// Keep the likeliest tokens up to this probability together.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     top_p: f32,
     /// Keep tokens at least this likely relative to the likeliest.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
     min_p: f32,
     /// Divides the logits of tokens that were seen; 1 changes nothing.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     repetition_penalty: f32,
     /// Taken off once from tokens that were seen.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
     presence_penalty: f32,
     /// Taken off for each time that a token was seen.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
     frequency_penalty: f32,
     /// TOKEN=BIAS, added to the token's logit; may be repeated.
     #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
@@ -360,5 +361,86 @@ pub(crate) fn text_or_file(text: &str) -> anyhow::Result<String> {
         Some(path) => hat_loader::file::read_text(Path::new(path), PROMPT_BYTES_MAX)
             .with_context(|| format!("reading the prompt from {path}")),
         None => Ok(text.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Every sampler field over its whole range, which is what `SamplerConfig::check` takes.
+    fn samplers() -> impl Strategy<Value = SamplerConfig> {
+        let bias = prop::collection::vec((0u32..1000, -100f32..=100.0), 0..4);
+        let choice = (0f32..=100.0, any::<u32>(), 0f32..=1.0, 0f32..=1.0, any::<u64>());
+        let penalties = (0.01f32..=100.0, -2f32..=2.0, -2f32..=2.0);
+        (choice, penalties, bias).prop_map(|(choice, penalties, logit_bias)| {
+            let (temperature, top_k, top_p, min_p, seed) = choice;
+            let (repetition_penalty, presence_penalty, frequency_penalty) = penalties;
+            SamplerConfig {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
+                logit_bias,
+                seed,
+                ..SamplerConfig::default()
+            }
+        })
+    }
+
+    fn flags(sampler: &SamplerConfig, joined: bool) -> Vec<String> {
+        let mut pairs = vec![
+            ("--temperature", sampler.temperature.to_string()),
+            ("--top-k", sampler.top_k.to_string()),
+            ("--top-p", sampler.top_p.to_string()),
+            ("--min-p", sampler.min_p.to_string()),
+            ("--repetition-penalty", sampler.repetition_penalty.to_string()),
+            ("--presence-penalty", sampler.presence_penalty.to_string()),
+            ("--frequency-penalty", sampler.frequency_penalty.to_string()),
+            ("--seed", sampler.seed.to_string()),
+        ];
+        for (token, bias) in &sampler.logit_bias {
+            pairs.push(("--logit-bias", format!("{token}={bias}")));
+        }
+        match joined {
+            true => pairs.into_iter().map(|(flag, value)| format!("{flag}={value}")).collect(),
+            false => pairs.into_iter().flat_map(|(flag, value)| [flag.into(), value]).collect(),
+        }
+    }
+
+    /// The sampler that a command line asks for.
+    fn parsed(command: &[&str], flags: Vec<String>) -> Result<SamplerConfig, clap::Error> {
+        let line = ["hat-engine"].iter().chain(command).map(|&word| word.to_owned()).chain(flags);
+        Ok(match Cli::try_parse_from(line)?.command {
+            Command::Generate(args) => args.sampler.config(),
+            Command::Chat(args) => args.sampler.config(),
+            _ => panic!("neither command has a sampler"),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn every_legal_sampler_passes_the_command_line(sampler in samplers(), joined: bool) {
+            sampler.check(1000).unwrap();
+            for command in [&["generate", "-p", "x"][..], &["chat"]] {
+                let got = parsed(command, flags(&sampler, joined));
+                prop_assert_eq!(got.map_err(|error| error.to_string()), Ok(sampler.clone()));
+            }
+        }
+    }
+
+    #[test]
+    fn the_ends_of_every_range_pass_the_command_line() {
+        for value in ["-2", "-.5", "-1e-3", "-2.0", "2", "0", "-0"] {
+            for flag in ["--presence-penalty", "--frequency-penalty"] {
+                let flags = vec![flag.to_owned(), value.to_owned()];
+                assert!(parsed(&["generate", "-p", "x"], flags).is_ok(), "{flag} {value}");
+            }
+        }
     }
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use hat_engine::out::{self, OutError};
+use hat_engine::{note, outln};
 use hat_transport::emulator::{
     Calibration, CutConfig, DirectionConfig, DirectionReport, Emulator, EmulatorConfig, Quantiles,
     Report, StallConfig,
@@ -222,13 +224,11 @@ fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hat-link: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let args = match out::parse::<Args>() {
+        Ok(args) => args,
+        Err(ended) => return ended,
+    };
+    out::finish("hat-link", run(&args))
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
@@ -248,13 +248,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
         config.calibration = Some(calibration);
         if args.listen.is_none() || args.to.is_none() {
             if args.json {
-                println!("{}", calibration_json(&calibration));
+                outln!("{}", calibration_json(&calibration))?;
             }
             return Ok(());
         }
     }
     let emulator = Emulator::start(config)?;
-    eprintln!("hat-link: {} is relayed to {to}", emulator.address());
+    note!("hat-link: {} is relayed to {to}", emulator.address());
     loop {
         std::thread::sleep(LOOK);
         if ended.load(Ordering::Relaxed) || (args.once && emulator.finished()) {
@@ -263,32 +263,32 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let report = emulator.stop()?;
     if args.json {
-        println!("{}", report_json(&report));
+        outln!("{}", report_json(&report))?;
     } else {
-        print_report(&report);
+        print_report(&report)?;
     }
     Ok(())
 }
 
 fn print_calibration(calibration: &Calibration) {
     let line = |name: &str, q: Quantiles| {
-        eprintln!("  {name:<34} p50 {:9.1} us   p99 {:9.1} us", q.p50_us, q.p99_us);
+        note!("  {name:<34} p50 {:9.1} us   p99 {:9.1} us", q.p50_us, q.p99_us);
     };
-    eprintln!("calibration: round trips of 1 KiB");
+    note!("calibration: round trips of 1 KiB");
     line("direct", calibration.direct);
     line("relayed, no delay", calibration.relayed);
     if let Some(delayed) = calibration.delayed {
         line("relayed, the link's delays", delayed);
     }
     let added = calibration.added.as_nanos() as f64 / 1e3;
-    eprintln!("  off the delays of a round trip     {added:13.1} us");
+    note!("  off the delays of a round trip     {added:13.1} us");
 }
 
-fn print_report(report: &Report) {
+fn print_report(report: &Report) -> Result<(), OutError> {
     for (name, direction) in [("up", &report.up), ("down", &report.down)] {
-        println!("{name:<5} {} bytes in, {} out", direction.bytes_in, direction.bytes_out);
+        outln!("{name:<5} {} bytes in, {} out", direction.bytes_in, direction.bytes_out)?;
         if let Some(rate) = direction.busy_mbit_s {
-            println!("      {rate:.3} Mbit/s while busy");
+            outln!("      {rate:.3} Mbit/s while busy")?;
         }
         let rows = [
             ("planned", direction.planned),
@@ -297,14 +297,17 @@ fn print_report(report: &Report) {
         ];
         for (name, quantiles) in rows {
             let Some(q) = quantiles else { continue };
-            println!("      {name:<8} p50 {:11.1} us   p99 {:11.1} us", q.p50_us, q.p99_us);
+            outln!("      {name:<8} p50 {:11.1} us   p99 {:11.1} us", q.p50_us, q.p99_us)?;
         }
-        println!("      {} stalls", direction.stalls);
+        outln!("      {} stalls", direction.stalls)?;
     }
-    println!(
+    outln!(
         "{} connections, {} of them unreachable; {} cuts",
-        report.connections, report.unreachable, report.cuts
-    );
+        report.connections,
+        report.unreachable,
+        report.cuts
+    )?;
+    Ok(())
 }
 
 fn quantiles_json(quantiles: Option<Quantiles>) -> Value {

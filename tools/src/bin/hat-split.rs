@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
-use hat_engine::pull;
+use hat_engine::out::{self, OutError};
+use hat_engine::{outln, pull};
 use hat_loader::{BundleOptions, Report, RoleReport, Weights};
 
 /// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
@@ -69,13 +70,11 @@ impl From<WeightsArg> for Weights {
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     let _ = hat_engine::shrunk::install("hat-split");
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hat-split: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let args = match out::parse::<Args>() {
+        Ok(args) => args,
+        Err(ended) => return ended,
+    };
+    out::finish("hat-split", run(&args))
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
@@ -96,65 +95,70 @@ fn run(args: &Args) -> anyhow::Result<()> {
         added.context("the bundles are written, but without the drafter")?;
     }
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        outln!("{}", serde_json::to_string(&report)?)?;
     } else if args.report {
-        print_report(&report);
+        print_report(&report)?;
     } else {
-        println!("{} is split into {}", report.model_name, args.out.display());
+        outln!("{} is split into {}", report.model_name, args.out.display())?;
     }
     Ok(())
 }
 
-fn print_report(report: &Report) {
-    println!("model          {}", report.model_name);
-    println!("model id       {}", report.model_id);
-    println!("sampling       {}", report.sampling);
-    println!(
+fn print_report(report: &Report) -> Result<(), OutError> {
+    outln!("model          {}", report.model_name)?;
+    outln!("model id       {}", report.model_id)?;
+    outln!("sampling       {}", report.sampling)?;
+    outln!(
         "split          {} layers: {} first and {} last at the device",
-        report.num_hidden_layers, report.split_layer, report.tail_layers
-    );
-    println!(
+        report.num_hidden_layers,
+        report.split_layer,
+        report.tail_layers
+    )?;
+    outln!(
         "on the wire    {} bytes a row in f16, each way (hidden_size {})",
-        report.row_bytes_f16, report.hidden_size
-    );
-    print_text(report);
-    print_role("device", "embedding, final norm, LM head, tokenizer", &report.device);
-    print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud);
+        report.row_bytes_f16,
+        report.hidden_size
+    )?;
+    print_text(report)?;
+    print_role("device", "embedding, final norm, LM head, tokenizer", &report.device)?;
+    print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud)
 }
 
 /// The reading of the text side.
-fn print_text(report: &Report) {
+fn print_text(report: &Report) -> Result<(), OutError> {
     let text = &report.text;
     if let Some(pattern) = &text.pattern {
-        println!("words          cut as {pattern}");
+        outln!("words          cut as {pattern}")?;
     }
     let (count, retyped) = (text.control_tokens.len(), text.retyped_tokens);
-    println!("control tokens {count}, of which the file typed {retyped} otherwise");
+    outln!("control tokens {count}, of which the file typed {retyped} otherwise")?;
     for (id, token) in &text.control_tokens {
         let end = if text.ends.contains(id) { "  ends an answer" } else { "" };
-        println!("  {id:>10} {token:?}{end}");
+        outln!("  {id:>10} {token:?}{end}")?;
     }
     if text.merges_skipped > 0 {
-        println!("merges         {} skipped: they join no tokens", text.merges_skipped);
+        outln!("merges         {} skipped: they join no tokens", text.merges_skipped)?;
     }
     if text.tokens_doubled > 0 {
-        println!("tokens         {} with the text of an earlier one", text.tokens_doubled);
+        outln!("tokens         {} with the text of an earlier one", text.tokens_doubled)?;
     }
     for (name, why) in &report.kept {
-        println!("kept           {name}: {why}");
+        outln!("kept           {name}: {why}")?;
     }
+    Ok(())
 }
 
-fn print_role(name: &str, holds: &str, role: &RoleReport) {
+fn print_role(name: &str, holds: &str, role: &RoleReport) -> Result<(), OutError> {
     let layers: Vec<String> =
         role.layers.iter().map(|[start, end]| format!("{start}..{end}")).collect();
     let layers = if layers.is_empty() { "none".to_owned() } else { layers.join(" and ") };
-    println!("\n{name}: {} bytes", role.bytes);
-    println!("  holds        layers {layers}; {holds}");
+    outln!("\n{name}: {} bytes", role.bytes)?;
+    outln!("  holds        layers {layers}; {holds}")?;
     let types: Vec<String> =
         role.bytes_by_dtype.iter().map(|(dtype, bytes)| format!("{dtype} {bytes}")).collect();
-    println!("  tensors      {}: {} bytes", role.tensors, types.join(", "));
+    outln!("  tensors      {}: {} bytes", role.tensors, types.join(", "))?;
     for (file, bytes) in &role.files {
-        println!("  {file:<22} {bytes:>12}");
+        outln!("  {file:<22} {bytes:>12}")?;
     }
+    Ok(())
 }

@@ -24,9 +24,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
+use hat_engine::{out, outln, pull};
 
 use compile::Artefacts;
-use hat_engine::pull;
 
 /// Compiles the CUDA kernels and writes what is committed of them.
 #[derive(Parser)]
@@ -46,10 +46,16 @@ struct Arguments {
     abi_text: Option<PathBuf>,
 }
 
-fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match out::parse() {
+        Ok(arguments) => out::finish("hat-kernels", run(arguments)),
+        Err(ended) => ended,
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(header) = &arguments.abi_text {
-        print!("{}", abi::text(header)?);
+        out!("{}", abi::text(header)?)?;
         return Ok(());
     }
     let cuda = match arguments.cuda {
@@ -75,7 +81,7 @@ fn main() -> anyhow::Result<()> {
         write(&cuda, &artefacts, &texts)?;
     }
     let bytes: usize = artefacts.values().map(Vec::len).sum();
-    println!("{} artefacts, {bytes} bytes", artefacts.len());
+    outln!("{} artefacts, {bytes} bytes", artefacts.len())?;
     Ok(())
 }
 
@@ -99,7 +105,7 @@ fn write(cuda: &Path, artefacts: &Artefacts, texts: &[(PathBuf, String)]) -> any
         let path = folder.join(name);
         if fs::read(&path).ok().as_ref() != Some(bytes) {
             fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
-            println!("{name}: {} bytes", bytes.len());
+            outln!("{name}: {} bytes", bytes.len())?;
         }
     }
     for (path, text) in texts {

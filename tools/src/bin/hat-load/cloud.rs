@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use hat_engine::{note, out::OutError, outln};
 use hat_tools::statistics::quantile;
 use serde_json::{Value, json};
 
@@ -48,7 +49,7 @@ impl CloudProcess {
         })?;
         match heard.recv_timeout(PATIENCE).context("the cloud process did not start")? {
             CloudSaid::Listening(address, describe) => {
-                eprintln!("cloud: {describe}; process {}, at {address}", child.id());
+                note!("cloud: {describe}; process {}, at {address}", child.id());
                 Ok(Self { child, heard, address, memory: vec![] })
             }
             CloudSaid::Failed(reason) => bail!("cloud: {reason}"),
@@ -131,18 +132,18 @@ impl CloudFigures {
         self.counters.step_us as f64 / 1e3 / self.counters.steps.max(1) as f64
     }
 
-    pub(crate) fn print(&self) {
+    pub(crate) fn print(&self) -> Result<(), OutError> {
         let Counters { steps, rows, opened, refused, sessions, pages_free, .. } = self.counters;
-        println!(
+        outln!(
             "cloud: {steps} steps of {:.2} rows and {:.2} ms ({rows} rows), {opened} sessions \
              opened, {refused} refused; {sessions} open and {pages_free} pages free at the end",
             self.rows_a_step(),
             self.step_ms(),
-        );
+        )?;
         let parts = parts(&self.memory);
-        let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return };
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return Ok(()) };
         let own: Vec<String> = parts.iter().map(|part| format!("{:.1}", part.own_mb)).collect();
-        println!(
+        outln!(
             "cloud memory, medians around {:.0} s and {:.0} s: resident {:.1} and {:.1} MB; \
              without files {} MB",
             first.at_s,
@@ -150,7 +151,7 @@ impl CloudFigures {
             first.all_mb,
             last.all_mb,
             own.join(", "),
-        );
+        )
     }
 
     pub(crate) fn json(&self) -> Value {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use hat_engine::{out::OutError, outln};
 use hat_tools::plot::{Captions, Curve, curves, histogram};
 use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
@@ -209,8 +210,8 @@ impl Figures {
         [over(&|tally| mean(&tally.gap_ms)), over(&|tally| mean(&tally.ttft_ms))]
     }
 
-    pub(crate) fn print(&self) {
-        println!("{}", Tally::HEAD);
+    pub(crate) fn print(&self) -> Result<(), OutError> {
+        outln!("{}", Tally::HEAD)?;
         let mut order: Vec<usize> = (0..self.each.len()).collect();
         if order.len() > LINES_MAX {
             let slowness = |index: &usize| mean(&self.each[*index].gap_ms);
@@ -218,28 +219,31 @@ impl Figures {
             order.truncate(LINES_MAX / 4);
         }
         for index in order {
-            println!("{}", self.each[index].row(&index.to_string(), self.seconds));
+            outln!("{}", self.each[index].row(&index.to_string(), self.seconds))?;
         }
-        println!("{}", self.all.row("all", self.seconds));
+        outln!("{}", self.all.row("all", self.seconds))?;
         let Tally { cancelled, lost, refused, failed, retries, .. } = self.all;
-        println!(
+        outln!(
             "{:.1} s; {cancelled} given up as planned, {lost} lost with their devices ({} of them \
              replaced); {refused} refused after {retries} retries, {failed} failed; begun at most \
              {:.1} ms late",
-            self.seconds, self.replaced, self.late_ms_max,
-        );
+            self.seconds,
+            self.replaced,
+            self.late_ms_max,
+        )?;
         if let [Some(gap), Some(ttft)] = self.fairness() {
-            println!("max/median over devices: mean gap {gap:.2}, mean TTFT {ttft:.2}");
+            outln!("max/median over devices: mean gap {gap:.2}, mean TTFT {ttft:.2}")?;
         }
         if let Some(cloud) = &self.cloud {
-            cloud.print();
+            cloud.print()?;
         }
         if let Some(Compared { answers, beginnings, tokens, different, .. }) = self.compared {
-            println!(
+            outln!(
                 "beside the whole model: {answers} answers and {beginnings} beginnings, {tokens} \
                  tokens; {different} differ"
-            );
+            )?;
         }
+        Ok(())
     }
 
     pub(crate) fn json(&self) -> Value {

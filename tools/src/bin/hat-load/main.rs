@@ -19,6 +19,7 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
 use hat_engine::pull;
+use hat_engine::{note, out, outln};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tempfile::TempDir;
 use tracing_subscriber::EnvFilter;
@@ -179,19 +180,16 @@ fn codec(text: &str) -> Result<Codec, String> {
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let args = Args::parse();
+    let args = match out::parse::<Args>() {
+        Ok(args) => args,
+        Err(ended) => return ended,
+    };
     let ended = match args.role {
         Some(Role::Cloud) => role::cloud(),
         Some(Role::Device) => role::device(),
         None => run(&args),
     };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hat-load: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    out::finish("hat-load", ended)
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
@@ -215,12 +213,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let compared = whole::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;
         figures.compared = Some(compared);
     }
-    figures.print();
+    figures.print()?;
     if let Some(folder) = &args.plot {
-        println!("{} plots in {}", figures.plot(folder)?, folder.display());
+        outln!("{} plots in {}", figures.plot(folder)?, folder.display())?;
     }
     if args.json {
-        println!("{}", figures.json());
+        outln!("{}", figures.json())?;
     }
     anyhow::ensure!(!interrupted.load(Ordering::Relaxed), "interrupted: the figures are of a part");
     if let Some(first) = figures.compared.and_then(|compared| compared.first_different) {
@@ -230,7 +228,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     match first_failure {
         Some(first) if all.failed > 0 => anyhow::bail!("{} requests failed: {first}", all.failed),
         Some(first) => {
-            eprintln!("hat-load: {} requests were refused: {first}", all.refused);
+            note!("hat-load: {} requests were refused: {first}", all.refused);
             Ok(())
         }
         None => Ok(()),

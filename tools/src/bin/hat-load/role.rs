@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use hat_engine::note;
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, Engine, Error, Event, Request};
 use serde::Serialize;
@@ -60,7 +61,7 @@ pub(crate) fn device() -> anyhow::Result<()> {
     let asks = lines.map_while(|line| {
         let ask = line.ok().and_then(|line| serde_json::from_str::<Ask>(&line).ok());
         if ask.is_none() {
-            eprintln!("hat-load: a device was told what is no request, and ends");
+            note!("hat-load: a device was told what is no request, and ends");
         }
         ask
     });

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Args;
+use hat_engine::outln;
 use hat_engine::sched::{Bound, Scheduler, Work};
 use indicatif::ProgressBar;
 use serde_json::json;
@@ -66,24 +67,24 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let took_s = began.elapsed().as_secs_f64();
     let figures = Figures::of(&policy.name, &world);
-    println!("{} devices, {replicas} clouds, {rate:.0} requests / s\n", args.devices);
-    println!("{}\n|---|---|---|---|---|---|---|---|---|\n{}", Figures::HEAD, figures.row());
-    println!("\n{} requests simulated in {took_s:.1} s of real time", world.finished);
+    outln!("{} devices, {replicas} clouds, {rate:.0} requests / s\n", args.devices)?;
+    outln!("{}\n|---|---|---|---|---|---|---|---|---|\n{}", Figures::HEAD, figures.row())?;
+    outln!("\n{} requests simulated in {took_s:.1} s of real time", world.finished)?;
     let clocks = || world.replicas.iter().map(|replica| &replica.clock);
     let plans: u64 = clocks().map(|clock| clock.plans).sum();
     let spent_us: f64 = clocks().map(|clock| clock.took.as_secs_f64() * 1e6).sum();
     let refused: u64 = clocks().map(|clock| clock.refused).sum();
     let queued = clocks().map(|clock| clock.queued_max).max().unwrap_or(0);
     let plan_us = spent_us / plans.max(1) as f64;
-    println!("{plans} steps; the scheduler took {plan_us:.2} us of each, {queued} works waited");
+    outln!("{plans} steps; the scheduler took {plan_us:.2} us of each, {queued} works waited")?;
     let mut costs = vec![];
     for (sessions, rows) in TIMED {
         let us = scheduler_us(sessions, rows);
         let share = us * 1e-3 / STEP_MS;
-        println!(
+        outln!(
             "{sessions} sessions with {rows} rows each: {us:.1} us a step, {:.2} % of {STEP_MS} ms",
             100.0 * share
-        );
+        )?;
         costs.push(json!({ "sessions": sessions, "rows": rows, "us": us, "of_7_ms": share }));
     }
     if args.json {
@@ -91,7 +92,7 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
             "devices": args.devices, "replicas": replicas, "rate": rate, "refused": refused,
             "plan_us": plan_us, "plans": plans, "queued_max": queued, "scheduler": costs,
         });
-        println!("{}", json!({ "policies": [figures.json()], "fleet": fleet }));
+        outln!("{}", json!({ "policies": [figures.json()], "fleet": fleet }))?;
     }
     Ok(())
 }

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use hat_engine::{out, outln};
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -117,19 +118,17 @@ fn count(text: &str) -> Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
+    let args = match out::parse::<Arguments>() {
+        Ok(args) => args,
+        Err(ended) => return ended,
+    };
+    let done = match args.command {
         Command::Paper(args) => paper(&args),
         Command::Ablation(args) => ablation(&args),
         Command::Fleet(args) => fleet::fleet(&args),
         Command::Calibrate(args) => calibrate(&args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hat-sim: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    out::finish("hat-sim", done)
 }
 
 fn paper(args: &PaperArgs) -> anyhow::Result<()> {
@@ -149,38 +148,38 @@ fn run(load: &Load, names: &[&str], table: Option<&str>) -> anyhow::Result<()> {
     let file = CostFile::open(&load.workload)?;
     let rate = load.rate.unwrap_or(file.workload.rate);
     let mut trials = Trials::new(&file, load.seed, load.runs, load.requests);
-    println!("{}", file.describe());
-    println!("{rate} requests a second, {} x {} of them", load.runs, load.requests);
+    outln!("{}", file.describe())?;
+    outln!("{rate} requests a second, {} x {} of them", load.runs, load.requests)?;
     if let Some(tokens) = load.what_if_tree {
         trials.what_if(tokens);
-        println!("WHAT IF a tree of 32 guesses gave {tokens} tokens a round?");
+        outln!("WHAT IF a tree of 32 guesses gave {tokens} tokens a round?")?;
     }
-    println!();
-    println!("{}", Figures::HEAD);
-    println!("|---|---|---|---|---|---|---|---|---|");
+    outln!()?;
+    outln!("{}", Figures::HEAD)?;
+    outln!("|---|---|---|---|---|---|---|---|---|")?;
     let mut all = vec![];
     for name in names {
         let figures = trials.figures(name, rate)?;
-        println!("{}", figures.row());
+        outln!("{}", figures.row())?;
         all.push(figures);
     }
     let of = |name: &str| all.iter().find(|figures| figures.policy == name);
     if let (Some(hat), Some(ours)) = (of("hat"), of("ours")) {
         let [ttft, tbt] = [ours.ttft() / hat.ttft(), ours.tbt() / hat.tbt()];
-        println!("\nours / hat, both simulated: TTFT {ttft:.2}, TBT {tbt:.2}");
+        outln!("\nours / hat, both simulated: TTFT {ttft:.2}, TBT {tbt:.2}")?;
     }
     let compared = trials.compare(table)?;
     if !compared.is_empty() {
-        println!("\n{}\n|---|---|---|---|---|---|---|", Compared::HEAD);
-        compared.iter().for_each(|compared| println!("{}", compared.row()));
+        outln!("\n{}\n|---|---|---|---|---|---|---|", Compared::HEAD)?;
+        compared.iter().try_for_each(|compared| outln!("{}", compared.row()))?;
     }
     if let Some(out) = &load.out {
         let count = show::plots(out, &file, &mut trials, names, rate)?;
-        println!("\n{count} plots in {}", out.display());
+        outln!("\n{count} plots in {}", out.display())?;
     }
     if load.json {
         let policies: Vec<_> = all.iter().map(Figures::json).collect();
-        println!("{}", json!({ "policies": policies }));
+        outln!("{}", json!({ "policies": policies }))?;
     }
     Ok(())
 }
@@ -191,15 +190,15 @@ fn calibrate(args: &CalibrateArgs) -> anyhow::Result<()> {
     bar.enable_steady_tick(std::time::Duration::from_millis(200));
     let outcome = calibrate::calibrate(&file, &bar);
     bar.finish_and_clear();
-    println!("{}", file.describe());
-    println!("Facts: {}", file.source);
-    println!("{}: {:.1} % off the rows that calibrate", file.name, 100.0 * outcome.deviation);
-    println!("| number | value | as good from .. to | allowed |");
-    println!("|---|---|---|---|");
+    outln!("{}", file.describe())?;
+    outln!("Facts: {}", file.source)?;
+    outln!("{}: {:.1} % off the rows that calibrate", file.name, 100.0 * outcome.deviation)?;
+    outln!("| number | value | as good from .. to | allowed |")?;
+    outln!("|---|---|---|---|")?;
     let numbers = outcome.file.calibrated.each();
     for ((name, number), good) in Calibrated::NAMES.iter().zip(numbers).zip(outcome.good) {
         let Ranged { value, low, high } = number;
-        println!("| {name} | {value:.4} | {:.3} .. {:.3} | {low} .. {high} |", good[0], good[1]);
+        outln!("| {name} | {value:.4} | {:.3} .. {:.3} | {low} .. {high} |", good[0], good[1])?;
     }
     Ok(())
 }

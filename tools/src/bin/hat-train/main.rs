@@ -14,6 +14,7 @@ mod target;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hat_engine::out;
 
 /// Trains the drafter of a model: collect, fit, eval.
 #[derive(Parser)]
@@ -34,16 +35,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let done = match Args::parse().command {
+    let args = match out::parse::<Args>() {
+        Ok(args) => args,
+        Err(ended) => return ended,
+    };
+    let done = match args.command {
         Command::Collect(args) => collect::run(&args),
         Command::Fit(args) => fit::run(&args),
         Command::Eval(args) => eval::run(&args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hat-train: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    out::finish("hat-train", done)
 }

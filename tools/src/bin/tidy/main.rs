@@ -21,6 +21,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+use hat_engine::out::{self, OutError};
+use hat_engine::{note, outln};
+
 /// All text files of the tree, by path from its root with `/` between names.
 type Tree = BTreeMap<String, String>;
 
@@ -48,20 +51,26 @@ fn main() -> ExitCode {
     let tree = match read(&root) {
         Ok(tree) => tree,
         Err(error) => {
-            eprintln!("{}: {error}", root.display());
+            note!("{}: {error}", root.display());
             return ExitCode::from(2);
         }
     };
     let findings = check(&tree);
-    for Finding { file, line, reason } in &findings {
-        println!("{file}:{line}: {reason}");
+    let printed = print(&findings, tree.len());
+    match findings.is_empty() || printed.is_err() {
+        true => out::finish("tidy", printed.map_err(Into::into)),
+        false => ExitCode::FAILURE,
+    }
+}
+
+fn print(findings: &[Finding], files: usize) -> Result<(), OutError> {
+    for Finding { file, line, reason } in findings {
+        outln!("{file}:{line}: {reason}")?;
     }
     if findings.is_empty() {
-        println!("tidy: {} files, nothing to say", tree.len());
-        return ExitCode::SUCCESS;
+        return outln!("tidy: {files} files, nothing to say");
     }
-    println!("tidy: {} findings", findings.len());
-    ExitCode::FAILURE
+    outln!("tidy: {} findings", findings.len())
 }
 
 /// Every rule over every file, in order of file and line.

@@ -20,7 +20,7 @@ fn tree(files: &[(&str, &str)]) -> Tree {
         ("engine/src/lib.rs", "//! Text.\nmod page;\nmod pack;\n"),
         ("engine/src/page.rs", "pub fn pages() {}\n"),
         ("engine/src/pack.rs", ""),
-        ("engine/src/main.rs", "fn main() { println!(\"hello\"); }\n"),
+        ("engine/src/main.rs", "fn main() { outln!(\"hello\"); }\n"),
         ("transport/Cargo.toml", ""),
         ("transport/src/lib.rs", "mod link;\n"),
         ("transport/src/link/mod.rs", ""),
@@ -85,6 +85,10 @@ fn braces_in_strings_and_comments_do_not_count() {
 fn words_in_the_wrong_place() {
     one(&[(PAGE, "fn f() {\n    todo!()\n}")], "engine/src/page.rs:2", "`todo!`: unfinished");
     one(&[(PAGE, "fn f() { println!(\"x\") }")], "engine/src/page.rs:1", "does not print");
+    for call in ["println!()", "print!(\"x\")", "eprintln!()", "eprint!(\"x\")"] {
+        let main = format!("fn main() {{ {call} }}");
+        one(&[("engine/src/main.rs", &main)], "engine/src/main.rs:1", "panics when nobody reads");
+    }
     one(&[(PAGE, "use std::fs;")], "engine/src/page.rs:1", "is pure");
     one(&[(PAGE, "use crate::backend::Backend;")], "engine/src/page.rs:1", "is pure");
     let now = "fn f() { let t = std::time::Instant::now(); }";

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use hat_engine::note;
 use hat_engine::pull;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -105,7 +106,7 @@ pub(crate) fn run(args: &CollectArgs) -> anyhow::Result<()> {
         evaluation: args.evaluation,
     };
     collection.begin(&args.out)?;
-    eprintln!("{}", prompts.describe());
+    note!("{}", prompts.describe());
     Collector::new(args, target, prompts, collection)?.run()
 }
 
@@ -197,7 +198,7 @@ impl<'a> Collector<'a> {
             self.bar.set_position(self.positions);
             self.bar.set_message(rates.clone());
             if self.bar.is_hidden() && said.elapsed().as_secs() >= 30 {
-                eprintln!("{} of {} answer tokens, {rates}", self.positions, self.args.positions);
+                note!("{} of {} answer tokens, {rates}", self.positions, self.args.positions);
                 said = Instant::now();
             }
         }
@@ -205,7 +206,7 @@ impl<'a> Collector<'a> {
             self.write()?;
         }
         self.bar.finish();
-        eprintln!("{} answer tokens in {} shards", self.positions, self.shards);
+        note!("{} answer tokens in {} shards", self.positions, self.shards);
         Ok(())
     }
 

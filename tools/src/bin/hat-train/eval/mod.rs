@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use hat_engine::outln;
 use hat_engine::pull;
 use hat_loader::Bundle;
 use indicatif::ProgressBar;
@@ -110,11 +111,11 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        println!("## {} answers of {}\n\n{table}", recordings.len(), directory.display());
+        outln!("## {} answers of {}\n\n{table}", recordings.len(), directory.display())?;
         tables.push(table.json(&directory.display().to_string()));
     }
     if let (Some(path), Some(curves)) = (&args.plot, &curves) {
-        println!("{curves}");
+        outln!("{curves}")?;
         curves.draw(path)?;
     }
     if let Some(path) = &args.json {

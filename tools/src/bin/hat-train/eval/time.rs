@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use hat_engine::backend::{AttendPlan, PAGE_SIZE};
 use hat_engine::internal::{DraftForward as _, DraftModel, PlanBuffers, Sequence, processor};
 use hat_engine::options::Processor;
+use hat_engine::outln;
 use hat_loader::{Adapter, Bundle};
 
 /// Positions before the draft.
@@ -44,11 +45,11 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
         plan.end_sequence(&sequence);
         let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
         sequence.commit(tip, &mut Vec::new(), &mut Vec::new())?;
-        println!(
+        outln!(
             "a draft step of {rows} rows with its head: {:.2} ms, reading {:.1} MB of weights",
             took.as_secs_f64() * 1e3,
             bytes as f64 / 1e6
-        );
+        )?;
     }
     Ok(())
 }

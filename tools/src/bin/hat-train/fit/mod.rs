@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use hat_engine::note;
 use hat_engine::pull;
 use hat_loader::Bundle;
 use serde::{Deserialize, Serialize};
@@ -221,7 +222,7 @@ impl<'a> Trainer<'a> {
 
     fn run(mut self) -> anyhow::Result<()> {
         let steps = self.plan.steps();
-        eprintln!(
+        note!(
             "{} drafter, {} numbers; {} positions in {} shards, {steps} steps{}",
             self.args.drafter.name(),
             self.params.len(),
@@ -250,7 +251,7 @@ impl<'a> Trainer<'a> {
             recent.push(losses);
             if self.step.is_multiple_of(20) || self.step == steps {
                 let speed = seen as f64 / start.elapsed().as_secs_f64();
-                eprintln!("step {}/{steps}: {}, {speed:.0} positions/s", self.step, mean(&recent));
+                note!("step {}/{steps}: {}, {speed:.0} positions/s", self.step, mean(&recent));
                 recent.clear();
             }
             if self.step.is_multiple_of(self.args.checkpoint) || self.step == steps {
@@ -260,7 +261,7 @@ impl<'a> Trainer<'a> {
         let path = self.args.out.join("adapter.safetensors");
         let half = self.args.f16;
         self.adapter().write(&path, half)?;
-        eprintln!("{} is trained", path.display());
+        note!("{} is trained", path.display());
         Ok(())
     }
 
