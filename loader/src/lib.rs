@@ -38,6 +38,7 @@ mod generated;
 mod gguf;
 mod hash;
 mod header;
+mod keys;
 pub mod layout;
 #[expect(unsafe_code, reason = "memory maps; the contract is in the module")]
 mod map;

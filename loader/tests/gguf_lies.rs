@@ -96,6 +96,135 @@ fn configurations_that_lie_are_refused() {
 }
 
 #[test]
+fn keys_that_nobody_knows_are_refused_by_name() {
+    let good = Gguf::of(&generated(&tiny()));
+    for key in [
+        "llama.layer_multiplier",
+        "llama.rope.freq_base_swa",
+        "llama.rope.scaling.unheard_of",
+        "tokenizer.ggml.suppress_tokens",
+        "tokenizer.unheard_of",
+    ] {
+        for value in [Meta::F32(2.0), Meta::Bool(true), Meta::Text("x".into())] {
+            let mut gguf = good.clone();
+            gguf.set(key, value);
+            refused_metadata(&gguf, key, "not known");
+            refused_metadata(&gguf, key, "--remove-metadata");
+        }
+    }
+    // What describes the file, and what is another architecture's, says nothing about this one.
+    let mut gguf = good.clone();
+    for key in ["general.unheard_of", "gemma3.logit_scale", "imatrix.chunk_count", "split.no"] {
+        gguf.set(key, Meta::U32(3));
+    }
+    let (plain, described) = (open(&good).unwrap(), open(&gguf).unwrap());
+    assert_eq!(described.config(), plain.config());
+}
+
+#[test]
+fn keys_are_harmless_only_with_a_neutral_value() {
+    let good = Gguf::of(&generated(&tiny()));
+    let plain = open(&good).unwrap();
+    let scale = 1.0 / (plain.config().head_dim as f32).sqrt();
+    let hidden = u32::try_from(plain.config().hidden_size).unwrap();
+    for (key, neutral, other) in [
+        ("llama.attention.causal", Meta::Bool(true), Meta::Bool(false)),
+        ("llama.rope.scaling.attn_factor", Meta::F32(1.0), Meta::F32(2.0)),
+        ("llama.rope.scaling.yarn_ext_factor", Meta::F32(-1.0), Meta::F32(1.0)),
+        ("llama.logit_scale", Meta::F32(1.0), Meta::F32(0.0625)),
+        ("llama.residual_scale", Meta::F32(0.0), Meta::F32(0.22)),
+        ("llama.attn_logit_softcapping", Meta::F32(0.0), Meta::F32(50.0)),
+        ("llama.final_logit_softcapping", Meta::F32s(vec![0.0, 0.0]), Meta::F32s(vec![0.0, 1.0])),
+        ("llama.attention.clamp_kqv", Meta::F32(0.0), Meta::F32(8.0)),
+        ("llama.attention.scale", Meta::F32(scale), Meta::F32(scale / 2.0)),
+        ("llama.attention.scale", Meta::F32(0.0), Meta::Text("0".into())),
+        ("llama.embedding_length_out", Meta::U32(hidden), Meta::U32(hidden + 1)),
+        ("llama.expert_used_count", Meta::U32(0), Meta::U32(2)),
+        ("llama.pooling_type", Meta::U32(0), Meta::U32(1)),
+        ("llama.use_parallel_residual", Meta::Bool(false), Meta::Bool(true)),
+        ("tokenizer.ggml.add_eos_token", Meta::Bool(false), Meta::Bool(true)),
+        ("tokenizer.ggml.precompiled_charsmap", Meta::I32s(vec![]), Meta::I32s(vec![0])),
+        ("tokenizer.chat_template", Meta::Text("x".into()), Meta::U32(1)),
+    ] {
+        let mut gguf = good.clone();
+        gguf.set(key, neutral);
+        assert_eq!(open(&gguf).unwrap().config(), plain.config(), "{key}");
+        gguf.set(key, other);
+        refused_metadata(&gguf, key, "");
+    }
+}
+
+#[test]
+fn keys_that_are_listed_as_read_are_read() {
+    let good = Gguf::of(&generated(&tiny()));
+    let mut pieces = good.clone();
+    sentence_piece(&mut pieces, &["a", "b"]);
+    let model = [
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.scale",
+        "attention.sliding_window",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "embedding_length_out",
+        "expert_count",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.factor",
+        "rope.scaling.type",
+    ];
+    let text = [
+        "chat_template",
+        "ggml.add_bos_token",
+        "ggml.add_space_prefix",
+        "ggml.bos_token_id",
+        "ggml.eom_token_id",
+        "ggml.eos_token_id",
+        "ggml.eos_token_ids",
+        "ggml.eot_token_id",
+        "ggml.merges",
+        "ggml.model",
+        "ggml.padding_token_id",
+        "ggml.pre",
+        "ggml.scores",
+        "ggml.token_type",
+        "ggml.tokens",
+        "ggml.unknown_token_id",
+    ];
+    let model = model.map(|key| format!("llama.{key}"));
+    let text = text.map(|key| format!("tokenizer.{key}"));
+    for key in model.iter().chain(&text) {
+        // No key holds both a number that is none and a text of any kind.
+        let read = [&good, &pieces].into_iter().any(|gguf| {
+            [Meta::F32(f32::NAN), Meta::Text("?".into())].into_iter().any(|value| {
+                let mut gguf = gguf.clone();
+                gguf.set(key, value);
+                matches!(open(&gguf), Err(LoadError::Gguf {
+                    error: GgufError::Metadata { key: named, .. }, ..
+                }) if named == *key)
+            })
+        });
+        assert!(read, "{key}");
+    }
+}
+
+#[test]
+fn a_list_of_ends_is_read() {
+    let mut gguf = Gguf::of(&generated(&tiny()));
+    gguf.set("tokenizer.ggml.eos_token_ids", Meta::I32s(vec![7, 9]));
+    let ends = open(&gguf).unwrap().config().eos_token_ids.clone();
+    assert!(ends.contains(&7) && ends.contains(&9), "{ends:?}");
+    gguf.set("tokenizer.ggml.eos_token_ids", Meta::I32s(vec![-7]));
+    refused_metadata(&gguf, "tokenizer.ggml.eos_token_ids", "-7");
+}
+
+#[test]
 fn containers_that_lie_are_refused() {
     let good = Gguf::of(&generated(&tiny()));
     let change = |change: &dyn Fn(&mut Gguf)| {

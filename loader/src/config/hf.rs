@@ -1,11 +1,12 @@
 //! `config.json` as Hugging Face transformers writes it.
 //!
 //! Transformers 5 puts `rope_theta` and `rope_scaling` into one object, `rope_parameters`; both
-//! forms are read. Keys that ask for something which we don't compute are refused by name.
+//! forms are read. Keys that are unknown or ask for something which we don't compute are refused
+//! by name; see `keys`.
 
 use serde_json::Value;
 
-use super::{ConfigError, Family, LlamaConfig, RopeScaling};
+use super::{ConfigError, Family, LlamaConfig, RopeScaling, keys};
 
 /// Families by `model_type`.
 const FAMILIES: [Family; 3] = [Family::Llama, Family::Mistral, Family::Qwen2];
@@ -15,6 +16,7 @@ pub(super) fn parse(json: &Value) -> Result<LlamaConfig, ConfigError> {
         return Err(ConfigError::new("config.json", "not a JSON object"));
     }
     let architecture = family(json)?;
+    keys::check(&keys::TOP, json)?;
     refuse_foreign(json)?;
     let hidden_size = required(json, "hidden_size")?;
     let num_attention_heads = required(json, "num_attention_heads")?;
@@ -104,10 +106,15 @@ fn refuse_foreign(json: &Value) -> Result<(), ConfigError> {
 
 /// `rope_theta` and the scaling, from either form.
 fn rope(json: &Value) -> Result<(f32, Option<RopeScaling>), ConfigError> {
+    let old = present(json, "rope_scaling");
     let (key, object) = match present(json, "rope_parameters") {
         Some(object) => ("rope_parameters", Some(object)),
-        None => ("rope_scaling", present(json, "rope_scaling")),
+        None => ("rope_scaling", old),
     };
+    if key == "rope_parameters" && old.is_some_and(|old| Some(old) != object) {
+        let reason = "says something else than rope_parameters; remove one of the two";
+        return Err(ConfigError::new("rope_scaling", reason));
+    }
     let theta = match object.map(|object| number(object, "rope_theta")).transpose()?.flatten() {
         Some(theta) => Some(theta),
         None => number(json, "rope_theta")?,
@@ -121,6 +128,7 @@ fn rope(json: &Value) -> Result<(f32, Option<RopeScaling>), ConfigError> {
     }
     let within =
         |error: ConfigError| ConfigError::new(format!("{key}.{}", error.key), error.reason);
+    keys::check(&keys::ROPE, object).map_err(within)?;
     let need = |name: &str| {
         number(object, name)
             .and_then(|value| value.ok_or_else(|| ConfigError::new(name, "missing")))
@@ -207,7 +215,7 @@ fn family_window(
 }
 
 /// A value for a message: short, whatever the file holds.
-fn short(value: &Value) -> String {
+pub(super) fn short(value: &Value) -> String {
     const CHARS_MAX: usize = 60;
     let text = value.to_string();
     match text.char_indices().nth(CHARS_MAX) {

@@ -1,6 +1,7 @@
 //! The hyper-parameters of a Llama-shaped model, under their names of `config.json`.
 
 mod hf;
+mod keys;
 mod rope;
 
 use serde::{Deserialize, Serialize};

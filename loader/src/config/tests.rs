@@ -191,3 +191,102 @@ fn frequencies_are_those_of_transformers() {
         assert_eq!(*scaled, plain / 4.0);
     }
 }
+
+/// A file of each family, with all keys that a family needs.
+fn families() -> impl Iterator<Item = Value> {
+    ["llama", "mistral", "qwen2"].into_iter().map(|family| with(json!({"model_type": family})))
+}
+
+#[test]
+fn keys_that_nobody_knows_are_refused_by_name() {
+    for mut json in families() {
+        json["layer_multiplier"] = json!(2.0);
+        let text = LlamaConfig::from_hf(&json).unwrap_err().to_string();
+        assert!(text.starts_with("layer_multiplier: not known"), "{text}");
+        assert!(text.contains("remove it"), "{text}");
+    }
+    for (parameters, key) in [
+        (json!({"full_attention": {"rope_theta": 5e5}}), "rope_parameters.full_attention"),
+        (json!({"rope_type": "default", "mscale": 2.0}), "rope_parameters.mscale"),
+        (
+            json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
+            "rope_parameters.partial_rotary_factor",
+        ),
+    ] {
+        let text = refused(json!({"rope_parameters": parameters}));
+        assert!(text.starts_with(key), "{text}");
+    }
+    let linear = json!({"rope_type": "linear", "factor": 2.0});
+    let other = json!({"rope_type": "default"});
+    let text = refused(json!({"rope_scaling": linear, "rope_parameters": other}));
+    assert!(text.starts_with("rope_scaling: says something else"), "{text}");
+    // A name can't write to a terminal, and a message stays short.
+    let text = refused(json!({(format!("\u{1b}[2J{}", "x".repeat(100_000))): 1}));
+    assert!(text.len() < 400 && !text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
+fn keys_are_harmless_only_with_a_neutral_value() {
+    for (key, neutral, other) in [
+        ("logit_scale", json!(1.0), json!(0.5)),
+        ("final_logit_softcapping", Value::Null, json!(30.0)),
+        ("attn_logit_softcapping", json!(0.0), json!(50.0)),
+        ("use_mrope", json!(false), json!(true)),
+        ("num_local_experts", json!(0), json!(8)),
+        ("is_causal", json!(true), json!(false)),
+        ("hidden_activation", json!("silu"), json!("gelu")),
+        ("no_rope_layers", json!([]), json!([1, 1, 1, 0])),
+        ("pruned_heads", json!({}), json!({"1": [0]})),
+        ("partial_rotary_factor", json!(1.0), json!(0.5)),
+        ("quantization_config", Value::Null, json!({"quant_method": "awq"})),
+    ] {
+        for mut json in families() {
+            let plain = LlamaConfig::from_hf(&json).unwrap();
+            json[key] = neutral.clone();
+            assert_eq!(LlamaConfig::from_hf(&json).unwrap(), plain, "{key}");
+            json[key] = other.clone();
+            let text = LlamaConfig::from_hf(&json).unwrap_err().to_string();
+            assert!(text.starts_with(&format!("{key}: ")), "{text}");
+            assert!(text.contains("not supported"), "{text}");
+        }
+    }
+    let text = refused(json!({"quantization": {"bits": 4, "group_size": 64}}));
+    assert!(text.starts_with("quantization: ") && text.contains("GGUF"), "{text}");
+}
+
+#[test]
+fn bookkeeping_changes_nothing() {
+    for mut json in families() {
+        let plain = LlamaConfig::from_hf(&json).unwrap();
+        for key in super::keys::TOP.harmless {
+            json[*key] = json!({"any": "thing"});
+        }
+        for (keys, values) in super::keys::TOP.neutral {
+            assert!(values.contains(&crate::keys::Plain::Null), "{keys:?}: null says nothing");
+            for key in *keys {
+                json[*key] = Value::Null;
+            }
+        }
+        assert_eq!(LlamaConfig::from_hf(&json).unwrap(), plain);
+    }
+}
+
+#[test]
+fn keys_that_are_listed_as_read_are_read() {
+    for key in super::keys::TOP.read {
+        let refused = families().any(|mut json| {
+            json["use_sliding_window"] = json!(true);
+            json["sliding_window"] = json!(512);
+            json[*key] = json!(["no", {"such": "value"}]);
+            LlamaConfig::from_hf(&json).is_err_and(|error| error.key == *key)
+        });
+        assert!(refused, "{key}");
+    }
+    let mut listed: Vec<&str> = [super::keys::TOP.read, super::keys::TOP.harmless].concat();
+    listed.extend(super::keys::TOP.neutral.iter().flat_map(|(keys, _)| *keys));
+    listed.extend(super::keys::TOP.refused.iter().map(|(key, _)| key));
+    let count = listed.len();
+    listed.sort_unstable();
+    listed.dedup();
+    assert_eq!(listed.len(), count, "a key is in two lists");
+}

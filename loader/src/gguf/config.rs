@@ -1,7 +1,7 @@
 //! Metadata to hyper-parameters.
 
-use super::GgufError;
 use super::parse::{Container, Value};
+use super::{GgufError, keys};
 use crate::config::{Family, LlamaConfig, RopeScaling};
 use crate::sampling::SamplingDefaults;
 use crate::tensor::DType;
@@ -46,6 +46,7 @@ pub(super) fn config(
     architecture: Architecture,
     file: &[u8],
 ) -> Result<LlamaConfig, GgufError> {
+    keys::check(container, architecture.name())?;
     let keys = Keys { container, prefix: architecture.name() };
     refuse_foreign(&keys)?;
     let hidden_size = keys.need("embedding_length")?;
@@ -121,7 +122,28 @@ fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize, 
             return Err(GgufError::metadata(&keys.key(name), reason));
         }
     }
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    refuse_other(keys, "attention.scale", &[0.0, scale])?;
+    refuse_other(keys, "embedding_length_out", &[0.0, hidden_size as f32])?;
     Ok(head_dim)
+}
+
+/// Refuses a number that is neither absent nor one of those that change nothing.
+fn refuse_other(keys: &Keys<'_>, name: &str, neutral: &[f32]) -> Result<(), GgufError> {
+    let key = keys.key(name);
+    let Some(shown) = keys.container.metadata.get(&key) else {
+        return Ok(());
+    };
+    let value = match shown {
+        Value::Float(value) => Some(*value as f32),
+        Value::Unsigned(value) => Some(*value as f32),
+        _ => None,
+    };
+    if value.is_some_and(|value| neutral.contains(&value)) {
+        return Ok(());
+    }
+    let reason = format!("{shown:?} is not supported, only one of {neutral:?}");
+    Err(GgufError::metadata(&key, reason))
 }
 
 /// Scaling from the metadata or from the tensor of factors; both at once have no meaning.
@@ -170,6 +192,16 @@ fn end_tokens(container: &Container<'_>) -> Result<(Option<u32>, Vec<u32>), Gguf
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         eos.extend(token_id(container, &format!("tokenizer.ggml.{key}"))?);
     }
+    let key = "tokenizer.ggml.eos_token_ids";
+    match container.metadata.get(key) {
+        None => {}
+        Some(Value::Array(array)) => {
+            for value in array.iter() {
+                eos.push(as_token_id(key, value)?);
+            }
+        }
+        Some(other) => return Err(GgufError::metadata(key, format!("{other:?} is not a list"))),
+    }
     eos.sort_unstable();
     eos.dedup();
     Ok((bos, eos))
@@ -187,6 +219,15 @@ pub(super) fn token_id(container: &Container<'_>, key: &str) -> Result<Option<u3
         Some(Value::Signed(-1)) => Ok(None),
         Some(other) => Err(GgufError::metadata(key, format!("{other:?} is not a token id"))),
     }
+}
+
+fn as_token_id(key: &str, value: Value<'_>) -> Result<u32, GgufError> {
+    let id = match value {
+        Value::Unsigned(id) => u32::try_from(id).ok(),
+        Value::Signed(id) => u32::try_from(id).ok(),
+        _ => None,
+    };
+    id.ok_or_else(|| GgufError::metadata(key, format!("{value:?} is not a token id")))
 }
 
 /// `general.sampling.*`, as llama.cpp's converter writes it from `generation_config.json`. A file

@@ -5,6 +5,7 @@
 //! does not.
 
 mod config;
+mod keys;
 mod parse;
 mod pre;
 mod tokenizer;

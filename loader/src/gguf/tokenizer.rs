@@ -74,7 +74,11 @@ fn settings(
     };
     let chat_template = match container.metadata.get("tokenizer.chat_template") {
         Some(Value::Text(template)) => Some((*template).to_owned()),
-        _ => None,
+        Some(other) => {
+            let reason = format!("{other:?} is not a string");
+            return Err(GgufError::metadata("tokenizer.chat_template", reason));
+        }
+        None => None,
     };
     Ok(TokenSettings {
         bos_token: text("bos")?,
