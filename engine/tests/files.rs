@@ -16,7 +16,7 @@ use support::{Bundles, collect, long_prompt};
 
 const WEIGHTS: &str = "weights.safetensors";
 /// Far longer than anything here takes; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn looking(every: Duration) -> Verify {
     let mut verify = Verify::default();

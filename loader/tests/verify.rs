@@ -14,7 +14,7 @@ use hat_loader::{
 };
 
 /// Far longer than anything here takes; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn bundles(directory: &Path) -> PathBuf {
     let out = directory.join("bundle");

@@ -9,7 +9,7 @@ use hat_transport::link::{self, Completion, Link, LinkKind, PeerId};
 use hat_transport::pool::{Buf, Pool, PoolConfig};
 
 const POOL: PoolConfig = PoolConfig { small: 64, large: 64 };
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A listening link, one that connects to it, and the buffers of both.
 struct World {

@@ -15,7 +15,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::pool::Buf;
 use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event, GoneError};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) const KINDS: [LinkKind; 3] = [LinkKind::Memory, LinkKind::Mio, LinkKind::IoUring];
 
 pub(crate) fn loopback() -> SocketAddr {
