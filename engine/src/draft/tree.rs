@@ -315,6 +315,18 @@ mod tests {
     }
 
     #[test]
+    fn a_tree_that_is_cut_again_and_again_does_not_grow_in_memory() {
+        let mut tree = tree(10, &[&[(1, 0.5), (2, 0.5), (3, 0.5)], &[(4, 0.4), (5, 0.75)]]);
+        let mut sizes = (0..20).map(|_| {
+            tree.grow(5, 0.0);
+            tree.truncate(2);
+            (tree.candidates.len(), tree.taken.len())
+        });
+        let first = sizes.next().unwrap();
+        assert!(sizes.all(|size| size == first), "more than {first:?}");
+    }
+
+    #[test]
     fn below_a_new_root_nothing_is_lost() {
         let mut tree = tree(10, &[&[(1, 0.5), (2, 0.8), (3, 0.5)], &[(4, 0.4), (5, 0.75)]]);
         tree.offer(0, branch(2, &[(6, 0.01)]));

@@ -21,6 +21,20 @@ fn prompt_rows_never_pend() {
 }
 
 #[test]
+fn a_pending_row_needs_a_reserved_position() {
+    let mut rows = sequence();
+    rows.append_committed(1, 94, 0).unwrap();
+    let full = SequenceError::Full { rows: 97, reserved: 96 };
+    // Positions 94 and 95 are the last; there are slots behind them.
+    assert_eq!(rows.append_pending(95, &[94, 95, 96]), Err(full));
+    assert_eq!(rows.pending(), 0);
+    rows.append_pending(95, &[94, 95, 94, 97]).unwrap();
+    assert_eq!(rows.place(96).map(|place| place.position), Some(95));
+    assert_eq!(rows.append_pending(99, &[96]), Err(full));
+    assert_eq!((rows.pending(), rows.last_id()), (4, 98));
+}
+
+#[test]
 fn ids_and_parents_are_checked() {
     let mut rows = sequence();
     rows.append_committed(1, 3, 0).unwrap();

@@ -399,6 +399,23 @@ mod tests {
     }
 
     #[test]
+    fn no_byte_behind_a_frame_is_lost() {
+        // A frame that leaves in its buffer, one that is copied out, and one without a body; cut
+        // at each byte of the next one's header.
+        for body in [0, 1, 100, 5000, 20_000] {
+            for behind in 0..=HEADER_BYTES + 1 {
+                let mut deframer = deframer();
+                let wire = [frame(Kind::Rows, &vec![7; body]), frame(Kind::Rows, b"next")].concat();
+                let cut = HEADER_BYTES + body + behind;
+                assert_eq!(stream(&mut deframer, &wire[..cut], usize::MAX), 1, "{body}, {behind}");
+                let pushed = deframer.push(&wire[cut..]);
+                assert_eq!(pushed, wire.len() - cut, "{body}, {behind}");
+                assert_eq!(&next(&mut deframer).body[..], b"next", "{body}, {behind}");
+            }
+        }
+    }
+
+    #[test]
     fn a_lent_buffer_keeps_its_bytes() {
         let mut deframer = deframer();
         let wire = frame(Kind::Rows, b"hidden");
