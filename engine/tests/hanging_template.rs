@@ -5,6 +5,7 @@
 #[allow(dead_code, reason = "the client serves the tests of HTTP too")]
 #[path = "http/client.rs"]
 mod client;
+mod support;
 
 use serde_json::json;
 
