@@ -130,14 +130,13 @@ pub mod internal {
     pub use crate::token::Tokenizer;
     pub use crate::whole::{Whole, whole_answer};
     pub use crate::wire::{ARITHMETIC_ID, short as short_model_id};
+    use std::path::{Path, PathBuf};
 
     /// A generated 4-layer model, split after its first layer, below `directory`.
     ///
     /// # Errors
     /// What writing files says.
-    pub fn tiny_bundle(
-        directory: &std::path::Path,
-    ) -> Result<std::path::PathBuf, Box<dyn std::error::Error>> {
+    pub fn tiny_bundle(directory: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
         let model = hat_loader::generated(&hat_loader::TinyModel::default());
         let out = directory.join("tiny");
         let options = hat_loader::BundleOptions {
