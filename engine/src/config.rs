@@ -9,7 +9,6 @@ use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
 pub use crate::chunk::ChunkPolicy;
-use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
 pub use crate::prefix::PrefixSecret;
 use crate::verify::Verify;
@@ -177,8 +176,6 @@ pub struct EngineConfig {
     pub wire: Codec,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
-    /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
-    pub past_share: f64,
     /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
     /// go up.
     pub prefix: bool,
@@ -230,7 +227,6 @@ impl EngineConfig {
             split_layer: None,
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
-            past_share: PAST_DEFAULT,
             prefix: true,
             prefix_secret: None,
             link: LinkKind::Mio,

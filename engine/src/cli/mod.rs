@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
     Verify,
@@ -180,10 +179,6 @@ pub(crate) struct DeviceRunArgs {
     /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
     cloud_arithmetic: Option<u32>,
-    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
-    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
-          value_parser = parse_share)]
-    past_share: f64,
     /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
     /// names is kept in the state directory.
     #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
@@ -196,11 +191,6 @@ pub(crate) struct DeviceRunArgs {
 
 fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
-}
-
-fn parse_share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
-    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -219,7 +209,6 @@ impl DeviceRunArgs {
             .wire(self.wire)
             .chunks(self.chunks)
             .prefix(self.prefix);
-        config.past_share = self.past_share;
         config.processor = self.run.processor;
         config.weights = self.run.weights;
         config.split_layer = self.bundle.split_layer();
