@@ -186,6 +186,9 @@ pub struct EngineConfig {
     pub link: LinkKind,
     /// Compute threads.
     pub threads: usize,
+    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// cores that it was given, 19 is the most.
+    pub nice: u8,
     /// Which kernels compute.
     pub processor: Processor,
     /// Where a GPU has its weights.
@@ -231,6 +234,7 @@ impl EngineConfig {
             prefix_secret: None,
             link: LinkKind::Mio,
             threads: default_threads(),
+            nice: 0,
             processor: Processor::Auto,
             weights: GpuWeights::InPlace,
             limits: Limits::device(),
@@ -327,6 +331,9 @@ pub struct CloudConfig {
     pub link: LinkKind,
     /// Compute threads, shared among the stages.
     pub threads: usize,
+    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// cores that it was given, 19 is the most.
+    pub nice: u8,
     /// Pipeline stages: runs of layers that compute at the same time, each on threads of its own.
     pub stages: usize,
     /// Which kernels compute.
@@ -354,6 +361,7 @@ impl CloudConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             link: LinkKind::Mio,
             threads: default_threads(),
+            nice: 0,
             stages: 1,
             processor: Processor::Auto,
             gpus: Vec::new(),

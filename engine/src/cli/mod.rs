@@ -124,6 +124,11 @@ pub(crate) struct RunArgs {
     /// Compute threads; one for each core without.
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
+    /// How much nicer compute threads are than the process, from 0 for the share of the cores that
+    /// it was given to 19.
+    #[arg(long, env = "HAT_NICE", default_value_t = 0, value_name = "N",
+        value_parser = clap::value_parser!(u8).range(0..=19))]
+    nice: u8,
     /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
     /// cuda-else-cpu for a GPU where there is one, and the CPU once it is lost. No kernel has been
     /// executed on a GPU so far.
@@ -210,6 +215,7 @@ impl DeviceRunArgs {
             .chunks(self.chunks)
             .prefix(self.prefix);
         config.processor = self.run.processor;
+        config.nice = self.run.nice;
         config.weights = self.run.weights;
         config.split_layer = self.bundle.split_layer();
         config.cloud_arithmetic = self.cloud_arithmetic;
@@ -225,6 +231,7 @@ impl DeviceRunArgs {
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;
+            cloud.nice = self.run.nice;
             cloud.weights = self.run.weights;
         }
         if let Some(threads) = self.run.threads {
@@ -255,6 +262,7 @@ impl RunArgs {
         let mut config = CloudConfig::new(bundle).link(self.link);
         config.verify = self.verify(cache);
         config.processor = self.processor;
+        config.nice = self.nice;
         config.weights = self.weights;
         if let Some(threads) = self.threads {
             config = config.threads(threads);
@@ -265,6 +273,10 @@ impl RunArgs {
     pub(crate) fn threads(&self) -> usize {
         self.threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
+    }
+
+    pub(crate) fn nice(&self) -> u8 {
+        self.nice
     }
 
     pub(crate) fn processor(&self) -> Processor {
