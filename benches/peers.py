@@ -422,7 +422,6 @@ def main():
     args = arguments()
     if not args.gguf.is_file():
         sys.exit(f"peers.py: {args.gguf} is not there; `hat-engine pull` fetches the default model")
-    os.nice(19)  # where our compute threads go anyway: with other work about, both get the same
     quiet = ll.llama_log_callback(lambda level, text, data: None)
     ll.llama_log_set(quiet, ctypes.c_void_p(0))
     ll.llama_backend_init()

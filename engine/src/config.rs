@@ -9,7 +9,6 @@ use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
 pub use crate::chunk::ChunkPolicy;
-use crate::monitor::PAST_DEFAULT;
 pub use crate::pack::Codec;
 pub use crate::prefix::PrefixSecret;
 use crate::verify::Verify;
@@ -177,8 +176,6 @@ pub struct EngineConfig {
     pub wire: Codec,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
-    /// Share of the past in the moving averages of link and cloud, from 0 to below 1.
-    pub past_share: f64,
     /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
     /// go up.
     pub prefix: bool,
@@ -189,6 +186,9 @@ pub struct EngineConfig {
     pub link: LinkKind,
     /// Compute threads.
     pub threads: usize,
+    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// cores that it was given, 19 is the most.
+    pub nice: u8,
     /// Which kernels compute.
     pub processor: Processor,
     /// Where a GPU has its weights.
@@ -230,11 +230,11 @@ impl EngineConfig {
             split_layer: None,
             wire: Codec::F16,
             chunks: ChunkPolicy::default(),
-            past_share: PAST_DEFAULT,
             prefix: true,
             prefix_secret: None,
             link: LinkKind::Mio,
             threads: default_threads(),
+            nice: 0,
             processor: Processor::Auto,
             weights: GpuWeights::InPlace,
             limits: Limits::device(),
@@ -331,6 +331,9 @@ pub struct CloudConfig {
     pub link: LinkKind,
     /// Compute threads, shared among the stages.
     pub threads: usize,
+    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// cores that it was given, 19 is the most.
+    pub nice: u8,
     /// Pipeline stages: runs of layers that compute at the same time, each on threads of its own.
     pub stages: usize,
     /// Which kernels compute.
@@ -358,6 +361,7 @@ impl CloudConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             link: LinkKind::Mio,
             threads: default_threads(),
+            nice: 0,
             stages: 1,
             processor: Processor::Auto,
             gpus: Vec::new(),

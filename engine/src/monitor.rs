@@ -11,10 +11,8 @@ mod tests;
 pub use self::fit::Fit;
 use crate::chunk::{ChunkCosts, CloudCost, Line};
 
-/// Share of the past in a moving average unless configured, as in the paper (arXiv 2503.18989).
-pub const PAST_DEFAULT: f64 = 0.8;
-/// The greatest share of the past: an average that never moves is no estimate.
-const PAST_MAX: f64 = 0.99;
+/// Share of the past in a moving average, as in the paper (arXiv 2503.18989).
+pub const PAST_SHARE: f64 = 0.8;
 /// Bytes of a rate's sample: of fewer, one segment more or less says much.
 const SAMPLE_BYTES: u64 = 8 << 10;
 /// Seconds of a rate's sample, where the link is not so fast that it takes very many bytes.
@@ -68,9 +66,8 @@ impl Flow {
 }
 
 /// What was measured of a device, its link and its cloud.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Monitor {
-    past: f64,
     uplink: Flow,
     is_uplink_seen: bool,
     downlink: Flow,
@@ -79,12 +76,6 @@ pub struct Monitor {
     head: Moving,
     device: Fit,
     step: Fit,
-}
-
-impl Default for Monitor {
-    fn default() -> Self {
-        Self::new(PAST_DEFAULT)
-    }
 }
 
 /// A copy of the estimates, for people and reports. What is not known yet is `None`.
@@ -119,38 +110,21 @@ pub struct Returned {
 }
 
 impl Monitor {
-    /// Knows nothing. `past` is the share of the past in all averages, from 0 to below 1.
-    #[must_use]
-    pub fn new(past: f64) -> Self {
-        let past = if past > 0.0 { past.min(PAST_MAX) } else { 0.0 };
-        Self {
-            past,
-            uplink: Flow::default(),
-            is_uplink_seen: false,
-            downlink: Flow::default(),
-            rtt: Moving::default(),
-            wait: Moving::default(),
-            head: Moving::default(),
-            device: Fit::default(),
-            step: Fit::default(),
-        }
-    }
-
     /// The device's own layers took so long for a chunk.
     pub fn note_device(&mut self, rows: u32, seconds: f64) {
-        self.device.note(self.past, rows, 0, seconds);
+        self.device.note(PAST_SHARE, rows, 0, seconds);
     }
 
     /// The cloud says that so many bytes came in so long, with the uplink at work all the time. It
     /// saw none where the link is so fast that frames are there at once.
     pub fn note_uplink(&mut self, bytes: u64, seconds: f64) {
         self.is_uplink_seen = true;
-        self.uplink.note(self.past, bytes, seconds);
+        self.uplink.note(PAST_SHARE, bytes, seconds);
     }
 
     /// As [`Monitor::note_uplink`], from the cloud to here.
     pub fn note_downlink(&mut self, bytes: u64, seconds: f64) {
-        self.downlink.note(self.past, bytes, seconds);
+        self.downlink.note(PAST_SHARE, bytes, seconds);
     }
 
     /// The link's round-trip time, as it stands.
@@ -161,7 +135,7 @@ impl Monitor {
 
     /// A step of `rows` rows took so long; this device's own had `prefix` rows before them.
     pub fn note_step(&mut self, rows: u32, prefix: u32, seconds: f64) {
-        self.step.note(self.past, rows, prefix, seconds);
+        self.step.note(PAST_SHARE, rows, prefix, seconds);
     }
 
     /// The first output of rows that were sent together.
@@ -171,13 +145,13 @@ impl Monitor {
         if let Some(away_s) = away_s {
             let link_s = self.rtt.value().unwrap_or(0.0) + sent_bytes as f64 * self.byte_up_s();
             // Where the link is taken for slower than it is, the cloud knows better.
-            self.wait.note(self.past, (away_s - step_s - link_s).max(queue_s));
+            self.wait.note(PAST_SHARE, (away_s - step_s - link_s).max(queue_s));
         }
     }
 
     /// Tail layers, LM head and sampling of one row took so long.
     pub fn note_head(&mut self, seconds: f64) {
-        self.head.note(self.past, seconds);
+        self.head.note(PAST_SHARE, seconds);
     }
 
     fn byte_up_s(&self) -> f64 {

@@ -52,7 +52,11 @@ pub(crate) use with_backend;
 /// # Errors
 /// [`Error::Field`] if there are no threads, [`Error::Backend`] with the reason why a GPU, or a
 /// level of the CPU, can't be had.
-pub fn choose(processor: Processor, weights: GpuWeights, threads: usize) -> Result<Chosen, Error> {
+pub fn choose(
+    processor: Processor,
+    weights: GpuWeights,
+    (threads, nice): (usize, u8),
+) -> Result<Chosen, Error> {
     #[cfg(not(feature = "cuda"))]
     let _ = weights;
     match processor {
@@ -63,10 +67,10 @@ pub fn choose(processor: Processor, weights: GpuWeights, threads: usize) -> Resu
             Ok(backend) => Ok(Chosen::Cuda(Box::new(backend))),
             Err(error) => {
                 tracing::warn!(%error, "the CPU computes instead");
-                Ok(Chosen::Cpu(cpu(processor, threads)?))
+                Ok(Chosen::Cpu(cpu_at(processor, threads, nice)?))
             }
         },
-        processor => Ok(Chosen::Cpu(cpu(processor, threads)?)),
+        processor => Ok(Chosen::Cpu(cpu_at(processor, threads, nice)?)),
     }
 }
 
@@ -94,8 +98,9 @@ pub fn device(
     pages: usize,
 ) -> Result<Box<dyn DeviceForward>, Error> {
     let rows = config.limits.step_rows_max as usize;
+    let at = (config.threads, config.nice);
     let load = |processor| -> Result<Box<dyn DeviceForward>, Error> {
-        with_backend!(choose(processor, config.weights, config.threads)?, backend => {
+        with_backend!(choose(processor, config.weights, at)?, backend => {
             Ok(Box::new(DeviceModel::load(backend, bundle, split_layer, rows, pages)?))
         })
     };
@@ -115,8 +120,9 @@ pub fn drafter(
     rows: usize,
     pages: usize,
 ) -> Result<Option<Box<dyn DraftForward>>, Error> {
+    let at = (config.threads, config.nice);
     let load = |processor| -> Result<Option<Box<dyn DraftForward>>, Error> {
-        with_backend!(choose(processor, config.weights, config.threads)?, backend => {
+        with_backend!(choose(processor, config.weights, at)?, backend => {
             let model = DraftModel::load(backend, bundle, rows, pages)?;
             Ok(model.map(|model| Box::new(model) as Box<dyn DraftForward>))
         })
@@ -152,7 +158,8 @@ pub fn middle(
         let mut stages: Vec<Box<dyn MiddleForward>> = Vec::with_capacity(runs.len());
         for (stage, run) in runs.iter().enumerate() {
             let gpu = config.gpus.get(stage % config.gpus.len().max(1));
-            let chosen = choose(on_gpu(processor, gpu), config.weights, threads)?;
+            let at = (threads, config.nice);
+            let chosen = choose(on_gpu(processor, gpu), config.weights, at)?;
             stages.push(with_backend!(chosen, backend => {
                 Box::new(MiddleModel::load(backend, bundle, run.clone(), rows, pages)?)
             }));
@@ -247,6 +254,11 @@ pub fn gpus() -> Vec<String> {
 /// # Errors
 /// [`Error::Field`] if there are no threads, [`Error::Backend`] if the level is not there.
 pub fn cpu(processor: Processor, threads: usize) -> Result<CpuBackend, Error> {
+    cpu_at(processor, threads, 0)
+}
+
+/// As [`cpu`], with threads that are so much nicer than the process.
+fn cpu_at(processor: Processor, threads: usize, nice: u8) -> Result<CpuBackend, Error> {
     if threads == 0 {
         return Err(Error::field("threads", "0 threads compute nothing; at least 1"));
     }
@@ -254,7 +266,7 @@ pub fn cpu(processor: Processor, threads: usize) -> Result<CpuBackend, Error> {
         Processor::Portable => Level::Portable,
         _ => Level::Auto,
     };
-    Ok(CpuBackend::new(CpuConfig { threads, level })?)
+    Ok(CpuBackend::niced(CpuConfig { threads, level }, nice)?)
 }
 
 /// What a device's bundle says about its tokenizer.

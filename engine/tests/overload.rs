@@ -261,24 +261,43 @@ fn a_link_that_stops_mid_prompt_goes_on_there() {
     assert!(stopped);
 }
 
-/// More works than `queue_max`: sixteen prompts go up a row at a time.
+/// The cloud's scheduler holds a work of each session that may be open, no more. Sixteen sessions,
+/// as many as may be, send their prompts a row at a time while no step runs.
 #[test]
 fn more_works_than_any_queue_holds_wait_their_turn() {
+    const SESSIONS: usize = 16;
     let bundles = Bundles::generated(1, 0);
     let whole = whole(&bundles, &request());
     let mut config = config(&bundles);
-    config.limits.queue_max = 1;
-    let cloud = steps::cloud(config, || std::thread::sleep(Duration::from_millis(1)));
+    config.limits.sessions_max = u32::try_from(SESSIONS).unwrap();
+    let gate = Arc::new(Gate::default());
+    let passed = Arc::clone(&gate);
+    let cloud = steps::cloud(config, move || passed.pass());
+    let sent_whole = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        for _ in 0..4 {
+        for _ in 0..SESSIONS / 4 {
             let mut config = EngineConfig::new(bundles.path.join("device")).threads(1);
             config = config.cloud(cloud.address().to_string()).chunks(ChunkPolicy::Fixed(1));
             let engine = Arc::new(Engine::open(config).unwrap());
             for _ in 0..4 {
-                let (engine, whole) = (engine.clone(), &whole);
-                scope.spawn(move || assert_same("row by row", whole, &collect(&engine, request())));
+                let (engine, whole, sent_whole) = (engine.clone(), &whole, &sent_whole);
+                scope.spawn(move || {
+                    for event in engine.generate(request()).unwrap() {
+                        match event.unwrap() {
+                            Event::Prefill { sent, total } if sent == total => {
+                                sent_whole.fetch_add(1, Ordering::SeqCst);
+                            }
+                            Event::Done { metrics, .. } => {
+                                assert_same("row by row", whole, &metrics)
+                            }
+                            _ => {}
+                        }
+                    }
+                });
             }
         }
+        wait_until("all rows are sent", &cloud, |_| count(&sent_whole) == SESSIONS as u64);
+        gate.open();
     });
     assert_eq!(count(&cloud.counters().refused), 0);
 }

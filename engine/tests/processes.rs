@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hat_engine::pull;
 use rustix::process::{Pid, Signal, kill_process};
@@ -27,9 +27,14 @@ struct CloudProcess {
 
 impl CloudProcess {
     fn start(bundle: &Path, listen: &str) -> Self {
+        Self::start_with(bundle, &["--listen", listen])
+    }
+
+    fn start_with(bundle: &Path, more: &[&str]) -> Self {
         let mut child = Command::new(PROGRAM)
-            .args(["cloud", "--listen", listen, "--bundle"])
+            .args(["cloud", "--bundle"])
             .arg(bundle.join("cloud"))
+            .args(more)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -173,6 +178,60 @@ fn each_role_maps_its_own_weights_and_little_else() {
     assert!(device.wait().unwrap().success());
 }
 
+/// Policy and niceness of each thread of a process, by its name.
+fn priorities(pid: u32) -> Vec<(String, i32, i32)> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let mut found: Vec<_> = tasks
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok())
+        .map(|stat| {
+            let (name, rest) = stat.split_once('(').unwrap().1.rsplit_once(')').unwrap();
+            // From the state on, which is field 3 of proc(5): niceness is 19, the policy 41.
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            (name.to_owned(), fields[38].parse().unwrap(), fields[16].parse().unwrap())
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn compute_threads_are_batch_jobs_and_the_network_s_is_not() {
+    const OTHER: i32 = 0;
+    const BATCH: i32 = 3;
+    let bundle = bundle();
+    let own = priorities(std::process::id());
+    let (_, given, given_nice) = own[0].clone();
+    for nice in [0, 7] {
+        let nice_text = nice.to_string();
+        let cloud = CloudProcess::start_with(
+            &bundle,
+            &["--listen", "127.0.0.1:0", "--threads", "2", "--nice", &nice_text],
+        );
+        let policy = if given == OTHER { BATCH } else { given };
+        let computes = (policy, (given_nice + nice).min(19));
+        let expected = [
+            ("compute-", computes),
+            ("hat-cloud-step", computes),
+            ("hat-cloud-io", (given, given_nice)),
+        ];
+        // A thread sets its own, a moment after it is there.
+        let began = Instant::now();
+        loop {
+            let found = priorities(cloud.child.id());
+            let is_so = expected.iter().all(|(start, (policy, nice))| {
+                let named = found.iter().filter(|(name, ..)| name.starts_with(start));
+                let named: Vec<_> = named.map(|(_, policy, nice)| (*policy, *nice)).collect();
+                named == [(*policy, *nice)]
+            });
+            if is_so {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{found:?}, not {expected:?}");
+            std::thread::yield_now();
+        }
+    }
+}
+
 #[test]
 fn unknown_flags_and_files_are_named() {
     let said = |args: &[&str]| {
@@ -187,9 +246,9 @@ fn unknown_flags_and_files_are_named() {
     let text = said(&["generate", "-p", "x", "--bundle", "/no/such/bundle"]);
     assert!(text.contains("/no/such/bundle"), "{text}");
     assert!(said(&["generate", "-p", "x", "--wire", "int3"]).contains("int3"));
-    for share in ["1", "-0.1", "NaN", "most"] {
-        let text = said(&["generate", "-p", "x", &format!("--past-share={share}")]);
-        assert!(text.contains("--past-share") && text.contains(share), "{text}");
+    for nice in ["20", "-1", "very"] {
+        let text = said(&["generate", "-p", "x", &format!("--nice={nice}")]);
+        assert!(text.contains("--nice") && text.contains(nice), "{text}");
     }
     let text =
         said(&["cloud", "--bundle", bundle().join("cloud").to_str().unwrap(), "--stages", "29"]);

@@ -57,7 +57,8 @@ impl GenerateArgs {
             let split_layer = self.device.bundle.split_layer();
             let (wire, context) = (self.device.wire(), Limits::device().context_max);
             let run = &self.device.run;
-            let chosen = processor::choose(run.processor(), run.weights(), run.threads())?;
+            let at = (run.threads(), run.nice());
+            let chosen = processor::choose(run.processor(), run.weights(), at)?;
             let verify = run.verify(cache);
             let mut printed = Ok(());
             let print = |event: &Event| {

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use hat_engine::monitor::PAST_DEFAULT;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
     Verify,
@@ -126,6 +125,11 @@ pub(crate) struct RunArgs {
     /// Compute threads; one for each core without.
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
+    /// How much nicer compute threads are than the process, from 0 for the share of the cores that
+    /// it was given to 19.
+    #[arg(long, env = "HAT_NICE", default_value_t = 0, value_name = "N",
+        value_parser = clap::value_parser!(u8).range(0..=19))]
+    nice: u8,
     /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
     /// cuda-else-cpu for a GPU where there is one, and the CPU once it is lost. No kernel has been
     /// executed on a GPU so far.
@@ -181,10 +185,6 @@ pub(crate) struct DeviceRunArgs {
     /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
     cloud_arithmetic: Option<u32>,
-    /// Share of the past in the moving averages that plans are made from, from 0 to below 1.
-    #[arg(long, env = "HAT_PAST_SHARE", default_value_t = PAST_DEFAULT, value_name = "SHARE",
-          value_parser = parse_share)]
-    past_share: f64,
     /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
     /// names is kept in the state directory.
     #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
@@ -197,11 +197,6 @@ pub(crate) struct DeviceRunArgs {
 
 fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
-}
-
-fn parse_share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
-    share.ok_or_else(|| format!("{text:?} is no share from 0 to below 1"))
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -220,8 +215,8 @@ impl DeviceRunArgs {
             .wire(self.wire)
             .chunks(self.chunks)
             .prefix(self.prefix);
-        config.past_share = self.past_share;
         config.processor = self.run.processor;
+        config.nice = self.run.nice;
         config.weights = self.run.weights;
         config.split_layer = self.bundle.split_layer();
         config.cloud_arithmetic = self.cloud_arithmetic;
@@ -237,6 +232,7 @@ impl DeviceRunArgs {
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;
+            cloud.nice = self.run.nice;
             cloud.weights = self.run.weights;
         }
         if let Some(threads) = self.run.threads {
@@ -267,6 +263,7 @@ impl RunArgs {
         let mut config = CloudConfig::new(bundle).link(self.link);
         config.verify = self.verify(cache);
         config.processor = self.processor;
+        config.nice = self.nice;
         config.weights = self.weights;
         if let Some(threads) = self.threads {
             config = config.threads(threads);
@@ -277,6 +274,10 @@ impl RunArgs {
     pub(crate) fn threads(&self) -> usize {
         self.threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
+    }
+
+    pub(crate) fn nice(&self) -> u8 {
+        self.nice
     }
 
     pub(crate) fn processor(&self) -> Processor {

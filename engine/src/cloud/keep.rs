@@ -110,7 +110,8 @@ impl Run {
             Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
         };
         let mut threads = vec![io_thread];
-        let stages = step::spawn_stages(stages, jobs, &done, &waker, &first_done, &clock)?;
+        let nice = config.nice;
+        let stages = step::spawn_stages(stages, jobs, &done, &waker, &first_done, nice, &clock)?;
         threads.extend(stages);
         seen.begin(describe, &waker);
         Ok(Self { address, fault, threads })

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::chunk::CloudCost;
-use crate::monitor::{Fit, Moving, PAST_DEFAULT};
+use crate::monitor::{Fit, Moving, PAST_SHARE};
 use crate::sched::{Bound, SessionKey};
 
 /// A session decodes for so long after its last verify: longer than a round trip and what a device
@@ -50,10 +50,10 @@ impl Pace {
         took: Duration,
     ) {
         let Some((rows, context)) = mean(rows, attended) else { return };
-        self.steps.note_mean(PAST_DEFAULT, rows, context, took.as_secs_f64());
+        self.steps.note_mean(PAST_SHARE, rows, context, took.as_secs_f64());
         if verify_rows > 0 {
-            self.verify_rows.note(PAST_DEFAULT, f64::from(verify_rows));
-            self.context.note(PAST_DEFAULT, context);
+            self.verify_rows.note(PAST_SHARE, f64::from(verify_rows));
+            self.context.note(PAST_SHARE, context);
         }
     }
 

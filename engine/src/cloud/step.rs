@@ -11,7 +11,7 @@ use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
 use crate::Error;
-use crate::backend::{BackendFault, cpu::lower_priority};
+use crate::backend::{BackendFault, cpu::compute_priority};
 use crate::model::{MiddleForward, MiddleStep};
 use crate::sched::{SessionKey, Work};
 
@@ -124,6 +124,7 @@ pub(super) fn spawn_stages(
     done: &Sender<Job>,
     waker: &Waker,
     first_done: &Arc<AtomicU64>,
+    nice: u8,
     clock: &Arc<dyn Clock>,
 ) -> Result<Vec<JoinHandle<()>>, Error> {
     let (mut threads, mut incoming) = (Vec::new(), jobs);
@@ -142,7 +143,7 @@ pub(super) fn spawn_stages(
             // Dropped in this order: the queues first, so that the io thread wakes to their end.
             let _at_end = at_end;
             let stage = stage;
-            lower_priority();
+            compute_priority(nice);
             stage.run();
         })?);
     }

@@ -75,7 +75,7 @@ impl Device {
             namer.computes_in(self.start.model.arithmetic_id());
         }
         // What the GPU's rows cost says nothing of the CPU's.
-        self.monitor = Monitor::new(self.start.config.past_share);
+        self.monitor = Monitor::default();
         self.costs = Costs::default();
         self.endpoint.set_hello(self.start.hello());
         self.dial();

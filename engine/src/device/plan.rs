@@ -10,6 +10,10 @@ use super::turn;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::monitor::{Estimates, Returned};
 
+/// Seconds for which a chunk keeps one of the cloud's stages from others at most: what this cloud
+/// cuts its steps to by itself, and another may not.
+const STEP_S_MAX: f64 = 0.15;
+
 /// Where a prompt stands on its way.
 #[derive(Debug, Default)]
 pub(super) struct Sizing {
@@ -57,7 +61,7 @@ impl Device {
             ahead.later(now.duration_since(at).as_secs_f64())
         });
         ahead.uplink_s = ahead.uplink_s.max(self.monitor.uplink_busy_s(left_bytes));
-        let limits = Limits { rows_max, ..Limits::default() };
+        let limits = Limits { rows_max, step_s_max: STEP_S_MAX, ..Limits::default() };
         let plan = self.planner.plan_after(policy, &costs, &limits, ahead, done, rows);
         let next = *plan.sizes.first()?;
         active.meter.planned(now, plan.sizes, plan.finish_s);

@@ -140,7 +140,7 @@ impl Start {
             acceptance: Acceptance::default(),
             costs: Costs::default(),
             events: Vec::new(),
-            monitor: Monitor::new(self.config.past_share),
+            monitor: Monitor::default(),
             planner: Planner::default(),
             arrived: (0, Duration::ZERO),
             tokens: Vec::with_capacity(PENDING_ROWS_MAX),

@@ -138,12 +138,13 @@ fn what_is_shown_is_what_comes_out() {
     assert_eq!(monitor.uplink_busy_s(10), 0.0);
 }
 
-/// However the estimates begin, and whatever the share of the past is, a plan comes out.
+/// However the estimates begin, a plan comes out.
 #[test]
 fn hostile_estimates_give_a_plan() {
-    for past in [f64::NAN, f64::INFINITY, -1.0, 0.0, 0.8, 1.0, 7.0] {
-        let mut monitor = Monitor::new(past);
-        for seconds in [0.0, f64::NAN, f64::INFINITY, 1e-9, 1e9] {
+    let hostile = [0.0, f64::NAN, f64::INFINITY, 1e-9, 1e9];
+    for first in hostile {
+        let mut monitor = Monitor::default();
+        for seconds in [first].into_iter().chain(hostile) {
             monitor.note_device(100, seconds);
             monitor.note_rtt(seconds);
             monitor.note_head(seconds);

@@ -38,7 +38,7 @@ pub use self::kv::CpuKv;
 use self::math::{BLOCK, Block};
 pub use self::matrix::CpuWeight;
 use self::matrix::{Finish, Linear};
-pub use self::threads::lower_priority;
+pub use self::threads::compute_priority;
 use self::threads::{PerThread, Threads};
 use self::top::TopScratch;
 use super::{
@@ -139,12 +139,20 @@ impl CpuBackend {
     /// [`BackendError::Config`] if there are no threads, the system gives none, or this CPU lacks
     /// instructions of the level.
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
+        Self::niced(config, 0)
+    }
+
+    /// As [`CpuBackend::new`], with threads that are so much nicer than the process.
+    ///
+    /// # Errors
+    /// As [`CpuBackend::new`].
+    pub fn niced(config: CpuConfig, nice: u8) -> Result<Self, BackendError> {
         let error = |field, reason| BackendError::Config { backend: NAME, field, reason };
         if config.threads == 0 {
             return Err(error("threads", "0, but at least 1 is needed".to_owned()));
         }
         let kernels = kernels_of(config.level).map_err(|reason| error("level", reason))?;
-        let threads = Threads::new(config.threads)
+        let threads = Threads::new(config.threads, nice)
             .map_err(|e| error("threads", format!("{} can't be started: {e}", config.threads)))?;
         Ok(Self {
             kernels,

@@ -45,6 +45,9 @@ struct Shared {
     started: AtomicUsize,
     /// The threads end.
     stop: AtomicBool,
+    /// Turns in which a caller found that pieces of others had not ended.
+    #[cfg(test)]
+    waits: AtomicUsize,
 }
 
 /// Claims the next piece, if there is one.
@@ -70,8 +73,8 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    /// `count` threads, the caller among them.
-    pub(super) fn new(count: usize) -> std::io::Result<Self> {
+    /// `count` threads, the caller among them; the others are as [`compute_priority`] makes them.
+    pub(super) fn new(count: usize, nice: u8) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: AtomicPtr::new(std::ptr::null_mut()),
@@ -80,12 +83,14 @@ impl Threads {
             parked: (1..count).map(|_| AtomicBool::new(false)).collect(),
             started: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            #[cfg(test)]
+            waits: AtomicUsize::new(0),
         });
         let mut threads = Self { shared, workers: Vec::new(), handles: Vec::new() };
         for index in 1..count {
             let shared = Arc::clone(&threads.shared);
             let builder = std::thread::Builder::new().name(format!("compute-{index}"));
-            let worker = builder.spawn(move || work(&shared, index))?;
+            let worker = builder.spawn(move || work(&shared, index, nice))?;
             threads.handles.push(worker.thread().clone());
             threads.workers.push(worker);
         }
@@ -124,6 +129,8 @@ impl Threads {
         // The workers borrow `job`: no way out of this function before their pieces are done.
         let mut turns = 0;
         while shared.done.load(Ordering::Acquire) < pieces {
+            #[cfg(test)]
+            shared.waits.fetch_add(1, Ordering::SeqCst);
             turns += 1;
             if turns < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -267,17 +274,45 @@ impl Drop for Threads {
     }
 }
 
-/// Puts the calling thread behind the network threads: with compute at the same priority, the
-/// 99th percentile of a round trip on busy cores is 30 times as long. Needs no privilege.
-pub fn lower_priority() {
-    if let Err(error) = rustix::process::setpriority_process(None, 19) {
+/// Makes the calling thread one that computes: it keeps the share of the cores that the process
+/// was given, less by `nice`, as a batch job (`SCHED_BATCH`), which preempts nobody when it wakes.
+/// Needs no privilege; where the system refuses, the thread stays as it is.
+pub fn compute_priority(nice: u8) {
+    let set = || -> std::io::Result<()> {
+        if policy() == Some(libc::SCHED_OTHER) {
+            set_policy(libc::SCHED_BATCH)?;
+        }
+        if nice > 0 {
+            let given = rustix::process::getpriority_process(None)?;
+            rustix::process::setpriority_process(None, (given + i32::from(nice)).min(19))?;
+        }
+        Ok(())
+    };
+    if let Err(error) = set() {
         tracing::debug!(%error, "a compute thread keeps its priority");
     }
 }
 
+/// The calling thread's scheduling policy.
+fn policy() -> Option<i32> {
+    // SAFETY: no pointer is passed; 0 is the calling thread.
+    let policy = unsafe { libc::syscall(libc::SYS_sched_getscheduler, 0) };
+    i32::try_from(policy).ok().filter(|policy| *policy >= 0)
+}
+
+/// Gives the calling thread a policy without a priority of its own.
+fn set_policy(policy: i32) -> std::io::Result<()> {
+    // struct sched_param of the kernel: one int, the priority.
+    let priority: libc::c_int = 0;
+    // SAFETY: 0 is the calling thread, and the kernel reads one int behind the pointer.
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// The loop of a worker.
-fn work(shared: &Shared, index: usize) {
-    lower_priority();
+fn work(shared: &Shared, index: usize, nice: u8) {
+    compute_priority(nice);
     let parked = &shared.parked[index - 1];
     let mut turns = 0;
     shared.started.fetch_add(1, Ordering::Release);
@@ -411,81 +446,4 @@ impl<T> PerThread<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_element_is_written_once_whatever_the_split() {
-        for count in 1..5 {
-            let mut threads = Threads::new(count).unwrap();
-            for (rows, width, grain) in
-                [(1, 1, 16), (1, 100, 16), (7, 33, 8), (3, 64, 16), (0, 5, 1)]
-            {
-                let mut out = vec![0usize; rows * width + 3];
-                threads.columns(&mut out, width, rows, grain, |columns, part| {
-                    assert!(columns.start.is_multiple_of(grain));
-                    for row in 0..part.rows() {
-                        for (out, column) in part.row(row).iter_mut().zip(columns.clone()) {
-                            *out += row * width + column + 1;
-                        }
-                    }
-                });
-                threads.rows(&mut out, width, rows, |deal, part| {
-                    for i in 0..part.rows() {
-                        for out in part.row(i) {
-                            *out += (deal.first + i * deal.step) * 1000;
-                        }
-                    }
-                });
-                for (i, out) in out.iter().enumerate().take(rows * width) {
-                    assert_eq!(*out, i + 1 + i / width * 1000);
-                }
-                assert_eq!(out[rows * width..], [0; 3]);
-            }
-        }
-    }
-
-    #[test]
-    fn every_piece_runs_once_in_many_jobs_and_after_a_pause() {
-        let mut threads = Threads::new(3).unwrap();
-        let counts: [AtomicUsize; 7] = Default::default();
-        for i in 0..2000 {
-            threads.run(7, &|thread, piece| {
-                assert!(thread < 3);
-                counts[piece].fetch_add(1, Ordering::Relaxed);
-            });
-            if i % 500 == 0 {
-                std::thread::sleep(std::time::Duration::from_millis(2)); // let them park
-            }
-        }
-        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2000));
-    }
-
-    #[test]
-    fn workers_take_part() {
-        let mut threads = Threads::new(2).unwrap();
-        let meeting = std::sync::Barrier::new(2);
-        threads.run(2, &|_, _| {
-            meeting.wait(); // ends only if two threads are in it
-        });
-    }
-
-    #[test]
-    fn a_panic_reaches_the_caller_after_all_have_ended() {
-        let mut threads = Threads::new(2).unwrap();
-        for guilty in 0..2 {
-            let (ended, meeting) = (AtomicUsize::new(0), std::sync::Barrier::new(2));
-            let caught = catch_unwind(AssertUnwindSafe(|| {
-                threads.run(2, &|thread, _| {
-                    meeting.wait();
-                    assert_ne!(thread, guilty, "planted");
-                    std::thread::sleep(std::time::Duration::from_millis(20));
-                    ended.fetch_add(1, Ordering::Relaxed);
-                });
-            }));
-            let message = *caught.unwrap_err().downcast::<String>().unwrap();
-            assert!(message.contains("planted"));
-            assert_eq!(ended.load(Ordering::Relaxed), 1);
-        }
-    }
-}
+mod tests;
