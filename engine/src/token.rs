@@ -16,15 +16,15 @@ mod limited;
 mod pieces;
 mod python;
 mod rendered;
+mod shapes;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hat_loader::{ControlTokens, TextFacts};
-use serde::Deserialize;
-use serde::de::IgnoredAny;
 use tokenizers::Model;
 use tokenizers::normalizers::{NormalizerWrapper, Sequence};
 
@@ -35,6 +35,7 @@ pub use self::rendered::ChatText;
 use self::chat::ChatTemplate;
 use self::guard::Guard;
 use self::pieces::Pieces;
+use self::shapes::Shapes;
 use crate::backend::TokenId;
 
 /// Largest `tokenizer.json` that is read, in bytes.
@@ -46,6 +47,8 @@ pub const TEMPLATE_LIMIT: Duration = Duration::from_secs(1);
 /// Longest text that is encoded in one call, in bytes; also the longest rendered prompt. Some
 /// 250,000 tokens.
 pub const TEXT_BYTES_MAX: usize = 1 << 20;
+/// Longest text that the model itself sees, in bytes: normalised, its bytes written as letters.
+const GROWN_BYTES_MAX: usize = 16 << 20;
 /// Largest vocabulary, in rows of the embedding.
 pub const VOCAB_ROWS_MAX: usize = 1 << 21;
 
@@ -189,6 +192,8 @@ pub struct Tokenizer {
     guard: Guard,
     /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
     unknown: Option<TokenId>,
+    /// Longest text that is encoded, in bytes.
+    text_bytes_max: usize,
     /// True if text changes before it is cut, so that it may come to spell a control token.
     folds: bool,
     template: Option<ChatTemplate>,
@@ -197,26 +202,6 @@ pub struct Tokenizer {
     add_bos: Option<bool>,
     /// Ids that end an answer, sorted.
     ends: Vec<TokenId>,
-}
-
-/// What is counted before the real parse, without keeping anything.
-#[derive(Deserialize)]
-struct Outline {
-    #[serde(default)]
-    added_tokens: Vec<AddedOutline>,
-    model: ModelOutline,
-}
-
-#[derive(Deserialize)]
-struct AddedOutline {
-    id: TokenId,
-    content: String,
-}
-
-#[derive(Deserialize)]
-struct ModelOutline {
-    #[serde(default)]
-    merges: Option<Vec<IgnoredAny>>,
 }
 
 impl Tokenizer {
@@ -229,15 +214,11 @@ impl Tokenizer {
         let rows = settings.vocab_size;
         within("tokenizer.json in bytes", json.len(), TOKENIZER_BYTES_MAX)?;
         within("vocab_size in rows", rows, VOCAB_ROWS_MAX)?;
-        let outline: Outline =
-            serde_json::from_slice(json).map_err(|e| TokenError::Malformed(e.to_string()))?;
-        let merges = outline.model.merges.map_or(0, |merges| merges.len());
-        within("tokenizer.json model.merges in entries", merges, 8 * rows + 1024)?;
-
+        let Shapes { json, decoder, added, growth } = shapes::check(json, rows)?;
         let (json, control, derived_ends) = control(json, settings)?;
         let mut inner = parse(&json)?;
         // The parser numbers added tokens itself, whatever the file says.
-        for AddedOutline { id, content } in &outline.added_tokens {
+        for (id, content) in &added {
             if inner.token_to_id(content) != Some(*id) {
                 let got = inner.token_to_id(content);
                 return Err(TokenError::Malformed(format!(
@@ -246,14 +227,11 @@ impl Tokenizer {
             }
         }
         check_vocabulary(&inner, rows)?;
-        // A stored truncation would cut prompts in silence.
-        inner.with_truncation(None).map_err(|e| TokenError::Malformed(e.to_string()))?;
-        inner.with_padding(None);
         let folds = inner.get_normalizer().is_some();
         let guard = install_guard(&mut inner, control)?;
         let unknown = unknown_token(&inner);
 
-        let pieces = Arc::new(Pieces::new(&inner, rows)?);
+        let pieces = Arc::new(Pieces::new(&inner, &decoder, rows)?);
         let id_of = |field, token: &Option<String>| match token {
             None => Ok(None),
             Some(token) => inner
@@ -280,6 +258,7 @@ impl Tokenizer {
             inner,
             guard,
             unknown,
+            text_bytes_max: TEXT_BYTES_MAX.min(GROWN_BYTES_MAX / growth.max(1)),
             folds,
             template,
             pieces,
@@ -295,7 +274,7 @@ impl Tokenizer {
     /// If the text is over [`TEXT_BYTES_MAX`], or has characters that the vocabulary can't spell
     /// and its model refuses.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<TokenId>, TokenError> {
-        within(TEXT_BYTES, text.len(), TEXT_BYTES_MAX)?;
+        within(TEXT_BYTES, text.len(), self.text_bytes_max)?;
         self.encode_guarded(&self.guarded(text, special), false)
     }
 
@@ -305,7 +284,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str, special: Special) -> Result<Vec<TokenId>, TokenError> {
-        within(TEXT_BYTES, text.len(), TEXT_BYTES_MAX)?;
+        within(TEXT_BYTES, text.len(), self.text_bytes_max)?;
         let mut ids = self.encode_guarded(&self.guarded(text, special), true)?;
         if let (Some(add), Some(bos)) = (self.add_bos, self.bos) {
             let has = ids.first() == Some(&bos);
@@ -396,6 +375,12 @@ impl Tokenizer {
 
     /// Encodes text in which control tokens of users are broken; see [`guard`](self::guard).
     fn encode_guarded(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
+        let encode = AssertUnwindSafe(|| self.encode_caught(text, add_special));
+        catch_unwind(encode)
+            .unwrap_or_else(|_| Err(TokenError::Encode("the tokenizer gave up".into())))
+    }
+
+    fn encode_caught(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
         let refused = |e: tokenizers::Error| TokenError::Encode(e.to_string());
         if !self.folds && !text.contains(guard::BREAK) {
             let encoding = self.inner.encode_fast(text, add_special).map_err(refused)?;
@@ -407,8 +392,9 @@ impl Tokenizer {
         for ((&id, &(start, end)), made) in
             encoding.get_ids().iter().zip(encoding.get_offsets()).zip(made)
         {
+            let is_meant = || text.get(start..end).is_some_and(|part| self.is_meant(id, part));
             // What the post-processor puts in front is nobody's text.
-            if *made == 1 || !self.guard.is_control(id) || self.is_meant(id, &text[start..end]) {
+            if *made == 1 || !self.guard.is_control(id) || is_meant() {
                 ids.push(id);
             } else {
                 self.spell(id, &mut ids)?;
@@ -453,10 +439,10 @@ fn within(what: &'static str, size: usize, limit: usize) -> Result<(), TokenErro
     Ok(())
 }
 
-/// The parser is not ours, and some of its visitors panic on hostile input: that is a malformed
-/// file, not the end of this process.
-fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenError> {
-    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
+/// The parser is not ours. A panic in it, on what [`shapes`] let through, is a malformed file and
+/// not the end of this process.
+fn parse(json: &str) -> Result<tokenizers::Tokenizer, TokenError> {
+    match catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
         Ok(parsed) => parsed.map_err(|e| TokenError::Malformed(e.to_string())),
         Err(_) => Err(TokenError::Malformed("the parser gave up".into())),
     }
@@ -482,30 +468,32 @@ fn check_vocabulary(inner: &tokenizers::Tokenizer, rows: usize) -> Result<(), To
     Ok(())
 }
 
-/// The file with its control tokens typed as such, those tokens, and ends that come with them.
-/// A bundle that lists its tokens was typed at the split.
-type Controlled<'a> = (Cow<'a, [u8]>, BTreeMap<TokenId, String>, Vec<TokenId>);
+/// The text of the file with its control tokens typed as such, those tokens, and ends that come
+/// with them. A bundle that lists its tokens was typed at the split.
+type Controlled = (String, BTreeMap<TokenId, String>, Vec<TokenId>);
 
-fn control<'a>(json: &'a [u8], settings: &TokenSettings) -> Result<Controlled<'a>, TokenError> {
-    let malformed = |e: serde_json::Error| TokenError::Malformed(e.to_string());
-    let mut value: serde_json::Value = serde_json::from_slice(json).map_err(malformed)?;
+fn control(
+    mut json: serde_json::Value,
+    settings: &TokenSettings,
+) -> Result<Controlled, TokenError> {
     let facts = TextFacts {
         bos: settings.bos_token.as_deref(),
         eos: settings.eos_token.as_deref(),
         end_ids: &settings.eos_token_ids,
         template: settings.chat_template.as_deref(),
     };
-    let derived = ControlTokens::derive(&mut value, facts);
     let Some(listed) = &settings.control_tokens else {
-        return Ok((Cow::Owned(value.to_string().into_bytes()), derived.control, derived.ends));
+        let derived = ControlTokens::derive(&mut json, facts);
+        return Ok((json.to_string(), derived.control, derived.ends));
     };
-    let mut control = derived.control;
+    let text = json.to_string();
+    let mut control = ControlTokens::derive(&mut json, facts).control;
     control.retain(|id, _| listed.binary_search(id).is_ok());
     if control.len() < listed.len() {
         let reason = "the bundle lists control tokens that this file does not have; split again";
         return Err(TokenError::Malformed(reason.into()));
     }
-    Ok((Cow::Borrowed(json), control, Vec::new()))
+    Ok((text, control, Vec::new()))
 }
 
 /// Teaches the tokenizer to remove our marks after control tokens have been found.

@@ -40,11 +40,13 @@ struct Decoding {
 }
 
 impl Pieces {
-    pub(super) fn new(inner: &tokenizers::Tokenizer, rows: usize) -> Result<Self, TokenError> {
-        let decoder = serde_json::to_value(inner.get_decoder())
-            .map_err(|e| TokenError::Malformed(e.to_string()))?;
+    pub(super) fn new(
+        inner: &tokenizers::Tokenizer,
+        decoder: &Value,
+        rows: usize,
+    ) -> Result<Self, TokenError> {
         let mut decoding = Decoding::default();
-        decoding.add(&decoder)?;
+        decoding.add(decoder)?;
         let table = byte_level_table();
         let added = inner.get_added_vocabulary();
         let added_tokens = added.get_added_tokens_decoder();

@@ -1,6 +1,6 @@
 //! Rendered conversations: what follows what, and ids of a part.
 
-use super::{ChatOptions, Message, TokenError, Tokenizer};
+use super::{ChatOptions, Message, TEXT_BYTES, TokenError, Tokenizer, guard, within};
 use crate::backend::TokenId;
 
 /// A conversation as the chat template renders it, with the control tokens that people wrote in it
@@ -48,7 +48,9 @@ impl Tokenizer {
         text: &ChatText,
         from: usize,
     ) -> Result<Vec<TokenId>, TokenError> {
-        self.encode_guarded(&text.0[from..], false)
+        let text = &text.0[from..];
+        within(TEXT_BYTES, guard::unguarded(text).len(), self.text_bytes_max)?;
+        self.encode_guarded(text, false)
     }
 
     /// `prompt`, and behind it what the model said.
