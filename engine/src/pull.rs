@@ -129,8 +129,9 @@ pub fn default_bundle(
     split_layer: usize,
     tail_layers: usize,
 ) -> anyhow::Result<PathBuf> {
-    let version = hat_loader::bundle::FORMAT_VERSION;
-    let mut name = format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}");
+    let (version, wire) = (hat_loader::bundle::FORMAT_VERSION, hat_loader::bundle::WIRE_DEFAULT);
+    let mut name =
+        format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}-{wire}");
     let has_drafter = split_layer == SPLIT_LAYER_DEFAULT;
     if has_drafter {
         // Programs with another drafter, or from before there was one, keep their own bundle.
