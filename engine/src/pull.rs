@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use crate::note;
 use anyhow::{Context as _, bail};
+use hat_loader::bundle::MANIFEST;
 use hat_loader::{BundleOptions, Report, SourceModel, Weights, write_bundles};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -138,10 +139,16 @@ pub fn default_bundle(
         name.push_str(&format!("-drafter-{}", &blake3::hash(DRAFTER).to_hex()[..8]));
     }
     let out = cache.join("bundles").join(name);
-    if !out.join("device/bundle.json").is_file() || !out.join("cloud/bundle.json").is_file() {
+    let is_there =
+        || ["device", "cloud"].iter().all(|half| out.join(half).join(MANIFEST).is_file());
+    if !is_there() {
         let model = default_model(cache)?;
         let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
-        split(&model, options, &out)?;
+        let made = split(&model, options, &out);
+        // Another program may have made it meanwhile: the same files.
+        if !is_there() {
+            made?;
+        }
     }
     if has_drafter {
         let device = out.join("device");
