@@ -55,7 +55,7 @@ fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
     println!("== {threads} threads, {TOKENS} tokens, {bytes} bytes of weights");
     let backend = processor::cpu(Processor::Auto, threads).expect("a backend");
     let mut whole =
-        Whole::open(backend, bundle, None, Codec::F16, 1024).expect("both halves are there");
+        Whole::open(backend, bundle, None, Codec::default(), 1024).expect("both halves are there");
     let engines = [LinkKind::Mio, LinkKind::IoUring].map(|link| {
         let config =
             EngineConfig::new(bundle.join("device")).link(link).threads(threads).prefix(false);

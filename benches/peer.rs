@@ -113,7 +113,7 @@ impl Peer {
         let head = Head::load(device_model.backend(), &device);
         let entry_layers = vec![u32::try_from(split).expect("few layers")];
         let exit_layer = u32::try_from(layers).expect("few layers");
-        let whole = (split..layers, Codec::F16, CONTEXT_MAX);
+        let whole = (split..layers, Codec::F32, CONTEXT_MAX);
         Self {
             threads,
             middle: MiddleModel::load(backend(), &cloud, split..layers, rows, pages)

@@ -92,7 +92,7 @@ fi
 
 # Losslessness within CUDA: token ids and logits of device and cloud, and of the whole model.
 answer() {
-    "$engine" generate --raw --processor "cuda:$gpu" --json --ignore-eos --max-tokens 64 ${bundle:+--bundle "$bundle"} "$@" \
+    "$engine" generate --raw --processor "cuda:$gpu" --json --ignore-eos --max-tokens 64 --wire int8 ${bundle:+--bundle "$bundle"} "$@" \
         -p "Write a short story about a lighthouse keeper." | tail -n 1
 }
 field() { grep -o "\"$1\":[^]}]*[]}\"]" <<<"$2" | head -n 1; }

@@ -172,8 +172,9 @@ pub struct EngineConfig {
     /// Layers on the device before the cloud's; at most what the bundle holds. `None` is the
     /// bundle's own number.
     pub split_layer: Option<u32>,
-    /// How rows are coded on the wire.
-    pub wire: Codec,
+    /// How rows are coded on the wire. `None` is what the bundle's manifest says: int8, unless its
+    /// maker chose another.
+    pub wire: Option<Codec>,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
     /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
@@ -228,7 +229,7 @@ impl EngineConfig {
             verify: Verify::default(),
             cloud: CloudAddress::InProcess(Box::new(CloudConfig::new(sibling))),
             split_layer: None,
-            wire: Codec::F16,
+            wire: None,
             chunks: ChunkPolicy::default(),
             prefix: true,
             prefix_secret: None,
@@ -291,8 +292,13 @@ impl EngineConfig {
     /// How rows are coded on the wire.
     #[must_use]
     pub fn wire(mut self, wire: Codec) -> Self {
-        self.wire = wire;
+        self.wire = Some(wire);
         self
+    }
+
+    /// The codec of its sessions, once the bundle has been asked.
+    pub(crate) fn codec(&self) -> Codec {
+        self.wire.unwrap_or_default()
     }
 
     /// Whether rows of a prompt that the cloud still holds stay here.

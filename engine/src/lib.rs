@@ -2,8 +2,8 @@
 //!
 //! The device holds the embedding, the first decoder layers and the LM head; the cloud holds the
 //! layers between, for many devices at once. Hidden states cross a framed protocol; text and
-//! token ids are not transmitted. Whoever runs the cloud and has the model's weights can still
-//! recover both from the hidden states: treat it as you would a server that gets your text.
+//! token ids are not transmitted; whoever runs the cloud can still read both. An answer is, to the
+//! last bit of its logits, the whole model's with the same row codec (`docs/CHUNKS.md`).
 //!
 //! ```
 //! use hat_engine::{Engine, EngineConfig, Event, Request};

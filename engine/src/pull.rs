@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use crate::note;
 use anyhow::{Context as _, bail};
+use hat_loader::bundle::MANIFEST;
 use hat_loader::{BundleOptions, Report, SourceModel, Weights, write_bundles};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -129,18 +130,25 @@ pub fn default_bundle(
     split_layer: usize,
     tail_layers: usize,
 ) -> anyhow::Result<PathBuf> {
-    let version = hat_loader::bundle::FORMAT_VERSION;
-    let mut name = format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}");
+    let (version, wire) = (hat_loader::bundle::FORMAT_VERSION, hat_loader::bundle::WIRE_DEFAULT);
+    let mut name =
+        format!("SmolLM2-135M-Instruct-split{split_layer}-tail{tail_layers}-v{version}-{wire}");
     let has_drafter = split_layer == SPLIT_LAYER_DEFAULT;
     if has_drafter {
         // Programs with another drafter, or from before there was one, keep their own bundle.
         name.push_str(&format!("-drafter-{}", &blake3::hash(DRAFTER).to_hex()[..8]));
     }
     let out = cache.join("bundles").join(name);
-    if !out.join("device/bundle.json").is_file() || !out.join("cloud/bundle.json").is_file() {
+    let is_there =
+        || ["device", "cloud"].iter().all(|half| out.join(half).join(MANIFEST).is_file());
+    if !is_there() {
         let model = default_model(cache)?;
         let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
-        split(&model, options, &out)?;
+        let made = split(&model, options, &out);
+        // Another program may have made it meanwhile: the same files.
+        if !is_there() {
+            made?;
+        }
     }
     if has_drafter {
         let device = out.join("device");

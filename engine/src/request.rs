@@ -282,7 +282,7 @@ fn stopped() -> Error {
 }
 
 /// What one answer cost, and the answer itself once more as a whole.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Metrics {
     /// The text.

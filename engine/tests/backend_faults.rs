@@ -29,7 +29,7 @@ fn request() -> Request {
 }
 
 fn yardstick(bundles: &Bundles) -> Metrics {
-    let mut whole = Whole::open(backend(), &bundles.path, Some(1), Codec::F16, 8192).unwrap();
+    let mut whole = Whole::open(backend(), &bundles.path, Some(1), Codec::default(), 8192).unwrap();
     *whole.generate(request(), |_| {}).unwrap().1
 }
 

@@ -52,6 +52,8 @@ impl<'a> Driver<'a> {
 
     fn program(&self) -> Command {
         let mut command = Command::new(PROGRAM);
+        // Of --whole too, which has no codec without.
+        command.env("HAT_WIRE", "int8");
         command.env("LD_LIBRARY_PATH", self.folder).env("HAT_FAKE_DRIVER", self.kind);
         command.env("HAT_FAKE_AFTER", self.after.to_string());
         command.env("HAT_FAKE_DEVICES", self.devices.to_string());

@@ -91,7 +91,7 @@ fn three_flipped_bytes_before_start_are_refused() {
         let config = EngineConfig::new(bundles.path.join("device"));
         named(&Engine::open(config.clone()).err().expect("refused"), half);
         let backend = CpuBackend::new(CpuConfig::default()).unwrap();
-        let whole = Whole::open(backend, &bundles.path, None, Codec::F16, 64);
+        let whole = Whole::open(backend, &bundles.path, None, Codec::default(), 64);
         named(&whole.err().expect("refused"), half);
         let cloud = cloud(&bundles, rarely());
         match (half, cloud) {

@@ -76,7 +76,7 @@ fn assert_answers(case: &str, engine: &Engine, whole: &[Metrics]) {
 #[test]
 fn the_text_has_many_distinct_tokens() {
     let bundles = Bundles::generated(1, 0);
-    for answer in yardstick(&bundles, 1, Codec::F16) {
+    for answer in yardstick(&bundles, 1, Codec::default()) {
         let distinct: HashSet<_> = answer.token_ids.iter().collect();
         assert!(distinct.len() >= 30, "{} distinct of {:?}", distinct.len(), answer.token_ids);
     }
@@ -89,7 +89,7 @@ fn every_split_chunk_size_and_link_says_the_same() {
         for split_layer in [1, 2] {
             // The cloud half of the bundle begins at layer 2; split 1 needs the wider one.
             let wide = Bundles::generated(1, tail_layers);
-            for wire in [Codec::F16, Codec::F32] {
+            for wire in [Codec::default(), Codec::F32] {
                 let whole = yardstick(wide_or(&bundles, &wide, split_layer), split_layer, wire);
                 for (link, chunks) in [
                     (LinkKind::Mio, ChunkPolicy::Fixed(1)),
@@ -179,7 +179,7 @@ fn wide_or<'a>(bundles: &'a Bundles, wide: &'a Bundles, split_layer: u32) -> &'a
 #[test]
 fn the_memory_link_says_the_same() {
     let bundles = Bundles::generated(1, 0);
-    let whole = yardstick(&bundles, 1, Codec::F16);
+    let whole = yardstick(&bundles, 1, Codec::default());
     let config = EngineConfig::new(bundles.path.join("device")).link(LinkKind::Memory);
     assert_answers("memory", &Engine::open(config).unwrap(), &whole);
 }
@@ -187,7 +187,7 @@ fn the_memory_link_says_the_same() {
 #[test]
 fn kernels_and_threads_say_the_same() {
     let bundles = Bundles::generated(1, 0);
-    let whole = yardstick(&bundles, 1, Codec::F16);
+    let whole = yardstick(&bundles, 1, Codec::default());
     for (processor, threads) in
         [(Processor::Portable, 1), (Processor::Auto, 2), (Processor::Auto, 3)]
     {
@@ -205,7 +205,7 @@ fn kernels_and_threads_say_the_same() {
 fn every_weight_type_says_the_same() {
     for dtype in support::dtypes() {
         let bundles = Bundles::of_dtype(dtype);
-        let whole = yardstick(&bundles, 1, Codec::F16);
+        let whole = yardstick(&bundles, 1, Codec::default());
         let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
         assert_answers(dtype.name(), &engine, &whole);
     }
@@ -233,7 +233,8 @@ fn batch_mates_do_not_matter(stages: usize) {
         Arc::new(Engine::open(config).unwrap())
     };
     let engines = [(1, device(1, 16)), (2, device(2, 5)), (1, device(1, 64))];
-    let whole = [(1, yardstick(&wide, 1, Codec::F16)), (2, yardstick(&narrow, 2, Codec::F16))];
+    let whole =
+        [(1, yardstick(&wide, 1, Codec::default())), (2, yardstick(&narrow, 2, Codec::default()))];
     std::thread::scope(|scope| {
         for (split_layer, engine) in &engines {
             let (_, whole) = whole.iter().find(|(split, _)| split == split_layer).unwrap();
@@ -255,7 +256,7 @@ fn batch_mates_do_not_matter(stages: usize) {
 #[test]
 fn a_cloud_that_restarts_does_not_matter() {
     let bundles = Bundles::generated(1, 0);
-    let whole = yardstick(&bundles, 1, Codec::F16);
+    let whole = yardstick(&bundles, 1, Codec::default());
     for link in [LinkKind::Mio, LinkKind::IoUring] {
         let config = || CloudConfig::new(bundles.path.join("cloud")).link(link);
         let mut cloud = Some(Cloud::start(config()).unwrap());

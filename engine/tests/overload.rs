@@ -23,7 +23,7 @@ fn request() -> Request {
 
 fn whole(bundles: &Bundles, request: &Request) -> Metrics {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = Whole::open(backend, &bundles.path, None, Codec::F16, 8192).unwrap();
+    let mut whole = Whole::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     *whole.generate(request.clone(), |_| {}).unwrap().1
 }
 

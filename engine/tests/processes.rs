@@ -132,7 +132,7 @@ fn field_kb(pid: u32, field: &str) -> u64 {
 #[test]
 fn a_killed_cloud_comes_back_and_the_text_goes_on() {
     let bundle = bundle();
-    let whole = generate(&bundle, &["--whole"]).output().unwrap();
+    let whole = generate(&bundle, &["--whole", "--wire", "int8"]).output().unwrap();
     let whole = object(&String::from_utf8(whole.stdout).unwrap());
     assert_eq!(whole["token_ids"].as_array().unwrap().len(), 40);
 
@@ -151,6 +151,57 @@ fn a_killed_cloud_comes_back_and_the_text_goes_on() {
     let split = object(&String::from_utf8(said).unwrap());
     assert_eq!(split["token_ids"], whole["token_ids"]);
     assert_eq!(split["logits_blake3"], whole["logits_blake3"]);
+}
+
+/// Without a codec the whole model is the model itself, wherever it would be cut; with one it is
+/// what a session has to say, and `--check` holds the session to both.
+#[test]
+fn whole_is_the_model_itself_and_check_compares_with_both() {
+    let bundle = bundle();
+    let answer = |args: &[&str]| {
+        let output = generate(&bundle, args).output().unwrap();
+        assert!(output.status.success(), "{args:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        (object(&text), text)
+    };
+    let whole = answer(&["--whole"]).0;
+    for same in [&["--wire", "f32"][..], &["--split-layer", "4"]] {
+        let other = answer(&[&["--whole"], same].concat()).0;
+        assert_eq!(other["logits_blake3"], whole["logits_blake3"], "{same:?}");
+    }
+    let unlike = |ids: &Value, others: &Value| {
+        let [ids, others] = [ids, others].map(|ids| ids.as_array().unwrap());
+        let at = ids.iter().zip(others).take_while(|(one, other)| one == other).count();
+        (at < ids.len().max(others.len())).then_some(at)
+    };
+    let mut hashes = std::collections::HashSet::new();
+    for wire in ["f32", "f16", "int8", "int4"] {
+        let coded = answer(&["--whole", "--wire", wire]).0;
+        // int8 is what a bundle asks for.
+        let chosen = if wire == "int8" { &["--check"][..] } else { &["--check", "--wire", wire] };
+        let (split, text) = answer(chosen);
+        assert_eq!(split["logits_blake3"], coded["logits_blake3"], "{wire}");
+        hashes.insert(split["logits_blake3"].to_string());
+        let at = unlike(&split["token_ids"], &whole["token_ids"]);
+        assert_eq!(
+            split["check"],
+            serde_json::json!({
+                "wire": wire,
+                "same_as_whole": true,
+                "first_token_unlike_whole": null,
+                "first_token_unlike_f32": at,
+            })
+        );
+        let at = at.map_or("none".to_owned(), |at| at.to_string());
+        assert!(
+            text.contains(&format!(
+                "same as the whole model with {wire} rows: yes\n\
+                 first token that differs from f32 rows: {at}\n"
+            )),
+            "{text}"
+        );
+    }
+    assert_eq!(hashes.len(), 4, "codecs that can't be told apart test nothing");
 }
 
 #[test]
@@ -258,7 +309,7 @@ fn unknown_flags_and_files_are_named() {
 #[test]
 fn a_cloud_that_is_told_to_end_is_an_outage_and_the_text_goes_on() {
     let bundle = bundle();
-    let whole = generate(&bundle, &["--whole"]).output().unwrap();
+    let whole = generate(&bundle, &["--whole", "--wire", "int8"]).output().unwrap();
     let whole = object(&String::from_utf8(whole.stdout).unwrap());
     for ask in [Signal::TERM, Signal::INT] {
         let mut cloud = CloudProcess::start(&bundle, "127.0.0.1:0");

@@ -161,6 +161,22 @@ fn a_cloud_whose_step_fails_stops_instead_of_hanging() {
     }
 }
 
+/// Of two words about the codec the caller's counts, then the bundle's; nobody's is int8.
+#[test]
+fn the_bundle_may_ask_for_a_codec() {
+    let bundles = Bundles::generated(1, 0);
+    let manifest = bundles.path.join("device/bundle.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    assert!(text.contains("\"wire\": \"int8\""));
+    for asked in [Codec::Int8, Codec::F32, Codec::Int4] {
+        let edited = text.replace("\"int8\"", &format!("{:?}", asked.name()));
+        std::fs::write(&manifest, edited).unwrap();
+        let config = EngineConfig::new(bundles.path.join("device"));
+        assert_eq!(Engine::open(config.clone()).unwrap().wire(), asked);
+        assert_eq!(Engine::open(config.wire(Codec::F16)).unwrap().wire(), Codec::F16);
+    }
+}
+
 /// All chunks of a prompt but the last are answered by 26 bytes that say what their steps took.
 #[test]
 fn chunks_that_return_no_row_say_what_they_took() {
@@ -168,7 +184,7 @@ fn chunks_that_return_no_row_say_what_they_took() {
     let cloud = cloud(&bundles);
     let config = device(&bundles, cloud.address()).chunks(ChunkPolicy::Fixed(100)).prefix(false);
     let engine = Engine::open(config).unwrap();
-    let output = 32 + 24 + 4 + Codec::F16.row_bytes(HIDDEN) as u64;
+    let output = 32 + 24 + 4 + Codec::default().row_bytes(HIDDEN) as u64;
     for chunks in [1, 2, 4] {
         let prompt = long_prompt(100 * chunks - 30);
         let metrics = collect(&engine, Request::tokens(prompt).max_tokens(1));

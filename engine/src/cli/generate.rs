@@ -6,12 +6,13 @@ use std::path::Path;
 use anyhow::Context as _;
 use clap::Args;
 use hat_engine::internal::{processor, whole_answer};
-use hat_engine::options::{FinishReason, Limits, Message, Role};
+use hat_engine::options::{Codec, FinishReason, Limits, Message, Role};
 use hat_engine::out::OutError;
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_engine::{note, out, outln};
 use serde_json::json;
 
+use super::check::Check;
 use super::{DeviceRunArgs, DraftArgs, SamplerArgs, text_or_file};
 
 /// One answer to one prompt.
@@ -44,49 +45,80 @@ pub(crate) struct GenerateArgs {
     /// The last line printed is one JSON object.
     #[arg(long)]
     json: bool,
-    /// The whole model in one process, one row at a time: the yardstick for the split engine.
+    /// The whole model in one process, one row at a time. The model itself without --wire (rows
+    /// stay f32, no codec); with --wire X, what a session with that codec has to say.
     #[arg(long)]
     whole: bool,
+    /// Says whether the answer is the whole model's with the same codec, and from which token on
+    /// f32 rows say something else. Ends with an error if it is not.
+    #[arg(long, conflicts_with = "whole")]
+    check: bool,
 }
 
 impl GenerateArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let request = self.request()?;
+        let mut check = None;
         let (reason, metrics) = if self.whole {
-            let directory = self.device.bundle.directory(cache)?;
-            let split_layer = self.device.bundle.split_layer();
-            let (wire, context) = (self.device.wire(), Limits::device().context_max);
-            let run = &self.device.run;
-            let at = (run.threads(), run.nice());
-            let chosen = processor::choose(run.processor(), run.weights(), at)?;
-            let verify = run.verify(cache);
-            let mut printed = Ok(());
-            let print = |event: &Event| {
-                if printed.is_ok() {
-                    printed = print_text(event);
-                }
-            };
-            let whole = whole_answer(
-                chosen,
-                &directory,
-                &verify,
-                split_layer,
-                wire,
-                context,
-                request,
-                print,
-            )?;
-            printed?;
-            whole
+            let wire = self.device.wire().unwrap_or(Codec::F32);
+            let answer = self.whole(cache, wire, request, print_text)?;
+            outln!()?;
+            answer
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;
-            answer(&engine, request, print_text)?
+            let answer = answer(&engine, request.clone(), print_text)?;
+            outln!()?;
+            if self.check {
+                let whole = |wire| Ok(*self.whole(cache, wire, request.clone(), |_| Ok(()))?.1);
+                let found = Check::of(engine.wire(), &answer.1, whole)?;
+                outln!("{found}")?;
+                check = Some(found);
+            }
+            answer
         };
-        outln!()?;
         if self.json {
-            outln!("{}", object(reason, &metrics))?;
+            let mut object = object(reason, &metrics);
+            if let Some(check) = &check {
+                object["check"] = check.json();
+            }
+            outln!("{object}")?;
         }
-        Ok(())
+        check.map_or(Ok(()), |check| check.verdict())
+    }
+
+    /// What the whole model answers with rows that go through `wire`.
+    fn whole(
+        &self,
+        cache: &Path,
+        wire: Codec,
+        request: Request,
+        mut on_event: impl FnMut(&Event) -> Result<(), OutError>,
+    ) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
+        let directory = self.device.bundle.directory(cache)?;
+        let split_layer = self.device.bundle.split_layer();
+        let run = &self.device.run;
+        let at = (run.threads(), run.nice());
+        let chosen = processor::choose(run.processor(), run.weights(), at)?;
+        let context = Limits::device().context_max;
+        let verify = run.verify(cache);
+        let mut printed = Ok(());
+        let on_event = |event: &Event| {
+            if printed.is_ok() {
+                printed = on_event(event);
+            }
+        };
+        let answer = whole_answer(
+            chosen,
+            &directory,
+            &verify,
+            split_layer,
+            wire,
+            context,
+            request,
+            on_event,
+        )?;
+        printed?;
+        Ok(answer)
     }
 
     fn request(&self) -> anyhow::Result<Request> {
@@ -103,7 +135,7 @@ impl GenerateArgs {
         request.max_tokens = self.max_tokens;
         request.stop.clone_from(&self.stop);
         request.ignore_eos = self.ignore_eos;
-        request.hash_logits = self.json;
+        request.hash_logits = self.json || self.check;
         request.draft = self.draft.draft;
         Ok(request)
     }

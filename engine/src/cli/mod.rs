@@ -1,5 +1,6 @@
 //! Flags of the daemon, and what they turn into.
 
+mod check;
 mod doctor;
 mod generate;
 pub(crate) mod log;
@@ -175,9 +176,10 @@ pub(crate) struct DeviceRunArgs {
     /// The cloud, as host:port. Without, one is started in this process.
     #[arg(long, env = "HAT_CLOUD", value_name = "ADDR")]
     cloud: Option<String>,
-    /// How rows are coded on the wire: f32, f16, int8 or int4.
-    #[arg(long, env = "HAT_WIRE", default_value = "f16", value_parser = parse_codec)]
-    wire: Codec,
+    /// How rows are coded on the wire: f32, f16, int8 or int4. Without, what the bundle says,
+    /// which is int8 as hat-split writes it.
+    #[arg(long, env = "HAT_WIRE", value_parser = parse_codec)]
+    wire: Option<Codec>,
     /// How prompts are cut: off for whole prompts, rows of a chunk, paper for HAT's balance of
     /// upload and cloud, or auto for sizes planned by what is measured.
     #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
@@ -212,9 +214,9 @@ impl DeviceRunArgs {
         let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
             .link(self.run.link)
             .verify(self.run.verify(cache))
-            .wire(self.wire)
             .chunks(self.chunks)
             .prefix(self.prefix);
+        config.wire = self.wire;
         config.processor = self.run.processor;
         config.nice = self.run.nice;
         config.weights = self.run.weights;
@@ -245,7 +247,8 @@ impl DeviceRunArgs {
         self.chunks
     }
 
-    pub(crate) fn wire(&self) -> Codec {
+    /// `--wire`, if it was given.
+    pub(crate) fn wire(&self) -> Option<Codec> {
         self.wire
     }
 }

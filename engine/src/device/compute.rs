@@ -144,7 +144,7 @@ impl Device {
     fn send_frame(&mut self, index: usize) -> bool {
         let Some(connection) = self.connection.filter(|_| self.connected) else { return false };
         let hidden_size = self.start.facts.hidden_size;
-        let codec = self.start.config.wire;
+        let codec = self.start.config.codec();
         let active = &mut self.actives[index];
         let rows_max = wire::rows_per_frame(codec, hidden_size);
         let head = active.head(rows_max, self.start.facts.has_tail);

@@ -29,7 +29,7 @@ use hat_transport::link::{LinkKind, Waker};
 use self::trained::DraftSessions;
 use crate::answer::Prepared;
 use crate::cloud::Cloud;
-use crate::config::{CloudAddress, EngineConfig};
+use crate::config::{CloudAddress, Codec, EngineConfig};
 use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
 use crate::model::DeviceForward;
@@ -122,6 +122,7 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
     model_name: String,
     sampling: SamplingDefaults,
+    wire: Codec,
     queue_max: u32,
     cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
 }
@@ -166,6 +167,8 @@ impl Engine {
         trained: Option<Box<dyn Trained>>,
     ) -> Result<Self, Error> {
         let split_layer = split_layer(&config, bundle)?;
+        config.wire = config.wire.or_else(|| Codec::from_name(bundle.manifest().wire_asked()?));
+        let wire = config.codec();
         let mut cloud = None;
         if let CloudAddress::InProcess(mut cloud_config) = config.cloud {
             if config.link == LinkKind::Memory {
@@ -218,6 +221,7 @@ impl Engine {
             thread: Some(thread),
             model_name: bundle.manifest().model_name.clone(),
             sampling: bundle.sampling(),
+            wire,
             queue_max,
             cloud,
         })
@@ -290,6 +294,12 @@ impl Engine {
     #[must_use]
     pub fn describe_sampling(&self) -> String {
         self.sampling.to_string()
+    }
+
+    /// The codec of its rows on the wire.
+    #[must_use]
+    pub fn wire(&self) -> Codec {
+        self.wire
     }
 
     /// Positions of one session, prompt and answer together.

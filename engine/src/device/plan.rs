@@ -146,7 +146,7 @@ impl Device {
     }
 
     fn row_bytes(&self) -> usize {
-        self.start.config.wire.row_bytes(self.start.facts.hidden_size)
+        self.start.config.codec().row_bytes(self.start.facts.hidden_size)
     }
 
     /// Layers here before the cloud's, and the cloud's.

@@ -51,7 +51,7 @@ impl PageNamer {
         let scope = PrefixScope {
             entry_layer: layer(facts.layers.start),
             exit_layer: layer(facts.layers.end),
-            codec: config.wire.id(),
+            codec: config.codec().id(),
             kv_type: KV_TYPE_F16,
             arithmetic_id: 0,
         };

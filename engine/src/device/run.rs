@@ -382,7 +382,7 @@ impl Device {
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
-                codec: self.start.config.wire.id(),
+                codec: self.start.config.codec().id(),
                 kv_type: KV_TYPE_F16,
                 arithmetic_id: self.peer_arithmetic,
                 rows_max: active.job.prepared.rows_max(),

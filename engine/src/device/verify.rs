@@ -25,7 +25,7 @@ impl Device {
         active.deadline = None;
         let count = usize::from(output.head.count);
         self.row.resize(count.max(1) * hidden_size, 0.0);
-        let codec = self.start.config.wire.down();
+        let codec = self.start.config.codec().down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
             return Err(format!("{} bytes for {count} rows", output.payload.len()));
         }

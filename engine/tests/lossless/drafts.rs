@@ -91,7 +91,7 @@ fn assert_counts(timings: &Timings) {
 fn every_draft_mode_says_the_same() {
     let bundles = Bundles::generated(1, 0);
     let requests = requests();
-    let whole = whole(&bundles, 1, Codec::F16, &requests);
+    let whole = whole(&bundles, 1, Codec::default(), &requests);
     let config = EngineConfig::new(bundles.path.join("device")).link(LinkKind::Memory);
     let engine = Engine::open(config).unwrap();
     for mode in DraftMode::ALL {
@@ -125,7 +125,7 @@ fn drafts_over_every_link_split_and_tail_say_the_same() {
     for tail_layers in [0, 1] {
         let bundles = Bundles::generated(2, tail_layers);
         let wide = Bundles::generated(1, tail_layers);
-        for (split_layer, wire) in [(1, Codec::F16), (2, Codec::F32)] {
+        for (split_layer, wire) in [(1, Codec::default()), (2, Codec::F32)] {
             let holder = wide_or(&bundles, &wide, split_layer);
             let whole = whole(holder, split_layer, wire, &requests);
             for link in [LinkKind::Mio, LinkKind::IoUring] {
@@ -153,7 +153,7 @@ fn drafts_over_every_link_split_and_tail_say_the_same() {
 fn small_row_budgets_say_the_same() {
     let bundles = Bundles::generated(1, 0);
     let requests = &requests()[..2];
-    let whole = whole(&bundles, 1, Codec::F16, requests);
+    let whole = whole(&bundles, 1, Codec::default(), requests);
     for (device_rows, cloud_rows, drafts) in [(3, 512, true), (512, 2, true), (512, 1, false)] {
         let mut config = EngineConfig::new(bundles.path.join("device"));
         config.limits.step_rows_max = device_rows;
@@ -172,7 +172,7 @@ fn small_row_budgets_say_the_same() {
 fn a_cloud_that_restarts_in_a_round_does_not_matter() {
     let bundles = Bundles::generated(1, 0);
     let requests = &requests()[..3];
-    let whole = whole(&bundles, 1, Codec::F16, requests);
+    let whole = whole(&bundles, 1, Codec::default(), requests);
     for mode in [DraftMode::Lookup, DraftMode::All] {
         let config = || CloudConfig::new(bundles.path.join("cloud"));
         let mut cloud = Some(Cloud::start(config()).unwrap());
@@ -198,7 +198,7 @@ fn a_cloud_that_restarts_in_a_round_does_not_matter() {
 fn drafting_batch_mates_do_not_matter() {
     let bundles = Bundles::generated(1, 0);
     let requests = requests();
-    let whole = whole(&bundles, 1, Codec::F16, &requests);
+    let whole = whole(&bundles, 1, Codec::default(), &requests);
     let cloud = Cloud::start(CloudConfig::new(bundles.path.join("cloud"))).unwrap();
     let modes = [DraftMode::Off, DraftMode::Lookup, DraftMode::Tree, DraftMode::All];
     let engines = modes.map(|mode| {
@@ -237,7 +237,7 @@ fn end_of(events: impl Iterator<Item = Event>) -> (String, FinishReason, Vec<u32
 fn answers_are_cut_inside_accepted_paths() {
     let bundles = Bundles::generated(1, 0);
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = Whole::open(backend, &bundles.path, None, Codec::F16, 8192).unwrap();
+    let mut whole = Whole::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let base = request(few(3, SamplerConfig::default()));
     let text = whole.generate(base.clone(), |_| {}).unwrap().1.text;

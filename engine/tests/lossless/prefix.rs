@@ -99,7 +99,7 @@ fn held_pages_change_nothing_in_any_codec_cut_or_draft() {
 #[test]
 fn held_pages_change_nothing_for_a_trained_drafter() {
     let bundles = Bundles::generated(1, 0);
-    let conversation = conversation(&bundles, Codec::F16);
+    let conversation = conversation(&bundles, Codec::default());
     add_noise(&bundles, AdapterKind::Deep);
     for mode in DraftMode::ALL {
         let config = EngineConfig::new(bundles.path.join("device"));
@@ -114,7 +114,7 @@ fn nothing_is_held_where_it_must_not_be() {
     for (tail_layers, prefix) in [(1, true), (0, false)] {
         let bundles = Bundles::generated(1, tail_layers);
         let request = ask(&long_prompt(210), SamplerConfig::default());
-        let whole = whole(&bundles, 1, Codec::F16, std::slice::from_ref(&request)).remove(0);
+        let whole = whole(&bundles, 1, Codec::default(), std::slice::from_ref(&request)).remove(0);
         let config = EngineConfig::new(bundles.path.join("device")).prefix(prefix);
         let engine = Engine::open(config).unwrap();
         for _ in 0..2 {
@@ -141,9 +141,9 @@ fn devices_with_one_secret_share_while_they_run() {
         Engine::open(config).unwrap()
     };
     let request = ask(&long_prompt(210), SamplerConfig::default());
-    let [f16, f32] = [Codec::F16, Codec::F32]
+    let [f16, f32] = [Codec::default(), Codec::F32]
         .map(|wire| whole(&bundles, 1, wire, std::slice::from_ref(&request)).remove(0));
-    let [one, other, stranger] = [1, 1, 2].map(|secret| device(secret, Codec::F16));
+    let [one, other, stranger] = [1, 1, 2].map(|secret| device(secret, Codec::default()));
     let exact = device(1, Codec::F32);
     let mut tokens = 0;
     let split = collect_with(&one, request.clone().draft(DraftMode::Off), |_| {
@@ -176,7 +176,7 @@ fn pages_give_way_to_sessions() {
     };
     let requests: Vec<Request> =
         (0..3).map(|first| ask(&prompt(first), SamplerConfig::default())).collect();
-    let answers = whole(&bundles, 1, Codec::F16, &requests);
+    let answers = whole(&bundles, 1, Codec::default(), &requests);
     let mut cloud_config = CloudConfig::new(bundles.path.join("cloud"));
     cloud_config.limits.kv_rows_max = 16 * 32;
     let mut config = EngineConfig::new(bundles.path.join("device")).link(LinkKind::Memory);
@@ -212,7 +212,7 @@ fn pages_give_way_to_sessions() {
 fn a_session_that_was_lost_finds_its_pages() {
     let bundles = Bundles::generated(1, 0);
     let request = ask(&long_prompt(210), SamplerConfig::default());
-    let answer = whole(&bundles, 1, Codec::F16, std::slice::from_ref(&request)).remove(0);
+    let answer = whole(&bundles, 1, Codec::default(), std::slice::from_ref(&request)).remove(0);
     let mut config = CloudConfig::new(bundles.path.join("cloud"));
     config.limits.connections_max = 1;
     let cloud = Cloud::start(config).unwrap();

@@ -195,7 +195,7 @@ fn a_computing_drafter_changes_nothing_but_rounds() {
                 hat_engine::options::SamplerConfig { temperature: 0.9, ..Default::default() },
             )),
         ];
-        let answers = whole(&bundles, 1, Codec::F16, &requests);
+        let answers = whole(&bundles, 1, Codec::default(), &requests);
         for (request, answer) in requests.iter().zip(&answers) {
             let modes = DraftMode::ALL.into_iter().filter(|mode| mode.asks_trained());
             for mode in modes {
@@ -242,7 +242,7 @@ fn a_computing_drafter_changes_nothing_but_rounds() {
 fn a_drafter_that_fails_changes_nothing() {
     let bundles = Bundles::generated(1, 0);
     let requests = [request(Default::default())];
-    let answers = whole(&bundles, 1, Codec::F16, &requests);
+    let answers = whole(&bundles, 1, Codec::default(), &requests);
     let cloud = Cloud::start(CloudConfig::new(bundles.path.join("cloud"))).unwrap();
     let address = cloud.address().to_string();
     for mode in DraftMode::ALL.into_iter().filter(|mode| mode.asks_trained()) {
@@ -273,7 +273,7 @@ fn a_bundles_drafter_changes_nothing() {
     for kind in AdapterKind::ALL {
         let bundles = Bundles::generated(1, 0);
         let requests = [request(Default::default())];
-        let answers = whole(&bundles, 1, Codec::F16, &requests);
+        let answers = whole(&bundles, 1, Codec::default(), &requests);
         add_noise(&bundles, kind);
         let modes = DraftMode::ALL.into_iter().filter(|mode| mode.asks_trained());
         for mode in modes {

@@ -26,6 +26,8 @@ pub const TOKENIZER: &str = "tokenizer.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The file of the trained drafter; device only, and not in every bundle.
 pub const ADAPTER: &str = "adapter.safetensors";
+/// The row codec that a new bundle asks for.
+pub const WIRE_DEFAULT: &str = "int8";
 /// Tensors begin in the weights file at multiples of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
@@ -146,6 +148,12 @@ impl Stored {
 }
 
 impl Manifest {
+    /// The row codec that whoever made the bundle asked for. Format 1 wrote f16 unasked.
+    #[must_use]
+    pub fn wire_asked(&self) -> Option<&str> {
+        (self.format_version > 1 || self.wire != "f16").then_some(&self.wire)
+    }
+
     /// The cut.
     pub(super) fn split(&self) -> Result<Split, ConfigError> {
         Split::new(self.config.num_hidden_layers, self.split_layer, self.tail_layers)

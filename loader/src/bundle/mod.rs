@@ -33,7 +33,7 @@ pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add
 pub use error::BundleError;
 pub use manifest::{
     ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_OLDEST, FileEntry, MANIFEST, Manifest,
-    TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS,
+    TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS, WIRE_DEFAULT,
 };
 pub use model_id::{ModelId, ModelIdError};
 pub use verify::{Verified, Watch};

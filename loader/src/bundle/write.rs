@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::manifest::{
     ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, Stored, TOKENIZER, TOKENIZER_CONFIG,
-    TensorEntry, WEIGHTS, held_layers,
+    TensorEntry, WEIGHTS, WIRE_DEFAULT, held_layers,
 };
 use super::model_id::ModelHasher;
 use super::{BundleError, ModelId, convert};
@@ -75,8 +75,6 @@ pub struct Report {
     pub num_hidden_layers: usize,
     /// Numbers in one row.
     pub hidden_size: usize,
-    /// Bytes of one row's payload on the wire in f16, in each direction.
-    pub row_bytes_f16: usize,
     /// Control tokens, ends of an answer, and what the vocabulary was read as.
     pub text: TextReport,
     /// Matrices that kept another type than the one asked for, and why.
@@ -162,7 +160,6 @@ pub fn write_bundles(
         tail_layers: split.tail_layers(),
         num_hidden_layers: layers,
         hidden_size: model.config().hidden_size,
-        row_bytes_f16: 2 * model.config().hidden_size,
         text: model.text_report().clone(),
         kept,
         device: device.expect("one report a role"),
@@ -309,7 +306,7 @@ fn write_manifest(
         tail_layers: split.tail_layers(),
         layers: report.layers.clone(),
         hidden_size: model.config().hidden_size,
-        wire: "f16".to_owned(),
+        wire: WIRE_DEFAULT.to_owned(),
         control_tokens: (plan.role == Role::Device)
             .then(|| model.text_report().control_tokens.keys().copied().collect()),
         config: model.config().clone(),

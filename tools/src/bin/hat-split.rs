@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use hat_engine::options::Codec;
 use hat_engine::out::{self, OutError};
 use hat_engine::{outln, pull};
 use hat_loader::{BundleOptions, Report, RoleReport, Weights};
@@ -115,8 +116,9 @@ fn print_report(report: &Report) -> Result<(), OutError> {
         report.tail_layers
     )?;
     outln!(
-        "on the wire    {} bytes a row in f16, each way (hidden_size {})",
-        report.row_bytes_f16,
+        "on the wire    {} bytes a row as int8, {} as f16, each way (hidden_size {})",
+        Codec::Int8.row_bytes(report.hidden_size),
+        Codec::F16.row_bytes(report.hidden_size),
         report.hidden_size
     )?;
     print_text(report)?;

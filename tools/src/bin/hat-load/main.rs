@@ -89,7 +89,7 @@ struct Args {
     #[arg(long, value_name = "HOW", default_value = "128")]
     chunks: ChunkPolicy,
     /// How rows are coded on the wire: f32, f16, int8 or int4.
-    #[arg(long, value_name = "CODEC", default_value = "f16", value_parser = codec)]
+    #[arg(long, value_name = "CODEC", default_value = "int8", value_parser = codec)]
     wire: Codec,
     /// What moves bytes.
     #[arg(long, value_enum, default_value_t = Link::Mio)]
