@@ -9,6 +9,8 @@
 //! prompt's first token). With `--devices 2` the
 //! long prompt is another device's. Ratios are those of one round: time between tokens beside the
 //! prompt over that alone (bound: 5), the prompt's TTFT beside them over that alone (bound: 1.5).
+//! Policies of `--chunks` take turns in each round, and each one's figures are also put over the
+//! first one's of the same round.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -183,6 +185,10 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
 /// Figures of `shorts` short answers beside the prompt, over the rounds.
 #[derive(Default)]
 struct Beside {
+    /// Medians of a round's answers.
+    token_ms: Vec<f64>,
+    gap_ms: Vec<f64>,
+    ttft_ms: Vec<f64>,
     token_ratio: Vec<f64>,
     ttft_ratio: Vec<f64>,
     seen: Vec<Seen>,
@@ -195,44 +201,92 @@ fn main() {
     };
     let cache = pull::cache_dir().expect("a cache directory");
     let bundle = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
-    for &chunks in &args.chunks {
-        measure(&bundle, &args, chunks);
-    }
+    measure(&bundle, &args);
 }
 
-fn measure(bundle: &Path, args: &Args, chunks: ChunkPolicy) {
-    let engines = Engines::open(bundle, args, chunks);
-    let quiet = AtomicBool::new(false);
-    // Warms the maps, and teaches both sides what steps cost.
-    short(&engines.device, args.tokens);
-    long(engines.long(), args.rows / 4, &quiet);
-    let (mut alone, mut prompt) = (vec![], vec![]);
-    let mut results: Vec<Beside> = args.shorts.iter().map(|_| Beside::default()).collect();
-    for _ in 0..args.rounds {
-        let short_alone: Vec<Seen> = (0..5).map(|_| short(&engines.device, args.tokens)).collect();
-        let token_ms = median(short_alone.iter().map(|seen| seen.token_ms));
-        let long_ms = long(engines.long(), args.rows, &quiet);
-        alone.extend(short_alone);
-        prompt.push(long_ms);
-        for (&count, result) in args.shorts.iter().zip(&mut results) {
-            let (ttft_ms, seen) = beside(&engines, args, count);
+/// Figures of one policy, round by round.
+struct Policy {
+    chunks: ChunkPolicy,
+    engines: Engines,
+    alone: Vec<Seen>,
+    /// TTFT of the prompt alone.
+    prompt_ms: Vec<f64>,
+    besides: Vec<Beside>,
+}
+
+impl Policy {
+    fn new(bundle: &Path, args: &Args, chunks: ChunkPolicy) -> Self {
+        let engines = Engines::open(bundle, args, chunks);
+        // Warms the maps, and teaches both sides what steps cost.
+        short(&engines.device, args.tokens);
+        long(engines.long(), args.rows / 4, &AtomicBool::new(false));
+        let besides = args.shorts.iter().map(|_| Beside::default()).collect();
+        Self { chunks, engines, alone: vec![], prompt_ms: vec![], besides }
+    }
+
+    fn round(&mut self, args: &Args) {
+        let engines = &self.engines;
+        let alone: Vec<Seen> = (0..5).map(|_| short(&engines.device, args.tokens)).collect();
+        let token_ms = median(alone.iter().map(|seen| seen.token_ms));
+        self.alone.extend(alone);
+        let prompt_ms = long(engines.long(), args.rows, &AtomicBool::new(false));
+        self.prompt_ms.push(prompt_ms);
+        for (&count, result) in args.shorts.iter().zip(&mut self.besides) {
+            let (ttft_ms, seen) = beside(engines, args, count);
             let beside_ms = median(seen.iter().map(|seen| seen.token_ms));
+            result.token_ms.push(beside_ms);
+            result.gap_ms.push(median(seen.iter().map(|seen| seen.longest_gap_ms)));
+            result.ttft_ms.push(ttft_ms);
             result.token_ratio.push(beside_ms / token_ms);
-            result.ttft_ratio.push(ttft_ms / long_ms);
+            result.ttft_ratio.push(ttft_ms / prompt_ms);
             result.seen.extend(seen);
         }
     }
-    println!(
-        "== {} rows beside {} answers of {} tokens a user, chunks {chunks}, {} device(s), \
-         {} rounds; median (least - greatest)",
-        args.rows, args.answers, args.tokens, args.devices, args.rounds
-    );
-    println!("prompt alone, TTFT ms             {}", spread(prompt));
-    print_seen("short alone", &alone);
-    for (count, result) in args.shorts.iter().zip(&results) {
-        print_seen(&format!("{count} short beside the prompt"), &result.seen);
-        println!("  time a token / alone (<= 5)     {}", spread(result.token_ratio.clone()));
-        println!("  prompt's TTFT / alone (<= 1.5)  {}", spread(result.ttft_ratio.clone()));
+
+    fn print(&self, args: &Args) {
+        println!(
+            "== {} rows beside {} answers of {} tokens a user, chunks {}, {} device(s), \
+             {} rounds; median (least - greatest)",
+            args.rows, args.answers, args.tokens, self.chunks, args.devices, args.rounds
+        );
+        println!("prompt alone, TTFT ms             {}", spread(self.prompt_ms.clone()));
+        print_seen("short alone", &self.alone);
+        for (count, result) in args.shorts.iter().zip(&self.besides) {
+            print_seen(&format!("{count} short beside the prompt"), &result.seen);
+            println!("  time a token / alone (<= 5)     {}", spread(result.token_ratio.clone()));
+            println!("  prompt's TTFT / alone (<= 1.5)  {}", spread(result.ttft_ratio.clone()));
+        }
+    }
+
+    /// Its figures over those of `first`, round by round.
+    fn print_over(&self, args: &Args, first: &Self) {
+        println!("== {} over {}, pairs of one round", self.chunks, first.chunks);
+        let over = |name: &str, ours: &[f64], theirs: &[f64]| {
+            println!(
+                "{name}{}",
+                spread(ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs))
+            );
+        };
+        over("prompt alone, TTFT                ", &self.prompt_ms, &first.prompt_ms);
+        for ((count, ours), theirs) in args.shorts.iter().zip(&self.besides).zip(&first.besides) {
+            println!("{count} short beside the prompt");
+            over("  time a token                    ", &ours.token_ms, &theirs.token_ms);
+            over("  longest gap                     ", &ours.gap_ms, &theirs.gap_ms);
+            over("  prompt's TTFT                   ", &ours.ttft_ms, &theirs.ttft_ms);
+        }
+    }
+}
+
+fn measure(bundle: &Path, args: &Args) {
+    let open = |&chunks: &ChunkPolicy| Policy::new(bundle, args, chunks);
+    let mut policies: Vec<Policy> = args.chunks.iter().map(open).collect();
+    let count = policies.len();
+    for round in 0..args.rounds {
+        (0..count).for_each(|turn| policies[(round + turn) % count].round(args));
+    }
+    policies.iter().for_each(|policy| policy.print(args));
+    if let [first, others @ ..] = &policies[..] {
+        others.iter().for_each(|policy| policy.print_over(args, first));
     }
 }
 

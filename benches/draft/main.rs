@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p hat-benches --bench draft -- PROMPTS.jsonl [--every N] [--tokens N]
 //! [--modes off,lookup,tree] [--split-layer N] [--threads N] [--rtt-ms N [--mbit UP,DOWN]]
-//! [--cloud-step-ms X] [--temperature X] [--bundle DIR]`
+//! [--cloud-step-ms X] [--temperature X] [--wire CODEC] [--bundle DIR]`
 //!
 //! A line of the file is an object with `turns` (the first is asked, through the chat template) and
 //! `category`. Answers are greedy, or sampled with seeds 0, 1 and so on, and end by themselves or
@@ -24,7 +24,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hat_engine::internal::{MiddleModel, open_cloud_bundle, pool_pages, processor};
-use hat_engine::options::{CloudAddress, DraftMode, Processor, SamplerConfig, Timings};
+use hat_engine::options::{CloudAddress, Codec, DraftMode, Processor, SamplerConfig, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_loader::{Bundle, Submodel};
 use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
@@ -43,6 +43,7 @@ struct Args {
     mbit: (f64, f64),
     cloud_step: Option<Duration>,
     temperature: f32,
+    wire: Option<Codec>,
     bundle: Option<PathBuf>,
     /// Bytes of a row on the wire.
     row_bytes: u64,
@@ -50,7 +51,7 @@ struct Args {
 
 const USAGE: &str = "PROMPTS.jsonl [--every N] [--tokens N] [--modes off,lookup,..] \
                      [--split-layer N] [--threads N] [--rtt-ms N] [--mbit UP,DOWN] \
-                     [--cloud-step-ms X] [--temperature X] [--bundle DIR]";
+                     [--cloud-step-ms X] [--temperature X] [--wire CODEC] [--bundle DIR]";
 
 impl Args {
     fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
@@ -65,6 +66,7 @@ impl Args {
             mbit: (60.0, 100.0),
             cloud_step: None,
             temperature: 0.0,
+            wire: None,
             bundle: None,
             row_bytes: 0,
         };
@@ -77,6 +79,7 @@ impl Args {
                 "--threads" => parsed.threads = args.next()?.parse().ok()?,
                 "--rtt-ms" => parsed.rtt = Some(Duration::from_millis(args.next()?.parse().ok()?)),
                 "--temperature" => parsed.temperature = args.next()?.parse().ok()?,
+                "--wire" => parsed.wire = Some(Codec::from_name(&args.next()?)?),
                 "--bundle" => parsed.bundle = Some(args.next()?.into()),
                 "--cloud-step-ms" => {
                     let ms: f64 = args.next()?.parse().ok().filter(|ms| *ms >= 0.0)?;
@@ -246,6 +249,7 @@ fn start_link(args: &Args, cloud: SocketAddr) -> Option<Emulator> {
 fn open_engine(args: &Args, bundle: &Path, cloud: SocketAddr) -> Engine {
     let mut config = EngineConfig::new(bundle.join("device")).threads(args.threads).prefix(false);
     config.cloud = CloudAddress::Remote(cloud.to_string());
+    config.wire = args.wire;
     Engine::open(config).expect("the engine opens")
 }
 
@@ -279,8 +283,6 @@ fn main() {
         let cache = pull::cache_dir().expect("a cache directory");
         pull::default_bundle(&cache, args.split_layer, 0).expect("the default model")
     });
-    let device = Bundle::open(&bundle.join("device")).expect("the device's half");
-    args.row_bytes = 2 * device.config().hidden_size as u64; // f16
     let (cloud, learning) = start_cloud(&args, &bundle);
     let teacher = learning.as_ref().map(|_| open_engine(&args, &bundle, cloud.address()));
     // An engine a mode, on a link of its own: what one learns is nothing to the others.
@@ -291,6 +293,9 @@ fn main() {
             (*mode, open_engine(&args, &bundle, address))
         })
         .collect();
+    let device = Bundle::open(&bundle.join("device")).expect("the device's half");
+    let codec = engines.first().map_or(Codec::default(), |(_, engine)| engine.wire());
+    args.row_bytes = codec.row_bytes(device.config().hidden_size) as u64;
     let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
     let prompts: Vec<_> = prompts(&text).into_iter().step_by(args.every).collect();
     for (done, (category, prompt)) in prompts.iter().enumerate() {

@@ -1,6 +1,7 @@
 //! Policies: switches over one cost file, and nothing else.
 
 use anyhow::bail;
+use hat_engine::options::Codec;
 
 /// How a prompt goes up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,13 +35,6 @@ pub(crate) enum Shape {
     Tree,
 }
 
-/// How the numbers of a row cross the link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RowCodec {
-    F16,
-    Int8,
-}
-
 /// The switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Switches {
@@ -57,7 +51,8 @@ pub(crate) struct Switches {
     pub(crate) streaming: bool,
     /// The draft head tells fewer tokens apart.
     pub(crate) short_head: bool,
-    pub(crate) codec: RowCodec,
+    /// How the numbers of a row cross the link.
+    pub(crate) codec: Codec,
     /// Rows that the cloud holds already do not go up again.
     pub(crate) prefix: bool,
 }
@@ -91,7 +86,7 @@ pub(crate) const U_SHAPE: Switches = Switches {
     levels: false,
     streaming: false,
     short_head: false,
-    codec: RowCodec::F16,
+    codec: Codec::F16,
     prefix: false,
 };
 
@@ -109,7 +104,7 @@ pub(crate) const OURS: Switches = Switches {
     levels: true,
     streaming: true,
     short_head: true,
-    codec: RowCodec::Int8,
+    codec: Codec::Int8,
     prefix: true,
 };
 
@@ -149,7 +144,7 @@ impl Policy {
             "sd+pc" => Switches { chunking: Chunking::Paper, ..drafts },
             "hat" => HAT,
             "hat+auto" => Switches { chunking: Chunking::Auto, ..HAT },
-            "hat+int8" => Switches { codec: RowCodec::Int8, ..HAT },
+            "hat+int8" => Switches { codec: Codec::Int8, ..HAT },
             "hat+prefix" => Switches { prefix: true, ..HAT },
             "hat+short-head" => Switches { short_head: true, ..HAT },
             "hat+tree" => Switches { shape: Shape::Tree, ..HAT },
@@ -158,7 +153,7 @@ impl Policy {
             "hat+streaming" => Switches { streaming: true, ..HAT },
             "ours+ahead" => Switches { parallel: true, ..OURS },
             "ours" => OURS,
-            "auto" => Switches { streaming: false, codec: RowCodec::F16, prefix: false, ..OURS },
+            "auto" => Switches { streaming: false, codec: Codec::F16, prefix: false, ..OURS },
             "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
             _ => bail!(
                 "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",
@@ -170,13 +165,9 @@ impl Policy {
 }
 
 impl Switches {
-    /// Bytes of a row of `hidden` numbers; int8 has an f16 scale for each 32 of them.
+    /// Bytes of a row of `hidden` numbers.
     pub(crate) fn row_bytes(&self, hidden: usize) -> u64 {
-        let bytes = match self.codec {
-            RowCodec::F16 => 2 * hidden,
-            RowCodec::Int8 => hidden + hidden / 32 * 2,
-        };
-        bytes as u64
+        self.codec.row_bytes(hidden) as u64
     }
 
     /// Whether there is anything to draft with.

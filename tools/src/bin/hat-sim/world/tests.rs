@@ -80,7 +80,7 @@ fn one_device_alone_takes_the_sum_of_its_parts() {
     let world = lived(&file, &guessing, run("u-shape", 1, 0.01, 3));
     let device = file.device(&file.devices[0]);
     let row_bytes = U_SHAPE.row_bytes(file.model.hidden_size);
-    assert_eq!(row_bytes, 8192);
+    assert_eq!(row_bytes, 8193);
     let stages = f64::from(file.cloud.stages);
     let trip = |rows: u32, context: u32| {
         device.layers.seconds(rows as usize)
