@@ -1,148 +1,192 @@
 #!/usr/bin/env bash
-# What a GPU has to show: every kernel against its meaning, the backend against the reference and the
-# CPU's bits, the split answer against the whole model's, the sanitizers where they are, and the bench.
-# Needs a driver and the built programs, and no compiler, network or source:
+# What a GPU has to show, in the order of its worth and within a budget. Needs a driver, and of this tree
+# only the folder that cuda/pack.sh made: no compiler, network or source.
 #
-#     cargo test -p hat-cuda --test kernels --no-run                # prints the path of KERNELS
-#     cargo test -p hat-engine --test cuda --test cuda_bits --no-run # prints the paths of BACKEND and BITS
-#     cargo build --release -p hat-engine
-#     cargo bench -p hat-benches --bench cuda --no-run              # prints the path of BENCH
-#     cuda/run-on-gpu.sh --kernels KERNELS --backend BACKEND --bits BITS --bench BENCH \
-#         --engine target/release/hat-engine [--bundle DIR] [--gpu N] [--out DIR] [--part-max SECONDS] [-- ARGUMENTS OF THE BENCH]
+#     DIR/run-on-gpu.sh [--gpu N] [--budget SECONDS] [--out FOLDER] [--parts "NAME .."] [--tokens N] [-- ARGUMENTS OF THE BENCH]
 #
-# --bundle is a model that is split already; without it, the default one, which `hat-engine pull` makes.
-# What was seen is appended to cuda/HARDWARE.md or, with --out, written to DIR/hardware.md; the bench's lines
-# and the cost file for hat-sim go beside it. Each part ends after --part-max seconds (600).
-set -euo pipefail
+# After each part FOLDER/HARDWARE.md (FOLDER is DIR/out unless said otherwise) says what it showed, so a run
+# that is cut short leaves what it had; the whole text of a part is in FOLDER/PART.log, the bench's numbers in
+# FOLDER/bench-lines.json, the cost file for hat-sim in FOLDER/bench-cost.json. Each part has a share of the
+# budget (480 s) as its limit. A part that fails or is cut stops no other, and the status is then 1.
+# shellcheck disable=SC2086,SC2046 # lists of words
+set -u
 
-gpu=0 part_max=600 bundle='' out='' kernels='' backend='' bits='' engine='' bench=''
+gpu=0 budget=480 out='' tokens=64 parts="doctor kernels ptx lossless bench sanitizers rest"
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     [ $# -ge 2 ] || { echo "$1 wants a value" >&2; exit 2; }
     case $1 in
-    --kernels) kernels=$(realpath "$2") ;;
-    --backend) backend=$(realpath "$2") ;;
-    --bits) bits=$(realpath "$2") ;;
-    --engine) engine=$(realpath "$2") ;;
-    --bench) bench=$(realpath "$2") ;;
-    --bundle) bundle=$(realpath "$2") ;;
-    --out) mkdir -p "$2" && out=$(realpath "$2") ;;
     --gpu) gpu=$2 ;;
-    --part-max) part_max=$2 ;;
+    --budget) budget=$2 ;;
+    --out) out=$2 ;;
+    --parts) parts=$2 ;;
+    --tokens) tokens=$2 ;;
     *) echo "$1: no such flag; see the top of this script" >&2; exit 2 ;;
     esac
     shift 2
 done
 [ $# -eq 0 ] || shift
-for program in "$kernels" "$backend" "$bits" "$engine" "$bench"; do
-    [ -x "$program" ] || { echo "--kernels, --backend, --bits, --engine, --bench are wanted" >&2; exit 2; }
-done
+bench_arguments="$*"
 home=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
-log=$(mktemp) notes=$(mktemp)
-trap 'rm -f "$log" "$notes"' EXIT
-verdict=passed
+[ -f "$home/programs.tar.gz" ] || { echo "no programs in $home: cuda/pack.sh makes a folder with them" >&2; exit 2; }
+mkdir -p "${out:=$home/out}" || exit 2
+out=$(realpath "$out") work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+tar -C "$work" -xzf "$home/programs.tar.gz" || exit 2
+programs=$work/programs bundles=$work/bundles
+# What the driver's compiler makes of PTX is kept between processes, and no earlier run's is taken.
+export CUDA_CACHE_PATH=$work/compiled TMPDIR=$work HAT_CACHE_DIR=$work/cache RUST_BACKTRACE=0
+export gpu tokens out programs bundles bench_arguments
 
-# A part: its words, its seconds, and whether it went well. What it says goes to the terminal and $log.
-part() {
-    local name=$1 start=$SECONDS status=0
-    shift
-    echo "== $name"
-    timeout "$part_max" "$@" 2>&1 | tee "$log" || status=$?
-    echo "== $name: $((SECONDS - start)) s, status $status"
-    echo "| $name | $((SECONDS - start)) s | $([ "$status" = 0 ] && echo passed || echo "FAILED ($status)") |" >>"$notes"
-    [ "$status" = 0 ] || verdict=FAILED
-    return "$status"
+# Left out by name: what makes a driver of its own or compiles kernels, and what reads the source.
+left_out="on_driver sanitizer emulated artefacts mutants rehearsal"
+# Small ones of each family of kernels, for tools that make everything a hundred times slower.
+few="attention::a_row_sees_its_window_alone attention::compact_moves_rows_in_order
+    attention::rope_append_rotates_and_puts_rows_to_their_slots choice::top_k_is_a_sort
+    choice::accept_tree_walks_like_the_device floats::rounding_is_to_the_nearest_and_to_infinity
+    fragments::copies_arrive_where_they_are_sent_and_zeros_where_nothing_is
+    gemv::gemv_and_linear_add_their_bias_and_their_result norm::rms_norm_means_what_it_says
+    rows::embed_gives_the_tables_numbers"
+export left_out few
+
+# Name, driver, clocks now and at most, error correction, memory.
+state() {
+    ! command -v nvidia-smi >/dev/null || nvidia-smi --format=csv,noheader -i "$gpu" \
+        --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,ecc.mode.current,memory.total
 }
-passed() { awk '/^test result:/ { sum += $4 } END { print sum + 0 }' "$log"; }
 
-# These read sources, or make a driver of their own.
-skip=(--skip on_driver --skip sanitizer --skip artefacts --skip mutants)
-part "doctor" "$engine" doctor || true
-part "kernels" env HAT_TEST_GPU="$gpu" "$kernels" "${skip[@]}" || true
-tests=$(passed)
-for program in backend bits; do
-    part "$program" env HAT_TEST_GPU="$gpu" "${!program}" --test-threads 1 || true
-    tests=$((tests + $(passed)))
-done
-# Weights that stay with the host where the GPU has no memory of its own; rows from GPU to GPU where
-# there are two.
-real=(on_driver::in_place::weights_are_read_where_the_host_has_them_on_the_gpu)
-if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)" -gt 1 ]; then
-    real+=(on_driver::peers::one_gpu_fetches_from_another_on_gpus)
-fi
-part "host and peers" "$kernels" "${real[@]}" --exact --ignored --nocapture || true
-tests=$((tests + $(passed)))
-if [ "$tests" = 0 ]; then
-    echo "no test has run" >&2
-    verdict=FAILED
-fi
+models() {
+    [ -d "$bundles" ] ||
+        HAT_TEST_BUNDLES=$bundles "$programs/backend" bundles::bundles_for_a_gpu --exact --ignored --quiet
+}
 
-sanitizer="compute-sanitizer is not here"
-if command -v compute-sanitizer >/dev/null; then
-    sanitizer=""
-    for tool in memcheck racecheck initcheck synccheck; do
-        # The shapes of the emulator's tests are small; attention's largest take long enough without.
-        if part "$tool" env HAT_TEST_GPU="$gpu" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$kernels" --test-threads 1 "${skip[@]}"; then
-            sanitizer+="$tool clean "
-        else
-            sanitizer+="$tool FAILED "
-        fi
-    done
-fi
+doctor() {
+    state
+    models || return 1
+    "$programs/hat-engine" doctor --processor "cuda:$gpu" --bundle "$bundles/q4_1"
+}
 
-# Losslessness within CUDA: token ids and logits of device and cloud, and of the whole model.
+# The tests of kernels and backend; the backend's of one thread, for they hold whole models.
+kernels() {
+    local status=0
+    export HAT_TEST_GPU=$gpu
+    "$programs/kernels" $(printf -- '--skip %s ' $left_out) || status=1
+    echo "left out by name ($left_out): $("$programs/kernels" --list | grep -cE "(${left_out// /|}).*: test$")"
+    "$programs/backend" --test-threads 1 || status=1
+    "$programs/bits" --test-threads 1 || status=1
+    return $status
+}
+# One test comes first: after it the driver has what it made of the PTX.
+ptx() {
+    export HAT_CUDA_FORM=ptx
+    HAT_TEST_GPU=$gpu "$programs/kernels" norm::rms_norm_means_what_it_says --exact --quiet || return 1
+    kernels
+}
+
+# Token ids and logits of the split engine, drafted in every way, and of the whole model.
 answer() {
-    "$engine" generate --raw --processor "cuda:$gpu" --json --ignore-eos --max-tokens 64 --wire int8 ${bundle:+--bundle "$bundle"} "$@" \
-        -p "Write a short story about a lighthouse keeper." | tail -n 1
+    "$programs/hat-engine" generate --raw --processor "cuda:$gpu" --wire int8 --json --ignore-eos --max-tokens "$tokens" \
+        -p "Write a short story about a lighthouse keeper. Write a short story." "$@" | tail -n 1
 }
 field() { grep -o "\"$1\":[^]}]*[]}\"]" <<<"$2" | head -n 1; }
 lossless() {
-    local whole split mode sampled same=0 all=0
-    for sampled in "" "--temperature 0.8 --seed 7"; do
-        # shellcheck disable=SC2086 # several words
-        whole=$(answer --whole $sampled)
-        for mode in off lookup chain tree stream; do
-            all=$((all + 1))
-            # shellcheck disable=SC2086
-            split=$(answer --draft "$mode" $sampled) || { echo "$mode $sampled: no answer"; continue; }
-            if [ -n "$(field logits_blake3 "$whole")" ] &&
-                [ "$(field logits_blake3 "$whole")" = "$(field logits_blake3 "$split")" ]; then
-                same=$((same + 1))
-            else
-                echo "$mode $sampled: other logits"
-                echo "  whole $(field token_ids "$whole")"
-                echo "  split $(field token_ids "$split")"
-            fi
+    local same=0 all=0 bundle sampled mode whole split
+    models || return 1
+    for bundle in q4_1 q8_0 f16 q6_k q4_0; do
+        for sampled in "" "--temperature 0.8 --seed 7"; do
+            whole=$(field logits_blake3 "$(answer --whole --bundle "$bundles/$bundle" $sampled)")
+            for mode in tree $([ $bundle != q4_1 ] || echo off lookup chain stream); do
+                split=$(field logits_blake3 "$(answer --draft "$mode" --bundle "$bundles/$bundle" $sampled)")
+                all=$((all + 1))
+                if [ -n "$whole" ] && [ "$whole" = "$split" ]; then same=$((same + 1)); else
+                    echo "$bundle, --draft $mode $sampled: ${split:-no answer}; the whole model: ${whole:-no answer}"
+                fi
+            done
         done
     done
     echo "$same of $all split answers are the whole model's to the bit"
     [ "$same" = "$all" ]
 }
-export -f answer field lossless
-export engine bundle gpu
-part "lossless" bash -c lossless || true
-same=$(tail -n 1 "$log")
 
-cost=${out:-$home} page=${out:+$out/hardware.md}
-page=${page:-$home/HARDWARE.md}
-part "bench" "$bench" --gpu "$gpu" --json "$cost/bench-lines.json" --cost-file "$cost/bench-cost.json" "$@" || true
+bench() {
+    "$programs/bench" --gpu "$gpu" --quick --models 7b --layers 8 --json "$out/bench-lines.json" \
+        --cost-file "$out/bench-cost.json" $bench_arguments || return 1
+    state
+}
 
-name=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader -i "$gpu" 2>/dev/null || echo unknown)
-hash=$(sha256sum "$home/kernels/gen/manifest.json" 2>/dev/null | cut -c1-16 || true)
+sanitizers() {
+    local status=0 tool PATH=$PATH:/usr/local/cuda/bin
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not here"; return 0; }
+    for tool in memcheck racecheck initcheck synccheck; do
+        if HAT_TEST_GPU=$gpu compute-sanitizer --tool $tool --error-exitcode 9 "$programs/kernels" --exact \
+            --test-threads 1 $few; then
+            echo "$tool: clean"
+        else
+            echo "$tool: FAILED" && status=1
+        fi
+    done
+    return $status
+}
+
+# Rows from GPU to GPU where there are two, and the whole bench, as far as it comes.
+rest() {
+    local status=0
+    if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" -gt 1 ]; then
+        "$programs/kernels" on_driver::peers::one_gpu_fetches_from_another_on_gpus --exact --ignored --nocapture || status=1
+    fi
+    "$programs/bench" --gpu "$gpu" --weights q4_1,q8_0 --json "$out/bench-lines.json" $bench_arguments || status=1
+    return $status
+}
+export -f state models answer field doctor kernels ptx lossless bench sanitizers rest
+
+page=$out/HARDWARE.md
 {
     echo
-    echo "| Date | GPU, driver | Artefacts | Tests | Losslessness | Sanitizer |"
-    echo "|---|---|---|---|---|---|"
-    echo "| $(date -u +%F) | $name | ${hash:-unknown} | $tests tests, all parts $verdict | $same | $sanitizer |"
+    echo "## $(date -u '+%F %H:%M') UTC"
     echo
-    echo "| Part | Time | |"
-    echo "|---|---|---|"
-    cat "$notes"
-    echo
-    echo '```'
-    cat "$log"
-    echo '```'
+    cat "$home/built"
 } >>"$page"
-cat "$notes"
-echo "$verdict"
-[ "$verdict" = passed ]
+failed=0 running=''
+trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
+
+# NAME SHARE PATTERN: runs a part within so many percent of the budget; of what it says, lines with the
+# pattern go to the page, and where it fails the last ones.
+part() {
+    local name=$1 limit=$((budget * $2 / 100)) left=$((budget - SECONDS)) begin=$SECONDS log=$out/$1.log status=0 verdict
+    [[ " $parts " == *" $name "* ]] || return 0
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 1 ]; then
+        verdict="NOT BEGUN, the budget is spent" status=1
+        : >"$log"
+    else
+        timeout -k 5 "$limit" bash -uo pipefail -c "$name" >"$log" 2>&1 &
+        running=$!
+        wait "$running" || status=$?
+        case $name,$status in
+        *,0) verdict=passed ;;
+        rest,124) verdict="as far as it came" status=0 ;;
+        *,124 | *,137) verdict="CUT at its limit" ;;
+        *) verdict="FAILED ($status)" ;;
+        esac
+    fi
+    [ "$status" = 0 ] || failed=$((failed + 1))
+    {
+        echo
+        echo "### $name: $verdict, $((SECONDS - begin)) of $limit s"
+        echo
+        case $verdict in
+        FAILED*) grep -A 1 -m 5 'panicked at' "$log" && echo ..; tail -n 20 "$log" ;;
+        *) grep -E "$3" "$log" ;;
+        esac | cut -c 1-1000 | sed 's/^/    /'
+    } >>"$page"
+    echo "$name: $verdict, $((SECONDS - begin)) of $limit s"
+}
+
+part doctor 6 .
+part kernels 15 '^(test result|left out)'
+part ptx 20 '^(test result|left out)'
+part lossless 15 .
+part bench 25 .
+part sanitizers 12 '^(compute-sanitizer|memcheck|racecheck|initcheck|synccheck)'
+part rest 100 .
+echo "$page: $failed parts without success in $SECONDS s"
+[ "$failed" = 0 ]

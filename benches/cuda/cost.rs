@@ -78,8 +78,9 @@ fn peak(dtype: DType, peaks: &Peaks) -> f64 {
 fn shares(model: &Model, dtype: DType, peaks: &Peaks, steps: &[Timed]) -> Result<[f64; 2], String> {
     let layers = model.middle_layers() as f64;
     let (params, bytes) = model.layer_size(dtype);
-    let few = steps.iter().filter(|step| step.load.chunk == 0).min_by_key(|step| step.load.all());
-    let many = steps.iter().max_by_key(|step| step.load.all());
+    let chains = || steps.iter().filter(|step| !step.load.tree);
+    let few = chains().filter(|step| step.load.chunk == 0).min_by_key(|step| step.load.all());
+    let many = chains().max_by_key(|step| step.load.all());
     let (Some(few), Some(many)) = (few, many) else { return Err("no step was timed".to_owned()) };
     let context = few.load.sessions * few.load.context * model.kv_row_bytes();
     let read = layers * (bytes + context) as f64 / peaks.copy / few.seconds;

@@ -1,21 +1,23 @@
 //! The CUDA kernels on a GPU: time, rate, and percent of what this GPU can do.
 //!
 //!     cargo bench -p hat-benches --bench cuda -- [--gpu N] [WORD]
-//!         [--models 7b,13b] [--weights q4_1,q8_0,f16] [--layers N] [--full]
+//!         [--models 7b,13b] [--weights q4_1,q8_0,f16] [--layers N] [--quick|--full]
 //!         [--tflops N] [--json FILE] [--cost-file FILE] [--small]
 //!
 //! First the peaks: copies (by the driver and by kernels), and products from registers of f16 and
 //! of bytes. Percents are of these, or of `--tflops` (the data sheet's dense f16 peak). Then the
-//! kernels, those whose line holds WORD: weights and KV go round over more copies than the L2
-//! holds. Then, for each of `--models`, the steps of a cloud: sessions with rows to verify, chunks
-//! of a prompt, through the engine's own layers with made-up weights; the bound of a step is the
-//! sum of its launches', each the longer of bytes over the copies' rate and operations over the
-//! products'. `--layers` loads fewer layers than the model has (as it happens by itself where
-//! memory is short); times are for all of them, since the time of a layer and what stands outside
-//! of the layers are told apart. `--json` appends a line for each number; `--cost-file` writes
-//! what `hat-sim` opens, of the first model and type. `--small` is for a made-up driver that runs
-//! the emulator; with no argument at all, as `cargo test` starts it, the bench tries itself there.
-//! Without a GPU it says why and ends.
+//! kernels, those whose line holds WORD, by the GPU's own clock: weights and KV go round over more
+//! copies than the L2 holds, and a sample is at least 5 ms long. Then, for each of `--models`, the
+//! steps of a cloud: sessions with rows to verify in chains and as trees, chunks of a prompt,
+//! through the engine's own layers with made-up weights; the bound of a step is the sum of its
+//! launches', each the longer of bytes over the copies' rate and operations over the products'.
+//! `--layers` loads fewer layers than the model has (as it happens by itself where memory is
+//! short); times are for all of them, since the time of a layer and what stands outside of the
+//! layers are told apart. `--quick` has a few shapes of each, draft trees among them, and `--full`
+//! all combinations. `--json` appends a line for each number; `--cost-file` writes what `hat-sim`
+//! opens, of the first model and type. `--small` is for a made-up driver that runs the emulator;
+//! with no argument at all, as `cargo test` starts it, the bench tries itself there. Without a GPU
+//! it says why and ends.
 
 mod cost;
 mod model;
@@ -25,7 +27,6 @@ mod tried;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::bound::{self, Work};
@@ -48,6 +49,10 @@ use crate::step::Wanted;
 const RUNS: usize = 7;
 /// More than the L2 of any GPU that the kernels are for.
 const COLD_BYTES: usize = 128 << 20;
+/// Most rounds of a sample, where a GPU's clock says that a round takes no time.
+const ROUNDS_MAX: usize = 1000;
+/// Shortest sample that is timed: what stands around the launches is small beside it.
+const SAMPLE_SECONDS: f64 = 5e-3;
 
 /// What the GPU can do, measured.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +69,8 @@ pub struct Peaks {
 pub struct Bench {
     /// Shapes that the emulator runs.
     pub small: bool,
+    /// Few shapes of each kind.
+    pub quick: bool,
     /// Timed runs.
     pub runs: usize,
     /// What percents are of.
@@ -113,7 +120,7 @@ impl Arguments {
             only: None,
             json: None,
             cost_file: None,
-            wanted: Wanted { models, dtypes, layers: usize::MAX, full: false },
+            wanted: Wanted { models, dtypes, layers: usize::MAX, quick: false, full: false },
         };
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
@@ -133,6 +140,7 @@ impl Arguments {
                     all.wanted.dtypes =
                         list(value()?).iter().map(known).collect::<Result<_, _>>()?;
                 }
+                "--quick" => all.wanted.quick = true,
                 "--full" => all.wanted.full = true,
                 "--small" => all.small = true,
                 "--bench" => {}
@@ -177,8 +185,9 @@ fn run(arguments: Arguments) -> Result<(), String> {
     let lines = json.map(open).transpose()?;
     let (runs, peaks) =
         (if small { 3 } else { RUNS }, Peaks { copy: 1.0, multiply: 1.0, bytes: 1.0 });
-    let mut bench = Bench { small, runs, peaks, only, lines };
+    let mut bench = Bench { small, quick: wanted.quick, runs, peaks, only, lines };
     bench.json(serde_json::json!({ "kind": "gpu", "name": name }));
+    usages(&mut bench, &gpu);
     let mut kernels = Kernels { gpu, bench: &mut bench };
     kernels.all(tflops).map_err(|error| error.to_string())?;
     drop(kernels);
@@ -196,11 +205,25 @@ fn run(arguments: Arguments) -> Result<(), String> {
     Ok(())
 }
 
+/// Registers and memory of the kernels as the driver has loaded them.
+fn usages(bench: &mut Bench, gpu: &Cuda) {
+    let mut spilled = 0;
+    for usage in gpu.usages() {
+        spilled += usize::from(usage.local_bytes > 0);
+        bench.json(serde_json::json!({
+            "kind": "usage", "kernel": usage.kernel.name(), "registers": usage.registers,
+            "shared_bytes": usage.shared_bytes, "local_bytes": usage.local_bytes,
+        }));
+    }
+    println!("kernels with registers in memory, as loaded: {spilled}");
+}
+
 impl Kernels<'_> {
     fn all(&mut self, tflops: Option<f64>) -> Result<(), GpuError> {
         self.peaks(tflops)?;
         self.products()?;
         self.verify()?;
+        self.trees()?;
         self.prefill()?;
         self.launches()
     }
@@ -209,25 +232,29 @@ impl Kernels<'_> {
         self.bench.only.as_ref().is_none_or(|only| what.contains(only.as_str()))
     }
 
-    /// Median seconds of `work`, which is given the number of the run and queues `times` launches.
+    /// Median seconds of `work` on the GPU. It is given the number of the turn, of which `times` go
+    /// round, and queues one launch.
     fn time(
         &mut self,
         times: usize,
         mut work: impl FnMut(&mut Cuda, usize) -> Result<(), GpuError>,
     ) -> Result<f64, GpuError> {
-        let (probe, mut byte) = (self.gpu.alloc(1, "a probe")?, [0u8]);
         let runs = self.bench.runs;
         let mut seconds = Vec::with_capacity(runs);
-        // The first two are for clocks, caches and graphs.
+        let mut rounds = 1;
+        // The first two are for clocks, caches and graphs, and say how many rounds a sample needs.
         for run in 0..runs + 2 {
-            let begin = Instant::now();
-            for turn in 0..times {
+            let begin = self.gpu.mark()?;
+            for turn in (0..rounds).flat_map(|_| 0..times) {
                 work(&mut self.gpu, turn)?;
             }
-            self.gpu.download(&probe, 0, &mut byte)?;
-            if run >= 2 {
-                seconds.push(begin.elapsed().as_secs_f64() / times as f64);
+            let end = self.gpu.mark()?;
+            let sample = self.gpu.seconds_between(&begin, &end)?;
+            match run {
+                0 | 1 => rounds = (SAMPLE_SECONDS / sample * rounds as f64).ceil() as usize,
+                _ => seconds.push(sample / (rounds * times) as f64),
             }
+            rounds = rounds.clamp(1, ROUNDS_MAX);
         }
         seconds.sort_by(f64::total_cmp);
         Ok(seconds[runs / 2])
@@ -313,6 +340,9 @@ impl Kernels<'_> {
             let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
             let copies = self.copies(bytes);
             for rows in [1, 8, 16, 64, 512] {
+                if self.bench.quick && !matches!((numbers, rows), (Numbers::Q4_1, _) | (_, 1)) {
+                    continue;
+                }
                 let what = format!("linear {numbers:?} {columns}x{outputs}, {rows} rows");
                 if !self.wants(&what) {
                     continue;
@@ -347,6 +377,15 @@ impl Kernels<'_> {
         self.attention("verify", Cut::Auto, sequences, context, rows)
     }
 
+    /// Rows that verify draft trees: each sees the nodes on its own path alone.
+    fn trees(&mut self) -> Result<(), GpuError> {
+        let (sequences, context) = if self.bench.small { (2, 40) } else { (30, 1024) };
+        let nodes: &[usize] = if self.bench.small { &[5] } else { &[16, 64] };
+        nodes
+            .iter()
+            .try_for_each(|nodes| self.attention("tree", Cut::Auto, sequences, context, *nodes))
+    }
+
     /// A chunk of one prompt: its products are the bound.
     fn prefill(&mut self) -> Result<(), GpuError> {
         let (context, rows) = if self.bench.small { (0, 40) } else { (512, 512) };
@@ -368,9 +407,12 @@ impl Kernels<'_> {
             }
             let heads = Heads { heads, kv_heads, head_dim, window: None };
             let pages = (context + rows).div_ceil(PAGE_SIZE);
-            let numbers = PlanArrays::new(sequences, context, rows, pages);
-            let count = sequences * rows;
-            let mut plan = PlanOnGpu::new(&mut self.gpu, count, 0, sequences * pages)?;
+            let numbers = match kind {
+                "tree" => PlanArrays::trees(sequences, context, rows, pages),
+                _ => PlanArrays::new(sequences, context, rows, pages),
+            };
+            let (count, tails) = (sequences * rows, numbers.tail_slots.len());
+            let mut plan = PlanOnGpu::new(&mut self.gpu, count, tails, sequences * pages)?;
             plan.write(&mut self.gpu, &numbers.plan(), &heads, sequences * pages)?;
             let kv_bytes = 4 * sequences * pages * PAGE_SIZE * kv_heads * head_dim;
             let layers = self.copies(kv_bytes);
@@ -387,7 +429,8 @@ impl Kernels<'_> {
                 let (q, out) = (q.slice(), out.slice_mut());
                 attend(gpu, &plan, &heads, layer, cut, q, &kv, &mut parts, out)
             })?;
-            let keys: Vec<usize> = (context + 1..=context + rows).collect();
+            let seen = |position: &u32| *position as usize + 1;
+            let keys: Vec<usize> = numbers.positions[..rows].iter().map(seen).collect();
             let work = (0..sequences).map(|_| bound::attend(&heads, &keys)).sum();
             self.line(&what, seconds, work, self.bench.peaks.multiply);
         }
@@ -407,11 +450,14 @@ impl Kernels<'_> {
     }
 }
 
-/// The arrays of a plan of `sequences` chains with `rows` rows each behind `context` others.
+/// The arrays of a plan of `sequences` chains or trees with `rows` rows each behind `context`
+/// others.
 struct PlanArrays {
     positions: Vec<u32>,
+    slots: Vec<u32>,
     prefix_len: Vec<u32>,
     tail_indptr: Vec<u32>,
+    tail_slots: Vec<u32>,
     q_indptr: Vec<u32>,
     page_indptr: Vec<u32>,
     page_indices: Vec<u32>,
@@ -425,21 +471,40 @@ impl PlanArrays {
         let positions: Vec<u32> = positions.collect();
         Self {
             prefix_len: positions.iter().map(|position| position + 1).collect(),
+            slots: positions.clone(),
             positions,
             tail_indptr: vec![0; sequences * rows + 1],
+            tail_slots: Vec::new(),
             q_indptr: each(rows),
             page_indptr: each(pages),
             page_indices: range(0..sequences * pages).collect(),
         }
     }
 
+    /// Binary trees, level by level, each below the last of the rows before it.
+    fn trees(sequences: usize, context: usize, rows: usize, pages: usize) -> Self {
+        let mut all = Self::new(sequences, context, rows, pages);
+        all.prefix_len.fill(context as u32);
+        for row in 0..sequences * rows {
+            // Rows from this one up to the root; the root's parent is decided already.
+            let up =
+                std::iter::successors(Some(row % rows), |node| node.checked_sub(1).map(|n| n / 2));
+            let mut path: Vec<u32> = up.map(|node| (context + node) as u32).collect();
+            path.reverse();
+            all.positions[row] = (context + path.len() - 1) as u32;
+            all.tail_slots.extend(path);
+            all.tail_indptr[row + 1] = all.tail_slots.len() as u32;
+        }
+        all
+    }
+
     fn plan(&self) -> Plan<'_> {
         Plan {
             positions: &self.positions,
-            slots: &self.positions,
+            slots: &self.slots,
             prefix_len: &self.prefix_len,
             tail_indptr: &self.tail_indptr,
-            tail_slots: &[],
+            tail_slots: &self.tail_slots,
             q_indptr: &self.q_indptr,
             page_indptr: &self.page_indptr,
             page_indices: &self.page_indices,

@@ -158,6 +158,8 @@ pub struct Load {
     pub sessions: usize,
     /// Rows of each.
     pub rows: usize,
+    /// Binary trees of them, level by level, instead of chains.
+    pub tree: bool,
     /// Rows that each of them has in its store.
     pub context: usize,
     /// Rows of a prompt's chunk beside them; 0 for none.
@@ -182,7 +184,11 @@ impl Load {
     /// Keys that each row sees, sequence by sequence.
     pub fn keys(&self) -> Vec<Vec<usize>> {
         let seen = |from: usize, rows: usize| (from + 1..=from + rows).collect();
-        let mut all = vec![seen(self.context, self.rows); self.sessions];
+        let chain: Vec<usize> = seen(self.context, self.rows);
+        // Nodes that stand at the same depth see as many.
+        let tree = (1..=self.rows).map(|node| self.context + 1 + node.ilog2() as usize);
+        let each = if self.tree { tree.collect() } else { chain };
+        let mut all = vec![each; self.sessions];
         if self.chunk > 0 {
             all.push(seen(self.before, self.chunk));
         }
@@ -207,7 +213,11 @@ impl Load {
             let context = self.context + later;
             let mut sequence = sequence(context, self.rows);
             let first = number(context) + 1;
-            let parents: Vec<u32> = (first - 1..first - 1 + number(self.rows)).collect();
+            let parent = |node: u32| match (self.tree, node) {
+                (true, 1..) => first + (node - 1) / 2,
+                _ => first + node - 1,
+            };
+            let parents: Vec<u32> = (0..number(self.rows)).map(parent).collect();
             sequence.append_pending(first, &parents).expect("rows that fit");
             for id in first..first + number(self.rows) {
                 assert!(step.plan.push_pending(&sequence, id), "it pends");

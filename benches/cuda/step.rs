@@ -17,6 +17,8 @@ pub struct Wanted {
     pub dtypes: Vec<DType>,
     /// Most layers that are loaded; fewer where memory is short.
     pub layers: usize,
+    /// A few of them.
+    pub quick: bool,
     /// All combinations of sessions, rows and chunks, and not a row and a column of them.
     pub full: bool,
 }
@@ -80,12 +82,17 @@ fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> 
 /// The steps that are timed.
 fn loads(wanted: &Wanted, small: bool) -> Vec<Load> {
     let (context, before) = if small { (40, 24) } else { (1024, 512) };
-    let load = |sessions, rows, chunk| Load { sessions, rows, context, chunk, before };
-    let sessions: &[usize] = if small { &[1, 3] } else { &[1, 8, 30, 128] };
-    let rows: &[usize] = if small { &[1, 4] } else { &[1, 2, 4, 8, 16] };
-    let chunks: &[usize] = if small { &[33] } else { &[128, 512, 2048] };
+    let load = |sessions, rows, chunk| Load { sessions, rows, tree: false, context, chunk, before };
+    let [sessions, rows, chunks]: [&[usize]; 3] = match (small, wanted.quick) {
+        (true, _) => [&[1, 3], &[1, 4], &[33]],
+        (false, true) => [&[1, 30], &[1, 8], &[512]],
+        (false, false) => [&[1, 8, 30, 128], &[1, 2, 4, 8, 16], &[128, 512, 2048]],
+    };
     let verify = || sessions.iter().flat_map(|count| rows.iter().map(|rows| (*count, *rows)));
     let mut all: Vec<Load> = verify().map(|(count, rows)| load(count, rows, 0)).collect();
+    let most = if small { 5 } else { 16 };
+    let trees = sessions.iter().map(|count| Load { tree: true, ..load(*count, most, 0) });
+    all.extend(trees);
     for chunk in chunks {
         all.push(load(0, 0, *chunk));
         if wanted.full {
@@ -217,9 +224,10 @@ fn fitting(
 
 fn print(bench: &mut Bench, what: &str, timed: &Timed) {
     let Timed { load, seconds, outside, bound } = timed;
-    let Load { sessions, rows, context, chunk, before } = load;
+    let Load { sessions, rows, tree, context, chunk, before } = load;
+    let tree_text = if *tree { " trees" } else { "" };
     let chunk_text = if *chunk > 0 { format!(" + {chunk}@{before}") } else { String::new() };
-    let name = format!("{what} {sessions}x{rows}@{context}{chunk_text}");
+    let name = format!("{what} {sessions}x{rows}@{context}{tree_text}{chunk_text}");
     let (ratio, share) = (seconds / bound, outside / seconds * 100.0);
     let [us, bound_us, outside_us] = [seconds, bound, outside].map(|seconds| seconds * 1e6);
     println!(
@@ -227,8 +235,8 @@ fn print(bench: &mut Bench, what: &str, timed: &Timed) {
          outside kernels {outside_us:8.1} us {share:4.1} % (aim 3)"
     );
     bench.json(serde_json::json!({
-        "kind": "step", "what": what, "sessions": sessions, "rows": rows, "context": context,
-        "chunk": chunk, "before": before, "us": us, "bound_us": bound_us,
+        "kind": "step", "what": what, "sessions": sessions, "rows": rows, "tree": tree,
+        "context": context, "chunk": chunk, "before": before, "us": us, "bound_us": bound_us,
         "outside_us": outside_us,
     }));
 }

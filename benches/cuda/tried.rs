@@ -38,7 +38,7 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
     let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
     check(output.status.success(), "the bench failed")?;
 
-    let (mut kernels, mut steps) = (0, 0);
+    let (mut kernels, mut steps, mut trees) = (0, 0, 0);
     for line in read(&lines)?.lines() {
         let line: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
         let positive =
@@ -47,11 +47,14 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
             Some("kernel") => {
                 check(positive("us") && positive("bytes"), "a kernel's numbers")?;
                 kernels += 1;
+                trees +=
+                    usize::from(line["what"].as_str().is_some_and(|it| it.starts_with("tree ")));
             }
             Some("step") => {
                 check(positive("us") && positive("bound_us"), "a step's numbers")?;
                 check(line["outside_us"].as_f64() <= line["us"].as_f64(), "the share outside")?;
                 steps += 1;
+                trees += usize::from(line["tree"] == true);
             }
             Some("peaks") => check(
                 ["copy_gb_s", "silu_mul_gb_s", "f16_tflop_s", "bytes_top_s"]
@@ -59,11 +62,13 @@ fn try_in(own: &Path, driver: &Path) -> Result<(), String> {
                     .all(positive),
                 "the peaks",
             )?,
+            Some("usage") => check(positive("registers"), "a kernel as loaded")?,
             Some("gpu" | "launch") => {}
             _ => return Err(format!("{line} is of no kind")),
         }
     }
-    check(kernels >= 16 && steps == 6, &format!("{kernels} kernels and {steps} steps"))?;
+    let all = format!("{kernels} kernels, {steps} steps, {trees} of both with trees");
+    check(kernels >= 19 && steps == 8 && trees == 5, &all)?;
     let cost: Value =
         serde_json::from_str(&read(&cost_file)?).map_err(|error| error.to_string())?;
     let share = |name: &str| cost["calibrated"][name]["value"].as_f64().unwrap_or(0.0);

@@ -9,7 +9,6 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::hash::Hasher as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use libloading::Library;
@@ -250,17 +249,6 @@ pub struct Emulator {
     counts: Counts,
     allocations: Vec<Weak<Block>>,
     recorder: Option<Recorder>,
-    downloads: Arc<Downloads>,
-}
-
-/// What was copied to the host so far: times, for each of which a GPU's stream is waited for, and
-/// bytes.
-#[derive(Debug, Default)]
-pub struct Downloads {
-    /// How often.
-    pub count: AtomicU64,
-    /// How much.
-    pub bytes: AtomicU64,
 }
 
 /// Where launches are written down, to be run again by another build (`emu/replay.cpp`).
@@ -356,7 +344,6 @@ impl Emulator {
             counts: Counts::default(),
             allocations: Vec::new(),
             recorder: None,
-            downloads: Arc::default(),
         })
     }
 
@@ -369,12 +356,6 @@ impl Emulator {
     /// The order of threads from now on.
     pub fn set_schedule(&mut self, schedule: Schedule) {
         self.schedule = schedule;
-    }
-
-    /// What is copied to the host, whoever owns the emulator by then.
-    #[must_use]
-    pub fn downloads(&self) -> Arc<Downloads> {
-        Arc::clone(&self.downloads)
     }
 
     /// What the launches so far have done.
@@ -445,8 +426,6 @@ impl Gpu for Emulator {
     ) -> Result<(), GpuError> {
         let from = part::<T>(from, at, to.len());
         let to = bytes_mut(to);
-        self.downloads.count.fetch_add(1, Ordering::Relaxed);
-        self.downloads.bytes.fetch_add(to.len() as u64, Ordering::Relaxed);
         // SAFETY: as in `upload`.
         unsafe { from.copy_to(to.as_mut_ptr(), to.len()) };
         Ok(())

@@ -4,45 +4,83 @@
 
 use std::io::Write as _;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::driver::{Cuda, CudaMemory};
+use crate::driver::{Cuda, CudaMemory, Options};
 use crate::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
+use crate::kernel::Kernel;
 
 /// In the environment: the number of the GPU that tests run on. Without it, the emulator.
 pub const GPU: &str = "HAT_TEST_GPU";
-/// In the environment when tests are built and run: those that need the emulator are ignored, and
-/// what is left passes without a C++ compiler.
-const LEFT_OUT: &str = "HAT_NO_EMULATOR";
+/// In the environment: `ptx` for PTX through the compiler of that GPU's driver, also where there is
+/// machine code for the GPU.
+const FORM: &str = "HAT_CUDA_FORM";
 
 /// What was made with the C++ compiler; nothing, and a line on standard error that `what` was not
-/// tried, where there is none.
+/// tried, where there is none and `HAT_NO_EMULATOR` was set when this was built.
 ///
 /// # Panics
-/// If there is none and `HAT_NO_EMULATOR` is not set, and at every other error.
+/// If there is none and it was not set, and at every other error.
 #[track_caller]
 pub fn compiled<T>(result: Result<T, EmulatorError>, what: &str) -> Option<T> {
     match result {
         Ok(compiled) => Some(compiled),
-        Err(error @ EmulatorError::NoCompiler) => {
-            assert!(
-                std::env::var_os(LEFT_OUT).is_some(),
-                "{error}: install one, or set {LEFT_OUT}=1 to leave out what needs it"
-            );
+        Err(error @ EmulatorError::NoCompiler) if cfg!(no_emulator) => {
             // Not `eprintln`, which a passing test keeps to itself.
             let _ = writeln!(std::io::stderr(), "{error}: {what} not tried");
             None
+        }
+        Err(error @ EmulatorError::NoCompiler) => {
+            panic!(
+                "{error}: install one, or build with HAT_NO_EMULATOR=1 to leave out what needs it"
+            )
         }
         Err(error) => panic!("{error}"),
     }
 }
 
+/// A GPU or the emulator, and the count of what it was asked for.
+pub struct TestGpu {
+    /// The one or the other.
+    pub kind: Kind,
+    tally: Arc<Tally>,
+}
+
 /// What a test runs on.
-pub enum TestGpu {
+pub enum Kind {
     /// The kernels as host C++.
     Emulator(Emulator),
     /// A GPU behind a driver.
     Cuda(Box<Cuda>),
+}
+
+/// Downloads and launches so far, the same for both kinds.
+#[derive(Debug)]
+pub struct Tally {
+    downloads: AtomicU64,
+    downloaded_bytes: AtomicU64,
+    /// By the number of the kernel.
+    launches: Vec<AtomicU64>,
+}
+
+impl Tally {
+    fn new() -> Self {
+        let launches = Kernel::ALL.iter().map(|_| AtomicU64::new(0)).collect();
+        Self { downloads: AtomicU64::new(0), downloaded_bytes: AtomicU64::new(0), launches }
+    }
+
+    /// Copies to the host, for each of which the stream is waited for, and their bytes.
+    pub fn downloads(&self) -> (u64, u64) {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (read(&self.downloads), read(&self.downloaded_bytes))
+    }
+
+    /// Launches of one kernel.
+    pub fn launches(&self, kernel: Kernel) -> u64 {
+        self.launches[kernel as usize].load(Ordering::Relaxed)
+    }
 }
 
 /// Its memory.
@@ -70,33 +108,60 @@ impl Memory for TestMemory {
 }
 
 impl TestGpu {
-    /// The GPU that `HAT_TEST_GPU` names, or else the emulator; nothing where that can't be built.
+    /// One of which nothing was asked.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
+        Self { kind, tally: Arc::new(Tally::new()) }
+    }
+
+    /// The GPU that `HAT_TEST_GPU` names, with its code in the form that `HAT_CUDA_FORM` names; or
+    /// else the emulator; nothing where that can't be built.
     ///
     /// # Panics
-    /// If there is no such GPU, and as [`compiled`].
+    /// If there is no such GPU or form, and as [`compiled`].
     #[track_caller]
     pub fn from_environment(build: &Build) -> Option<Self> {
         let Some(ordinal) = std::env::var_os(GPU) else {
-            return compiled(Emulator::new(build), "kernels").map(Self::Emulator);
+            let emulator = compiled(Emulator::new(build), "kernels")?;
+            return Some(Self::new(Kind::Emulator(emulator)));
         };
         let ordinal = ordinal.to_str().and_then(|text| text.parse().ok());
         let ordinal = ordinal.unwrap_or_else(|| panic!("{GPU} is no number"));
-        let cuda = Cuda::open(ordinal).unwrap_or_else(|error| panic!("{GPU}={ordinal}: {error}"));
-        Some(Self::Cuda(Box::new(cuda)))
+        let ptx = match std::env::var(FORM).as_deref() {
+            Ok("ptx") => true,
+            Err(std::env::VarError::NotPresent) => false,
+            other => panic!("{FORM}: {other:?}; only ptx is known"),
+        };
+        let cuda = Cuda::open_with(ordinal, Options { ptx, ..Options::default() });
+        let cuda = cuda.unwrap_or_else(|error| panic!("{GPU}={ordinal}: {error}"));
+        Some(Self::new(Kind::Cuda(Box::new(cuda))))
+    }
+
+    /// The count of what it is asked for, whoever owns it by then.
+    #[must_use]
+    pub fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
+    }
+
+    /// Copies weights from now on, also where a GPU could read them in place.
+    pub fn copy_weights(&mut self) {
+        if let Kind::Cuda(cuda) = &mut self.kind {
+            cuda.copy_weights();
+        }
     }
 
     /// The order of threads from now on, where there is a choice.
     pub fn set_schedule(&mut self, schedule: Schedule) {
-        if let Self::Emulator(emulator) = self {
+        if let Kind::Emulator(emulator) = &mut self.kind {
             emulator.set_schedule(schedule);
         }
     }
 
     /// What the emulator has counted.
     pub fn counts(&self) -> Option<Counts> {
-        match self {
-            Self::Emulator(emulator) => Some(emulator.counts()),
-            Self::Cuda(_) => None,
+        match &self.kind {
+            Kind::Emulator(emulator) => Some(emulator.counts()),
+            Kind::Cuda(_) => None,
         }
     }
 }
@@ -105,16 +170,16 @@ impl Gpu for TestGpu {
     type Memory = TestMemory;
 
     fn describe(&self) -> String {
-        match self {
-            Self::Emulator(emulator) => emulator.describe(),
-            Self::Cuda(cuda) => cuda.describe(),
+        match &self.kind {
+            Kind::Emulator(emulator) => emulator.describe(),
+            Kind::Cuda(cuda) => cuda.describe(),
         }
     }
 
     fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<TestMemory, GpuError> {
-        match self {
-            Self::Emulator(emulator) => emulator.alloc(bytes, purpose).map(TestMemory::Emulator),
-            Self::Cuda(cuda) => {
+        match &mut self.kind {
+            Kind::Emulator(emulator) => emulator.alloc(bytes, purpose).map(TestMemory::Emulator),
+            Kind::Cuda(cuda) => {
                 let mut memory = cuda.alloc(bytes, purpose)?;
                 // As the emulator does it: what nobody writes is NaN.
                 cuda.upload(&vec![0xffu8; bytes], &mut memory, 0)?;
@@ -129,9 +194,9 @@ impl Gpu for TestGpu {
         to: &mut TestMemory,
         at: usize,
     ) -> Result<(), GpuError> {
-        match (self, to) {
-            (Self::Emulator(emulator), TestMemory::Emulator(to)) => emulator.upload(from, to, at),
-            (Self::Cuda(cuda), TestMemory::Cuda(to)) => cuda.upload(from, to, at),
+        match (&mut self.kind, to) {
+            (Kind::Emulator(emulator), TestMemory::Emulator(to)) => emulator.upload(from, to, at),
+            (Kind::Cuda(cuda), TestMemory::Cuda(to)) => cuda.upload(from, to, at),
             _ => panic!("memory of another GPU"),
         }
     }
@@ -142,28 +207,31 @@ impl Gpu for TestGpu {
         at: usize,
         to: &mut [T],
     ) -> Result<(), GpuError> {
-        match (self, from) {
-            (Self::Emulator(emulator), TestMemory::Emulator(from)) => {
+        self.tally.downloads.fetch_add(1, Ordering::Relaxed);
+        self.tally.downloaded_bytes.fetch_add(size_of_val(to) as u64, Ordering::Relaxed);
+        match (&mut self.kind, from) {
+            (Kind::Emulator(emulator), TestMemory::Emulator(from)) => {
                 emulator.download(from, at, to)
             }
-            (Self::Cuda(cuda), TestMemory::Cuda(from)) => cuda.download(from, at, to),
+            (Kind::Cuda(cuda), TestMemory::Cuda(from)) => cuda.download(from, at, to),
             _ => panic!("memory of another GPU"),
         }
     }
 
     unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError> {
-        match self {
+        self.tally.launches[launch.kernel as usize].fetch_add(1, Ordering::Relaxed);
+        match &mut self.kind {
             // SAFETY: the caller's promise, handed on.
-            Self::Emulator(emulator) => unsafe { emulator.launch(launch, params) },
+            Kind::Emulator(emulator) => unsafe { emulator.launch(launch, params) },
             // SAFETY: as above.
-            Self::Cuda(cuda) => unsafe { cuda.launch(launch, params) },
+            Kind::Cuda(cuda) => unsafe { cuda.launch(launch, params) },
         }
     }
 
     fn reach(&mut self, other: &Self) -> Result<Reach, GpuError> {
-        match (self, other) {
-            (Self::Emulator(emulator), Self::Emulator(other)) => emulator.reach(other),
-            (Self::Cuda(cuda), Self::Cuda(other)) => cuda.reach(other),
+        match (&mut self.kind, &other.kind) {
+            (Kind::Emulator(emulator), Kind::Emulator(other)) => emulator.reach(other),
+            (Kind::Cuda(cuda), Kind::Cuda(other)) => cuda.reach(other),
             _ => panic!("a GPU of another kind"),
         }
     }
@@ -175,11 +243,11 @@ impl Gpu for TestGpu {
         to: &mut TestMemory,
     ) -> Result<(), GpuError> {
         use TestMemory as M;
-        match (self, from, to) {
-            (Self::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
+        match (&mut self.kind, from, to) {
+            (Kind::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
                 emulator.copy(bytes, from, to)
             }
-            (Self::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.copy(bytes, from, to),
+            (Kind::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.copy(bytes, from, to),
             _ => panic!("memory of another GPU"),
         }
     }
@@ -191,26 +259,26 @@ impl Gpu for TestGpu {
         to: &mut TestMemory,
     ) -> Result<(), GpuError> {
         use TestMemory as M;
-        match (self, from, to) {
-            (Self::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
+        match (&mut self.kind, from, to) {
+            (Kind::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
                 emulator.fetch(bytes, from, to)
             }
-            (Self::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.fetch(bytes, from, to),
+            (Kind::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.fetch(bytes, from, to),
             _ => panic!("memory of another kind of GPU"),
         }
     }
 
     fn finish(&mut self) -> Result<(), GpuError> {
-        match self {
-            Self::Emulator(emulator) => emulator.finish(),
-            Self::Cuda(cuda) => cuda.finish(),
+        match &mut self.kind {
+            Kind::Emulator(emulator) => emulator.finish(),
+            Kind::Cuda(cuda) => cuda.finish(),
         }
     }
 
     fn in_place(&mut self, map: &HostMap, range: Range<usize>) -> Option<TestMemory> {
-        match self {
-            Self::Emulator(emulator) => emulator.in_place(map, range).map(TestMemory::Emulator),
-            Self::Cuda(cuda) => cuda.in_place(map, range).map(TestMemory::Cuda),
+        match &mut self.kind {
+            Kind::Emulator(emulator) => emulator.in_place(map, range).map(TestMemory::Emulator),
+            Kind::Cuda(cuda) => cuda.in_place(map, range).map(TestMemory::Cuda),
         }
     }
 }

@@ -7,16 +7,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cuda/bundles.rs"]
+mod bundles;
 #[path = "support/gpu.rs"]
 mod gpu;
 #[path = "cuda/stages.rs"]
 mod stages;
 mod support;
 
-use std::sync::atomic::Ordering::Relaxed;
-
-use gpu::{backend, emulator};
-use hat_cuda::emulator::Downloads;
+use gpu::{backend, gpu};
 use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
@@ -275,14 +274,14 @@ fn the_drafter_means_what_the_reference_means() {
 #[test]
 #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_drafted_level_waits_three_times() {
-    let Some(cuda) = emulator() else { return };
+    let Some(cuda) = gpu() else { return };
     let bundles = Bundles::with_kernels();
     add_noise(&bundles, AdapterKind::Deep);
     let [device, _] = open(&bundles);
-    let downloads = cuda.downloads();
+    let tally = cuda.tally();
     let mut layers = DeviceModel::load(CudaBackend::new(cuda), &device, 1, 40, PAGES).unwrap();
-    let cuda = emulator().unwrap();
-    let drafts = cuda.downloads();
+    let cuda = gpu().unwrap();
+    let drafts = cuda.tally();
     let mut drafter = DraftModel::load(CudaBackend::new(cuda), &device, 64, PAGES);
     let drafter = drafter.as_mut().unwrap().as_mut().unwrap();
     let mut sequence = Sequence::new(vec![5, 1, 8], POSITIONS);
@@ -292,17 +291,44 @@ fn a_drafted_level_waits_three_times() {
     plan.push_committed(first, 4);
     plan.end_sequence(&sequence);
     let (mut rows, mut y, mut likely) = (vec![0.0; 4 * 64], vec![0.0; 4 * 64], Vec::new());
-    let now = |of: &Downloads| (of.count.load(Relaxed), of.bytes.load(Relaxed));
-    let (before, drafts_before) = (now(&downloads), now(&drafts));
+    let (before, drafts_before) = (tally.downloads(), drafts.downloads());
     layers.input(&plan.plan(), &[3, 1, 4, 1], &mut rows);
-    assert_eq!(now(&downloads).0 - before.0, 1);
+    assert_eq!(tally.downloads().0 - before.0, 1);
     drafter.remember(&plan.plan(), &rows, &rows);
-    assert_eq!(now(&drafts), drafts_before);
+    assert_eq!(drafts.downloads(), drafts_before);
     drafter.guess(&plan.plan(), &rows, &rows, &mut y);
     drafter.likeliest(&y, 8, &mut likely);
     let bytes = (y.len() + 4 * 300) as u64 * 4;
-    assert_eq!(now(&drafts), (drafts_before.0 + 2, drafts_before.1 + bytes));
+    assert_eq!(drafts.downloads(), (drafts_before.0 + 2, drafts_before.1 + bytes));
     assert_eq!(likely.len(), 4 * 8);
+}
+
+/// On a GPU without memory of its own, weights are read from the bundle's mapped file, unless its
+/// driver refuses that. Copies of them give the same bits.
+#[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
+fn weights_in_place_and_copied_have_the_same_bits() {
+    let Some(in_place) = gpu() else { return };
+    let bundles = Bundles::with_kernels();
+    let [device, _] = open(&bundles);
+    let mut copied = gpu().unwrap();
+    copied.copy_weights();
+    let [in_place, copied] = [in_place, copied].map(|gpu| {
+        let mut model = DeviceModel::load(CudaBackend::new(gpu), &device, 1, 40, PAGES).unwrap();
+        println!("{}", model.describe());
+        let mut sequence = Sequence::new(vec![5, 1], POSITIONS);
+        let first = sequence.append_committed(1, 40, 0).unwrap();
+        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        plan.clear();
+        plan.push_committed(first, 40);
+        plan.end_sequence(&sequence);
+        let (mut rows, mut logits) = (vec![0.0; 40 * 64], vec![0.0; 300]);
+        model.input(&plan.plan(), &tokens()[..40], &mut rows);
+        model.head(&rows[39 * 64..], &mut logits);
+        rows.extend(logits);
+        bits(&rows)
+    });
+    assert!(in_place == copied);
 }
 
 #[test]

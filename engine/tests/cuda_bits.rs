@@ -14,7 +14,8 @@ mod cases;
 mod gpu;
 
 use cases::*;
-use gpu::{backend, emulator};
+use gpu::{backend, gpu};
+use hat_cuda::kernel::Kernel;
 use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_engine::backend::cuda::CudaBackend;
@@ -122,19 +123,14 @@ fn several_products_quantise_their_input_once() {
     for (dtypes, prepared) in
         [([DType::Q4_1, DType::Q4_1, DType::Q8_0], 1), ([DType::Q4_0, DType::F16, DType::Q6K], 2)]
     {
-        let folder = tempfile::tempdir().unwrap();
-        let mut emulator = emulator().unwrap();
-        emulator.record_to(folder.path());
-        let launches = |kernel: &str| {
-            let names = std::fs::read_dir(folder.path()).unwrap();
-            let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-            names.filter(|name| name.starts_with(kernel)).count()
-        };
-        let mut cuda = CudaBackend::new(emulator);
+        let gpu = gpu().unwrap();
+        let tally = gpu.tally();
+        let quantised = || tally.launches(Kernel::QuantiseQ8);
+        let mut cuda = CudaBackend::new(gpu);
         let weights = dtypes.map(|dtype| matrix(dtype, 40, 256, &mut random));
         let x = activations(5, 256, &mut random);
         let together = linear_each(&mut cuda, weights.each_ref(), &x);
-        assert_eq!(launches("quantise_q8"), prepared, "{dtypes:?}");
+        assert_eq!(quantised(), prepared, "{dtypes:?}");
         for ((weight, dtype), together) in weights.iter().zip(dtypes).zip(&together) {
             if dtype != DType::F16 {
                 same(dtype.name(), together, &linear(&mut cpu, weight, None, &x, None));
@@ -142,7 +138,7 @@ fn several_products_quantise_their_input_once() {
         }
         let [gate, _, up] = &weights;
         let gated = swiglu(&mut cuda, gate, up, &x);
-        assert_eq!(launches("quantise_q8"), prepared + 1, "{dtypes:?}");
+        assert_eq!(quantised(), prepared + 1, "{dtypes:?}");
         same("swiglu", &gated, &swiglu(&mut cpu, gate, up, &x));
         let top = linear_top(&mut cuda, up, &x, 7);
         assert!(top.is_some() && top == linear_top(&mut cpu, up, &x, 7), "{dtypes:?}");

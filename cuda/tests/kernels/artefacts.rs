@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use hat_cuda::kernel::Kernel;
 use serde_json::Value;
 
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::test_gpu::Kind;
 
 use crate::stand::gpu;
 
@@ -73,7 +73,7 @@ fn artefacts_are_whole_and_hold_every_kernel() {
 #[test]
 #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_emulator_holds_every_kernel() {
-    let Some(TestGpu::Emulator(emulator)) = gpu() else { return };
+    let Some(Kind::Emulator(emulator)) = gpu().map(|gpu| gpu.kind) else { return };
     let names = |kernels: Vec<String>| kernels.into_iter().collect::<BTreeSet<_>>();
     let emulated = emulator.kernels().into_iter().map(|(name, _)| name).collect();
     let all = Kernel::ALL.iter().map(|kernel| kernel.name().to_owned()).collect();

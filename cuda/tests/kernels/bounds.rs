@@ -8,51 +8,10 @@ use hat_cuda::table::Numbers;
 use crate::gemv::product;
 use crate::panels::Matrix;
 use crate::sequences::{Sequence, Store, attended, chunk, tree};
-use crate::stand::{Random, gpu};
+use crate::stand::{Random, counts, gpu};
 
 /// Operations of one m16n8k16.
 const MMA_FLOPS: u64 = 2 * 16 * 8 * 16;
-
-#[test]
-#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
-fn attention_does_the_operations_of_its_formula_and_few_more() {
-    let Some(mut gpu) = gpu() else { return };
-    let heads = Heads { heads: 4, kv_heads: 4, head_dim: 64, window: None };
-    let mut random = Random(7);
-    // Rows that fill the tiles, and a small tree, which can't: its rows wait in tiles of 16.
-    for (rows, most) in [(chunk(448, 512), 1.1), (tree(200, 8, &mut random), 20.0)] {
-        let keys: Vec<usize> = rows.iter().map(|row| row.keys.len()).collect();
-        let mut free = (0..40).collect();
-        let sequence = Sequence::new(rows, &mut free);
-        let mut store = Store::new(1, 40, &heads);
-        store.fill(0, &sequence, &mut random);
-        let q = random.numbers(keys.len() * 4 * 64, 1.0);
-        let before = gpu.counts();
-        attended(&mut gpu, &store, 0, &heads, &[sequence], &q, Cut::Prefill);
-        let (Some(before), Some(after)) = (before, gpu.counts()) else { return };
-        let (done, needed) = ((after.mma - before.mma) * MMA_FLOPS, attend(&heads, &keys).flops);
-        let times = done as f64 / needed as f64;
-        assert!(times >= 1.0 && times < most, "{done} done, {needed} needed, {times} times");
-    }
-}
-
-#[test]
-#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
-fn products_do_the_operations_of_their_formula() {
-    let Some(mut gpu) = gpu() else { return };
-    let mut random = Random(8);
-    for rows in [8, 16, 64, 128] {
-        let matrix = Matrix::random(Numbers::Q4_0, 128, 96, &mut random);
-        let x = random.numbers(rows * 96, 1.0);
-        let before = gpu.counts();
-        product(&mut gpu, &x, &matrix);
-        let (Some(before), Some(after)) = (before, gpu.counts()) else { return };
-        // m16n8k32.
-        let (done, needed) =
-            ((after.mma - before.mma) * 2 * MMA_FLOPS, gemv(Numbers::Q4_0, rows, 96, 128).flops);
-        assert_eq!(done, needed, "{rows} rows");
-    }
-}
 
 #[test]
 fn bytes_are_those_of_the_buffers() {
@@ -75,4 +34,52 @@ fn bytes_are_those_of_the_buffers() {
     assert_eq!(silu_mul(100).bytes, 1200);
     let both: Work = [one, many].into_iter().sum();
     assert_eq!(both.flops, 18 * 33_554_432);
+}
+
+mod emulated {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
+    fn attention_does_the_operations_of_its_formula_and_few_more() {
+        let Some(mut gpu) = gpu() else { return };
+        let heads = Heads { heads: 4, kv_heads: 4, head_dim: 64, window: None };
+        let mut random = Random(7);
+        // Rows that fill the tiles, and a small tree, which can't: its rows wait in tiles of 16.
+        for (rows, most) in [(chunk(448, 512), 1.1), (tree(200, 8, &mut random), 20.0)] {
+            let keys: Vec<usize> = rows.iter().map(|row| row.keys.len()).collect();
+            let mut free = (0..40).collect();
+            let sequence = Sequence::new(rows, &mut free);
+            let mut store = Store::new(1, 40, &heads);
+            store.fill(0, &sequence, &mut random);
+            let q = random.numbers(keys.len() * 4 * 64, 1.0);
+            let before = counts(&gpu);
+            attended(&mut gpu, &store, 0, &heads, &[sequence], &q, Cut::Prefill);
+            let after = counts(&gpu);
+            let (done, needed) =
+                ((after.mma - before.mma) * MMA_FLOPS, attend(&heads, &keys).flops);
+            let times = done as f64 / needed as f64;
+            assert!(times >= 1.0 && times < most, "{done} done, {needed} needed, {times} times");
+        }
+    }
+
+    #[test]
+    #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
+    fn products_do_the_operations_of_their_formula() {
+        let Some(mut gpu) = gpu() else { return };
+        let mut random = Random(8);
+        for rows in [8, 16, 64, 128] {
+            let matrix = Matrix::random(Numbers::Q4_0, 128, 96, &mut random);
+            let x = random.numbers(rows * 96, 1.0);
+            let before = counts(&gpu);
+            product(&mut gpu, &x, &matrix);
+            let after = counts(&gpu);
+            // m16n8k32.
+            let (done, needed) = (
+                (after.mma - before.mma) * 2 * MMA_FLOPS,
+                gemv(Numbers::Q4_0, rows, 96, 128).flops,
+            );
+            assert_eq!(done, needed, "{rows} rows");
+        }
+    }
 }

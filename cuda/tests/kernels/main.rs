@@ -19,6 +19,7 @@ mod norm;
 mod on_driver;
 mod panels;
 mod peak;
+mod rehearsal;
 mod rows;
 mod sanitizer;
 mod sequences;

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use hat_cuda::emulator::{Build, Schedule};
+use hat_cuda::emulator::{Build, Counts, Schedule};
 use hat_cuda::gpu::{Gpu as _, Number};
-use hat_cuda::test_gpu::{TestGpu, TestMemory};
+use hat_cuda::test_gpu::{Kind, TestGpu, TestMemory};
 
 /// In the environment: another folder of kernels for the emulator. For tests of the tests.
 pub const KERNELS: &str = "HAT_TEST_KERNELS";
@@ -24,7 +24,7 @@ pub fn build() -> Build {
 /// The GPU that the environment names, or else the emulator; nothing where that can't be built.
 pub fn gpu() -> Option<TestGpu> {
     let mut gpu = TestGpu::from_environment(&build())?;
-    if let (TestGpu::Emulator(emulator), Some(folder)) = (&mut gpu, std::env::var_os(RECORD)) {
+    if let (Kind::Emulator(emulator), Some(folder)) = (&mut gpu.kind, std::env::var_os(RECORD)) {
         emulator.record_to(Path::new(&folder));
     }
     Some(gpu)
@@ -43,6 +43,12 @@ pub fn same_under_all_schedules<T: PartialEq + std::fmt::Debug>(
         assert!(other == first, "{schedule:?} changes the result");
     }
     first
+}
+
+/// What the emulator has counted so far. A test that shows nothing without it stands in a module
+/// `emulated`, by whose name `cuda/run-on-gpu.sh` leaves it out.
+pub fn counts(gpu: &TestGpu) -> Counts {
+    gpu.counts().expect("on a GPU, tests in modules `emulated` are left out")
 }
 
 /// Memory that holds these numbers.

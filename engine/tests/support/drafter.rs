@@ -1,5 +1,7 @@
 //! A trained drafter that was trained on nothing.
 
+use std::path::Path;
+
 use hat_loader::layout::quantise_q8_0;
 use hat_loader::{AdapterKind, DType, add_adapter};
 use safetensors::tensor::TensorView;
@@ -9,7 +11,12 @@ use super::Bundles;
 
 /// Puts a drafter of noise into the device's half: right by accident alone.
 pub fn add_noise(bundles: &Bundles, kind: AdapterKind) {
-    let path = bundles.path.join("device");
+    add_noise_at(&bundles.path, kind);
+}
+
+/// The same, given the folder of both halves.
+pub fn add_noise_at(bundles: &Path, kind: AdapterKind) {
+    let path = bundles.join("device");
     let half = hat_loader::Bundle::open(&path).unwrap();
     let mut state = 1u32;
     let mut noise = || {
@@ -42,7 +49,7 @@ pub fn add_noise(bundles: &Bundles, kind: AdapterKind) {
         ("split_layer", "1".to_owned()),
     ];
     let texts = texts.map(|(name, text)| (name.to_owned(), text)).into_iter().collect();
-    let file = bundles.path.join("drafter.safetensors");
+    let file = bundles.join("drafter.safetensors");
     let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
         (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
     });

@@ -2,20 +2,16 @@
 
 use std::path::Path;
 
-use hat_cuda::emulator::{Build, Emulator};
-use hat_cuda::test_gpu::{TestGpu, compiled};
+use hat_cuda::emulator::Build;
+use hat_cuda::test_gpu::TestGpu;
 use hat_engine::backend::cuda::CudaBackend;
 
-fn build() -> Build {
-    Build::new(Path::new(env!("CARGO_TARGET_TMPDIR")))
+/// Nothing where there is neither.
+pub fn gpu() -> Option<TestGpu> {
+    TestGpu::from_environment(&Build::new(Path::new(env!("CARGO_TARGET_TMPDIR"))))
 }
 
-/// A backend on it; nothing where there is neither.
+/// A backend on it.
 pub fn backend() -> Option<CudaBackend<TestGpu>> {
-    TestGpu::from_environment(&build()).map(CudaBackend::new)
-}
-
-/// The emulator; nothing where no compiler is.
-pub fn emulator() -> Option<Emulator> {
-    compiled(Emulator::new(&build()), "the CUDA backend")
+    gpu().map(CudaBackend::new)
 }

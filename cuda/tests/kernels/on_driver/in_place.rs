@@ -46,20 +46,6 @@ fn weights_are_copied_where_the_driver_wants_it() {
     }
 }
 
-#[test]
-#[ignore = "needs a GPU"]
-fn weights_are_read_where_the_host_has_them_on_the_gpu() {
-    let mut gpu = Cuda::open(0).unwrap();
-    let map = map(3.0);
-    let is_in_place = gpu.in_place(&map, 0..4 * COUNT).is_some();
-    println!("{}", gpu.describe());
-    assert_eq!(is_in_place, gpu.describe().ends_with("weights in place"));
-    if is_in_place {
-        drop(gpu);
-        reading_in_place();
-    }
-}
-
 /// Pages that nobody else has, as a mapped file.
 struct Pages {
     storage: Vec<u8>,
