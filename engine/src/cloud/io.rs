@@ -231,17 +231,21 @@ impl Io {
         match event {
             Event::Up { connection, hello, resumed, .. } => {
                 self.guard.look();
+                let frame_bytes_max = wire::frame_bytes_max(&hello);
                 if !resumed {
                     self.drop_sessions_of(connection);
                     let guest = Guest::new(self.next_device);
                     self.next_device += 1;
                     self.guests.insert(connection, guest);
                 }
+                if let Some(guest) = self.guests.get_mut(&connection) {
+                    guest.frame_bytes_max = frame_bytes_max;
+                }
                 self.set_up(connection, true);
-                if let Err((code, reason)) = self.check_hello(&hello) {
+                if let Err(reason) = wire::check_peer(&self.start.hello(), &hello) {
                     tracing::info!(%reason, "connection refused");
                     self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
-                    self.endpoint.close(connection, code, &reason);
+                    self.endpoint.close(connection, CloseCode::Incompatible, &reason);
                 }
             }
             Event::Frame { connection, frame } => self.take_frame(connection, frame),
@@ -264,13 +268,6 @@ impl Io {
         if let Some(guest) = self.guests.get_mut(&connection) {
             guest.is_up = is_up;
         }
-    }
-
-    fn check_hello(&self, hello: &Hello) -> Result<(), (CloseCode, String)> {
-        let BundleFacts { hidden_size, layers, model_id, .. } = &self.start.bundle;
-        wire::check_same_model(hello, model_id, *hidden_size)?;
-        wire::check_layers(u32::from(hello.entry_layer)..u32::from(hello.exit_layer), layers)
-            .map_err(|reason| (CloseCode::Incompatible, reason))
     }
 
     fn take_frame(&mut self, connection: ConnectionId, frame: Frame) {
@@ -351,6 +348,9 @@ impl Io {
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
         })?;
+        let frame_bytes_max = self.guests.get(&connection).map_or(0, |guest| guest.frame_bytes_max);
+        wire::check_row(codec.down(), self.start.bundle.hidden_size, frame_bytes_max)
+            .map_err(|reason| Offence::new(Code::Codec, reason))?;
         let here = self.start.arithmetic_id;
         if open.arithmetic_id != here || open.kv_type != KV_TYPE_F16 {
             let text = format!(
@@ -474,7 +474,9 @@ impl Io {
         let spent = session.note_ran(&rows.planned, goes_back, job.queue_us(index), step);
         let Some(spent) = spent else { return Ok(()) };
         let arrivals = self.arrivals_of(connection);
-        let mut outputs = Outputs::of(job, index, codec, hidden_size, spent, arrivals);
+        let frame_bytes_max = self.guests.get(&connection).map_or(0, |guest| guest.frame_bytes_max);
+        let sizes = (hidden_size, frame_bytes_max);
+        let mut outputs = Outputs::of(job, index, codec, sizes, spent, arrivals);
         if let Some(computed) = outputs.computed() {
             self.answer(connection, wire_id, &Message::Computed(computed));
             return Ok(());

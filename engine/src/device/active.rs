@@ -126,6 +126,8 @@ pub(super) struct Active {
     pub(super) names: Option<PageNames>,
     /// Pieces of others that were computed while one of its own could have been.
     pub(super) passed: u32,
+    /// Most names of pages in a frame to the cloud.
+    pub(super) names_max: usize,
     /// Rows that the cloud held when the session opened: they are not sent.
     pub(super) held: u32,
     /// The chunk of decided rows at hand.

@@ -7,6 +7,9 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hat_transport::message::Hello;
+
+use super::active::Active;
 use super::run::Device;
 use crate::{Error, wire};
 
@@ -70,6 +73,33 @@ impl Device {
                 self.redial.put_off(self.start.shared.clock.now());
             }
         }
+    }
+
+    /// Compares the HELLO of the cloud that was found with this device's own, and with the rows
+    /// that it sends.
+    ///
+    /// # Errors
+    /// The reason to close with INCOMPATIBLE.
+    pub(super) fn check_cloud(&self, hello: &Hello) -> Result<(), String> {
+        wire::check_peer(&self.start.hello(), hello)?;
+        let config = &self.start.config;
+        wire::check_arithmetic(hello.arithmetic_id, config.cloud_arithmetic)?;
+        wire::check_codec(config.codec(), self.start.facts.hidden_size, hello)
+    }
+
+    /// The link is up, to a cloud that has been checked.
+    pub(super) fn take_up(&mut self, hello: &Hello, resumed: bool) {
+        self.peer_arithmetic = hello.arithmetic_id;
+        self.peer_frame_max = wire::frame_bytes_max(hello);
+        self.peer_rows_max = hello.row_budget;
+        self.peer_stages = u32::from(hello.stages.max(1));
+        self.peer_pending_max = usize::from(hello.rows_pending_max);
+        self.set_connected(true);
+        tracing::info!(cloud = %self.cloud, resumed, "the cloud is connected");
+        if !resumed {
+            self.begin_anew();
+        }
+        self.actives.iter_mut().for_each(|active| active.deadline = None);
     }
 
     /// Fails requests that have waited for the cloud as long as they may.

@@ -3,7 +3,7 @@
 //! their own pages of it still.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{End, Message, PAGE_IDS_MAX};
+use hat_transport::message::{End, Message};
 use hat_transport::turn::ConnectionId;
 
 use super::Shared;
@@ -75,7 +75,7 @@ impl PageNamer {
 impl Active {
     /// Names of the full pages of the path's first `rows` rows.
     fn pages_of(&self, rows: usize) -> &[PageId] {
-        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, PAGE_IDS_MAX))
+        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, self.names_max))
     }
 
     /// Names of the pages that a session may find: all that are full without the last row, which

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
+use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
@@ -122,6 +123,7 @@ impl Start {
             redial: Redial::default(),
             down_since: Some(self.shared.clock.now()),
             peer_rows_max: limits.step_rows_max,
+            peer_frame_max: FRAME_BYTES_MAX,
             peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
             peer_arithmetic: ARITHMETIC_ID,
@@ -171,6 +173,8 @@ pub(super) struct Device {
     pub(super) down_since: Option<Instant>,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
+    /// Longest frame that the cloud takes, header included.
+    pub(super) peer_frame_max: usize,
     /// Pipeline stages of the cloud.
     pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
@@ -322,6 +326,7 @@ impl Device {
                 tokens: job.prepared.prompt.clone(),
                 names: None,
                 passed: 0,
+                names_max: 0,
                 held: 0,
                 chunk: Chunk::default(),
                 sequence: Sequence::new(pages, rows_max),
@@ -378,6 +383,7 @@ impl Device {
                 continue;
             }
             let namer = self.namer.as_ref();
+            active.names_max = wire::pages_per_frame(self.peer_frame_max);
             active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
@@ -433,22 +439,12 @@ impl Device {
         match event {
             LinkEvent::Up { connection, hello, resumed, .. } => {
                 self.guard.look();
-                let wanted = self.start.config.cloud_arithmetic;
-                if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
+                if let Err(reason) = self.check_cloud(&hello) {
                     self.endpoint.close(connection, CloseCode::Incompatible, &reason);
                     self.refused = Some(reason);
                     return;
                 }
-                self.peer_arithmetic = hello.arithmetic_id;
-                self.set_connected(true);
-                self.peer_rows_max = hello.row_budget.max(1);
-                self.peer_stages = u32::from(hello.stages.max(1));
-                self.peer_pending_max = usize::from(hello.rows_pending_max);
-                tracing::info!(cloud = %self.cloud, resumed, "the cloud is connected");
-                if !resumed {
-                    self.begin_anew();
-                }
-                self.actives.iter_mut().for_each(|active| active.deadline = None);
+                self.take_up(&hello, resumed);
             }
             LinkEvent::Down { reason, .. } => {
                 if self.connected || self.reason != reason {
