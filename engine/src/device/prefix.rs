@@ -123,6 +123,7 @@ impl Device {
     pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), String> {
         let active = &mut self.actives[index];
         active.opened(pages)?;
+        active.heard = self.start.shared.clock.now();
         let Active { names, tokens, sequence, fed, .. } = active;
         let Some(names) = names else { return Ok(()) };
         // What the cloud lacks has to be sent, and so computed.

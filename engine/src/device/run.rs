@@ -122,6 +122,7 @@ impl Start {
             connection: None,
             redial: Redial::default(),
             down_since: Some(self.shared.clock.now()),
+            acked_bytes: 0,
             peer_rows_max: limits.step_rows_max,
             peer_frame_max: FRAME_BYTES_MAX,
             peer_stages: 1,
@@ -171,6 +172,8 @@ pub(super) struct Device {
     pub(super) connected: bool,
     /// Begin of the outage at hand; `None` while the cloud is connected.
     pub(super) down_since: Option<Instant>,
+    /// Bytes that the cloud had acknowledged at the last look.
+    pub(super) acked_bytes: u64,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
     /// Longest frame that the cloud takes, header included.
@@ -347,6 +350,7 @@ impl Device {
                 held_back: Vec::new(),
                 timed: None,
                 sent_id: 0,
+                told_id: 0,
                 decided: 1..1,
                 deadline: None,
                 heard: shared.clock.now(),
@@ -416,8 +420,7 @@ impl Device {
         });
         let deadlines = self.actives.iter().filter_map(|active| active.deadline);
         let silence_max = self.start.config.reconnect * SILENCE_FACTOR;
-        let awaiting = self.actives.iter().filter(|active| active.awaits_cloud());
-        let silences = awaiting.map(|active| active.heard + silence_max);
+        let silences = self.actives.iter().map(|active| active.heard + silence_max);
         let redial = self.redial.at().filter(|_| self.connection.is_none());
         let pause = self.upload_pause().filter(|_| self.actives.iter().any(Active::wants_compute));
         retries
@@ -484,10 +487,13 @@ impl Device {
 
     fn take_frame(&mut self, frame: &Frame) {
         // Frames of sessions that this side has ended are late, not wrong.
-        let own = |active: &Active| active.wire_id == frame.session;
+        let own = |active: &Active| active.wire_id == frame.session && active.has_session();
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
-        self.actives[index].heard = now;
+        if let Some(reason) = self.actives[index].phase.out_of_turn(frame.kind) {
+            let error = Error::Peer { peer: self.cloud.clone(), reason };
+            return self.fail(index, error);
+        }
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].busy_ms = None;
