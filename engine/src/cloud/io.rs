@@ -454,6 +454,8 @@ impl Io {
                 let key = job.sessions[index];
                 let Some(session) = self.sessions.get(&key) else { continue };
                 let (connection, wire_id) = (session.connection, session.wire_id);
+                // Its rows may be no numbers from an early page on: nobody shall go on from them.
+                self.prefixes.forget(&mut self.pages, session.sequence.pages());
                 self.end(key);
                 let text = format!("the model's output cannot be sent: {error}");
                 self.refuse(connection, wire_id, Offence::new(SessionErrorCode::Internal, text));
