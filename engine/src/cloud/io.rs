@@ -118,6 +118,7 @@ impl Start {
             next_key: 1,
             pace: Pace::default(),
             sent_steps: 0,
+            step_moved: self.clock.now(),
             is_step_long: false,
             jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
@@ -161,6 +162,8 @@ pub(super) struct Io {
     pace: Pace,
     /// Steps that went to the first stage.
     sent_steps: u64,
+    /// When a step ended, or began while none was on its way.
+    step_moved: Instant,
     /// The last of them takes so long that planning the next one ahead saves little.
     is_step_long: bool,
     jobs: Vec<Job>,
@@ -197,7 +200,7 @@ impl Io {
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
         while !self.start.stop.load(Ordering::Acquire) {
-            let timeout = self.outbox_retry();
+            let timeout = self.outbox_retry().into_iter().chain(self.stuck_in()).min();
             self.endpoint.turn(timeout, &mut events)?;
             self.now = self.start.clock.now();
             for event in events.drain(..) {
@@ -212,6 +215,7 @@ impl Io {
                     }
                 }
             }
+            self.look_for_stuck_step();
             if let Some(fault) = self.start.fault.get() {
                 return Err(std::io::Error::other(fault.clone()));
             }
@@ -435,6 +439,7 @@ impl Io {
 
     /// Sends back what a finished step computed.
     fn finish(&mut self, mut job: Job) {
+        self.step_moved = self.now;
         if let Some(fault) = job.fault.take() {
             self.close_all(fault);
         }
