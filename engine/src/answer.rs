@@ -63,12 +63,19 @@ impl Prepared {
             let reason = format!("more than {TOP_LOGPROBS_MAX} alternatives");
             return Err(Error::field("top_logprobs", reason));
         }
+        let too_long = |prompt| Error::ContextLength { prompt, context: context as usize };
+        // What can't fit is not looked at: the limit on text stands in front of the tokenizer.
+        if let Prompt::Tokens(tokens) = &request.prompt
+            && tokens.len() >= context as usize
+        {
+            return Err(too_long(tokens.len()));
+        }
         let (prompt, rendered) = encode(&request.prompt, tokenizer, vocab_size, turns)?;
         if prompt.is_empty() {
             return Err(Error::field("prompt", "it has no token; give at least one"));
         }
         if prompt.len() >= context as usize {
-            return Err(Error::ContextLength { prompt: prompt.len(), context: context as usize });
+            return Err(too_long(prompt.len()));
         }
         let room = context - u32::try_from(prompt.len()).expect("below the context");
         let max_tokens = request.max_tokens.unwrap_or(room).min(room);

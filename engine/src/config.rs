@@ -353,6 +353,8 @@ pub struct CloudConfig {
     /// A session of which nothing was heard for so long gives its pages up when others need them,
     /// and a device that has taken nothing for so long, though its queue is full, is sent away.
     pub idle_after: Duration,
+    /// Time in which a step has to end: if none does, the backend hangs, and the cloud stops.
+    pub step_within: Duration,
     /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,
 }
@@ -374,6 +376,7 @@ impl CloudConfig {
             weights: GpuWeights::InPlace,
             limits: Limits::cloud(),
             idle_after: Duration::from_secs(10),
+            step_within: Duration::from_secs(300),
             memory: None,
         }
     }

@@ -210,6 +210,15 @@ impl PrefixCache {
         self.entries.drain().for_each(|(_, entry)| pool.release(entry.page));
     }
 
+    /// Forgets these pages: what they hold is no good. Who holds them keeps them.
+    pub fn forget(&mut self, pool: &mut PagePool, pages: &[u32]) {
+        let bad = |entry: &Entry| pages.contains(&entry.page);
+        self.by_use.retain(|_, key| !bad(&self.entries[key]));
+        for (_, entry) in self.entries.extract_if(|_, entry| bad(entry)) {
+            pool.release(entry.page);
+        }
+    }
+
     /// Evicts until `wanted` pages are free, or nothing is idle.
     fn make_room(&mut self, pool: &mut PagePool, wanted: usize) {
         let missing = wanted.saturating_sub(pool.free());

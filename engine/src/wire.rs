@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use hat_loader::{Bundle, Submodel};
 use hat_transport::clock::Clock;
-use hat_transport::frame::BODY_BYTES_MAX;
+use hat_transport::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{self, Link, LinkKind};
 pub use hat_transport::message::Role;
-use hat_transport::message::{CloseCode, Hello, KV_F16};
+use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
 use hat_transport::turn::{Endpoint, EndpointConfig};
 
 use crate::Error;
@@ -102,26 +102,84 @@ pub fn check_arithmetic(there: u32, wanted: Option<u32>) -> Result<(), String> {
     }
 }
 
-/// Whether the peer holds the other half of the same model, in an arithmetic that is known.
+/// Compares the HELLOs of a device and a cloud as `docs/PROTOCOL.md` says: each end does.
 ///
 /// # Errors
-/// The code and reason to close with.
-pub fn check_same_model(
-    peer: &Hello,
-    model_id: &[u8; 32],
-    hidden_size: usize,
-) -> Result<(), (CloseCode, String)> {
-    if peer.model_id != *model_id || peer.hidden_size as usize != hidden_size {
-        let reason = format!(
-            "two different models: {} (rows of {hidden_size}) here, {} (rows of {}) there; \
+/// The reason to close with INCOMPATIBLE: the first field that does not go together, with both
+/// values.
+pub fn check_peer(ours: &Hello, peer: &Hello) -> Result<(), String> {
+    if peer.model_id != ours.model_id || peer.hidden_size != ours.hidden_size {
+        return Err(format!(
+            "two different models: {} (rows of {}) here, {} (rows of {}) there; \
              split one model and give each side its half",
-            short(model_id),
+            short(&ours.model_id),
+            ours.hidden_size,
             short(&peer.model_id),
             peer.hidden_size
-        );
-        return Err((CloseCode::Incompatible, reason));
+        ));
     }
-    check_arithmetic(peer.arithmetic_id, None).map_err(|reason| (CloseCode::Incompatible, reason))
+    check_arithmetic(peer.arithmetic_id, None)?;
+    let equal = [
+        ("kv_type", u32::from(ours.kv_type), u32::from(peer.kv_type)),
+        ("page_size", u32::from(ours.page_size), u32::from(peer.page_size)),
+    ];
+    if let Some((field, here, there)) = equal.iter().find(|(_, here, there)| here != there) {
+        return Err(format!("{field} is {here} here, {there} there: run the same version on both"));
+    }
+    if ours.codecs & peer.codecs == 0 {
+        return Err(format!("no common codec: {:#b} here, {:#b} there", ours.codecs, peer.codecs));
+    }
+    let (device, cloud) = if ours.role == Role::Device { (ours, peer) } else { (peer, ours) };
+    let layers = |hello: &Hello| u32::from(hello.entry_layer)..u32::from(hello.exit_layer);
+    check_layers(layers(device), &layers(cloud))?;
+    if cloud.row_budget == 0 {
+        return Err("row_budget is 0: the cloud would take no chunk".to_owned());
+    }
+    let held = layers(cloud).len();
+    if usize::from(cloud.stages) > held {
+        return Err(format!("stages is {}, but the cloud holds {held} layers", cloud.stages));
+    }
+    Ok(())
+}
+
+/// Checks that the peer takes rows of `codec`, up and down.
+///
+/// # Errors
+/// The reason, with both values.
+pub fn check_codec(codec: Codec, hidden_size: usize, peer: &Hello) -> Result<(), String> {
+    for codec in [codec, codec.down()] {
+        if peer.codecs & 1 << codec.id() == 0 {
+            let (name, known) = (codec.name(), peer.codecs);
+            return Err(format!("codec {name} is not among the peer's ({known:#b})"));
+        }
+        check_row(codec, hidden_size, frame_bytes_max(peer))?;
+    }
+    Ok(())
+}
+
+/// Checks that one row fits a frame.
+///
+/// # Errors
+/// The reason, with both sizes.
+pub fn check_row(codec: Codec, hidden_size: usize, frame_bytes_max: usize) -> Result<(), String> {
+    if rows_per_frame(codec, hidden_size, frame_bytes_max) > 0 {
+        return Ok(());
+    }
+    let bytes = codec.row_bytes(hidden_size);
+    Err(format!("frame_bytes_max is {frame_bytes_max}, too short for a row of {bytes} bytes"))
+}
+
+/// Bytes of the longest frame that may go to a peer, header included.
+#[must_use]
+pub fn frame_bytes_max(peer: &Hello) -> usize {
+    (peer.frame_bytes_max as usize).min(FRAME_BYTES_MAX)
+}
+
+/// Most names of pages in a frame to a peer.
+#[must_use]
+pub fn pages_per_frame(frame_bytes_max: usize) -> usize {
+    let bytes = frame_bytes_max.saturating_sub(HEADER_BYTES + OPEN_BYTES);
+    (bytes / PAGE_ID_BYTES).min(PAGE_IDS_MAX)
 }
 
 /// Whether `held` covers `wanted`.
@@ -146,11 +204,15 @@ pub fn short(model_id: &[u8; 32]) -> String {
 
 /// Bytes in front of the rows in `ROWS` and `OUTPUT`, ids or parents not counted.
 const HEAD_BYTES: usize = 32;
+/// Bytes in front of the names in OPEN, which has more of them than END.
+const OPEN_BYTES: usize = 16;
 
-/// Rows that fit one frame, with four bytes each for an id or a parent.
+/// Rows that fit one frame of `frame_bytes_max` bytes, with four bytes each for an id or a parent;
+/// 0 if not even one does.
 #[must_use]
-pub fn rows_per_frame(codec: Codec, hidden_size: usize) -> usize {
-    ((BODY_BYTES_MAX - HEAD_BYTES) / (codec.row_bytes(hidden_size) + 4)).max(1)
+pub fn rows_per_frame(codec: Codec, hidden_size: usize, frame_bytes_max: usize) -> usize {
+    let bytes = frame_bytes_max.min(FRAME_BYTES_MAX).saturating_sub(HEADER_BYTES + HEAD_BYTES);
+    bytes / (codec.row_bytes(hidden_size) + 4)
 }
 
 /// A cloud's endpoint, listening. Returns the address with the port that the system chose.
@@ -210,4 +272,92 @@ pub fn resolve(host: &str) -> Result<SocketAddr, String> {
         .to_socket_addrs()
         .map_err(|error| format!("{host:?} is no host:port that can be resolved: {error}"))?;
     found.next().ok_or_else(|| format!("{host:?} has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(role: Role) -> Hello {
+        let own = super::hello(role, [7; 32], 64, 1..4);
+        match role {
+            Role::Device => own,
+            Role::Cloud => Hello { row_budget: 512, stages: 1, ..own },
+        }
+    }
+
+    #[test]
+    fn hellos_that_go_together_pass_at_both_ends() {
+        let (device, cloud) = (hello(Role::Device), hello(Role::Cloud));
+        assert_eq!(check_peer(&device, &cloud), Ok(()));
+        assert_eq!(check_peer(&cloud, &device), Ok(()));
+        // A cloud may hold more than is asked for, and compute in another arithmetic.
+        let wide = Hello { entry_layer: 0, exit_layer: 9, arithmetic_id: ARITHMETIC_CUDA, ..cloud };
+        assert_eq!(check_peer(&device, &wide), Ok(()));
+        let one = Hello { codecs: 1, frame_bytes_max: 4096, rows_pending_max: 0, ..cloud };
+        assert_eq!(check_peer(&device, &one), Ok(()));
+    }
+
+    #[test]
+    fn each_field_that_does_not_go_together_is_named_at_both_ends() {
+        type Change = fn(&mut Hello);
+        let cases: [(&str, Change); 8] = [
+            ("two different models", |hello| hello.model_id[31] = 0),
+            ("rows of 65", |hello| hello.hidden_size = 65),
+            ("arithmetic 9", |hello| hello.arithmetic_id = 9),
+            ("kv_type", |hello| hello.kv_type = 9),
+            ("page_size", |hello| hello.page_size = 1),
+            ("codec", |hello| hello.codecs = 1 << 20),
+            ("layers", |hello| hello.exit_layer = hello.entry_layer),
+            ("layers", |hello| hello.entry_layer = 3),
+        ];
+        for (role, other) in [(Role::Device, Role::Cloud), (Role::Cloud, Role::Device)] {
+            for (number, (named, change)) in cases.iter().enumerate() {
+                let mut peer = hello(other);
+                change(&mut peer);
+                // A device may ask for fewer layers than the cloud has.
+                if other == Role::Device && number == 7 {
+                    peer.entry_layer = 0;
+                }
+                let reason = check_peer(&hello(role), &peer).expect_err(named);
+                assert!(reason.contains(named), "{reason}");
+            }
+        }
+        let cloud = |change: Change| {
+            let mut cloud = hello(Role::Cloud);
+            change(&mut cloud);
+            check_peer(&hello(Role::Device), &cloud).unwrap_err()
+        };
+        assert!(cloud(|cloud| cloud.row_budget = 0).contains("row_budget"));
+        assert!(cloud(|cloud| cloud.stages = u16::MAX).contains("stages is 65535"));
+    }
+
+    #[test]
+    fn a_codec_has_to_be_known_there_and_its_rows_to_fit() {
+        let known =
+            |codecs, frame_bytes_max| Hello { codecs, frame_bytes_max, ..hello(Role::Cloud) };
+        assert_eq!(check_codec(Codec::F32, 64, &known(1, 4096)), Ok(()));
+        let text = check_codec(Codec::F16, 64, &known(1, 4096)).unwrap_err();
+        assert!(text.contains("codec f16"), "{text}");
+        // What comes down is coded as int8.
+        let int4_alone = 1 << Codec::Int4.id();
+        assert!(check_codec(Codec::Int4, 64, &known(int4_alone, 4096)).is_err());
+        let text = check_codec(Codec::F32, 2048, &known(1, 4096)).unwrap_err();
+        assert!(text.contains("4096") && text.contains("8192"), "{text}");
+    }
+
+    #[test]
+    fn frames_hold_what_the_peer_takes() {
+        for frame in [4096, 5000, FRAME_BYTES_MAX, FRAME_BYTES_MAX + 1, usize::MAX] {
+            for codec in Codec::ALL {
+                let rows = rows_per_frame(codec, 64, frame);
+                let bytes = |rows: usize| HEADER_BYTES + 32 + rows * (codec.row_bytes(64) + 4);
+                let frame = frame.min(FRAME_BYTES_MAX);
+                assert!(rows > 0 && bytes(rows) <= frame && bytes(rows + 1) > frame);
+            }
+        }
+        assert_eq!(rows_per_frame(Codec::F32, 2048, 4096), 0);
+        assert_eq!(pages_per_frame(FRAME_BYTES_MAX), PAGE_IDS_MAX);
+        assert!(32 + 16 + 16 * pages_per_frame(4096) <= 4096);
+    }
 }

@@ -62,6 +62,8 @@ impl Drop for CloudProcess {
 struct DeviceProcess {
     child: Child,
     address: String,
+    /// What it said before it listened.
+    said: String,
 }
 
 impl DeviceProcess {
@@ -74,9 +76,35 @@ impl DeviceProcess {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-        let line = lines.find(|line| line.contains("listening at http://")).unwrap();
-        let address = line.trim().rsplit("http://").next().unwrap().to_owned();
-        Self { child, address }
+        let mut said = String::new();
+        let address = loop {
+            let line = lines.next().unwrap();
+            if let Some((_, address)) = line.split_once("listening at http://") {
+                break address.trim().to_owned();
+            }
+            said += &line;
+            said.push('\n');
+        };
+        Self { child, address, said }
+    }
+
+    /// Sends a request; the answer is read by the caller.
+    fn send(&self, head: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let head = format!(
+            "{head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    }
+
+    /// The whole answer, its head included.
+    fn ask(&self, head: &str, body: &str) -> String {
+        let mut text = String::new();
+        self.send(head, body).read_to_string(&mut text).unwrap();
+        text
     }
 
     /// Begins a streamed answer and waits for its first bytes.
@@ -86,13 +114,7 @@ impl DeviceProcess {
             "max_tokens": max_tokens, "ignore_eos": true,
         })
         .to_string();
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        let head = format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        stream.write_all(head.as_bytes()).unwrap();
+        let mut stream = self.send("POST /v1/completions", &body);
         stream.read_exact(&mut [0; 32]).unwrap();
         stream
     }
@@ -327,6 +349,67 @@ fn a_cloud_that_is_told_to_end_is_an_outage_and_the_text_goes_on() {
         let split = object(&String::from_utf8(said).unwrap());
         assert_eq!(split["token_ids"], whole["token_ids"]);
         assert_eq!(split["logits_blake3"], whole["logits_blake3"]);
+    }
+}
+
+/// Waits until so many requests wait for a session.
+fn wait_for_waiting(device: &DeviceProcess, count: usize) {
+    let begin = Instant::now();
+    let line = format!("\nhat_requests_waiting {count}\n");
+    loop {
+        let text = device.ask("GET /metrics", "");
+        if text.contains(&line) {
+            return;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "not {count} wait: {text}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_device_keeps_the_sessions_and_the_context_that_it_was_given() {
+    let bundle = bundle();
+    let short = DeviceProcess::start(&bundle, &["--sessions-max", "3", "--context", "64"]);
+    assert!(short.said.contains("3 answers at once, 64 tokens each"), "{}", short.said);
+    let prompt = "Tell me about the sea. ".repeat(40);
+    let body = serde_json::json!({"prompt": prompt}).to_string();
+    let text = short.ask("POST /v1/completions", &body);
+    assert!(text.starts_with("HTTP/1.1 400") && text.contains("context_length_exceeded"), "{text}");
+    let body = serde_json::json!({"prompt": "Hello", "ignore_eos": true}).to_string();
+    let text = short.ask("POST /v1/completions", &body);
+    assert!(text.contains("\"total_tokens\":64") && text.contains("\"length\""), "{text}");
+
+    let narrow = DeviceProcess::start(&bundle, &["--sessions-max", "1"]);
+    let first = narrow.stream(4000);
+    let second = narrow.send(
+        "POST /v1/completions",
+        &serde_json::json!({"prompt": "Hello", "max_tokens": 2}).to_string(),
+    );
+    wait_for_waiting(&narrow, 1);
+    drop(first);
+    let mut text = String::new();
+    { second }.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    wait_for_waiting(&narrow, 0);
+}
+
+#[test]
+fn bounds_that_leave_no_room_are_refused_by_flag() {
+    for (role, flag, value) in [
+        ("device", "--sessions-max", "0"),
+        ("device", "--sessions-max", "many"),
+        ("device", "--context", "1"),
+        ("device", "--context", "-4"),
+        ("cloud", "--sessions-max", "0"),
+        ("cloud", "--context", "1"),
+        ("cloud", "--kv-rows-max", "0"),
+        ("cloud", "--sessions-per-device-max", "0"),
+    ] {
+        let output = Command::new(PROGRAM).args([role, &format!("{flag}={value}")]).output();
+        let output = output.unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{role} {flag} {value}: {text}");
+        assert!(text.contains(flag) && text.contains(value), "{text}");
     }
 }
 

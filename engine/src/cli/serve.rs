@@ -30,10 +30,16 @@ pub(crate) struct CloudArgs {
     #[arg(long, env = "HAT_LISTEN", default_value = "127.0.0.1:7433", value_name = "ADDR")]
     listen: SocketAddr,
     /// Sessions open at once.
-    #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N")]
+    #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
     sessions_max: Option<u32>,
+    /// Positions of one session; the model's own context bounds it too.
+    #[arg(long, env = "HAT_CONTEXT", value_name = "TOKENS",
+          value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    context: Option<u32>,
     /// Positions of all sessions together.
-    #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N")]
+    #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
     kv_rows_max: Option<u32>,
     /// Pipeline stages: runs of layers that compute at the same time and share the threads. One
     /// for each GPU of --gpus without.
@@ -43,7 +49,8 @@ pub(crate) struct CloudArgs {
     #[arg(long, env = "HAT_GPUS", value_delimiter = ',', value_name = "N,N")]
     gpus: Vec<usize>,
     /// Sessions of one device at once.
-    #[arg(long, env = "HAT_SESSIONS_PER_DEVICE_MAX", value_name = "N")]
+    #[arg(long, env = "HAT_SESSIONS_PER_DEVICE_MAX", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
     sessions_per_device_max: Option<u32>,
     /// Seconds without a sign of life after which a session gives its memory up if others need it.
     #[arg(long, env = "HAT_IDLE_AFTER", value_name = "SECONDS", default_value_t = 10.0)]
@@ -57,6 +64,7 @@ impl CloudArgs {
         config = config.stages(self.stages.unwrap_or(self.gpus.len().max(1)));
         config.gpus = self.gpus;
         config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
+        config.limits.context_max = self.context.unwrap_or(config.limits.context_max);
         config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
         let per_device = &mut config.limits.sessions_per_device_max;
         *per_device = self.sessions_per_device_max.unwrap_or(*per_device);

@@ -118,6 +118,7 @@ impl Start {
             next_key: 1,
             pace: Pace::default(),
             sent_steps: 0,
+            step_moved: self.clock.now(),
             is_step_long: false,
             jobs: std::iter::repeat_with(Job::default).take(super::jobs_of(self.stages)).collect(),
             works: Vec::new(),
@@ -161,6 +162,8 @@ pub(super) struct Io {
     pace: Pace,
     /// Steps that went to the first stage.
     sent_steps: u64,
+    /// When a step ended, or began while none was on its way.
+    step_moved: Instant,
     /// The last of them takes so long that planning the next one ahead saves little.
     is_step_long: bool,
     jobs: Vec<Job>,
@@ -197,7 +200,7 @@ impl Io {
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
         while !self.start.stop.load(Ordering::Acquire) {
-            let timeout = self.outbox_retry();
+            let timeout = self.outbox_retry().into_iter().chain(self.stuck_in()).min();
             self.endpoint.turn(timeout, &mut events)?;
             self.now = self.start.clock.now();
             for event in events.drain(..) {
@@ -212,6 +215,7 @@ impl Io {
                     }
                 }
             }
+            self.look_for_stuck_step();
             if let Some(fault) = self.start.fault.get() {
                 return Err(std::io::Error::other(fault.clone()));
             }
@@ -231,17 +235,21 @@ impl Io {
         match event {
             Event::Up { connection, hello, resumed, .. } => {
                 self.guard.look();
+                let frame_bytes_max = wire::frame_bytes_max(&hello);
                 if !resumed {
                     self.drop_sessions_of(connection);
                     let guest = Guest::new(self.next_device);
                     self.next_device += 1;
                     self.guests.insert(connection, guest);
                 }
+                if let Some(guest) = self.guests.get_mut(&connection) {
+                    guest.frame_bytes_max = frame_bytes_max;
+                }
                 self.set_up(connection, true);
-                if let Err((code, reason)) = self.check_hello(&hello) {
+                if let Err(reason) = wire::check_peer(&self.start.hello(), &hello) {
                     tracing::info!(%reason, "connection refused");
                     self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
-                    self.endpoint.close(connection, code, &reason);
+                    self.endpoint.close(connection, CloseCode::Incompatible, &reason);
                 }
             }
             Event::Frame { connection, frame } => self.take_frame(connection, frame),
@@ -264,13 +272,6 @@ impl Io {
         if let Some(guest) = self.guests.get_mut(&connection) {
             guest.is_up = is_up;
         }
-    }
-
-    fn check_hello(&self, hello: &Hello) -> Result<(), (CloseCode, String)> {
-        let BundleFacts { hidden_size, layers, model_id, .. } = &self.start.bundle;
-        wire::check_same_model(hello, model_id, *hidden_size)?;
-        wire::check_layers(u32::from(hello.entry_layer)..u32::from(hello.exit_layer), layers)
-            .map_err(|reason| (CloseCode::Incompatible, reason))
     }
 
     fn take_frame(&mut self, connection: ConnectionId, frame: Frame) {
@@ -351,6 +352,9 @@ impl Io {
         let codec = Codec::from_id(open.codec).ok_or_else(|| {
             Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
         })?;
+        let frame_bytes_max = self.guests.get(&connection).map_or(0, |guest| guest.frame_bytes_max);
+        wire::check_row(codec.down(), self.start.bundle.hidden_size, frame_bytes_max)
+            .map_err(|reason| Offence::new(Code::Codec, reason))?;
         let here = self.start.arithmetic_id;
         if open.arithmetic_id != here || open.kv_type != KV_TYPE_F16 {
             let text = format!(
@@ -435,6 +439,7 @@ impl Io {
 
     /// Sends back what a finished step computed.
     fn finish(&mut self, mut job: Job) {
+        self.step_moved = self.now;
         if let Some(fault) = job.fault.take() {
             self.close_all(fault);
         }
@@ -454,6 +459,8 @@ impl Io {
                 let key = job.sessions[index];
                 let Some(session) = self.sessions.get(&key) else { continue };
                 let (connection, wire_id) = (session.connection, session.wire_id);
+                // Its rows may be no numbers from an early page on: nobody shall go on from them.
+                self.prefixes.forget(&mut self.pages, session.sequence.pages());
                 self.end(key);
                 let text = format!("the model's output cannot be sent: {error}");
                 self.refuse(connection, wire_id, Offence::new(SessionErrorCode::Internal, text));
@@ -474,7 +481,9 @@ impl Io {
         let spent = session.note_ran(&rows.planned, goes_back, job.queue_us(index), step);
         let Some(spent) = spent else { return Ok(()) };
         let arrivals = self.arrivals_of(connection);
-        let mut outputs = Outputs::of(job, index, codec, hidden_size, spent, arrivals);
+        let frame_bytes_max = self.guests.get(&connection).map_or(0, |guest| guest.frame_bytes_max);
+        let sizes = (hidden_size, frame_bytes_max);
+        let mut outputs = Outputs::of(job, index, codec, sizes, spent, arrivals);
         if let Some(computed) = outputs.computed() {
             self.answer(connection, wire_id, &Message::Computed(computed));
             return Ok(());

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam::channel::bounded;
+use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 use hat_loader::{Bundle, ModelId};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
@@ -69,7 +70,11 @@ impl Seen {
 pub(super) struct Run {
     pub(super) address: SocketAddr,
     fault: Arc<OnceLock<BackendFault>>,
-    threads: Vec<JoinHandle<()>>,
+    io: JoinHandle<()>,
+    stages: Vec<JoinHandle<()>>,
+    /// Closed when the last stage's thread has ended.
+    alive: Receiver<()>,
+    step_within: Duration,
 }
 
 impl Run {
@@ -87,7 +92,7 @@ impl Run {
         let first_done = Arc::new(AtomicU64::new(0));
         let (done, from_step) = bounded(jobs_of(stages.len()));
         let (ready, is_ready) = bounded(1);
-        let io = io::Start {
+        let start = io::Start {
             config: config.clone(),
             bundle: crate::wire::BundleFacts::for_cloud(bundle),
             watch: crate::watch::Start::new(bundle, &config.verify),
@@ -103,24 +108,29 @@ impl Run {
             from_step,
         };
         let describe = describe(&stages);
-        let io_thread = spawn("hat-cloud-io", move || io.run(&ready))?;
+        let io = spawn("hat-cloud-io", move || start.run(&ready))?;
         let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
             Ok(Ok(ready)) => ready,
             Ok(Err(error)) => return Err(error),
             Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
         };
-        let mut threads = vec![io_thread];
-        let nice = config.nice;
-        let stages = step::spawn_stages(stages, jobs, &done, &waker, &first_done, nice, &clock)?;
-        threads.extend(stages);
+        let (is_alive, alive) = bounded(0);
+        let ends = step::Ends { done, waker: waker.clone(), first_done, alive: is_alive };
+        let stages = step::spawn_stages(stages, jobs, ends, config.nice, &clock)?;
         seen.begin(describe, &waker);
-        Ok(Self { address, fault, threads })
+        Ok(Self { address, fault, io, stages, alive, step_within: config.step_within })
     }
 
-    /// Waits for its end; says whether its backend was lost.
+    /// Waits for its end; says whether its backend was lost. A step that hangs is left to the
+    /// thread that it hangs in.
     fn join(self) -> Option<BackendFault> {
-        for thread in self.threads {
-            let _ = thread.join();
+        let _ = self.io.join();
+        if self.alive.recv_timeout(self.step_within) == Err(RecvTimeoutError::Disconnected) {
+            for thread in self.stages {
+                let _ = thread.join();
+            }
+        } else {
+            tracing::warn!("a step has not ended: its threads are left behind");
         }
         self.fault.get().cloned()
     }

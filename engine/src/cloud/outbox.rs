@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use hat_transport::conn::Refusal;
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::CloseCode;
+use hat_transport::message::{CloseCode, SessionErrorCode};
 use hat_transport::turn::ConnectionId;
 
 use super::io::Io;
+use super::session::Offence;
 use crate::sched::DeviceKey;
 
 /// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
@@ -34,6 +35,8 @@ pub(super) struct Guest {
     pub(super) sessions: u32,
     /// Whether it has a socket now.
     pub(super) is_up: bool,
+    /// Longest frame that it takes, header included.
+    pub(super) frame_bytes_max: usize,
     /// Frames of its chunks whose end has not come: nothing but the device frees their buffers.
     pub(super) begun_frames: usize,
     outbox: VecDeque<Output>,
@@ -51,6 +54,7 @@ impl Guest {
             device,
             sessions: 0,
             is_up: true,
+            frame_bytes_max: 0,
             begun_frames: 0,
             outbox: VecDeque::new(),
             outbox_bytes: 0,
@@ -77,6 +81,10 @@ enum Flushed {
     Empty,
     NoBuffer,
     Full,
+    /// It exceeds what the device takes: the session can't go on.
+    TooLong {
+        session: u32,
+    },
 }
 
 impl Io {
@@ -101,6 +109,10 @@ impl Io {
                 Flushed::Sent => self.unsent.push_back(connection),
                 Flushed::Empty => {}
                 Flushed::Full => full.push(connection),
+                Flushed::TooLong { session } => {
+                    self.unsent.push_back(connection);
+                    self.end_too_long(connection, session);
+                }
                 Flushed::NoBuffer => {
                     self.unsent.push_front(connection);
                     break;
@@ -132,7 +144,8 @@ impl Io {
                     self.endpoint.send(connection, Kind::Output, session, Priority::Verify, body);
                 match sent.map_err(|error| error.refusal) {
                     Ok(()) => guest.full_since = None,
-                    Err(Refusal::Gone | Refusal::TooLong) => {}
+                    Err(Refusal::Gone) => {}
+                    Err(Refusal::TooLong) => return Flushed::TooLong { session },
                     Err(_) => return Flushed::Full,
                 }
             }
@@ -143,6 +156,16 @@ impl Io {
             }
         }
         Flushed::Empty
+    }
+
+    /// An output is longer than any frame that the device takes. Its frames are cut to what HELLO
+    /// said, so this is a fault of the cloud's own; the rows that were asked for are answered by
+    /// the end of the session.
+    fn end_too_long(&mut self, connection: ConnectionId, session: u32) {
+        let Some(&key) = self.keys.get(&(connection, session)) else { return };
+        self.end(key);
+        let text = "an output exceeds the frames that you take".to_owned();
+        self.refuse(connection, session, Offence::new(SessionErrorCode::Internal, text));
     }
 
     /// How long a turn may wait, as far as outputs go.

@@ -13,6 +13,7 @@ pub(super) struct Outputs<'a> {
     hidden: &'a [f32], // [rows of this session, hidden_size]
     hidden_size: usize,
     codec: Codec,
+    frame_bytes_max: usize,
     head: OutputHead,
     done: usize,  // wanted rows already written
     frame: usize, // wanted rows of the frame at hand
@@ -23,7 +24,7 @@ impl<'a> Outputs<'a> {
         job: &'a Job,
         index: usize,
         codec: Codec,
-        hidden_size: usize,
+        (hidden_size, frame_bytes_max): (usize, usize),
         spent: Spent,
         arrivals: Arrivals,
     ) -> Self {
@@ -34,6 +35,7 @@ impl<'a> Outputs<'a> {
             hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
             hidden_size,
             codec: codec.down(),
+            frame_bytes_max,
             head: OutputHead { count: 0, queue_us, step_us, step_rows, arrivals },
             done: 0,
             frame: 0,
@@ -53,7 +55,8 @@ impl<'a> Outputs<'a> {
     /// Bytes of the next frame's body; `None` when all rows are out.
     pub(super) fn next_bytes(&mut self) -> Option<usize> {
         let left = self.rows.wanted.len() - self.done;
-        self.frame = left.min(wire::rows_per_frame(self.codec, self.hidden_size));
+        self.frame =
+            left.min(wire::rows_per_frame(self.codec, self.hidden_size, self.frame_bytes_max));
         self.head.count = u16::try_from(self.frame).expect("a frame holds few rows");
         let row_bytes = 4 + self.codec.row_bytes(self.hidden_size);
         (self.frame > 0).then(|| OutputHead::BYTES + self.frame * row_bytes)

@@ -104,12 +104,24 @@ impl Job {
 }
 
 /// Wakes the io thread when a step thread ends, however it ends.
-struct WakeAtEnd(Waker);
+struct WakeAtEnd(Waker, #[expect(dead_code, reason = "held for its drop")] Sender<()>);
 
 impl Drop for WakeAtEnd {
     fn drop(&mut self) {
         self.0.wake();
     }
+}
+
+/// The other ends of what the step threads speak into.
+pub(super) struct Ends {
+    /// Steps whose last stage is done.
+    pub(super) done: Sender<Job>,
+    /// The io thread's.
+    pub(super) waker: Waker,
+    /// Steps that the first stage is done with.
+    pub(super) first_done: Arc<AtomicU64>,
+    /// Closed when the last step thread has ended.
+    pub(super) alive: Sender<()>,
 }
 
 /// Starts a thread for each of `stages`: steps come from `jobs`, go from stage to stage, and end
@@ -121,9 +133,7 @@ impl Drop for WakeAtEnd {
 pub(super) fn spawn_stages(
     stages: Vec<Box<dyn MiddleForward>>,
     jobs: Receiver<Job>,
-    done: &Sender<Job>,
-    waker: &Waker,
-    first_done: &Arc<AtomicU64>,
+    ends: Ends,
     nice: u8,
     clock: &Arc<dyn Clock>,
 ) -> Result<Vec<JoinHandle<()>>, Error> {
@@ -131,13 +141,13 @@ pub(super) fn spawn_stages(
     let last = stages.len() - 1;
     for (number, model) in stages.into_iter().enumerate() {
         let (sender, next) = match number == last {
-            true => (done.clone(), never()),
+            true => (ends.done.clone(), never()),
             false => bounded(1),
         };
         let (jobs, clock) = (std::mem::replace(&mut incoming, next), clock.clone());
-        let wakes = (number == 0 || number == last).then(|| waker.clone());
-        let first = (number == 0).then(|| first_done.clone());
-        let at_end = WakeAtEnd(waker.clone());
+        let wakes = (number == 0 || number == last).then(|| ends.waker.clone());
+        let first = (number == 0).then(|| ends.first_done.clone());
+        let at_end = WakeAtEnd(ends.waker.clone(), ends.alive.clone());
         let stage = Stage { model, jobs, next: sender, wakes, first, clock };
         threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
             // Dropped in this order: the queues first, so that the io thread wakes to their end.

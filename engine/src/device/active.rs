@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use hat_transport::frame::Kind;
+
 use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
@@ -26,6 +28,22 @@ pub(super) enum Phase {
     Opening,
     /// Rows go up, outputs come back.
     Open,
+}
+
+impl Phase {
+    /// Why a frame of this kind from the cloud is out of turn; `None` if it may come now.
+    pub(super) fn out_of_turn(self, kind: Kind) -> Option<String> {
+        let answers_open = matches!(kind, Kind::Opened | Kind::Busy);
+        match self {
+            Self::Opening if !answers_open && kind != Kind::SessionError => {
+                Some(format!("it sent {kind:?} before it opened the session"))
+            }
+            Self::Open if answers_open => {
+                Some(format!("it sent {kind:?} for a session that is open"))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Rows that are computed, and how many of them are sent: a chunk of decided rows, or the rows of
@@ -126,6 +144,8 @@ pub(super) struct Active {
     pub(super) names: Option<PageNames>,
     /// Pieces of others that were computed while one of its own could have been.
     pub(super) passed: u32,
+    /// Most names of pages in a frame to the cloud.
+    pub(super) names_max: usize,
     /// Rows that the cloud held when the session opened: they are not sent.
     pub(super) held: u32,
     /// The chunk of decided rows at hand.
@@ -166,11 +186,14 @@ pub(super) struct Active {
     pub(super) timed: Option<Timed>,
     /// The last row that was sent.
     pub(super) sent_id: u32,
+    /// The last row that COMPUTED told of.
+    pub(super) told_id: u32,
     /// Decided rows whose output has not come back; only the tail layers get all of them.
     pub(super) decided: Range<u32>,
     /// When to give up on a cloud that is away.
     pub(super) deadline: Option<Instant>,
-    /// Time of the last answer of the cloud, or of the last moment in which none was due.
+    /// Time of the last answer of the cloud that was waited for, or of the last moment in which
+    /// none was due.
     pub(super) heard: Instant,
     /// Times that the cloud lost the session since the last token.
     pub(super) lost_n: u32,
@@ -200,6 +223,11 @@ impl Active {
             && self.unsent.sent == self.unsent.count
             && self.walk.is_over()
             && self.computed() < self.rows()
+    }
+
+    /// True if the cloud has been asked for a session, and has not ended it.
+    pub(super) fn has_session(&self) -> bool {
+        !matches!(self.phase, Phase::Closed { .. })
     }
 
     /// Whether there may be drafts to add to a tree whose rows are away.
@@ -260,6 +288,7 @@ impl Active {
         self.unfed = 0..0;
         self.deep.clear();
         self.sent_id = 0;
+        self.told_id = 0;
         self.decided = 1..1;
         self.meter.rows_lost();
         self.phase = Phase::Closed { not_before };

@@ -146,7 +146,7 @@ impl Device {
         let hidden_size = self.start.facts.hidden_size;
         let codec = self.start.config.codec();
         let active = &mut self.actives[index];
-        let rows_max = wire::rows_per_frame(codec, hidden_size);
+        let rows_max = wire::rows_per_frame(codec, hidden_size, self.peer_frame_max);
         let head = active.head(rows_max, self.start.facts.has_tail);
         let unsent = &active.unsent;
         let rows = usize::from(head.count);

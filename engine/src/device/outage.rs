@@ -7,6 +7,9 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hat_transport::message::Hello;
+
+use super::active::Active;
 use super::run::Device;
 use crate::{Error, wire};
 
@@ -72,24 +75,54 @@ impl Device {
         }
     }
 
+    /// Compares the HELLO of the cloud that was found with this device's own, and with the rows
+    /// that it sends.
+    ///
+    /// # Errors
+    /// The reason to close with INCOMPATIBLE.
+    pub(super) fn check_cloud(&self, hello: &Hello) -> Result<(), String> {
+        wire::check_peer(&self.start.hello(), hello)?;
+        let config = &self.start.config;
+        wire::check_arithmetic(hello.arithmetic_id, config.cloud_arithmetic)?;
+        wire::check_codec(config.codec(), self.start.facts.hidden_size, hello)
+    }
+
+    /// The link is up, to a cloud that has been checked.
+    pub(super) fn take_up(&mut self, hello: &Hello, resumed: bool) {
+        self.peer_arithmetic = hello.arithmetic_id;
+        self.peer_frame_max = wire::frame_bytes_max(hello);
+        self.peer_rows_max = hello.row_budget;
+        self.peer_stages = u32::from(hello.stages.max(1));
+        self.peer_pending_max = usize::from(hello.rows_pending_max);
+        self.set_connected(true);
+        tracing::info!(cloud = %self.cloud, resumed, "the cloud is connected");
+        if !resumed {
+            self.begin_anew();
+        }
+        self.actives.iter_mut().for_each(|active| active.deadline = None);
+    }
+
     /// Fails requests that have waited for the cloud as long as they may.
     pub(super) fn drop_overdue(&mut self, now: Instant) {
-        let patience = self.start.config.reconnect;
-        let silence_max = patience * SILENCE_FACTOR;
+        let silence_max = self.start.config.reconnect * SILENCE_FACTOR;
+        let acks_come = self.acks_come();
         for index in (0..self.actives.len()).rev() {
+            let patience_now = self.patience_of(&self.actives[index]);
             let active = &mut self.actives[index];
             if !self.connected {
-                let came_late =
-                    self.down_since.is_some_and(|since| active.job.asked > since + OUTAGE_KNOWN);
-                let patience = if came_late { patience.min(PATIENCE_KNOWN) } else { patience };
-                active.start_deadline(now, patience);
+                active.start_deadline(now, patience_now);
             }
-            if !self.connected || !active.awaits_cloud() {
+            let holds = self.connection.is_some_and(|id| self.endpoint.holds(id, active.wire_id));
+            // Frames on their way are taken by a slow link, or by a cloud that is there.
+            let is_due =
+                active.has_session() && if holds { !acks_come } else { active.awaits_cloud() };
+            if !self.connected || !is_due {
                 active.heard = now;
             }
             if now.saturating_duration_since(active.heard) >= silence_max {
                 let (peer, seconds) = (self.cloud.clone(), silence_max.as_secs_f32());
-                let reason = format!("it is connected, but has said nothing for {seconds:.0} s");
+                let reason =
+                    format!("it is connected, but has said nothing new for {seconds:.0} s");
                 self.fail(index, Error::Peer { peer, reason });
                 continue;
             }
@@ -99,19 +132,34 @@ impl Device {
                         reason: format!("cloud {} has no room for another session", self.cloud),
                         retry_after_ms: u64::from(retry_after_ms),
                     },
-                    None => self.peer_error(),
+                    None => self.peer_error(patience_now),
                 };
                 self.fail(index, error);
             }
         }
     }
 
-    fn peer_error(&self) -> Error {
-        let patience = self.start.config.reconnect.as_secs_f32();
-        let reason = format!(
-            "{} (waited {patience:.0} s); is `hat-engine cloud` running there?",
-            self.reason
-        );
+    /// True if the cloud has acknowledged bytes since the last look.
+    fn acks_come(&mut self) -> bool {
+        let counters = self.connection.and_then(|id| self.endpoint.counters(id));
+        let acked = counters.map_or(0, |counters| counters.traffic.acked_bytes);
+        std::mem::replace(&mut self.acked_bytes, acked) != acked
+    }
+
+    /// How long a request bears with a cloud that is away.
+    fn patience_of(&self, active: &Active) -> Duration {
+        let patience = self.start.config.reconnect;
+        let began = self.down_since.filter(|_| !self.connected);
+        match began.is_some_and(|began| active.job.asked > began + OUTAGE_KNOWN) {
+            true => patience.min(PATIENCE_KNOWN),
+            false => patience,
+        }
+    }
+
+    fn peer_error(&self, waited: Duration) -> Error {
+        let waited = waited.as_secs_f32();
+        let reason =
+            format!("{} (waited {waited:.0} s); is `hat-engine cloud` running there?", self.reason);
         Error::Peer { peer: self.cloud.clone(), reason }
     }
 

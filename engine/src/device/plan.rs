@@ -113,6 +113,11 @@ impl Device {
         if last_id > active.sent_id {
             return Err(format!("row {last_id}, which was not sent"));
         }
+        // Said once more it is no news.
+        if last_id > active.told_id {
+            active.told_id = last_id;
+            active.heard = self.start.shared.clock.now();
+        }
         self.note_arrivals(arrivals);
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         self.monitor.note_step(step_rows, first_id - 1, f64::from(step_us) * 1e-6);

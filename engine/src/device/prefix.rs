@@ -3,7 +3,7 @@
 //! their own pages of it still.
 
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{End, Message, PAGE_IDS_MAX};
+use hat_transport::message::{End, Message};
 use hat_transport::turn::ConnectionId;
 
 use super::Shared;
@@ -75,7 +75,7 @@ impl PageNamer {
 impl Active {
     /// Names of the full pages of the path's first `rows` rows.
     fn pages_of(&self, rows: usize) -> &[PageId] {
-        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, PAGE_IDS_MAX))
+        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, self.names_max))
     }
 
     /// Names of the pages that a session may find: all that are full without the last row, which
@@ -123,6 +123,7 @@ impl Device {
     pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), String> {
         let active = &mut self.actives[index];
         active.opened(pages)?;
+        active.heard = self.start.shared.clock.now();
         let Active { names, tokens, sequence, fed, .. } = active;
         let Some(names) = names else { return Ok(()) };
         // What the cloud lacks has to be sent, and so computed.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
+use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
@@ -121,7 +122,9 @@ impl Start {
             connection: None,
             redial: Redial::default(),
             down_since: Some(self.shared.clock.now()),
+            acked_bytes: 0,
             peer_rows_max: limits.step_rows_max,
+            peer_frame_max: FRAME_BYTES_MAX,
             peer_stages: 1,
             peer_pending_max: PENDING_ROWS_MAX,
             peer_arithmetic: ARITHMETIC_ID,
@@ -169,8 +172,12 @@ pub(super) struct Device {
     pub(super) connected: bool,
     /// Begin of the outage at hand; `None` while the cloud is connected.
     pub(super) down_since: Option<Instant>,
+    /// Bytes that the cloud had acknowledged at the last look.
+    pub(super) acked_bytes: u64,
     /// The cloud's row budget for one chunk.
     pub(super) peer_rows_max: u32,
+    /// Longest frame that the cloud takes, header included.
+    pub(super) peer_frame_max: usize,
     /// Pipeline stages of the cloud.
     pub(super) peer_stages: u32,
     /// Rows of one session that may pend in the cloud.
@@ -322,6 +329,7 @@ impl Device {
                 tokens: job.prepared.prompt.clone(),
                 names: None,
                 passed: 0,
+                names_max: 0,
                 held: 0,
                 chunk: Chunk::default(),
                 sequence: Sequence::new(pages, rows_max),
@@ -342,6 +350,7 @@ impl Device {
                 held_back: Vec::new(),
                 timed: None,
                 sent_id: 0,
+                told_id: 0,
                 decided: 1..1,
                 deadline: None,
                 heard: shared.clock.now(),
@@ -378,6 +387,7 @@ impl Device {
                 continue;
             }
             let namer = self.namer.as_ref();
+            active.names_max = wire::pages_per_frame(self.peer_frame_max);
             active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
@@ -410,8 +420,7 @@ impl Device {
         });
         let deadlines = self.actives.iter().filter_map(|active| active.deadline);
         let silence_max = self.start.config.reconnect * SILENCE_FACTOR;
-        let awaiting = self.actives.iter().filter(|active| active.awaits_cloud());
-        let silences = awaiting.map(|active| active.heard + silence_max);
+        let silences = self.actives.iter().map(|active| active.heard + silence_max);
         let redial = self.redial.at().filter(|_| self.connection.is_none());
         let pause = self.upload_pause().filter(|_| self.actives.iter().any(Active::wants_compute));
         retries
@@ -433,22 +442,12 @@ impl Device {
         match event {
             LinkEvent::Up { connection, hello, resumed, .. } => {
                 self.guard.look();
-                let wanted = self.start.config.cloud_arithmetic;
-                if let Err(reason) = wire::check_arithmetic(hello.arithmetic_id, wanted) {
+                if let Err(reason) = self.check_cloud(&hello) {
                     self.endpoint.close(connection, CloseCode::Incompatible, &reason);
                     self.refused = Some(reason);
                     return;
                 }
-                self.peer_arithmetic = hello.arithmetic_id;
-                self.set_connected(true);
-                self.peer_rows_max = hello.row_budget.max(1);
-                self.peer_stages = u32::from(hello.stages.max(1));
-                self.peer_pending_max = usize::from(hello.rows_pending_max);
-                tracing::info!(cloud = %self.cloud, resumed, "the cloud is connected");
-                if !resumed {
-                    self.begin_anew();
-                }
-                self.actives.iter_mut().for_each(|active| active.deadline = None);
+                self.take_up(&hello, resumed);
             }
             LinkEvent::Down { reason, .. } => {
                 if self.connected || self.reason != reason {
@@ -488,10 +487,13 @@ impl Device {
 
     fn take_frame(&mut self, frame: &Frame) {
         // Frames of sessions that this side has ended are late, not wrong.
-        let own = |active: &Active| active.wire_id == frame.session;
+        let own = |active: &Active| active.wire_id == frame.session && active.has_session();
         let Some(index) = self.actives.iter().position(own) else { return };
         let now = self.start.shared.clock.now();
-        self.actives[index].heard = now;
+        if let Some(reason) = self.actives[index].phase.out_of_turn(frame.kind) {
+            let error = Error::Peer { peer: self.cloud.clone(), reason };
+            return self.fail(index, error);
+        }
         let taken = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].busy_ms = None;

@@ -42,7 +42,10 @@ impl Device {
         if decided > 0 {
             self.take_decided(index, output, decided)?;
         }
-        self.take_pending(index, output, decided)?;
+        let has_news = self.take_pending(index, output, decided)? || decided > 0;
+        if has_news {
+            self.actives[index].heard = self.start.shared.clock.now();
+        }
         self.walk(index);
         Ok(())
     }
@@ -123,23 +126,26 @@ impl Device {
         Ok(())
     }
 
-    /// Takes the rows of `self.row` from number `first` on, which pend, in whatever order. Those
-    /// that have become void are let go.
+    /// Takes the rows of `self.row` from number `first` on, which pend, in whatever order. Says if
+    /// any was waited for; those that have become void are let go.
     fn take_pending(
         &mut self,
         index: usize,
         output: &Output<'_>,
         first: usize,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
+        let mut has_news = false;
         let active = &mut self.actives[index];
         let rows = self.row.chunks_exact(self.start.facts.hidden_size);
         for (id, row) in output.ids.iter().zip(rows).skip(first) {
             active.meter.rows_settled(1);
-            if active.walk.take(id, row) == Taken::Twice {
-                return Err(format!("row {id} for the second time"));
+            match active.walk.take(id, row) {
+                Taken::Awaited => has_news = true,
+                Taken::Unknown => {}
+                Taken::Twice => return Err(format!("row {id} for the second time")),
             }
         }
-        Ok(())
+        Ok(has_news)
     }
 
     /// Goes from row to row as long as their outputs are back; each leads to a token. The LM head

@@ -42,6 +42,7 @@ impl Hand {
             exit_layer: 4,
             codecs: 0x71,
             kv_type: 1,
+            page_size: 32,
             ..Hello::new(Role::Device)
         };
         let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;

@@ -4,6 +4,7 @@
 pub mod drafter;
 pub mod hand;
 pub mod proxy;
+pub mod script;
 pub mod steps;
 
 use std::path::PathBuf;

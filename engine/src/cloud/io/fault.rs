@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hat_transport::message::{Message, SessionError, SessionErrorCode};
 
+use super::super::jobs_of;
 use super::Io;
 use crate::backend::BackendFault;
 
@@ -14,6 +15,27 @@ const FAREWELL_TURNS: u32 = 10;
 const FAREWELL_TURN: Duration = Duration::from_millis(5);
 
 impl Io {
+    /// True if a step is on its way, those left out of which the caller has the jobs in hand.
+    pub(super) fn is_stepping(&self, in_hand: usize) -> bool {
+        self.jobs.len() + in_hand < jobs_of(self.start.stages)
+    }
+
+    /// Time after which the steps on their way are taken for stuck; `None` if there are none.
+    pub(super) fn stuck_in(&self) -> Option<Duration> {
+        let at = self.step_moved + self.start.config.step_within;
+        self.is_stepping(0).then(|| at.saturating_duration_since(self.start.clock.now()))
+    }
+
+    /// Takes a backend that does not come back from a step for lost: nobody would be served.
+    pub(super) fn look_for_stuck_step(&mut self) {
+        if self.stuck_in() == Some(Duration::ZERO) {
+            let seconds = self.start.config.step_within.as_secs_f32();
+            let reason = format!("a step has not ended within {seconds} s: the backend hangs");
+            tracing::error!(reason, "the cloud computes nothing");
+            let _ = self.start.fault.set(BackendFault { backend: "cloud", reason, lasts: true });
+        }
+    }
+
     /// Closes every session: what the KV store holds is not what the plans before said, also for
     /// sessions that had no row in the step. If the fault lasts, the cloud stops after that.
     pub(super) fn close_all(&mut self, fault: BackendFault) {

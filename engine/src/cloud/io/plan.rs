@@ -63,6 +63,9 @@ impl Io {
             }
             works.iter().for_each(|work| self.enqueue_next(work.session));
             self.works = works;
+            if !self.is_stepping(1) {
+                self.step_moved = self.now;
+            }
             self.sent_steps += 1;
             self.is_step_long = self.pace.is_long(job.step.plan.rows(), job.attended);
             if self.start.to_step.send(job).is_err() {
