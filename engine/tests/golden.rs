@@ -180,3 +180,41 @@ fn log_probability(logits: &[f32], token: u32) -> f64 {
     let sum: f64 = logits.iter().map(|logit| f64::from(logit - greatest).exp()).sum();
     f64::from(logits[token as usize] - greatest) - sum.ln()
 }
+
+/// A file that says nothing of its pattern is known by its merges, and refused with one of them
+/// changed.
+#[test]
+fn the_default_model_s_pattern_is_recognised_without_its_name() {
+    let path = pull::default_model(&pull::cache_dir().unwrap()).unwrap();
+    let named = SourceModel::open(&path).unwrap();
+    assert_eq!(named.text_report().pattern.as_deref(), Some("smollm, by the file"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let find = |bytes: &[u8], what: &[u8]| {
+        bytes.windows(what.len()).position(|window| window == what).unwrap() + what.len()
+    };
+    // A text is its length in eight bytes, then its characters. The name of the model gives the
+    // character that "default" has more than "smollm", so nothing behind them moves.
+    let key = find(&bytes, b"tokenizer.ggml.pre") + 4;
+    assert_eq!(&bytes[key + 8..key + 14], b"smollm");
+    bytes.splice(key..key + 14, [&7u64.to_le_bytes()[..], b"default"].concat());
+    let name = find(&bytes, b"general.name") + 4;
+    let length = u64::from_le_bytes(bytes[name..name + 8].try_into().unwrap());
+    bytes.splice(name..name + 8, (length - 1).to_le_bytes());
+    bytes.remove(name + 8);
+    let directory = tempfile::tempdir().unwrap();
+    let unnamed = directory.path().join("unnamed.gguf");
+    std::fs::write(&unnamed, &bytes).unwrap();
+    let opened = SourceModel::open(&unnamed).unwrap();
+    let pattern = opened.text_report().pattern.as_deref();
+    assert_eq!(pattern, Some("smollm, recognised by its merges"));
+    assert!(opened.tokenizer_json() == named.tokenizer_json());
+    drop(opened);
+
+    let merges = find(&bytes, b"tokenizer.ggml.merges");
+    let first = merges + find(&bytes[merges..], b" ");
+    assert!(bytes[first].is_ascii_lowercase());
+    bytes[first] ^= 1;
+    std::fs::write(&unnamed, &bytes).unwrap();
+    let error = SourceModel::open(&unnamed).err().unwrap().to_string();
+    assert!(error.contains("tokenizer.ggml.pre") && error.contains("--pre NAME"), "{error}");
+}

@@ -169,6 +169,16 @@ impl NewFile {
         fs::rename(&self.path, &self.target)?;
         sync_directory(parent(&self.target))
     }
+
+    /// Puts the file where the target is to be, on the disk, unless somebody was there first.
+    ///
+    /// # Errors
+    /// What the system says; `AlreadyExists` if there is a target, which stays as it is.
+    pub fn publish_new(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::hard_link(&self.path, &self.target)?;
+        sync_directory(parent(&self.target))
+    }
 }
 
 impl Write for NewFile {

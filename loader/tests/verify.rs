@@ -2,15 +2,18 @@
 //! used; and paths that lead to no regular file.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod files;
+
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use files::write_directory;
 use hat_loader::bundle::{ADAPTER, MANIFEST, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS};
 use hat_loader::{
-    Bundle, BundleOptions, SourceModel, TinyModel, Verified, Weights, add_adapter, generated,
-    write_bundles,
+    Bundle, BundleError, BundleOptions, DType, SourceModel, TinyModel, Verified, Watch, Weights,
+    add_adapter, generated, write_bundles,
 };
 
 /// Far longer than anything here takes; only a hang reaches it.
@@ -204,6 +207,27 @@ fn a_change_while_it_is_used_is_found_and_a_touch_is_none() {
     }
 }
 
+#[test]
+fn a_file_of_its_own_is_known_by_size_and_hash() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, memory) = (directory.path().join("model"), directory.path().join("memory"));
+    fs::write(&path, "what was fetched").unwrap();
+    let hash = blake3::hash(b"what was fetched").to_hex();
+    let check = |bytes| -> Result<Verified, BundleError> {
+        let mut watch = Watch::of_file(&path, bytes, &hash)?;
+        watch.verify(Some(&memory), SystemTime::now(), 1, &mut |_| {})
+    };
+    assert_eq!(check(16).unwrap().hashed, 16);
+    assert!(matches!(check(17), Err(BundleError::FileSize { got: 16, expected: 17, .. })));
+    let start = Instant::now();
+    while check(16).unwrap().remembered < 16 {
+        assert!(start.elapsed() < PATIENCE, "nothing is remembered");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    flip(&path, 1);
+    assert!(matches!(check(16), Err(BundleError::FileHash { .. })));
+}
+
 /// A file that was written a moment ago could be written again within the same tick of the clock.
 #[test]
 fn a_fresh_file_is_hashed_once_more() {
@@ -264,6 +288,17 @@ fn refuses(path: &Path, open: impl Fn() -> Result<(), String> + Clone + Send + '
     }
 }
 
+/// Files of a Hugging Face directory, also those that need not be there.
+#[cfg(unix)]
+const HUGGING_FACE: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+];
+
 #[cfg(unix)]
 #[test]
 fn nothing_but_a_regular_file_is_opened() {
@@ -273,6 +308,14 @@ fn nothing_but_a_regular_file_is_opened() {
         let half = bundles(directory.path()).join("device");
         let path = half.join(name);
         refuses(&path, move || Bundle::open(&half).map(drop).map_err(|error| error.to_string()));
+    }
+    for name in HUGGING_FACE {
+        let directory = short();
+        let model = generated(&TinyModel { dtype: DType::Bf16, ..TinyModel::default() });
+        write_directory(&model, directory.path(), 1);
+        let model = directory.path().to_owned();
+        let open = move || SourceModel::open(&model).map(drop).map_err(|e| e.to_string());
+        refuses(&directory.path().join(name), open);
     }
     // A drafter that is to be added, a GGUF file.
     let directory = short();

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use hat_engine::options::PrefixSecret;
+use hat_loader::file::NewFile;
 
 use super::log::tell;
 
@@ -65,24 +66,14 @@ fn write(path: &Path) -> std::io::Result<()> {
 /// Writes a file for its owner alone, whole or not at all; one that somebody else makes at this
 /// time stays.
 fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_string_lossy();
-    let directory = match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    };
-    std::fs::create_dir_all(directory)?;
-    let new = directory.join(format!("{name}.{}", std::process::id()));
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(&new)?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    let linked = written.and_then(|()| std::fs::hard_link(&new, path));
-    std::fs::remove_file(&new)?;
-    match linked {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let mut file = NewFile::create(path, true)?;
+    file.write_all(bytes)?;
+    match file.publish_new() {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        linked => linked,
+        published => published,
     }
 }
 

@@ -21,7 +21,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 use super::guard::Guard;
-use super::limited::Limited;
+use super::limited::{Limited, Unfinished};
 use super::{TEMPLATE_BYTES_MAX, TEXT_BYTES, TEXT_BYTES_MAX, TokenError, python, within};
 
 /// One unit pays for one instruction or 64 bytes: bounds time (tens of milliseconds) and memory.
@@ -182,7 +182,10 @@ impl ChatTemplate {
         ]);
         add_kwargs(&mut context, options, guard)?;
         let environment = Arc::clone(&self.environment);
-        self.limited.run(move || rendered(&environment, context))?
+        self.limited.run(move || rendered(&environment, context)).map_err(|why| match why {
+            Unfinished::Hangs => TokenError::TemplateHangs,
+            Unfinished::Failed(reason) => TokenError::Template(reason),
+        })?
     }
 }
 

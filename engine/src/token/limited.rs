@@ -1,70 +1,125 @@
 //! Work that may never end, on threads of its own.
 //!
 //! A thread can't be ended from outside. One that is over its limit is abandoned: it runs on, and
-//! counts until it ends. With [`ABANDONED_MAX`] of them nothing more is started, so a template that
-//! hangs costs that many threads and no more, and nobody waits for it.
+//! keeps its place until it ends. There are [`RUNNING_MAX`] places, so that many threads are all
+//! that callers can lose, however many call at a time; with [`ABANDONED_MAX`] abandoned ones
+//! nothing more is started, and nobody waits.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::TokenError;
-
-/// Most abandoned threads at a time.
+/// Most abandoned threads at a time, before more work is refused.
 const ABANDONED_MAX: usize = 2;
+/// Most threads at a time.
+const RUNNING_MAX: usize = 4;
 
-/// A limit for each piece of work, and how many are over it.
+/// The reason for which there is no result.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// It is over the limit, or too much work before it is.
+    Hangs,
+    /// There was no thread, or the work panicked: what to say.
+    Failed(String),
+}
+
+/// A limit for each piece of work, and its places.
 pub(super) struct Limited {
     limit: Duration,
-    /// Threads over the limit that still run.
-    abandoned: Arc<AtomicUsize>,
+    places: Arc<Places>,
+}
+
+#[derive(Default)]
+struct Places {
+    counts: Mutex<Counts>,
+    freed: Condvar,
+}
+
+#[derive(Default)]
+struct Counts {
+    /// Threads that run, the abandoned ones too.
+    running: usize,
+    abandoned: usize,
+}
+
+/// A place of one thread, free when dropped.
+struct Place {
+    places: Arc<Places>,
+    /// Set while the counts are locked.
+    is_abandoned: Arc<AtomicBool>,
 }
 
 impl Limited {
     pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, abandoned: Arc::default() }
+        Self { limit, places: Arc::default() }
     }
 
     /// The result of `work`.
     ///
     /// # Errors
-    /// [`TokenError::TemplateHangs`] if it is over the limit, or too many are already;
-    /// [`TokenError::Template`] if it has no thread or panics.
+    /// [`Unfinished::Hangs`] if it is over the limit, or others hold all places that long;
+    /// [`Unfinished::Failed`] if it has no thread or panics.
     pub(super) fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, TokenError> {
-        if self.abandoned.load(Ordering::Acquire) >= ABANDONED_MAX {
-            return Err(TokenError::TemplateHangs);
-        }
+    ) -> Result<T, Unfinished> {
+        let place = self.places.wait(self.limit)?;
+        let is_abandoned = Arc::clone(&place.is_abandoned);
         let (sender, receiver) = sync_channel(1);
-        let (decision, decided) = sync_channel::<Arc<AtomicUsize>>(1);
-        let thread = std::thread::Builder::new().name("hat-template".into());
         let body = move || {
-            // A receiver that is gone has abandoned this thread, and counts it.
+            let _place = place;
+            // A receiver that is gone has abandoned this thread.
             let _ = sender.send(work());
-            if let Ok(abandoned) = decided.recv() {
-                abandoned.fetch_sub(1, Ordering::AcqRel);
-            }
         };
-        if let Err(error) = thread.spawn(body) {
-            return Err(TokenError::Template(format!("no thread to render it: {error}")));
+        if let Err(error) = std::thread::Builder::new().name("hat-limited".into()).spawn(body) {
+            return Err(Unfinished::Failed(format!("there is no thread for it: {error}")));
         }
         match receiver.recv_timeout(self.limit) {
             Ok(made) => Ok(made),
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(TokenError::Template("its rendering panicked".into()))
-            }
+            Err(RecvTimeoutError::Disconnected) => Err(Unfinished::Failed("it panicked".into())),
             Err(RecvTimeoutError::Timeout) => {
-                self.abandoned.fetch_add(1, Ordering::AcqRel);
-                // Room for one, so this neither waits nor fails while the thread lives.
-                if decision.send(Arc::clone(&self.abandoned)).is_err() {
-                    self.abandoned.fetch_sub(1, Ordering::AcqRel);
+                let mut counts = self.places.counts();
+                // The thread that has just ended holds the other reference no longer.
+                if Arc::strong_count(&is_abandoned) > 1 {
+                    is_abandoned.store(true, Ordering::Relaxed);
+                    counts.abandoned += 1;
+                    self.places.freed.notify_all(); // those that wait are refused
                 }
-                Err(TokenError::TemplateHangs)
+                Err(Unfinished::Hangs)
             }
         }
+    }
+}
+
+impl Places {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place, as soon as there is one.
+    fn wait(self: &Arc<Self>, limit: Duration) -> Result<Place, Unfinished> {
+        let all_taken =
+            |counts: &mut Counts| counts.running >= RUNNING_MAX && counts.abandoned < ABANDONED_MAX;
+        let waited = self.freed.wait_timeout_while(self.counts(), limit, all_taken);
+        let mut counts = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if counts.running >= RUNNING_MAX || counts.abandoned >= ABANDONED_MAX {
+            return Err(Unfinished::Hangs);
+        }
+        counts.running += 1;
+        Ok(Place { places: Arc::clone(self), is_abandoned: Arc::default() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.places.counts();
+        counts.running -= 1;
+        // Still locked: whoever abandons this thread now sees that it has ended.
+        let is_abandoned = std::mem::take(&mut self.is_abandoned);
+        counts.abandoned -= usize::from(is_abandoned.load(Ordering::Relaxed));
+        drop(is_abandoned);
+        self.places.freed.notify_all();
     }
 }
 
@@ -76,21 +131,42 @@ mod tests {
     fn hanging_work_is_abandoned_twice_and_then_refused_until_it_ends() {
         let limited = Limited::new(Duration::from_millis(1));
         let (release, gate) = sync_channel::<()>(0);
-        let gate = Arc::new(std::sync::Mutex::new(gate));
+        let gate = Arc::new(Mutex::new(gate));
         for _ in 0..ABANDONED_MAX {
             let gate = Arc::clone(&gate);
             let hangs = limited.run(move || gate.lock().map(|gate| gate.recv().is_ok()).is_ok());
-            assert!(matches!(hangs, Err(TokenError::TemplateHangs)));
+            assert_eq!(hangs, Err(Unfinished::Hangs));
         }
         let refused = limited.run(|| panic!("not started"));
-        assert!(matches!(refused, Err::<(), _>(TokenError::TemplateHangs)));
+        assert_eq!(refused, Err::<(), _>(Unfinished::Hangs));
         // What ends after all makes room.
         drop(release);
-        while limited.abandoned.load(Ordering::Acquire) > 0 {
+        while limited.places.counts().running > 0 {
             std::thread::yield_now();
         }
+        assert_eq!(limited.places.counts().abandoned, 0);
         let patient = Limited { limit: Duration::from_secs(600), ..limited };
         assert_eq!(patient.run(|| 7).unwrap(), 7);
-        assert!(matches!(patient.run(|| panic!("broken")), Err::<(), _>(TokenError::Template(_))));
+        let panics = patient.run(|| panic!("broken"));
+        assert!(matches!(panics, Err::<(), _>(Unfinished::Failed(_))));
+    }
+
+    /// However many call at a time: each of them may come to hang.
+    #[test]
+    fn no_more_threads_run_than_there_are_places() {
+        let places = Arc::new(Places::default());
+        let now = Duration::ZERO;
+        let mut held: Vec<_> = (0..RUNNING_MAX).map(|_| places.wait(now).unwrap()).collect();
+        assert!(matches!(places.wait(now), Err(Unfinished::Hangs)));
+        drop(held.pop());
+        held.push(places.wait(now).unwrap());
+        assert!(places.wait(now).is_err());
+        // A patient caller waits for a place.
+        let waits = Arc::clone(&places);
+        let limit = Duration::from_secs(600);
+        let waiter = std::thread::spawn(move || waits.wait(limit).map(drop));
+        drop(held);
+        waiter.join().unwrap().unwrap();
+        assert_eq!(places.counts().running, 0);
     }
 }

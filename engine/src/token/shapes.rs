@@ -36,6 +36,8 @@ pub(super) struct Shapes {
     pub(super) added: Vec<(TokenId, String)>,
     /// Bytes that one byte of a text becomes at most, before the model sees it.
     pub(super) growth: usize,
+    /// True if text is cut by published expressions alone: those take no longer than it is long.
+    pub(super) cuts_in_time: bool,
 }
 
 /// Reads a `tokenizer.json` for an embedding of `rows` rows.
@@ -78,6 +80,7 @@ pub(super) fn check(json: &[u8], rows: usize) -> Result<Shapes, TokenError> {
         return Err(wrong("decoder", reason));
     }
     processor.check_ids(rows)?;
+    let cuts_in_time = cutting.has_published_expressions();
     let listed = added.iter().map(|token| {
         let id = token["id"].as_u64().and_then(|id| TokenId::try_from(id).ok());
         (id.expect("checked"), token["content"].as_str().expect("checked").to_owned())
@@ -97,6 +100,7 @@ pub(super) fn check(json: &[u8], rows: usize) -> Result<Shapes, TokenError> {
         }),
         decoder: decoder.json,
         growth,
+        cuts_in_time,
     })
 }
 

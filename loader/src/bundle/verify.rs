@@ -115,6 +115,15 @@ impl Watch {
         Self { files, is_settled: false }
     }
 
+    /// A file beside the bundles: of `bytes` bytes, with this BLAKE3 in hex.
+    ///
+    /// # Errors
+    /// A file that can't be opened, is no regular one, or has another size.
+    pub fn of_file(path: &Path, bytes: u64, blake3: &str) -> Result<Self, BundleError> {
+        let entry = FileEntry { bytes, blake3: blake3.to_owned() };
+        Ok(Self::new(vec![OpenFile::open(path.to_owned(), &entry)?]))
+    }
+
     /// Hashes every file.
     ///
     /// # Errors

@@ -105,11 +105,8 @@ pub(super) fn of(
         Some(Value::Text(name)) => *name,
         _ => "",
     };
-    let decides = |(known, _, architectures): &&(&str, &str, &[&str])| {
-        *known == print && architectures.contains(&architecture)
-    };
-    match KNOWN.iter().find(decides) {
-        Some((_, name, _)) => Ok((find(name)?, format!("{name}, recognised by its merges"))),
+    match recognised(&print, architecture) {
+        Some(name) => Ok((find(name)?, format!("{name}, recognised by its merges"))),
         None => {
             let reason = format!(
                 "the file does not say how its text is cut into words, and its merges ({print}) \
@@ -120,6 +117,14 @@ pub(super) fn of(
             Err(GgufError::metadata(KEY, reason))
         }
     }
+}
+
+/// The name of a known tokenizer's pattern.
+fn recognised(print: &str, architecture: &str) -> Option<&'static str> {
+    let decides = |(known, _, architectures): &&(&str, &str, &[&str])| {
+        *known == print && architectures.contains(&architecture)
+    };
+    KNOWN.iter().find(decides).map(|(_, name, _)| *name)
 }
 
 fn names() -> String {
@@ -171,4 +176,32 @@ fn words(digits: &str) -> Json {
 pub(super) fn byte_level_step(use_regex: bool) -> Json {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
            "use_regex": use_regex})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The hash that other programs give: `printf 'a b\nab c\n' | b3sum`.
+    #[test]
+    fn a_fingerprint_is_the_hash_of_the_merges_as_text() {
+        let text = blake3::hash(b"a b\nab c\n").to_hex();
+        assert_eq!(fingerprint(&[["a", "b"], ["ab", "c"]]), text[..16]);
+        assert_ne!(fingerprint(&[["ab", "c"], ["a", "b"]]), text[..16]);
+    }
+
+    #[test]
+    fn what_is_recognised_has_a_row_and_is_of_its_architecture_alone() {
+        for (print, name, architectures) in KNOWN {
+            assert!(ROWS.iter().any(|row| row.name == *name), "{name}");
+            assert_eq!(KNOWN.iter().filter(|(other, ..)| other == print).count(), 1, "{print}");
+            for architecture in *architectures {
+                assert_eq!(recognised(print, architecture), Some(*name));
+            }
+            let of_another = if architectures.contains(&"llama") { "gemma" } else { "llama" };
+            assert_eq!(recognised(print, of_another), None, "{name} of {of_another}");
+            let last = if print.ends_with('0') { '1' } else { '0' };
+            assert_eq!(recognised(&format!("{}{last}", &print[..15]), architectures[0]), None);
+        }
+    }
 }

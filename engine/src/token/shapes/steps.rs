@@ -14,6 +14,13 @@ const DEPTH_MAX: usize = 3;
 const TEXT_BYTES_MAX: usize = 64;
 /// Longest regular expression; the longest in use has some 500 bytes.
 const REGEX_BYTES_MAX: usize = 2048;
+/// Expressions of published tokenizers: Llama 3's, which takes three digits together, and Qwen2's.
+const PUBLISHED: [&str; 2] = [
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|\
+     \x20?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|\
+     \x20?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+];
 /// Most pieces of a template, and most ids of one of its special tokens.
 const TEMPLATE_MAX: usize = 16;
 
@@ -153,6 +160,12 @@ impl Steps {
     pub(super) fn growth_of_pieces(&self) -> usize {
         let steps = self.steps.iter().map(growth);
         steps.fold(1, |all, step| all.saturating_mul(step.times.saturating_add(step.more)))
+    }
+
+    /// True if no step has an expression but published ones.
+    pub(super) fn has_published_expressions(&self) -> bool {
+        let expressions = self.steps.iter().filter_map(|step| step["pattern"]["Regex"].as_str());
+        expressions.into_iter().all(|expression| PUBLISHED.contains(&expression))
     }
 
     /// The ids of special tokens are rows of the embedding.

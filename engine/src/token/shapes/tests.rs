@@ -230,6 +230,16 @@ fn too_many_of_what_is_allowed_are_refused() {
 }
 
 #[test]
+fn expressions_of_published_tokenizers_need_no_limit() {
+    assert!(!check(good().to_string().as_bytes(), 4).unwrap().cuts_in_time);
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints");
+    for model in ["llama2", "llama3", "mistral", "qwen2"] {
+        let json = std::fs::read(folder.join(model).join("tokenizer.json")).unwrap();
+        assert!(check(&json, 400).unwrap().cuts_in_time, "{model}");
+    }
+}
+
+#[test]
 fn values_are_counted_before_they_are_read() {
     let long = format!("{{\"odd\": [{}0]}}", "0,".repeat(100_000));
     let error = check(long.as_bytes(), 4).err().expect("refused");

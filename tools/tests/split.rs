@@ -1,0 +1,51 @@
+//! `hat-split` on a disk that is full: a limit on the size of files stands for it.
+#![cfg(unix)]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Splits a small model with files of at most `blocks` times 512 bytes.
+fn split(out: &Path, blocks: u32) -> Output {
+    let model =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/golden/gguf/llama_bpe.gguf");
+    Command::new("/bin/sh")
+        // The signal that comes with the limit ends a process; a full disk sends none.
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"")])
+        .arg(env!("CARGO_BIN_EXE_hat-split"))
+        .arg(model)
+        .args(["--split-layer", "0", "--out"])
+        .arg(out)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_of_a_bundle() {
+    let parent = tempfile::tempdir().unwrap();
+    let out = parent.path().join("bundle");
+    let mut refused = Vec::new();
+    // The file that does not fit is another one each time.
+    let mut blocks = 0;
+    let said = loop {
+        let output = split(&out, blocks);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() {
+            break said;
+        }
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("File too large") && !said.contains("panicked"), "{said}");
+        assert!(said.contains(parent.path().to_str().unwrap()), "{said}");
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0, "{blocks}: {said}");
+        let name = ["device/weights", "cloud/weights", "bundle.json", "tokenizer.json"]
+            .into_iter()
+            .find(|name| said.contains(name));
+        refused.extend(name);
+        assert!(blocks < 1 << 20, "{said}");
+        blocks = (blocks * 3 / 2).max(blocks + 1);
+    };
+    assert!(refused.contains(&"device/weights"), "{refused:?}");
+    assert!(out.join("device/bundle.json").is_file() && out.join("cloud/bundle.json").is_file());
+    assert!(!said.contains("File too large"), "{said}");
+    assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 1);
+}
