@@ -104,8 +104,8 @@ impl GpuWeights {
     }
 }
 
-/// Which kernels compute. A GPU is taken only where it is asked for, as long as no kernel has
-/// been executed on one (`docs/KERNELS.md`).
+/// Which kernels compute. A GPU is taken only where it is asked for; what has run on which is
+/// in `cuda/HARDWARE.md`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Processor {

@@ -44,7 +44,7 @@ impl DoctorArgs {
             let backend = processor::cpu(choice, self.device.run.threads())?;
             outln!("  {choice:?}: {}", backend.describe())?;
         }
-        outln!("gpus: taken only with --processor cuda: no kernel has been executed on one yet")?;
+        outln!("gpus: taken only with --processor cuda; what has run on which: cuda/HARDWARE.md")?;
         for line in processor::gpus() {
             outln!("  {line}")?;
         }

@@ -132,8 +132,8 @@ pub(crate) struct RunArgs {
         value_parser = clap::value_parser!(u8).range(0..=19))]
     nice: u8,
     /// Kernels: auto for the CPU's best, portable for comparison, cuda or cuda:GPU for a GPU,
-    /// cuda-else-cpu for a GPU where there is one, and the CPU once it is lost. No kernel has been
-    /// executed on a GPU so far.
+    /// cuda-else-cpu for a GPU where there is one, and the CPU once it is lost. What
+    /// has run on which GPU is in cuda/HARDWARE.md.
     #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
     /// Where a GPU without memory of its own has its weights: in-place for the bundle's mapped

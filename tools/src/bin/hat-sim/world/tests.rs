@@ -204,8 +204,9 @@ fn a_wave_is_sent_where_the_link_is_long_and_nowhere_else() {
     let (with, without) = both(1.0);
     assert_eq!(with, without, "steps of 26 ms, and 3 ms of link");
     let (with, without) = both(60.0);
-    // A wave waits for the step of the root before it, which its price counts.
-    assert!(with.rows_a_token > 1.02 * without.rows_a_token, "{with:?}, {without:?}");
+    // Figures would be the same if no wave were sent. One waits for the step of the root before it,
+    // which its price counts.
+    assert!(with.rows_a_token > without.rows_a_token, "{with:?}, {without:?}");
     let ratio = with.tbt() / without.tbt();
     assert!(ratio < 1.03, "{ratio}");
 }
