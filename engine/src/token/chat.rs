@@ -134,8 +134,10 @@ impl ChatTemplate {
         });
         environment.add_filter("tojson", to_json);
         environment.add_filter("join", python::join);
+        environment.add_test("iterable", python::is_iterable);
+        environment.add_test("sequence", python::is_sequence);
         environment
-            .add_template_owned("chat_template", source.to_owned())
+            .add_template_owned("chat_template", without_generation(source))
             .map_err(|e| TokenError::TemplateSyntax(describe(&e)))?;
         let owned = |token: Option<&str>| token.unwrap_or_default().to_owned();
         Ok(Self {
@@ -187,6 +189,34 @@ impl ChatTemplate {
             Unfinished::Failed(reason) => TokenError::Template(reason),
         })?
     }
+}
+
+/// The template with each `generation` tag as an empty comment: it marks what a model is trained
+/// on, says nothing of a prompt, and trims the same spaces.
+fn without_generation(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some((before, after)) = rest.split_once("{%") {
+        out.push_str(before);
+        let tag = after.split_once("%}").filter(|(tag, _)| {
+            matches!(tag.trim_matches(['-', '+', ' ']), "generation" | "endgeneration")
+        });
+        rest = match tag {
+            Some((tag, behind)) => {
+                let mark = |c: Option<char>| c.filter(|c| matches!(c, '-' | '+'));
+                out.push_str("{#");
+                out.extend(mark(tag.chars().next()));
+                out.extend(mark(tag.chars().last()));
+                out.push_str("#}");
+                behind
+            }
+            None => {
+                out.push_str("{%");
+                after
+            }
+        };
+    }
+    out + rest
 }
 
 fn rendered(
@@ -417,6 +447,45 @@ mod tests {
         );
         assert_eq!(strftime("%Y-%m-%d %a %q%", 1_795_305_600), "2026-11-22 Sun %q%");
         assert_eq!(civil(146_097 * 3), (3170, 1, 1));
+    }
+
+    #[test]
+    fn tags_of_training_are_left_out() {
+        let render = |source: &str| {
+            let template = ChatTemplate::new(source, None, None, Duration::from_secs(600)).unwrap();
+            let messages = [Message::new(Role::User, "hi")];
+            template.render(&messages, &ChatOptions::at(0), &Guard::new(BTreeMap::new())).unwrap()
+        };
+        let tagged = "{% for m in messages %}\n  {% generation %}\n<{{ m.content }}>\n\
+                      {%- endgeneration -%}\n |{% endfor %}{%+ if true %}.{% endif %}";
+        assert_eq!(render(tagged), "<hi>|.");
+        assert_eq!(render("{{ 'a {% b' }}{%- set x = 1 -%} {{ x }}"), "a {% b1");
+    }
+
+    /// What Jinja2 says of each.
+    #[test]
+    fn tests_of_kinds_are_jinja_s() {
+        let render = |source: &str| {
+            let template = ChatTemplate::new(source, None, None, Duration::from_secs(600)).unwrap();
+            let messages = [Message::new(Role::User, "hi")];
+            template.render(&messages, &ChatOptions::at(0), &Guard::new(BTreeMap::new())).unwrap()
+        };
+        for (value, iterable, sequence) in [
+            ("tools", "False", "False"),
+            ("none", "False", "False"),
+            ("1", "False", "False"),
+            ("true", "False", "False"),
+            ("'a'", "True", "True"),
+            ("''", "True", "True"),
+            ("[]", "True", "True"),
+            ("messages", "True", "True"),
+            ("{'a': 1}", "True", "True"),
+        ] {
+            let source = format!("{{{{ {value} is iterable }}}} {{{{ {value} is sequence }}}}");
+            assert_eq!(render(&source), format!("{iterable} {sequence}"), "{value}");
+        }
+        let guarded = "{% if tools is iterable and tools | length > 0 %}t{% endif %}{{ 'x' }}";
+        assert_eq!(render(guarded), "x");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! small arguments can ask for gigabytes (`' '.join(['a' * 100000] * 99999)`), so what a call
 //! reads and makes is charged here before.
 
+use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
@@ -30,6 +31,17 @@ pub(super) fn call(
         (None, _) => {}
     }
     unknown_method_callback(state, value, method, args)
+}
+
+/// Python's `iter` takes it: not `none`, which minijinja's own test lets through.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || value.kind() == ValueKind::Iterable
+}
+
+/// Python's `len` and `[]` take it: texts and maps too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    use ValueKind::{Bytes, Map, Seq, String, Undefined};
+    matches!(value.kind(), Bytes | Map | Seq | String | Undefined)
 }
 
 fn charge_text(state: &State, text: &str, method: &str, args: &[Value]) -> Result<(), Error> {
