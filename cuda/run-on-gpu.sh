@@ -149,7 +149,7 @@ failed=0 running=''
 trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
 
 # NAME SHARE PATTERN: runs a part within so many percent of the budget; of what it says, lines with the
-# pattern go to the page, and where it fails the last ones.
+# pattern go to the page; where it fails the last of them, below the first panics.
 part() {
     local name=$1 limit=$((budget * $2 / 100)) left=$((budget - SECONDS)) begin=$SECONDS log=$out/$1.log status=0 verdict
     [[ " $parts " == *" $name "* ]] || return 0
@@ -174,7 +174,7 @@ part() {
         echo "### $name: $verdict, $((SECONDS - begin)) of $limit s"
         echo
         case $verdict in
-        FAILED*) grep -A 1 -m 5 'panicked at' "$log" && echo ..; tail -n 20 "$log" ;;
+        FAILED*) grep -A 1 -m 5 'panicked at' "$log" && echo ..; grep -E "$3" "$log" | tail -n 20 ;;
         *) grep -E "$3" "$log" ;;
         esac | cut -c 1-1000 | sed 's/^/    /'
     } >>"$page"

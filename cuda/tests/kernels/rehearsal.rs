@@ -177,6 +177,7 @@ fn a_part_that_fails_stops_no_other(machine: &Machine) {
     let log =
         "the PTX of accept_tree (CUDA_ERROR_INVALID_PTX): ptxas application ptx input, line 9";
     assert!(ptx.starts_with("ptx: FAILED") && ptx.contains(log), "{ptx}");
+    assert!(ptx.contains("test result: FAILED. 0 passed; 1 failed"), "{ptx}");
 }
 
 fn a_run_that_is_killed_leaves_what_it_had(machine: &Machine) {
