@@ -311,12 +311,8 @@ impl Device {
             let draft = job.prepared.request.draft;
             let has_trained = self.start.trained.is_some();
             self.missing.tell(draft, has_trained);
-            let wants_lookup = match draft {
-                DraftMode::Off => false,
-                DraftMode::Chain => !has_trained,
-                _ => true,
-            };
-            let lookup = wants_lookup.then(|| job.prepared.prompt.iter().copied().collect());
+            let looks_up = draft.looks_up(has_trained);
+            let lookup = looks_up.then(|| job.prepared.prompt.iter().copied().collect());
             let trained = match &mut self.start.trained {
                 Some(trained) if draft.asks_trained() => trained.open(rows_max),
                 _ => None,

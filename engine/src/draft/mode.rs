@@ -49,6 +49,17 @@ impl DraftMode {
         matches!(self, Self::Auto | Self::Stream | Self::All)
     }
 
+    /// True if what followed the same words before is guessed; `has_trained` says if there is a
+    /// trained drafter.
+    #[must_use]
+    pub const fn looks_up(self, has_trained: bool) -> bool {
+        match self {
+            Self::Off => false,
+            Self::Chain => !has_trained,
+            _ => true,
+        }
+    }
+
     /// Whether the trained drafter is asked if there is one.
     #[must_use]
     pub const fn asks_trained(self) -> bool {
