@@ -1,19 +1,18 @@
-//! `generate`, `chat` and `demo`: answers on a terminal.
+//! `generate` and `demo`: one answer.
 
-use std::io::{BufRead as _, Write as _};
 use std::path::Path;
 
-use anyhow::Context as _;
 use clap::Args;
 use hat_engine::internal::{processor, whole_answer};
-use hat_engine::options::{Codec, FinishReason, Limits, Message, Role};
+use hat_engine::options::{Codec, FinishReason, Limits, Message, Role, SamplerConfig};
 use hat_engine::out::OutError;
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_engine::{note, out, outln};
 use serde_json::json;
 
 use super::check::Check;
-use super::{DeviceRunArgs, DraftArgs, SamplerArgs, text_or_file};
+use super::prompt::{self, PromptArgs};
+use super::{DeviceRunArgs, DraftArgs, SamplerArgs};
 
 /// One answer to one prompt.
 #[derive(Args)]
@@ -22,17 +21,16 @@ pub(crate) struct GenerateArgs {
     device: DeviceRunArgs,
     #[command(flatten)]
     pub(super) sampler: SamplerArgs,
-    /// The prompt, or @FILE.
-    #[arg(short, long, value_name = "TEXT|@FILE")]
-    prompt: String,
-    /// A system message.
-    #[arg(long, value_name = "TEXT|@FILE", conflicts_with = "raw")]
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// A system message; @FILE reads a file, @@ stands for a first @.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
     system: Option<String>,
     /// Most tokens of the answer; up to the context's end without.
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// A string that ends the answer; may be repeated, up to 64 times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     #[command(flatten)]
     draft: DraftArgs,
@@ -66,7 +64,8 @@ impl GenerateArgs {
             answer
         } else {
             let engine = Engine::open(self.device.config(cache)?)?;
-            let answer = answer(&engine, request.clone(), print_text)?;
+            self.prompt.refuse_two()?;
+            let answer = answer(&engine, request.clone())?;
             outln!()?;
             if self.check {
                 let whole = |wire| Ok(*self.whole(cache, wire, request.clone(), |_| Ok(()))?.1);
@@ -101,6 +100,7 @@ impl GenerateArgs {
         let chosen = processor::choose(run.processor(), run.weights(), at)?;
         let context = Limits::device().context_max;
         let verify = run.verify(cache);
+        self.prompt.refuse_two()?;
         let mut printed = Ok(());
         let on_event = |event: &Event| {
             if printed.is_ok() {
@@ -122,16 +122,16 @@ impl GenerateArgs {
     }
 
     fn request(&self) -> anyhow::Result<Request> {
-        let prompt = text_or_file(&self.prompt)?;
+        let prompt = self.prompt.read(self.raw)?;
         let mut request = if self.raw {
             Request::text(prompt)
         } else if let Some(system) = &self.system {
-            let system = Message::new(Role::System, text_or_file(system)?);
+            let system = Message::new(Role::System, prompt::system(system)?);
             Request::conversation(vec![system, Message::new(Role::User, prompt)])
         } else {
             Request::chat(prompt)
         };
-        request.sampler = self.sampler.config();
+        request.sampler = self.sampler.config(&SamplerConfig::default());
         request.max_tokens = self.max_tokens;
         request.stop.clone_from(&self.stop);
         request.ignore_eos = self.ignore_eos;
@@ -159,77 +159,15 @@ fn print_text(event: &Event) -> Result<(), OutError> {
     }
 }
 
-fn answer(
-    engine: &Engine,
-    request: Request,
-    mut on_event: impl FnMut(&Event) -> Result<(), OutError>,
-) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
+fn answer(engine: &Engine, request: Request) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
     for event in engine.generate(request)? {
         let event = event?;
-        on_event(&event)?;
+        print_text(&event)?;
         if let Event::Done { finish_reason, metrics, .. } = event {
             return Ok((finish_reason, metrics));
         }
     }
     anyhow::bail!("the answer ended without a last event")
-}
-
-/// A conversation on this terminal.
-#[derive(Args)]
-pub(crate) struct ChatArgs {
-    #[command(flatten)]
-    device: DeviceRunArgs,
-    #[command(flatten)]
-    pub(super) sampler: SamplerArgs,
-    #[command(flatten)]
-    draft: DraftArgs,
-    /// A system message.
-    #[arg(long, value_name = "TEXT|@FILE")]
-    system: Option<String>,
-    /// Most tokens of one answer.
-    #[arg(long, value_name = "N")]
-    max_tokens: Option<u32>,
-}
-
-impl ChatArgs {
-    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
-        let engine = Engine::open(self.device.config(cache)?)?;
-        let mut messages = Vec::new();
-        if let Some(system) = &self.system {
-            messages.push(Message::new(Role::System, text_or_file(system)?));
-        }
-        note!("{}: an empty line or ctrl-D ends the chat", engine.model_name());
-        for line in prompts() {
-            let line = line.context("reading your message")?;
-            if line.trim().is_empty() {
-                break;
-            }
-            messages.push(Message::new(Role::User, line));
-            let mut request = Request::conversation(messages.clone());
-            request.sampler = self.sampler.config();
-            request.draft = self.draft.draft;
-            request.max_tokens = self.max_tokens;
-            match answer(&engine, request, print_text) {
-                Ok((_, metrics)) => messages.push(Message::new(Role::Assistant, metrics.text)),
-                Err(error) if error.is::<OutError>() => return Err(error),
-                Err(error) => {
-                    note!("{error:#}");
-                    messages.pop();
-                }
-            }
-            outln!()?;
-        }
-        Ok(())
-    }
-}
-
-/// Lines of the terminal, each after a prompt sign.
-fn prompts() -> impl Iterator<Item = std::io::Result<String>> {
-    let mut lines = std::io::stdin().lock().lines();
-    std::iter::from_fn(move || {
-        let _ = std::io::stderr().write_all(b"> ");
-        lines.next()
-    })
 }
 
 /// One question to the default model.
@@ -239,8 +177,9 @@ pub(crate) struct DemoArgs {
     device: DeviceRunArgs,
     #[command(flatten)]
     draft: DraftArgs,
-    /// The question.
+    /// The question. @FILE reads a file, - standard input; @@ stands for a first @.
     #[arg(short, long, default_value = "Why is the sky blue? Answer in two sentences.")]
+    #[arg(allow_hyphen_values = true)]
     prompt: String,
     /// Most tokens of the answer.
     #[arg(long, default_value_t = 96)]
@@ -249,15 +188,15 @@ pub(crate) struct DemoArgs {
 
 impl DemoArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+        let prompt = prompt::text(&self.prompt)?;
         let engine = Engine::open(self.device.config(cache)?)?;
         note!("device: {}", engine.describe());
         if let Some(cloud) = engine.cloud() {
             note!("cloud:  {} at {}", cloud.describe(), cloud.address());
         }
-        outln!("> {}", self.prompt)?;
-        let request =
-            Request::chat(&self.prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
-        let (_, metrics) = answer(&engine, request, print_text)?;
+        outln!("> {prompt}")?;
+        let request = Request::chat(prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
+        let (_, metrics) = answer(&engine, request)?;
         outln!()?;
         let timings = &metrics.timings;
         note!(

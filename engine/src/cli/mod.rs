@@ -1,15 +1,17 @@
 //! Flags of the daemon, and what they turn into.
 
+mod chat;
 mod check;
 mod doctor;
 mod generate;
 pub(crate) mod log;
+mod prompt;
 mod secret;
 mod serve;
+mod terminal;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
@@ -36,7 +38,7 @@ enum Command {
     /// One question to the default model, device and cloud in one process over loopback.
     Demo(generate::DemoArgs),
     /// A conversation on this terminal.
-    Chat(generate::ChatArgs),
+    Chat(chat::ChatArgs),
     /// One answer to one prompt.
     Generate(generate::GenerateArgs),
     /// The cloud role: serves the middle layers.
@@ -300,36 +302,39 @@ pub(crate) struct DraftArgs {
     pub(crate) draft: DraftMode,
 }
 
-/// How the next token is chosen. Greedy unless a temperature is given.
+/// How the next token is chosen.
+///
+/// Without a flag, `generate` is greedy and `chat` does what the model's makers recommend.
 #[derive(Args, Clone)]
 pub(crate) struct SamplerArgs {
-    /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
-    temperature: f32,
+    /// 0 is greedy. Without this flag and those below, generate is greedy, and chat does what the
+    /// makers of the model recommend.
+    #[arg(long, value_name = "T", allow_hyphen_values = true)]
+    temperature: Option<f32>,
     /// Keep the N likeliest tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0)]
-    top_k: u32,
-    /// Keep the likeliest tokens up to this probability together.
-    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
-    top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest.
-    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
-    min_p: f32,
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+    /// Keep the likeliest tokens up to this probability together; 1 keeps all.
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    top_p: Option<f32>,
+    /// Keep tokens at least this likely relative to the likeliest; 0 keeps all.
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    min_p: Option<f32>,
     /// Divides the logits of tokens that were seen; 1 changes nothing.
-    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
-    repetition_penalty: f32,
-    /// Taken off once from tokens that were seen.
-    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
-    presence_penalty: f32,
-    /// Taken off for each time that a token was seen.
-    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
-    frequency_penalty: f32,
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    repetition_penalty: Option<f32>,
+    /// Taken off once from tokens that were seen; 0 changes nothing.
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    presence_penalty: Option<f32>,
+    /// Taken off for each time that a token was seen; 0 changes nothing.
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    frequency_penalty: Option<f32>,
     /// TOKEN=BIAS, added to the token's logit; may be repeated.
     #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Seeds the noise of sampling.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// Seeds the noise of sampling. Without, generate takes 0, and chat another for each answer.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f32), String> {
@@ -340,31 +345,20 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
 }
 
 impl SamplerArgs {
-    pub(crate) fn config(&self) -> SamplerConfig {
+    /// The sampler that the flags ask for; `silent` says what they leave out.
+    pub(crate) fn config(&self, silent: &SamplerConfig) -> SamplerConfig {
         SamplerConfig {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
+            temperature: self.temperature.unwrap_or(silent.temperature),
+            top_k: self.top_k.unwrap_or(silent.top_k),
+            top_p: self.top_p.unwrap_or(silent.top_p),
+            min_p: self.min_p.unwrap_or(silent.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(silent.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(silent.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(silent.frequency_penalty),
             logit_bias: self.logit_bias.clone(),
-            seed: self.seed,
-            ..SamplerConfig::default()
+            seed: self.seed.unwrap_or(silent.seed),
+            ..silent.clone()
         }
-    }
-}
-
-/// Longest prompt file that is read.
-const PROMPT_BYTES_MAX: u64 = 16 << 20;
-
-/// `TEXT`, or what the file behind `@FILE` holds.
-pub(crate) fn text_or_file(text: &str) -> anyhow::Result<String> {
-    match text.strip_prefix('@') {
-        Some(path) => hat_loader::file::read_text(Path::new(path), PROMPT_BYTES_MAX)
-            .with_context(|| format!("reading the prompt from {path}")),
-        None => Ok(text.to_owned()),
     }
 }
 
@@ -421,8 +415,8 @@ mod tests {
     fn parsed(command: &[&str], flags: Vec<String>) -> Result<SamplerConfig, clap::Error> {
         let line = ["hat-engine"].iter().chain(command).map(|&word| word.to_owned()).chain(flags);
         Ok(match Cli::try_parse_from(line)?.command {
-            Command::Generate(args) => args.sampler.config(),
-            Command::Chat(args) => args.sampler.config(),
+            Command::Generate(args) => args.sampler.config(&SamplerConfig::default()),
+            Command::Chat(args) => args.sampler.config(&SamplerConfig::default()),
             _ => panic!("neither command has a sampler"),
         })
     }
@@ -436,6 +430,20 @@ mod tests {
                 prop_assert_eq!(got.map_err(|error| error.to_string()), Ok(sampler.clone()));
             }
         }
+    }
+
+    #[test]
+    fn a_flag_wins_over_what_the_model_recommends() {
+        let model = SamplerConfig {
+            temperature: 0.2,
+            top_p: 0.9,
+            penalty_last_n: 64,
+            ..SamplerConfig::default()
+        };
+        let cli = Cli::try_parse_from(["hat-engine", "chat", "--temperature", "0", "--top-k", "5"]);
+        let Ok(Cli { command: Command::Chat(args), .. }) = cli else { panic!("no chat") };
+        let expected = SamplerConfig { temperature: 0.0, top_k: 5, ..model.clone() };
+        assert_eq!(args.sampler.config(&model), expected);
     }
 
     #[test]
