@@ -215,6 +215,10 @@ fn what_is_pasted_before_the_first_prompt_is_one_message() {
     assert_eq!(end(&mut chat).code(), Some(0));
     terminal.is_as_before();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), answer(LETTER, "1"));
+    // The first thing that it says comes when its model is open.
+    let screen = terminal.screen.0.lock().unwrap();
+    let (asked, opened) = (screen.find(marks).unwrap(), screen.find("ctrl-D ends").unwrap());
+    assert!(asked < opened, "{screen:?}");
 }
 
 #[test]
