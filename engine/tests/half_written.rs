@@ -22,7 +22,13 @@ fn run(home: &Path, blocks: Option<u32>, args: &[&str]) -> Output {
     let path = std::env::join_paths(
         [home.join("bin")].into_iter().chain(std::env::split_paths("/usr/local/bin:/usr/bin:/bin")),
     );
-    Command::new("/bin/sh")
+    let mut command = Command::new("/bin/sh");
+    // No setting of whoever runs the tests.
+    let ours = std::env::vars_os().map(|(name, _)| name);
+    for name in ours.filter(|name| name.to_string_lossy().starts_with("HAT_")) {
+        command.env_remove(name);
+    }
+    command
         // The signal that comes with the limit ends a process; a full disk sends none.
         .args(["-c", &format!("trap '' XFSZ; {limit} exec \"$0\" \"$@\""), PROGRAM])
         .args(args)
