@@ -25,6 +25,30 @@ pub struct Prepared {
     pub request: Request,
 }
 
+impl Request {
+    /// Refuses what no model could answer: fields out of their ranges, as far as these don't
+    /// depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Field`].
+    pub fn check(&self) -> Result<(), Error> {
+        self.sampler.check(usize::MAX).map_err(|error| {
+            Error::field(error.field, format!("{} is not in {}", error.value, error.range))
+        })?;
+        StopStrings::new(self.stop.clone()).map_err(|error| {
+            Error::field("stop", format!("{} is not in {}", error.value, error.range))
+        })?;
+        if self.max_tokens == Some(0) {
+            return Err(Error::field("max_tokens", "0 asks for nothing; at least 1"));
+        }
+        if self.top_logprobs.is_some_and(|top| top > TOP_LOGPROBS_MAX) {
+            let reason = format!("more than {TOP_LOGPROBS_MAX} alternatives");
+            return Err(Error::field("top_logprobs", reason));
+        }
+        Ok(())
+    }
+}
+
 impl Prepared {
     /// Checks and tokenises a request.
     ///
@@ -53,16 +77,7 @@ impl Prepared {
         request.sampler.check(vocab_size).map_err(|error| {
             Error::field(error.field, format!("{} is not in {}", error.value, error.range))
         })?;
-        StopStrings::new(request.stop.clone()).map_err(|error| {
-            Error::field("stop", format!("{} is not in {}", error.value, error.range))
-        })?;
-        if request.max_tokens == Some(0) {
-            return Err(Error::field("max_tokens", "0 asks for nothing; at least 1"));
-        }
-        if request.top_logprobs.is_some_and(|top| top > TOP_LOGPROBS_MAX) {
-            let reason = format!("more than {TOP_LOGPROBS_MAX} alternatives");
-            return Err(Error::field("top_logprobs", reason));
-        }
+        request.check()?;
         let too_long = |prompt| Error::ContextLength { prompt, context: context as usize };
         // What can't fit is not looked at: the limit on text stands in front of the tokenizer.
         if let Prompt::Tokens(tokens) = &request.prompt

@@ -8,10 +8,19 @@ pub use hat_transport::link::LinkKind;
 use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
+use crate::backend::PAGE_SIZE;
 pub use crate::chunk::ChunkPolicy;
+use crate::draft::drafters::Drafters;
 pub use crate::pack::Codec;
+use crate::page::pages_for;
 pub use crate::prefix::PrefixSecret;
+use crate::sequence::PENDING_ROWS_MAX;
 use crate::verify::Verify;
+
+mod address;
+
+pub use address::Address;
+pub(crate) use address::check_loopback;
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,18 +42,33 @@ pub struct Limits {
     pub sessions_per_device_max: u32,
 }
 
+/// Sessions that both roles have room for by default, each of the whole context.
+const SESSIONS: u32 = 4;
+/// Positions of one session by default.
+const CONTEXT_MAX: u32 = 8192;
+
 impl Limits {
+    /// Positions of a KV store for so many sessions of `context` positions each: a session has room
+    /// for the rows that pend beside its own, in whole pages.
+    #[must_use]
+    pub const fn kv_rows(sessions: u32, context: u32) -> u32 {
+        let pending = PENDING_ROWS_MAX as u32;
+        let page = PAGE_SIZE as u32;
+        let rows = context.saturating_add(pending).div_ceil(page).saturating_mul(page);
+        sessions.saturating_mul(rows)
+    }
+
     /// What a device needs: a few sessions of one user.
     #[must_use]
     pub const fn device() -> Self {
         Self {
-            sessions_max: 4,
+            sessions_max: SESSIONS,
             step_rows_max: 512,
             queue_max: 32,
-            context_max: 8192,
-            kv_rows_max: 4 * 8192,
+            context_max: CONTEXT_MAX,
+            kv_rows_max: Self::kv_rows(SESSIONS, CONTEXT_MAX),
             connections_max: 1,
-            sessions_per_device_max: 4,
+            sessions_per_device_max: SESSIONS,
         }
     }
 
@@ -55,11 +79,20 @@ impl Limits {
             sessions_max: 1024,
             step_rows_max: 512,
             queue_max: 1024,
-            context_max: 8192,
-            kv_rows_max: 4 * 8192,
+            context_max: CONTEXT_MAX,
+            kv_rows_max: Self::kv_rows(SESSIONS, CONTEXT_MAX),
             connections_max: 256,
             sessions_per_device_max: 256,
         }
+    }
+
+    /// Sessions of `context` positions each that there is room for at once, in a device and in a
+    /// cloud.
+    #[must_use]
+    pub fn sessions_of(&self, context: u32) -> u32 {
+        let pages = pages_for(self.kv_rows_max as usize + PENDING_ROWS_MAX);
+        let held = pages / pages_for(context as usize + PENDING_ROWS_MAX);
+        u32::try_from(held).unwrap_or(u32::MAX).min(self.sessions_max)
     }
 
     /// Refuses bounds under which nothing could ever run.
@@ -175,6 +208,8 @@ pub struct EngineConfig {
     /// How rows are coded on the wire. `None` is what the bundle's manifest says: int8, unless its
     /// maker chose another.
     pub wire: Option<Codec>,
+    /// Trained drafters for bundles that hold none for their model and split.
+    pub drafters: Drafters,
     /// How prompts are cut.
     pub chunks: ChunkPolicy,
     /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
@@ -209,7 +244,7 @@ pub struct EngineConfig {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum CloudAddress {
-    /// Another process, at `host:port`.
+    /// Another process, at an [`Address`] of this machine: there is no TLS yet.
     Remote(String),
     /// A cloud of this engine's own, in this process, over a real loopback connection, from the
     /// cloud half beside the device half.
@@ -230,6 +265,7 @@ impl EngineConfig {
             cloud: CloudAddress::InProcess(Box::new(CloudConfig::new(sibling))),
             split_layer: None,
             wire: None,
+            drafters: Drafters::default(),
             chunks: ChunkPolicy::default(),
             prefix: true,
             prefix_secret: None,
@@ -245,7 +281,7 @@ impl EngineConfig {
         }
     }
 
-    /// The cloud at `host:port`.
+    /// The cloud at an address as [`Address`] has them, on port 7433 if there is none in it.
     #[must_use]
     pub fn cloud(mut self, address: impl Into<String>) -> Self {
         self.cloud = CloudAddress::Remote(address.into());
@@ -289,6 +325,13 @@ impl EngineConfig {
         self
     }
 
+    /// Trained drafters for bundles that hold none.
+    #[must_use]
+    pub fn drafters(mut self, drafters: Drafters) -> Self {
+        self.drafters = drafters;
+        self
+    }
+
     /// How rows are coded on the wire.
     #[must_use]
     pub fn wire(mut self, wire: Codec) -> Self {
@@ -321,6 +364,39 @@ impl EngineConfig {
         self.chunks = chunks;
         self
     }
+
+    /// Refuses what can't work, before a file is opened.
+    ///
+    /// # Errors
+    /// [`Error::Field`]: a bound of 0, a cloud at what is no address or on another machine (there
+    /// is no TLS yet, so hidden states would cross the network in the clear), or a memory link to
+    /// another process.
+    pub fn check(&self) -> Result<(), Error> {
+        self.limits.check()?;
+        if self.threads == 0 {
+            return Err(Error::field("threads", "0 threads compute nothing: at least 1"));
+        }
+        match &self.cloud {
+            CloudAddress::InProcess(cloud) => cloud.check(),
+            CloudAddress::Remote(_) if self.link == LinkKind::Memory && self.memory.is_none() => {
+                let reason = "memory links ends in one process: leave out --cloud, or use mio";
+                Err(Error::field("link", reason))
+            }
+            CloudAddress::Remote(text) => remote(text).map(drop),
+        }
+    }
+}
+
+/// The address of a cloud in another process.
+///
+/// # Errors
+/// [`Error::Field`].
+pub(crate) fn remote(text: &str) -> Result<Address, Error> {
+    let address = Address::parse(text, Address::CLOUD_PORT)
+        .map_err(|error| Error::field("cloud", error.to_string()))?;
+    address.check_port("cloud")?;
+    address.check_local("cloud")?;
+    Ok(address)
 }
 
 /// Configuration of a cloud.
@@ -416,25 +492,39 @@ impl CloudConfig {
     /// would cross the network in the clear and anybody could open sessions. A bound of 0.
     pub fn check(&self) -> Result<(), Error> {
         self.limits.check()?;
-        check_loopback("listen", self.listen)
+        if self.threads == 0 || self.stages == 0 {
+            let field = if self.threads == 0 { "threads" } else { "stages" };
+            return Err(Error::field(field, format!("0 {field} compute nothing: at least 1")));
+        }
+        check_loopback("listen", self.listen.ip())
     }
-}
-
-/// Refuses an address that other machines can reach.
-pub(crate) fn check_loopback(field: &'static str, address: SocketAddr) -> Result<(), Error> {
-    if address.ip().is_loopback() {
-        return Ok(());
-    }
-    Err(Error::field(
-        field,
-        format!(
-            "{address} can be reached by other machines, and there is no TLS yet: \
-             use 127.0.0.1, and a tunnel (ssh -L) between machines"
-        ),
-    ))
 }
 
 /// One compute thread for each core that this process may use.
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device says how many answers it gives at once; the cloud that it asks by default holds
+    /// as many, whatever the contexts.
+    #[test]
+    fn both_roles_hold_what_they_say() {
+        let (device, cloud) = (Limits::device(), Limits::cloud());
+        assert_eq!(device.sessions_of(device.context_max), device.sessions_max);
+        assert_eq!(cloud.sessions_of(cloud.context_max), device.sessions_max);
+        for context in [2, 31, 32, 33, 100, 2048, 8191, 8192, 131_072] {
+            for sessions in [1, 2, 3, 4, 7, 64] {
+                let mut limits = Limits::device();
+                limits.sessions_max = sessions;
+                limits.kv_rows_max = Limits::kv_rows(sessions, context);
+                assert_eq!(limits.sessions_of(context), sessions, "{sessions} of {context}");
+                limits.sessions_max = 1024;
+                assert_eq!(limits.sessions_of(context), sessions, "no more either");
+            }
+        }
+    }
 }

@@ -65,7 +65,7 @@ pub enum Error {
         reason: String,
     },
     /// A bundle cannot be used.
-    #[error("bundle {}: {reason}", path.display())]
+    #[error("bundle {}", bundle_text(path, reason))]
     Bundle {
         /// The bundle's directory.
         path: PathBuf,
@@ -92,6 +92,12 @@ pub enum Error {
     /// The engine's thread has ended.
     #[error("the engine has stopped: {0}")]
     Stopped(String),
+}
+
+/// The reason may begin with the path: it is said once.
+fn bundle_text(path: &std::path::Path, reason: &str) -> String {
+    let path = path.display().to_string();
+    if reason.starts_with(&path) { reason.to_owned() } else { format!("{path}: {reason}") }
 }
 
 impl Error {

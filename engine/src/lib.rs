@@ -11,8 +11,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
 //! # let model = hat_engine::internal::tiny_bundle(directory.path())?;
-//! // The device half of a bundle; a cloud of its own is started from the half beside it.
-//! // `.cloud("10.0.0.2:7433")` would use another machine's.
+//! // A bundle's device half, with a cloud of the half beside it; `.cloud(ADDRESS)` takes another.
 //! let engine = Engine::open(EngineConfig::new(model.join("device")))?;
 //! let mut generation = engine.generate(Request::chat("Why is the sky blue?").max_tokens(16))?;
 //! let mut tokens = 0;
@@ -105,9 +104,10 @@ pub mod options {
     pub use crate::backend::TokenId;
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{
-        ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret, Processor,
+        Address, ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret,
+        Processor,
     };
-    pub use crate::draft::DraftMode;
+    pub use crate::draft::{DraftMode, drafters::Drafters};
     pub use crate::error::ErrorKind;
     pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};
     pub use crate::monitor::Estimates;

@@ -9,6 +9,8 @@ use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use clap::builder::Resettable;
+
 /// Standard output takes no more.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output: {0}")]
@@ -68,7 +70,7 @@ macro_rules! note {
 /// a wrong flag is an error on standard error with code 2.
 pub fn parse<P: clap::Parser>() -> Result<P, ExitCode> {
     let program = P::command().get_name().to_owned();
-    let error = match P::try_parse() {
+    let error = match parse_from(std::env::args_os()) {
         Ok(parsed) => return Ok(parsed),
         Err(error) => error,
     };
@@ -84,6 +86,25 @@ pub fn parse<P: clap::Parser>() -> Result<P, ExitCode> {
         false => write(format_args!("{text}")),
     };
     Err(finish(&program, written.map_err(anyhow::Error::from)))
+}
+
+/// A command line, read. A variable that is set and empty counts as one that is not set: that is
+/// how a unit file, a container or a shell says "none".
+fn parse_from<P: clap::Parser>(
+    line: impl IntoIterator<Item = std::ffi::OsString>,
+) -> Result<P, clap::Error> {
+    let mut matches = without_empty_variables(P::command()).try_get_matches_from(line)?;
+    P::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut P::command()))
+}
+
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty =
+        |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    let command = command.mut_args(|arg| match arg.get_env() {
+        Some(name) if is_empty(name) => arg.env(Resettable::Reset),
+        _ => arg,
+    });
+    command.mut_subcommands(without_empty_variables)
 }
 
 /// The exit code of a program that has ended so, after its line about what went wrong.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use hat_cuda::driver::Cuda;
 #[cfg(feature = "cuda")]
 use hat_cuda::gpu::Gpu as _;
-use hat_loader::Bundle;
+use hat_loader::{Adapter, Bundle};
 
 use crate::Error;
 use crate::backend::ARITHMETIC_CPU;
@@ -107,24 +107,24 @@ pub fn device(
     or_on_cpu(config.processor, load)
 }
 
-/// The trained drafter of a device's bundle, if it has one: where the device's layers compute in
-/// CUDA's arithmetic on the same GPU, with a stream of its own, else on the CPU. Drafts decide no
-/// text, so a GPU without a kernel or room for it is no error.
+/// A trained drafter for a device's bundle: where the device's layers compute in CUDA's arithmetic
+/// on the same GPU, with a stream of its own, else on the CPU. Drafts decide no text, so a GPU
+/// without a kernel or room for it is no error.
 ///
 /// # Errors
-/// As [`cpu`] and [`DraftModel::load`].
+/// As [`cpu`] and [`DraftModel::new`].
 pub fn drafter(
     config: &EngineConfig,
     bundle: &Bundle,
+    adapter: &Adapter,
     arithmetic_id: u32,
     rows: usize,
     pages: usize,
-) -> Result<Option<Box<dyn DraftForward>>, Error> {
+) -> Result<Box<dyn DraftForward>, Error> {
     let at = (config.threads, config.nice);
-    let load = |processor| -> Result<Option<Box<dyn DraftForward>>, Error> {
+    let load = |processor| -> Result<Box<dyn DraftForward>, Error> {
         with_backend!(choose(processor, config.weights, at)?, backend => {
-            let model = DraftModel::load(backend, bundle, rows, pages)?;
-            Ok(model.map(|model| Box::new(model) as Box<dyn DraftForward>))
+            Ok(Box::new(DraftModel::new(backend, bundle, adapter, rows, pages)?))
         })
     };
     let is_on_gpu = arithmetic_id != ARITHMETIC_CPU;

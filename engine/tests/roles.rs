@@ -37,6 +37,61 @@ fn first_error(engine: &Engine, request: Request) -> Error {
     engine.generate(request).unwrap().find_map(Result::err).expect("an error")
 }
 
+/// Answers without a limit of their own may fill the context: as many as a default device promises
+/// have a place of their own, there and in a default cloud.
+#[test]
+fn as_many_longest_answers_run_as_a_device_promises() {
+    let model = TinyModel { positions: 8192, ..TinyModel::default() };
+    let bundles = Bundles::of(&model, 1, 0);
+    let cloud = cloud(&bundles);
+    let engine = Engine::open(device(&bundles, cloud.address())).unwrap();
+    let ask = || Request::tokens(long_prompt(40)).ignore_eos();
+    let mut answers: Vec<_> =
+        (0..engine.sessions_max()).map(|_| engine.generate(ask()).unwrap()).collect();
+    // Each has a token before any has come to its end.
+    for answer in &mut answers {
+        answer.next().unwrap().unwrap();
+    }
+    assert_eq!(cloud.counters().sessions.load(Ordering::Relaxed), 4);
+    assert_eq!(cloud.counters().busy.load(Ordering::Relaxed), 0, "nobody was told to wait");
+    assert_eq!(engine.waiting(), 0);
+}
+
+/// A cloud on another machine is refused before anything is loaded, and so is no address.
+#[test]
+fn a_cloud_that_can_t_be_asked_is_refused_at_once() {
+    let bundles = Bundles::generated(1, 0);
+    for (address, words) in [
+        ("10.0.0.2:7433", "ssh -L"),
+        ("0.0.0.0", "ssh -L"),
+        ("[2001:db8::1]", "ssh -L"),
+        ("", "empty"),
+        ("127.0.0.1:http", "port"),
+        ("127.0.0.1:0", "port 0"),
+    ] {
+        let error = Engine::open(device(&bundles, address)).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Input, "{address}: {error}");
+        let text = error.to_string();
+        assert!(text.starts_with("cloud: ") && text.contains(words), "{text}");
+    }
+}
+
+/// An unknown name does not become known while a request waits, so it does not wait: this would
+/// take an hour.
+#[test]
+fn an_unknown_cloud_ends_a_request_without_a_wait() {
+    let bundles = Bundles::generated(1, 0);
+    let mut config = device(&bundles, "box.invalid");
+    config.reconnect = Duration::from_secs(3600);
+    let engine = Engine::open(config).unwrap();
+    for _ in 0..2 {
+        let answer = engine.generate(Request::chat("Hello")).unwrap().next_timeout(PATIENCE);
+        let error = answer.expect("it is not waited for").err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Peer);
+        assert!(error.to_string().contains("box.invalid is unknown"), "{error}");
+    }
+}
+
 #[test]
 fn an_absent_cloud_is_named() {
     let bundles = Bundles::generated(1, 0);

@@ -48,7 +48,7 @@ fn a_wrong_flag_is_named_with_its_range() {
         assert!(parts.iter().all(|part| said.contains(part)), "{flags:?}: {said}");
     }
     assert!(refusal(&["--to", "127.0.0.1:1"]).contains("--listen"));
-    let said = refusal(&["--listen", "nonsense", "--to", "127.0.0.1:1", "--no-calibrate"]);
+    let said = refusal(&["--listen", "nonsense.invalid", "--to", "127.0.0.1:1", "--no-calibrate"]);
     assert!(said.contains("--listen") && said.contains("nonsense"), "{said}");
 }
 

@@ -128,7 +128,7 @@ fn what_is_wrong_is_named() {
         (&["--prompt-tokens", "9..3"], &["--prompt-tokens", "rising"]),
         (&["--wire", "int3"], &["--wire", "f32, f16, int8 and int4"]),
         (&["--draft", "fast"], &["--draft", "auto, off, chain"]),
-        (&["--bundle", "/no/such/bundle"], &["--bundle", "/no/such/bundle/device/bundle.json"]),
+        (&["--bundle", "/no/such/bundle"], &["--bundle", "/no/such/bundle: no such file"]),
         (&["--prompts", "/no/such/file"], &["--prompts", "/no/such/file"]),
         (&["--cloud", "127.0.0.1:1", "--cloud-threads", "2"], &["--cloud-threads"]),
     ];

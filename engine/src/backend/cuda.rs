@@ -222,7 +222,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     type Kv = kv::Kv<G::Memory>;
 
     fn describe(&self) -> String {
-        format!("cuda: {}, arithmetic {ARITHMETIC_CUDA}", self.gpu.describe())
+        format!("cuda: {}", self.gpu.describe())
     }
 
     fn arithmetic_id(&self) -> u32 {

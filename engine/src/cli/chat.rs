@@ -16,7 +16,7 @@ use rustyline::{Behavior, Config, Editor};
 
 use super::prompt::{self, TEXT_BYTES_MAX};
 use super::terminal::{Phase, Terminal};
-use super::{DeviceRunArgs, DraftArgs, SamplerArgs};
+use super::{DeviceRunArgs, DraftArgs, ModelArg, SamplerArgs, flagged, words};
 
 /// Pause between two looks at ctrl-C while an answer computes.
 const INTERRUPT_LOOK: Duration = Duration::from_millis(20);
@@ -31,6 +31,8 @@ const TWICE_WITHIN: Duration = Duration::from_secs(3);
 /// terminal, each line of it is a message.
 #[derive(Args)]
 pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    model: ModelArg,
     #[command(flatten)]
     device: DeviceRunArgs,
     #[command(flatten)]
@@ -49,14 +51,19 @@ impl ChatArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let system = self.system.as_deref().map(prompt::system).transpose()?;
         // Before the model is opened: what is typed meanwhile is for the first prompt.
+        let mut asked = Request::conversation(Vec::new());
+        asked.sampler = self.sampler.config(&SamplerConfig::default());
+        asked.max_tokens = self.max_tokens;
+        asked.check().map_err(flagged)?;
         let terminal = Terminal::take().context("preparing the terminal")?;
-        let engine = Engine::open(self.device.config(cache)?)?;
+        let engine = Engine::open(self.device.clone().named(self.model.clone())?.config(cache)?)?;
         let mut conversation = Conversation::new(system);
         let mut input = Input::new(terminal.as_ref())?;
         let mut model = engine.sampling();
         if terminal.is_some() {
             let sampling = described(&self.sampler.config(&model), &model);
             note!("{}: {sampling}", engine.model_name());
+            note!("{}", words::drafter(&engine));
             note!("/quit or ctrl-D ends the chat, ctrl-C stops an answer");
         }
         let mut interrupts = Interrupts::default();

@@ -13,7 +13,7 @@ use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
 use hat_engine::{out, outln};
 use hat_loader::{Bundle, Role};
 
-use super::DeviceRunArgs;
+use super::{DeviceRunArgs, ModelArg, words};
 
 /// Rows of the prompt that is planned for.
 const PLANNED_ROWS: u32 = 1024;
@@ -22,11 +22,19 @@ const PLANNED_ROWS: u32 = 1024;
 #[derive(Args)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
     device: DeviceRunArgs,
+    /// Says more: ids, times, the most memory that the halves can come to hold, and the slower
+    /// kernels.
+    #[arg(long)]
+    verbose: bool,
 }
 
 impl DoctorArgs {
-    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
+    pub(crate) fn run(mut self, cache: &Path) -> anyhow::Result<()> {
+        self.device = self.device.named(self.model.clone())?;
+        self.device.check(cache)?;
         let mut healthy = true;
         self.machine()?;
         links()?;
@@ -40,9 +48,11 @@ impl DoctorArgs {
     fn machine(&self) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         outln!("machine: {} {}, {cores} cores", std::env::consts::OS, std::env::consts::ARCH)?;
-        for choice in [Processor::Auto, Processor::Portable] {
-            let backend = processor::cpu(choice, self.device.run.threads())?;
-            outln!("  {choice:?}: {}", backend.describe())?;
+        let threads = self.device.run.threads();
+        outln!("  computes with {}", processor::cpu(Processor::Auto, threads)?.describe())?;
+        if self.verbose {
+            let portable = processor::cpu(Processor::Portable, threads)?;
+            outln!("  with --processor portable, for comparison: {}", portable.describe())?;
         }
         outln!("gpus: taken only with --processor cuda; what has run on which: cuda/HARDWARE.md")?;
         for line in processor::gpus() {
@@ -53,7 +63,7 @@ impl DoctorArgs {
 
     fn bundle(&self, cache: &Path) -> anyhow::Result<bool> {
         let directory = self.device.bundle.directory(cache)?;
-        outln!("bundle: {}", directory.display())?;
+        outln!("model: {}", directory.display())?;
         let mut healthy = true;
         for role in ["device", "cloud"] {
             let start = Instant::now();
@@ -62,25 +72,32 @@ impl DoctorArgs {
                     let opened = start.elapsed();
                     let start = Instant::now();
                     let verdict = match bundle.verify() {
-                        Ok(()) => "all hashes right".to_owned(),
+                        Ok(()) => "its files are as they were written".to_owned(),
                         Err(error) => {
                             healthy = false;
                             error.to_string()
                         }
                     };
+                    let took = start.elapsed();
                     outln!(
-                        "  {role}: model {}, layers {:?}, opened in {:.1} ms; {verdict} \
-                         ({:.0} ms)",
-                        short_model_id(bundle.model_id().as_bytes()),
-                        bundle.layers(),
-                        opened.as_secs_f64() * 1e3,
-                        start.elapsed().as_secs_f64() * 1e3,
+                        "  {role} half: {}, {}, {:.1} MB; {verdict}",
+                        bundle.manifest().model_name,
+                        words::layers(&bundle),
+                        files_mb(&bundle),
                     )?;
-                    memory(&bundle)?;
+                    if self.verbose {
+                        outln!(
+                            "    model id {}, opened in {:.1} ms, hashed in {:.0} ms",
+                            short_model_id(bundle.model_id().as_bytes()),
+                            opened.as_secs_f64() * 1e3,
+                            took.as_secs_f64() * 1e3,
+                        )?;
+                        memory(&bundle)?;
+                    }
                 }
                 Err(error) => {
                     healthy &= role == "cloud";
-                    outln!("  {role}: {error}")?;
+                    outln!("  {role} half: {error}")?;
                 }
             }
         }
@@ -101,16 +118,19 @@ impl DoctorArgs {
         };
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
         outln!("start-up: {took_ms:.0} ms; {}", engine.describe())?;
-        others(&engine)?;
+        outln!("  {}", words::drafter(&engine))?;
+        outln!("  {}", self.device.cloud_words(&engine))?;
+        if let Some(drafter) = engine.describe_drafter().filter(|_| self.verbose) {
+            outln!("  the drafter computes with {drafter}")?;
+        }
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
         for event in engine.generate(request)? {
             match event {
                 Ok(Event::Done { metrics, .. }) => {
                     let timings = metrics.timings;
                     outln!(
-                        "answer: TTFT {:.1} ms, TBT {:.2} ms (p50), {} bytes up, {} down",
-                        timings.ttft_ms,
-                        timings.tbt_ms_p50,
+                        "answer: {}; {} bytes up, {} down",
+                        words::pace(&timings),
                         timings.bytes_up,
                         timings.bytes_down
                     )?;
@@ -176,12 +196,16 @@ impl DoctorArgs {
     }
 }
 
-/// What a role may come to hold: its weights, which stay in the bundle's file unless a GPU has
-/// memory of its own, and a cloud's bounds with the default limits.
+/// Megabytes of a half's files.
+fn files_mb(bundle: &Bundle) -> f64 {
+    bundle.manifest().files.values().map(|file| file.bytes).sum::<u64>() as f64 / 1e6
+}
+
+/// The most that a role may come to hold: its weights, which stay in the bundle's file unless a GPU
+/// has memory of its own, and a cloud's bounds with the default limits.
 fn memory(bundle: &Bundle) -> Result<(), OutError> {
-    let weights: u64 = bundle.manifest().files.values().map(|file| file.bytes).sum();
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    out!("    memory: {:.1} MB of files, mapped", megabytes(weights))?;
+    out!("    memory: {:.1} MB of files, mapped", files_mb(bundle))?;
     if bundle.role() == Role::Cloud {
         let needed = Limits::cloud().bytes_needed(bundle);
         let all: u64 = needed.iter().map(|(_, bytes)| bytes).sum();
@@ -191,17 +215,6 @@ fn memory(bundle: &Bundle) -> Result<(), OutError> {
         }
     }
     outln!()
-}
-
-/// Which kernels run beside the device's own.
-fn others(engine: &Engine) -> Result<(), OutError> {
-    if let Some(drafter) = engine.describe_drafter() {
-        outln!("  drafter: {drafter}")?;
-    }
-    match engine.cloud() {
-        Some(cloud) => outln!("  cloud: {}, in this process", cloud.describe()),
-        None => outln!("  cloud: another process; it says at its start what computes there"),
-    }
 }
 
 fn links() -> Result<(), OutError> {

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::check::Check;
 use super::prompt::{self, PromptArgs};
-use super::{DeviceRunArgs, DraftArgs, SamplerArgs};
+use super::{DeviceRunArgs, DraftArgs, SamplerArgs, flagged, words};
 
 /// One answer to one prompt.
 #[derive(Args)]
@@ -56,6 +56,8 @@ pub(crate) struct GenerateArgs {
 impl GenerateArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let request = self.request()?;
+        request.check().map_err(flagged)?;
+        self.device.check(cache)?;
         let mut check = None;
         let (reason, metrics) = if self.whole {
             let wire = self.device.wire().unwrap_or(Codec::F32);
@@ -189,25 +191,21 @@ pub(crate) struct DemoArgs {
 impl DemoArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let prompt = prompt::text(&self.prompt)?;
+        let request = Request::chat(&prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
+        request.check().map_err(flagged)?;
         let engine = Engine::open(self.device.config(cache)?)?;
-        note!("device: {}", engine.describe());
-        if let Some(cloud) = engine.cloud() {
-            note!("cloud:  {} at {}", cloud.describe(), cloud.address());
-        }
+        note!("device: {}; {}", engine.model_name(), engine.describe());
+        note!("{}", words::drafter(&engine));
+        note!("{}", self.device.cloud_words(&engine));
         outln!("> {prompt}")?;
-        let request = Request::chat(prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
         let (_, metrics) = answer(&engine, request)?;
         outln!()?;
         let timings = &metrics.timings;
         note!(
-            "{} prompt tokens, {} answered; TTFT {:.0} ms, TBT {:.1} ms (p50), {:.1} ms (p99), \
-             {:.1} tokens/s",
+            "{} prompt tokens, {} answered; {}",
             timings.prompt_n,
             timings.predicted_n,
-            timings.ttft_ms,
-            timings.tbt_ms_p50,
-            timings.tbt_ms_p99,
-            timings.tokens_per_second,
+            words::pace(timings),
         );
         note!(
             "on the wire: {} bytes up, {} bytes down, in {} round trips after the prompt \

@@ -58,8 +58,11 @@ impl LogArgs {
     pub(crate) fn install(&self, is_role: bool) {
         let filter = match self.log.as_deref().filter(|text| !text.trim().is_empty()) {
             Some(text) => EnvFilter::builder().parse_lossy(text),
-            None => EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| EnvFilter::new(if is_role { "info" } else { "warn" })),
+            None => std::env::var("RUST_LOG")
+                .ok()
+                .filter(|text| !text.trim().is_empty())
+                .and_then(|text| EnvFilter::try_new(text).ok())
+                .unwrap_or_else(|| EnvFilter::new(if is_role { "info" } else { "warn" })),
         };
         // Whoever reads stderr may go away; that is no reason to end, or to write there once more.
         let subscriber = tracing_subscriber::fmt()

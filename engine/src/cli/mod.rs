@@ -5,20 +5,29 @@ mod check;
 mod doctor;
 mod generate;
 pub(crate) mod log;
+mod model;
+mod other;
 mod prompt;
+#[cfg(test)]
+mod readme;
 mod secret;
 mod serve;
 mod terminal;
+mod words;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use hat_engine::options::{
-    ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor, SamplerConfig,
-    Verify,
+    Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor,
+    SamplerConfig, Verify,
 };
 use hat_engine::outln;
-use hat_engine::{CloudConfig, EngineConfig, pull};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, pull};
+use hat_loader::Role;
+
+use self::model::{BundleArgs, ModelArg};
 
 /// A large language model split between this device and a cloud.
 #[derive(Parser)]
@@ -45,14 +54,20 @@ enum Command {
     Cloud(serve::CloudArgs),
     /// The device role: serves the HTTP API, and asks a cloud.
     Device(serve::DeviceArgs),
-    /// Fetches the default model and makes its bundle.
-    Pull(BundleArgs),
+    /// Makes the bundle of a model, fetching the default one, and says where it is.
+    Pull(PullArgs),
     /// What this machine, this link and this bundle will do, and why.
     Doctor(doctor::DoctorArgs),
+    /// Any other word `X` starts the program hat-X.
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
 }
 
 impl Cli {
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        if let Command::Other(words) = &self.command {
+            return other::run(words);
+        }
         self.log.install(matches!(self.command, Command::Cloud(_) | Command::Device(_)));
         #[cfg(target_os = "linux")]
         if let Err(error) = hat_engine::shrunk::install("hat-engine") {
@@ -69,54 +84,23 @@ impl Cli {
             Command::Cloud(args) => args.run(&cache),
             Command::Device(args) => args.run(&cache),
             Command::Pull(args) => {
-                outln!("{}", args.directory(&cache)?.display())?;
+                let bundle = args.bundle.named(args.model)?;
+                outln!("{}", bundle.directory(&cache)?.display())?;
                 Ok(())
             }
             Command::Doctor(args) => args.run(&cache),
+            Command::Other(_) => unreachable!("it has been run"),
         }
     }
 }
 
-/// Which model, cut where.
-#[derive(Args, Clone)]
-pub(crate) struct BundleArgs {
-    /// A bundle made by hat-split: its directory, or the half in it. The default model without.
-    #[arg(long, env = "HAT_BUNDLE", value_name = "DIR")]
-    bundle: Option<PathBuf>,
-    /// Layers on the device before the cloud's.
-    #[arg(long, env = "HAT_SPLIT_LAYER", value_name = "N")]
-    split_layer: Option<u32>,
-    /// Last layers on the device (with the default model; a bundle has its own number).
-    #[arg(long, env = "HAT_TAIL_LAYERS", value_name = "N")]
-    tail_layers: Option<u32>,
-}
-
-impl BundleArgs {
-    /// The directory with `device/` and `cloud/` in it.
-    pub(crate) fn directory(&self, cache: &Path) -> anyhow::Result<PathBuf> {
-        if let Some(path) = &self.bundle {
-            let is_half = path.join("bundle.json").is_file();
-            let parent = path.canonicalize().ok().and_then(|path| Some(path.parent()?.to_owned()));
-            return match parent {
-                Some(parent) if is_half => Ok(parent),
-                _ => Ok(path.clone()),
-            };
-        }
-        let split = self.split_layer.map_or(pull::SPLIT_LAYER_DEFAULT, |layer| layer as usize);
-        pull::default_bundle(cache, split, self.tail_layers.unwrap_or(0) as usize)
-    }
-
-    /// One half: the directory that was given if it is a bundle itself, or `role` below.
-    pub(crate) fn half(&self, cache: &Path, role: &str) -> anyhow::Result<PathBuf> {
-        match &self.bundle {
-            Some(path) if path.join("bundle.json").is_file() => Ok(path.clone()),
-            _ => Ok(self.directory(cache)?.join(role)),
-        }
-    }
-
-    pub(crate) fn split_layer(&self) -> Option<u32> {
-        self.split_layer
-    }
+/// A model whose bundle is made.
+#[derive(Args)]
+struct PullArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    bundle: BundleArgs,
 }
 
 /// How it runs.
@@ -175,9 +159,10 @@ pub(crate) struct DeviceRunArgs {
     pub(crate) bundle: BundleArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
-    /// The cloud, as host:port. Without, one is started in this process.
-    #[arg(long, env = "HAT_CLOUD", value_name = "ADDR")]
-    cloud: Option<String>,
+    /// The cloud: HOST, HOST:PORT or PORT, on port 7433 unless it says another, and on this machine
+    /// until there is TLS. Without, one is started in this process.
+    #[arg(long, env = "HAT_CLOUD", value_name = "ADDR", value_parser = parse_cloud)]
+    cloud: Option<Address>,
     /// How rows are coded on the wire: f32, f16, int8 or int4. Without, what the bundle says,
     /// which is int8 as hat-split writes it.
     #[arg(long, env = "HAT_WIRE", value_parser = parse_codec)]
@@ -199,6 +184,31 @@ pub(crate) struct DeviceRunArgs {
     reconnect_s: u64,
 }
 
+/// The address of a cloud in another process.
+fn parse_cloud(text: &str) -> Result<Address, String> {
+    let address = Address::parse(text, Address::CLOUD_PORT).map_err(|error| error.to_string())?;
+    let checked = address.check_port("cloud").and_then(|()| address.check_local("cloud"));
+    checked.map(|()| address).map_err(reason)
+}
+
+/// The reason alone: clap names the flag.
+fn reason(error: Error) -> String {
+    match error {
+        Error::Field { reason, .. } => reason,
+        other => other.to_string(),
+    }
+}
+
+/// An error about a field, with the flag that sets it.
+pub(crate) fn flagged(error: Error) -> anyhow::Error {
+    match error {
+        Error::Field { field, reason } => {
+            anyhow::anyhow!("--{}: {reason}", field.replace('_', "-"))
+        }
+        other => other.into(),
+    }
+}
+
 fn parse_codec(text: &str) -> Result<Codec, String> {
     Codec::from_name(text).ok_or_else(|| format!("{text:?} is none of f32, f16, int8, int4"))
 }
@@ -212,10 +222,38 @@ fn parse_switch(text: &str) -> Result<bool, String> {
 }
 
 impl DeviceRunArgs {
+    /// Refuses flags that can't work, before anything is fetched, made or written for them.
+    pub(crate) fn check(&self, cache: &Path) -> anyhow::Result<()> {
+        self.flags(PathBuf::new(), cache).check().map_err(flagged)?;
+        self.bundle.model().map(drop)
+    }
+
+    /// The same, for the model that was named without a flag.
+    pub(crate) fn named(mut self, model: ModelArg) -> anyhow::Result<Self> {
+        self.bundle = self.bundle.named(model)?;
+        Ok(self)
+    }
+
+    /// All that [`EngineConfig`] has, from the flags. The bundle is made if it is not there.
     pub(crate) fn config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
-        let mut config = EngineConfig::new(self.bundle.half(cache, "device")?)
+        self.check(cache)?;
+        let mut config = self.flags(self.bundle.half(cache, Role::Device)?, cache);
+        // A cloud in this process holds nothing of earlier ones.
+        if self.prefix
+            && self.cloud.is_some()
+            && let Ok(state) = serve::state_dir()
+        {
+            config.prefix_secret = secret::prefix_secret(&state)?;
+        }
+        Ok(config)
+    }
+
+    /// The flags, for a device on `bundle`.
+    pub(crate) fn flags(&self, bundle: PathBuf, cache: &Path) -> EngineConfig {
+        let mut config = EngineConfig::new(bundle)
             .link(self.run.link)
             .verify(self.run.verify(cache))
+            .drafters(pull::drafters(cache))
             .chunks(self.chunks)
             .prefix(self.prefix);
         config.wire = self.wire;
@@ -226,13 +264,7 @@ impl DeviceRunArgs {
         config.cloud_arithmetic = self.cloud_arithmetic;
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
         if let Some(address) = &self.cloud {
-            config = config.cloud(address);
-            // A cloud in this process holds nothing of earlier ones.
-            if self.prefix
-                && let Ok(state) = serve::state_dir()
-            {
-                config.prefix_secret = secret::prefix_secret(&state)?;
-            }
+            config = config.cloud(address.to_string());
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.processor = self.run.processor;
@@ -242,7 +274,18 @@ impl DeviceRunArgs {
         if let Some(threads) = self.run.threads {
             config = config.threads(threads);
         }
-        Ok(config)
+        config
+    }
+
+    /// The place of the cloud, and what computes there as far as it is known here.
+    pub(crate) fn cloud_words(&self, engine: &Engine) -> String {
+        match (engine.cloud(), &self.cloud) {
+            (None, Some(address)) => format!("cloud: {address}, another process"),
+            (cloud, _) => {
+                let describe = cloud.map_or(String::new(), Cloud::describe);
+                format!("cloud: in this process; {describe}")
+            }
+        }
     }
 
     pub(crate) fn chunks(&self) -> ChunkPolicy {

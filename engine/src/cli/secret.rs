@@ -102,6 +102,14 @@ fn open_to_others(path: &Path) -> Option<String> {
 /// Shortest API key that is taken from a file, in characters.
 const API_KEY_CHARS_MIN: usize = 16;
 
+/// Refuses a file with no usable key in it; makes none.
+///
+/// # Errors
+/// As [`api_key`].
+pub(super) fn check_api_key(path: &Path) -> anyhow::Result<()> {
+    read_api_key(path).map(drop)
+}
+
 /// The API key in the file at `path`; a new one if there is no file. It is shown once, and to a
 /// person at a terminal alone: what a service prints is kept in a log.
 ///

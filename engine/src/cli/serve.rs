@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
-use hat_engine::options::CloudAddress;
-use hat_engine::{Cloud, Engine, EngineConfig};
-use hat_loader::Bundle;
+use hat_engine::options::{Address, CloudAddress, Limits, LinkKind};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig};
+use hat_loader::{Bundle, Role};
 
 use super::log::tell;
-use super::{BundleArgs, DeviceRunArgs, RunArgs, secret};
+use super::{BundleArgs, DeviceRunArgs, ModelArg, RunArgs, flagged, reason, secret, words};
 
 /// Pause between two looks of a daemon at its signals and at the state of its role.
 const STOPPED_LOOK: Duration = Duration::from_millis(50);
@@ -23,11 +23,15 @@ const STOPPED_LOOK: Duration = Duration::from_millis(50);
 #[derive(Args)]
 pub(crate) struct CloudArgs {
     #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
     bundle: BundleArgs,
     #[command(flatten)]
     run: RunArgs,
-    /// Where to listen; loopback only until TLS exists.
-    #[arg(long, env = "HAT_LISTEN", default_value = "127.0.0.1:7433", value_name = "ADDR")]
+    /// Where to listen: HOST, HOST:PORT or PORT, on port 7433 unless it says another; loopback only
+    /// until TLS exists.
+    #[arg(long, env = "HAT_LISTEN", default_value = "127.0.0.1:7433", value_name = "ADDR",
+          value_parser = parse_listen)]
     listen: SocketAddr,
     /// Sessions open at once.
     #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N",
@@ -55,29 +59,20 @@ pub(crate) struct CloudArgs {
     /// Seconds without a sign of life after which a session gives its memory up if others need it.
     #[arg(long, env = "HAT_IDLE_AFTER", value_name = "SECONDS", default_value_t = 10.0)]
     idle_after: f64,
+    /// Says at the start the most memory that it can come to hold.
+    #[arg(long)]
+    verbose: bool,
 }
 
 impl CloudArgs {
-    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
-        let mut config =
-            self.run.cloud_config(self.bundle.half(cache, "cloud")?, cache).listen(self.listen);
-        config = config.stages(self.stages.unwrap_or(self.gpus.len().max(1)));
-        config.gpus = self.gpus;
-        config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
-        config.limits.context_max = self.context.unwrap_or(config.limits.context_max);
-        config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
-        let per_device = &mut config.limits.sessions_per_device_max;
-        *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
-        config.idle_after = seconds("--idle-after", self.idle_after)?;
+    pub(crate) fn run(mut self, cache: &Path) -> anyhow::Result<()> {
+        self.bundle = self.bundle.named(self.model.clone())?;
+        let mut config = self.flags(cache)?;
+        self.bundle.check_half(Role::Cloud)?;
         let ending = Ending::watch()?;
+        config.bundle = self.bundle.half(cache, Role::Cloud)?;
         let cloud = Cloud::start(config.clone())?;
-        let needed = config.limits.bytes_needed(&Bundle::open(&config.bundle)?);
-        let (describe, address) = (cloud.describe(), cloud.address());
-        let mut text = format!("cloud: {describe}; listening at {address}\n");
-        for (owner, bytes) in &needed {
-            text += &format!("  at most {:.1} MB for {owner}\n", *bytes as f64 / 1e6);
-        }
-        tell(text.trim_end());
+        tell(&self.first_lines(&config, &cloud)?);
         while !cloud.has_stopped() {
             if let Some(signal) = ending.signal() {
                 tell(&format!("{signal}: devices are told to come back later"));
@@ -90,6 +85,40 @@ impl CloudArgs {
             Some(fault) => bail!("the cloud stopped: {fault}"),
             None => bail!("the cloud stopped by itself; the log says why"),
         }
+    }
+
+    fn first_lines(&self, config: &CloudConfig, cloud: &Cloud) -> anyhow::Result<String> {
+        let bundle = Bundle::open(&config.bundle)?;
+        let (model, layers) = (&bundle.manifest().model_name, words::layers(&bundle));
+        let longest = u32::try_from(bundle.config().max_position_embeddings).unwrap_or(u32::MAX);
+        let context = config.limits.context_max.min(longest);
+        let mut text = format!("cloud: {model}, {layers}; {}\n", cloud.describe());
+        text += &format!("room for {}\n", words::room(&config.limits, context));
+        if self.verbose {
+            for (owner, bytes) in config.limits.bytes_needed(&bundle) {
+                text += &format!("at most {:.1} MB for {owner}\n", bytes as f64 / 1e6);
+            }
+        }
+        text += &format!("listening at {}", cloud.address());
+        Ok(text)
+    }
+
+    /// All but the bundle, checked before anything is fetched or made.
+    fn flags(&self, cache: &Path) -> anyhow::Result<CloudConfig> {
+        let mut config = self.run.cloud_config(PathBuf::new(), cache).listen(self.listen);
+        config = config.stages(self.stages.unwrap_or(self.gpus.len().max(1)));
+        config.gpus.clone_from(&self.gpus);
+        config.limits.sessions_max = self.sessions_max.unwrap_or(config.limits.sessions_max);
+        config.limits.context_max = self.context.unwrap_or(config.limits.context_max);
+        config.limits.kv_rows_max = self.kv_rows_max.unwrap_or(config.limits.kv_rows_max);
+        let per_device = &mut config.limits.sessions_per_device_max;
+        *per_device = self.sessions_per_device_max.unwrap_or(*per_device);
+        config.idle_after = seconds("--idle-after", self.idle_after)?;
+        config.check().map_err(flagged)?;
+        if config.link == LinkKind::Memory {
+            bail!("--link: memory links end in one process, and a cloud's devices are others: mio");
+        }
+        Ok(config)
     }
 }
 
@@ -132,9 +161,11 @@ impl Ending {
 #[derive(Args)]
 pub(crate) struct DeviceArgs {
     #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
     device: DeviceRunArgs,
-    /// Where the HTTP API listens: an address, loopback only until TLS exists, or unix:/PATH for a
-    /// socket of this user alone.
+    /// Where the HTTP API listens: HOST, HOST:PORT or PORT, on port 8080 unless it says another,
+    /// loopback only until TLS exists; or unix:/PATH for a socket of this user alone.
     #[arg(long, env = "HAT_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDR|unix:/PATH",
           value_parser = parse_http)]
     http: HttpAt,
@@ -166,15 +197,26 @@ pub(crate) struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
-        let mut config = self.http_config()?; // before a key is made or a model loaded
-        let ending = Ending::watch()?;
+    pub(crate) fn run(mut self, cache: &Path) -> anyhow::Result<()> {
+        self.device = self.device.named(self.model.clone())?;
+        let mut config = self.http_config()?;
         let key_file = self.key_file()?;
+        self.limit(self.device.flags(PathBuf::new(), cache)).check().map_err(flagged)?;
+        self.device.bundle.check_half(Role::Device)?;
+        let ending = Ending::watch()?;
+        // All flags are right: from here on things are fetched, made and opened for them.
+        if let Some(path) = &key_file {
+            secret::check_api_key(path)?;
+        }
+        let engine_config = self.limit(self.device.config(cache)?);
+        let limits = engine_config.limits;
+        let half = words::layers(&Bundle::open(&engine_config.bundle)?);
+        let engine = Arc::new(Engine::open(engine_config)?);
+        tell(&format!("device: {}, {half}; {}", engine.model_name(), engine.describe()));
+        tell(&words::drafter(&engine));
+        tell(&self.device.cloud_words(&engine));
+        tell(&format!("{}; more of them wait", words::room(&limits, engine.context())));
         config.api_key = key_file.as_deref().map(secret::api_key).transpose()?;
-        let engine = Arc::new(Engine::open(self.engine_config(cache)?)?);
-        tell(&format!("device: {}; model {}", engine.describe(), engine.model_name()));
-        let (sessions, context) = (engine.sessions_max(), engine.context());
-        tell(&format!("{sessions} answers at once, {context} tokens each"));
         let server = HttpServer::start(engine.clone(), config)?;
         if let Some(path) = &key_file {
             tell(&format!("http: the API key is in {}", path.display()));
@@ -197,32 +239,32 @@ impl DeviceArgs {
         bail!("the HTTP server stopped by itself; the log says why")
     }
 
-    fn engine_config(&self, cache: &Path) -> anyhow::Result<EngineConfig> {
-        let mut config = self.device.config(cache)?;
+    /// The same configuration, with this command's bounds.
+    fn limit(&self, mut config: EngineConfig) -> EngineConfig {
         let mut limits = config.limits;
         limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
         limits.context_max = self.context.unwrap_or(limits.context_max);
-        limits.kv_rows_max = limits.sessions_max.saturating_mul(limits.context_max);
+        limits.kv_rows_max = Limits::kv_rows(limits.sessions_max, limits.context_max);
         config.limits = limits;
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.limits.context_max = limits.context_max;
             cloud.limits.kv_rows_max = limits.kv_rows_max;
         }
-        Ok(config)
+        config
     }
 
     fn http_config(&self) -> anyhow::Result<HttpConfig> {
-        let mut config = match &self.http {
-            HttpAt::Address(address) => HttpConfig::new(*address),
-            HttpAt::Unix(_) => HttpConfig::new(SocketAddr::from(([127, 0, 0, 1], 0))),
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (listen, unix) = match &self.http {
+            HttpAt::Address(address) => (*address, None),
+            HttpAt::Unix(path) => (loopback, Some(path.clone())),
         };
-        if let HttpAt::Unix(path) = &self.http {
-            config.unix = Some(path.clone());
-        }
+        let mut config = HttpConfig::new(listen);
+        config.unix = unix;
         config.allow_hosts.clone_from(&self.allow_host);
         config.allow_origins.clone_from(&self.allow_origin);
         config.limits.drain = seconds("--drain", self.drain)?;
-        config.check()?;
+        config.check().map_err(flagged)?;
         Ok(config)
     }
 
@@ -252,16 +294,27 @@ fn parse_http(text: &str) -> Result<HttpAt, String> {
             Err("after unix: an absolute path is wanted, as unix:/run/user/1000/hat.sock".into())
         };
     }
-    let address = text.parse().map(HttpAt::Address);
-    address.map_err(|error| format!("{error}: 127.0.0.1:PORT or unix:/PATH is wanted"))
+    let address = local("http", text, Address::HTTP_PORT);
+    address.map(HttpAt::Address).map_err(|error| format!("{error}; or unix:/PATH"))
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    local("listen", text, Address::CLOUD_PORT)
+}
+
+/// An address of this machine to listen at.
+fn local(field: &'static str, text: &str, port: u16) -> Result<SocketAddr, String> {
+    let address = Address::parse(text, port).map_err(|error| error.to_string())?;
+    address.check_local(field).map_err(reason)?;
+    address.resolve().map_err(|error| error.to_string())
 }
 
 /// Where secrets of this user's roles are kept.
 pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
-    let base = std::env::var_os("XDG_STATE_HOME")
-        .filter(|path| !path.is_empty())
+    let variable = |name| std::env::var_os(name).filter(|path| !path.is_empty());
+    let base = variable("XDG_STATE_HOME")
         .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")));
+        .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local/state")));
     let base = base.context("neither XDG_STATE_HOME nor HOME is set; use --api-key-file")?;
     Ok(base.join("hat-engine"))
 }
@@ -272,13 +325,35 @@ mod tests {
 
     #[test]
     fn the_api_has_an_address_or_a_socket() {
-        let address = "127.0.0.1:8080".parse().unwrap();
-        assert_eq!(parse_http("127.0.0.1:8080"), Ok(HttpAt::Address(address)));
+        let address = |text: &str| HttpAt::Address(text.parse().unwrap());
+        for (text, at) in [
+            ("127.0.0.1:80", "127.0.0.1:80"),
+            ("localhost:0", "127.0.0.1:0"),
+            ("localhost", "127.0.0.1:8080"),
+            ("9090", "127.0.0.1:9090"),
+            (":9090", "127.0.0.1:9090"),
+            ("[::1]", "[::1]:8080"),
+        ] {
+            assert_eq!(parse_http(text), Ok(address(at)), "{text}");
+        }
         assert_eq!(parse_http("unix:/run/x.sock"), Ok(HttpAt::Unix("/run/x.sock".into())));
-        for (text, word) in [("unix:", "absolute"), ("unix:x.sock", "absolute"), ("", "unix:/PATH")]
-        {
+        for (text, word) in [
+            ("unix:", "absolute"),
+            ("unix:x.sock", "absolute"),
+            ("", "unix:/PATH"),
+            ("0.0.0.0", "ssh -L"),
+            ("nowhere.invalid", "unknown"),
+        ] {
             let error = parse_http(text).unwrap_err();
             assert!(error.contains(word), "{error}");
         }
+    }
+
+    #[test]
+    fn a_cloud_has_an_address_and_its_own_port() {
+        let of = |text: &str| parse_listen(text).map(|address| address.to_string());
+        assert_eq!(of("localhost").as_deref(), Ok("127.0.0.1:7433"));
+        assert_eq!(of("[::1]:1").as_deref(), Ok("[::1]:1"));
+        assert!(of("192.0.2.1:7433").unwrap_err().contains("ssh -L"));
     }
 }

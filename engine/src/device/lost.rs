@@ -99,6 +99,7 @@ impl Start {
         // It may have computed on the same GPU. Nothing else is lost without it.
         if self.trained.as_ref().is_none_or(|trained| trained.arithmetic_id() != ARITHMETIC_CPU) {
             let loaded = trained(config, &bundle, split_layer, ARITHMETIC_CPU);
+            let loaded = loaded.map(|found| found.map(|(trained, _)| trained));
             self.trained = loaded.unwrap_or_else(|error| {
                 tracing::warn!(%error, "requests go on without the trained drafter");
                 None

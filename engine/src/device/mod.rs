@@ -30,6 +30,7 @@ use self::trained::DraftSessions;
 use crate::answer::Prepared;
 use crate::cloud::Cloud;
 use crate::config::{CloudAddress, Codec, EngineConfig};
+use crate::draft::drafters::Fitting;
 use crate::draft::trained::Trained;
 use crate::metrics::EngineMetrics;
 use crate::model::DeviceForward;
@@ -122,6 +123,9 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
     model_name: String,
     sampling: SamplingDefaults,
+    /// Origin of the trained drafter.
+    drafter: Option<String>,
+    split_layer: usize,
     wire: Codec,
     queue_max: u32,
     cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
@@ -138,13 +142,17 @@ impl Engine {
     /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
-        config.limits.check()?;
+        config.check()?;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let model = processor::device(&config, &bundle, split_layer, pages)?;
-        let trained = trained(&config, &bundle, split_layer, model.arithmetic_id())?;
-        Self::serve_drafting(config, &bundle, model, trained)
+        let drafter = trained(&config, &bundle, split_layer, model.arithmetic_id())?;
+        let (trained, origin) = drafter.unzip();
+        let mut engine = Self::serve_drafting(config, &bundle, model, trained)?;
+        engine.drafter = origin;
+        engine.split_layer = split_layer;
+        Ok(engine)
     }
 
     /// Serves a model that is already loaded (tests that plant faults in its backend). Its KV
@@ -221,6 +229,8 @@ impl Engine {
             thread: Some(thread),
             model_name: bundle.manifest().model_name.clone(),
             sampling: bundle.sampling(),
+            drafter: None,
+            split_layer,
             wire,
             queue_max,
             cloud,
@@ -350,6 +360,21 @@ impl Engine {
         self.shared.describe().drafter.clone()
     }
 
+    /// Origin of the trained drafter, for people: in the bundle, built in, or a file. `None` if
+    /// there is none for this model and split.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn drafter_origin(&self) -> Option<&str> {
+        self.drafter.as_deref()
+    }
+
+    /// Layers on the device before the cloud's.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn split_layer(&self) -> usize {
+        self.split_layer
+    }
+
     /// Whether it has stopped by itself, since its link or its backend failed: it answers nothing
     /// any more.
     #[doc(hidden)]
@@ -388,28 +413,29 @@ impl Drop for Engine {
     }
 }
 
-/// The trained drafter of a device's bundle, if it has one that was trained for this split, on the
-/// GPU where the device's layers compute in CUDA's arithmetic.
+/// A trained drafter, and its origin for people.
+type Drafter = (Box<dyn Trained>, String);
+
+/// The trained drafter for a device's bundle and this split with its origin, if there is one, on
+/// the GPU where the device's layers compute in CUDA's arithmetic.
 ///
 /// # Errors
-/// [`Error::Bundle`] if its file is bad, [`Error::Backend`].
+/// [`Error::Bundle`] if the bundle's own is bad, [`Error::Backend`].
 fn trained(
     config: &EngineConfig,
     bundle: &Bundle,
     split_layer: usize,
     arithmetic_id: u32,
-) -> Result<Option<Box<dyn Trained>>, Error> {
+) -> Result<Option<Drafter>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
     let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-    let model = processor::drafter(config, bundle, arithmetic_id, rows, pages)?;
-    let Some(model) = model else { return Ok(None) };
-    if model.split_layer() != split_layer {
-        let trained_for = model.split_layer();
-        tracing::warn!(trained_for, split_layer, "the trained drafter is for another split");
-        return Ok(None);
-    }
+    let found = config.drafters.find(bundle, split_layer);
+    let found = found.map_err(|error| bundle_error(bundle.directory(), error.to_string()))?;
+    let Some(Fitting { origin, adapter }) = found else { return Ok(None) };
+    let model = processor::drafter(config, bundle, &adapter, arithmetic_id, rows, pages)?;
     let hidden_size = bundle.config().hidden_size;
-    Ok(Some(Box::new(DraftSessions::new(model, hidden_size, rows, pages))))
+    let sessions = DraftSessions::new(model, hidden_size, rows, pages);
+    Ok(Some((Box::new(sessions), origin)))
 }
 
 /// Opens a device's bundle and verifies its files.

@@ -66,11 +66,18 @@ impl Device {
         if self.connection.is_some() {
             return;
         }
-        match wire::resolve(&self.cloud) {
+        match self.address.resolve() {
             Ok(address) => self.connection = Some(self.endpoint.dial(address)),
-            Err(reason) => {
+            Err(error) => {
+                let reason = error.to_string();
+                if self.reason != reason {
+                    tracing::info!(cloud = %self.cloud, %reason, "the cloud can't be dialled");
+                }
                 self.reason = reason;
                 self.redial.put_off(self.start.shared.clock.now());
+                if error.is_final {
+                    self.fail_for_cloud();
+                }
             }
         }
     }
@@ -100,6 +107,14 @@ impl Device {
             self.begin_anew();
         }
         self.actives.iter_mut().for_each(|active| active.deadline = None);
+    }
+
+    /// Ends all requests, since waiting for the cloud would not help them. The device dials on.
+    pub(super) fn fail_for_cloud(&mut self) {
+        for index in (0..self.actives.len()).rev() {
+            let (peer, reason) = (self.cloud.clone(), self.reason.clone());
+            self.fail(index, Error::Peer { peer, reason });
+        }
     }
 
     /// Fails requests that have waited for the cloud as long as they may.

@@ -22,7 +22,7 @@ use super::{Described, Job, Shared};
 use crate::answer::Answer;
 use crate::backend::{BackendFault, RowMove, TokenId};
 use crate::chunk::Planner;
-use crate::config::{CloudAddress, EngineConfig};
+use crate::config::{self, Address, CloudAddress, EngineConfig};
 use crate::draft::policy::Asking;
 use crate::draft::trained::Trained;
 use crate::draft::tree::Guess;
@@ -107,6 +107,7 @@ impl Start {
         let CloudAddress::Remote(cloud) = &self.config.cloud else {
             unreachable!("a cloud in this process has been started and has an address")
         };
+        let address = config::remote(cloud)?;
         let facts = &self.facts;
         let clock = self.shared.clock.clone();
         let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
@@ -118,7 +119,8 @@ impl Start {
         Ok(Device {
             endpoint,
             guard,
-            cloud: cloud.clone(),
+            cloud: address.to_string(),
+            address,
             connection: None,
             redial: Redial::default(),
             down_since: Some(self.shared.clock.now()),
@@ -166,6 +168,8 @@ pub(super) struct Device {
     pub(super) start: Start,
     pub(super) endpoint: Endpoint,
     guard: watch::Guard,
+    pub(super) address: Address,
+    /// The same as text.
     pub(super) cloud: String,
     pub(super) connection: Option<ConnectionId>,
     pub(super) redial: Redial,
@@ -244,7 +248,10 @@ impl Missing {
     fn tell(&mut self, draft: DraftMode, has_trained: bool) {
         let mode = draft.name();
         if draft.wants_trained() && !has_trained && !std::mem::replace(&mut self.trained, true) {
-            tracing::warn!(mode, "the bundle has no trained drafter: lookup drafts alone");
+            tracing::warn!(
+                mode,
+                "no trained drafter for this model and split: lookup drafts alone"
+            );
         }
     }
 }
@@ -468,10 +475,7 @@ impl Device {
                     self.actives.iter_mut().for_each(|active| active.restart(None));
                     return;
                 }
-                for index in (0..self.actives.len()).rev() {
-                    let (peer, reason) = (self.cloud.clone(), self.reason.clone());
-                    self.fail(index, Error::Peer { peer, reason });
-                }
+                self.fail_for_cloud();
             }
             LinkEvent::Frame { frame, .. } => {
                 self.redial.works();

@@ -11,6 +11,7 @@
 //! - [`trained`]: the seam of drafters that compute
 //! - [`policy`]: how many of them pay
 
+pub mod drafters;
 pub mod foresee;
 pub mod lookup;
 mod mode;

@@ -106,7 +106,7 @@ impl HttpConfig {
     /// [`Error::Field`] that names the field.
     pub fn check(&self) -> Result<(), Error> {
         if self.unix.is_none() {
-            crate::config::check_loopback("http", self.listen)?;
+            crate::config::check_loopback("http", self.listen.ip())?;
         }
         let printable = |key: &String| !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
         if self.api_key.as_ref().is_some_and(|key| !printable(key)) {

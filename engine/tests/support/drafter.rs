@@ -16,6 +16,13 @@ pub fn add_noise(bundles: &Bundles, kind: AdapterKind) {
 
 /// The same, given the folder of both halves.
 pub fn add_noise_at(bundles: &Path, kind: AdapterKind) {
+    let file = bundles.join("drafter.safetensors");
+    write_noise(bundles, kind, 1, &file);
+    add_adapter(&bundles.join("device"), &file).unwrap();
+}
+
+/// Writes a drafter of noise for the device's half and the rows after `split_layer` layers.
+pub fn write_noise(bundles: &Path, kind: AdapterKind, split_layer: usize, file: &Path) {
     let path = bundles.join("device");
     let half = hat_loader::Bundle::open(&path).unwrap();
     let mut state = 1u32;
@@ -46,13 +53,11 @@ pub fn add_noise_at(bundles: &Path, kind: AdapterKind) {
         ("format_version", "1".to_owned()),
         ("kind", kind.name().to_owned()),
         ("model_id", half.model_id().to_string()),
-        ("split_layer", "1".to_owned()),
+        ("split_layer", split_layer.to_string()),
     ];
     let texts = texts.map(|(name, text)| (name.to_owned(), text)).into_iter().collect();
-    let file = bundles.join("drafter.safetensors");
     let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
         (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
     });
-    serialize_to_file(views, Some(texts), &file).unwrap();
-    add_adapter(&path, &file).unwrap();
+    serialize_to_file(views, Some(texts), file).unwrap();
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use half::f16;
 
 use super::manifest::{ADAPTER, FileEntry, MANIFEST, Manifest};
-use super::{BundleError, read_manifest};
+use super::{BundleError, ModelId, read_manifest};
 use crate::config::LlamaConfig;
 use crate::file;
 use crate::header::{self, Entry, Texts};
@@ -102,6 +102,36 @@ impl Adapter {
     /// The file can't be read or is no drafter for that model; [`BundleError::Adapter`] says why.
     pub fn read(path: &Path, device: &super::Bundle) -> Result<Self, BundleError> {
         Self::from_bytes(path, &read_file(path)?, device.manifest())
+    }
+
+    /// As [`Adapter::read`], of the content of a file; `name` is for messages.
+    ///
+    /// # Errors
+    /// As [`Adapter::read`].
+    pub fn of_bytes(
+        name: &Path,
+        bytes: &[u8],
+        device: &super::Bundle,
+    ) -> Result<Self, BundleError> {
+        Self::from_bytes(name, bytes, device.manifest())
+    }
+
+    /// The model that a drafter was trained for, and the number of layers whose rows it reads;
+    /// nothing else of the file is looked at.
+    ///
+    /// # Errors
+    /// The file is no drafter; `name` is for the message.
+    pub fn trained_for(name: &Path, bytes: &[u8]) -> Result<(ModelId, usize), BundleError> {
+        let wrong = |reason: String| BundleError::Adapter { path: name.to_owned(), reason };
+        let (_, texts) = header::read_with_metadata(bytes)
+            .map_err(|error| BundleError::Header { path: name.to_owned(), error })?;
+        let text =
+            |name: &str| texts.get(name).ok_or_else(|| wrong(format!("it states no {name}")));
+        let model = text("model_id")?.parse();
+        let model = model.map_err(|error| wrong(format!("model_id: {error}")))?;
+        let split = text("split_layer")?;
+        let split = split.parse().map_err(|_| wrong(format!("split_layer {split:?}")))?;
+        Ok((model, split))
     }
 
     pub(super) fn from_bytes(

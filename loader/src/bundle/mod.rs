@@ -36,7 +36,7 @@ pub use manifest::{
     TOKENIZER, TOKENIZER_CONFIG, TensorEntry, WEIGHTS, WIRE_DEFAULT,
 };
 pub use model_id::{ModelId, ModelIdError};
-pub use verify::{Verified, Watch};
+pub use verify::{Verified, Watch, content_hash};
 pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, write_bundles};
 
 use manifest::Stored;

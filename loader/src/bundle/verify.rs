@@ -146,8 +146,7 @@ impl Watch {
         threads: usize,
         on_piece: &mut dyn FnMut(&Path),
     ) -> Result<Verified, BundleError> {
-        let now = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
-        let now = i128::try_from(now).unwrap_or(i128::MAX);
+        let now = since_epoch_ns(now);
         let mut verdicts = memory.map(Verdicts::read).unwrap_or_default();
         let mut verified = Verified::default();
         // A file that was written just now could be written again within the same tick: no
@@ -207,6 +206,47 @@ impl Watch {
     }
 }
 
+/// BLAKE3 of a regular file, as it is remembered in the directory `memory` or by reading it;
+/// remembers what it read. `now` and `on_piece` are as in [`Watch::verify`].
+///
+/// # Errors
+/// What the system says; a file that somebody keeps writing to.
+pub fn content_hash(
+    path: &Path,
+    memory: Option<&Path>,
+    now: SystemTime,
+    threads: usize,
+    on_piece: &mut dyn FnMut(),
+) -> io::Result<blake3::Hash> {
+    let file = file::open(path)?;
+    let stamp = || file.metadata().map(|metadata| Stamp::of(&metadata));
+    let mut verdicts = memory.map(Verdicts::read).unwrap_or_default();
+    if let Some(known) = verdicts.hash_of(&stamp()?) {
+        return Ok(known);
+    }
+    for _ in 0..TRIES {
+        let before = stamp()?;
+        let found = hash(&file, before.bytes, threads, on_piece)?;
+        if stamp()? != before {
+            continue;
+        }
+        if let Some(memory) = memory
+            && before.is_settled(since_epoch_ns(now))
+        {
+            let entry = FileEntry { bytes: before.bytes, blake3: found.to_hex().to_string() };
+            verdicts.new.push(line(&before, &entry));
+            let _ = verdicts.write(memory);
+        }
+        return Ok(found);
+    }
+    Err(io::Error::other("somebody keeps writing to it"))
+}
+
+fn since_epoch_ns(now: SystemTime) -> i128 {
+    let now = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    i128::try_from(now).unwrap_or(i128::MAX)
+}
+
 /// The remembered verdicts, a line each.
 #[derive(Default)]
 struct Verdicts {
@@ -231,6 +271,14 @@ impl Verdicts {
         let is_ours = lines.next() == Some(HEADER);
         let lines = lines.filter(|_| is_ours).map(str::to_owned).collect();
         Self { lines, new: Vec::new() }
+    }
+
+    /// The content of a file in this state, if it is remembered.
+    fn hash_of(&self, stamp: &Stamp) -> Option<blake3::Hash> {
+        let entry = FileEntry { bytes: stamp.bytes, blake3: String::new() };
+        let beginning = line(stamp, &entry);
+        let known = self.lines.iter().find_map(|line| line.strip_prefix(&beginning));
+        known.and_then(|hash| blake3::Hash::from_hex(hash).ok())
     }
 
     /// Adds the new ones.

@@ -1,7 +1,7 @@
 //! Emulates a slower, longer, worse link on this machine: a relay between those who connect and
 //! the address that they want.
 
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use hat_engine::options::Address;
 use hat_engine::out::{self, OutError};
 use hat_engine::{note, outln};
 use hat_transport::emulator::{
@@ -30,12 +31,13 @@ const DAY_MS: f64 = 86_400_000.0;
 #[derive(Parser)]
 #[command(name = "hat-link", version, allow_negative_numbers = true)]
 struct Args {
-    /// Where to listen; port 0 for any free one.
-    #[arg(long, value_name = "ADDR", required_unless_present = "calibrate")]
-    listen: Option<String>,
-    /// Where connections are relayed to.
-    #[arg(long, value_name = "ADDR", required_unless_present = "calibrate")]
-    to: Option<String>,
+    /// Where to listen on this machine: HOST, HOST:PORT or PORT; port 0 for any free one.
+    #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
+    listen: Option<SocketAddr>,
+    /// Where on this machine connections are relayed to: as --listen, on port 7433 unless it says
+    /// another.
+    #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
+    to: Option<SocketAddr>,
     /// Rate up, Mbit/s, 0.01 to 100000; no limit without.
     #[arg(long, value_name = "N", value_parser = mbit)]
     up_mbit: Option<f64>,
@@ -111,6 +113,11 @@ fn number(text: &str, least: f64, most: f64, unit: &str) -> Result<f64, String> 
     }
 }
 
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let address = Address::parse(text, Address::CLOUD_PORT).map_err(|error| error.to_string())?;
+    address.resolve().map_err(|error| error.to_string())
+}
+
 fn mbit(text: &str) -> Result<f64, String> {
     number(text, 0.01, 100_000.0, "Mbit/s")
 }
@@ -176,8 +183,8 @@ fn millis(ms: f64) -> Duration {
 impl Args {
     fn config(&self, to: SocketAddr) -> anyhow::Result<EmulatorConfig> {
         let mut config = EmulatorConfig::new(to);
-        if let Some(listen) = &self.listen {
-            config.listen = resolve(listen).context("--listen")?;
+        if let Some(listen) = self.listen {
+            config.listen = listen;
         }
         config.seed = self.seed;
         let half = self.rtt_ms.map(|rtt| rtt / 2.0);
@@ -218,11 +225,6 @@ impl Args {
     }
 }
 
-fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
-    let found = address.to_socket_addrs().with_context(|| format!("{address:?} is no address"))?;
-    found.into_iter().next().with_context(|| format!("{address:?} has no address"))
-}
-
 fn main() -> ExitCode {
     let args = match out::parse::<Args>() {
         Ok(args) => args,
@@ -237,10 +239,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, ended.clone()).context("can't wait for signals")?;
     }
-    let to = match &args.to {
-        Some(to) => resolve(to).context("--to")?,
-        None => SocketAddr::from(([127, 0, 0, 1], 0)),
-    };
+    let to = args.to.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     let mut config = args.config(to)?;
     if !args.no_calibrate {
         let calibration = Calibration::measure(&config).context("calibration")?;

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_engine::out::{self, OutError};
-use hat_engine::{outln, pull};
+use hat_engine::{note, outln, pull};
 use hat_loader::{BundleOptions, Report, RoleReport, Weights};
 
 /// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
@@ -91,9 +91,22 @@ fn run(args: &Args) -> anyhow::Result<()> {
         weights: args.weights.into(),
     };
     let report = pull::split_with(&path, args.pre.as_deref(), options, &args.out)?;
-    if let Some(adapter) = &args.adapter {
-        let added = hat_loader::add_adapter(&args.out.join("device"), adapter);
-        added.context("the bundles are written, but without the drafter")?;
+    let device = args.out.join("device");
+    let has_drafter = match &args.adapter {
+        Some(adapter) => {
+            let added = hat_loader::add_adapter(&device, adapter);
+            added.context("the bundles are written, but without the drafter")?;
+            true
+        }
+        None => pull::add_drafter(&device),
+    };
+    if !has_drafter {
+        note!(
+            "hat-split: no trained drafter for {} after layer {}: each round trip brings fewer \
+             tokens; hat-train makes one",
+            report.model_name,
+            report.split_layer
+        );
     }
     if args.json {
         outln!("{}", serde_json::to_string(&report)?)?;

@@ -299,7 +299,8 @@ impl Backend for CpuBackend {
 
     fn describe(&self) -> String {
         let threads = self.threads.count();
-        format!("cpu: {} kernels, {threads} threads, arithmetic 1", self.kernels.name)
+        let s = if threads == 1 { "" } else { "s" };
+        format!("cpu: {}, {threads} thread{s}", self.kernels.name)
     }
 
     fn arithmetic_id(&self) -> u32 {

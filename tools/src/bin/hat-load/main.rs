@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
-use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
+use hat_engine::options::{Address, ChunkPolicy, Codec, DraftMode};
 use hat_engine::pull;
+use hat_engine::pull::models::{Cut, Model};
 use hat_engine::{note, out, outln};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tempfile::TempDir;
@@ -39,16 +40,18 @@ use crate::speech::{CloudSetup, DeviceSetup, Link};
 #[derive(Parser)]
 #[command(name = "hat-load", version, allow_negative_numbers = true)]
 struct Args {
-    /// A cloud that runs already, as host:port; without, one is started in a process of its own.
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["cloud_threads", "sessions_max",
-        "kv_rows_max"])]
+    /// A cloud that runs already: HOST, HOST:PORT or PORT, on port 7433 unless it says another;
+    /// without, one is started in a process of its own.
+    #[arg(long, value_name = "ADDR", value_parser = cloud_address,
+        conflicts_with_all = ["cloud_threads", "sessions_max", "kv_rows_max"])]
     cloud: Option<String>,
-    /// A bundle made by hat-split: the directory with device/ and cloud/.
-    #[arg(long, value_name = "DIR", conflicts_with = "model")]
+    /// A bundle made by hat-split, or a GGUF file or a Hugging Face directory, which is split into
+    /// the cache on first use.
+    #[arg(short = 'm', long, value_name = "MODEL", conflicts_with = "model")]
     bundle: Option<PathBuf>,
     /// Which model without --bundle.
-    #[arg(long, value_enum, default_value_t = Model::Tiny)]
-    model: Model,
+    #[arg(long, value_enum, default_value_t = Made::Tiny)]
+    model: Made,
     /// How many devices, 1 to 10000.
     #[arg(long, value_name = "N", default_value_t = 30)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -134,7 +137,7 @@ struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Model {
+enum Made {
     /// Four layers of random numbers, made on the spot.
     Tiny,
     /// The engine's default model, fetched if it is not there.
@@ -152,6 +155,13 @@ fn number(text: &str, least: f64, most: f64) -> Result<f64, String> {
         Ok(value) if (least..=most).contains(&value) => Ok(value),
         _ => Err(format!("allowed are {least} to {most}")),
     }
+}
+
+/// The address of a cloud on this machine.
+fn cloud_address(text: &str) -> Result<String, String> {
+    let address = Address::parse(text, Address::CLOUD_PORT).map_err(|error| error.to_string())?;
+    let checked = address.check_port("cloud").and_then(|()| address.check_local("cloud"));
+    checked.map(|()| address.to_string()).map_err(|error| error.to_string())
 }
 
 fn rate(text: &str) -> Result<f64, String> {
@@ -239,20 +249,22 @@ impl Args {
     /// The directory with both halves, and what keeps it.
     fn bundle(&self) -> anyhow::Result<(PathBuf, Option<TempDir>)> {
         if let Some(bundle) = &self.bundle {
+            let bundle = Model::at(bundle).context("--bundle")?;
+            let bundle = bundle.bundle(&pull::cache_dir()?, Cut::default())?;
             for half in ["device", "cloud"] {
                 let path = bundle.join(half).join("bundle.json");
                 // A cloud that runs already has its own half.
                 let needed = half == "device" || self.cloud.is_none() || self.check_whole;
                 anyhow::ensure!(!needed || path.is_file(), "--bundle: no {}", path.display());
             }
-            return Ok((bundle.clone(), None));
+            return Ok((bundle, None));
         }
         match self.model {
-            Model::Default => {
+            Made::Default => {
                 let cache = pull::cache_dir()?;
                 Ok((pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0)?, None))
             }
-            Model::Tiny => {
+            Made::Tiny => {
                 let folder = tempfile::tempdir().context("a folder for the tiny model")?;
                 let bundle = hat_engine::internal::tiny_bundle(folder.path());
                 let bundle = bundle.map_err(|error| anyhow::anyhow!("the tiny model: {error}"))?;
