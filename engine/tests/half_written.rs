@@ -3,10 +3,15 @@
 #![cfg(unix)]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod support;
+
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use support::Bundles;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hat-engine");
 /// The default model's file, and its size.
@@ -132,13 +137,16 @@ fn a_cached_model_is_known_by_its_hash() {
 fn a_full_disk_leaves_nothing_of_a_key() {
     let home = tempfile::tempdir().unwrap();
     let state = home.path().join("state");
-    let device = ["device", "--bundle", "/no/such/bundle", "--http", "127.0.0.1:0"];
+    let bundles = Bundles::generated(1, 0);
+    // The key is made when the model is open, and the server that needs it can't be started.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap().to_string();
+    let device = ["device", "--bundle", bundles.path.to_str().unwrap(), "--http", &taken];
     let said = failed(&run(home.path(), Some(0), &device));
     assert!(said.contains("api-key") && said.contains(FULL), "{said}");
     assert_eq!(files(&state), [] as [PathBuf; 0]);
-    // With room it is made, and what fails afterwards is the bundle.
     let said = failed(&run(home.path(), None, &device));
-    assert!(said.contains("/no/such/bundle"), "{said}");
+    assert!(said.contains(&taken), "{said}");
     let [key] = &files(&state)[..] else { panic!("{:?}", files(&state)) };
     assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(!said.contains("warning"), "{said}");
@@ -146,7 +154,7 @@ fn a_full_disk_leaves_nothing_of_a_key() {
     fs::set_permissions(key, fs::Permissions::from_mode(0o644)).unwrap();
     let said = failed(&run(home.path(), None, &device));
     let warning = format!("{} is open to others on this machine (mode 0644)", key.display());
-    assert!(said.contains(&warning) && said.contains("/no/such/bundle"), "{said}");
+    assert!(said.contains(&warning) && said.contains(&taken), "{said}");
 }
 
 #[test]
@@ -156,9 +164,11 @@ fn a_fifo_is_neither_a_prompt_nor_a_key() {
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let path = fifo.to_str().unwrap();
     let prompt = format!("@{path}");
+    let bundles = Bundles::generated(1, 0);
+    let bundle = bundles.path.to_str().unwrap();
     for args in [
-        &["generate", "--bundle", "/no/such/bundle", "-p", &prompt][..],
-        &["device", "--bundle", "/no/such/bundle", "--api-key-file", path],
+        &["generate", "--bundle", bundle, "-p", &prompt][..],
+        &["device", "--bundle", bundle, "--api-key-file", path],
     ] {
         let said = failed(&run(home.path(), None, args));
         assert!(said.contains(path) && said.contains("a FIFO"), "{args:?}: {said}");
