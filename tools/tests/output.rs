@@ -84,7 +84,7 @@ fn a_report_is_output_like_any_other() {
     let out = folder.path().join("out");
     let (model, path) = (model.to_str().unwrap(), out.to_str().unwrap());
     for more in [&[][..], &["--report"], &["--json"]] {
-        let args = [&[model, "--split-layer", "1", "--out", path], more].concat();
+        let args = [&[model, "--split-layer", "2", "--out", path], more].concat();
         check(SPLIT, &args, &|| {
             let _ = std::fs::remove_dir_all(&out);
         });
