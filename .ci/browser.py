@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,8 @@ class Pages:
 
     def visit(self, chromium, host):
         """What the page sees under this host name."""
-        with tempfile.TemporaryDirectory() as profile:
+        # Its processes may still write while they die.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
             browser = subprocess.Popen(
                 [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                  "--no-first-run", "--disable-background-networking",
@@ -96,11 +98,11 @@ class Pages:
                  "--disable-dev-shm-usage", f"--user-data-dir={profile}",
                  "--host-resolver-rules=MAP *.example 127.0.0.1",
                  "--remote-debugging-port=0", f"http://{host}:{self.port}/"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             try:
                 return self.seen.get(timeout=PATIENCE)
             finally:
-                browser.kill()
+                os.killpg(browser.pid, signal.SIGKILL)
                 browser.wait()
 
 
