@@ -77,7 +77,7 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| cores.get())
 }
 
-/// What runs beside the round trips.
+/// The work beside the round trips.
 #[derive(Clone, Copy)]
 enum Load {
     Idle,

@@ -7,7 +7,7 @@
 //! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
 //! - `nvrtc` (feature `nvrtc`) is the compiler behind `hat-kernels`.
 //!
-//! What is emulated and compiled is in `docs/KERNELS.md`, what has run on a GPU in `HARDWARE.md`.
+//! `docs/KERNELS.md` says which parts are emulated and compiled, `HARDWARE.md` which ran on a GPU.
 //! The crate opens `unsafe`: launchers and what stands below them are where pointers leave Rust.
 
 #![expect(unsafe_code, reason = "launches kernels and calls C libraries")]

@@ -157,7 +157,7 @@ impl TestGpu {
         }
     }
 
-    /// What the emulator has counted.
+    /// The emulator's counts.
     pub fn counts(&self) -> Option<Counts> {
         match &self.kind {
             Kind::Emulator(emulator) => Some(emulator.counts()),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::on_driver::fake_driver;
 
-/// What the script may call.
+/// The commands that the script may call.
 const TOOLS: [&str; 17] = [
     "bash", "cat", "cut", "date", "dirname", "env", "grep", "gzip", "head", "mkdir", "mktemp",
     "realpath", "rm", "sed", "tail", "tar", "timeout",
@@ -106,7 +106,7 @@ impl Machine {
         self.run(kind, out, arguments).wait_with_output().unwrap().status.code()
     }
 
-    /// What the page says of a part, with its heading.
+    /// The page's section of a part, with its heading.
     fn page(&self, out: &str, part: &str) -> String {
         let page = self.folder.path().join(out).join("HARDWARE.md");
         let page = std::fs::read_to_string(page).unwrap_or_default();

@@ -45,7 +45,7 @@ pub fn same_under_all_schedules<T: PartialEq + std::fmt::Debug>(
     first
 }
 
-/// What the emulator has counted so far. A test that shows nothing without it stands in a module
+/// The emulator's counts so far. A test that shows nothing without it stands in a module
 /// `emulated`, by whose name `cuda/run-on-gpu.sh` leaves it out.
 pub fn counts(gpu: &TestGpu) -> Counts {
     gpu.counts().expect("on a GPU, tests in modules `emulated` are left out")

@@ -44,7 +44,7 @@ pub enum Model {
 pub struct Cut {
     /// In front of the cloud's.
     pub split_layer: Option<u32>,
-    /// Reading the cloud's.
+    /// Behind the cloud's.
     pub tail_layers: Option<u32>,
 }
 

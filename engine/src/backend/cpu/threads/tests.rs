@@ -1,4 +1,4 @@
-//! What the pool promises: each piece runs once, `run` returns when all have ended, and a worker
+//! The promise of the pool: each piece runs once, `run` returns when all have ended, and a worker
 //! that is parked wakes. A pool that breaks its promise fails here; it does not hang.
 
 use std::sync::mpsc;
