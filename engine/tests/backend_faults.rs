@@ -450,24 +450,11 @@ fn a_device_that_falls_back_serves_what_waits() {
 #[cfg(feature = "cuda")]
 #[test]
 fn a_device_that_falls_back_says_what_it_computes_in() {
-    use hat_transport::message::{Hello, Message, Opened, Role};
+    use hat_transport::message::{Message, Opened};
     use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 
     let bundles = Bundles::generated(1, 0);
-    let half = Bundle::open(&bundles.path.join("cloud")).unwrap();
-    let hello = Hello {
-        model_id: *half.model_id().as_bytes(),
-        arithmetic_id: 1,
-        hidden_size: 64,
-        entry_layer: 1,
-        exit_layer: 4,
-        codecs: 0x71,
-        kv_type: 1,
-        row_budget: 512,
-        rows_pending_max: 64,
-        page_size: 32,
-        ..Hello::new(Role::Cloud)
-    };
+    let hello = support::script::hello(&bundles);
     let listen = Some(([127, 0, 0, 1], 0).into());
     let link = hat_transport::link::open(hat_transport::link::LinkKind::Mio, listen).unwrap().link;
     let clock = Arc::new(hat_transport::clock::SystemClock);

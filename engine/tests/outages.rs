@@ -13,11 +13,9 @@ use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_transport::clock::SystemClock;
 use hat_transport::link::LinkKind;
-use hat_transport::message::{
-    Busy, CloseCode, Hello, Message, Opened, Role, SessionError, SessionErrorCode,
-};
+use hat_transport::message::{Busy, CloseCode, Message, Opened, SessionError, SessionErrorCode};
 use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
-use support::{Bundles, collect, long_prompt};
+use support::{Bundles, collect, long_prompt, script};
 
 /// The lie that a scripted cloud tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,20 +46,7 @@ struct Liar {
 
 impl Liar {
     fn start(bundles: &Bundles, lie: Lie) -> Self {
-        let half = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
-        let hello = Hello {
-            model_id: *half.model_id().as_bytes(),
-            arithmetic_id: 1,
-            hidden_size: 64,
-            entry_layer: 1,
-            exit_layer: 4,
-            codecs: 0x71,
-            row_budget: 512,
-            rows_pending_max: 64,
-            page_size: 32,
-            kv_type: 1,
-            ..Hello::new(Role::Cloud)
-        };
+        let hello = script::hello(bundles);
         let any_port = Some(([127, 0, 0, 1], 0).into());
         let link = hat_transport::link::open(LinkKind::Mio, any_port).unwrap().link;
         let mut cloud = Endpoint::new(link, Arc::new(SystemClock), EndpointConfig::new(hello));

@@ -15,12 +15,10 @@ use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
 use hat_transport::link::LinkKind;
-use hat_transport::message::{
-    End, Hello, Message, Opened, PageId, Role as WireRole, RowsHead, SessionErrorCode,
-};
+use hat_transport::message::{End, Message, Opened, PageId, RowsHead, SessionErrorCode};
 use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 use support::hand::{HIDDEN, Hand, chain};
-use support::{Bundles, collect};
+use support::{Bundles, collect, script};
 
 /// A long text; how many tokens it has is up to the tokenizer.
 fn text_of(letters: usize) -> String {
@@ -159,20 +157,7 @@ fn lies_about_pages_end_the_session_that_lies() {
 #[test]
 fn a_cloud_that_claims_pages_is_found_out() {
     let bundles = Bundles::generated(1, 0);
-    let half = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
-    let hello = Hello {
-        model_id: *half.model_id().as_bytes(),
-        arithmetic_id: 1,
-        hidden_size: u32::try_from(HIDDEN).unwrap(),
-        entry_layer: 1,
-        exit_layer: 4,
-        codecs: 0x71,
-        row_budget: 512,
-        rows_pending_max: 64,
-        page_size: 32,
-        kv_type: 1,
-        ..Hello::new(WireRole::Cloud)
-    };
+    let hello = script::hello(&bundles);
     let any_port = Some("127.0.0.1:0".parse().unwrap());
     let link = hat_transport::link::open(LinkKind::Mio, any_port).unwrap().link;
     let mut cloud = Endpoint::new(link, Arc::new(SystemClock), EndpointConfig::new(hello));
