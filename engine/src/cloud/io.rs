@@ -478,6 +478,9 @@ impl Io {
         let rows = &job.rows[index];
         let step = (took_us, u32::try_from(job.step.plan.rows()).expect("within the row budget"));
         let goes_back = !rows.wanted.is_empty();
+        if goes_back {
+            self.pace.note_decoder(job.sessions[index], self.now);
+        }
         let spent = session.note_ran(&rows.planned, goes_back, job.queue_us(index), step);
         let Some(spent) = spent else { return Ok(()) };
         let arrivals = self.arrivals_of(connection);

@@ -15,11 +15,11 @@ use crate::sched::{Bound, SessionKey};
 /// does in between.
 const DECODES_FOR: Duration = Duration::from_millis(1000);
 /// A step of prompts and the verifies behind it take as long as so many steps of one verify,
-const ROUND_TIMES: f64 = 6.0;
+const ROUND_TIMES: f64 = 3.0;
 /// but the step of prompts is never shorter than so many of them,
-const PROMPT_TIMES_MIN: f64 = 3.0;
+const PROMPT_TIMES_MIN: f64 = 1.5;
 /// nor than this, which nobody notices.
-const PROMPT_S_MIN: f64 = 4e-3;
+const PROMPT_S_MIN: f64 = 2e-3;
 /// A step while nobody decodes: what newcomers wait for.
 const QUIET_S: f64 = 0.15;
 /// Nor is such a step cut below so many times its fixed cost, which is lost once a step.
@@ -57,7 +57,8 @@ impl Pace {
         }
     }
 
-    /// A verify of a session has come, or the end of its prompt.
+    /// A verify of a session has come, or rows of it go back: verifies follow. The end of a prompt
+    /// counts once it is computed, or a prompt would be cut for the sake of its own answer.
     pub(super) fn note_decoder(&mut self, session: SessionKey, now: Instant) {
         self.decoders.insert(session, now);
         self.latest = Some(now);
@@ -148,8 +149,8 @@ mod tests {
         assert!((146..=150).contains(&rows_in(&pace.bound(false))), "{:?}", pace.bound(false));
         pace.note_decoder(7, start);
         assert!(pace.is_decoding(start + DECODES_FOR / 2));
-        // Six verifies of 3 ms, less the one that follows, less the fixed cost.
-        assert!((12..=13).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
+        // Three verifies of 3 ms, less the one that follows, less the fixed cost.
+        assert!((3..=4).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
         assert!(!pace.is_decoding(start + DECODES_FOR));
         pace.note_decoder(7, start);
         pace.note_decoder(8, start);
@@ -165,7 +166,7 @@ mod tests {
         for _ in 0..50 {
             pace.note_step(200, 0, 200, Duration::from_millis(202));
         }
-        assert!((6..=7).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
+        assert!((2..=3).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
     }
 
     #[test]

@@ -56,8 +56,6 @@ pub(super) struct Chunk {
     /// Rows that are not planned.
     rows: u32,
     urgent: bool,
-    /// A row of it leads to a token.
-    leads: bool,
     /// Rows that are decided.
     pub(super) decided: u32,
     /// When its last frame came; `None` before.
@@ -150,15 +148,13 @@ pub(super) struct Next {
     pub(super) urgent: bool,
     /// It may run in several steps.
     pub(super) divisible: bool,
-    /// It is a verify, or the end of a prompt: verifies follow.
-    pub(super) decodes: bool,
 }
 
 impl Next {
     fn of(chunk: &Chunk) -> Self {
         let urgent = chunk.urgent && chunk.decided <= 1;
         let divisible = !urgent && chunk.decided == chunk.rows + chunk.planned.rows;
-        Self { rows: chunk.rows, urgent, divisible, decodes: urgent || chunk.leads }
+        Self { rows: chunk.rows, urgent, divisible }
     }
 }
 
@@ -255,7 +251,6 @@ impl Session {
         let any_void = decided && self.drop_void(commit, dropped);
         self.gathering.rows = rows;
         self.gathering.urgent = frame.priority == Priority::Verify;
-        self.gathering.leads |= head.want != Want::None;
         self.gathering.decided += if decided { count } else { 0 };
         self.gathering.frames.push_back(frame);
         if !more {

@@ -14,7 +14,7 @@ impl Io {
         let Some(next) = session.next() else { return };
         let guest = self.guests.get(&session.connection).expect("a session has a connection");
         session.is_queued = true;
-        if next.decodes {
+        if next.urgent {
             self.pace.note_decoder(key, self.now);
         }
         let work = Work {
