@@ -31,7 +31,7 @@ mod tests;
 use self::search::Search;
 use crate::Error;
 
-/// Rows of a prompt chunk where nothing is known and nothing was configured.
+/// Rows of a prompt chunk while nothing is known of device and link.
 pub const CHUNK_ROWS_DEFAULT: u32 = 128;
 /// Rows between the places where [`ChunkPolicy::Auto`] may cut.
 pub const GRAIN_DEFAULT: u32 = 32;
@@ -41,7 +41,7 @@ pub const ROWS_MAX: u32 = 1 << 20;
 const FOREVER_S: f64 = 1e9;
 
 /// How a prompt is cut into chunks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChunkPolicy {
     /// The whole prompt at once, up to the cloud's row budget.
@@ -52,13 +52,8 @@ pub enum ChunkPolicy {
     /// wait and its share of a step.
     Paper,
     /// Sizes that make the last chunk's end the earliest, by what was measured.
+    #[default]
     Auto,
-}
-
-impl Default for ChunkPolicy {
-    fn default() -> Self {
-        Self::Fixed(CHUNK_ROWS_DEFAULT)
-    }
 }
 
 impl std::str::FromStr for ChunkPolicy {

@@ -169,7 +169,7 @@ pub(crate) struct DeviceRunArgs {
     wire: Option<Codec>,
     /// How prompts are cut: off for whole prompts, rows of a chunk, paper for HAT's balance of
     /// upload and cloud, or auto for sizes planned by what is measured.
-    #[arg(long, env = "HAT_CHUNKS", default_value = "128")]
+    #[arg(long, env = "HAT_CHUNKS", default_value = "auto")]
     chunks: ChunkPolicy,
     /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]

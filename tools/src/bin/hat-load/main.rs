@@ -89,7 +89,7 @@ struct Args {
     #[arg(long, value_name = "MODE", default_value = "auto")]
     draft: DraftMode,
     /// How prompts are cut: off, rows of a chunk, paper or auto.
-    #[arg(long, value_name = "HOW", default_value = "128")]
+    #[arg(long, value_name = "HOW", default_value = "auto")]
     chunks: ChunkPolicy,
     /// How rows are coded on the wire: f32, f16, int8 or int4.
     #[arg(long, value_name = "CODEC", default_value = "int8", value_parser = codec)]
