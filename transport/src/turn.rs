@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::conn::{
-    Connection, ConnectionConfig, ConnectionEvent, ProtocolError, Refusal, SendError,
+    Connection, ConnectionConfig, ConnectionEvent, FrameSink, ProtocolError, Refusal, SendError,
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
@@ -28,7 +28,8 @@ use crate::message::{CloseCode, Hello, Message, Role};
 use crate::pool::{Buf, Pool, PoolConfig};
 use peer::{Peer, State};
 
-pub use event::{ConnectionCounters, ConnectionId, Event, GoneError};
+pub use crate::conn::ConnectionId;
+pub use event::{ConnectionCounters, Event, GoneError};
 
 /// Shortest pause before a device dials again.
 const REDIAL_MIN: Duration = Duration::from_millis(50);
@@ -212,28 +213,25 @@ impl Endpoint {
         self.config.hello = hello;
     }
 
-    /// A buffer for a frame with `body_bytes` body bytes, to be written in place. `None` if the
-    /// pool is empty: try again after a turn. Some buffers are kept back for receiving.
+    /// As [`FrameSink::buffer`].
     #[must_use]
     pub fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.buffer_for(Priority::Verify, body_bytes)
+        FrameSink::buffer(self, body_bytes)
     }
 
-    /// As [`Endpoint::buffer`], for a frame of this priority: prompts leave as many buffers again
-    /// for what is more urgent.
+    /// As [`FrameSink::buffer_for`].
     #[must_use]
     pub fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
-        let is_prompt = priority == Priority::Prompt;
-        self.pool.take_leaving(body_bytes, if is_prompt { POOL_RESERVE / 2 } else { POOL_RESERVE })
+        FrameSink::buffer_for(self, priority, body_bytes)
     }
 
-    /// Queues a frame; see [`Connection::send`].
+    /// As [`FrameSink::send`].
     ///
     /// # Errors
-    /// If it can't be taken now, or ever. The body comes back.
+    /// As there.
     ///
     /// # Panics
-    /// If this role does not send frames of `kind`, or `session` is 0.
+    /// As there.
     pub fn send(
         &mut self,
         to: ConnectionId,
@@ -242,36 +240,23 @@ impl Endpoint {
         priority: Priority,
         body: Buf,
     ) -> Result<(), SendError> {
-        match self.connections.get_mut(&to) {
-            Some(slot) => slot.connection.send(kind, session, priority, body),
-            None => Err(SendError { refusal: Refusal::Gone, body: Some(body) }),
-        }
+        FrameSink::send(self, to, kind, session, priority, body)
     }
 
-    /// Queues a small message at control priority.
+    /// As [`FrameSink::send_message`].
     ///
     /// # Errors
-    /// As [`Endpoint::send`], or if the pool is empty.
+    /// As there.
     ///
     /// # Panics
-    /// If this role does not send such messages, `session` is 0, or the message exceeds a frame.
+    /// As there.
     pub fn send_message(
         &mut self,
         to: ConnectionId,
         session: u32,
         message: &Message<'_>,
     ) -> Result<(), SendError> {
-        // Control messages are few and small, and free memory at the other end: no reserve.
-        let Some(mut body) = self.pool.take(message.encoded_len()) else {
-            return Err(SendError { refusal: Refusal::NoBuffer, body: None });
-        };
-        message.encode(body.body_mut());
-        self.send(to, message.kind(), session, Priority::Control, body)
-    }
-
-    /// Drops the frames of `session` that have not been sent; see [`Connection::discard`].
-    pub fn discard(&mut self, connection: ConnectionId, session: u32) -> usize {
-        self.connections.get_mut(&connection).map_or(0, |slot| slot.connection.discard(session))
+        FrameSink::send_message(self, to, session, message)
     }
 
     /// One wait, at most `timeout` long (`None`: until something happens), and all the work that
@@ -538,6 +523,38 @@ impl Endpoint {
             self.leave(now, peer, farewell);
         }
         self.events.push(Event::Gone { connection: id, error });
+    }
+}
+
+impl FrameSink for Endpoint {
+    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+        FrameSink::buffer_for(self, Priority::Verify, body_bytes)
+    }
+
+    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+        match priority {
+            Priority::Control => self.pool.take(body_bytes),
+            Priority::Prompt => self.pool.take_leaving(body_bytes, POOL_RESERVE / 2),
+            Priority::Verify | Priority::Bulk => self.pool.take_leaving(body_bytes, POOL_RESERVE),
+        }
+    }
+
+    fn send(
+        &mut self,
+        to: ConnectionId,
+        kind: Kind,
+        session: u32,
+        priority: Priority,
+        body: Buf,
+    ) -> Result<(), SendError> {
+        match self.connections.get_mut(&to) {
+            Some(slot) => slot.connection.send(kind, session, priority, body),
+            None => Err(SendError { refusal: Refusal::Gone, body: Some(body) }),
+        }
+    }
+
+    fn discard(&mut self, to: ConnectionId, session: u32) -> usize {
+        self.connections.get_mut(&to).map_or(0, |slot| slot.connection.discard(session))
     }
 }
 

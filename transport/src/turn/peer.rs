@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::event::{ConnectionId, Event, GoneError};
+use super::event::{Event, GoneError};
 use super::{Endpoint, LINGER, Slot, is_stranger, random};
-use crate::conn::{Connection, Greeting, ProtocolError};
+use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
 use crate::link::{Completion, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::pool::Buf;
