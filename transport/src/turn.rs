@@ -26,6 +26,7 @@ use crate::link::{Completion, Link, PeerId, Waker};
 use crate::log::RateLimit;
 use crate::message::{CloseCode, Hello, Message, Role};
 use crate::pool::{Buf, Pool, PoolConfig};
+use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
 
 pub use crate::conn::ConnectionId;
@@ -131,6 +132,7 @@ struct Slot {
 pub struct Endpoint {
     link: Box<dyn Link>,
     clock: Arc<dyn Clock>,
+    random: Box<dyn Random>,
     config: EndpointConfig,
     pool: Pool,
     connections: BTreeMap<ConnectionId, Slot>,
@@ -159,6 +161,7 @@ impl Endpoint {
             was_away: false,
             link,
             clock,
+            random: Box::new(SystemRandom),
             pool: Pool::new(config.pool),
             config,
             connections: BTreeMap::new(),
@@ -169,6 +172,13 @@ impl Endpoint {
             refusals: HashMap::new(),
             starved: false,
         }
+    }
+
+    /// Draws ids of links and epochs from `random`, where not from the operating system: with a
+    /// seed, a clock that is moved by hand and links in memory, an endpoint does the same again.
+    #[must_use]
+    pub fn with_random(self, random: Box<dyn Random>) -> Self {
+        Self { random, ..self }
     }
 
     /// Ends [`Endpoint::turn`] early, from any thread.
@@ -197,11 +207,13 @@ impl Endpoint {
     pub fn dial(&mut self, address: SocketAddr) -> ConnectionId {
         assert_eq!(self.config.hello.role, Role::Device, "a cloud does not dial");
         assert!(self.connections.len() < self.config.connections_max, "too many connections");
+        let mut link_id = [0; 16];
+        self.random.fill(&mut link_id);
         let config = self.config.connection();
-        let connection = Connection::device(config, random(), self.pool.clone());
+        let connection = Connection::device(config, link_id, self.pool.clone());
         let connection = connection.expect("the pool has a buffer for each connection");
-        let now = self.clock.now();
-        self.insert(Slot { dial_at: Some(now), ..Slot::new(connection, address) })
+        // No later than now, whatever the time is.
+        self.insert(Slot { dial_at: Some(self.left_at), ..Slot::new(connection, address) })
     }
 
     /// What is said from the next [`Endpoint::dial`] on; connections keep what they have said.
@@ -275,11 +287,7 @@ impl Endpoint {
         self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
         loop {
             self.service(now);
-            let until = if self.events.is_empty() {
-                end.into_iter().chain(self.deadline(now)).min()
-            } else {
-                Some(now)
-            };
+            let until = end.into_iter().chain(self.poll_timeout(now)).min();
             let wait = until.map(|until| until.saturating_duration_since(now));
             let mut completions = std::mem::take(&mut self.completions);
             self.link.wait(wait, &mut completions)?;
@@ -300,6 +308,22 @@ impl Endpoint {
         self.left_at = now;
         events.append(&mut self.events);
         Ok(())
+    }
+
+    /// When [`Endpoint::turn`] has to be called again, if the link has nothing to tell before: for
+    /// a caller that moves the clock by hand. A frame that was queued since the last call waits for
+    /// the next one; its owner knows.
+    #[must_use]
+    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        if !self.events.is_empty() {
+            return Some(now);
+        }
+        let starved = self.starved.then_some(now + POOL_RETRY);
+        let connections = self.connections.values().flat_map(|slot| {
+            [slot.connection.poll_timeout(), slot.dial_at, slot.forget_at].into_iter().flatten()
+        });
+        let peers = self.peers.values().filter_map(Peer::deadline);
+        starved.into_iter().chain(connections).chain(peers).min()
     }
 
     /// Closes for good. What was queued and could not be sent yet is dropped: wait for ENDED
@@ -340,16 +364,6 @@ impl Endpoint {
         self.next_connection += 1;
         self.connections.insert(id, slot);
         id
-    }
-
-    /// When something is to be done, if nothing happens before.
-    fn deadline(&self, now: Instant) -> Option<Instant> {
-        let starved = self.starved.then_some(now + POOL_RETRY);
-        let connections = self.connections.values().flat_map(|slot| {
-            [slot.connection.poll_timeout(), slot.dial_at, slot.forget_at].into_iter().flatten()
-        });
-        let peers = self.peers.values().filter_map(Peer::deadline);
-        starved.into_iter().chain(connections).chain(peers).min()
     }
 
     /// Everything that is due: timeouts, dials, frames to send, buffers to receive into.
@@ -576,11 +590,4 @@ impl Slot {
 fn is_stranger(error: &ProtocolError) -> bool {
     let ProtocolError::Frame(FrameError::Header(error)) = error else { return false };
     matches!(error, HeaderError::Checksum { .. } | HeaderError::Http { .. })
-}
-
-/// Random bytes for the id of a link or an epoch.
-fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).expect("the operating system has random numbers");
-    bytes
 }
