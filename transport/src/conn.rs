@@ -15,6 +15,7 @@ mod greet;
 mod receive;
 mod resume;
 mod send;
+mod sink;
 mod timer;
 
 use std::collections::VecDeque;
@@ -32,6 +33,7 @@ pub use config::ConnectionConfig;
 pub use error::{Expired, ProtocolError};
 pub use greet::Greeting;
 pub use send::{Refusal, SendError};
+pub use sink::{ConnectionId, FrameSink};
 
 /// Longest body before HELLOs are exchanged: room for later versions' fields, and for CLOSE.
 const HELLO_BYTES_MAX: usize = 1024;

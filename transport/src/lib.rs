@@ -3,9 +3,9 @@
 //! From the wire up: [`frame`] is the 32-byte header and cuts bytes into frames; [`message`] is
 //! what stands in bodies; [`conn`] is the protocol without a socket, a clock or a thread; [`link`]
 //! moves bytes (in memory, over mio, over io_uring); [`turn`] is the one place where link, clock
-//! and protocol meet. [`pool`] holds all memory, [`clock`] the time; [`log`] makes what a peer says
-//! fit for a log. `docs/PROTOCOL.md` has the
-//! byte tables and the rules of sessions.
+//! and protocol meet. [`pool`] holds all memory, [`clock`] the time, [`random`] the random numbers;
+//! [`log`] makes what a peer says fit for a log. `docs/PROTOCOL.md` has the byte tables and the
+//! rules of sessions.
 //!
 //! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
 //! no log subscriber, and logs no body. With the feature `emulator` there is also a worse link than
@@ -63,6 +63,7 @@ pub mod log;
 pub mod message;
 #[expect(unsafe_code, reason = "page-aligned buffers, each reached through one slot")]
 pub mod pool;
+pub mod random;
 pub mod turn;
 
 /// The wire version that this crate speaks.

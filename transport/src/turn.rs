@@ -19,16 +19,18 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::conn::{
-    Connection, ConnectionConfig, ConnectionEvent, ProtocolError, Refusal, SendError,
+    Connection, ConnectionConfig, ConnectionEvent, FrameSink, ProtocolError, Refusal, SendError,
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
 use crate::log::RateLimit;
 use crate::message::{CloseCode, Hello, Message, Role};
 use crate::pool::{Buf, Pool, PoolConfig};
+use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
 
-pub use event::{ConnectionCounters, ConnectionId, Event, GoneError};
+pub use crate::conn::ConnectionId;
+pub use event::{ConnectionCounters, Event, GoneError};
 
 /// Shortest pause before a device dials again.
 const REDIAL_MIN: Duration = Duration::from_millis(50);
@@ -130,6 +132,7 @@ struct Slot {
 pub struct Endpoint {
     link: Box<dyn Link>,
     clock: Arc<dyn Clock>,
+    random: Box<dyn Random>,
     config: EndpointConfig,
     pool: Pool,
     connections: BTreeMap<ConnectionId, Slot>,
@@ -158,6 +161,7 @@ impl Endpoint {
             was_away: false,
             link,
             clock,
+            random: Box::new(SystemRandom),
             pool: Pool::new(config.pool),
             config,
             connections: BTreeMap::new(),
@@ -168,6 +172,13 @@ impl Endpoint {
             refusals: HashMap::new(),
             starved: false,
         }
+    }
+
+    /// Draws ids of links and epochs from `random`, where not from the operating system: with a
+    /// seed, a clock that is moved by hand and links in memory, an endpoint does the same again.
+    #[must_use]
+    pub fn with_random(self, random: Box<dyn Random>) -> Self {
+        Self { random, ..self }
     }
 
     /// Ends [`Endpoint::turn`] early, from any thread.
@@ -196,11 +207,13 @@ impl Endpoint {
     pub fn dial(&mut self, address: SocketAddr) -> ConnectionId {
         assert_eq!(self.config.hello.role, Role::Device, "a cloud does not dial");
         assert!(self.connections.len() < self.config.connections_max, "too many connections");
+        let mut link_id = [0; 16];
+        self.random.fill(&mut link_id);
         let config = self.config.connection();
-        let connection = Connection::device(config, random(), self.pool.clone());
+        let connection = Connection::device(config, link_id, self.pool.clone());
         let connection = connection.expect("the pool has a buffer for each connection");
-        let now = self.clock.now();
-        self.insert(Slot { dial_at: Some(now), ..Slot::new(connection, address) })
+        // No later than now, whatever the time is.
+        self.insert(Slot { dial_at: Some(self.left_at), ..Slot::new(connection, address) })
     }
 
     /// What is said from the next [`Endpoint::dial`] on; connections keep what they have said.
@@ -212,28 +225,25 @@ impl Endpoint {
         self.config.hello = hello;
     }
 
-    /// A buffer for a frame with `body_bytes` body bytes, to be written in place. `None` if the
-    /// pool is empty: try again after a turn. Some buffers are kept back for receiving.
+    /// As [`FrameSink::buffer`].
     #[must_use]
     pub fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.buffer_for(Priority::Verify, body_bytes)
+        FrameSink::buffer(self, body_bytes)
     }
 
-    /// As [`Endpoint::buffer`], for a frame of this priority: prompts leave as many buffers again
-    /// for what is more urgent.
+    /// As [`FrameSink::buffer_for`].
     #[must_use]
     pub fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
-        let is_prompt = priority == Priority::Prompt;
-        self.pool.take_leaving(body_bytes, if is_prompt { POOL_RESERVE / 2 } else { POOL_RESERVE })
+        FrameSink::buffer_for(self, priority, body_bytes)
     }
 
-    /// Queues a frame; see [`Connection::send`].
+    /// As [`FrameSink::send`].
     ///
     /// # Errors
-    /// If it can't be taken now, or ever. The body comes back.
+    /// As there.
     ///
     /// # Panics
-    /// If this role does not send frames of `kind`, or `session` is 0.
+    /// As there.
     pub fn send(
         &mut self,
         to: ConnectionId,
@@ -242,36 +252,23 @@ impl Endpoint {
         priority: Priority,
         body: Buf,
     ) -> Result<(), SendError> {
-        match self.connections.get_mut(&to) {
-            Some(slot) => slot.connection.send(kind, session, priority, body),
-            None => Err(SendError { refusal: Refusal::Gone, body: Some(body) }),
-        }
+        FrameSink::send(self, to, kind, session, priority, body)
     }
 
-    /// Queues a small message at control priority.
+    /// As [`FrameSink::send_message`].
     ///
     /// # Errors
-    /// As [`Endpoint::send`], or if the pool is empty.
+    /// As there.
     ///
     /// # Panics
-    /// If this role does not send such messages, `session` is 0, or the message exceeds a frame.
+    /// As there.
     pub fn send_message(
         &mut self,
         to: ConnectionId,
         session: u32,
         message: &Message<'_>,
     ) -> Result<(), SendError> {
-        // Control messages are few and small, and free memory at the other end: no reserve.
-        let Some(mut body) = self.pool.take(message.encoded_len()) else {
-            return Err(SendError { refusal: Refusal::NoBuffer, body: None });
-        };
-        message.encode(body.body_mut());
-        self.send(to, message.kind(), session, Priority::Control, body)
-    }
-
-    /// Drops the frames of `session` that have not been sent; see [`Connection::discard`].
-    pub fn discard(&mut self, connection: ConnectionId, session: u32) -> usize {
-        self.connections.get_mut(&connection).map_or(0, |slot| slot.connection.discard(session))
+        FrameSink::send_message(self, to, session, message)
     }
 
     /// One wait, at most `timeout` long (`None`: until something happens), and all the work that
@@ -290,11 +287,7 @@ impl Endpoint {
         self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
         loop {
             self.service(now);
-            let until = if self.events.is_empty() {
-                end.into_iter().chain(self.deadline(now)).min()
-            } else {
-                Some(now)
-            };
+            let until = end.into_iter().chain(self.poll_timeout(now)).min();
             let wait = until.map(|until| until.saturating_duration_since(now));
             let mut completions = std::mem::take(&mut self.completions);
             self.link.wait(wait, &mut completions)?;
@@ -315,6 +308,22 @@ impl Endpoint {
         self.left_at = now;
         events.append(&mut self.events);
         Ok(())
+    }
+
+    /// When [`Endpoint::turn`] has to be called again, if the link has nothing to tell before: for
+    /// a caller that moves the clock by hand. A frame that was queued since the last call waits for
+    /// the next one; its owner knows.
+    #[must_use]
+    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        if !self.events.is_empty() {
+            return Some(now);
+        }
+        let starved = self.starved.then_some(now + POOL_RETRY);
+        let connections = self.connections.values().flat_map(|slot| {
+            [slot.connection.poll_timeout(), slot.dial_at, slot.forget_at].into_iter().flatten()
+        });
+        let peers = self.peers.values().filter_map(Peer::deadline);
+        starved.into_iter().chain(connections).chain(peers).min()
     }
 
     /// Closes for good. What was queued and could not be sent yet is dropped: wait for ENDED
@@ -355,16 +364,6 @@ impl Endpoint {
         self.next_connection += 1;
         self.connections.insert(id, slot);
         id
-    }
-
-    /// When something is to be done, if nothing happens before.
-    fn deadline(&self, now: Instant) -> Option<Instant> {
-        let starved = self.starved.then_some(now + POOL_RETRY);
-        let connections = self.connections.values().flat_map(|slot| {
-            [slot.connection.poll_timeout(), slot.dial_at, slot.forget_at].into_iter().flatten()
-        });
-        let peers = self.peers.values().filter_map(Peer::deadline);
-        starved.into_iter().chain(connections).chain(peers).min()
     }
 
     /// Everything that is due: timeouts, dials, frames to send, buffers to receive into.
@@ -541,6 +540,38 @@ impl Endpoint {
     }
 }
 
+impl FrameSink for Endpoint {
+    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+        FrameSink::buffer_for(self, Priority::Verify, body_bytes)
+    }
+
+    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+        match priority {
+            Priority::Control => self.pool.take(body_bytes),
+            Priority::Prompt => self.pool.take_leaving(body_bytes, POOL_RESERVE / 2),
+            Priority::Verify | Priority::Bulk => self.pool.take_leaving(body_bytes, POOL_RESERVE),
+        }
+    }
+
+    fn send(
+        &mut self,
+        to: ConnectionId,
+        kind: Kind,
+        session: u32,
+        priority: Priority,
+        body: Buf,
+    ) -> Result<(), SendError> {
+        match self.connections.get_mut(&to) {
+            Some(slot) => slot.connection.send(kind, session, priority, body),
+            None => Err(SendError { refusal: Refusal::Gone, body: Some(body) }),
+        }
+    }
+
+    fn discard(&mut self, to: ConnectionId, session: u32) -> usize {
+        self.connections.get_mut(&to).map_or(0, |slot| slot.connection.discard(session))
+    }
+}
+
 impl Slot {
     fn new(connection: Connection, address: SocketAddr) -> Self {
         Self {
@@ -559,11 +590,4 @@ impl Slot {
 fn is_stranger(error: &ProtocolError) -> bool {
     let ProtocolError::Frame(FrameError::Header(error)) = error else { return false };
     matches!(error, HeaderError::Checksum { .. } | HeaderError::Http { .. })
-}
-
-/// Random bytes for the id of a link or an epoch.
-fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).expect("the operating system has random numbers");
-    bytes
 }

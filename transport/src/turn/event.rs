@@ -1,21 +1,10 @@
 //! What an endpoint tells.
 
-use std::fmt;
 use std::net::SocketAddr;
 
-use crate::conn::{Frame, ProtocolError, Traffic};
+use crate::conn::{ConnectionId, Frame, ProtocolError, Traffic};
 use crate::log::Untrusted;
 use crate::message::{CloseCode, Hello};
-
-/// One connection of an endpoint; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ConnectionId(pub(super) u64);
-
-impl fmt::Display for ConnectionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
 
 /// What has happened.
 #[derive(Debug)]

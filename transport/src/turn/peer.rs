@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::event::{ConnectionId, Event, GoneError};
-use super::{Endpoint, LINGER, Slot, is_stranger, random};
-use crate::conn::{Connection, Greeting, ProtocolError};
+use super::event::{Event, GoneError};
+use super::{Endpoint, LINGER, Slot, is_stranger};
+use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
 use crate::link::{Completion, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::pool::Buf;
@@ -272,7 +272,9 @@ impl Endpoint {
             let away = away.filter_map(|(id, slot)| Some((slot.forget_at?, *id))).min();
             self.retire(now, away?.1, None, GoneError::GraceOver);
         }
-        let epoch = u64::from_le_bytes(random()).max(1);
+        let mut epoch = [0; 8];
+        self.random.fill(&mut epoch);
+        let epoch = u64::from_le_bytes(epoch).max(1);
         let (config, pool) = (self.config.connection(), self.pool.clone());
         let connection = Connection::cloud(config, hello.link_id, epoch, pool)?;
         let address = self.peers.get(&id)?.address;

@@ -4,6 +4,7 @@
 mod counts;
 mod pair;
 mod reconnect;
+mod repeat;
 mod strangers;
 
 use hat_transport::frame::{Kind, Priority};
