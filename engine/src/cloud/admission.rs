@@ -7,11 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use hat_transport::message::SessionErrorCode;
 use hat_transport::turn::ConnectionId;
 
 use super::io::Io;
-use super::session::Offence;
+use super::violation::SessionEnd;
 use crate::sched::DeviceKey;
 
 /// Soonest that a refused device is asked back.
@@ -186,13 +185,9 @@ impl Io {
             if self.sessions.len() + places <= sessions_max && self.pages.available() >= pages {
                 return;
             }
-            let session = &self.sessions[&key];
-            let (connection, wire_id) = (session.connection, session.wire_id);
-            let silent = self.now.saturating_duration_since(active_at).as_secs_f32();
-            let text = format!("idle for {silent:.1} s, and others need its memory");
-            self.end(key);
             self.start.counters.evicted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            self.refuse(connection, wire_id, Offence::new(SessionErrorCode::Evicted, text));
+            let silent = self.now.saturating_duration_since(active_at);
+            self.end_for(key, SessionEnd::Evicted { silent });
         }
     }
 

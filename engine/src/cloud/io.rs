@@ -4,7 +4,7 @@ mod fault;
 mod plan;
 mod prefix;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,7 +17,6 @@ use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::Waker;
 use hat_transport::message::{
     Arrivals, Busy, CloseCode, Dropped, Hello, Message, Open, Opened, SessionError,
-    SessionErrorCode,
 };
 use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
@@ -27,8 +26,10 @@ use super::admission::Admission;
 use super::outbox::{Guest, Output};
 use super::output::Outputs;
 use super::pace::Pace;
-use super::session::{Offence, Session};
+use super::rows::RowsFrame;
+use super::session::Session;
 use super::step::Job;
+use super::violation::{SessionEnd, SessionViolation};
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
 use crate::backend::BackendFault;
@@ -107,14 +108,14 @@ impl Start {
             guard,
             now: self.clock.now(),
             scheduler: Scheduler::new(limits.step_rows_max, queue_max),
-            guests: HashMap::new(),
+            guests: BTreeMap::new(),
             next_device: 1,
             admission: Admission::default(),
             dropped: Vec::new(),
             pages: PagePool::new(self.pages),
             prefixes: PrefixCache::default(),
-            sessions: HashMap::new(),
-            keys: HashMap::new(),
+            sessions: BTreeMap::new(),
+            keys: BTreeMap::new(),
             next_key: 1,
             pace: Pace::default(),
             sent_steps: 0,
@@ -150,10 +151,10 @@ pub(super) struct Io {
     scheduler: Scheduler,
     pub(super) pages: PagePool,
     prefixes: PrefixCache,
-    pub(super) sessions: HashMap<SessionKey, Session>,
-    pub(super) keys: HashMap<(ConnectionId, u32), SessionKey>,
+    pub(super) sessions: BTreeMap<SessionKey, Session>,
+    pub(super) keys: BTreeMap<(ConnectionId, u32), SessionKey>,
     next_key: SessionKey,
-    pub(super) guests: HashMap<ConnectionId, Guest>,
+    pub(super) guests: BTreeMap<ConnectionId, Guest>,
     next_device: DeviceKey,
     pub(super) admission: Admission,
     /// Connections with outputs that wait, in turn.
@@ -276,53 +277,30 @@ impl Io {
 
     fn take_frame(&mut self, connection: ConnectionId, frame: Frame) {
         let (wire_id, kind) = (frame.session, frame.kind);
-        if kind == Kind::Open {
-            return self.open(connection, &frame);
-        }
-        let Some(&key) = self.keys.get(&(connection, wire_id)) else {
+        let key = self.keys.get(&(connection, wire_id)).copied();
+        let taken = match (kind, key) {
+            (Kind::Open, _) => return self.take_open(connection, &frame),
             // An END may cross the error that ended the session; it needs no second answer.
-            if kind != Kind::End {
-                let offence = Offence::new(
-                    SessionErrorCode::NoSuchSession,
-                    format!("there is no session {wire_id} on this connection"),
-                );
-                self.refuse(connection, wire_id, offence);
+            (Kind::End, None) => return,
+            (_, None) => {
+                let violation = SessionViolation::NoSession { session: wire_id };
+                return self.refuse(connection, wire_id, &violation.into());
             }
-            return;
+            (_, Some(key)) => (key, self.take_of_session(key, frame)),
         };
-        if let Some(session) = self.sessions.get_mut(&key) {
-            session.active_at = self.now;
-        }
-        let taken = match kind {
-            Kind::Rows => self.take_rows(key, frame),
-            Kind::Commit => self.take_commit(key, &frame),
-            Kind::End => self.end_named(key, &frame).map(|()| {
-                self.answer(connection, wire_id, &Message::Ended);
-            }),
-            Kind::Cancel => {
-                self.cancel(key);
-                self.answer(connection, wire_id, &Message::Cancelled);
-                Ok(())
-            }
-            kind => Err(Offence::new(
-                SessionErrorCode::BadShape,
-                format!("a device does not send {kind:?}"),
-            )),
-        };
-        if let Err(offence) = taken {
-            self.end(key);
-            self.refuse(connection, wire_id, offence);
+        if let (key, Err(violation)) = taken {
+            self.end_for(key, violation);
         }
     }
 
-    fn open(&mut self, connection: ConnectionId, frame: &Frame) {
+    fn take_open(&mut self, connection: ConnectionId, frame: &Frame) {
         let wire_id = frame.session;
-        let opened = match Message::decode(Kind::Open, &frame.body) {
+        let admitted = match Message::decode(frame.kind, &frame.body) {
             Ok(Message::Open(open)) => self.admit(connection, wire_id, &open),
-            Ok(other) => unreachable!("OPEN decoded as {:?}", other.kind()),
-            Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
+            Ok(_) => Err(SessionViolation::Unexpected { kind: frame.kind }),
+            Err(error) => Err(error.into()),
         };
-        match opened {
+        match admitted {
             Ok(Admitted::Open(opened)) => {
                 self.answer(connection, wire_id, &Message::Opened(opened));
             }
@@ -330,7 +308,32 @@ impl Io {
                 self.start.counters.busy.fetch_add(1, Ordering::Relaxed);
                 self.answer(connection, wire_id, &Message::Busy(Busy { retry_after_ms }));
             }
-            Err(offence) => self.refuse(connection, wire_id, offence),
+            Err(violation) => self.refuse(connection, wire_id, &violation.into()),
+        }
+    }
+
+    /// Takes a frame of a session that is open.
+    fn take_of_session(&mut self, key: SessionKey, frame: Frame) -> Result<(), SessionViolation> {
+        let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
+        session.active_at = self.now;
+        let (connection, wire_id) = (session.connection, session.wire_id);
+        if frame.kind == Kind::Cancel {
+            self.cancel(key);
+            self.answer(connection, wire_id, &Message::Cancelled);
+            return Ok(());
+        }
+        match Message::decode(frame.kind, &frame.body)? {
+            Message::Rows(rows) => {
+                let head = rows.head;
+                self.take_rows(key, RowsFrame::new(frame, head))
+            }
+            Message::Commit(commit) => session.take_commit(commit.row, &mut self.moves),
+            Message::End(end) => {
+                self.end_named(key, &end)?;
+                self.answer(connection, wire_id, &Message::Ended);
+                Ok(())
+            }
+            _ => Err(SessionViolation::Unexpected { kind: frame.kind }),
         }
     }
 
@@ -340,34 +343,25 @@ impl Io {
         connection: ConnectionId,
         wire_id: u32,
         open: &Open<'_>,
-    ) -> Result<Admitted, Offence> {
-        use SessionErrorCode as Code;
+    ) -> Result<Admitted, SessionViolation> {
         if wire_id == 0 || self.keys.contains_key(&(connection, wire_id)) {
-            let text = format!("session id {wire_id} is taken");
-            return Err(Offence::new(Code::NoSuchSession, text));
+            return Err(SessionViolation::Taken { session: wire_id });
         }
         let layers = u32::from(open.entry_layer)..u32::from(open.exit_layer);
         wire::check_layers(layers, &self.start.bundle.layers)
-            .map_err(|reason| Offence::new(Code::Layers, reason))?;
-        let codec = Codec::from_id(open.codec).ok_or_else(|| {
-            Offence::new(Code::Codec, format!("row codec {} is not offered", open.codec))
-        })?;
+            .map_err(|reason| SessionViolation::Layers { reason })?;
+        let codec = Codec::from_id(open.codec).ok_or(SessionViolation::Codec { id: open.codec })?;
         let frame_bytes_max = self.guests.get(&connection).map_or(0, |guest| guest.frame_bytes_max);
         wire::check_row(codec.down(), self.start.bundle.hidden_size, frame_bytes_max)
-            .map_err(|reason| Offence::new(Code::Codec, reason))?;
-        let here = self.start.arithmetic_id;
-        if open.arithmetic_id != here || open.kv_type != KV_TYPE_F16 {
-            let text = format!(
-                "arithmetic {} and KV type {} were asked for, {here} and {KV_TYPE_F16} run here",
-                open.arithmetic_id, open.kv_type
-            );
-            return Err(Offence::new(Code::Arithmetic, text));
+            .map_err(|reason| SessionViolation::RowTooLong { reason })?;
+        let (asked, here) = (open.arithmetic_id, self.start.arithmetic_id);
+        let (kv_type, kv_type_here) = (open.kv_type, KV_TYPE_F16);
+        if asked != here || kv_type != kv_type_here {
+            return Err(SessionViolation::Arithmetic { asked, kv_type, here, kv_type_here });
         }
-        let limits = &self.start.config.limits;
-        let context = self.start.bundle.context.min(limits.context_max);
-        if open.rows_max == 0 || open.rows_max > context {
-            let text = format!("{} positions asked for, the context is {context}", open.rows_max);
-            return Err(Offence::new(Code::BadShape, text));
+        let max = self.start.bundle.context.min(self.start.config.limits.context_max);
+        if open.rows_max == 0 || open.rows_max > max {
+            return Err(SessionViolation::Context { asked: open.rows_max, max });
         }
         check_names(open)?;
         let wanted = pages_for(open.rows_max as usize + PENDING_ROWS_MAX);
@@ -390,13 +384,13 @@ impl Io {
         Ok(Admitted::Open(Opened { pages }))
     }
 
-    fn take_rows(&mut self, key: SessionKey, frame: Frame) -> Result<(), Offence> {
+    fn take_rows(&mut self, key: SessionKey, rows: RowsFrame) -> Result<(), SessionViolation> {
         let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
         let (hidden_size, rows_max) = (self.start.bundle.hidden_size, self.scheduler.rows_max());
         let (connection, wire_id) = (session.connection, session.wire_id);
         let begun = session.gathering.frames.len();
         let mut dropped = std::mem::take(&mut self.dropped);
-        let taken = session.take_rows(self.now, frame, hidden_size, rows_max, &mut dropped);
+        let taken = session.take_rows(self.now, rows, hidden_size, rows_max, &mut dropped);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
             session.is_queued = false;
@@ -414,27 +408,14 @@ impl Io {
     }
 
     /// A session had `before` frames of a chunk whose end has not come, and has others now.
-    fn note_begun(&mut self, key: SessionKey, before: usize) -> Result<(), Offence> {
+    fn note_begun(&mut self, key: SessionKey, before: usize) -> Result<(), SessionViolation> {
         let session = &self.sessions[&key];
         let guest = self.guests.get_mut(&session.connection).expect("a session has a connection");
         guest.begun_frames = guest.begun_frames - before + session.gathering.frames.len();
         if guest.begun_frames <= BEGUN_FRAMES_MAX {
             return Ok(());
         }
-        let text = format!("chunks that do not end have more than {BEGUN_FRAMES_MAX} frames");
-        Err(Offence::new(SessionErrorCode::BadShape, text))
-    }
-
-    fn take_commit(&mut self, key: SessionKey, frame: &Frame) -> Result<(), Offence> {
-        let commit = match Message::decode(Kind::Commit, &frame.body) {
-            Ok(Message::Commit(commit)) => commit,
-            Ok(other) => unreachable!("COMMIT decoded as {:?}", other.kind()),
-            Err(error) => {
-                return Err(Offence::new(SessionErrorCode::BadShape, error.to_string()));
-            }
-        };
-        let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
-        session.take_commit(commit.row, &mut self.moves)
+        Err(SessionViolation::Begun { frames_max: BEGUN_FRAMES_MAX })
     }
 
     /// Sends back what a finished step computed.
@@ -458,12 +439,9 @@ impl Io {
             if let Err(error) = self.send_outputs(&job, index, took_us) {
                 let key = job.sessions[index];
                 let Some(session) = self.sessions.get(&key) else { continue };
-                let (connection, wire_id) = (session.connection, session.wire_id);
                 // Its rows may be no numbers from an early page on: nobody shall go on from them.
                 self.prefixes.forget(&mut self.pages, session.sequence.pages());
-                self.end(key);
-                let text = format!("the model's output cannot be sent: {error}");
-                self.refuse(connection, wire_id, Offence::new(SessionErrorCode::Internal, text));
+                self.end_for(key, SessionEnd::Output(error));
             }
         }
         self.jobs.push(job);
@@ -573,10 +551,22 @@ impl Io {
         }
     }
 
-    pub(super) fn refuse(&mut self, connection: ConnectionId, wire_id: u32, offence: Offence) {
-        tracing::info!(session = wire_id, code = ?offence.code, text = %offence.text, "refused");
-        self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
-        let error = SessionError { code: offence.code, text: &offence.text };
+    /// Ends a session and tells its device why.
+    pub(super) fn end_for(&mut self, key: SessionKey, why: impl Into<SessionEnd>) {
+        let Some(session) = self.sessions.get(&key) else { return };
+        let (connection, wire_id) = (session.connection, session.wire_id);
+        self.end(key);
+        self.refuse(connection, wire_id, &why.into());
+    }
+
+    fn refuse(&mut self, connection: ConnectionId, wire_id: u32, why: &SessionEnd) {
+        let (code, text) = (why.code(), why.to_string());
+        // A fault is everybody's, and is told once.
+        if !matches!(why, SessionEnd::Fault(_)) {
+            tracing::info!(session = wire_id, ?code, %text, "refused");
+            self.start.counters.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        let error = SessionError { code, text: &text };
         self.answer(connection, wire_id, &Message::SessionError(error));
     }
 

@@ -9,8 +9,10 @@ mod memory;
 mod outbox;
 mod output;
 mod pace;
+mod rows;
 mod session;
 mod step;
+mod violation;
 mod void;
 
 use std::net::SocketAddr;

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use hat_transport::conn::Refusal;
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{CloseCode, SessionErrorCode};
+use hat_transport::message::CloseCode;
 use hat_transport::turn::ConnectionId;
 
 use super::io::Io;
-use super::session::Offence;
+use super::violation::SessionEnd;
 use crate::sched::DeviceKey;
 
 /// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
@@ -163,9 +163,7 @@ impl Io {
     /// the end of the session.
     fn end_too_long(&mut self, connection: ConnectionId, session: u32) {
         let Some(&key) = self.keys.get(&(connection, session)) else { return };
-        self.end(key);
-        let text = "an output exceeds the frames that you take".to_owned();
-        self.refuse(connection, session, Offence::new(SessionErrorCode::Internal, text));
+        self.end_for(key, SessionEnd::TooLong);
     }
 
     /// How long a turn may wait, as far as outputs go.

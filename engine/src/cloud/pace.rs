@@ -4,7 +4,7 @@
 //! step of prompts and the verifies behind it take a few times as long as one verify alone. What
 //! rows take is fitted from the steps that ran.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::chunk::CloudCost;
@@ -35,7 +35,7 @@ pub(super) struct Pace {
     verify_rows: Moving,
     context: Moving,
     /// When a session's last verify came.
-    decoders: HashMap<SessionKey, Instant>,
+    decoders: BTreeMap<SessionKey, Instant>,
     latest: Option<Instant>,
 }
 

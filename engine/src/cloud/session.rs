@@ -3,41 +3,18 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use hat_transport::conn::Frame;
-use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{Dropped, Message, Open, Rows, RowsHead, SessionErrorCode, Want};
+use hat_transport::frame::Priority;
+use hat_transport::message::{Dropped, Open, RowsHead, Want};
 use hat_transport::turn::ConnectionId;
 
 use super::io::scope_of;
+use super::rows::RowsFrame;
+use super::violation::SessionViolation;
 use crate::backend::RowMove;
 use crate::pack::Codec;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sched::SessionKey;
-use crate::sequence::{PlanBuffers, Sequence, SequenceError};
-
-/// What a peer did wrong in one session; the session ends with it, the connection lives on.
-#[derive(Debug)]
-pub(super) struct Offence {
-    pub(super) code: SessionErrorCode,
-    pub(super) text: String,
-}
-
-impl Offence {
-    pub(super) fn new(code: SessionErrorCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into() }
-    }
-}
-
-impl From<SequenceError> for Offence {
-    fn from(error: SequenceError) -> Self {
-        let code = match error {
-            SequenceError::BadCommit { .. } => SessionErrorCode::BadCommit,
-            SequenceError::BadParent { .. } => SessionErrorCode::BadParent,
-            _ => SessionErrorCode::BadShape,
-        };
-        Self::new(code, error.to_string())
-    }
-}
+use crate::sequence::{PlanBuffers, Sequence};
 
 /// What waits to be applied, in order of arrival.
 pub(super) enum Item {
@@ -50,7 +27,7 @@ pub(super) enum Item {
 #[derive(Default)]
 pub(super) struct Chunk {
     /// Frames of which not all rows are planned.
-    pub(super) frames: VecDeque<Frame>,
+    pub(super) frames: VecDeque<RowsFrame>,
     /// Rows of the first of them that are planned.
     skip: u32,
     /// Rows that are not planned.
@@ -222,37 +199,37 @@ impl Session {
     pub(super) fn take_rows(
         &mut self,
         now: Instant,
-        frame: Frame,
+        rows: RowsFrame,
         hidden_size: usize,
         rows_max: u32,
         dropped: &mut Vec<Dropped>,
-    ) -> Result<bool, Offence> {
-        let Rows { head, payload, .. } = rows_of(&frame)?;
-        let count = u32::from(head.count);
-        let bytes = self.codec.row_bytes(hidden_size) * usize::from(head.count);
-        if payload.len() != bytes {
-            let text = format!(
-                "{count} rows of {hidden_size} as {} are {bytes} bytes, but {} came",
-                self.codec.name(),
-                payload.len()
-            );
-            return Err(Offence::new(SessionErrorCode::BadShape, text));
+    ) -> Result<bool, SessionViolation> {
+        let RowsHead { first_id, count, more, decided, commit, .. } = rows.head;
+        let (expected, got) =
+            (self.codec.row_bytes(hidden_size) * usize::from(count), rows.payload_bytes());
+        if got != expected {
+            let codec = self.codec.name();
+            return Err(SessionViolation::Payload {
+                rows: count,
+                hidden_size,
+                codec,
+                expected,
+                got,
+            });
         }
-        if head.first_id.checked_add(count).is_none() {
-            let text = format!("row ids end below {}, but {} came", u32::MAX, head.first_id);
-            return Err(Offence::new(SessionErrorCode::BadShape, text));
+        let count = u32::from(count);
+        if first_id.checked_add(count).is_none() {
+            return Err(SessionViolation::LastId { first_id });
         }
-        let rows = self.gathering.rows + count;
-        if rows > rows_max {
-            let text = format!("a chunk of {rows} rows exceeds the row budget of {rows_max}");
-            return Err(Offence::new(SessionErrorCode::BadShape, text));
+        let of_chunk = self.gathering.rows + count;
+        if of_chunk > rows_max {
+            return Err(SessionViolation::Budget { rows: of_chunk, rows_max });
         }
-        let RowsHead { more, decided, commit, .. } = head;
         let any_void = decided && self.drop_void(commit, dropped);
-        self.gathering.rows = rows;
-        self.gathering.urgent = frame.priority == Priority::Verify;
+        self.gathering.rows = of_chunk;
+        self.gathering.urgent = rows.priority == Priority::Verify;
         self.gathering.decided += if decided { count } else { 0 };
-        self.gathering.frames.push_back(frame);
+        self.gathering.frames.push_back(rows);
         if !more {
             self.gathering.complete_at = Some(now);
             self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
@@ -265,7 +242,7 @@ impl Session {
         &mut self,
         row: u32,
         moves: &mut Vec<RowMove>,
-    ) -> Result<(), Offence> {
+    ) -> Result<(), SessionViolation> {
         if self.items.is_empty() {
             self.sequence.commit(row, moves, &mut Vec::new())?;
         } else {
@@ -291,7 +268,7 @@ impl Session {
         moves: &mut Vec<RowMove>,
         hidden: &mut Vec<f32>,
         rows: &mut StepRows,
-    ) -> Result<(), Offence> {
+    ) -> Result<(), SessionViolation> {
         let mut chunk = loop {
             match self.items.pop_front().expect("the scheduler counts the chunks") {
                 Item::Commit(row) => self.sequence.commit(row, moves, &mut Vec::new())?,
@@ -301,22 +278,21 @@ impl Session {
         rows.complete_at = chunk.complete_at;
         let mut left = count;
         while let Some(frame) = chunk.frames.front().filter(|_| left > 0) {
-            let wire = rows_of(frame)?;
-            let wire = part_of(wire, chunk.skip, left, self.codec.row_bytes(hidden_size));
+            let part = frame.part(chunk.skip, left);
             let first = rows.ids.len();
-            self.put_frame(&wire, plan, moves, rows)?;
-            self.unpack(wire.payload, hidden_size, hidden)?;
+            self.put_part(frame, &part.head, plan, moves, rows)?;
+            self.unpack(frame.payload_of(&part), hidden_size, hidden)?;
             let end = rows.ids.len();
-            let wanted = match wire.head.want {
+            let wanted = match part.head.want {
                 Want::None => end..end,
                 Want::Last => end - 1..end,
                 Want::All => first..end,
             };
             rows.wanted_ids.extend_from_slice(&rows.ids[wanted.clone()]);
             rows.wanted.extend(wanted.map(|index| u32::try_from(index).expect("few rows")));
-            let put = u32::from(wire.head.count);
+            let put = u32::from(part.head.count);
             (left, chunk.skip) = (left - put, chunk.skip + put);
-            if chunk.skip == u32::from(rows_of(frame)?.head.count) {
+            if chunk.skip == u32::from(frame.head.count) {
                 chunk.skip = 0;
                 chunk.frames.pop_front();
             }
@@ -355,14 +331,14 @@ impl Session {
         (goes_back || planned.is_all).then(|| std::mem::take(spent))
     }
 
-    fn put_frame(
+    fn put_part(
         &mut self,
-        wire: &Rows<'_>,
+        frame: &RowsFrame,
+        head: &RowsHead,
         plan: &mut PlanBuffers,
         moves: &mut Vec<RowMove>,
         rows: &mut StepRows,
-    ) -> Result<(), Offence> {
-        let head = &wire.head;
+    ) -> Result<(), SessionViolation> {
         let count = u32::from(head.count);
         if head.commit != 0 {
             // What it prunes and is still here has run, or runs now, and is answered by OUTPUT.
@@ -372,9 +348,9 @@ impl Session {
             let first = self.sequence.append_committed(head.first_id, count, head.parent)?;
             plan.push_committed(first, count);
         } else {
-            let parents: Vec<u32> = wire.parents_of_rows().collect();
+            let parents: Vec<u32> = frame.parents().collect();
             self.sequence.append_pending(head.first_id, &parents)?;
-            for id in head.first_id..head.first_id + count {
+            for id in frame.ids() {
                 let known = plan.push_pending(&self.sequence, id);
                 debug_assert!(known, "it was appended above");
             }
@@ -388,42 +364,12 @@ impl Session {
         payload: &[u8],
         hidden_size: usize,
         hidden: &mut Vec<f32>,
-    ) -> Result<(), Offence> {
+    ) -> Result<(), SessionViolation> {
         let start = hidden.len();
         let rows = payload.len() / self.codec.row_bytes(hidden_size);
         hidden.resize(start + rows * hidden_size, 0.0);
         self.codec
             .unpack(payload, hidden_size, &mut hidden[start..])
-            .map_err(|error| Offence::new(SessionErrorCode::BadValue, error.to_string()))
-    }
-}
-
-/// Rows of a frame behind its first `skip`, at most `rows_max`. Only decided rows are cut.
-fn part_of(wire: Rows<'_>, skip: u32, rows_max: u32, row_bytes: usize) -> Rows<'_> {
-    let head = wire.head;
-    let rows = (u32::from(head.count) - skip).min(rows_max);
-    let is_last = skip + rows == u32::from(head.count);
-    if skip == 0 && is_last {
-        return wire;
-    }
-    debug_assert!(head.decided, "a verify runs in one step");
-    let first_id = head.first_id + skip;
-    let head = RowsHead {
-        first_id,
-        count: u16::try_from(rows).expect("at most as many as the frame has"),
-        parent: if skip > 0 { first_id - 1 } else { head.parent },
-        commit: if skip > 0 { 0 } else { head.commit },
-        want: if head.want == Want::Last && !is_last { Want::None } else { head.want },
-        ..head
-    };
-    let bytes = skip as usize * row_bytes..(skip + rows) as usize * row_bytes;
-    Rows { head, payload: &wire.payload[bytes], ..wire }
-}
-
-pub(super) fn rows_of(frame: &Frame) -> Result<Rows<'_>, Offence> {
-    match Message::decode(Kind::Rows, &frame.body) {
-        Ok(Message::Rows(rows)) => Ok(rows),
-        Ok(other) => unreachable!("ROWS decoded as {:?}", other.kind()),
-        Err(error) => Err(Offence::new(SessionErrorCode::BadShape, error.to_string())),
+            .map_err(SessionViolation::Value)
     }
 }

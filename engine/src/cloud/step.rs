@@ -10,6 +10,7 @@ use hat_transport::clock::Clock;
 use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
+use super::violation::SessionViolation;
 use crate::Error;
 use crate::backend::{BackendFault, cpu::compute_priority};
 use crate::model::{MiddleForward, MiddleStep};
@@ -62,13 +63,13 @@ impl Job {
     }
 
     /// Puts `work`, rows of the oldest chunk of `session`, into this step. What is wrong with them
-    /// comes back as an offence; they then run as zeros and nothing of them is returned.
+    /// comes back as a violation; they then run as zeros and nothing of them is returned.
     pub(super) fn put(
         &mut self,
         work: &Work,
         session: &mut Session,
         hidden_size: usize,
-    ) -> Result<(), super::session::Offence> {
+    ) -> Result<(), SessionViolation> {
         let index = self.sessions.len();
         if self.rows.len() == index {
             self.rows.push(StepRows::default());

@@ -5,11 +5,11 @@
 //! are applied. Chunks of pending rows that still wait then are not computed at all. A chunk is
 //! kept whole if anything that stays names a row of it: a commit, or a row that hangs below.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
-use hat_transport::message::{Dropped, Rows, Want};
+use hat_transport::message::Dropped;
 
-use super::session::{Chunk, Item, Session, rows_of};
+use super::session::{Item, Session};
 
 impl Session {
     /// A frame of decided rows has come, and with it the order to keep the path to row `commit`
@@ -22,53 +22,34 @@ impl Session {
         if !self.items.range(start..).any(|item| matches!(item, Item::Chunk(_))) {
             return false;
         }
-        let mut needed = HashSet::from([commit]);
-        needed.extend(self.items.range(start..).filter_map(|item| match item {
-            Item::Commit(row) => Some(*row),
-            Item::Chunk(_) => None,
-        }));
-        let chunks = self.items.range(start..).filter_map(|item| match item {
-            Item::Chunk(chunk) => Some(chunk),
-            Item::Commit(_) => None,
-        });
-        for wire in chunks.chain([&self.gathering]).flat_map(frames_of) {
-            needed.insert(wire.head.commit);
+        let mut needed = BTreeSet::from([commit]);
+        for item in self.items.range(start..) {
+            match item {
+                Item::Commit(row) => needed.extend([*row]),
+                Item::Chunk(chunk) => {
+                    needed.extend(chunk.frames.iter().map(|rows| rows.head.commit))
+                }
+            }
         }
-        frames_of(&self.gathering).for_each(|wire| needed.extend(wire.parents_of_rows()));
+        for rows in &self.gathering.frames {
+            needed.insert(rows.head.commit);
+            needed.extend(rows.parents());
+        }
         let mut any = false;
         // Rows come after their parents: what a chunk needs is known when its turn comes.
         for index in (start..self.items.len()).rev() {
             let Item::Chunk(chunk) = &self.items[index] else { continue };
-            if frames_of(chunk).any(|wire| ids(&wire).any(|id| needed.contains(&id))) {
-                frames_of(chunk).for_each(|wire| needed.extend(wire.parents_of_rows()));
+            if chunk.frames.iter().any(|rows| rows.ids().any(|id| needed.contains(&id))) {
+                needed.extend(chunk.frames.iter().flat_map(|rows| rows.parents()));
                 continue;
             }
-            dropped.extend(frames_of(chunk).filter_map(|wire| answer(&wire)));
+            dropped.extend(chunk.frames.iter().filter_map(|rows| rows.awaited()));
             // What the chunk committed stays committed.
-            let commit = frames_of(chunk).map(|wire| wire.head.commit).max().unwrap_or(0);
+            let commit = chunk.frames.iter().map(|rows| rows.head.commit).max().unwrap_or(0);
             self.items[index] = Item::Commit(commit);
             any = true;
         }
         self.items.retain(|item| !matches!(item, Item::Commit(0)));
         any
-    }
-}
-
-/// Frames were decoded when they came, so none is left out.
-fn frames_of(chunk: &Chunk) -> impl Iterator<Item = Rows<'_>> {
-    chunk.frames.iter().filter_map(|frame| rows_of(frame).ok())
-}
-
-fn ids(wire: &Rows<'_>) -> std::ops::Range<u32> {
-    wire.head.first_id..wire.head.first_id + u32::from(wire.head.count)
-}
-
-/// The rows of a frame that are waited for.
-fn answer(wire: &Rows<'_>) -> Option<Dropped> {
-    let (first_id, count) = (wire.head.first_id, wire.head.count);
-    match wire.head.want {
-        Want::None => None,
-        Want::Last => Some(Dropped { first_id: first_id + u32::from(count) - 1, count: 1 }),
-        Want::All => Some(Dropped { first_id, count }),
     }
 }

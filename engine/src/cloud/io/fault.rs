@@ -3,9 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hat_transport::message::{Message, SessionError, SessionErrorCode};
-
 use super::super::jobs_of;
+use super::super::violation::SessionEnd;
 use super::Io;
 use crate::backend::BackendFault;
 
@@ -45,14 +44,9 @@ impl Io {
         self.moves.clear();
         // Pages have their names from when their rows are planned.
         self.prefixes.clear(&mut self.pages);
-        let text = fault.to_string();
         let keys: Vec<_> = self.sessions.keys().copied().collect();
         for key in keys {
-            let session = &self.sessions[&key];
-            let (connection, wire_id) = (session.connection, session.wire_id);
-            self.end(key);
-            let error = SessionError { code: SessionErrorCode::Resource, text: &text };
-            self.answer(connection, wire_id, &Message::SessionError(error));
+            self.end_for(key, SessionEnd::Fault(fault.clone()));
         }
         if fault.lasts {
             let mut events = Vec::new();

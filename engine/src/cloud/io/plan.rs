@@ -54,10 +54,8 @@ impl Io {
                 // The scheduler keeps the rest of a chunk that it has cut.
                 session.is_queued = session.next().is_some_and(|next| work.rows < next.rows);
                 session.in_flight += 1;
-                if let Err(offence) = job.put(work, session, self.start.bundle.hidden_size) {
-                    let (connection, wire_id) = (session.connection, session.wire_id);
-                    self.end(work.session);
-                    self.refuse(connection, wire_id, offence);
+                if let Err(violation) = job.put(work, session, self.start.bundle.hidden_size) {
+                    self.end_for(work.session, violation);
                 }
                 self.name_prompt(work.session);
             }

@@ -2,11 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use hat_transport::conn::Frame;
-use hat_transport::frame::Kind;
-use hat_transport::message::{Message, Open, SessionErrorCode};
+use hat_transport::message::{End, Open};
 
-use super::super::session::Offence;
+use super::super::violation::SessionViolation;
 use super::Io;
 use crate::backend::PAGE_SIZE;
 use crate::prefix::PrefixScope;
@@ -24,17 +22,13 @@ pub(in crate::cloud) fn scope_of(open: &Open<'_>) -> PrefixScope {
 }
 
 /// Whether an OPEN names no more pages than a prompt can fill: its last row is always computed.
-pub(super) fn check_names(open: &Open<'_>) -> Result<(), Offence> {
-    let named_max = open.rows_max.saturating_sub(1) as usize / PAGE_SIZE;
-    if open.pages.len() <= named_max {
+pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
+    let (named, rows_max) = (open.pages.len(), open.rows_max);
+    let named_max = rows_max.saturating_sub(1) as usize / PAGE_SIZE;
+    if named <= named_max {
         return Ok(());
     }
-    let text = format!(
-        "{} full pages of a prompt are named, {} positions have at most {named_max}",
-        open.pages.len(),
-        open.rows_max
-    );
-    Err(Offence::new(SessionErrorCode::BadShape, text))
+    Err(SessionViolation::Names { named, rows_max, named_max })
 }
 
 impl Io {
@@ -59,14 +53,11 @@ impl Io {
     }
 
     /// A device is done with a session: its pages may be kept under the names that it gives.
-    pub(super) fn end_named(&mut self, key: SessionKey, frame: &Frame) -> Result<(), Offence> {
-        let end = match Message::decode(Kind::End, &frame.body) {
-            Ok(Message::End(end)) => end,
-            Ok(other) => unreachable!("END decoded as {:?}", other.kind()),
-            Err(error) => {
-                return Err(Offence::new(SessionErrorCode::BadShape, error.to_string()));
-            }
-        };
+    pub(super) fn end_named(
+        &mut self,
+        key: SessionKey,
+        end: &End<'_>,
+    ) -> Result<(), SessionViolation> {
         let session = self.sessions.get_mut(&key).expect("keys and sessions agree");
         if end.commit != 0 {
             session.take_commit(end.commit, &mut self.moves)?;
