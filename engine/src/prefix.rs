@@ -8,7 +8,7 @@
 //! Pure: no clock, no link, no thread.
 
 use std::array::TryFromSliceError;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::backend::{PAGE_SIZE, TokenId};
@@ -43,7 +43,7 @@ impl fmt::Debug for PrefixSecret {
 }
 
 /// What the rows of a session depend on, beside their tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PrefixScope {
     /// First layer that the cloud computes.
     pub entry_layer: u16,
@@ -127,7 +127,7 @@ struct Entry {
 /// before all others; of one path the later pages, which are of no use without the earlier ones.
 #[derive(Debug, Default)]
 pub struct PrefixCache {
-    entries: HashMap<Key, Entry>,
+    entries: BTreeMap<Key, Entry>,
     by_use: BTreeMap<u64, Key>,
     uses: u64,
 }
@@ -207,16 +207,20 @@ impl PrefixCache {
     /// Forgets all pages: what they hold means nothing any more.
     pub fn clear(&mut self, pool: &mut PagePool) {
         self.by_use.clear();
-        self.entries.drain().for_each(|(_, entry)| pool.release(entry.page));
+        std::mem::take(&mut self.entries).values().for_each(|entry| pool.release(entry.page));
     }
 
     /// Forgets these pages: what they hold is no good. Who holds them keeps them.
     pub fn forget(&mut self, pool: &mut PagePool, pages: &[u32]) {
         let bad = |entry: &Entry| pages.contains(&entry.page);
         self.by_use.retain(|_, key| !bad(&self.entries[key]));
-        for (_, entry) in self.entries.extract_if(|_, entry| bad(entry)) {
-            pool.release(entry.page);
-        }
+        self.entries.retain(|_, entry| {
+            let is_bad = bad(entry);
+            if is_bad {
+                pool.release(entry.page);
+            }
+            !is_bad
+        });
     }
 
     /// Evicts until `wanted` pages are free, or nothing is idle.

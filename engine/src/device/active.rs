@@ -5,18 +5,19 @@ use std::time::{Duration, Instant};
 
 use hat_transport::frame::Kind;
 
-use crate::Error;
 use crate::answer::Answer;
 use crate::backend::TokenId;
 use crate::draft::policy::Asking;
 use crate::draft::trained::SessionId;
 use crate::draft::{DraftMode, Lookup, Source, Tree};
+use crate::error::RequestError;
 use crate::metrics::Meter;
 use crate::prefix::PageNames;
 use crate::sequence::Sequence;
 
 use super::Job;
 use super::plan::Sizing;
+use super::violation::CloudViolation;
 use super::walk::Walk;
 
 /// Where a request's session in the cloud stands.
@@ -31,17 +32,15 @@ pub(super) enum Phase {
 }
 
 impl Phase {
-    /// Why a frame of this kind from the cloud is out of turn; `None` if it may come now.
-    pub(super) fn out_of_turn(self, kind: Kind) -> Option<String> {
+    /// Finds frames of this kind that may not come now.
+    pub(super) fn expects(self, kind: Kind) -> Result<(), CloudViolation> {
         let answers_open = matches!(kind, Kind::Opened | Kind::Busy);
         match self {
             Self::Opening if !answers_open && kind != Kind::SessionError => {
-                Some(format!("it sent {kind:?} before it opened the session"))
+                Err(CloudViolation::BeforeOpened { kind })
             }
-            Self::Open if answers_open => {
-                Some(format!("it sent {kind:?} for a session that is open"))
-            }
-            _ => None,
+            Self::Open if answers_open => Err(CloudViolation::AfterOpened { kind }),
+            _ => Ok(()),
         }
     }
 }
@@ -321,7 +320,7 @@ impl Active {
     }
 
     /// Ends the request with an error.
-    pub(super) fn fail(&self, error: Error) {
-        let _ = self.job.events.send(Err(error));
+    pub(super) fn fail(&self, error: RequestError) {
+        let _ = self.job.events.send(Err(error.into()));
     }
 }

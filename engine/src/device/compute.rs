@@ -9,7 +9,8 @@ use hat_transport::message::{RowsHead, Want};
 use super::active::{Active, Chunk, Phase, Timed, Unsent};
 use super::run::Device;
 use super::turn::{self, Ask};
-use crate::{Error, Event, wire};
+use crate::error::RequestError;
+use crate::{Event, wire};
 
 /// Rows of a chunk that are computed, and sent, before the next ones are: the uplink does not wait
 /// for a whole chunk, and is looked after in between.
@@ -76,7 +77,7 @@ impl Device {
         self.monitor.note_device(count, took.as_secs_f64());
         if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
-            return self.fail(index, Error::NotFinite { position: first + row });
+            return self.fail(index, RequestError::NotFinite { position: first + row });
         }
         if held > 0 {
             active.unfed = first..first + count;

@@ -10,9 +10,9 @@ use std::ops::Range;
 use super::active::{Active, Round};
 use super::compute::first_not_finite;
 use super::run::Device;
-use crate::Error;
 use crate::draft::lookup::BRANCHES_MAX;
 use crate::draft::{BUDGET_DEFAULT, CHAIN_MAX, DraftMode};
+use crate::error::RequestError;
 use crate::sequence::PENDING_ROWS_MAX;
 
 /// Nodes that are computed together: more is fewer steps, less is a better choice of nodes.
@@ -132,7 +132,7 @@ impl Device {
         self.compute_growing(index, nodes, self.first_bounds(index))?;
         self.note_drafting(index, began);
         if self.actives[index].unsent.count == 0 {
-            self.fail(index, Error::NotFinite { position });
+            self.fail(index, RequestError::NotFinite { position });
         }
         Ok(())
     }

@@ -8,9 +8,10 @@ use hat_transport::message::CloseCode;
 
 use super::run::{Device, Start};
 use super::{bundle_error, open_bundle, trained};
-use crate::backend::{ARITHMETIC_CPU, BackendError, BackendFault};
+use crate::backend::{ARITHMETIC_CPU, BackendFault};
 use crate::config::Processor;
 use crate::draft::Costs;
+use crate::error::RequestError;
 use crate::monitor::Monitor;
 use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
@@ -23,7 +24,7 @@ impl Device {
         tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
         for index in (0..self.actives.len()).rev() {
             self.start.shared.metrics().requests_failed += 1;
-            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
+            self.actives[index].fail(RequestError::Backend(fault.clone()));
             self.retire(index);
         }
         self.forget_pages();

@@ -12,6 +12,7 @@ mod run;
 mod trained;
 mod turn;
 mod verify;
+mod violation;
 mod walk;
 
 use std::path::PathBuf;

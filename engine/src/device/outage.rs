@@ -11,7 +11,9 @@ use hat_transport::message::Hello;
 
 use super::active::Active;
 use super::run::Device;
-use crate::{Error, wire};
+use super::violation::CloudViolation;
+use crate::error::RequestError;
+use crate::wire;
 
 /// Length of an outage after which requests that come are not kept waiting for its end.
 const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
@@ -113,7 +115,7 @@ impl Device {
     pub(super) fn fail_for_cloud(&mut self) {
         for index in (0..self.actives.len()).rev() {
             let (peer, reason) = (self.cloud.clone(), self.reason.clone());
-            self.fail(index, Error::Peer { peer, reason });
+            self.fail(index, RequestError::Peer { peer, reason });
         }
     }
 
@@ -135,15 +137,12 @@ impl Device {
                 active.heard = now;
             }
             if now.saturating_duration_since(active.heard) >= silence_max {
-                let (peer, seconds) = (self.cloud.clone(), silence_max.as_secs_f32());
-                let reason =
-                    format!("it is connected, but has said nothing new for {seconds:.0} s");
-                self.fail(index, Error::Peer { peer, reason });
+                self.fail_by(index, &CloudViolation::Silent { waited: silence_max });
                 continue;
             }
             if self.actives[index].deadline.is_some_and(|deadline| deadline <= now) {
                 let error = match self.actives[index].busy_ms.filter(|_| self.connected) {
-                    Some(retry_after_ms) => Error::Busy {
+                    Some(retry_after_ms) => RequestError::Busy {
                         reason: format!("cloud {} has no room for another session", self.cloud),
                         retry_after_ms: u64::from(retry_after_ms),
                     },
@@ -171,11 +170,17 @@ impl Device {
         }
     }
 
-    fn peer_error(&self, waited: Duration) -> Error {
+    /// Ends a request whose cloud does not keep to the protocol.
+    pub(super) fn fail_by(&mut self, index: usize, violation: &CloudViolation) {
+        let (peer, reason) = (self.cloud.clone(), violation.to_string());
+        self.fail(index, RequestError::Peer { peer, reason });
+    }
+
+    fn peer_error(&self, waited: Duration) -> RequestError {
         let waited = waited.as_secs_f32();
         let reason =
             format!("{} (waited {waited:.0} s); is `hat-engine cloud` running there?", self.reason);
-        Error::Peer { peer: self.cloud.clone(), reason }
+        RequestError::Peer { peer: self.cloud.clone(), reason }
     }
 
     /// The cloud knows none of the sessions: each is opened again, within reason.
@@ -187,9 +192,8 @@ impl Device {
                 active.restart(None);
                 continue;
             }
-            let (peer, lost_n) = (self.cloud.clone(), active.lost_n);
-            let reason = format!("it forgot the session {lost_n} times before the next token");
-            self.fail(index, Error::Peer { peer, reason });
+            let times = active.lost_n;
+            self.fail_by(index, &CloudViolation::Forgets { times });
         }
     }
 

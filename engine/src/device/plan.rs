@@ -7,6 +7,7 @@ use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::run::Device;
 use super::turn;
+use super::violation::CloudViolation;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::monitor::{Estimates, Returned};
 
@@ -104,14 +105,14 @@ impl Device {
         index: usize,
         computed: &Computed,
         bytes: usize,
-    ) -> Result<(), String> {
+    ) -> Result<(), CloudViolation> {
         let Computed { first_id, count, step_us, step_rows, arrivals, .. } = *computed;
         let last_id = first_id + u32::from(count) - 1;
         let active = &mut self.actives[index];
         active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
         active.deadline = None;
         if last_id > active.sent_id {
-            return Err(format!("row {last_id}, which was not sent"));
+            return Err(CloudViolation::NotSent { row: last_id });
         }
         // Said once more it is no news.
         if last_id > active.told_id {

@@ -9,6 +9,7 @@ use hat_transport::turn::ConnectionId;
 use super::Shared;
 use super::active::{Active, Phase};
 use super::run::Device;
+use super::violation::CloudViolation;
 use crate::Error;
 use crate::answer::Prepared;
 use crate::backend::{PAGE_SIZE, TokenId};
@@ -85,10 +86,10 @@ impl Active {
     }
 
     /// The cloud holds so many of the pages that were named.
-    fn opened(&mut self, pages: u16) -> Result<(), String> {
+    fn opened(&mut self, pages: u16) -> Result<(), CloudViolation> {
         let asked = self.pages_to_find().len();
         if usize::from(pages) > asked {
-            return Err(format!("it holds {pages} pages of the {asked} that were named"));
+            return Err(CloudViolation::PagesBeyond { held: usize::from(pages), named: asked });
         }
         self.phase = Phase::Open;
         self.deadline = None;
@@ -120,7 +121,7 @@ impl Active {
 
 impl Device {
     /// `OPEN` was answered: the cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), String> {
+    pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), CloudViolation> {
         let active = &mut self.actives[index];
         active.opened(pages)?;
         active.heard = self.start.shared.clock.now();

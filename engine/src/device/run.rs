@@ -17,6 +17,7 @@ use super::active::{Active, Chunk, Drafts, Phase, Unsent};
 use super::outage::{Redial, SILENCE_FACTOR};
 use super::plan::Sizing;
 use super::prefix::PageNamer;
+use super::violation::CloudViolation;
 use super::walk::Walk;
 use super::{Described, Job, Shared};
 use crate::answer::Answer;
@@ -27,6 +28,7 @@ use crate::draft::policy::Asking;
 use crate::draft::trained::Trained;
 use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, Costs, DraftMode};
+use crate::error::RequestError;
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
 use crate::monitor::Monitor;
@@ -83,7 +85,7 @@ impl Start {
             tracing::error!(%error, "the device stops");
             let text = error.to_string();
             for active in &device.actives {
-                active.fail(Error::Stopped(text.clone()));
+                active.fail(RequestError::Stopped(text.clone()));
             }
         }
     }
@@ -290,7 +292,7 @@ impl Device {
             self.events = events;
         }
         for active in &self.actives {
-            active.fail(Error::Stopped("it was closed".into()));
+            active.fail(RequestError::Stopped("it was closed".into()));
         }
         // What was said last may be the names of pages to keep.
         self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
@@ -489,12 +491,16 @@ impl Device {
         // Frames of sessions that this side has ended are late, not wrong.
         let own = |active: &Active| active.wire_id == frame.session && active.has_session();
         let Some(index) = self.actives.iter().position(own) else { return };
-        let now = self.start.shared.clock.now();
-        if let Some(reason) = self.actives[index].phase.out_of_turn(frame.kind) {
-            let error = Error::Peer { peer: self.cloud.clone(), reason };
-            return self.fail(index, error);
+        if let Err(violation) = self.take_message(index, frame) {
+            self.fail_by(index, &violation);
         }
-        let taken = match Message::decode(frame.kind, &frame.body) {
+    }
+
+    fn take_message(&mut self, index: usize, frame: &Frame) -> Result<(), CloudViolation> {
+        let kind = frame.kind;
+        let now = self.start.shared.clock.now();
+        self.actives[index].phase.expects(kind)?;
+        match Message::decode(kind, &frame.body) {
             Ok(Message::Opened(opened)) => {
                 self.actives[index].busy_ms = None;
                 self.opened(index, opened.pages)
@@ -529,16 +535,12 @@ impl Device {
                     active.restart(Some(now + pause(active.lost_n)));
                     Ok(())
                 }
-                code => Err(format!("it ended the session: {code:?}: {}", error.text)),
+                code => Err(CloudViolation::Ended { code, text: error.text.to_owned() }),
             },
             Ok(Message::Dropped(dropped)) => self.take_dropped(index, &dropped),
             Ok(Message::Ended | Message::Cancelled) => Ok(()),
-            Ok(other) => Err(format!("it sent {:?}, which a cloud does not", other.kind())),
-            Err(error) => Err(format!("a {:?} frame is malformed: {error}", frame.kind)),
-        };
-        if let Err(reason) = taken {
-            let error = Error::Peer { peer: self.cloud.clone(), reason };
-            self.fail(index, error);
+            Ok(_) => Err(CloudViolation::Unexpected { kind }),
+            Err(error) => Err(CloudViolation::Malformed { kind, error }),
         }
     }
 
@@ -565,8 +567,8 @@ impl Device {
     }
 
     /// Ends a request with an error; all of them, if what is wrong is this device's backend.
-    pub(super) fn fail(&mut self, index: usize, error: Error) {
-        if matches!(error, Error::NotFinite { .. })
+    pub(super) fn fail(&mut self, index: usize, error: RequestError) {
+        if matches!(error, RequestError::NotFinite { .. })
             && let Some(fault) = self.start.model.fault()
         {
             return self.fail_all(&fault);

@@ -5,9 +5,10 @@ use hat_transport::message::{Dropped, Output};
 
 use super::active::Timed;
 use super::run::Device;
+use super::violation::CloudViolation;
 use super::walk::{Taken, Visit};
-use crate::Error;
 use crate::backend::TokenId;
+use crate::error::RequestError;
 use crate::sequence::RowPlace;
 
 impl Device {
@@ -17,7 +18,7 @@ impl Device {
         index: usize,
         output: &Output<'_>,
         bytes: usize,
-    ) -> Result<(), String> {
+    ) -> Result<(), CloudViolation> {
         let hidden_size = self.start.facts.hidden_size;
         let active = &mut self.actives[index];
         active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
@@ -27,13 +28,11 @@ impl Device {
         self.row.resize(count.max(1) * hidden_size, 0.0);
         let codec = self.start.config.codec().down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
-            return Err(format!("{} bytes for {count} rows", output.payload.len()));
+            return Err(CloudViolation::Payload { bytes: output.payload.len(), rows: count });
         }
-        codec
-            .unpack(output.payload, hidden_size, &mut self.row)
-            .map_err(|error| error.to_string())?;
-        if let Some(id) = output.ids.iter().find(|id| *id > active.sent_id) {
-            return Err(format!("row {id}, which was not sent"));
+        codec.unpack(output.payload, hidden_size, &mut self.row)?;
+        if let Some(row) = output.ids.iter().find(|id| *id > active.sent_id) {
+            return Err(CloudViolation::NotSent { row });
         }
         self.note_costs(index, output);
         let active = &self.actives[index];
@@ -52,14 +51,18 @@ impl Device {
 
     /// Takes the news that rows will not come back. They were void before the cloud was told so,
     /// and nobody here waits for them.
-    pub(super) fn take_dropped(&mut self, index: usize, dropped: &Dropped) -> Result<(), String> {
+    pub(super) fn take_dropped(
+        &mut self,
+        index: usize,
+        dropped: &Dropped,
+    ) -> Result<(), CloudViolation> {
         let active = &mut self.actives[index];
         let ids = dropped.first_id..=dropped.first_id + u32::from(dropped.count - 1);
         if *ids.end() > active.sent_id {
-            return Err(format!("it dropped row {}, which was not sent", ids.end()));
+            return Err(CloudViolation::DroppedUnsent { row: *ids.end() });
         }
-        if let Some(id) = ids.clone().find(|id| active.walk.awaits(*id)) {
-            return Err(format!("it dropped row {id}, which is waited for"));
+        if let Some(row) = ids.clone().find(|id| active.walk.awaits(*id)) {
+            return Err(CloudViolation::DroppedAwaited { row });
         }
         active.meter.rows_settled(u32::from(dropped.count));
         // The output that would have told how long they were away does not come.
@@ -98,17 +101,17 @@ impl Device {
         index: usize,
         output: &Output<'_>,
         count: usize,
-    ) -> Result<(), String> {
+    ) -> Result<(), CloudViolation> {
         let hidden_size = self.start.facts.hidden_size;
         let active = &mut self.actives[index];
         let expected = match self.start.facts.has_tail {
             true => active.decided.start,
             false => active.decided.end - 1,
         };
-        if let Some((id, _)) =
+        if let Some((row, expected)) =
             output.ids.iter().take(count).zip(expected..).find(|(id, expected)| id != expected)
         {
-            return Err(format!("row {id} comes out of turn, not row {expected}"));
+            return Err(CloudViolation::OutOfTurn { row, expected });
         }
         let rows = &mut self.row[..count * hidden_size];
         let end = expected + u32::try_from(count).expect("a frame holds few rows");
@@ -133,7 +136,7 @@ impl Device {
         index: usize,
         output: &Output<'_>,
         first: usize,
-    ) -> Result<bool, String> {
+    ) -> Result<bool, CloudViolation> {
         let mut has_news = false;
         let active = &mut self.actives[index];
         let rows = self.row.chunks_exact(self.start.facts.hidden_size);
@@ -142,7 +145,7 @@ impl Device {
             match active.walk.take(id, row) {
                 Taken::Awaited => has_news = true,
                 Taken::Unknown => {}
-                Taken::Twice => return Err(format!("row {id} for the second time")),
+                Taken::Twice => return Err(CloudViolation::Twice { row: id }),
             }
         }
         Ok(has_news)
@@ -194,7 +197,7 @@ impl Device {
         let position = active.rows() - 1;
         let emitted = match greatest {
             Some(Some((token, _))) => Ok(active.answer.take_greatest(token, &shared.tokenizer)),
-            Some(None) => Err(Error::NotFinite { position }),
+            Some(None) => Err(RequestError::NotFinite { position }),
             None => active.answer.take(&self.logits, position, &shared.tokenizer),
         };
         let emitted = match emitted {
