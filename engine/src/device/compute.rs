@@ -1,279 +1,328 @@
-//! What the device computes next, and how it goes up: chunks of the prompt, rounds of decoding.
+//! Computation and sending, one request at a time: who is next, and what the model is given.
 
 use std::io;
-use std::time::Duration;
+use std::ops::Bound;
+use std::time::{Duration, Instant};
 
 use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
-use hat_transport::message::{RowsHead, Want};
+use hat_transport::message::Output;
+use hat_transport::turn::{ConnectionId, Endpoint};
 
-use super::active::{Active, Chunk, Phase, Timed, Unsent};
+use super::common::Common;
+use super::request::{Outcome, Request, RequestId};
 use super::run::Device;
-use super::turn::{self, Ask};
-use crate::error::RequestError;
-use crate::{Event, wire};
-
-/// Rows of a chunk that are computed, and sent, before the next ones are: the uplink does not wait
-/// for a whole chunk, and is looked after in between.
-const PIECE_ROWS: u32 = 64;
+use super::session::Timed;
+use super::tree::{Growth, Level};
+use super::turn;
+use super::verify::Verdict;
+use super::violation::CloudViolation;
+use crate::wire;
 
 impl Device {
     /// Computes one piece of one request: see [`turn::choose`]. If there is none, adds drafts to a
     /// tree whose rows are away. Says whether there was anything to do.
     pub(super) fn compute_one(&mut self) -> io::Result<bool> {
-        let may_upload = self.upload_pause().is_none();
-        let next = turn::choose(self.actives.iter().map(|active| active.ask(may_upload)));
-        if let Some(index) = next {
-            for active in &mut self.actives {
-                active.passed += u32::from(active.ask(may_upload).is_some());
+        let may_upload = self.cx.learned.upload_pause().is_none();
+        let asks = self.requests.iter();
+        let next = turn::choose(asks.filter_map(|(id, it)| Some((*id, it.ask(may_upload)?))));
+        if let Some(next) = next {
+            for (id, request) in &mut self.requests {
+                let is_passed = *id != next && request.ask(may_upload).is_some();
+                request.passed =
+                    if *id == next { 0 } else { request.passed + u32::from(is_passed) };
             }
-            self.actives[index].passed = 0;
-            self.feed_trained(index);
-            if self.actives[index].is_decoding() && self.draft(index) {
-                self.compute_tree(index)?;
-            } else {
-                self.compute_chunk(index);
-            }
+            self.feed(next);
+            self.compute(next)?;
             return Ok(true);
         }
-        let Some(index) = self.actives.iter().position(Active::wants_more_drafts) else {
-            return Ok(false);
-        };
-        self.draft_more(index)?;
+        let wants =
+            |(id, request): (&RequestId, &Request)| request.wants_more_drafts().then_some(*id);
+        let Some(id) = self.requests.iter().find_map(wants) else { return Ok(false) };
+        self.draft_more(id)?;
         Ok(true)
     }
 
-    /// Computes decided rows: a piece of a chunk of the prompt, or the last token alone. Those
-    /// that the cloud holds are not sent.
-    fn compute_chunk(&mut self, index: usize) {
-        let held = self.actives[index].held_left();
-        if held == 0 && self.actives[index].chunk.left == 0 {
-            let rows = self.chunk_rows(index);
-            self.actives[index].chunk = Chunk { rows, left: rows };
+    fn now(&self) -> Instant {
+        self.start.shared.clock.now()
+    }
+
+    /// Computes the last decided token with drafts below it, or a piece of a prompt.
+    fn compute(&mut self, id: RequestId) -> io::Result<()> {
+        let began = self.now();
+        let has_drafter = self.start.trained.is_some();
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        if request.is_decoding() {
+            let level = request.begin_tree(began, has_drafter, &self.cx);
+            if let Some(level) = level {
+                return self.compute_tree(id, level, began);
+            }
+            let took = self.now().duration_since(began);
+            self.requests.get_mut(&id).into_iter().for_each(|it| it.note_drafting(took));
         }
-        let active = &mut self.actives[index];
-        let count = match held {
-            0 => active.chunk.left.min(PIECE_ROWS),
-            _ => held.min(self.start.config.limits.step_rows_max),
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        let Some(piece) = request.begin_piece(began, &mut self.cx) else { return Ok(()) };
+        let Some(took) = self.run_input(id) else { return Ok(()) };
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        if let Err(error) = request.end_piece(piece, took, &mut self.cx) {
+            self.fail(id, error);
+        }
+        Ok(())
+    }
+
+    /// Computes a tree level by level, as long as the trained drafter has better nodes to add.
+    fn compute_tree(&mut self, id: RequestId, first: Level, began: Instant) -> io::Result<()> {
+        let mut next = Some(first);
+        while let Some(level) = next.take() {
+            let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+            request.begin_level(&level, &mut self.cx);
+            let Some(took) = self.run_input(id) else { return Ok(()) };
+            let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+            match request.end_level(&level, took, &mut self.cx) {
+                Ok(Growth::Whole) => {}
+                Ok(Growth::MayGrow) => {
+                    self.propose(id);
+                    let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+                    next = request.next_level(&level, &self.cx);
+                    if request.session.open().is_some_and(|open| open.outgoing.has_released()) {
+                        self.send_ahead(id)?;
+                    }
+                }
+                Err(error) => {
+                    self.fail(id, error);
+                    return Ok(());
+                }
+            }
+        }
+        let took = self.now().duration_since(began);
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        request.end_tree();
+        request.note_drafting(took);
+        Ok(())
+    }
+
+    /// Adds drafts to a tree that is away, or finds that none pay.
+    fn draft_more(&mut self, id: RequestId) -> io::Result<()> {
+        let began = self.now();
+        self.feed(id);
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        request.follow_walk(&mut self.cx);
+        let Some(bounds) = request.begin_wave(began, &self.cx) else { return Ok(()) };
+        self.propose(id);
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        if let Some(level) = request.grow_wave(bounds, &self.cx) {
+            self.compute_tree(id, level, began)?;
+            let took = self.now().duration_since(began);
+            self.cx.learned.costs.wave.note(took.as_secs_f64());
+        } else {
+            let took = self.now().duration_since(began);
+            self.requests.get_mut(&id).into_iter().for_each(|it| it.note_drafting(took));
+        }
+        Ok(())
+    }
+
+    /// Runs the moves that wait, then the device's layers over the rows that a request has planned.
+    /// Returns how long these took; `None` if they were not computed, and all requests have ended.
+    fn run_input(&mut self, id: RequestId) -> Option<Duration> {
+        self.run_moves();
+        let began = self.now();
+        let Common { scratch, facts, .. } = &mut self.cx;
+        let rows = self.requests.get_mut(&id)?.rows_mut(scratch.tokens.len(), facts);
+        self.start.model.input(&scratch.plan.plan(), &scratch.tokens, rows);
+        let took = self.now().duration_since(began);
+        self.has_computed().then_some(took)
+    }
+
+    fn run_moves(&mut self) {
+        if !self.cx.moves.is_empty() {
+            self.start.model.compact(&self.cx.moves);
+            self.cx.moves.clear();
+        }
+    }
+
+    /// Whether the backend has computed what it was asked to; if not, all requests have ended.
+    fn has_computed(&mut self) -> bool {
+        let fault = self.start.model.fault();
+        if let Some(fault) = &fault {
+            self.fail_all(fault);
+        }
+        fault.is_none()
+    }
+
+    /// Lets the trained drafter take the decided rows of a request that it has not.
+    fn feed(&mut self, id: RequestId) -> bool {
+        let Some(request) = self.requests.get_mut(&id) else { return false };
+        request.feed(self.start.trained.as_mut(), &self.cx)
+    }
+
+    /// Lets the trained drafter take decided rows that were just sent, while they are away. Says
+    /// whether there were any.
+    pub(super) fn feed_sent(&mut self) -> bool {
+        let has_unfed = |(id, request): (&RequestId, &Request)| request.has_unfed().then_some(*id);
+        let next = self.requests.iter().find_map(has_unfed);
+        next.is_some_and(|id| self.feed(id))
+    }
+
+    /// Lets the trained drafter guess below a request's new nodes.
+    fn propose(&mut self, id: RequestId) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let drafter = self.start.trained.as_mut();
+        if let Err(fault) = request.propose(drafter, &mut self.cx) {
+            self.draft_without(&fault);
+        }
+    }
+
+    /// Takes rows that came back, and walks as far as they lead.
+    pub(super) fn take_output(
+        &mut self,
+        id: RequestId,
+        now: Instant,
+        output: &Output<'_>,
+        bytes: usize,
+    ) -> Result<(), CloudViolation> {
+        // The drafter takes the root before what the walk finds right below it.
+        self.feed(id);
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        if let Some(tail) = request.handle_output(now, output, bytes, &mut self.cx)? {
+            self.run_moves();
+            let Common { scratch, facts, .. } = &mut self.cx;
+            let rows = &mut scratch.rows[..tail.count * facts.hidden_size];
+            self.start.model.tail(&scratch.plan.plan(), rows);
+            if !self.has_computed() {
+                return Ok(());
+            }
+            self.requests.get_mut(&id).into_iter().for_each(|it| it.end_tail(&tail, &self.cx));
+        }
+        while self.run_head(id) {}
+        Ok(())
+    }
+
+    /// Runs the LM head for the row before which a request's walk stands, if it is back. Says
+    /// whether another may be due.
+    fn run_head(&mut self, id: RequestId) -> bool {
+        let Some(request) = self.requests.get_mut(&id) else { return false };
+        let Some(head) = request.begin_head(&mut self.cx) else { return false };
+        let began = self.now();
+        if head.needs_tail {
+            self.run_moves();
+        }
+        let model = &mut self.start.model;
+        let scratch = &mut self.cx.scratch;
+        let Some(request) = self.requests.get_mut(&id) else { return false };
+        if head.needs_tail {
+            model.tail(&scratch.plan.plan(), request.head_row());
+        }
+        let verdict = if request.answer.wants_greatest() {
+            Verdict::Greatest(model.greatest(request.head_row()).map(|(token, _)| token))
+        } else {
+            model.head(request.head_row(), &mut scratch.logits);
+            Verdict::Logits
         };
-        let count = turn::piece_rows(self.monitor.device_cost(), active.computed(), count);
-        active.drafts.clear();
-        let first = active.computed();
-        let (first_id, parent) = (active.sequence.last_id() + 1, active.sequence.tip());
-        let place = active
-            .sequence
-            .append_committed(first_id, count, parent)
-            .expect("ids go on after the last one, and the session reserved all rows");
-        self.plan.clear();
-        self.plan.push_committed(place, count);
-        self.plan.end_sequence(&active.sequence);
-        let end = (first + count) as usize;
-        let tokens = &active.tokens[first as usize..end];
-        let hidden_size = self.start.facts.hidden_size;
-        active.unsent.hidden.resize(count as usize * hidden_size, 0.0);
-        let began = self.start.shared.clock.now();
-        self.start.model.input(&self.plan.plan(), tokens, &mut active.unsent.hidden);
-        let took = self.start.shared.clock.now().duration_since(began);
-        self.costs.device.note(count as usize, took.as_secs_f64());
-        self.monitor.note_device(count, took.as_secs_f64());
-        if let Some(row) = first_not_finite(&active.unsent.hidden, hidden_size) {
-            let row = u32::try_from(row).expect("below the chunk's rows");
-            return self.fail(index, RequestError::NotFinite { position: first + row });
+        if !self.has_computed() {
+            return false;
         }
-        if held > 0 {
-            active.unfed = first..first + count;
-            active.unsent.sent = 0;
-            active.unsent.count = 0;
-            return;
+        let now = self.now();
+        let took = now.duration_since(began);
+        let Some(request) = self.requests.get_mut(&id) else { return false };
+        let tokenizer = &self.start.shared.tokenizer;
+        match request.end_head(now, head, took, &verdict, tokenizer, &mut self.cx) {
+            Outcome::Goes => return true,
+            Outcome::Finished(reason) => self.finish(id, reason),
+            Outcome::Unheard => self.retire(id),
+            Outcome::Failed(error) => self.fail(id, error),
         }
-        let decides = end == active.tokens.len();
-        active.set_unsent(first_id, parent, count as usize, decides);
-        active.chunk.left -= count;
-        active.unsent.grows = active.chunk.left > 0;
-        active.unfed = first..first + count;
-        let in_prefill = active.answer.tokens().is_empty();
-        if decides {
-            let last_id = first_id + count - 1;
-            let before = if count > 1 { last_id - 1 } else { parent };
-            let round = if in_prefill { 0 } else { active.round + 1 };
-            active.walk.push(last_id, before, active.tokens[end - 1], None, round);
-        }
-        if in_prefill && !active.unsent.grows {
-            active.meter.counts.chunks.push(active.chunk.rows);
-            let event = Event::Prefill { sent: first + count, total: active.rows() };
-            let _ = active.job.events.send(Ok(event));
-        }
+        false
     }
 
-    /// Sends what is computed, as far as there are buffers and credit: first what somebody waits
-    /// for, then prompts, of which another one is the first each time.
-    pub(super) fn send_unsent(&mut self) {
-        let count = self.actives.len();
-        for index in 0..count {
-            if self.actives[index].is_urgent() {
-                self.send_frames(index);
-            }
+    /// Sends what may leave, as far as there are buffers and credit: first what somebody waits for,
+    /// then prompts, of which another one is the first each time.
+    pub(super) fn send_released(&mut self) {
+        let Some(connection) = self.link.connection.filter(|_| self.link.connected) else { return };
+        let now = self.now();
+        let Self { endpoint, requests, cx, .. } = self;
+        for request in requests.values_mut().filter(|request| request.is_urgent()) {
+            request.send_frames(now, endpoint, connection, cx);
         }
-        self.first_to_send = (self.first_to_send + 1) % count.max(1);
+        let after = requests.range(self.first_to_send + 1..).next();
+        let next = after.or_else(|| requests.iter().next()).map(|(id, _)| *id);
+        self.first_to_send = next.unwrap_or_default();
         let first = self.first_to_send;
-        for index in (0..count).map(|index| (first + index) % count) {
-            if !self.actives[index].is_urgent() && !self.send_frames(index) {
-                return;
+        let ranges = [
+            (Bound::Included(first), Bound::Unbounded),
+            (Bound::Unbounded, Bound::Excluded(first)),
+        ];
+        for range in ranges {
+            for (_, request) in requests.range_mut(range) {
+                let goes_on =
+                    request.is_urgent() || request.send_frames(now, endpoint, connection, cx);
+                if !goes_on {
+                    return;
+                }
             }
         }
     }
 
-    /// Sends what one request has; says whether it could send all.
-    fn send_frames(&mut self, index: usize) -> bool {
-        while self.actives[index].phase == Phase::Open
-            && self.actives[index].unsent.sent < self.actives[index].unsent.count
-        {
-            if !self.send_frame(index) {
+    /// Gives the link what a request has so far, so that it is on its way while more is computed.
+    /// What arrives meanwhile is looked at later.
+    fn send_ahead(&mut self, id: RequestId) -> io::Result<()> {
+        let connection = self.link.connection.filter(|_| self.link.connected);
+        let now = self.now();
+        if let (Some(request), Some(connection)) = (self.requests.get_mut(&id), connection) {
+            request.send_frames(now, &mut self.endpoint, connection, &self.cx);
+        }
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
+    }
+}
+
+impl Request {
+    /// Sends what may leave; says whether all of it could.
+    fn send_frames(
+        &mut self,
+        now: Instant,
+        endpoint: &mut Endpoint,
+        connection: ConnectionId,
+        cx: &Common,
+    ) -> bool {
+        while self.session.open().is_some_and(|open| open.outgoing.has_released()) {
+            if self.send_frame(now, endpoint, connection, cx).is_none() {
                 return false;
             }
         }
         true
     }
 
-    /// Gives the link what a request has so far, so that it is on its way while more is computed.
-    /// What arrives meanwhile is looked at later.
-    pub(super) fn send_ahead(&mut self, index: usize) -> io::Result<()> {
-        self.send_frames(index);
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
-    }
-
-    /// Sends one frame of what is computed; says whether it could.
-    fn send_frame(&mut self, index: usize) -> bool {
-        let Some(connection) = self.connection.filter(|_| self.connected) else { return false };
-        let hidden_size = self.start.facts.hidden_size;
-        let codec = self.start.config.codec();
-        let active = &mut self.actives[index];
-        let rows_max = wire::rows_per_frame(codec, hidden_size, self.peer_frame_max);
-        let head = active.head(rows_max, self.start.facts.has_tail);
-        let unsent = &active.unsent;
+    /// Sends one frame of what may leave; `None` if it could not.
+    fn send_frame(
+        &mut self,
+        now: Instant,
+        endpoint: &mut Endpoint,
+        connection: ConnectionId,
+        cx: &Common,
+    ) -> Option<()> {
+        let (hidden_size, codec) = (cx.facts.hidden_size, cx.facts.codec);
+        let priority = if self.is_urgent() { Priority::Verify } else { Priority::Prompt };
+        let (in_answer, computed) = (!self.in_prefill(), self.computed());
+        let open = self.session.open_mut()?;
+        let out = &mut open.outgoing;
+        let rows_max = wire::rows_per_frame(codec, hidden_size, cx.cloud.frame_max);
+        let head = out.head(rows_max, cx.facts.has_tail);
         let rows = usize::from(head.count);
-        let parents = if head.tree { unsent.parents_of(rows) } else { &[] };
+        let parents = if head.tree { out.parents_of(rows) } else { &[] };
         let bytes = head.payload_start() + rows * codec.row_bytes(hidden_size);
-        let priority = if active.is_urgent() { Priority::Verify } else { Priority::Prompt };
-        let Some(mut body) = self.endpoint.buffer_for(priority, bytes) else { return false };
+        let mut body = endpoint.buffer_for(priority, bytes)?;
         let start = head.encode(parents, body.body_mut());
-        let hidden = &unsent.hidden[unsent.sent * hidden_size..][..rows * hidden_size];
+        let hidden = &out.hidden[out.sent * hidden_size..][..rows * hidden_size];
         codec
             .pack(hidden, hidden_size, &mut body.body_mut()[start..])
             .expect("rows are checked when they are computed");
-        let sent = self.endpoint.send(connection, Kind::Rows, active.wire_id, priority, body);
-        if sent.is_err() {
-            return false;
-        }
-        active.meter.rows_sent(u32::from(head.count));
-        active.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
-        active.note_sent(&head, self.start.shared.clock.now());
-        true
-    }
-}
-
-impl Active {
-    /// What it asks of the processor now, if anything; `may_upload` says whether the uplink takes
-    /// more of prompts.
-    fn ask(&self, may_upload: bool) -> Option<Ask> {
-        let goes_up = self.is_decoding() || self.held_left() > 0 || may_upload;
-        (self.wants_compute() && goes_up)
-            .then(|| Ask { rows: self.rows() - self.computed(), passed: self.passed })
-    }
-
-    /// True if somebody waits for a token of what it has to send: its rows are a verify.
-    fn is_urgent(&self) -> bool {
-        !self.answer.tokens().is_empty() && self.unsent.decided <= 1
-    }
-
-    /// `count` decided rows of `unsent.hidden` are to be sent, and with them what the cloud shall
-    /// keep.
-    pub(super) fn set_unsent(&mut self, first_id: u32, parent: u32, count: usize, decides: bool) {
-        if self.decided.is_empty() {
-            self.decided = first_id..first_id;
-        }
-        self.decided.end = first_id + u32::try_from(count).expect("a chunk is small");
-        let hidden = std::mem::take(&mut self.unsent.hidden);
-        let mut parents = std::mem::take(&mut self.unsent.parents);
-        parents.clear();
-        self.unsent = Unsent {
-            next_id: first_id,
-            parent,
-            decided: count,
-            parents,
-            decides,
-            grows: false,
-            hidden,
-            begin: 0,
-            sent: 0,
-            count,
-        };
-    }
-
-    /// The head of the next frame, of at most `rows_max` rows. Decided rows and those that pend
-    /// never share a frame.
-    fn head(&self, rows_max: usize, has_tail: bool) -> RowsHead {
-        let unsent = &self.unsent;
-        let sent = unsent.sent;
-        let tree = sent >= unsent.decided;
-        let end = if tree { unsent.count } else { unsent.decided };
-        let rows = (end - sent).min(rows_max);
-        let is_last_decided = unsent.decides && sent + rows == unsent.decided;
-        RowsHead {
-            first_id: unsent.next_id,
-            count: u16::try_from(rows).expect("a frame holds few rows"),
-            tree,
-            decided: !tree,
-            more: sent + rows < unsent.count || unsent.grows,
-            want: match (tree || has_tail, is_last_decided) {
-                (true, _) => Want::All,
-                (false, true) => Want::Last,
-                (false, false) => Want::None,
-            },
-            parent: match (sent, tree) {
-                (_, true) => unsent.parents_of(1)[0],
-                (0, false) => unsent.parent,
-                (_, false) => unsent.next_id - 1,
-            },
-            commit: if sent == unsent.begin { self.commit } else { 0 },
-        }
-    }
-
-    /// A frame with this head was sent.
-    fn note_sent(&mut self, head: &RowsHead, now: std::time::Instant) {
-        let in_answer = !self.answer.tokens().is_empty();
+        endpoint.send(connection, Kind::Rows, open.wire_id, priority, body).ok()?;
         // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || self.computed() - self.held == self.chunk.rows;
-        let unsent = &mut self.unsent;
-        if unsent.sent == unsent.begin {
-            self.commit = 0;
+        let alone = in_answer || computed - open.held == open.chunk.rows;
+        if let Some(ids) = out.note_sent(&head).filter(|_| alone) {
+            let timed = Timed { at: now, first_id: ids.start, rows: ids.len() };
+            open.timed.get_or_insert(timed);
         }
-        unsent.sent += usize::from(head.count);
-        unsent.next_id = head.first_id + u32::from(head.count);
-        self.sent_id = unsent.next_id - 1;
-        let is_whole = unsent.sent == unsent.count && !unsent.grows;
-        if is_whole && unsent.decides && alone {
-            let rows = unsent.sent - unsent.begin;
-            let first_id = unsent.next_id - u32::try_from(rows).expect("a chunk is small");
-            self.timed.get_or_insert(Timed { at: now, first_id, rows });
-        }
+        self.meter.rows_sent(u32::from(head.count));
+        self.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
+        Some(())
     }
-}
-
-impl Unsent {
-    /// Parents of the next `rows` rows, which pend.
-    fn parents_of(&self, rows: usize) -> &[u32] {
-        &self.parents[self.sent - self.begin.max(self.decided)..][..rows]
-    }
-
-    /// Rows of which the cloud has not heard are void; a chunk that it has in part goes up whole.
-    pub(super) fn drop_unheard(&mut self) {
-        if self.sent == self.begin {
-            self.count = self.sent;
-        }
-    }
-}
-
-/// The first row that holds something that is no number.
-pub(super) fn first_not_finite(hidden: &[f32], hidden_size: usize) -> Option<usize> {
-    hidden.iter().position(|number| !number.is_finite()).map(|at| at / hidden_size)
 }

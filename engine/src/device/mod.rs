@@ -1,15 +1,18 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
-mod active;
+mod common;
 mod compute;
 mod feed;
-mod grow;
 mod lost;
 mod outage;
-mod plan;
+mod outgoing;
 mod prefix;
+mod prompt;
+mod request;
 mod run;
+mod session;
 mod trained;
+mod tree;
 mod turn;
 mod verify;
 mod violation;
