@@ -58,9 +58,14 @@ impl Request {
     /// True if there are decided rows that the drafter has not taken, and all rows at hand are
     /// sent.
     pub(super) fn has_unfed(&self) -> bool {
-        let has_right = self.drafting.right.is_new && self.drafting.session.is_some();
-        let open = self.session.open().filter(|open| open.outgoing.is_sent());
-        open.is_some_and(|open| has_right || !open.unfed.is_empty())
+        self.is_unfed() && self.session.open().is_some_and(|open| open.outgoing.is_sent())
+    }
+
+    /// True if there are decided rows that the drafter has not taken.
+    pub(super) fn is_unfed(&self) -> bool {
+        self.drafting.session.is_some()
+            && (self.drafting.right.is_new
+                || self.session.open().is_some_and(|open| !open.unfed.is_empty()))
     }
 
     /// Lets the trained drafter take the decided rows that it has not: the tree's that were right,

@@ -61,7 +61,7 @@ impl Device {
             self.endpoint.close(connection, CloseCode::Internal, reason);
             self.set_connected(false);
         }
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)?; // the cloud hears of it
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)?; // the cloud hears of it
         if let Err(error) = self.start.load_again() {
             let both = format!("{fault}; and the CPU can't go on: {error}");
             return Err(io::Error::other(both));

@@ -1,7 +1,6 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
 mod common;
-mod compute;
 mod feed;
 mod lost;
 mod outage;
@@ -9,7 +8,9 @@ mod outgoing;
 mod prefix;
 mod prompt;
 mod request;
+mod resolve;
 mod run;
+mod send;
 mod session;
 mod trained;
 mod tree;
@@ -17,6 +18,7 @@ mod turn;
 mod verify;
 mod violation;
 mod walk;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

@@ -11,6 +11,7 @@ use hat_transport::message::Hello;
 use hat_transport::turn::ConnectionId;
 
 use super::request::{Request, RequestId, Session};
+use super::resolve::Resolver;
 use super::run::Device;
 use super::violation::CloudViolation;
 use crate::config::Address;
@@ -72,6 +73,7 @@ pub(super) struct Link {
     pub(super) cloud: String,
     pub(super) connection: Option<ConnectionId>,
     pub(super) redial: Redial,
+    pub(super) resolver: Resolver,
     pub(super) connected: bool,
     /// Begin of the outage at hand; `None` while the cloud is connected.
     down_since: Option<Instant>,
@@ -85,8 +87,9 @@ pub(super) struct Link {
 
 impl Link {
     /// A link that has not been dialled.
-    pub(super) fn new(address: Address, now: Instant) -> Self {
+    pub(super) fn new(address: Address, resolver: Resolver, now: Instant) -> Self {
         Self {
+            resolver,
             cloud: address.to_string(),
             address,
             connection: None,
@@ -203,11 +206,13 @@ impl Patience {
 }
 
 impl Device {
+    /// Dials the cloud, as soon as its name is known.
     pub(super) fn dial(&mut self) {
         if self.link.connection.is_some() {
             return;
         }
-        match self.link.address.resolve() {
+        let Some(found) = self.link.resolver.poll(&self.link.address) else { return };
+        match found {
             Ok(address) => self.link.connection = Some(self.endpoint.dial(address)),
             Err(error) => {
                 self.link.note_down(error.to_string(), "the cloud can't be dialled");
@@ -304,7 +309,8 @@ impl Device {
             };
             [retry, request.patience.deadline, Some(request.patience.heard + silence_max)]
         });
-        let redial = self.link.redial.at().filter(|_| self.link.connection.is_none());
+        let dials = self.link.connection.is_none() && !self.link.resolver.is_asking();
+        let redial = self.link.redial.at().filter(|_| dials);
         times.flatten().chain(redial).min()
     }
 

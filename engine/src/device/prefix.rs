@@ -142,11 +142,18 @@ impl Device {
         }
     }
 
-    /// Tells the cloud that a request is done with its session, and which pages may be kept.
-    pub(super) fn end_session(&mut self, connection: ConnectionId, request: &Request) {
+    /// Tells the cloud that a request is done with its session, and which pages may be kept. Frames
+    /// that have not left are dropped: nobody waits for their rows.
+    pub(super) fn end_session(
+        &mut self,
+        connection: ConnectionId,
+        request: &Request,
+        is_whole: bool,
+    ) {
         let Some(wire_id) = request.session.wire_id() else { return };
+        let dropped = self.endpoint.discard(connection, wire_id);
         let commit = match &request.session {
-            Session::Open(open) => open.outgoing.commit,
+            Session::Open(open) => open.last_commit(&request.kv, dropped > 0, is_whole),
             _ => 0,
         };
         let pages = request.path.pages_of(request.kv.committed() as usize);

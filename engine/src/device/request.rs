@@ -133,9 +133,9 @@ pub(super) struct Request {
     pub(super) session: Session,
 }
 
-/// A request after one of its rows has been through the LM head, or was not.
+/// A request after a computation.
 pub(super) enum Outcome {
-    /// The next head may be due.
+    /// It goes on.
     Goes,
     /// The answer is whole.
     Finished(FinishReason),
@@ -143,6 +143,12 @@ pub(super) enum Outcome {
     Unheard,
     /// It ends without an answer.
     Failed(RequestError),
+}
+
+impl From<Result<(), RequestError>> for Outcome {
+    fn from(result: Result<(), RequestError>) -> Self {
+        result.map_or_else(Self::Failed, |()| Self::Goes)
+    }
 }
 
 impl Request {

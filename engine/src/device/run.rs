@@ -19,7 +19,9 @@ use super::feed::Drafting;
 use super::outage::{Link, Patience};
 use super::prefix::{PageNamer, Pages};
 use super::request::{Path, Request, RequestId, Session};
+use super::resolve::Resolver;
 use super::violation::CloudViolation;
+use super::work::AtWork;
 use super::{Described, Job, Shared};
 use crate::answer::{Answer, Prepared};
 use crate::backend::BackendFault;
@@ -110,12 +112,14 @@ impl Start {
         let clock = self.shared.clock.clone();
         let namer = PageNamer::new(config, facts, self.model.arithmetic_id())?;
         let endpoint = wire::dialler(config, clock, self.hello())?;
+        let waker = endpoint.waker();
+        let resolver = Resolver::new(move || waker.wake());
         let guard = self.watch.start(endpoint.waker())?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         Ok(Device {
             endpoint,
             guard,
-            link: Link::new(address, self.shared.clock.now()),
+            link: Link::new(address, resolver, self.shared.clock.now()),
             lost: None,
             requests: BTreeMap::new(),
             next_request: 1,
@@ -125,7 +129,9 @@ impl Start {
             pages: Pages::new(pages, namer),
             missing: Missing::default(),
             cx: Common::new(config, facts, self.shared.config.vocab_size),
-            events: Vec::new(),
+            at_work: AtWork::default(),
+            events: VecDeque::new(),
+            arrived: Vec::new(),
             start: self,
         })
     }
@@ -150,8 +156,11 @@ pub(super) struct Device {
     pub(super) pages: Pages,
     missing: Missing,
     pub(super) cx: Common,
-    /// What has arrived and has not been looked at.
-    pub(super) events: Vec<LinkEvent>,
+    pub(super) at_work: AtWork,
+    /// Events of the link that have not been looked at, in the order in which they came.
+    pub(super) events: VecDeque<LinkEvent>,
+    /// Those of the last turn.
+    pub(super) arrived: Vec<LinkEvent>,
 }
 
 /// What was said to be missing: each is said once.
@@ -193,25 +202,26 @@ impl Device {
             if is_clear {
                 self.open_sessions(now);
             }
-            let mut busy = is_clear && self.compute_one()?;
+            let work = self.poll_work(now, is_clear);
+            let has_worked = work.is_some();
+            work.into_iter().for_each(|work| self.run(work));
             self.send_released();
-            busy |= self.feed_sent();
-            busy |= !self.events.is_empty();
             self.look_at_link();
-            let timeout = if busy { Some(Duration::ZERO) } else { self.wait_for(now) };
-            let mut events = std::mem::take(&mut self.events);
-            self.endpoint.turn(timeout, &mut events)?;
+            let is_busy = has_worked || self.is_at_work() || !self.events.is_empty();
+            let timeout = if is_busy { Some(Duration::ZERO) } else { self.wait_for(now) };
+            self.endpoint.turn(timeout, &mut self.arrived)?;
+            self.events.extend(self.arrived.drain(..));
             self.look_at_link();
-            for event in events.drain(..) {
-                self.take(event);
-            }
-            self.events = events;
         }
         for request in self.requests.values() {
             request.fail(RequestError::Stopped("it was closed".into()));
         }
         // What was said last may be the names of pages to keep.
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        self.start.shared.clock.now()
     }
 
     /// Looks at what the link counts.
@@ -272,7 +282,7 @@ impl Device {
         let is_cancelled =
             |(id, request): (&RequestId, &Request)| request.is_cancelled().then_some(*id);
         while let Some(id) = self.requests.iter().find_map(is_cancelled) {
-            self.retire(id);
+            self.retire(id, false);
             cancelled += 1;
         }
         if cancelled > 0 {
@@ -326,7 +336,7 @@ impl Device {
         until.into_iter().chain(pause).min()
     }
 
-    fn take(&mut self, event: LinkEvent) {
+    pub(super) fn take(&mut self, event: LinkEvent) {
         // One that this device has closed itself has nothing more to say.
         if event.connection().is_some_and(|connection| Some(connection) != self.link.connection) {
             return;
@@ -416,6 +426,12 @@ impl Device {
                     }
                     _ => return Err(ended()),
                 };
+                // Rows that have not left are of no use to anyone.
+                if let (Some(connection), Some(id)) =
+                    (self.link.connection, request.session.wire_id())
+                {
+                    self.endpoint.discard(connection, id);
+                }
                 request.restart(Some(at));
             }
             Message::Ended | Message::Cancelled => {}
@@ -446,7 +462,7 @@ impl Device {
         });
         request.tell(Event::Done { text, finish_reason, metrics });
         self.keep_pages(id);
-        self.retire(id);
+        self.retire(id, true);
     }
 
     /// Ends a request with an error.
@@ -454,15 +470,15 @@ impl Device {
         let Some(request) = self.requests.get(&id) else { return };
         self.start.shared.metrics().requests_failed += 1;
         request.fail(error);
-        self.retire(id);
+        self.retire(id, false);
     }
 
-    /// Forgets a request, and tells the cloud if it has a session.
-    pub(super) fn retire(&mut self, id: RequestId) {
+    /// Forgets a request, and tells the cloud if it has a session. `is_whole` if it has its answer.
+    pub(super) fn retire(&mut self, id: RequestId, is_whole: bool) {
         let Some(request) = self.requests.remove(&id) else { return };
         self.start.shared.metrics().sessions = self.requests.len() as u64;
         if let Some(connection) = self.link.connection {
-            self.end_session(connection, &request);
+            self.end_session(connection, &request, is_whole);
         }
         if let (Some(trained), Some(session)) = (&mut self.start.trained, request.drafting.session)
         {

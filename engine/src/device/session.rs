@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::outgoing::Outgoing;
 use super::prompt::{Chunk, Sizing};
 use super::request::Path;
+use super::tree::Stage;
 use super::walk::Walk;
 use crate::backend::{PAGE_SIZE, TokenId};
 use crate::draft::{Source, Tree};
@@ -77,6 +78,8 @@ pub(super) struct OpenSession {
     pub(super) outgoing: Outgoing,
     pub(super) walk: Walk,
     pub(super) drafts: Drafts,
+    /// The next step of the tree, if it grows.
+    pub(super) stage: Stage,
     /// The round at hand; `None` before the first.
     pub(super) round: Option<Round>,
     /// Rows that lead to tokens; `None` if they are back, or can't be timed.
@@ -103,6 +106,7 @@ impl OpenSession {
             outgoing: Outgoing::default(),
             walk: Walk::default(),
             drafts: Drafts::default(),
+            stage: Stage::Idle,
             round: None,
             timed: None,
             due: 1..1,
@@ -118,6 +122,17 @@ impl OpenSession {
             self.due = ids.start..ids.start;
         }
         self.due.end = ids.end;
+    }
+
+    /// The row that END tells the cloud to keep the path to; 0 for none. If frames were dropped that
+    /// had not left, the frame that told so may have been one of them, and so may the row: of rows
+    /// that went up, only the last one of a whole answer is known to have arrived, since it is back.
+    pub(super) fn last_commit(&self, kv: &Sequence, dropped: bool, is_whole: bool) -> u32 {
+        match (dropped, is_whole) {
+            (false, _) => self.outgoing.commit,
+            (true, true) => kv.tip(),
+            (true, false) => 0,
+        }
     }
 
     /// The invariants of an open session.
@@ -136,10 +151,29 @@ impl OpenSession {
         assert!(self.drafts.ids.is_sorted(), "{:?}", self.drafts.ids);
         assert!(self.drafts.ids.len() <= self.drafts.tree.nodes().len());
         assert!(self.chunk.left == 0 || self.walk.is_over(), "a token of half a chunk");
-        assert!(
-            !out.grows || self.chunk.left > 0 || !self.drafts.ids.is_empty(),
-            "MORE of nothing"
-        );
+        let grows = !matches!(self.stage, Stage::Idle);
+        assert!(!out.grows || self.chunk.left > 0 || grows, "MORE is promised, and nothing comes");
         self.walk.check(kv);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A wave is queued below row 2, where the walk stands; row 2 has not come back.
+    #[test]
+    fn end_names_no_row_that_may_never_have_left() {
+        let mut kv = Sequence::new(vec![0, 1, 2, 3], 64);
+        kv.append_committed(1, 1, 0).unwrap();
+        kv.append_pending(2, &[1]).unwrap();
+        let mut open = OpenSession::new(7, 0);
+        open.outgoing.commit = 2;
+        kv.commit(2, &mut Vec::new(), &mut Vec::new()).unwrap();
+        assert_eq!(open.last_commit(&kv, false, false), 2, "all of it is on its way");
+        assert_eq!(open.last_commit(&kv, true, false), 0, "row 2 may have been dropped");
+        open.outgoing.commit = 0;
+        assert_eq!(open.last_commit(&kv, true, true), 2, "its commit may have been dropped");
+        assert_eq!(open.last_commit(&kv, false, true), 0, "its commit is on its way");
     }
 }

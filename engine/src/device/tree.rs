@@ -28,41 +28,42 @@ pub(super) struct Bounds {
     floor: f32,
     /// Whether it is cut to what pays in a round that waits for it.
     as_it_pays: bool,
+    /// Whether it grows while its first rows are away. Rows that are added then go up together, or
+    /// not at all; those of a tree that is begun leave level by level.
+    is_wave: bool,
+    /// When the first of its rows were thought of.
+    began: Instant,
 }
 
-/// Nodes of a tree that are computed next, and how far it may grow beyond.
+/// Nodes of a tree that are computed together, and how far it may grow beyond.
 #[derive(Clone, Debug)]
 pub(super) struct Level {
-    pub(super) nodes: Range<usize>,
+    nodes: Range<usize>,
     bounds: Bounds,
 }
 
-impl Level {
-    /// Whether rows leave as soon as the level behind them is certain: those of a tree that is
-    /// begun do. Rows that are added to a tree go up together, or not at all.
-    fn goes_ahead(&self) -> bool {
-        self.nodes.start == 0
-    }
-}
-
-/// The next thing to do for a tree whose level is computed.
-pub(super) enum Growth {
-    /// The trained drafter may say what follows.
-    MayGrow,
-    /// It is whole: what is computed may leave.
-    Whole,
+/// The next step of a tree that grows.
+#[derive(Debug, Default)]
+pub(super) enum Stage {
+    /// None grows.
+    #[default]
+    Idle,
+    /// The rows of a level are to be computed.
+    Level(Level),
+    /// The level is computed: the trained drafter may say what follows.
+    Guess(Level),
+    /// The trained drafter may say what to add to a tree that is away.
+    Wave(Bounds),
 }
 
 impl Request {
-    /// Begins a draft tree below the last decided token with what lookup guesses. Returns its first
-    /// level, the decided token's own row included; `None` if there neither is nor may become a
-    /// tree.
-    pub(super) fn begin_tree(
-        &mut self,
-        now: Instant,
-        has_drafter: bool,
-        cx: &Common,
-    ) -> Option<Level> {
+    /// Begins a draft tree below the last decided token with what lookup guesses; its first level
+    /// has the decided token's own row. Says whether there is, or may become, a tree.
+    pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
+        self.seed_tree(now, has_drafter, cx).is_some()
+    }
+
+    fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
         let (mode, depth_max) = (self.draft_mode(), self.depth_max());
         let tokens = self.answer.tokens().len();
         let root = *self.path.tokens.last().expect("a prompt has a token");
@@ -80,15 +81,17 @@ impl Request {
         if let Some(round) = self.session.open_mut().and_then(|open| open.round.as_mut()) {
             round.asked = asked && is_worth_it;
         }
-        let bounds = self.first_bounds(cx);
+        let bounds = self.first_bounds(now, cx);
         if !(self.asks() && bounds.nodes_max > 1) {
             self.grow(bounds, cx);
             if self.session.open()?.drafts.tree.nodes().len() == 1 {
                 return None;
             }
         }
-        let nodes = 0..self.session.open()?.drafts.tree.nodes().len();
-        Some(Level { nodes, bounds })
+        let open = self.session.open_mut()?;
+        let nodes = 0..open.drafts.tree.nodes().len();
+        open.stage = Stage::Level(Level { nodes, bounds });
+        Some(())
     }
 
     /// Offers what stood after the same words before.
@@ -105,11 +108,12 @@ impl Request {
     }
 
     /// Bounds of a tree that is begun.
-    fn first_bounds(&self, cx: &Common) -> Bounds {
+    fn first_bounds(&self, began: Instant, cx: &Common) -> Bounds {
         let mode = self.draft_mode();
         let nodes = if mode == DraftMode::Chain { CHAIN_MAX } else { BUDGET_DEFAULT };
         let nodes_max = cx.pending_max().min(nodes + 1);
-        Bounds { nodes_max, floor: 0.0, as_it_pays: mode == DraftMode::Auto }
+        let as_it_pays = mode == DraftMode::Auto;
+        Bounds { nodes_max, floor: 0.0, as_it_pays, is_wave: false, began }
     }
 
     /// Grows the tree as far as it may.
@@ -135,9 +139,18 @@ impl Request {
         grown
     }
 
-    /// Begins an addition to a tree that is away. Returns whether one is worth asking for; what is
-    /// there to add is for [`Request::grow_wave`] to say.
-    pub(super) fn begin_wave(&mut self, now: Instant, cx: &Common) -> Option<Bounds> {
+    /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
+    /// is for [`Request::grow_wave`] to say.
+    pub(super) fn begin_wave(&mut self, now: Instant, cx: &mut Common) {
+        self.follow_walk(cx);
+        if let Some(bounds) = self.wave_bounds(now, cx)
+            && let Some(open) = self.session.open_mut()
+        {
+            open.stage = Stage::Wave(bounds);
+        }
+    }
+
+    fn wave_bounds(&mut self, now: Instant, cx: &Common) -> Option<Bounds> {
         let mode = self.draft_mode();
         let (away, first_id) = (self.kv.pending(), self.kv.last_id() + 1);
         let open = self.session.open_mut()?;
@@ -154,22 +167,25 @@ impl Request {
         }
         open.outgoing.begin_pending(nodes, first_id);
         open.walk.begin_wave();
-        Some(Bounds { nodes_max, floor, as_it_pays: false })
+        Some(Bounds { nodes_max, floor, as_it_pays: false, is_wave: true, began: now })
     }
 
-    /// The first level of an addition, if there is anything to add.
-    pub(super) fn grow_wave(&mut self, bounds: Bounds, cx: &Common) -> Option<Level> {
+    /// The trained drafter has been asked for an addition: its first level, if there is anything to
+    /// add.
+    pub(super) fn grow_wave(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
         let nodes = self.grow(bounds, cx);
         if nodes.is_empty() {
-            return None;
+            return self.note_drafting(now.duration_since(bounds.began));
         }
-        self.session.open_mut()?.drafts.is_full = false;
-        Some(Level { nodes, bounds })
+        if let Some(open) = self.session.open_mut() {
+            open.drafts.is_full = false;
+            open.stage = Stage::Level(Level { nodes, bounds });
+        }
     }
 
     /// The walk stands further down the tree, before a row that is away: what it has passed is
     /// decided and committed, and the tree begins there.
-    pub(super) fn follow_walk(&mut self, cx: &mut Common) {
+    fn follow_walk(&mut self, cx: &mut Common) {
         let Some(open) = self.session.open() else { return };
         let Some(at) = open.walk.at().filter(|at| open.drafts.ids[0] != *at) else { return };
         self.keep_right_rows(self.path.tokens.len(), cx);
@@ -214,7 +230,7 @@ impl Request {
                 .expect("ids go on after the last one, and the session reserved all rows");
             scratch.plan.push_committed(place, 1);
         }
-        out.grows |= level.goes_ahead();
+        out.grows = !level.bounds.is_wave;
         let below = nodes.start.max(1)..nodes.end;
         if !below.is_empty() {
             let before = out.parents.len();
@@ -242,20 +258,27 @@ impl Request {
     /// The decided token's own row is no number.
     pub(super) fn end_level(
         &mut self,
-        level: &Level,
+        now: Instant,
+        level: Level,
         took: Duration,
         cx: &mut Common,
-    ) -> Result<Growth, RequestError> {
+    ) -> Result<(), RequestError> {
         let nodes = level.nodes.clone();
-        let Some(open) = self.session.open_mut() else { return Ok(Growth::Whole) };
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
         cx.learned.note_input(nodes.len(), took, false);
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
         let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
         let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
             out.computed = nodes.end;
             self.note_drafts(nodes.clone());
-            let may_grow = nodes.end < level.bounds.nodes_max && self.asks();
-            return Ok(if may_grow { Growth::MayGrow } else { Growth::Whole });
+            if nodes.end < level.bounds.nodes_max && self.asks() {
+                if let Some(open) = self.session.open_mut() {
+                    open.stage = Stage::Guess(level);
+                }
+            } else {
+                self.end_tree(now, level.bounds, cx);
+            }
+            return Ok(());
         };
         let end = nodes.start + bad + 1;
         if end == 1 {
@@ -270,12 +293,13 @@ impl Request {
         drafts.tree.end(end);
         drafts.is_full = true;
         self.note_drafts(nodes.start..end - 1);
-        Ok(Growth::Whole)
+        self.end_tree(now, level.bounds, cx);
+        Ok(())
     }
 
-    /// The trained drafter has been asked about a level: the next one. With it the rows before may
-    /// leave, since it is certain that more of their chunk follow.
-    pub(super) fn next_level(&mut self, level: &Level, cx: &Common) -> Option<Level> {
+    /// The trained drafter has been asked about a level: the next one, if there is any. With it the
+    /// rows before may leave, since it is certain that more of their chunk follow.
+    pub(super) fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
         let (end, bounds) = (level.nodes.end, level.bounds);
         let nodes = match self.draft_mode() {
             DraftMode::Chain => 1,
@@ -285,19 +309,25 @@ impl Request {
         let nodes_max = bounds.nodes_max.min(end + nodes);
         let nodes = self.grow(Bounds { nodes_max, ..bounds }, cx);
         if nodes.is_empty() {
-            return None;
+            return self.end_tree(now, bounds, cx);
         }
-        let open = self.session.open_mut()?;
-        if open.outgoing.grows {
+        let Some(open) = self.session.open_mut() else { return };
+        if !bounds.is_wave {
             open.outgoing.release(true);
         }
-        Some(Level { nodes, bounds })
+        open.stage = Stage::Level(Level { nodes, bounds });
+        self.check();
     }
 
     /// A tree, or what is added to one, is whole: its rows leave.
-    pub(super) fn end_tree(&mut self) {
+    fn end_tree(&mut self, now: Instant, bounds: Bounds, cx: &mut Common) {
         if let Some(open) = self.session.open_mut() {
             open.outgoing.release(false);
+        }
+        let took = now.duration_since(bounds.began);
+        self.note_drafting(took);
+        if bounds.is_wave {
+            cx.learned.costs.wave.note(took.as_secs_f64());
         }
         self.check();
     }
