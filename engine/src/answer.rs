@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use hat_loader::LlamaConfig;
 
 use crate::backend::TokenId;
+use crate::error::RequestError;
 use crate::request::{FinishReason, Prompt, Request, TokenLogprob};
 use crate::sample::{Sampler, log_probabilities};
 use crate::stop::StopStrings;
@@ -231,18 +232,20 @@ impl Answer {
     /// Takes the logits that follow `position`, and decides the next token.
     ///
     /// # Errors
-    /// [`Error::NotFinite`].
+    /// [`RequestError::NotFinite`].
     pub fn take(
         &mut self,
         logits: &[f32],
         position: u32,
         tokenizer: &Tokenizer,
-    ) -> Result<Emitted, Error> {
+    ) -> Result<Emitted, RequestError> {
         if let Some(hash) = &mut self.logits_hash {
             hash.update(bytemuck::cast_slice(logits));
         }
-        let choice =
-            self.sampler.choose(logits, position + 1).map_err(|_| Error::NotFinite { position })?;
+        let choice = self
+            .sampler
+            .choose(logits, position + 1)
+            .map_err(|_| RequestError::NotFinite { position })?;
         let token = choice.token;
         let logprobs = match self.top_logprobs {
             Some(top) => Some(Self::logprobs(logits, position, token, top, tokenizer)?),
@@ -299,7 +302,7 @@ impl Answer {
         token: TokenId,
         top: u8,
         tokenizer: &Tokenizer,
-    ) -> Result<(TokenLogprob, Vec<TokenLogprob>), Error> {
+    ) -> Result<(TokenLogprob, Vec<TokenLogprob>), RequestError> {
         let named = |(token, logprob): (TokenId, f32)| TokenLogprob {
             token,
             text: String::from_utf8_lossy(tokenizer.token_bytes(token)).into_owned(),
@@ -307,7 +310,7 @@ impl Answer {
         };
         let mut likeliest = Vec::with_capacity(usize::from(top) + 1);
         let chosen = log_probabilities(logits, position, token, usize::from(top), &mut likeliest)
-            .map_err(|_| Error::NotFinite { position })?;
+            .map_err(|_| RequestError::NotFinite { position })?;
         Ok((named((token, chosen)), likeliest.into_iter().map(named).collect()))
     }
 }

@@ -20,7 +20,7 @@ use crate::verify::Verify;
 mod address;
 
 pub use address::Address;
-pub(crate) use address::check_loopback;
+pub(crate) use address::{Unresolved, check_loopback};
 
 /// The bounds of a role. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::backend::{BackendError, BackendFault};
+
 /// What to do about an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and
 /// [`ErrorKind::Peer`] alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +76,7 @@ pub enum Error {
     },
     /// A backend cannot hold or run this model.
     #[error(transparent)]
-    Backend(#[from] crate::backend::BackendError),
+    Backend(#[from] BackendError),
     /// The operating system said no.
     #[error("{action}: {source}")]
     Io {
@@ -98,6 +100,33 @@ pub enum Error {
 fn bundle_text(path: &std::path::Path, reason: &str) -> String {
     let path = path.display().to_string();
     if reason.starts_with(&path) { reason.to_owned() } else { format!("{path}: {reason}") }
+}
+
+/// Why a request that runs has ended without an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RequestError {
+    /// The device's model computed something that is no number at this position.
+    NotFinite { position: u32 },
+    /// The cloud is away, or does not keep to the protocol.
+    Peer { peer: String, reason: String },
+    /// The cloud has no room.
+    Busy { reason: String, retry_after_ms: u64 },
+    /// The device's backend did not compute.
+    Backend(BackendFault),
+    /// The device stops.
+    Stopped(String),
+}
+
+impl From<RequestError> for Error {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::NotFinite { position } => Self::NotFinite { position },
+            RequestError::Peer { peer, reason } => Self::Peer { peer, reason },
+            RequestError::Busy { reason, retry_after_ms } => Self::Busy { reason, retry_after_ms },
+            RequestError::Backend(fault) => Self::Backend(BackendError::Fault(fault)),
+            RequestError::Stopped(reason) => Self::Stopped(reason),
+        }
+    }
 }
 
 impl Error {

@@ -207,8 +207,7 @@ impl PrefixCache {
     /// Forgets all pages: what they hold means nothing any more.
     pub fn clear(&mut self, pool: &mut PagePool) {
         self.by_use.clear();
-        let entries = std::mem::take(&mut self.entries);
-        entries.values().for_each(|entry| pool.release(entry.page));
+        std::mem::take(&mut self.entries).values().for_each(|entry| pool.release(entry.page));
     }
 
     /// Forgets these pages: what they hold is no good. Who holds them keeps them.
@@ -216,10 +215,11 @@ impl PrefixCache {
         let bad = |entry: &Entry| pages.contains(&entry.page);
         self.by_use.retain(|_, key| !bad(&self.entries[key]));
         self.entries.retain(|_, entry| {
-            if bad(entry) {
+            let is_bad = bad(entry);
+            if is_bad {
                 pool.release(entry.page);
             }
-            !bad(entry)
+            !is_bad
         });
     }
 

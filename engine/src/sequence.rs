@@ -118,6 +118,12 @@ impl Sequence {
         Self { committed: held, tip: held, last_id: held, ..Self::new(pages, rows_max) }
     }
 
+    /// Forgets all rows. The pages stay.
+    pub fn begin_anew(&mut self) {
+        (self.committed, self.tip, self.last_id) = (0, 0, 0);
+        self.pending.clear();
+    }
+
     /// Committed rows.
     #[must_use]
     pub fn committed(&self) -> u32 {

@@ -365,6 +365,28 @@ fn a_device_without_its_backend_says_so() {
     }
 }
 
+/// A fault that passes is no wrong guess: whichever computation it befalls, be it drafts alone, the
+/// request ends with it.
+#[test]
+fn a_fault_that_passes_is_noticed_wherever_it_happens() {
+    let bundles = Bundles::generated(1, 0);
+    let whole = yardstick(&bundles);
+    let fuse = Arc::new(AtomicI64::new(-1));
+    let engine = engine_with(&bundles, &fuse, false);
+    let drafts = || request().draft(DraftMode::All);
+    let mut burned = 0;
+    for burns_at in 0..60 {
+        fuse.store(burns_at, Ordering::Relaxed);
+        let error = engine.generate(drafts()).unwrap().find_map(Result::err);
+        let has_burned = fuse.load(Ordering::Relaxed) < 0;
+        assert_eq!(error.is_some(), has_burned, "call {burns_at}: {error:?}");
+        burned += u32::from(has_burned);
+        fuse.store(-1, Ordering::Relaxed);
+    }
+    assert!(burned > 30, "{burned} calls failed");
+    assert_same(&whole, &collect(&engine, drafts()));
+}
+
 /// A request that comes at the very moment at which the engine thread ends is not waited for.
 #[test]
 fn nobody_waits_for_an_engine_that_has_ended() {

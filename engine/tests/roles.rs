@@ -6,15 +6,21 @@ mod support;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
 use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
-use hat_transport::message::{RowsHead, SessionErrorCode};
+use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
+use hat_transport::message::{
+    Arrivals, Message, Opened, OutputHead, RowsHead, SessionError, SessionErrorCode,
+};
+use hat_transport::turn::{EndpointConfig, Event as LinkEvent};
 use support::hand::{HIDDEN, Hand, chain};
+use support::script::{self, Script};
 use support::{Bundles, PATIENCE, collect, eventually, long_prompt};
 
 fn cloud(bundles: &Bundles) -> Cloud {
@@ -357,4 +363,98 @@ fn lies_end_the_liars_session_and_nobody_elses() {
     // The honest device says END when its answer is there already.
     let sessions = || cloud.counters().sessions.load(Ordering::Relaxed);
     eventually("no session is left", || sessions() == 0);
+}
+
+/// A cloud with a full window takes rows again when their request is gone: those that had not left
+/// do not come, and END names no row among them.
+#[test]
+fn rows_of_a_cancelled_prompt_that_have_not_left_do_not_go_up() {
+    const PROMPT: u32 = 2000;
+    let bundles = Bundles::generated(1, 0);
+    let takes = Arc::new(AtomicBool::new(false));
+    let (rows, commit) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(u32::MAX)));
+    let (may_take, counted, ended) = (takes.clone(), rows.clone(), commit.clone());
+    let mut config = EndpointConfig::new(script::hello(&bundles));
+    config.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
+    let mut kept = Vec::new();
+    let cloud = Script::start_with(config, move |cloud, event| {
+        if may_take.load(Ordering::Acquire) {
+            kept.clear();
+        }
+        let Some(LinkEvent::Frame { connection, frame }) = event else { return };
+        match Message::decode(frame.kind, &frame.body).unwrap() {
+            Message::Open(_) => {
+                let opened = Message::Opened(Opened { pages: 0 });
+                cloud.send_message(connection, frame.session, &opened).unwrap();
+            }
+            Message::Rows(rows) => {
+                counted.fetch_add(u32::from(rows.head.count), Ordering::AcqRel);
+            }
+            Message::End(end) => ended.store(end.commit, Ordering::Release),
+            _ => {}
+        }
+        kept.push(frame);
+    });
+    let mut config = device(&bundles, cloud.address);
+    config.wire = Some(Codec::F32);
+    config.reconnect = PATIENCE;
+    let engine = Engine::open(config).unwrap();
+    let mut answer = engine.generate(Request::tokens(long_prompt(PROMPT))).unwrap();
+    let is_computed = answer.any(|event| match event.unwrap() {
+        Event::Prefill { sent, total } => sent == total,
+        _ => false,
+    });
+    assert!(is_computed);
+    drop(answer);
+    eventually("it is cancelled", || engine.metrics().requests_cancelled == 1);
+    let before = rows.load(Ordering::Acquire);
+    assert!(before < PROMPT / 2, "{before} rows fit a window of 128 KiB");
+    takes.store(true, Ordering::Release);
+    eventually("the session ends", || commit.load(Ordering::Acquire) != u32::MAX);
+    let after = rows.load(Ordering::Acquire);
+    assert!(after < PROMPT, "all {after} rows went up for nobody");
+    assert_eq!(commit.load(Ordering::Acquire), 0, "END names a row");
+}
+
+/// Frames are taken one at a time: a session that is lost right behind its last output has given
+/// its answer, and is not opened again.
+#[test]
+fn an_answer_that_is_back_is_not_replayed() {
+    let bundles = Bundles::generated(1, 0);
+    let opens = Arc::new(AtomicU32::new(0));
+    let counted = opens.clone();
+    let cloud = Script::start(script::hello(&bundles), move |cloud, event| {
+        let Some(LinkEvent::Frame { connection, frame }) = event else { return };
+        match Message::decode(frame.kind, &frame.body).unwrap() {
+            Message::Open(_) => {
+                counted.fetch_add(1, Ordering::Relaxed);
+                let opened = Message::Opened(Opened { pages: 0 });
+                cloud.send_message(connection, frame.session, &opened).unwrap();
+            }
+            Message::Rows(rows) if !rows.head.more && rows.head.first_id < 40 => {
+                let (arrivals, count) = (Arrivals { bytes: 0, us: 0 }, 1);
+                let head = OutputHead { count, queue_us: 0, step_us: 1, step_rows: 1, arrivals };
+                let mut body = cloud.buffer(head.payload_start() + 4 * HIDDEN).unwrap();
+                let last = rows.head.first_id + u32::from(rows.head.count) - 1;
+                let start = head.encode(&[last], body.body_mut());
+                for number in body.body_mut()[start..].as_chunks_mut().0 {
+                    *number = 0.5_f32.to_le_bytes();
+                }
+                let session = frame.session;
+                cloud.send(connection, Kind::Output, session, Priority::Verify, body).unwrap();
+                let code = SessionErrorCode::Evicted;
+                let evicted = Message::SessionError(SessionError { code, text: "made room" });
+                cloud.send_message(connection, session, &evicted).unwrap();
+            }
+            _ => {}
+        }
+    });
+    let mut config = device(&bundles, cloud.address);
+    config.wire = Some(Codec::F32);
+    let engine = Engine::open(config).unwrap();
+    for asked in 1..6 {
+        let request = Request::tokens(long_prompt(20)).max_tokens(1).ignore_eos();
+        assert_eq!(collect(&engine, request).token_ids.len(), 1);
+        assert_eq!(opens.load(Ordering::Relaxed), asked, "a session for each answer");
+    }
 }

@@ -113,6 +113,11 @@ impl Address {
         }
     }
 
+    /// Whether [`Address::resolve`] asks nobody.
+    pub(crate) fn is_ip(&self) -> bool {
+        matches!(self.host, Host::Ip(_))
+    }
+
     /// The first of the host's addresses that is of this machine.
     ///
     /// # Errors

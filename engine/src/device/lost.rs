@@ -8,10 +8,9 @@ use hat_transport::message::CloseCode;
 
 use super::run::{Device, Start};
 use super::{bundle_error, open_bundle, trained};
-use crate::backend::{ARITHMETIC_CPU, BackendError, BackendFault};
+use crate::backend::{ARITHMETIC_CPU, BackendFault};
 use crate::config::Processor;
-use crate::draft::Costs;
-use crate::monitor::Monitor;
+use crate::error::RequestError;
 use crate::page::pages_for;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
@@ -21,10 +20,8 @@ impl Device {
     /// every request. If the fault lasts, [`Device::go_on_without`] says what comes after that.
     pub(super) fn fail_all(&mut self, fault: &BackendFault) {
         tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
-        for index in (0..self.actives.len()).rev() {
-            self.start.shared.metrics().requests_failed += 1;
-            self.actives[index].fail(BackendError::Fault(fault.clone()).into());
-            self.retire(index);
+        while let Some(id) = self.requests.keys().next().copied() {
+            self.fail(id, RequestError::Backend(fault.clone()));
         }
         self.forget_pages();
         self.lost = fault.lasts.then(|| fault.clone());
@@ -34,11 +31,10 @@ impl Device {
     /// nothing. Requests that run go on without it; if the fault lasts, so do all others.
     pub(super) fn draft_without(&mut self, fault: &BackendFault) {
         tracing::warn!(%fault, lasts = fault.lasts, "requests go on without the trained drafter");
-        self.guesses.clear();
         let Some(trained) = &mut self.start.trained else { return };
-        for active in &mut self.actives {
-            active.has_draft_rows = false;
-            if let Some(session) = active.trained.take() {
+        for request in self.requests.values_mut() {
+            request.drafting.has_rows = false;
+            if let Some(session) = request.drafting.session.take() {
                 trained.close(session);
             }
         }
@@ -60,23 +56,22 @@ impl Device {
             return Err(io::Error::other(fault));
         }
         self.start.config.processor = Processor::Auto;
-        if let Some(connection) = self.connection.take() {
+        if let Some(connection) = self.link.connection.take() {
             let reason = "the device's backend is lost";
             self.endpoint.close(connection, CloseCode::Internal, reason);
             self.set_connected(false);
         }
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)?; // the cloud hears of it
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)?; // the cloud hears of it
         if let Err(error) = self.start.load_again() {
             let both = format!("{fault}; and the CPU can't go on: {error}");
             return Err(io::Error::other(both));
         }
         let now = self.start.model.describe();
-        if let Some(namer) = &mut self.namer {
+        if let Some(namer) = &mut self.pages.namer {
             namer.computes_in(self.start.model.arithmetic_id());
         }
         // What the GPU's rows cost says nothing of the CPU's.
-        self.monitor = Monitor::default();
-        self.costs = Costs::default();
+        self.cx.learned.forget_times();
         self.endpoint.set_hello(self.start.hello());
         self.dial();
         tracing::warn!(%fault, now, "the device's GPU is lost: the CPU computes from now on");

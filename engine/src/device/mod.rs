@@ -1,18 +1,24 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
-mod active;
-mod compute;
+mod common;
 mod feed;
-mod grow;
 mod lost;
 mod outage;
-mod plan;
+mod outgoing;
 mod prefix;
+mod prompt;
+mod request;
+mod resolve;
 mod run;
+mod send;
+mod session;
 mod trained;
+mod tree;
 mod turn;
 mod verify;
+mod violation;
 mod walk;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

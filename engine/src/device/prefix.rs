@@ -2,19 +2,18 @@
 //! ends. What it holds is not sent, and not computed either if this device and its drafter have
 //! their own pages of it still.
 
-use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{End, Message};
 use hat_transport::turn::ConnectionId;
 
-use super::Shared;
-use super::active::{Active, Phase};
+use super::request::{Request, RequestId, Session};
 use super::run::Device;
+use super::violation::CloudViolation;
 use crate::Error;
-use crate::answer::Prepared;
 use crate::backend::{PAGE_SIZE, TokenId};
-use crate::chunk::CHUNK_ROWS_DEFAULT;
 use crate::config::EngineConfig;
-use crate::prefix::{PageId, PageNames, PrefixScope, PrefixSecret};
+use crate::page::{PagePool, pages_for};
+use crate::prefix::{PageNames, PrefixCache, PrefixScope, PrefixSecret};
+use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{BundleFacts, KV_TYPE_F16};
 
 /// Names the pages of a device's paths.
@@ -72,103 +71,98 @@ impl PageNamer {
     }
 }
 
-impl Active {
-    /// Names of the full pages of the path's first `rows` rows.
-    fn pages_of(&self, rows: usize) -> &[PageId] {
-        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, self.names_max))
-    }
-
-    /// Names of the pages that a session may find: all that are full without the last row, which
-    /// decides a token and is always computed.
-    pub(super) fn pages_to_find(&self) -> &[PageId] {
-        self.pages_of(self.tokens.len() - 1)
-    }
-
-    /// The cloud holds so many of the pages that were named.
-    fn opened(&mut self, pages: u16) -> Result<(), String> {
-        let asked = self.pages_to_find().len();
-        if usize::from(pages) > asked {
-            return Err(format!("it holds {pages} pages of the {asked} that were named"));
-        }
-        self.phase = Phase::Open;
-        self.deadline = None;
-        self.held = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");
-        self.meter.counts.pages_reused += u32::from(pages);
-        Ok(())
-    }
-
-    /// Rows that the cloud holds and that are to be computed next; 0 if there are none left. Others
-    /// are not kept waiting by all of them.
-    pub(super) fn held_left(&self) -> u32 {
-        self.held.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
-    }
-
-    /// A message of `bytes` bytes went up.
-    pub(super) fn note_message(&mut self, bytes: usize) {
-        self.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
-    }
+/// Pages of the device's own layers: those in use, and those kept from earlier requests.
+pub(super) struct Pages {
+    pool: PagePool,
+    kept: PrefixCache,
+    /// Names pages; `None` if all rows go up.
+    pub(super) namer: Option<PageNamer>,
 }
 
-impl Active {
-    /// The answer has ended: the next turn of its conversation goes on from the same ids.
-    pub(super) fn note_turn(&self, shared: &Shared) {
-        let Prepared { rendered: Some(rendered), prompt, .. } = &self.job.prepared else { return };
-        let (answer, text) = (self.answer.tokens(), self.answer.text());
-        shared.turns().note(rendered, prompt, answer, text, &shared.tokenizer);
+impl Pages {
+    /// A store of pages, all of them free.
+    pub(super) fn new(pages: usize, namer: Option<PageNamer>) -> Self {
+        let pool = PagePool::new(u32::try_from(pages).expect("row counts are u32"));
+        Self { pool, kept: PrefixCache::default(), namer }
+    }
+
+    /// Room for a request of `rows_max` rows; `None` if there is none now.
+    pub(super) fn reserve(&mut self, rows_max: u32) -> Option<Sequence> {
+        let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
+        let (pages, _) = self.kept.admit(&mut self.pool, PrefixScope::ONE, &[], wanted)?;
+        Some(Sequence::new(pages, rows_max))
+    }
+
+    /// A request is done with its pages.
+    pub(super) fn give_back(&mut self, kv: Sequence) {
+        self.pool.give_back(kv.into_pages());
     }
 }
 
 impl Device {
     /// `OPEN` was answered: the cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, index: usize, pages: u16) -> Result<(), String> {
-        let active = &mut self.actives[index];
-        active.opened(pages)?;
-        active.heard = self.start.shared.clock.now();
-        let Active { names, tokens, sequence, fed, .. } = active;
-        let Some(names) = names else { return Ok(()) };
+    pub(super) fn opened(&mut self, id: RequestId, pages: u16) -> Result<(), CloudViolation> {
+        let now = self.start.shared.clock.now();
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        request.opened(pages, now)?;
+        let Request { path, kv, drafting, .. } = &mut *request;
+        let Some(names) = &path.names else { return Ok(()) };
         // What the cloud lacks has to be sent, and so computed.
-        let names = names.of_rows(tokens.len() - 1, usize::from(pages));
+        let names = names.of_rows(path.tokens.len() - 1, usize::from(pages));
         let mut pages = names.len();
-        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, drafting.session) {
             // The drafter takes each row once: those that it has, or begins behind.
-            if *fed == 0 {
+            if drafting.fed == 0 {
                 let rows = trained.begin_behind(session, names) * PAGE_SIZE;
-                *fed = u32::try_from(rows).expect("within the context");
+                drafting.fed = u32::try_from(rows).expect("within the context");
             }
-            pages = pages.min(*fed as usize / PAGE_SIZE);
+            pages = pages.min(drafting.fed as usize / PAGE_SIZE);
         }
-        self.prefixes.begin_behind(&mut self.pages, sequence, &names[..pages]);
+        self.pages.kept.begin_behind(&mut self.pages.pool, kv, &names[..pages]);
+        request.check();
         Ok(())
     }
 
     /// A request has its answer: the pages of its path may serve the next.
-    pub(super) fn keep_pages(&mut self, index: usize) {
-        let active = &self.actives[index];
-        let names = active.pages_of(active.sequence.committed() as usize);
-        let pages = active.sequence.pages();
-        self.prefixes.keep(&mut self.pages, PrefixScope::ONE, names, pages);
-        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
-            trained.keep(session, active.pages_of(active.fed as usize));
+    pub(super) fn keep_pages(&mut self, id: RequestId) {
+        let Some(Request { path, kv, drafting, .. }) = self.requests.get(&id) else { return };
+        let names = path.pages_of(kv.committed() as usize);
+        self.pages.kept.keep(&mut self.pages.pool, PrefixScope::ONE, names, kv.pages());
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, drafting.session) {
+            trained.keep(session, path.pages_of(drafting.fed as usize));
         }
     }
 
     /// The KV store means nothing now.
     pub(super) fn forget_pages(&mut self) {
-        self.prefixes.clear(&mut self.pages);
+        self.cx.moves.clear();
+        self.pages.kept.clear(&mut self.pages.pool);
         if let Some(trained) = &mut self.start.trained {
             trained.forget();
         }
     }
 
-    /// Tells the cloud that a request is done with its session, and which pages may be kept.
-    pub(super) fn end_session(&mut self, connection: ConnectionId, active: &Active) {
-        let pages = active.pages_of(active.sequence.committed() as usize);
-        let commit = if pages.is_empty() { 0 } else { active.commit };
+    /// Tells the cloud that a request is done with its session, and which pages may be kept. Frames
+    /// that have not left are dropped: nobody waits for their rows.
+    pub(super) fn end_session(
+        &mut self,
+        connection: ConnectionId,
+        request: &Request,
+        is_whole: bool,
+    ) {
+        let Some(wire_id) = request.session.wire_id() else { return };
+        let dropped = self.endpoint.discard(connection, wire_id);
+        let commit = match &request.session {
+            Session::Open(open) => open.last_commit(&request.kv, dropped > 0, is_whole),
+            _ => 0,
+        };
+        let pages = request.path.pages_of(request.kv.committed() as usize);
+        let commit = if pages.is_empty() { 0 } else { commit };
         let end = Message::End(End { commit, pages });
-        if self.endpoint.send_message(connection, active.wire_id, &end).is_err() {
+        if self.endpoint.send_message(connection, wire_id, &end).is_err() {
             // Without names it is shorter.
             let end = Message::End(End::default());
-            let _ = self.endpoint.send_message(connection, active.wire_id, &end);
+            let _ = self.endpoint.send_message(connection, wire_id, &end);
         }
     }
 }

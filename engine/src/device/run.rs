@@ -1,41 +1,41 @@
 //! The engine thread's loop: compute, send, wait, until told to stop; and what requests are
 //! before and after their rows.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_transport::conn::Frame;
-use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::link::Waker;
-use hat_transport::message::{CloseCode, Hello, Message, Open, Role, SessionErrorCode};
-use hat_transport::turn::{ConnectionId, Endpoint, Event as LinkEvent};
+use hat_transport::message::{
+    CloseCode, Hello, Message, Open, Role, SessionError, SessionErrorCode,
+};
+use hat_transport::turn::{Endpoint, Event as LinkEvent};
 
-use super::active::{Active, Chunk, Drafts, Phase, Unsent};
-use super::outage::{Redial, SILENCE_FACTOR};
-use super::plan::Sizing;
-use super::prefix::PageNamer;
-use super::walk::Walk;
+use super::common::Common;
+use super::feed::Drafting;
+use super::outage::{Link, Patience};
+use super::prefix::{PageNamer, Pages};
+use super::request::{Path, Request, RequestId, Session};
+use super::resolve::Resolver;
+use super::violation::CloudViolation;
+use super::work::AtWork;
 use super::{Described, Job, Shared};
-use crate::answer::Answer;
-use crate::backend::{BackendFault, RowMove, TokenId};
-use crate::chunk::Planner;
-use crate::config::{self, Address, CloudAddress, EngineConfig};
-use crate::draft::policy::Asking;
+use crate::answer::{Answer, Prepared};
+use crate::backend::BackendFault;
+use crate::config::{self, CloudAddress, EngineConfig};
+use crate::draft::DraftMode;
 use crate::draft::trained::Trained;
-use crate::draft::tree::Guess;
-use crate::draft::{Acceptance, Costs, DraftMode};
+use crate::error::RequestError;
 use crate::metrics::Meter;
 use crate::model::DeviceForward;
-use crate::monitor::Monitor;
-use crate::page::{PagePool, pages_for};
-use crate::prefix::{PrefixCache, PrefixScope};
+use crate::page::pages_for;
 use crate::request::FinishReason;
-use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
+use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::watch;
-use crate::wire::{self, ARITHMETIC_ID, BundleFacts, KV_TYPE_F16};
+use crate::wire::{self, BundleFacts, KV_TYPE_F16};
 use crate::{Error, Event, Metrics};
 
 /// What the engine thread starts with.
@@ -82,8 +82,8 @@ impl Start {
         if let Err(error) = device.serve() {
             tracing::error!(%error, "the device stops");
             let text = error.to_string();
-            for active in &device.actives {
-                active.fail(Error::Stopped(text.clone()));
+            for request in device.requests.values() {
+                request.fail(RequestError::Stopped(text.clone()));
             }
         }
     }
@@ -108,56 +108,30 @@ impl Start {
             unreachable!("a cloud in this process has been started and has an address")
         };
         let address = config::remote(cloud)?;
-        let facts = &self.facts;
+        let (config, facts) = (&self.config, &self.facts);
         let clock = self.shared.clock.clone();
-        let namer = PageNamer::new(&self.config, facts, self.model.arithmetic_id())?;
-        let endpoint = wire::dialler(&self.config, clock, self.hello())?;
+        let namer = PageNamer::new(config, facts, self.model.arithmetic_id())?;
+        let endpoint = wire::dialler(config, clock, self.hello())?;
+        let waker = endpoint.waker();
+        let resolver = Resolver::new(move || waker.wake());
         let guard = self.watch.start(endpoint.waker())?;
-        let limits = self.config.limits;
-        let pages = pages_for(limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-        let step_rows = limits.step_rows_max as usize;
+        let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         Ok(Device {
             endpoint,
             guard,
-            cloud: address.to_string(),
-            address,
-            connection: None,
-            redial: Redial::default(),
-            down_since: Some(self.shared.clock.now()),
-            acked_bytes: 0,
-            peer_rows_max: limits.step_rows_max,
-            peer_frame_max: FRAME_BYTES_MAX,
-            peer_stages: 1,
-            peer_pending_max: PENDING_ROWS_MAX,
-            peer_arithmetic: ARITHMETIC_ID,
+            link: Link::new(address, resolver, self.shared.clock.now()),
             lost: None,
-            connected: false,
-            reason: "not connected yet".into(),
-            refused: None,
-            actives: Vec::new(),
-            waiting: VecDeque::new(),
-            pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
-            prefixes: PrefixCache::default(),
-            namer,
+            requests: BTreeMap::new(),
+            next_request: 1,
             next_wire_id: 1,
             first_to_send: 0,
+            waiting: VecDeque::new(),
+            pages: Pages::new(pages, namer),
             missing: Missing::default(),
-            acceptance: Acceptance::default(),
-            costs: Costs::default(),
-            events: Vec::new(),
-            monitor: Monitor::default(),
-            planner: Planner::default(),
-            arrived: (0, Duration::ZERO),
-            tokens: Vec::with_capacity(PENDING_ROWS_MAX),
-            kept: Vec::with_capacity(PENDING_ROWS_MAX),
-            guesses: Vec::with_capacity(PENDING_ROWS_MAX),
-            shallow: Vec::new(),
-            deep: Vec::new(),
-            moves: Vec::with_capacity(PENDING_ROWS_MAX),
-            pruned: Vec::with_capacity(PENDING_ROWS_MAX),
-            plan: PlanBuffers::with_capacity(step_rows, 1, pages),
-            logits: vec![0.0; self.shared.config.vocab_size],
-            row: vec![0.0; facts.hidden_size],
+            cx: Common::new(config, facts, self.shared.config.vocab_size),
+            at_work: AtWork::default(),
+            events: VecDeque::new(),
+            arrived: Vec::new(),
             start: self,
         })
     }
@@ -168,74 +142,25 @@ pub(super) struct Device {
     pub(super) start: Start,
     pub(super) endpoint: Endpoint,
     guard: watch::Guard,
-    pub(super) address: Address,
-    /// The same as text.
-    pub(super) cloud: String,
-    pub(super) connection: Option<ConnectionId>,
-    pub(super) redial: Redial,
-    pub(super) connected: bool,
-    /// Begin of the outage at hand; `None` while the cloud is connected.
-    pub(super) down_since: Option<Instant>,
-    /// Bytes that the cloud had acknowledged at the last look.
-    pub(super) acked_bytes: u64,
-    /// The cloud's row budget for one chunk.
-    pub(super) peer_rows_max: u32,
-    /// Longest frame that the cloud takes, header included.
-    pub(super) peer_frame_max: usize,
-    /// Pipeline stages of the cloud.
-    pub(super) peer_stages: u32,
-    /// Rows of one session that may pend in the cloud.
-    pub(super) peer_pending_max: usize,
-    /// What the cloud's layers compute in.
-    pub(super) peer_arithmetic: u32,
+    pub(super) link: Link,
     /// Why this device's own backend is lost, if it is.
     pub(super) lost: Option<BackendFault>,
-    /// Why the cloud is away, for people.
-    pub(super) reason: String,
-    /// Why this device does not want the cloud that it found.
-    refused: Option<String>,
-    pub(super) actives: Vec<Active>,
-    /// Requests that have no session yet.
-    waiting: VecDeque<Job>,
-    pub(super) pages: PagePool,
-    /// Pages of the device's own layers, kept from earlier requests.
-    pub(super) prefixes: PrefixCache,
-    /// Names pages; `None` if all rows go up.
-    pub(super) namer: Option<PageNamer>,
+    /// Requests that run, by age.
+    pub(super) requests: BTreeMap<RequestId, Request>,
+    next_request: RequestId,
     next_wire_id: u32,
     /// The request whose prompt is sent first.
-    pub(super) first_to_send: usize,
+    pub(super) first_to_send: RequestId,
+    /// Requests that have no session yet.
+    waiting: VecDeque<Job>,
+    pub(super) pages: Pages,
     missing: Missing,
-    /// How good guesses were, over all requests.
-    pub(super) acceptance: Acceptance,
-    /// What rounds cost, over all requests.
-    pub(super) costs: Costs,
-    /// What chunks cost, over all requests.
-    pub(super) monitor: Monitor,
-    pub(super) planner: Planner,
-    /// Bytes from the cloud, and how long they took, that the monitor knows of.
-    pub(super) arrived: (u64, Duration),
-    pub(super) plan: PlanBuffers,
-    /// What has arrived and has not been looked at.
-    pub(super) events: Vec<LinkEvent>,
-    pub(super) tokens: Vec<TokenId>, // of a tree's rows
-    pub(super) kept: Vec<usize>,     // nodes of a tree
-    pub(super) guesses: Vec<(usize, Guess)>,
-    pub(super) shallow: Vec<f32>, // [accepted rows, hidden_size]
-    pub(super) deep: Vec<f32>,    // [accepted rows, hidden_size]
-    pub(super) moves: Vec<RowMove>,
-    pub(super) pruned: Vec<u32>,
-    pub(super) logits: Vec<f32>, // [vocab_size]
-    pub(super) row: Vec<f32>,    // [rows of one OUTPUT frame, hidden_size]
-}
-
-/// Shortest pause before a session is opened again, whatever the cloud says.
-const PAUSE_MIN: Duration = Duration::from_millis(50);
-/// Longest one.
-const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// The pause before a session is opened for the `attempt`-th time, at least 1.
-fn pause(attempt: u32) -> Duration {
-    (PAUSE_MIN * 2_u32.pow(attempt.clamp(1, 12) - 1)).min(PAUSE_MAX)
+    pub(super) cx: Common,
+    pub(super) at_work: AtWork,
+    /// Events of the link that have not been looked at, in the order in which they came.
+    pub(super) events: VecDeque<LinkEvent>,
+    /// Those of the last turn.
+    pub(super) arrived: Vec<LinkEvent>,
 }
 
 /// What was said to be missing: each is said once.
@@ -267,7 +192,7 @@ impl Device {
             }
             let now = self.start.shared.clock.now();
             self.admit();
-            if self.connection.is_none() && self.redial.is_due(now) {
+            if self.link.connection.is_none() && self.link.redial.is_due(now) {
                 self.dial();
             }
             self.drop_cancelled();
@@ -277,91 +202,76 @@ impl Device {
             if is_clear {
                 self.open_sessions(now);
             }
-            let mut busy = is_clear && self.compute_one()?;
-            self.send_unsent();
-            busy |= self.feed_sent();
-            busy |= !self.events.is_empty();
-            let timeout = if busy { Some(Duration::ZERO) } else { self.wait_for(now) };
-            let mut events = std::mem::take(&mut self.events);
-            self.endpoint.turn(timeout, &mut events)?;
-            for event in events.drain(..) {
-                self.take(event);
-            }
-            self.events = events;
+            let work = self.poll_work(now, is_clear);
+            let has_worked = work.is_some();
+            work.into_iter().for_each(|work| self.run(work));
+            self.send_released();
+            self.look_at_link();
+            let is_busy = has_worked || self.is_at_work() || !self.events.is_empty();
+            let timeout = if is_busy { Some(Duration::ZERO) } else { self.wait_for(now) };
+            self.endpoint.turn(timeout, &mut self.arrived)?;
+            self.events.extend(self.arrived.drain(..));
+            self.look_at_link();
         }
-        for active in &self.actives {
-            active.fail(Error::Stopped("it was closed".into()));
+        for request in self.requests.values() {
+            request.fail(RequestError::Stopped("it was closed".into()));
         }
         // What was said last may be the names of pages to keep.
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.events)
+        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        self.start.shared.clock.now()
+    }
+
+    /// Looks at what the link counts.
+    fn look_at_link(&mut self) {
+        let counters = self.link.connection.and_then(|id| self.endpoint.counters(id));
+        self.cx.learned.traffic = counters.map(|counters| counters.traffic);
     }
 
     /// Gives waiting requests a session of their own while there is room.
     fn admit(&mut self) {
+        let limits = self.start.config.limits;
         // Whatever finds no place here stays in the bounded queue, and its makers are told.
-        let room = self.start.config.limits.queue_max as usize - self.waiting.len();
+        let room = limits.queue_max as usize - self.waiting.len();
         let before = self.waiting.len();
         self.waiting.extend(self.start.incoming.try_iter().take(room));
         if self.waiting.len() > before {
-            self.redial.hurry();
+            self.link.redial.hurry();
         }
-        while self.actives.len() < self.start.config.limits.sessions_max as usize {
+        while self.requests.len() < limits.sessions_max as usize {
             let Some(job) = self.waiting.front() else { return };
-            let rows_max = job.prepared.rows_max();
-            let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-            let admitted = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted);
-            let Some((pages, _)) = admitted else { return };
+            let Some(kv) = self.pages.reserve(job.prepared.rows_max()) else { return };
             let mut job = self.waiting.pop_front().expect("looked at above");
             job.waits = None;
-            let shared = &self.start.shared;
-            let answer = Answer::new(&job.prepared, &shared.tokenizer, &shared.config);
-            let draft = job.prepared.request.draft;
-            let has_trained = self.start.trained.is_some();
-            self.missing.tell(draft, has_trained);
-            let looks_up = draft.looks_up(has_trained);
-            let lookup = looks_up.then(|| job.prepared.prompt.iter().copied().collect());
-            let trained = match &mut self.start.trained {
-                Some(trained) if draft.asks_trained() => trained.open(rows_max),
-                _ => None,
-            };
-            self.actives.push(Active {
-                answer,
-                meter: Meter::new(job.asked, job.prepared.prompt_n()),
-                phase: Phase::Closed { not_before: None },
-                wire_id: 0,
-                tokens: job.prepared.prompt.clone(),
-                names: None,
-                passed: 0,
-                names_max: 0,
-                held: 0,
-                chunk: Chunk::default(),
-                sequence: Sequence::new(pages, rows_max),
-                unsent: Unsent::default(),
-                walk: Walk::default(),
-                drafts: Drafts::default(),
-                round_now: None,
-                asking: Asking::default(),
-                sizing: Sizing::default(),
-                commit: 0,
-                round: 0,
-                lookup,
-                trained,
-                has_draft_rows: false,
-                fed: 0,
-                unfed: 0..0,
-                deep: Vec::new(),
-                held_back: Vec::new(),
-                timed: None,
-                sent_id: 0,
-                told_id: 0,
-                decided: 1..1,
-                deadline: None,
-                heard: shared.clock.now(),
-                lost_n: 0,
-                busy_ms: None,
-                job,
-            });
-            shared.metrics().sessions = self.actives.len() as u64;
+            let request = self.begin(job, kv);
+            self.requests.insert(self.next_request, request);
+            self.next_request += 1;
+            self.start.shared.metrics().sessions = self.requests.len() as u64;
+        }
+    }
+
+    /// A request that runs from now on, on reserved pages.
+    fn begin(&mut self, job: Job, kv: Sequence) -> Request {
+        let Start { shared, trained, .. } = &mut self.start;
+        let prompt = &job.prepared.prompt;
+        let draft = job.prepared.request.draft;
+        self.missing.tell(draft, trained.is_some());
+        let lookup = draft.looks_up(trained.is_some()).then(|| prompt.iter().copied().collect());
+        let drafter = trained.as_mut().filter(|_| draft.asks_trained());
+        let drafting = Drafting::new(drafter.and_then(|drafter| drafter.open(kv.rows_max())));
+        Request {
+            answer: Answer::new(&job.prepared, &shared.tokenizer, &shared.config),
+            meter: Meter::new(job.asked, job.prepared.prompt_n()),
+            path: Path { tokens: prompt.clone(), names: None, names_max: 0, lookup },
+            kv,
+            drafting,
+            patience: Patience::new(shared.clock.now()),
+            passed: 0,
+            round: 0,
+            session: Session::Closed { not_before: None },
+            job,
         }
     }
 
@@ -369,11 +279,11 @@ impl Device {
         let waiting = self.waiting.len();
         self.waiting.retain(|job| !job.cancelled.load(Ordering::Acquire));
         let mut cancelled = waiting - self.waiting.len();
-        for index in (0..self.actives.len()).rev() {
-            if self.actives[index].job.cancelled.load(Ordering::Acquire) {
-                self.retire(index);
-                cancelled += 1;
-            }
+        let is_cancelled =
+            |(id, request): (&RequestId, &Request)| request.is_cancelled().then_some(*id);
+        while let Some(id) = self.requests.iter().find_map(is_cancelled) {
+            self.retire(id, false);
+            cancelled += 1;
         }
         if cancelled > 0 {
             self.start.shared.metrics().requests_cancelled += cancelled as u64;
@@ -381,65 +291,54 @@ impl Device {
     }
 
     fn open_sessions(&mut self, now: Instant) {
-        let Some(connection) = self.connection.filter(|_| self.connected) else { return };
+        let Some(connection) = self.link.connection.filter(|_| self.link.connected) else { return };
         let facts = &self.start.facts;
+        let cloud = self.cx.cloud;
         let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
-        for active in &mut self.actives {
-            let Phase::Closed { not_before } = active.phase else { continue };
+        for request in self.requests.values_mut() {
+            let Session::Closed { not_before } = request.session else { continue };
             if not_before.is_some_and(|time| now < time) {
                 continue;
             }
-            let namer = self.namer.as_ref();
-            active.names_max = wire::pages_per_frame(self.peer_frame_max);
-            active.names = namer.map(|namer| namer.names(self.peer_arithmetic, &active.tokens));
+            let namer = self.pages.namer.as_ref();
+            let path = &mut request.path;
+            path.names_max = wire::pages_per_frame(cloud.frame_max);
+            path.names = namer.map(|namer| namer.names(cloud.arithmetic, &path.tokens));
             let open = Message::Open(Open {
                 entry_layer: layer(facts.layers.start),
                 exit_layer: layer(facts.layers.end),
                 codec: self.start.config.codec().id(),
                 kv_type: KV_TYPE_F16,
-                arithmetic_id: self.peer_arithmetic,
-                rows_max: active.job.prepared.rows_max(),
-                pages: active.pages_to_find(),
+                arithmetic_id: cloud.arithmetic,
+                rows_max: request.job.prepared.rows_max(),
+                pages: path.pages_to_find(),
             });
             let bytes = open.encoded_len();
             let wire_id = self.next_wire_id;
             if self.endpoint.send_message(connection, wire_id, &open).is_ok() {
                 self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
-                active.wire_id = wire_id;
-                active.note_message(bytes);
-                active.phase = Phase::Opening;
+                request.patience.opens();
+                request.note_message(bytes);
+                request.session = Session::Opening { wire_id };
             }
         }
     }
 
     /// How long a turn may wait: until the next deadline, or until something happens.
     fn wait_for(&self, now: Instant) -> Option<Duration> {
-        if self.actives.iter().any(|active| active.unsent.sent < active.unsent.count) {
+        let mut open = self.requests.values().filter_map(|request| request.session.open());
+        if open.any(|open| open.outgoing.has_released()) {
             return Some(Duration::from_millis(1));
         }
-        let retries = self.actives.iter().filter_map(|active| match active.phase {
-            Phase::Closed { not_before } => not_before,
-            _ => None,
-        });
-        let deadlines = self.actives.iter().filter_map(|active| active.deadline);
-        let silence_max = self.start.config.reconnect * SILENCE_FACTOR;
-        let silences = self.actives.iter().map(|active| active.heard + silence_max);
-        let redial = self.redial.at().filter(|_| self.connection.is_none());
-        let pause = self.upload_pause().filter(|_| self.actives.iter().any(Active::wants_compute));
-        retries
-            .chain(deadlines)
-            .chain(silences)
-            .chain(redial)
-            .min()
-            .map(|time| time.saturating_duration_since(now))
-            .into_iter()
-            .chain(pause)
-            .min()
+        let pause = self.cx.learned.upload_pause();
+        let pause = pause.filter(|_| self.requests.values().any(Request::wants_compute));
+        let until = self.next_time().map(|time| time.saturating_duration_since(now));
+        until.into_iter().chain(pause).min()
     }
 
-    fn take(&mut self, event: LinkEvent) {
+    pub(super) fn take(&mut self, event: LinkEvent) {
         // One that this device has closed itself has nothing more to say.
-        if event.connection().is_some_and(|connection| Some(connection) != self.connection) {
+        if event.connection().is_some_and(|connection| Some(connection) != self.link.connection) {
             return;
         }
         match event {
@@ -447,38 +346,33 @@ impl Device {
                 self.guard.look();
                 if let Err(reason) = self.check_cloud(&hello) {
                     self.endpoint.close(connection, CloseCode::Incompatible, &reason);
-                    self.refused = Some(reason);
+                    self.link.refused = Some(reason);
                     return;
                 }
                 self.take_up(&hello, resumed);
             }
             LinkEvent::Down { reason, .. } => {
-                if self.connected || self.reason != reason {
-                    tracing::info!(cloud = %self.cloud, %reason, "the cloud is away; dialling on");
-                }
-                self.reason = reason;
+                self.link.note_down(reason, "the cloud is away; dialling on");
                 self.set_connected(false);
                 // A round that an outage falls into says nothing about rounds.
-                self.actives.iter_mut().for_each(|active| active.timed = None);
+                let open = self.requests.values_mut().filter_map(|it| it.session.open_mut());
+                open.for_each(|open| open.timed = None);
             }
             LinkEvent::Gone { error, .. } => {
-                let is_final = self.refused.is_some() || error.is_final();
-                let reason = self.refused.take().unwrap_or_else(|| error.to_string());
-                if self.connected || self.reason != reason {
-                    tracing::info!(cloud = %self.cloud, %reason, "the cloud is gone; dialling on");
-                }
-                self.reason = reason;
+                let is_final = self.link.refused.is_some() || error.is_final();
+                let reason = self.link.refused.take().unwrap_or_else(|| error.to_string());
+                self.link.note_down(reason, "the cloud is gone; dialling on");
                 self.set_connected(false);
-                self.connection = None;
-                self.redial.put_off(self.start.shared.clock.now());
+                self.link.connection = None;
+                self.link.redial.put_off(self.start.shared.clock.now());
                 if !is_final {
-                    self.actives.iter_mut().for_each(|active| active.restart(None));
+                    self.requests.values_mut().for_each(|request| request.restart(None));
                     return;
                 }
                 self.fail_for_cloud();
             }
             LinkEvent::Frame { frame, .. } => {
-                self.redial.works();
+                self.link.redial.works();
                 self.take_frame(&frame);
             }
             _ => {}
@@ -487,108 +381,109 @@ impl Device {
 
     fn take_frame(&mut self, frame: &Frame) {
         // Frames of sessions that this side has ended are late, not wrong.
-        let own = |active: &Active| active.wire_id == frame.session && active.has_session();
-        let Some(index) = self.actives.iter().position(own) else { return };
-        let now = self.start.shared.clock.now();
-        if let Some(reason) = self.actives[index].phase.out_of_turn(frame.kind) {
-            let error = Error::Peer { peer: self.cloud.clone(), reason };
-            return self.fail(index, error);
-        }
-        let taken = match Message::decode(frame.kind, &frame.body) {
-            Ok(Message::Opened(opened)) => {
-                self.actives[index].busy_ms = None;
-                self.opened(index, opened.pages)
-            }
-            Ok(Message::Output(output)) => self.take_output(index, &output, frame.body.len()),
-            Ok(Message::Computed(computed)) => {
-                self.take_computed(index, &computed, frame.body.len())
-            }
-            Ok(Message::Busy(busy)) => {
-                let wait = Duration::from_millis(u64::from(busy.retry_after_ms));
-                let wait = wait.clamp(PAUSE_MIN, PAUSE_MAX);
-                self.reason = "it has no room for another session".into();
-                let patience = self.start.config.reconnect;
-                let active = &mut self.actives[index];
-                active.busy_ms = Some(u32::try_from(wait.as_millis()).expect("at most PAUSE_MAX"));
-                active.start_deadline(now, patience);
-                active.restart(Some(now + wait));
-                Ok(())
-            }
-            Ok(Message::SessionError(error)) => match error.code {
-                SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted
-                    if self.actives[index].may_return() =>
-                {
-                    let active = &mut self.actives[index];
-                    active.restart(Some(now + pause(active.lost_n)));
-                    Ok(())
-                }
-                SessionErrorCode::Resource if self.actives[index].may_lose_session() => {
-                    tracing::warn!(text = %error.text, "the cloud lost the session");
-                    self.actives[index].start_deadline(now, self.start.config.reconnect);
-                    let active = &mut self.actives[index];
-                    active.restart(Some(now + pause(active.lost_n)));
-                    Ok(())
-                }
-                code => Err(format!("it ended the session: {code:?}: {}", error.text)),
-            },
-            Ok(Message::Dropped(dropped)) => self.take_dropped(index, &dropped),
-            Ok(Message::Ended | Message::Cancelled) => Ok(()),
-            Ok(other) => Err(format!("it sent {:?}, which a cloud does not", other.kind())),
-            Err(error) => Err(format!("a {:?} frame is malformed: {error}", frame.kind)),
+        let own = |(id, request): (&RequestId, &Request)| {
+            (request.session.wire_id() == Some(frame.session)).then_some(*id)
         };
-        if let Err(reason) = taken {
-            let error = Error::Peer { peer: self.cloud.clone(), reason };
-            self.fail(index, error);
+        let Some(id) = self.requests.iter().find_map(own) else { return };
+        if let Err(violation) = self.take_message(id, frame) {
+            self.fail_by(id, &violation);
         }
     }
 
-    pub(super) fn finish(&mut self, index: usize, finish_reason: FinishReason) {
-        let estimates = self.estimates();
-        let active = &mut self.actives[index];
-        let text = active.answer.finish();
-        let timings = active.meter.timings();
-        active.note_turn(&self.start.shared);
-        self.keep_pages(index);
-        let active = &mut self.actives[index];
-        let mut sums = self.start.shared.metrics();
-        sums.add(&active.meter);
+    /// Takes a frame of a request's session: it is decoded here, and nowhere else.
+    fn take_message(&mut self, id: RequestId, frame: &Frame) -> Result<(), CloudViolation> {
+        let (kind, bytes) = (frame.kind, frame.body.len());
+        let now = self.start.shared.clock.now();
+        let reconnect = self.start.config.reconnect;
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        request.session.expects(kind)?;
+        let message = Message::decode(kind, &frame.body)
+            .map_err(|error| CloudViolation::Malformed { kind, error })?;
+        match message {
+            Message::Opened(opened) => return self.opened(id, opened.pages),
+            Message::Output(output) => return self.take_output(id, now, &output, bytes),
+            Message::Computed(computed) => {
+                request.handle_computed(now, &computed, bytes, &mut self.cx)?;
+            }
+            Message::Dropped(dropped) => request.handle_dropped(&dropped)?,
+            Message::Busy(busy) => {
+                self.link.reason = "it has no room for another session".into();
+                let at = request.patience.busy(now, busy.retry_after_ms);
+                request.patience.start(now, reconnect);
+                request.restart(Some(at));
+            }
+            Message::SessionError(SessionError { code, text }) => {
+                let ended = || CloudViolation::Ended { code, text: text.to_owned() };
+                let at = match code {
+                    SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => {
+                        request.patience.after_return(now).ok_or_else(ended)?
+                    }
+                    SessionErrorCode::Resource => {
+                        let at = request.patience.after_loss(now).ok_or_else(ended)?;
+                        tracing::warn!(%text, "the cloud lost the session");
+                        request.patience.start(now, reconnect);
+                        at
+                    }
+                    _ => return Err(ended()),
+                };
+                // Rows that have not left are of no use to anyone.
+                if let (Some(connection), Some(id)) =
+                    (self.link.connection, request.session.wire_id())
+                {
+                    self.endpoint.discard(connection, id);
+                }
+                request.restart(Some(at));
+            }
+            Message::Ended | Message::Cancelled => {}
+            _ => return Err(CloudViolation::Unexpected { kind }),
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(&mut self, id: RequestId, finish_reason: FinishReason) {
+        let estimates = self.cx.learned.estimates(&self.cx.facts, self.cx.cloud.stages);
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let text = request.answer.finish();
+        let timings = request.meter.timings();
+        let shared = &self.start.shared;
+        if let Prepared { rendered: Some(rendered), prompt, .. } = &request.job.prepared {
+            let (answer, text) = (request.answer.tokens(), request.answer.text());
+            shared.turns().note(rendered, prompt, answer, text, &shared.tokenizer);
+        }
+        let mut sums = shared.metrics();
+        sums.add(&request.meter);
         sums.estimates = estimates;
         drop(sums);
         let metrics = Box::new(Metrics {
             timings,
-            token_ids: active.answer.tokens().to_vec(),
-            text: active.answer.text().to_owned(),
-            logits_blake3: active.answer.logits_blake3(),
+            token_ids: request.answer.tokens().to_vec(),
+            text: request.answer.text().to_owned(),
+            logits_blake3: request.answer.logits_blake3(),
         });
-        let _ = active.job.events.send(Ok(Event::Done { text, finish_reason, metrics }));
-        self.retire(index);
+        request.tell(Event::Done { text, finish_reason, metrics });
+        self.keep_pages(id);
+        self.retire(id, true);
     }
 
-    /// Ends a request with an error; all of them, if what is wrong is this device's backend.
-    pub(super) fn fail(&mut self, index: usize, error: Error) {
-        if matches!(error, Error::NotFinite { .. })
-            && let Some(fault) = self.start.model.fault()
-        {
-            return self.fail_all(&fault);
-        }
+    /// Ends a request with an error.
+    pub(super) fn fail(&mut self, id: RequestId, error: RequestError) {
+        let Some(request) = self.requests.get(&id) else { return };
         self.start.shared.metrics().requests_failed += 1;
-        self.actives[index].fail(error);
-        self.retire(index);
+        request.fail(error);
+        self.retire(id, false);
     }
 
-    /// Forgets a request, and tells the cloud if it has a session.
-    pub(super) fn retire(&mut self, index: usize) {
-        let active = self.actives.swap_remove(index);
-        self.start.shared.metrics().sessions = self.actives.len() as u64;
-        if let Some(connection) = self.connection
-            && !matches!(active.phase, Phase::Closed { .. })
-            && active.wire_id != 0
-        {
-            self.end_session(connection, &active);
+    /// Forgets a request, and tells the cloud if it has a session. `is_whole` if it has its answer.
+    pub(super) fn retire(&mut self, id: RequestId, is_whole: bool) {
+        let Some(request) = self.requests.remove(&id) else { return };
+        self.start.shared.metrics().sessions = self.requests.len() as u64;
+        if let Some(connection) = self.link.connection {
+            self.end_session(connection, &request, is_whole);
         }
-        self.pages.give_back(active.sequence.into_pages());
-        if let (Some(trained), Some(session)) = (&mut self.start.trained, active.trained) {
+        if let (Some(trained), Some(session)) = (&mut self.start.trained, request.drafting.session)
+        {
             trained.close(session);
         }
+        self.pages.give_back(request.kv);
     }
 }

@@ -32,13 +32,13 @@ pub(super) struct Ask {
 /// Which of `asks` is computed next: the one with the fewest rows left, so that a token is not
 /// kept waiting by a prompt, nor a short prompt by a long one. But one that has been passed over
 /// [`PATIENCE`] times goes first, so that short ones in a row do not keep a long one from its turn.
-pub(super) fn choose(asks: impl Iterator<Item = Option<Ask>>) -> Option<usize> {
-    let asks = asks.enumerate().filter_map(|(index, ask)| Some((index, ask?)));
+/// Of equal ones the first.
+pub(super) fn choose<K>(asks: impl Iterator<Item = (K, Ask)>) -> Option<K> {
     let key = |ask: &Ask| match ask.passed >= PATIENCE {
         true => (0, u32::MAX - ask.passed),
         false => (1, ask.rows),
     };
-    asks.min_by_key(|(_, ask)| key(ask)).map(|(index, _)| index)
+    asks.min_by_key(|(_, ask)| key(ask)).map(|(request, _)| request)
 }
 
 /// Rows of a piece that has `rows` at most and comes behind `prefix` others.
@@ -66,14 +66,15 @@ pub(super) fn upload_pause(unacked: u64, busy_s: impl Fn(u64) -> Option<f64>) ->
 mod tests {
     use super::*;
 
-    fn ask(rows: u32, passed: u32) -> Option<Ask> {
-        Some(Ask { rows, passed })
+    fn ask(rows: u32, passed: u32) -> Ask {
+        Ask { rows, passed }
     }
 
     #[test]
     fn the_fewest_rows_go_first() {
-        assert_eq!(choose([None, ask(900, 0), ask(1, 0), ask(30, 7)].into_iter()), Some(2));
-        assert_eq!(choose([None, None].into_iter()), None);
+        let asks = [(7, ask(900, 0)), (8, ask(1, 0)), (9, ask(1, 0)), (10, ask(30, 7))];
+        assert_eq!(choose(asks.into_iter()), Some(8), "of equal ones the oldest");
+        assert_eq!(choose(std::iter::empty::<(u64, Ask)>()), None);
     }
 
     /// Three that decode without a pause, short prompts one after another, and a long one.
@@ -82,10 +83,9 @@ mod tests {
         let mut asks = [ask(1, 0), ask(1, 0), ask(1, 0), ask(20, 0), ask(4000, 0)];
         let mut turns = [0; 5];
         for _ in 0..900 {
-            let chosen = choose(asks.into_iter()).unwrap();
+            let chosen = choose(asks.into_iter().enumerate()).unwrap();
             turns[chosen] += 1;
             for (index, ask) in asks.iter_mut().enumerate() {
-                let ask = ask.as_mut().unwrap();
                 ask.passed = if index == chosen { 0 } else { ask.passed + 1 };
             }
         }

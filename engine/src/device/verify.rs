@@ -1,276 +1,309 @@
 //! Outputs that come back, and the walk that turns them into tokens.
 
+use std::time::{Duration, Instant};
+
 use hat_transport::frame::HEADER_BYTES;
-use hat_transport::message::{Dropped, Output};
+use hat_transport::message::{Computed, Dropped, Output};
 
-use super::active::Timed;
-use super::run::Device;
-use super::walk::{Taken, Visit};
-use crate::Error;
+use super::common::Common;
+use super::request::{Outcome, Request};
+use super::session::Timed;
+use super::violation::CloudViolation;
+use super::walk::Taken;
 use crate::backend::TokenId;
+use crate::error::RequestError;
 use crate::sequence::RowPlace;
+use crate::token::Tokenizer;
 
-impl Device {
-    /// Takes rows that came back, and walks as far as they lead.
-    pub(super) fn take_output(
+/// Decided rows that came back, in `scratch.rows`, and have to go through the tail layers.
+#[derive(Debug)]
+pub(super) struct TailRows {
+    /// Id of the last.
+    last_id: u32,
+    pub(super) count: usize,
+}
+
+/// A row that is back and decides the next token.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head {
+    id: u32,
+    /// Round trips completed with it.
+    round: u32,
+    /// Whether the tail layers have to see it first, by `scratch.plan`.
+    pub(super) needs_tail: bool,
+}
+
+/// What the LM head says of a row.
+pub(super) enum Verdict {
+    /// The token with the greatest logit, where the answer wants no more; `None` if some logit is
+    /// no number.
+    Greatest(Option<TokenId>),
+    /// All logits are in `scratch.logits`.
+    Logits,
+}
+
+impl Request {
+    /// Takes rows that came back. Those that are decided are returned if there are tail layers:
+    /// these take all of them, in order, and then [`Request::end_tail`] does.
+    pub(super) fn handle_output(
         &mut self,
-        index: usize,
+        now: Instant,
         output: &Output<'_>,
         bytes: usize,
-    ) -> Result<(), String> {
-        let hidden_size = self.start.facts.hidden_size;
-        let active = &mut self.actives[index];
-        active.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
-        active.meter.computed_in(self.peer_arithmetic);
-        active.deadline = None;
+        cx: &mut Common,
+    ) -> Result<Option<TailRows>, CloudViolation> {
+        let hidden_size = cx.facts.hidden_size;
+        self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        self.meter.computed_in(cx.cloud.arithmetic);
+        self.patience.deadline = None;
         let count = usize::from(output.head.count);
-        self.row.resize(count.max(1) * hidden_size, 0.0);
-        let codec = self.start.config.codec().down();
+        let codec = cx.facts.codec.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
-            return Err(format!("{} bytes for {count} rows", output.payload.len()));
+            return Err(CloudViolation::Payload { bytes: output.payload.len(), rows: count });
         }
-        codec
-            .unpack(output.payload, hidden_size, &mut self.row)
-            .map_err(|error| error.to_string())?;
-        if let Some(id) = output.ids.iter().find(|id| *id > active.sent_id) {
-            return Err(format!("row {id}, which was not sent"));
+        cx.scratch.rows.resize(count * hidden_size, 0.0);
+        codec.unpack(output.payload, hidden_size, &mut cx.scratch.rows)?;
+        let Some(open) = self.session.open() else { return Ok(None) };
+        if let Some(row) = output.ids.iter().find(|id| *id > open.outgoing.sent_id) {
+            return Err(CloudViolation::NotSent { row });
         }
-        self.note_costs(index, output);
-        let active = &self.actives[index];
         // Decided rows come before those that pend below them.
-        let decided = output.ids.iter().take_while(|id| active.decided.contains(id)).count();
-        if decided > 0 {
-            self.take_decided(index, output, decided)?;
+        let decided = output.ids.iter().take_while(|id| open.due.contains(id)).count();
+        self.note_costs(now, output, cx);
+        let tail = self.take_decided(output, decided, cx)?;
+        if self.take_pending(output, decided, cx)? || decided > 0 {
+            self.patience.heard = now;
         }
-        let has_news = self.take_pending(index, output, decided)? || decided > 0;
-        if has_news {
-            self.actives[index].heard = self.start.shared.clock.now();
-        }
-        self.walk(index);
-        Ok(())
+        Ok(tail)
     }
 
-    /// Takes the news that rows will not come back. They were void before the cloud was told so,
-    /// and nobody here waits for them.
-    pub(super) fn take_dropped(&mut self, index: usize, dropped: &Dropped) -> Result<(), String> {
-        let active = &mut self.actives[index];
-        let ids = dropped.first_id..=dropped.first_id + u32::from(dropped.count - 1);
-        if *ids.end() > active.sent_id {
-            return Err(format!("it dropped row {}, which was not sent", ids.end()));
-        }
-        if let Some(id) = ids.clone().find(|id| active.walk.awaits(*id)) {
-            return Err(format!("it dropped row {id}, which is waited for"));
-        }
-        active.meter.rows_settled(u32::from(dropped.count));
-        // The output that would have told how long they were away does not come.
-        active.timed = active.timed.filter(|timed| !ids.contains(&timed.first_id));
-        Ok(())
-    }
-
-    /// What the first output after rows were sent says of link and cloud.
-    fn note_costs(&mut self, index: usize, output: &Output<'_>) {
-        let now = self.start.shared.clock.now();
-        let head = &output.head;
-        self.note_arrivals(head.arrivals);
-        let timed = &mut self.actives[index].timed;
-        let Some(Timed { at, rows, .. }) =
-            timed.take_if(|timed| output.ids.iter().any(|id| id >= timed.first_id))
-        else {
-            let active = &self.actives[index];
-            if active.answer.tokens().is_empty() {
-                self.note_returned(index, active.unsent.count, head, None);
-            }
-            return;
+    /// Times of the first output after rows were sent, which tell of link and cloud.
+    fn note_costs(&mut self, now: Instant, output: &Output<'_>, cx: &mut Common) {
+        let (in_prefill, computed) = (self.in_prefill(), self.computed());
+        let Some(open) = self.session.open_mut() else { return };
+        cx.learned.note_output_arrivals(&output.head);
+        let is_first = |timed: &mut Timed| output.ids.iter().any(|id| id >= timed.first_id);
+        let (rows, away) = match open.timed.take_if(is_first) {
+            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at))),
+            None if in_prefill => (open.outgoing.computed, None),
+            None => return,
         };
-        let step = f64::from(head.step_us) * 1e-6;
-        let total = now.duration_since(at).as_secs_f64();
-        let step_rows = head.step_rows as usize;
-        let queue = f64::from(head.queue_us) * 1e-6;
-        self.costs.note_step(rows, step_rows, step, queue);
-        self.costs.wait.note(rows, (total - step - queue).max(0.0));
-        self.note_returned(index, rows, head, Some(total));
+        cx.learned.note_output(&output.head, rows, away, computed, &cx.facts);
     }
 
-    /// Takes the first `count` rows of `self.row`, which are decided. Such rows come back in
-    /// order: the last one, or, for the tail layers, all.
+    /// Takes the first `count` of `scratch.rows`, which are decided. Such rows come back in order:
+    /// the last one, or, for the tail layers, all.
     fn take_decided(
         &mut self,
-        index: usize,
         output: &Output<'_>,
         count: usize,
-    ) -> Result<(), String> {
-        let hidden_size = self.start.facts.hidden_size;
-        let active = &mut self.actives[index];
-        let expected = match self.start.facts.has_tail {
-            true => active.decided.start,
-            false => active.decided.end - 1,
-        };
-        if let Some((id, _)) =
+        cx: &mut Common,
+    ) -> Result<Option<TailRows>, CloudViolation> {
+        let Some(open) = self.session.open_mut().filter(|_| count > 0) else { return Ok(None) };
+        let expected = if cx.facts.has_tail { open.due.start } else { open.due.end - 1 };
+        if let Some((row, expected)) =
             output.ids.iter().take(count).zip(expected..).find(|(id, expected)| id != expected)
         {
-            return Err(format!("row {id} comes out of turn, not row {expected}"));
+            return Err(CloudViolation::OutOfTurn { row, expected });
         }
-        let rows = &mut self.row[..count * hidden_size];
-        let end = expected + u32::try_from(count).expect("a frame holds few rows");
-        if self.start.facts.has_tail {
-            let first = active.sequence.committed() - (active.decided.end - expected);
-            self.plan.clear();
-            self.plan.push_committed(RowPlace { position: first, slot: first }, end - expected);
-            self.plan.end_sequence(&active.sequence);
-            self.start.model.tail(&self.plan.plan(), rows);
+        let rows = u32::try_from(count).expect("a frame holds few rows");
+        let end = expected + rows;
+        let first = self.kv.committed() - (open.due.end - expected);
+        self.meter.rows_settled(end - open.due.start);
+        open.due.start = end;
+        if !cx.facts.has_tail {
+            let row = &cx.scratch.rows[(count - 1) * cx.facts.hidden_size..];
+            open.walk.take(end - 1, &row[..cx.facts.hidden_size]);
+            return Ok(None);
         }
-        active.meter.rows_settled(end - active.decided.start);
-        active.decided.start = end;
-        // The last of all leads to a token; the walk doesn't know the others.
-        active.walk.take(end - 1, &rows[rows.len() - hidden_size..]);
-        Ok(())
+        let plan = &mut cx.scratch.plan;
+        plan.clear();
+        plan.push_committed(RowPlace { position: first, slot: first }, rows);
+        plan.end_sequence(&self.kv);
+        Ok(Some(TailRows { last_id: end - 1, count }))
     }
 
-    /// Takes the rows of `self.row` from number `first` on, which pend, in whatever order. Says if
-    /// any was waited for; those that have become void are let go.
+    /// The tail layers have seen decided rows. The last of all leads to a token; the walk doesn't
+    /// know the others.
+    pub(super) fn end_tail(&mut self, tail: &TailRows, cx: &Common) {
+        let Some(open) = self.session.open_mut() else { return };
+        let hidden_size = cx.facts.hidden_size;
+        let row = &cx.scratch.rows[(tail.count - 1) * hidden_size..][..hidden_size];
+        open.walk.take(tail.last_id, row);
+    }
+
+    /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Says if any was
+    /// waited for; those that have become void are let go.
     fn take_pending(
         &mut self,
-        index: usize,
         output: &Output<'_>,
         first: usize,
-    ) -> Result<bool, String> {
+        cx: &Common,
+    ) -> Result<bool, CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(false) };
         let mut has_news = false;
-        let active = &mut self.actives[index];
-        let rows = self.row.chunks_exact(self.start.facts.hidden_size);
-        for (id, row) in output.ids.iter().zip(rows).skip(first) {
-            active.meter.rows_settled(1);
-            match active.walk.take(id, row) {
+        let rows = cx.scratch.rows.chunks_exact(cx.facts.hidden_size);
+        for (row, output) in output.ids.iter().zip(rows).skip(first) {
+            self.meter.rows_settled(1);
+            match open.walk.take(row, output) {
                 Taken::Awaited => has_news = true,
                 Taken::Unknown => {}
-                Taken::Twice => return Err(format!("row {id} for the second time")),
+                Taken::Twice => return Err(CloudViolation::Twice { row }),
             }
         }
         Ok(has_news)
     }
 
-    /// Goes from row to row as long as their outputs are back; each leads to a token. The LM head
-    /// runs for these rows alone.
-    fn walk(&mut self, index: usize) {
-        loop {
-            let active = &mut self.actives[index];
-            let Some(visit) = active.walk.next() else { return };
-            let Visit { id, round, was_drafted, output } = visit;
-            let began = self.start.shared.clock.now();
-            // Drafted rows have not been through the tail layers; their ancestors have.
-            if self.start.facts.has_tail && was_drafted {
-                self.plan.clear();
-                if !self.plan.push_pending(&active.sequence, id) {
-                    // Its token was decided before it came back: it is the last of the path.
-                    let last = active.sequence.committed() - 1;
-                    self.plan.push_committed(RowPlace { position: last, slot: last }, 1);
-                }
-                self.plan.end_sequence(&active.sequence);
-                self.start.model.tail(&self.plan.plan(), output);
-            }
-            let greatest = if active.answer.wants_greatest() {
-                Some(self.start.model.greatest(output))
-            } else {
-                self.start.model.head(output, &mut self.logits);
-                None
-            };
-            active.round = round;
-            active.meter.counts.rounds = round;
-            let took = self.start.shared.clock.now().duration_since(began).as_secs_f64();
-            self.costs.head.note(took);
-            self.monitor.note_head(took);
-            active.meter.counts.head_ms += took * 1e3;
-            if !self.decide(index, id, greatest) {
-                return;
-            }
+    /// Takes the news that rows will not come back. They were void before the cloud was told so,
+    /// and nobody here waits for them.
+    pub(super) fn handle_dropped(&mut self, dropped: &Dropped) -> Result<(), CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
+        let ids = dropped.first_id..=dropped.first_id + u32::from(dropped.count - 1);
+        if *ids.end() > open.outgoing.sent_id {
+            return Err(CloudViolation::DroppedUnsent { row: *ids.end() });
         }
+        if let Some(row) = ids.clone().find(|id| open.walk.awaits(*id)) {
+            return Err(CloudViolation::DroppedAwaited { row });
+        }
+        self.meter.rows_settled(u32::from(dropped.count));
+        // The output that would have told how long they were away does not come.
+        open.timed = open.timed.filter(|timed| !ids.contains(&timed.first_id));
+        Ok(())
     }
 
-    /// The logits behind row `id` are there, or `greatest` of them if the answer wants no more:
-    /// decides the next token. Says whether the walk goes on below; if not, the request has ended
-    /// or the token's row is yet to be made.
-    fn decide(&mut self, index: usize, id: u32, greatest: Option<Option<(TokenId, f32)>>) -> bool {
-        let shared = &self.start.shared;
-        let active = &mut self.actives[index];
-        let position = active.rows() - 1;
-        let emitted = match greatest {
-            Some(Some((token, _))) => Ok(active.answer.take_greatest(token, &shared.tokenizer)),
-            Some(None) => Err(Error::NotFinite { position }),
-            None => active.answer.take(&self.logits, position, &shared.tokenizer),
+    /// A chunk of a prompt has been computed, long before the prompt's first output.
+    pub(super) fn handle_computed(
+        &mut self,
+        now: Instant,
+        computed: &Computed,
+        bytes: usize,
+        cx: &mut Common,
+    ) -> Result<(), CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
+        let row = computed.first_id + u32::from(computed.count) - 1;
+        self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        self.patience.deadline = None;
+        if row > open.outgoing.sent_id {
+            return Err(CloudViolation::NotSent { row });
+        }
+        // Said once more it is no news.
+        if row > open.told_id {
+            open.told_id = row;
+            self.patience.heard = now;
+        }
+        cx.learned.note_computed(computed);
+        Ok(())
+    }
+
+    /// The row before which the walk stands, if it is back. The LM head runs for such rows alone.
+    pub(super) fn begin_head(&mut self, cx: &mut Common) -> Option<Head> {
+        let open = self.session.open_mut()?;
+        let visit = open.walk.next()?;
+        let (id, round) = (visit.id, visit.round);
+        // Drafted rows have not been through the tail layers; their ancestors have.
+        let needs_tail = cx.facts.has_tail && visit.was_drafted;
+        if needs_tail {
+            let plan = &mut cx.scratch.plan;
+            plan.clear();
+            if !plan.push_pending(&self.kv, id) {
+                // Its token was decided before it came back: it is the last of the path.
+                let last = self.kv.committed() - 1;
+                plan.push_committed(RowPlace { position: last, slot: last }, 1);
+            }
+            plan.end_sequence(&self.kv);
+        }
+        Some(Head { id, round, needs_tail })
+    }
+
+    /// That row, for tail layers and LM head to work on in place. `[hidden_size]`
+    pub(super) fn head_row(&mut self) -> &mut [f32] {
+        let visit = self.session.open_mut().and_then(|open| open.walk.next());
+        visit.map_or(&mut [], |visit| visit.output)
+    }
+
+    /// The LM head has seen a row: decides the next token.
+    pub(super) fn end_head(
+        &mut self,
+        now: Instant,
+        head: Head,
+        took: Duration,
+        verdict: &Verdict,
+        tokenizer: &Tokenizer,
+        cx: &mut Common,
+    ) -> Outcome {
+        self.round = head.round;
+        self.meter.counts.rounds = head.round;
+        self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
+        cx.learned.note_head(took);
+        let position = self.path.rows() - 1;
+        let emitted = match verdict {
+            Verdict::Greatest(Some(token)) => Ok(self.answer.take_greatest(*token, tokenizer)),
+            Verdict::Greatest(None) => Err(RequestError::NotFinite { position }),
+            Verdict::Logits => self.answer.take(&cx.scratch.logits, position, tokenizer),
         };
         let emitted = match emitted {
             Ok(emitted) => emitted,
-            Err(error) => {
-                self.fail(index, error);
-                return false;
-            }
+            Err(error) => return Outcome::Failed(error),
         };
         if let Some(token) = emitted.token {
-            active.meter.token(shared.clock.now());
-            for (guess, source) in active.held_back.drain(..) {
-                self.acceptance.note(source, guess == token);
-            }
-            for (guess, source) in active.walk.drafts() {
-                active.meter.tested(source.drafter.name(), guess == token);
-                self.acceptance.note(source, guess == token);
-            }
-            active.push_token(token);
+            self.meter.token(now);
+            self.note_guesses(token, cx);
+            self.push_token(token);
         }
-        let heard = emitted.event.is_none_or(|event| active.job.events.send(Ok(event)).is_ok());
+        let is_heard = emitted.event.is_none_or(|event| self.tell(event));
         if let Some(reason) = emitted.finish {
-            if self.actives[index].sequence.place(id).is_some() {
-                self.commit(index, id);
+            if self.kv.place(head.id).is_some() {
+                self.commit(head.id, cx);
             }
-            self.finish(index, reason);
-            return false;
+            return Outcome::Finished(reason);
         }
-        if !heard {
-            self.retire(index);
-            return false;
+        if !is_heard {
+            return Outcome::Unheard;
         }
-        if let Some(step) = emitted.token.and_then(|token| active.walk.step(token)) {
-            active.meter.counts.predraft_hits += u32::from(step.into_next_wave);
+        let Some(open) = self.session.open_mut() else { return Outcome::Goes };
+        if let Some(step) = emitted.token.and_then(|token| open.walk.step(token)) {
+            self.meter.counts.predraft_hits += u32::from(step.into_next_wave);
             // Where the walk stands now, more may be drafted.
-            active.drafts.is_full = false;
-            return true;
+            open.drafts.is_full = false;
+        } else {
+            self.leave_tree(now, head.id, cx);
         }
-        self.leave_tree(index, id);
-        false
+        self.check();
+        Outcome::Goes
+    }
+
+    /// Guesses at `token`, which is decided, are right or wrong.
+    fn note_guesses(&mut self, token: TokenId, cx: &mut Common) {
+        let Some(open) = self.session.open_mut() else { return };
+        for (guess, source) in open.drafts.held_back.drain(..) {
+            cx.learned.acceptance.note(source, guess == token);
+        }
+        for (guess, source) in open.walk.drafts() {
+            self.meter.tested(source.drafter.name(), guess == token);
+            cx.learned.acceptance.note(source, guess == token);
+        }
     }
 
     /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
     /// with the next rows, and forgets the rest.
-    fn leave_tree(&mut self, index: usize, id: u32) {
+    fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
         // The last decided token has no row yet.
-        let end = self.actives[index].tokens.len() - 1;
-        self.feed_path(index, end);
-        let now = self.start.shared.clock.now();
-        let active = &mut self.actives[index];
-        active.walk.clear();
-        active.drafts.clear();
-        active.unsent.drop_unheard();
-        if let Some(round) = active.round_now.take() {
+        self.keep_right_rows(self.path.tokens.len() - 1, cx);
+        let tokens = self.answer.tokens().len();
+        let Some(open) = self.session.open_mut() else { return };
+        open.walk.clear();
+        open.drafts.clear();
+        open.outgoing.drop_unheard();
+        if let Some(round) = open.round.take() {
             let took = now.duration_since(round.began).as_secs_f64();
-            let tokens = active.answer.tokens().len() - round.tokens;
-            self.costs.note_round(tokens);
+            let costs = &mut cx.learned.costs;
+            costs.note_round(tokens - round.tokens);
             if round.asked {
-                active.asking.note(tokens, took, self.costs.plain_rate());
+                self.drafting.asking.note(tokens - round.tokens, took, costs.plain_rate());
             }
         }
-        if active.sequence.place(id).is_some() {
-            self.commit(index, id);
+        if self.kv.place(id).is_some() {
+            self.commit(id, cx);
         }
-    }
-
-    /// Keeps the path to row `id`, which pends, here now and in the cloud with the next rows.
-    pub(super) fn commit(&mut self, index: usize, id: u32) {
-        let active = &mut self.actives[index];
-        self.moves.clear();
-        self.pruned.clear();
-        active
-            .sequence
-            .commit(id, &mut self.moves, &mut self.pruned)
-            .expect("the walk stands on rows that pend");
-        self.start.model.compact(&self.moves);
-        active.commit = id;
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::backend::TokenId;
 use crate::draft::Source;
-use crate::sequence::PENDING_ROWS_MAX;
+use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 
 /// A row that was sent, or will be.
 #[derive(Debug)]
@@ -175,6 +175,20 @@ impl Walk {
     /// Whether it stands nowhere: no row that is there decides the next token.
     pub(super) fn is_over(&self) -> bool {
         self.at.is_none()
+    }
+
+    /// The invariants of the rows that lead to tokens.
+    ///
+    /// # Panics
+    /// If one is not in `kv`, or they are out of order.
+    pub(super) fn check(&self, kv: &Sequence) {
+        let mut before = 0;
+        for row in &self.rows {
+            assert!(row.id > before, "row {} behind row {before}", row.id);
+            assert!(row.id == kv.tip() || kv.place(row.id).is_some(), "row {} is void", row.id);
+            before = row.id;
+        }
+        assert!(self.at.is_none_or(|at| self.rows.iter().any(|row| row.id == at)), "it is nowhere");
     }
 
     /// Forgets all rows.

@@ -1,0 +1,353 @@
+//! A draft tree as it grows: guesses, the rows that they need, and what those rows make the
+//! trained drafter guess next.
+//!
+//! A tree goes up level by level, each while the next one is computed. Once it is away, requests
+//! that stream add to it, below what is likely or, as verdicts come, below where the walk stands.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::common::Common;
+use super::prompt::first_not_finite;
+use super::request::Request;
+use super::session::Round;
+use crate::draft::lookup::BRANCHES_MAX;
+use crate::draft::{BUDGET_DEFAULT, CHAIN_MAX, DraftMode};
+use crate::error::RequestError;
+
+/// Nodes that are computed together: more is fewer steps, less is a better choice of nodes.
+const LEVEL_NODES: usize = 8;
+/// Nodes that are added to a tree at a time once it is away: they make a step of their own.
+const WAVE_NODES: usize = 2 * LEVEL_NODES;
+
+/// How far a tree may grow.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    nodes_max: usize,
+    /// Probability of a node at least.
+    floor: f32,
+    /// Whether it is cut to what pays in a round that waits for it.
+    as_it_pays: bool,
+    /// Whether it grows while its first rows are away. Rows that are added then go up together, or
+    /// not at all; those of a tree that is begun leave level by level.
+    is_wave: bool,
+    /// When the first of its rows were thought of.
+    began: Instant,
+}
+
+/// Nodes of a tree that are computed together, and how far it may grow beyond.
+#[derive(Clone, Debug)]
+pub(super) struct Level {
+    nodes: Range<usize>,
+    bounds: Bounds,
+}
+
+/// The next step of a tree that grows.
+#[derive(Debug, Default)]
+pub(super) enum Stage {
+    /// None grows.
+    #[default]
+    Idle,
+    /// The rows of a level are to be computed.
+    Level(Level),
+    /// The level is computed: the trained drafter may say what follows.
+    Guess(Level),
+    /// The trained drafter may say what to add to a tree that is away.
+    Wave(Bounds),
+}
+
+impl Request {
+    /// Begins a draft tree below the last decided token with what lookup guesses; its first level
+    /// has the decided token's own row. Says whether there is, or may become, a tree.
+    pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
+        self.seed_tree(now, has_drafter, cx).is_some()
+    }
+
+    fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
+        let (mode, depth_max) = (self.draft_mode(), self.depth_max());
+        let tokens = self.answer.tokens().len();
+        let root = *self.path.tokens.last().expect("a prompt has a token");
+        let open = self.session.open_mut()?;
+        open.round = Some(Round { began: now, tokens, asked: false, drafting: 0.0 });
+        open.drafts.held_back.clear();
+        open.drafts.clear();
+        if mode == DraftMode::Off || depth_max == 0 {
+            return None;
+        }
+        open.drafts.tree.reset(root, depth_max);
+        self.look_up(cx);
+        let is_worth_it = mode != DraftMode::Auto || self.drafting.asking.is_worth_it();
+        let asked = has_drafter && mode.asks_trained() && self.drafting.session.is_some();
+        if let Some(round) = self.session.open_mut().and_then(|open| open.round.as_mut()) {
+            round.asked = asked && is_worth_it;
+        }
+        let bounds = self.first_bounds(now, cx);
+        if !(self.asks() && bounds.nodes_max > 1) {
+            self.grow(bounds, cx);
+            if self.session.open()?.drafts.tree.nodes().len() == 1 {
+                return None;
+            }
+        }
+        let open = self.session.open_mut()?;
+        let nodes = 0..open.drafts.tree.nodes().len();
+        open.stage = Stage::Level(Level { nodes, bounds });
+        Some(())
+    }
+
+    /// Offers what stood after the same words before.
+    fn look_up(&mut self, cx: &Common) {
+        let branches = if self.draft_mode() == DraftMode::Lookup { 1 } else { BRANCHES_MAX };
+        let (Some(open), Some(lookup)) = (self.session.open_mut(), &self.path.lookup) else {
+            return;
+        };
+        lookup.propose(
+            branches,
+            |source| cx.learned.acceptance.rate(source),
+            |branch| open.drafts.tree.offer(0, branch.iter().copied()),
+        );
+    }
+
+    /// Bounds of a tree that is begun.
+    fn first_bounds(&self, began: Instant, cx: &Common) -> Bounds {
+        let mode = self.draft_mode();
+        let nodes = if mode == DraftMode::Chain { CHAIN_MAX } else { BUDGET_DEFAULT };
+        let nodes_max = cx.pending_max().min(nodes + 1);
+        let as_it_pays = mode == DraftMode::Auto;
+        Bounds { nodes_max, floor: 0.0, as_it_pays, is_wave: false, began }
+    }
+
+    /// Grows the tree as far as it may.
+    fn grow(&mut self, bounds: Bounds, cx: &Common) -> Range<usize> {
+        let Some(open) = self.session.open_mut() else { return 0..0 };
+        let tree = &mut open.drafts.tree;
+        let mut grown = tree.grow(bounds.nodes_max, bounds.floor);
+        if bounds.as_it_pays {
+            let drafting = open.round.map_or(0.0, |round| round.drafting);
+            let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
+            let pay = cx.learned.costs.drafts_that_pay(probabilities, drafting);
+            let end = (1 + pay).max(grown.start);
+            let held_back = tree.nodes().iter().skip(end).filter(|node| node.depth == 1);
+            open.drafts.held_back.clear();
+            open.drafts
+                .held_back
+                .extend(held_back.filter_map(|node| Some((node.token, node.source?))));
+            if end < grown.end {
+                tree.truncate(end);
+                grown.end = end;
+            }
+        }
+        grown
+    }
+
+    /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
+    /// is for [`Request::grow_wave`] to say.
+    pub(super) fn begin_wave(&mut self, now: Instant, cx: &mut Common) {
+        self.follow_walk(cx);
+        if let Some(bounds) = self.wave_bounds(now, cx)
+            && let Some(open) = self.session.open_mut()
+        {
+            open.stage = Stage::Wave(bounds);
+        }
+    }
+
+    fn wave_bounds(&mut self, now: Instant, cx: &Common) -> Option<Bounds> {
+        let mode = self.draft_mode();
+        let (away, first_id) = (self.kv.pending(), self.kv.last_id() + 1);
+        let open = self.session.open_mut()?;
+        let nodes = open.drafts.tree.nodes().len();
+        let (wave, floor) = match mode {
+            DraftMode::All => (WAVE_NODES, 0.0),
+            _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
+            _ => cx.learned.costs.wave(WAVE_NODES),
+        };
+        open.drafts.is_full = true;
+        let nodes_max = nodes + wave.min(cx.pending_max().saturating_sub(away));
+        if nodes_max == nodes {
+            return None;
+        }
+        open.outgoing.begin_pending(nodes, first_id);
+        open.walk.begin_wave();
+        Some(Bounds { nodes_max, floor, as_it_pays: false, is_wave: true, began: now })
+    }
+
+    /// The trained drafter has been asked for an addition: its first level, if there is anything to
+    /// add.
+    pub(super) fn grow_wave(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
+        let nodes = self.grow(bounds, cx);
+        if nodes.is_empty() {
+            return self.note_drafting(now.duration_since(bounds.began));
+        }
+        if let Some(open) = self.session.open_mut() {
+            open.drafts.is_full = false;
+            open.stage = Stage::Level(Level { nodes, bounds });
+        }
+    }
+
+    /// The walk stands further down the tree, before a row that is away: what it has passed is
+    /// decided and committed, and the tree begins there.
+    fn follow_walk(&mut self, cx: &mut Common) {
+        let Some(open) = self.session.open() else { return };
+        let Some(at) = open.walk.at().filter(|at| open.drafts.ids[0] != *at) else { return };
+        self.keep_right_rows(self.path.tokens.len(), cx);
+        self.commit(at, cx);
+        let depth_max = self.depth_max();
+        let hidden_size = cx.facts.hidden_size;
+        let Some(open) = self.session.open_mut() else { return };
+        let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
+        let node = drafts.ids.iter().position(|id| *id == at).expect("the walk is in the tree");
+        let kept = &mut cx.scratch.kept;
+        drafts.tree.reroot(node, depth_max, kept);
+        for (new, old) in kept.iter().enumerate() {
+            drafts.ids[new] = drafts.ids[*old];
+            let row = old * hidden_size..(old + 1) * hidden_size;
+            out.hidden.copy_within(row, new * hidden_size);
+        }
+        drafts.ids.truncate(kept.len());
+        drafts.asked = 0;
+        out.keep_sent(kept.len());
+        open.walk.begin_here();
+        self.look_up(cx);
+    }
+
+    /// Takes the rows of a level in, and plans their computation: of `scratch.tokens`, into
+    /// [`Request::rows_mut`].
+    pub(super) fn begin_level(&mut self, level: &Level, cx: &mut Common) {
+        let Level { nodes, .. } = level;
+        let first_id = self.kv.last_id() + 1;
+        let (tip, position) = (self.kv.tip(), self.kv.committed());
+        let Some(open) = self.session.open_mut() else { return };
+        let (drafts, out, scratch) = (&mut open.drafts, &mut open.outgoing, &mut cx.scratch);
+        drafts.ids.extend((first_id..).take(nodes.len()));
+        scratch.plan.clear();
+        if nodes.start == 0 {
+            let ids = first_id..first_id + 1;
+            out.begin_decided(&ids, tip, true);
+            open.due = if open.due.is_empty() { ids.clone() } else { open.due.start..ids.end };
+            open.unfed = position..position + 1;
+            let place = self
+                .kv
+                .append_committed(first_id, 1, tip)
+                .expect("ids go on after the last one, and the session reserved all rows");
+            scratch.plan.push_committed(place, 1);
+        }
+        out.grows = !level.bounds.is_wave;
+        let below = nodes.start.max(1)..nodes.end;
+        if !below.is_empty() {
+            let before = out.parents.len();
+            let parents = drafts.tree.nodes()[below.clone()].iter();
+            out.parents.extend(parents.map(|node| drafts.ids[node.parent]));
+            self.kv
+                .append_pending(drafts.ids[below.start], &out.parents[before..])
+                .expect("a tree fits what was reserved for it");
+        }
+        for node in below {
+            let known = scratch.plan.push_pending(&self.kv, drafts.ids[node]);
+            debug_assert!(known, "it was appended above");
+        }
+        scratch.plan.end_sequence(&self.kv);
+        scratch.tokens.clear();
+        scratch.tokens.extend(drafts.tree.nodes()[nodes.clone()].iter().map(|node| node.token));
+        out.hidden.resize(nodes.end * cx.facts.hidden_size, 0.0);
+    }
+
+    /// The rows of a level are computed. A guess may be as wrong as it likes: if its row holds
+    /// something that is no number, zeros go up instead, the walk never goes there, and the tree
+    /// ends.
+    ///
+    /// # Errors
+    /// The decided token's own row is no number.
+    pub(super) fn end_level(
+        &mut self,
+        now: Instant,
+        level: Level,
+        took: Duration,
+        cx: &mut Common,
+    ) -> Result<(), RequestError> {
+        let nodes = level.nodes.clone();
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
+        cx.learned.note_input(nodes.len(), took, false);
+        let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
+        let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
+        let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
+            out.computed = nodes.end;
+            self.note_drafts(nodes.clone());
+            if nodes.end < level.bounds.nodes_max && self.asks() {
+                if let Some(open) = self.session.open_mut() {
+                    open.stage = Stage::Guess(level);
+                }
+            } else {
+                self.end_tree(now, level.bounds, cx);
+            }
+            return Ok(());
+        };
+        let end = nodes.start + bad + 1;
+        if end == 1 {
+            return Err(RequestError::NotFinite { position: self.kv.committed() - 1 });
+        }
+        out.computed = end;
+        hidden[bad * cx.facts.hidden_size..].fill(0.0);
+        if end < nodes.end {
+            self.kv.retract(drafts.ids[end]);
+        }
+        drafts.ids.truncate(end);
+        drafts.tree.end(end);
+        drafts.is_full = true;
+        self.note_drafts(nodes.start..end - 1);
+        self.end_tree(now, level.bounds, cx);
+        Ok(())
+    }
+
+    /// The trained drafter has been asked about a level: the next one, if there is any. With it the
+    /// rows before may leave, since it is certain that more of their chunk follow.
+    pub(super) fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
+        let (end, bounds) = (level.nodes.end, level.bounds);
+        let nodes = match self.draft_mode() {
+            DraftMode::Chain => 1,
+            _ if end < LEVEL_NODES => LEVEL_NODES / 2,
+            _ => LEVEL_NODES,
+        };
+        let nodes_max = bounds.nodes_max.min(end + nodes);
+        let nodes = self.grow(Bounds { nodes_max, ..bounds }, cx);
+        if nodes.is_empty() {
+            return self.end_tree(now, bounds, cx);
+        }
+        let Some(open) = self.session.open_mut() else { return };
+        if !bounds.is_wave {
+            open.outgoing.release(true);
+        }
+        open.stage = Stage::Level(Level { nodes, bounds });
+        self.check();
+    }
+
+    /// A tree, or what is added to one, is whole: its rows leave.
+    fn end_tree(&mut self, now: Instant, bounds: Bounds, cx: &mut Common) {
+        if let Some(open) = self.session.open_mut() {
+            open.outgoing.release(false);
+        }
+        let took = now.duration_since(bounds.began);
+        self.note_drafting(took);
+        if bounds.is_wave {
+            cx.learned.costs.wave.note(took.as_secs_f64());
+        }
+        self.check();
+    }
+
+    /// The rows of `nodes` are to be sent: they lead to tokens, and drafts are counted.
+    fn note_drafts(&mut self, nodes: Range<usize>) {
+        let round = self.round + 1;
+        let Some(open) = self.session.open_mut() else { return };
+        let drafts = &open.drafts;
+        for node in nodes {
+            let id = drafts.ids[node];
+            let node = drafts.tree.nodes()[node];
+            let parent = match node.source {
+                Some(_) => drafts.ids[node.parent],
+                None => open.outgoing.parent,
+            };
+            open.walk.push(id, parent, node.token, node.source, round);
+            if let Some(source) = node.source {
+                self.meter.drafted(source.drafter.name());
+            }
+        }
+    }
+}
