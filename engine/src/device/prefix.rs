@@ -2,6 +2,7 @@
 //! ends. What it holds is not sent, and not computed either if this device and its drafter have
 //! their own pages of it still.
 
+use hat_transport::conn::FrameSink;
 use hat_transport::message::{End, Message};
 use hat_transport::turn::ConnectionId;
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
-use hat_transport::conn::Frame;
+use hat_transport::conn::{Frame, FrameSink};
 use hat_transport::link::Waker;
 use hat_transport::message::{
     CloseCode, Hello, Message, Open, Role, SessionError, SessionErrorCode,
