@@ -139,7 +139,7 @@ impl Model {
         let place = sequence.append_committed(id, count, parent).expect("within the context");
         self.step.plan.clear();
         self.step.plan.push_committed(place, count);
-        self.step.plan.end_sequence(sequence);
+        self.step.plan.end_sequence(sequence.pages());
         let mut hidden = vec![0.0; tokens.len() * self.hidden];
         self.device.input(&self.step.plan.plan(), tokens, &mut hidden);
         hidden

@@ -149,7 +149,7 @@ impl Peer {
         let MiddleStep { plan, hidden, .. } = &mut self.step;
         plan.clear();
         plan.push_committed(place, number(tokens.len()));
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         hidden.resize(tokens.len() * self.hidden_size, 0.0);
         self.device.input(&plan.plan(), tokens, hidden);
         self.middle.forward(&mut self.step);

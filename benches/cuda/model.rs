@@ -220,9 +220,9 @@ impl Load {
             let parents: Vec<u32> = (0..number(self.rows)).map(parent).collect();
             sequence.append_pending(first, &parents).expect("rows that fit");
             for id in first..first + number(self.rows) {
-                assert!(step.plan.push_pending(&sequence, id), "it pends");
+                assert!(sequence.push_row(id, &mut step.plan), "it pends");
             }
-            step.plan.end_sequence(&sequence);
+            step.plan.end_sequence(sequence.pages());
         }
         if self.chunk > 0 {
             let before = self.before + later;
@@ -230,7 +230,7 @@ impl Load {
             let first = number(before) + 1;
             let place = sequence.append_committed(first, number(self.chunk), number(before));
             step.plan.push_committed(place.expect("rows that fit"), number(self.chunk));
-            step.plan.end_sequence(&sequence);
+            step.plan.end_sequence(sequence.pages());
         }
         let sequences = self.sessions + usize::from(self.chunk > 0);
         step.entry_layers = vec![2; sequences];

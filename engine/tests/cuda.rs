@@ -121,7 +121,7 @@ impl Split {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, count);
-        plan.end_sequence(&self.sequence);
+        plan.end_sequence(self.sequence.pages());
         self.step(plan, tokens)
     }
 
@@ -135,9 +135,9 @@ impl Split {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         for id in first..self.next_id {
-            assert!(plan.push_pending(&self.sequence, id));
+            assert!(self.sequence.push_row(id, &mut plan));
         }
-        plan.end_sequence(&self.sequence);
+        plan.end_sequence(self.sequence.pages());
         self.step(plan, tokens)
     }
 
@@ -219,7 +219,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
         let first = sequence.append_committed(id, rows, sequence.tip()).unwrap();
         plan.clear();
         plan.push_committed(first, rows);
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let (shallow, deep) = (noise(rows as usize, 0.1), noise(rows as usize, 0.7));
         said.resize(rows as usize * 64, 0.0);
         match id {
@@ -229,8 +229,8 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
     }
     sequence.append_pending(41, &[40, 40]).unwrap();
     plan.clear();
-    assert!(plan.push_pending(&sequence, 41) && plan.push_pending(&sequence, 42));
-    plan.end_sequence(&sequence);
+    assert!([41, 42].into_iter().all(|id| sequence.push_row(id, &mut plan)));
+    plan.end_sequence(sequence.pages());
     let mut guessed = vec![0.0; 2 * 64];
     let before = [&said[2 * 64..], &said[2 * 64..]].concat();
     model.guess(&plan.plan(), &noise(2, 0.3), &before, &mut guessed);
@@ -289,7 +289,7 @@ fn a_drafted_level_waits_three_times() {
     let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
     plan.clear();
     plan.push_committed(first, 4);
-    plan.end_sequence(&sequence);
+    plan.end_sequence(sequence.pages());
     let (mut rows, mut y, mut likely) = (vec![0.0; 4 * 64], vec![0.0; 4 * 64], Vec::new());
     let (before, drafts_before) = (tally.downloads(), drafts.downloads());
     layers.input(&plan.plan(), &[3, 1, 4, 1], &mut rows);
@@ -321,7 +321,7 @@ fn weights_in_place_and_copied_have_the_same_bits() {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, 40);
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let (mut rows, mut logits) = (vec![0.0; 40 * 64], vec![0.0; 300]);
         model.input(&plan.plan(), &tokens()[..40], &mut rows);
         model.head(&rows[39 * 64..], &mut logits);

@@ -85,7 +85,7 @@ impl Job {
             }
             hidden.truncate(numbers_before);
             hidden.resize(plan.rows() * hidden_size, 0.0);
-            plan.end_sequence(&session.sequence);
+            plan.end_sequence(session.sequence.pages());
         }
         let (count, context) = (u64::from(work.rows), u64::from(work.context));
         self.attended += count * (2 * context + count) / 2;

@@ -18,51 +18,11 @@
 
 use hat_loader::layout;
 use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};
+use hat_plan::{AttendPlan, BackendFault, DraftForward, Likely};
 
 use super::llama::{ModelShape, weight};
 use crate::Error;
-use crate::backend::{AttendPlan, Backend, BackendFault, LinearInto, TokenId, Write};
-
-/// A token and how probable the drafter thinks it is, given that all before it is right.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Likely {
-    /// The token.
-    pub token: TokenId,
-    /// Over the draft vocabulary. `0..=1`
-    pub probability: f32,
-}
-
-/// A trained drafter, whatever backend computes it. The caller keeps the slots: a
-/// [`crate::sequence::Sequence`] of the drafter's own, whose committed rows are decided tokens.
-pub trait DraftForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// See [`Backend::arithmetic_id`].
-    fn arithmetic_id(&self) -> u32;
-    /// See [`Backend::fault`]; what was said since the last question means nothing then.
-    fn fault(&mut self) -> Option<BackendFault>;
-    /// Shallow rows are those after so many layers.
-    fn split_layer(&self) -> usize;
-    /// Whether [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
-    fn reads_deep(&self) -> bool;
-    /// Fills the keys of decided rows from which nothing is drafted. `shallow` and `deep_before`
-    /// are `[rows, hidden_size]`; `deep_before` holds what the cloud returned for the token before
-    /// each, zeros where it returned nothing (within the prompt).
-    fn remember(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep_before: &[f32]);
-    /// As [`DraftForward::remember`], and says in `y` (`[rows, hidden_size]`) what follows.
-    fn decide(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shallow: &[f32],
-        deep_before: &[f32],
-        y: &mut [f32],
-    );
-    /// Rows of drafted tokens: `y_before` is what was said for their parents.
-    fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
-    /// The `count` likeliest tokens after each row of `y`, best first, appended to `out`: `count`
-    /// for each row, or the whole draft vocabulary where it is smaller.
-    fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>);
-}
+use crate::backend::{Backend, LinearInto, Write};
 
 /// The matrices of a kind that has them.
 struct Feed<B: Backend> {

@@ -5,7 +5,8 @@ mod llama;
 mod submodel;
 mod whole;
 
-pub use drafter::{DraftForward, DraftModel, Likely};
+pub use drafter::DraftModel;
+pub use hat_plan::{DeviceForward, DraftForward, Likely, MiddleForward, MiddleStep};
 pub use llama::Tensors;
-pub use submodel::{DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep};
+pub use submodel::{DeviceModel, MiddleModel};
 pub use whole::WholeModel;

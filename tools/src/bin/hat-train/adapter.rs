@@ -193,7 +193,7 @@ mod tests {
             let place = sequence.append_committed(id, count, sequence.tip()).unwrap();
             plan.clear();
             plan.push_committed(place, count);
-            plan.end_sequence(sequence);
+            plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
             if drafts {
                 drafter.decide(&plan.plan(), shallow, deep, &mut y);
@@ -208,8 +208,8 @@ mod tests {
             let id = sequence.last_id() + 1;
             sequence.append_pending(id, &[parent]).unwrap();
             plan.clear();
-            assert!(plan.push_pending(sequence, id));
-            plan.end_sequence(sequence);
+            assert!(sequence.push_row(id, plan));
+            plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
             drafter.guess(&plan.plan(), shallow, y_before, &mut y);
             (id, y)

@@ -140,7 +140,7 @@ impl Target {
             let count = u32::try_from(work.tokens.len())?;
             let place = sequence.append_committed(sequence.last_id() + 1, count, sequence.tip())?;
             step.plan.push_committed(place, count);
-            step.plan.end_sequence(sequence);
+            step.plan.end_sequence(sequence.pages());
             tokens.extend_from_slice(&work.tokens);
         }
         step.hidden.clear();

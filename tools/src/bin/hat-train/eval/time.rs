@@ -32,7 +32,7 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
     let place = sequence.append_committed(1, u32::try_from(CONTEXT)?, 0)?;
     plan.clear();
     plan.push_committed(place, u32::try_from(CONTEXT)?);
-    plan.end_sequence(&sequence);
+    plan.end_sequence(sequence.pages());
     drafter.remember(&plan.plan(), &row[..CONTEXT * hidden], &row[..CONTEXT * hidden]);
     for rows in [1u32, 8] {
         let tip = sequence.tip();
@@ -40,9 +40,9 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
         sequence.append_pending(first, &vec![tip; rows as usize])?;
         plan.clear();
         for id in first..first + rows {
-            plan.push_pending(&sequence, id);
+            sequence.push_row(id, &mut plan);
         }
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
         sequence.commit(tip, &mut Vec::new(), &mut Vec::new())?;
         outln!(
