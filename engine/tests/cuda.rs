@@ -9,24 +9,26 @@
 
 #[path = "cuda/bundles.rs"]
 mod bundles;
-#[path = "support/gpu.rs"]
+#[path = "../compute/tests/support/gpu.rs"]
 mod gpu;
 #[path = "cuda/stages.rs"]
 mod stages;
 mod support;
 
 use gpu::{backend, gpu};
+use hat_compute::backend::Backend;
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_compute::backend::cuda::CudaBackend;
+use hat_compute::backend::reference::Reference;
+use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
 use hat_cuda::test_gpu::TestGpu;
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::backend::reference::Reference;
-use hat_engine::backend::{Backend, BackendError};
-use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, DraftForward as _, DraftModel, Likely, MiddleForward,
-    MiddleModel, MiddleStep, PlanBuffers, Sequence, WholeModel, pages_for,
-};
+use hat_engine::internal::{Sequence, pages_for, through_codec};
 use hat_engine::pack::Codec;
 use hat_loader::{AdapterKind, Bundle, DType};
+use hat_plan::{
+    BackendError, DeviceForward as _, DraftForward as _, Likely, MiddleForward, MiddleStep,
+    PlanBuffers,
+};
 use support::Bundles;
 use support::drafter::add_noise;
 
@@ -44,7 +46,8 @@ fn tokens() -> Vec<u32> {
 /// Logits after each token, one row at a time.
 fn whole<B: Backend>(backend: B, [device, cloud]: &[Bundle; 2]) -> Vec<Vec<f32>> {
     let context = POSITIONS as usize;
-    let mut model = WholeModel::load(backend, device, cloud, 1..3, Codec::F16, context).unwrap();
+    let mut model =
+        WholeModel::load(backend, device, cloud, 1..3, through_codec(Codec::F16), context).unwrap();
     let step = |token: u32| {
         let mut logits = vec![0.0; 300];
         model.step(token, Some(&mut logits)).unwrap();
@@ -339,7 +342,7 @@ fn what_has_no_kernel_is_refused() {
     let [device, cloud] = open(&bundles);
     let error = DeviceModel::load(backend().unwrap(), &device, 1, 4, 4).err().unwrap();
     assert!(error.to_string().contains("cuda: no kernel for tensor"), "{error}");
-    let shape = hat_engine::backend::KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 16 };
+    let shape = hat_plan::KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 16 };
     let error = cuda.kv(shape).err().unwrap();
     assert!(matches!(error, BackendError::Config { field: "head_dim", .. }), "{error}");
     assert!(cloud.holds(&(1..2)));

@@ -6,13 +6,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded, never};
+use hat_compute::backend::cpu::compute_priority;
 use hat_transport::clock::Clock;
 use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
 use super::violation::SessionViolation;
 use crate::Error;
-use crate::backend::{BackendFault, cpu::compute_priority};
+use crate::backend::BackendFault;
 use crate::model::{MiddleForward, MiddleStep};
 use crate::sched::{SessionKey, Work};
 

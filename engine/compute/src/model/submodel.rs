@@ -10,7 +10,7 @@ use hat_plan::{
 };
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Tensors, weight};
-use crate::Error;
+use crate::LoadError;
 use crate::backend::{Backend, Top};
 
 /// Embedding, first layers, last layers, final norm and head on one backend.
@@ -35,14 +35,14 @@ impl<B: Backend> DeviceModel<B> {
     /// `capacity` rows and a KV store of `pages` pages.
     ///
     /// # Errors
-    /// [`Error::Bundle`] or [`Error::Backend`].
+    /// [`LoadError::Bundle`] or [`LoadError::Backend`].
     pub fn load(
         mut backend: B,
         bundle: &Bundle,
         split_layer: usize,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let config = bundle.config();
         let shape = ModelShape::new(config);
         let layers = shape.num_hidden_layers;
@@ -164,14 +164,14 @@ impl<B: Backend> MiddleModel<B> {
     /// `capacity` rows and a KV store of `pages` pages.
     ///
     /// # Errors
-    /// [`Error::Bundle`] or [`Error::Backend`].
+    /// [`LoadError::Bundle`] or [`LoadError::Backend`].
     pub fn load(
         mut backend: B,
         bundle: &impl Tensors,
         range: Range<usize>,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let shape = ModelShape::new(bundle.config());
         let layers = DecoderLayer::load_range(&mut backend, bundle, range.clone())?;
         Ok(Self {

@@ -21,7 +21,7 @@ use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorByte
 use hat_plan::{AttendPlan, BackendFault, DraftForward, Likely};
 
 use super::llama::{ModelShape, weight};
-use crate::Error;
+use crate::LoadError;
 use crate::backend::{Backend, LinearInto, Write};
 
 /// The matrices of a kind that has them.
@@ -77,14 +77,14 @@ impl<B: Backend> DraftModel<B> {
     /// `pages` pages; `None` if the bundle has none.
     ///
     /// # Errors
-    /// [`Error::Bundle`] if the file is not one for this model, [`Error::Backend`].
+    /// [`LoadError::Bundle`] if the file is not one for this model, [`LoadError::Backend`].
     pub fn load(
         backend: B,
         bundle: &Bundle,
         capacity: usize,
         pages: usize,
-    ) -> Result<Option<Self>, Error> {
-        let adapter = bundle.adapter().map_err(|error| unusable(bundle, error.to_string()))?;
+    ) -> Result<Option<Self>, LoadError> {
+        let adapter = bundle.adapter().map_err(|error| LoadError::bundle(bundle, error))?;
         adapter.map(|adapter| Self::new(backend, bundle, &adapter, capacity, pages)).transpose()
     }
 
@@ -98,10 +98,11 @@ impl<B: Backend> DraftModel<B> {
         adapter: &Adapter,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let shape = ModelShape::new(bundle.config());
-        let mut take = |name: &str| -> Result<B::Weight, Error> {
-            let tensor = adapter.tensor(name).map_err(|reason| unusable(bundle, reason))?;
+        let mut take = |name: &str| -> Result<B::Weight, LoadError> {
+            let tensor =
+                adapter.tensor(name).map_err(|reason| LoadError::bundle(bundle, reason))?;
             Ok(backend.weight(&tensor)?)
         };
         let feed = match adapter.kind() {
@@ -294,7 +295,7 @@ impl<B: Backend> Buffers<B> {
         shape: &ModelShape,
         vocabulary: usize,
         capacity: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let attend = &shape.attend;
         let mut alloc = |columns| backend.alloc(capacity, columns);
         Ok(Self {
@@ -313,10 +314,6 @@ impl<B: Backend> Buffers<B> {
     }
 }
 
-fn unusable(bundle: &Bundle, reason: String) -> Error {
-    Error::Bundle { path: bundle.directory().to_path_buf(), reason }
-}
-
 /// The weight of a norm that only divides.
 fn ones(hidden_size: usize) -> Tensor {
     Tensor {
@@ -329,10 +326,10 @@ fn ones(hidden_size: usize) -> Tensor {
 }
 
 /// The rows of the model's head for the draft vocabulary, in memory of their own.
-fn draft_head(bundle: &Bundle, vocabulary: &[u32]) -> Result<Tensor, Error> {
+fn draft_head(bundle: &Bundle, vocabulary: &[u32]) -> Result<Tensor, LoadError> {
     let tied = bundle.config().tie_word_embeddings;
     let name = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    let head = bundle.tensor(name).map_err(|error| unusable(bundle, error.to_string()))?;
+    let head = bundle.tensor(name).map_err(|error| LoadError::bundle(bundle, error))?;
     let k = bundle.config().hidden_size;
     let row_bytes = head.dtype.row_bytes(k).expect("a bundle's matrices are whole blocks");
     let mut rows = vec![0; vocabulary.len() * row_bytes];

@@ -6,7 +6,6 @@ mod submodel;
 mod whole;
 
 pub use drafter::DraftModel;
-pub use hat_plan::{DeviceForward, DraftForward, Likely, MiddleForward, MiddleStep};
 pub use llama::Tensors;
 pub use submodel::{DeviceModel, MiddleModel};
-pub use whole::WholeModel;
+pub use whole::{Cross, Crossing, WholeModel};

@@ -7,12 +7,13 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "testkit")]
 pub mod reference;
 
 use hat_loader::Tensor;
-pub use hat_plan::{
-    ARITHMETIC_CPU, ARITHMETIC_CUDA, AttendPlan, AttendShape, BackendError, BackendFault, KvShape,
-    Lent, PAGE_SIZE, RowMove, TokenId,
+use hat_plan::{
+    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, BackendFault, KvShape, Lent, PAGE_SIZE,
+    RowMove, TokenId,
 };
 
 /// What happens to the old content of a `linear`'s output.

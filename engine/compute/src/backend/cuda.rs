@@ -20,12 +20,13 @@ use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
+use hat_plan::ARITHMETIC_CUDA;
 
 use self::lanes::Lanes;
 use self::product::Prepared;
 use super::{
-    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent,
-    LinearInto, RowMove, TokenId, Top, Write,
+    AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent, LinearInto,
+    RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cuda";
