@@ -15,8 +15,9 @@ use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hat_engine::backend::cpu::compute_priority;
-use hat_engine::internal::{Whole, processor};
+use hat_compute::backend::cpu::compute_priority;
+use hat_compute::open::{self, Chosen, ComputeConfig};
+use hat_engine::internal::Whole;
 use hat_engine::options::{CloudAddress, Codec, GpuWeights, Processor};
 use hat_engine::{Engine, EngineConfig, Event, Request, pull};
 
@@ -143,9 +144,10 @@ fn beside<T>(bundle: &Path, load: Load, measure: impl FnOnce() -> T) -> T {
 /// The whole model, one answer after another, on a thread that computes and a pool of its own.
 fn compute(bundle: &Path, nice: u8, runs: &AtomicBool, stop: &AtomicBool) {
     compute_priority(nice);
-    let at = (cores(), nice);
-    let chosen = processor::choose(Processor::Auto, GpuWeights::InPlace, at).expect("a CPU");
-    let processor::Chosen::Cpu(backend) = chosen else { unreachable!("a CPU was asked for") };
+    let (processor, weights) = (Processor::Auto, GpuWeights::InPlace);
+    let at = ComputeConfig { processor, weights, threads: cores(), nice };
+    let chosen = open::choose(&at).expect("a CPU");
+    let Chosen::Cpu(backend) = chosen else { unreachable!("a CPU was asked for") };
     let mut whole = Whole::open(backend, bundle, None, Codec::F16, 512).expect("both halves");
     while !stop.load(Ordering::SeqCst) {
         let request = Request::chat("Tell me about the sea.").max_tokens(16).ignore_eos();

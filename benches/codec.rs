@@ -16,16 +16,15 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 
-use hat_engine::backend::PAGE_SIZE;
-use hat_engine::backend::cpu::CpuBackend;
-use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, Sequence,
-    Tokenizer, processor,
-};
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::open;
+use hat_compute::{DeviceModel, MiddleModel};
+use hat_engine::internal::{Sequence, Tokenizer, token_settings};
 use hat_engine::options::{Codec, Message, Processor, Role, TokenId};
 use hat_engine::pull;
 use hat_engine::token::ChatOptions;
 use hat_loader::Bundle;
+use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
 
 const SPLIT_LAYER: usize = 2;
 const ANSWER_TOKENS: usize = 64;
@@ -110,9 +109,9 @@ impl Model {
         let config = device.config();
         let layers = config.num_hidden_layers;
         let json = device.tokenizer_json().expect("readable").expect("a device has a tokenizer");
-        let settings = processor::token_settings(&device);
+        let settings = token_settings(&device);
         let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let backend = || processor::cpu(Processor::Auto, threads).expect("a backend");
+        let backend = || open::cpu(Processor::Auto, threads).expect("a backend");
         let pages = ROWS_MAX / PAGE_SIZE;
         let middle = SPLIT_LAYER..layers;
         Self {
@@ -139,7 +138,7 @@ impl Model {
         let place = sequence.append_committed(id, count, parent).expect("within the context");
         self.step.plan.clear();
         self.step.plan.push_committed(place, count);
-        self.step.plan.end_sequence(sequence);
+        self.step.plan.end_sequence(sequence.pages());
         let mut hidden = vec![0.0; tokens.len() * self.hidden];
         self.device.input(&self.step.plan.plan(), tokens, &mut hidden);
         hidden

@@ -6,7 +6,8 @@
 //! machine, and the link adds to it. Rounds are run in turn; medians with min and max.
 
 use hat_benches::read_bandwidth;
-use hat_engine::internal::{Whole, processor};
+use hat_compute::open;
+use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, LinkKind, Processor};
 use hat_engine::{Engine, EngineConfig, Event, Metrics, Request, pull};
 use hat_loader::Bundle;
@@ -53,7 +54,7 @@ fn main() {
 
 fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
     println!("== {threads} threads, {TOKENS} tokens, {bytes} bytes of weights");
-    let backend = processor::cpu(Processor::Auto, threads).expect("a backend");
+    let backend = open::cpu(Processor::Auto, threads).expect("a backend");
     let mut whole =
         Whole::open(backend, bundle, None, Codec::default(), 1024).expect("both halves are there");
     let engines = [LinkKind::Mio, LinkKind::IoUring].map(|link| {

@@ -9,7 +9,9 @@
 use std::fs::File;
 use std::io::{BufRead as _, BufWriter, Write as _};
 
-use hat_engine::internal::{WholeModel, processor};
+use hat_compute::WholeModel;
+use hat_compute::open;
+use hat_engine::internal::through_codec;
 use hat_engine::options::{Codec, Processor, TokenId};
 use hat_engine::pull;
 use hat_loader::Bundle;
@@ -32,8 +34,9 @@ fn main() {
         ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
     let config = device.config();
     let crossings = device.manifest().split_layer..config.num_hidden_layers;
-    let backend = processor::cpu(Processor::Auto, 1).expect("a backend");
-    let mut model = WholeModel::load(backend, &device, &cloud, crossings, codec, CONTEXT_MAX)
+    let backend = open::cpu(Processor::Auto, 1).expect("a backend");
+    let cross = through_codec(codec);
+    let mut model = WholeModel::load(backend, &device, &cloud, crossings, cross, CONTEXT_MAX)
         .expect("all layers");
     let mut logits = vec![0.0f32; config.vocab_size];
     let mut out = BufWriter::new(File::create(out).expect("OUT can be written"));

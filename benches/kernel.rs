@@ -7,11 +7,10 @@
 use std::time::Duration;
 
 use hat_benches::{Limits, Timing, time};
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
-use hat_engine::backend::{
-    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, Write,
-};
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
+use hat_compute::backend::{Backend, LinearInto, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
+use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE};
 
 const BUDGET: Duration = Duration::from_millis(250);
 /// More than the last cache of most machines.

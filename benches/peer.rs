@@ -20,16 +20,16 @@ use std::io::{BufRead as _, Write as _};
 use std::time::Instant;
 
 use hat_benches::Limits;
-use hat_engine::backend::cpu::CpuBackend;
-use hat_engine::backend::{Backend, Write};
-use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, Sequence,
-    WholeModel, pages_for, processor,
-};
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::backend::{Backend, Write};
+use hat_compute::open;
+use hat_compute::{DeviceModel, MiddleModel, WholeModel};
+use hat_engine::internal::{Sequence, pages_for, through_codec};
 use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
 use hat_engine::pull;
 use hat_engine::sample::Sampler;
 use hat_loader::Bundle;
+use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep};
 
 /// Rows of one step at most: a prefill.
 const STEP_ROWS_MAX: usize = 512;
@@ -103,7 +103,7 @@ impl Peer {
         let path = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
         let [device, cloud] =
             ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
-        let backend = || processor::cpu(Processor::Auto, threads).expect("a backend");
+        let backend = || open::cpu(Processor::Auto, threads).expect("a backend");
         let config = device.config();
         let (split, layers) = (device.manifest().split_layer, config.num_hidden_layers);
         let (rows, pages) = (STEP_ROWS_MAX, pages_for(CONTEXT_MAX));
@@ -113,7 +113,7 @@ impl Peer {
         let head = Head::load(device_model.backend(), &device);
         let entry_layers = vec![u32::try_from(split).expect("few layers")];
         let exit_layer = u32::try_from(layers).expect("few layers");
-        let whole = (split..layers, Codec::F32, CONTEXT_MAX);
+        let whole = (split..layers, through_codec(Codec::F32), CONTEXT_MAX);
         Self {
             threads,
             middle: MiddleModel::load(backend(), &cloud, split..layers, rows, pages)
@@ -149,7 +149,7 @@ impl Peer {
         let MiddleStep { plan, hidden, .. } = &mut self.step;
         plan.clear();
         plan.push_committed(place, number(tokens.len()));
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         hidden.resize(tokens.len() * self.hidden_size, 0.0);
         self.device.input(&plan.plan(), tokens, hidden);
         self.middle.forward(&mut self.step);

@@ -36,7 +36,7 @@ use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::linear::linear;
 use hat_cuda::peak;
-use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
+use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
@@ -405,7 +405,7 @@ impl Kernels<'_> {
             if !self.wants(&what) {
                 continue;
             }
-            let heads = Heads { heads, kv_heads, head_dim, window: None };
+            let heads = AttendShape { heads, kv_heads, head_dim, window: None };
             let pages = (context + rows).div_ceil(PAGE_SIZE);
             let numbers = match kind {
                 "tree" => PlanArrays::trees(sequences, context, rows, pages),
@@ -498,8 +498,8 @@ impl PlanArrays {
         all
     }
 
-    fn plan(&self) -> Plan<'_> {
-        Plan {
+    fn plan(&self) -> AttendPlan<'_> {
+        AttendPlan {
             positions: &self.positions,
             slots: &self.slots,
             prefix_len: &self.prefix_len,

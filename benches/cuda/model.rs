@@ -4,14 +4,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use hat_compute::backend::cuda::CudaBackend;
+use hat_compute::{LoadError, MiddleModel, Tensors};
 use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
-use hat_engine::Error;
-use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::internal::{
-    MiddleForward as _, MiddleModel, MiddleStep, Sequence, Tensors, pages_for,
-};
+use hat_engine::internal::{Sequence, pages_for};
 use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
+use hat_plan::{MiddleForward as _, MiddleStep};
 use serde_json::json;
 
 /// A model whose middle is measured.
@@ -140,7 +139,7 @@ impl Tensors for MadeUp {
         &self.config
     }
 
-    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+    fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
         let specs = split::model_tensors(&self.config);
         let spec = specs.into_iter().find(|spec| spec.name == name).expect("a name of the model");
         let matrix = spec.shape.len() == 2;
@@ -220,9 +219,9 @@ impl Load {
             let parents: Vec<u32> = (0..number(self.rows)).map(parent).collect();
             sequence.append_pending(first, &parents).expect("rows that fit");
             for id in first..first + number(self.rows) {
-                assert!(step.plan.push_pending(&sequence, id), "it pends");
+                assert!(sequence.push_row(id, &mut step.plan), "it pends");
             }
-            step.plan.end_sequence(&sequence);
+            step.plan.end_sequence(sequence.pages());
         }
         if self.chunk > 0 {
             let before = self.before + later;
@@ -230,7 +229,7 @@ impl Load {
             let first = number(before) + 1;
             let place = sequence.append_committed(first, number(self.chunk), number(before));
             step.plan.push_committed(place.expect("rows that fit"), number(self.chunk));
-            step.plan.end_sequence(&sequence);
+            step.plan.end_sequence(sequence.pages());
         }
         let sequences = self.sessions + usize::from(self.chunk > 0);
         step.entry_layers = vec![2; sequences];
@@ -296,7 +295,7 @@ impl Middle {
         layers: usize,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let known = std::cell::RefCell::default();
         let tensors = MadeUp { config: model.config.clone(), dtype, known };
         let backend = CudaBackend::new(gpu);

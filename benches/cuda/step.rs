@@ -2,7 +2,7 @@
 
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::Cuda;
-use hat_cuda::plan::Heads;
+use hat_cuda::plan::AttendShape;
 use hat_cuda::table::Numbers;
 use hat_loader::DType;
 
@@ -48,7 +48,7 @@ fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> 
     let product =
         |columns: usize, outputs: usize| least(bound::gemv(numbers, rows, columns, outputs), peak);
     let prepared = |columns: usize| least(bound::prepare(numbers, rows, columns), peak);
-    let heads = Heads {
+    let heads = AttendShape {
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,
         head_dim: config.head_dim,

@@ -23,7 +23,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hat_engine::internal::{MiddleModel, open_cloud_bundle, pool_pages, processor};
+use hat_compute::MiddleModel;
+use hat_compute::open;
+use hat_engine::internal::{open_cloud_bundle, pool_pages};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Processor, SamplerConfig, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_loader::{Bundle, Submodel};
@@ -229,7 +231,7 @@ fn start_cloud(args: &Args, bundle: &Path) -> (Cloud, Option<Learning>) {
     };
     let half = open_cloud_bundle(&config).expect("the cloud's half");
     let (pages, rows) = (pool_pages(&config), config.limits.step_rows_max as usize);
-    let backend = processor::cpu(Processor::Auto, args.threads).expect("a CPU");
+    let backend = open::cpu(Processor::Auto, args.threads).expect("a CPU");
     let layers = half.split().layers(Submodel::Middle);
     let middle = MiddleModel::load(backend, &half, layers, rows, pages as usize).expect("layers");
     let learning = Learning::new();

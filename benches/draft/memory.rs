@@ -5,12 +5,11 @@
 //! that was not learnt gets zeros. That is no matter where the path of each answer was learnt
 //! before: the walk over a draft tree never visits a row that is off the path.
 
+use hat_plan::{MiddleForward, MiddleStep};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-
-use hat_engine::internal::{MiddleForward, MiddleStep};
 
 /// Whether it learns; shared with whoever asks.
 #[derive(Clone)]

@@ -4,7 +4,7 @@ use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Memory, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::kv::Kv;
-use crate::plan::{Heads, PlanOnGpu};
+use crate::plan::{AttendShape, PlanOnGpu};
 
 /// Blocks that keep a GPU busy without splitting the keys.
 const BLOCKS_ENOUGH: usize = 256;
@@ -33,7 +33,7 @@ impl<M: Memory> Parts<M> {
     /// If there is not enough memory.
     pub fn new(
         gpu: &mut impl Gpu<Memory = M>,
-        heads: &Heads,
+        heads: &AttendShape,
         rows: usize,
         splits: usize,
     ) -> Result<Self, GpuError> {
@@ -63,7 +63,7 @@ impl<M: Memory> Parts<M> {
 pub fn attend<G: Gpu>(
     gpu: &mut G,
     plan: &PlanOnGpu<G::Memory>,
-    heads: &Heads,
+    heads: &AttendShape,
     layer: usize,
     cut: Cut,
     q: Slice<'_, f32>,

@@ -1,7 +1,7 @@
 //! What a kernel cannot do without: the bytes that it has to move, and the operations of its
 //! products. Benches print how near a GPU comes to it.
 
-use crate::plan::Heads;
+use crate::plan::AttendShape;
 use crate::quantise_rows::BLOCK;
 use crate::table::Numbers;
 
@@ -45,7 +45,7 @@ pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Wo
 /// [`crate::attend::attend`] of one sequence: K and V of the longest row once, in f16, and q and
 /// the result in f32. `keys` has the keys that each row sees.
 #[must_use]
-pub fn attend(heads: &Heads, keys: &[usize]) -> Work {
+pub fn attend(heads: &AttendShape, keys: &[usize]) -> Work {
     let longest = keys.iter().max().copied().unwrap_or(0);
     let kv = longest * heads.kv_heads * heads.head_dim * 2 * size_of::<u16>();
     let rows = keys.len() * heads.heads * heads.head_dim * 2 * size_of::<f32>();

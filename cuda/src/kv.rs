@@ -1,31 +1,11 @@
 //! K and V of all layers in pages of f16, and the launcher of `compact.cu`.
 
+pub use hat_plan::{KvShape, RowMove};
+
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Memory, count};
 use crate::kernel::Kernel;
 use crate::plan::PAGE_SIZE;
-
-/// Size of a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvShape {
-    /// Decoder layers.
-    pub layers: usize,
-    /// Pages of [`PAGE_SIZE`] rows, each for all layers.
-    pub pages: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Numbers in one head; a multiple of 8.
-    pub head_dim: usize,
-}
-
-impl KvShape {
-    /// Numbers of K, or of V, of one layer; `None` if they overflow.
-    fn layer_numbers(&self) -> Option<usize> {
-        [self.pages, self.kv_heads, PAGE_SIZE, self.head_dim]
-            .into_iter()
-            .try_fold(1usize, usize::checked_mul)
-    }
-}
 
 /// K and V: f16 `[layers][pages][kv_heads][PAGE_SIZE][head_dim]` each.
 pub struct Kv<M> {
@@ -36,17 +16,8 @@ pub struct Kv<M> {
     moves: Option<M>,
 }
 
-/// One K/V row that moves, `(page, row)` to `(page, row)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowMove {
-    /// Page and row within it that is read.
-    pub from: (u32, u32),
-    /// Page and row within it that is written.
-    pub to: (u32, u32),
-}
-
 impl<M: Memory> Kv<M> {
-    /// A store with undefined content.
+    /// A store with undefined content; `head_dim` is a multiple of 8.
     ///
     /// # Errors
     /// If there is not enough memory.

@@ -1,16 +1,16 @@
 //! Which rows of a batch attend to what: checked on the host, copied to the GPU once a step.
 //!
-//! A *slot* counts rows of K and V within one sequence; slot `s` is row `s % PAGE_SIZE` of page
-//! `page_indices[page_indptr[i] + s / PAGE_SIZE]`. A *place* counts them over all pages: page times
-//! `PAGE_SIZE` plus row. Kernels trust what was checked here.
+//! A *place* counts rows of K and V over all pages: page times `PAGE_SIZE` plus row. Kernels trust
+//! what was checked here.
 
 use std::ops::Range;
+
+pub use hat_plan::{AttendPlan, AttendShape, PAGE_SIZE};
 
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Memory, Slice, count};
 
-/// Rows of one page, and keys of one attention tile.
-pub const PAGE_SIZE: usize = abi::HAT_PAGE_SIZE as usize;
+const _: () = assert!(PAGE_SIZE == abi::HAT_PAGE_SIZE as usize, "as in the kernels");
 /// Rows of an mma, and most query heads of one key/value head.
 pub const GROUP_MAX: usize = 16;
 /// Sizes of heads that attention has kernels for.
@@ -18,61 +18,20 @@ pub const HEAD_DIMS: [usize; 4] = [32, 64, 96, 128];
 /// Warps of an attention kernel, each with its own rows.
 const WARPS: usize = 4;
 
-/// Rows of a batch, sequence after sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan<'a> {
-    /// Logical position of each row. `[rows]`
-    pub positions: &'a [u32],
-    /// Slot that each row's own K and V go to. `[rows]`
-    pub slots: &'a [u32],
-    /// Logical positions of each row that stand at the slot of the same number. `[rows]`
-    pub prefix_len: &'a [u32],
-    /// Where each row's part of `tail_slots` begins and ends. `[rows + 1]`
-    pub tail_indptr: &'a [u32],
-    /// Slots of the logical positions `prefix_len..=position`.
-    pub tail_slots: &'a [u32],
-    /// Rows of sequence `i` are `q_indptr[i]..q_indptr[i + 1]`. `[sequences + 1]`
-    pub q_indptr: &'a [u32],
-    /// Pages of sequence `i` are `page_indices[page_indptr[i]..page_indptr[i + 1]]`.
-    pub page_indptr: &'a [u32],
-    /// Page numbers.
-    pub page_indices: &'a [u32],
+/// True if there are kernels for this shape: one of [`HEAD_DIMS`], at most [`GROUP_MAX`] query
+/// heads for each key/value head.
+#[must_use]
+pub fn is_supported(shape: &AttendShape) -> bool {
+    shape.kv_heads > 0
+        && shape.heads.is_multiple_of(shape.kv_heads)
+        && (1..=GROUP_MAX).contains(&shape.group())
+        && HEAD_DIMS.contains(&shape.head_dim)
+        && shape.window.is_none_or(|window| window > 0)
 }
 
-/// How one model attends; the same for every layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads; a multiple of `kv_heads`, at most [`GROUP_MAX`] for each.
-    pub heads: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Numbers in one head: one of [`HEAD_DIMS`].
-    pub head_dim: usize,
-    /// A row at position `p` sees positions `p - window + 1 ..= p`.
-    pub window: Option<u32>,
-}
-
-impl Heads {
-    /// Query heads of one key/value head.
-    #[must_use]
-    pub fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
-    /// Whether there are kernels for it.
-    #[must_use]
-    pub fn is_supported(&self) -> bool {
-        self.kv_heads > 0
-            && self.heads.is_multiple_of(self.kv_heads)
-            && (1..=GROUP_MAX).contains(&self.group())
-            && HEAD_DIMS.contains(&self.head_dim)
-            && self.window.is_none_or(|window| window > 0)
-    }
-
-    /// Rows that one task takes at most.
-    fn task_rows(&self) -> usize {
-        WARPS * (GROUP_MAX / self.group())
-    }
+/// Rows that one task takes at most.
+fn task_rows(shape: &AttendShape) -> usize {
+    WARPS * (GROUP_MAX / shape.group())
 }
 
 /// A plan on the GPU.
@@ -142,8 +101,8 @@ impl<M: Memory> PlanOnGpu<M> {
     pub fn write(
         &mut self,
         gpu: &mut impl Gpu<Memory = M>,
-        plan: &Plan<'_>,
-        heads: &Heads,
+        plan: &AttendPlan<'_>,
+        heads: &AttendShape,
         pages: usize,
     ) -> Result<(), GpuError> {
         check(plan, heads, pages);
@@ -178,7 +137,7 @@ impl<M: Memory> PlanOnGpu<M> {
         gpu.upload(&self.staging, &mut self.numbers, 0)?;
         self.staging.clear();
         for (rows, pages) in sequences(plan) {
-            let step = heads.task_rows();
+            let step = task_rows(heads);
             for first in rows.clone().step_by(step) {
                 let task = task(plan, heads, first..rows.end.min(first + step), pages.start);
                 let keys = (task.end as usize).div_ceil(PAGE_SIZE);
@@ -240,7 +199,7 @@ impl<M: Memory> PlanOnGpu<M> {
 }
 
 /// Rows and pages of each sequence.
-fn sequences(plan: &Plan<'_>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+fn sequences(plan: &AttendPlan<'_>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let range = |pair: &[u32]| pair[0] as usize..pair[1] as usize;
     plan.q_indptr
         .windows(2)
@@ -249,8 +208,8 @@ fn sequences(plan: &Plan<'_>) -> impl Iterator<Item = (Range<usize>, Range<usize
 }
 
 fn task(
-    plan: &Plan<'_>,
-    heads: &Heads,
+    plan: &AttendPlan<'_>,
+    heads: &AttendShape,
     rows: Range<usize>,
     first_page: usize,
 ) -> abi::hat_attend_task {
@@ -286,8 +245,8 @@ fn is_indptr(indptr: &[u32], len: usize) -> bool {
         && indptr.is_sorted()
 }
 
-fn check(plan: &Plan<'_>, heads: &Heads, pages: usize) {
-    assert!(heads.is_supported(), "no kernel for {heads:?}");
+fn check(plan: &AttendPlan<'_>, heads: &AttendShape, pages: usize) {
+    assert!(is_supported(heads), "no kernel for {heads:?}");
     let rows = plan.positions.len();
     assert_eq!((plan.slots.len(), plan.prefix_len.len()), (rows, rows), "arrays of {rows} rows");
     assert_eq!(plan.tail_indptr.len(), rows + 1, "tails of {rows} rows");

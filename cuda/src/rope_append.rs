@@ -4,7 +4,7 @@ use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::kv::Kv;
-use crate::plan::{Heads, PlanOnGpu};
+use crate::plan::{AttendShape, PlanOnGpu};
 
 /// Operands of [`rope_append`].
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub struct RopeAppend<'a> {
 pub fn rope_append<G: Gpu>(
     gpu: &mut G,
     plan: &PlanOnGpu<G::Memory>,
-    heads: &Heads,
+    heads: &AttendShape,
     layer: usize,
     mut to: RopeAppend<'_>,
     kv: &mut Kv<G::Memory>,

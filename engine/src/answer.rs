@@ -3,8 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use hat_loader::LlamaConfig;
+use hat_plan::TokenId;
 
-use crate::backend::TokenId;
 use crate::error::RequestError;
 use crate::request::{FinishReason, Prompt, Request, TokenLogprob};
 use crate::sample::{Sampler, log_probabilities};

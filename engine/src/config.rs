@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use hat_compute::open::{GpuWeights, Processor};
+use hat_plan::PAGE_SIZE;
 pub use hat_transport::link::LinkKind;
 use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
-use crate::backend::PAGE_SIZE;
 pub use crate::chunk::ChunkPolicy;
 use crate::draft::drafters::Drafters;
 pub use crate::pack::Codec;
@@ -109,85 +110,6 @@ impl Limits {
         match fields.into_iter().find(|(_, value)| *value == 0) {
             Some((field, _)) => Err(Error::field(field, "0 leaves room for nothing: at least 1")),
             None => Ok(()),
-        }
-    }
-}
-
-/// Where a GPU has its weights. One with memory of its own always has them there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum GpuWeights {
-    /// In the bundle's mapped file, where a GPU without memory of its own can read them there: no
-    /// second copy.
-    #[default]
-    InPlace,
-    /// In memory that was allocated for the GPU, which its caches may serve better.
-    Copied,
-}
-
-impl GpuWeights {
-    /// The value of `--weights`.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "in-place" => Some(Self::InPlace),
-            "copied" => Some(Self::Copied),
-            _ => None,
-        }
-    }
-}
-
-/// Which kernels compute. A GPU is taken only where it is asked for; what has run on which is
-/// in `cuda/HARDWARE.md`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Processor {
-    /// The fastest CPU level that this machine has.
-    #[default]
-    Auto,
-    /// The portable CPU level.
-    Portable,
-    /// The GPU of this number, or an error.
-    #[cfg(feature = "cuda")]
-    Cuda(usize),
-    /// The GPU of this number, or, where it can't be used, what [`Processor::Auto`] is. A device or
-    /// a cloud that loses its GPU goes on with the CPU: a cloud's sessions are replayed, a device's
-    /// requests that run end with an error (`docs/KERNELS.md`).
-    #[cfg(feature = "cuda")]
-    CudaElseCpu(usize),
-}
-
-impl Processor {
-    /// The value of `--processor`.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "auto" => Some(Self::Auto),
-            "portable" => Some(Self::Portable),
-            #[cfg(feature = "cuda")]
-            name => {
-                let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
-                let ordinal = ordinal.parse().ok()?;
-                match kind {
-                    "cuda" => Some(Self::Cuda(ordinal)),
-                    "cuda-else-cpu" => Some(Self::CudaElseCpu(ordinal)),
-                    _ => None,
-                }
-            }
-            #[cfg(not(feature = "cuda"))]
-            _ => None,
-        }
-    }
-
-    /// Whether it takes the CPU where there is no GPU.
-    #[must_use]
-    pub fn falls_back(self) -> bool {
-        match self {
-            Self::Auto | Self::Portable => false,
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => false,
-            #[cfg(feature = "cuda")]
-            Self::CudaElseCpu(_) => true,
         }
     }
 }

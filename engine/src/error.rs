@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::backend::{BackendError, BackendFault};
+use hat_compute::{LoadError, StepError, bundle_text};
+use hat_plan::{BackendError, BackendFault};
 
 /// What to do about an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and
 /// [`ErrorKind::Peer`] alone.
@@ -96,10 +97,23 @@ pub enum Error {
     Stopped(String),
 }
 
-/// The reason may begin with the path: it is said once.
-fn bundle_text(path: &std::path::Path, reason: &str) -> String {
-    let path = path.display().to_string();
-    if reason.starts_with(&path) { reason.to_owned() } else { format!("{path}: {reason}") }
+impl From<LoadError> for Error {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::Field { field, reason } => Self::Field { field, reason },
+            LoadError::Bundle { path, reason } => Self::Bundle { path, reason },
+            LoadError::Backend(error) => Self::Backend(error),
+        }
+    }
+}
+
+impl From<StepError> for Error {
+    fn from(error: StepError) -> Self {
+        match error {
+            StepError::NotFinite { position } => Self::NotFinite { position },
+            StepError::Fault(fault) => Self::Backend(fault.into()),
+        }
+    }
 }
 
 /// Why a request that runs has ended without an answer.

@@ -42,12 +42,9 @@
 //! | `draft` | guesses at the tokens to come |
 //! | `chunk`, `monitor` | how a prompt is cut, and what is known of link and cloud |
 //! | `sched`, `sequence`, `page`, `prefix`, `pack`, `wire` | rows: which run, where, how they go |
-//! | `model` | decoder layers, submodels, the whole model as a yardstick |
-//! | `backend` | kernels |
+//! | `processor` | the models of `hat-compute`, loaded as a configuration says |
 
 mod answer;
-#[doc(hidden)]
-pub mod backend;
 #[doc(hidden)]
 pub mod chunk;
 mod cloud;
@@ -59,7 +56,6 @@ mod error;
 #[cfg(feature = "http")]
 pub mod http;
 mod metrics;
-mod model;
 #[doc(hidden)]
 pub mod monitor;
 #[cfg(feature = "daemon")]
@@ -69,8 +65,7 @@ pub mod out;
 pub mod pack;
 mod page;
 mod prefix;
-#[doc(hidden)]
-pub mod processor;
+mod processor;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod pull;
@@ -93,6 +88,9 @@ mod watch;
 mod whole;
 mod wire;
 
+use hat_plan as backend;
+use hat_plan as model;
+
 pub use cloud::Cloud;
 pub use config::{CloudConfig, EngineConfig};
 pub use device::Engine;
@@ -101,7 +99,6 @@ pub use request::{Event, Generation, Metrics, Request};
 
 /// What configurations, requests and events are made of.
 pub mod options {
-    pub use crate::backend::TokenId;
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{
         Address, ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret,
@@ -114,21 +111,18 @@ pub mod options {
     pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use crate::sample::SamplerConfig;
     pub use crate::verify::Verify;
+    pub use hat_plan::TokenId;
 }
 
 /// For our own tests, tools and benches; no part of the interface.
 #[doc(hidden)]
 pub mod internal {
     pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};
-    pub use crate::model::{
-        DeviceForward, DeviceModel, DraftForward, DraftModel, Likely, MiddleForward, MiddleModel,
-        MiddleStep, Tensors, WholeModel,
-    };
     pub use crate::page::pages_for;
-    pub use crate::processor;
-    pub use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
+    pub use crate::processor::token_settings;
+    pub use crate::sequence::{PENDING_ROWS_MAX, Sequence};
     pub use crate::token::Tokenizer;
-    pub use crate::whole::{Whole, whole_answer};
+    pub use crate::whole::{Whole, through_codec, whole_answer};
     pub use crate::wire::{ARITHMETIC_ID, short as short_model_id};
     use std::path::{Path, PathBuf};
 

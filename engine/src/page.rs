@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::backend::PAGE_SIZE;
+use hat_plan::PAGE_SIZE;
 
 /// There are not enough free pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -11,7 +11,8 @@ use std::array::TryFromSliceError;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::backend::{PAGE_SIZE, TokenId};
+use hat_plan::{PAGE_SIZE, TokenId};
+
 use crate::page::PagePool;
 use crate::sequence::Sequence;
 

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
+use hat_plan::TokenId;
 use hat_transport::link::Waker;
 
 use crate::Error;
-use crate::backend::TokenId;
 use crate::draft::DraftMode;
 use crate::metrics::Timings;
 use crate::sample::SamplerConfig;

@@ -22,9 +22,10 @@ pub mod noise;
 
 use std::collections::HashMap;
 
+use hat_plan::TokenId;
+
 use self::filters::{Kept, Ranked};
 use self::noise::{NOISE_MAX, Noise, exp, gumbel, gumbel_max, ln};
-use crate::backend::TokenId;
 
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;

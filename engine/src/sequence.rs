@@ -9,10 +9,8 @@
 //! - Decided rows (of a prompt, of plain decoding, at the root of a draft tree) never pend. They
 //!   follow the committed tip, so whatever pended is void.
 
-use crate::backend::{AttendPlan, PAGE_SIZE, RowMove};
-
-/// Most rows that may pend at once.
-pub const PENDING_ROWS_MAX: usize = 64;
+use hat_plan::{PAGE_SIZE, RowMove};
+pub use hat_plan::{PENDING_ROWS_MAX, PlanBuffers, RowPlace};
 
 /// Why rows or a commit cannot be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -78,15 +76,6 @@ pub struct Sequence {
     tip: u32,
     last_id: u32,
     pending: Vec<Pending>,
-}
-
-/// Where one row goes and what it sees; what [`PlanBuffers::push_row`] takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowPlace {
-    /// Logical position.
-    pub position: u32,
-    /// Slot of its own K and V.
-    pub slot: u32,
 }
 
 impl Sequence {
@@ -313,22 +302,24 @@ impl Sequence {
         Some(RowPlace { position: row.position, slot: row.slot })
     }
 
-    /// Slots that pending row `id` sees beyond the committed rows, itself last, in logical order,
-    /// into `slots`. Returns how many logical positions stand at the slot of the same number.
-    fn tail_of(&self, id: u32, slots: &mut Vec<u32>) -> u32 {
-        let start = slots.len();
+    /// Adds row `id` to a plan, if it pends; says whether it does.
+    pub fn push_row(&self, id: u32, plan: &mut PlanBuffers) -> bool {
+        let Some(place) = self.place(id) else { return false };
+        // Slots that it sees beyond the committed rows, in logical order, its own last.
+        let mut tail = [0; PENDING_ROWS_MAX];
+        let mut begin = tail.len();
         let mut walk = id;
         while let Some(index) = self.index_of(walk) {
-            slots.push(self.pending[index].slot);
+            begin -= 1;
+            tail[begin] = self.pending[index].slot;
             walk = self.pending[index].parent;
         }
-        slots[start..].reverse();
-        let in_place = (self.committed..)
-            .zip(&slots[start..])
-            .take_while(|(position, slot)| position == *slot)
-            .count();
-        slots.drain(start..start + in_place);
-        self.committed + u32::try_from(in_place).expect("at most 64 rows pend")
+        // The first of them may stand at the slots of their own positions.
+        let places = (self.committed..).zip(&tail[begin..]);
+        let in_place = places.take_while(|(position, slot)| position == *slot).count();
+        let prefix_len = self.committed + u32::try_from(in_place).expect("at most 64 rows pend");
+        plan.push_row(place, prefix_len, &tail[begin + in_place..]);
+        true
     }
 
     fn check_ids(&self, first_id: u32, count: u32) -> Result<u32, SequenceError> {
@@ -372,119 +363,6 @@ enum Fate {
     Committed,
     Survives,
     Pruned,
-}
-
-/// The arrays of an [`AttendPlan`], reused from step to step.
-#[derive(Debug, Default)]
-pub struct PlanBuffers {
-    positions: Vec<u32>,
-    slots: Vec<u32>,
-    prefix_len: Vec<u32>,
-    tail_indptr: Vec<u32>,
-    tail_slots: Vec<u32>,
-    q_indptr: Vec<u32>,
-    page_indptr: Vec<u32>,
-    page_indices: Vec<u32>,
-}
-
-impl PlanBuffers {
-    /// Room for so many rows, sequences and pages, so that a step allocates nothing.
-    #[must_use]
-    pub fn with_capacity(rows: usize, sequences: usize, pages: usize) -> Self {
-        Self {
-            positions: Vec::with_capacity(rows),
-            slots: Vec::with_capacity(rows),
-            prefix_len: Vec::with_capacity(rows),
-            tail_indptr: Vec::with_capacity(rows + 1),
-            tail_slots: Vec::with_capacity(rows * 2 + PENDING_ROWS_MAX),
-            q_indptr: Vec::with_capacity(sequences + 1),
-            page_indptr: Vec::with_capacity(sequences + 1),
-            page_indices: Vec::with_capacity(pages),
-        }
-    }
-
-    /// Empties the plan.
-    pub fn clear(&mut self) {
-        self.positions.clear();
-        self.slots.clear();
-        self.prefix_len.clear();
-        self.tail_slots.clear();
-        self.page_indices.clear();
-        for indptr in [&mut self.tail_indptr, &mut self.q_indptr, &mut self.page_indptr] {
-            indptr.clear();
-            indptr.push(0);
-        }
-    }
-
-    /// Rows so far.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.positions.len()
-    }
-
-    /// Rows of sequence `index`.
-    #[must_use]
-    pub fn rows_of(&self, index: usize) -> std::ops::Range<usize> {
-        self.q_indptr[index] as usize..self.q_indptr[index + 1] as usize
-    }
-
-    /// Adds `count` committed rows from `first` on.
-    pub fn push_committed(&mut self, first: RowPlace, count: u32) {
-        for offset in 0..count {
-            self.positions.push(first.position + offset);
-            self.slots.push(first.slot + offset);
-            self.prefix_len.push(first.position + offset + 1);
-            self.end_row();
-        }
-    }
-
-    /// Adds pending row `id` of `sequence`; says whether it still exists.
-    pub fn push_pending(&mut self, sequence: &Sequence, id: u32) -> bool {
-        let Some(place) = sequence.place(id) else { return false };
-        let prefix = sequence.tail_of(id, &mut self.tail_slots);
-        self.positions.push(place.position);
-        self.slots.push(place.slot);
-        self.prefix_len.push(prefix);
-        self.end_row();
-        true
-    }
-
-    /// Ends the rows of one sequence.
-    pub fn end_sequence(&mut self, sequence: &Sequence) {
-        self.page_indices.extend_from_slice(&sequence.pages);
-        self.q_indptr.push(count(&self.positions));
-        self.page_indptr.push(count(&self.page_indices));
-    }
-
-    /// The plan of everything so far.
-    #[must_use]
-    pub fn plan(&self) -> AttendPlan<'_> {
-        self.plan_front(self.q_indptr.len() - 1)
-    }
-
-    /// The plan of the first `sequences` sequences.
-    #[must_use]
-    pub fn plan_front(&self, sequences: usize) -> AttendPlan<'_> {
-        let rows = self.q_indptr[sequences] as usize;
-        AttendPlan {
-            positions: &self.positions[..rows],
-            slots: &self.slots[..rows],
-            prefix_len: &self.prefix_len[..rows],
-            tail_indptr: &self.tail_indptr[..=rows],
-            tail_slots: &self.tail_slots,
-            q_indptr: &self.q_indptr[..=sequences],
-            page_indptr: &self.page_indptr[..=sequences],
-            page_indices: &self.page_indices,
-        }
-    }
-
-    fn end_row(&mut self) {
-        self.tail_indptr.push(count(&self.tail_slots));
-    }
-}
-
-fn count(entries: &[u32]) -> u32 {
-    u32::try_from(entries.len()).expect("a step holds far fewer than 2^32 rows")
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hat_loader::{ControlTokens, TextFacts};
+use hat_plan::TokenId;
 use tokenizers::normalizers::{NormalizerWrapper, Sequence};
 use tokenizers::{Encoding, Model};
 
@@ -37,7 +38,6 @@ use self::guard::Guard;
 use self::limited::{Limited, Unfinished};
 use self::pieces::Pieces;
 use self::shapes::Shapes;
-use crate::backend::TokenId;
 
 /// Largest `tokenizer.json` that is read, in bytes.
 pub const TOKENIZER_BYTES_MAX: usize = 64 << 20;

@@ -11,7 +11,8 @@
 
 use std::collections::VecDeque;
 
-use crate::backend::TokenId;
+use hat_plan::TokenId;
+
 use crate::token::{ChatText, SpecialText, Start, Tokenizer};
 
 /// Conversations that are remembered.

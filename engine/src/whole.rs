@@ -2,15 +2,15 @@
 
 use std::path::Path;
 
+use hat_compute::backend::Backend;
+use hat_compute::open::Chosen;
+use hat_compute::{Cross, Crossing, WholeModel, with_backend};
 use hat_loader::Bundle;
 
 use crate::answer::{Answer, Prepared};
-use crate::backend::Backend;
 use crate::config::Codec;
 use crate::device::{bundle_error, open_bundle, tokenizer};
 use crate::metrics::Meter;
-use crate::model::WholeModel;
-use crate::processor::{Chosen, with_backend};
 use crate::request::FinishReason;
 use crate::token::Tokenizer;
 use crate::verify::Verify;
@@ -72,7 +72,8 @@ impl<B: Backend> Whole<B> {
             return Err(Error::field("split_layer", reason));
         }
         let context = (context_max as usize).min(device.config().max_position_embeddings);
-        let model = WholeModel::load(backend, &device, &cloud, split..exit, wire, context)?;
+        let model =
+            WholeModel::load(backend, &device, &cloud, split..exit, through_codec(wire), context)?;
         Ok(Self {
             tokenizer: tokenizer(&device)?,
             logits: vec![0.0; device.config().vocab_size],
@@ -128,6 +129,18 @@ impl<B: Backend> Whole<B> {
         on_event(&Event::Done { text, finish_reason, metrics: metrics.clone() });
         Ok((finish_reason, metrics))
     }
+}
+
+/// What the link does to rows: there and back through the codec of each direction.
+#[must_use]
+pub fn through_codec(codec: Codec) -> Box<Cross> {
+    let mut wire = Vec::new();
+    Box::new(move |crossing, row| {
+        let codec = if crossing == Crossing::Up { codec } else { codec.down() };
+        let columns = row.len();
+        wire.resize(codec.row_bytes(columns), 0);
+        codec.pack(row, columns, &mut wire).is_ok() && codec.unpack(&wire, columns, row).is_ok()
+    })
 }
 
 /// One answer by the whole model on the backend that was chosen; see [`Whole`].

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use hat_loader::{Bundle, Submodel};
+use hat_plan::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use hat_transport::clock::Clock;
 use hat_transport::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use hat_transport::link::memory::MemoryNet;
@@ -14,7 +15,6 @@ use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
 use hat_transport::turn::{Endpoint, EndpointConfig};
 
 use crate::Error;
-use crate::backend::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use crate::config::{CloudConfig, EngineConfig};
 use crate::pack::Codec;
 use crate::sequence::PENDING_ROWS_MAX;

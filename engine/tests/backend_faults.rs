@@ -9,19 +9,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use hat_engine::backend::cpu::CpuBackend;
-use hat_engine::backend::{AttendPlan, BackendFault, RowMove, TokenId};
-use hat_engine::internal::{
-    DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, Whole, pages_for,
-    pool_pages, processor,
-};
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::open;
+use hat_compute::{DeviceModel, MiddleModel};
+use hat_engine::internal::{Whole, pages_for, pool_pages};
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
+use hat_plan::{
+    AttendPlan, BackendFault, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
+};
 use support::{Bundles, PATIENCE, collect, eventually, long_prompt};
 
 fn backend() -> CpuBackend {
-    processor::cpu(Processor::Auto, 1).unwrap()
+    open::cpu(Processor::Auto, 1).unwrap()
 }
 
 fn request() -> Request {

@@ -9,24 +9,26 @@
 
 #[path = "cuda/bundles.rs"]
 mod bundles;
-#[path = "support/gpu.rs"]
+#[path = "../compute/tests/support/gpu.rs"]
 mod gpu;
 #[path = "cuda/stages.rs"]
 mod stages;
 mod support;
 
 use gpu::{backend, gpu};
+use hat_compute::backend::Backend;
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_compute::backend::cuda::CudaBackend;
+use hat_compute::backend::reference::Reference;
+use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
 use hat_cuda::test_gpu::TestGpu;
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::backend::reference::Reference;
-use hat_engine::backend::{Backend, BackendError};
-use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, DraftForward as _, DraftModel, Likely, MiddleForward,
-    MiddleModel, MiddleStep, PlanBuffers, Sequence, WholeModel, pages_for,
-};
+use hat_engine::internal::{Sequence, pages_for, through_codec};
 use hat_engine::pack::Codec;
 use hat_loader::{AdapterKind, Bundle, DType};
+use hat_plan::{
+    BackendError, DeviceForward as _, DraftForward as _, Likely, MiddleForward, MiddleStep,
+    PlanBuffers,
+};
 use support::Bundles;
 use support::drafter::add_noise;
 
@@ -44,7 +46,8 @@ fn tokens() -> Vec<u32> {
 /// Logits after each token, one row at a time.
 fn whole<B: Backend>(backend: B, [device, cloud]: &[Bundle; 2]) -> Vec<Vec<f32>> {
     let context = POSITIONS as usize;
-    let mut model = WholeModel::load(backend, device, cloud, 1..3, Codec::F16, context).unwrap();
+    let mut model =
+        WholeModel::load(backend, device, cloud, 1..3, through_codec(Codec::F16), context).unwrap();
     let step = |token: u32| {
         let mut logits = vec![0.0; 300];
         model.step(token, Some(&mut logits)).unwrap();
@@ -121,7 +124,7 @@ impl Split {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, count);
-        plan.end_sequence(&self.sequence);
+        plan.end_sequence(self.sequence.pages());
         self.step(plan, tokens)
     }
 
@@ -135,9 +138,9 @@ impl Split {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         for id in first..self.next_id {
-            assert!(plan.push_pending(&self.sequence, id));
+            assert!(self.sequence.push_row(id, &mut plan));
         }
-        plan.end_sequence(&self.sequence);
+        plan.end_sequence(self.sequence.pages());
         self.step(plan, tokens)
     }
 
@@ -219,7 +222,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
         let first = sequence.append_committed(id, rows, sequence.tip()).unwrap();
         plan.clear();
         plan.push_committed(first, rows);
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let (shallow, deep) = (noise(rows as usize, 0.1), noise(rows as usize, 0.7));
         said.resize(rows as usize * 64, 0.0);
         match id {
@@ -229,8 +232,8 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
     }
     sequence.append_pending(41, &[40, 40]).unwrap();
     plan.clear();
-    assert!(plan.push_pending(&sequence, 41) && plan.push_pending(&sequence, 42));
-    plan.end_sequence(&sequence);
+    assert!([41, 42].into_iter().all(|id| sequence.push_row(id, &mut plan)));
+    plan.end_sequence(sequence.pages());
     let mut guessed = vec![0.0; 2 * 64];
     let before = [&said[2 * 64..], &said[2 * 64..]].concat();
     model.guess(&plan.plan(), &noise(2, 0.3), &before, &mut guessed);
@@ -289,7 +292,7 @@ fn a_drafted_level_waits_three_times() {
     let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
     plan.clear();
     plan.push_committed(first, 4);
-    plan.end_sequence(&sequence);
+    plan.end_sequence(sequence.pages());
     let (mut rows, mut y, mut likely) = (vec![0.0; 4 * 64], vec![0.0; 4 * 64], Vec::new());
     let (before, drafts_before) = (tally.downloads(), drafts.downloads());
     layers.input(&plan.plan(), &[3, 1, 4, 1], &mut rows);
@@ -321,7 +324,7 @@ fn weights_in_place_and_copied_have_the_same_bits() {
         let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, 40);
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let (mut rows, mut logits) = (vec![0.0; 40 * 64], vec![0.0; 300]);
         model.input(&plan.plan(), &tokens()[..40], &mut rows);
         model.head(&rows[39 * 64..], &mut logits);
@@ -339,7 +342,7 @@ fn what_has_no_kernel_is_refused() {
     let [device, cloud] = open(&bundles);
     let error = DeviceModel::load(backend().unwrap(), &device, 1, 4, 4).err().unwrap();
     assert!(error.to_string().contains("cuda: no kernel for tensor"), "{error}");
-    let shape = hat_engine::backend::KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 16 };
+    let shape = hat_plan::KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 16 };
     let error = cuda.kv(shape).err().unwrap();
     assert!(matches!(error, BackendError::Config { field: "head_dim", .. }), "{error}");
     assert!(cloud.holds(&(1..2)));

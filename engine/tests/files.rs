@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig};
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig};
 use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, Verify};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};

@@ -7,7 +7,9 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use hat_engine::internal::{WholeModel, processor};
+use hat_compute::WholeModel;
+use hat_compute::open;
+use hat_engine::internal::through_codec;
 use hat_engine::options::{Codec, Processor};
 use hat_engine::{Engine, EngineConfig, Request, pull};
 use hat_loader::{Bundle, BundleOptions, SourceModel, Submodel, Weights, write_bundles};
@@ -35,12 +37,13 @@ fn split(model: &Path) -> (tempfile::TempDir, PathBuf) {
     (directory, out)
 }
 
-fn whole(bundle: &Path, context: usize) -> WholeModel<hat_engine::backend::cpu::CpuBackend> {
+fn whole(bundle: &Path, context: usize) -> WholeModel<hat_compute::backend::cpu::CpuBackend> {
     let device = Bundle::open(&bundle.join("device")).unwrap();
     let cloud = Bundle::open(&bundle.join("cloud")).unwrap();
-    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let backend = open::cpu(Processor::Auto, 1).unwrap();
     let crossings = device.split().layers(Submodel::Middle);
-    WholeModel::load(backend, &device, &cloud, crossings, Codec::F32, context).unwrap()
+    let cross = through_codec(Codec::F32);
+    WholeModel::load(backend, &device, &cloud, crossings, cross, context).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {

@@ -21,8 +21,10 @@ mod trained;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use hat_engine::backend::cpu::Op;
-use hat_engine::internal::{DeviceModel, MiddleModel, Whole, pages_for, pool_pages, processor};
+use hat_compute::backend::cpu::Op;
+use hat_compute::open as processor;
+use hat_compute::{DeviceModel, MiddleModel};
+use hat_engine::internal::{Whole, pages_for, pool_pages};
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use support::{Bundles, collect, long_prompt};

@@ -7,15 +7,14 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 
-use hat_engine::backend::cpu::CpuBackend;
-use hat_engine::backend::{AttendPlan, RowMove, TokenId};
-use hat_engine::internal::{
-    DeviceForward, DeviceModel, MiddleForward, MiddleModel, MiddleStep, Whole, pages_for,
-    pool_pages, processor,
-};
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::open;
+use hat_compute::{DeviceModel, MiddleModel};
+use hat_engine::internal::{Whole, pages_for, pool_pages};
 use hat_engine::options::{Codec, ErrorKind, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, DType, Submodel};
+use hat_plan::{AttendPlan, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
 use support::{Bundles, collect, long_prompt};
 
 /// The token whose rows go wrong.
@@ -26,7 +25,7 @@ const MARK: f32 = 12_345.5;
 const GOOD: usize = 3;
 
 fn backend() -> CpuBackend {
-    processor::cpu(Processor::Auto, 1).unwrap()
+    open::cpu(Processor::Auto, 1).unwrap()
 }
 
 /// Where the rows of [`BAD`] go wrong.

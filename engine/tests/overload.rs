@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use hat_engine::internal::{Whole, processor};
+use hat_compute::open;
+use hat_engine::internal::Whole;
 use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Limits, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 use hat_transport::message::{Dropped, Message, RowsHead, SessionErrorCode, Want};
@@ -22,7 +23,7 @@ fn request() -> Request {
 }
 
 fn whole(bundles: &Bundles, request: &Request) -> Metrics {
-    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let backend = open::cpu(Processor::Auto, 1).unwrap();
     let mut whole = Whole::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     *whole.generate(request.clone(), |_| {}).unwrap().1
 }

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use hat_engine::backend::Backend;
-use hat_engine::internal::{Whole, processor};
+use hat_compute::backend::Backend;
+use hat_compute::open;
+use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, DraftMode, ErrorKind, Message as Says, Processor, Role};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
@@ -41,7 +42,7 @@ fn turn(engine: &Engine, whole: &mut Whole<impl Backend>, says: &[Says]) -> Metr
 fn later_turns_send_their_own_rows() {
     let bundles = Bundles::of(&TinyModel::default(), 1, 0);
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
-    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let backend = open::cpu(Processor::Auto, 1).unwrap();
     let mut whole = Whole::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     let mut says = vec![Says::new(Role::User, text_of(1350))];
     let first = turn(&engine, &mut whole, &says);

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
+use hat_engine::internal::pool_pages;
 use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
+use hat_plan::{MiddleForward, MiddleStep};
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{
     Arrivals, Message, Opened, OutputHead, RowsHead, SessionError, SessionErrorCode,

@@ -8,10 +8,11 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hat_engine::internal::{MiddleForward, MiddleStep, pool_pages};
+use hat_engine::internal::pool_pages;
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Request};
 use hat_loader::Bundle;
+use hat_plan::{MiddleForward, MiddleStep};
 use support::{Bundles, collect, long_prompt, steps};
 
 /// A stage that begins a step and does not end it before the test does.

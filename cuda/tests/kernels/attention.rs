@@ -4,7 +4,7 @@ use half::f16;
 use hat_cuda::attend::Cut;
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::kv::RowMove;
-use hat_cuda::plan::{Heads, PAGE_SIZE};
+use hat_cuda::plan::{AttendShape, PAGE_SIZE};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
 
 use crate::sequences::{Batch, Row, Sequence, Store, attended, chunk, expected, tree};
@@ -15,12 +15,12 @@ use crate::stand::{
 /// Weights are rounded to f16 before they meet V; V is within -1..1.
 const TOLERANCE: f64 = 4e-4;
 
-fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
-    Heads { heads, kv_heads, head_dim, window: None }
+fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> AttendShape {
+    AttendShape { heads, kv_heads, head_dim, window: None }
 }
 
 /// q that f16 holds exactly, so that both sides see the same.
-fn queries(rows: usize, heads: &Heads, random: &mut Random) -> Vec<f32> {
+fn queries(rows: usize, heads: &AttendShape, random: &mut Random) -> Vec<f32> {
     let count = rows * heads.heads * heads.head_dim;
     (0..count).map(|_| f16::from_f32(random.number() * 3.0).to_f32()).collect()
 }
@@ -106,7 +106,7 @@ fn attention_is_the_same_under_all_schedules_and_cuts() {
 fn a_row_sees_its_window_alone() {
     let Some(mut gpu) = gpu() else { return };
     for window in [1, 31, 32, 100, 300] {
-        let heads = Heads { window: Some(window), ..heads(4, 2, 64) };
+        let heads = AttendShape { window: Some(window), ..heads(4, 2, 64) };
         let mut random = Random(42);
         let mut free = shuffled_pages(40, &mut random);
         let rows = [tree(290, 6, &mut random), chunk(0, 40), chunk(400, 410)];

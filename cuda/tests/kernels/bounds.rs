@@ -2,7 +2,7 @@
 
 use hat_cuda::attend::Cut;
 use hat_cuda::bound::{Work, attend, gemv, prepare, silu_mul};
-use hat_cuda::plan::Heads;
+use hat_cuda::plan::AttendShape;
 use hat_cuda::table::Numbers;
 
 use crate::gemv::product;
@@ -27,7 +27,7 @@ fn bytes_are_those_of_the_buffers() {
     assert_eq!(prepare(Numbers::Q8_0, 3, 64).bytes, 3 * (256 + 64 + 16));
     assert_eq!(prepare(Numbers::Bf16, 3, 64).bytes, 3 * (256 + 128));
     // 1,024 keys of 32 heads of 128 in two bytes, K and V; 8 rows in and out.
-    let heads = Heads { heads: 32, kv_heads: 32, head_dim: 128, window: None };
+    let heads = AttendShape { heads: 32, kv_heads: 32, head_dim: 128, window: None };
     let work = attend(&heads, &[1017, 1018, 1019, 1020, 1021, 1022, 1023, 1024]);
     assert_eq!(work.bytes, 16_777_216 + 8 * 32_768);
     assert_eq!(work.flops, 4 * 8164 * 4096);
@@ -43,7 +43,7 @@ mod emulated {
     #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
     fn attention_does_the_operations_of_its_formula_and_few_more() {
         let Some(mut gpu) = gpu() else { return };
-        let heads = Heads { heads: 4, kv_heads: 4, head_dim: 64, window: None };
+        let heads = AttendShape { heads: 4, kv_heads: 4, head_dim: 64, window: None };
         let mut random = Random(7);
         // Rows that fill the tiles, and a small tree, which can't: its rows wait in tiles of 16.
         for (rows, most) in [(chunk(448, 512), 1.1), (tree(200, 8, &mut random), 20.0)] {

@@ -9,7 +9,7 @@ use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::kv::{Kv, KvShape, RowMove};
 use hat_cuda::linear::linear;
-use hat_cuda::plan::{Heads, PAGE_SIZE};
+use hat_cuda::plan::{AttendShape, PAGE_SIZE};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, narrow_f16, quantise_q8, widen_f16};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
@@ -27,7 +27,7 @@ const INNER: usize = 192;
 const VOCABULARY: usize = 80;
 const LAYERS: usize = 3;
 const PAGES: usize = 24;
-const HEADS: Heads = Heads { heads: 6, kv_heads: 2, head_dim: 64, window: None };
+const HEADS: AttendShape = AttendShape { heads: 6, kv_heads: 2, head_dim: 64, window: None };
 const EPS: f32 = 1e-5;
 
 /// A matrix on the GPU.

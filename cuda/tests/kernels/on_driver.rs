@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::driver::{Cuda, LaunchCounts, OpenError, gpu_count};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
-use hat_cuda::plan::{Heads, PlanOnGpu};
+use hat_cuda::plan::{AttendShape, PlanOnGpu};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::test_gpu::{GPU, Kind, TestGpu, compiled};
 
@@ -267,7 +267,7 @@ mod made_up {
     #[ignore = "run by a test, under a made-up driver"]
     fn decoding() {
         let mut gpu = TestGpu::new(Kind::Cuda(Box::new(Cuda::open(0).unwrap())));
-        let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64, window: None };
+        let heads = AttendShape { heads: 2, kv_heads: 1, head_dim: 64, window: None };
         let (mut random, pages) = (Random(3), [2u32, 0, 3, 1]);
         let all = Sequence { rows: chunk(0, 128), pages: pages.to_vec() };
         let mut store = Store::new(4, 4, &heads);

@@ -4,7 +4,7 @@ use half::f16;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::gpu::{Gpu as _, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
-use hat_cuda::plan::{Heads, PAGE_SIZE, Plan, PlanOnGpu};
+use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::test_gpu::{TestGpu, TestMemory};
 
 use crate::stand::{Random, memory, numbers, room};
@@ -96,8 +96,8 @@ impl Batch {
         batch
     }
 
-    pub fn plan(&self) -> Plan<'_> {
-        Plan {
+    pub fn plan(&self) -> AttendPlan<'_> {
+        AttendPlan {
             positions: &self.positions,
             slots: &self.slots,
             prefix_len: &self.prefix_len,
@@ -109,7 +109,12 @@ impl Batch {
         }
     }
 
-    pub fn on_gpu(&self, gpu: &mut TestGpu, heads: &Heads, pages: usize) -> PlanOnGpu<TestMemory> {
+    pub fn on_gpu(
+        &self,
+        gpu: &mut TestGpu,
+        heads: &AttendShape,
+        pages: usize,
+    ) -> PlanOnGpu<TestMemory> {
         let (rows, tails) = (self.positions.len(), self.tail_slots.len());
         let mut plan = PlanOnGpu::new(gpu, rows, tails, self.page_indices.len()).unwrap();
         plan.write(gpu, &self.plan(), heads, pages).unwrap();
@@ -126,7 +131,7 @@ pub struct Store {
 }
 
 impl Store {
-    pub fn new(layers: usize, pages: usize, heads: &Heads) -> Self {
+    pub fn new(layers: usize, pages: usize, heads: &AttendShape) -> Self {
         let shape = KvShape { layers, pages, kv_heads: heads.kv_heads, head_dim: heads.head_dim };
         let count = layers * pages * heads.kv_heads * PAGE_SIZE * heads.head_dim;
         Self { shape, k: vec![f16::NAN; count], v: vec![f16::NAN; count] }
@@ -172,7 +177,7 @@ impl Store {
 pub fn expected(
     store: &Store,
     layer: usize,
-    heads: &Heads,
+    heads: &AttendShape,
     sequences: &[Sequence],
     q: &[f32],
 ) -> Vec<f64> {
@@ -210,7 +215,7 @@ pub fn attended(
     gpu: &mut TestGpu,
     store: &Store,
     layer: usize,
-    heads: &Heads,
+    heads: &AttendShape,
     sequences: &[Sequence],
     q: &[f32],
     cut: Cut,

@@ -4,12 +4,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
+use hat_compute::backend::Backend as _;
+use hat_compute::open;
 use hat_engine::chunk::{self, Planner};
-use hat_engine::internal::{processor, short_model_id};
+use hat_engine::internal::short_model_id;
 use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
 use hat_engine::out::OutError;
 use hat_engine::token::Special;
-use hat_engine::{Engine, Error, Event, Request, backend::Backend as _};
+use hat_engine::{Engine, Error, Event, Request};
 use hat_engine::{out, outln};
 use hat_loader::{Bundle, Role};
 
@@ -49,13 +51,13 @@ impl DoctorArgs {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         outln!("machine: {} {}, {cores} cores", std::env::consts::OS, std::env::consts::ARCH)?;
         let threads = self.device.run.threads();
-        outln!("  computes with {}", processor::cpu(Processor::Auto, threads)?.describe())?;
+        outln!("  computes with {}", open::cpu(Processor::Auto, threads)?.describe())?;
         if self.verbose {
-            let portable = processor::cpu(Processor::Portable, threads)?;
+            let portable = open::cpu(Processor::Portable, threads)?;
             outln!("  with --processor portable, for comparison: {}", portable.describe())?;
         }
         outln!("gpus: taken only with --processor cuda; what has run on which: cuda/HARDWARE.md")?;
-        for line in processor::gpus() {
+        for line in open::gpus() {
             outln!("  {line}")?;
         }
         Ok(())

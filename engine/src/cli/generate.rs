@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use clap::Args;
-use hat_engine::internal::{processor, whole_answer};
+use hat_compute::open;
+use hat_engine::internal::whole_answer;
 use hat_engine::options::{Codec, FinishReason, Limits, Message, Role, SamplerConfig};
 use hat_engine::out::OutError;
 use hat_engine::{Engine, Event, Metrics, Request};
@@ -98,8 +99,7 @@ impl GenerateArgs {
         let directory = self.device.bundle.directory(cache)?;
         let split_layer = self.device.bundle.split_layer();
         let run = &self.device.run;
-        let at = (run.threads(), run.nice());
-        let chosen = processor::choose(run.processor(), run.weights(), at)?;
+        let chosen = open::choose(&run.compute())?;
         let context = Limits::device().context_max;
         let verify = run.verify(cache);
         self.prompt.refuse_two()?;

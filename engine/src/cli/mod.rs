@@ -19,6 +19,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use hat_compute::open::ComputeConfig;
 use hat_engine::options::{
     Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor,
     SamplerConfig, Verify,
@@ -324,16 +325,10 @@ impl RunArgs {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
     }
 
-    pub(crate) fn nice(&self) -> u8 {
-        self.nice
-    }
-
-    pub(crate) fn processor(&self) -> Processor {
-        self.processor
-    }
-
-    pub(crate) fn weights(&self) -> GpuWeights {
-        self.weights
+    /// Where the whole model computes.
+    pub(crate) fn compute(&self) -> ComputeConfig {
+        let Self { processor, weights, nice, .. } = *self;
+        ComputeConfig { processor, weights, threads: self.threads(), nice }
     }
 }
 

@@ -297,7 +297,7 @@ impl Session {
                 chunk.frames.pop_front();
             }
         }
-        plan.end_sequence(&self.sequence);
+        plan.end_sequence(self.sequence.pages());
         chunk.rows -= count - left;
         let planned = &mut chunk.planned;
         if planned.rows == 0 {
@@ -351,7 +351,7 @@ impl Session {
             let parents: Vec<u32> = frame.parents().collect();
             self.sequence.append_pending(head.first_id, &parents)?;
             for id in frame.ids() {
-                let known = plan.push_pending(&self.sequence, id);
+                let known = self.sequence.push_row(id, plan);
                 debug_assert!(known, "it was appended above");
             }
         }

@@ -6,13 +6,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded, never};
+use hat_compute::backend::cpu::compute_priority;
 use hat_transport::clock::Clock;
 use hat_transport::link::Waker;
 
 use super::session::{Session, StepRows};
 use super::violation::SessionViolation;
 use crate::Error;
-use crate::backend::{BackendFault, cpu::compute_priority};
+use crate::backend::BackendFault;
 use crate::model::{MiddleForward, MiddleStep};
 use crate::sched::{SessionKey, Work};
 
@@ -85,7 +86,7 @@ impl Job {
             }
             hidden.truncate(numbers_before);
             hidden.resize(plan.rows() * hidden_size, 0.0);
-            plan.end_sequence(&session.sequence);
+            plan.end_sequence(session.sequence.pages());
         }
         let (count, context) = (u64::from(work.rows), u64::from(work.context));
         self.attended += count * (2 * context + count) / 2;

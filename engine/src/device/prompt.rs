@@ -71,7 +71,7 @@ impl Request {
         let scratch = &mut cx.scratch;
         scratch.plan.clear();
         scratch.plan.push_committed(place, count);
-        scratch.plan.end_sequence(&self.kv);
+        scratch.plan.end_sequence(self.kv.pages());
         scratch.tokens.clear();
         let tokens = first as usize..(first + count) as usize;
         scratch.tokens.extend_from_slice(&self.path.tokens[tokens]);

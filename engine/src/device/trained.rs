@@ -83,7 +83,7 @@ impl DraftSessions {
             .expect("ids go on after the last one, and the session reserved all rows");
         self.plan.clear();
         self.plan.push_committed(place, count);
-        self.plan.end_sequence(sequence);
+        self.plan.end_sequence(sequence.pages());
         if says {
             said.resize(shallow.len(), 0.0);
             self.model.decide(&self.plan.plan(), shallow, deep, said);
@@ -126,10 +126,10 @@ impl DraftSessions {
             .expect("ids go on after the last one, and a tree fits what was reserved for it");
         plan.clear();
         for id in (first_id..).take(nodes.len()) {
-            let known = plan.push_pending(sequence, id);
+            let known = sequence.push_row(id, plan);
             debug_assert!(known, "it was appended above");
         }
-        plan.end_sequence(sequence);
+        plan.end_sequence(sequence.pages());
         y.resize(shallow.len(), 0.0);
         model.guess(&plan.plan(), shallow, y_before, y);
         for (node, y) in nodes.iter().zip(y.chunks_exact(hidden_size)) {

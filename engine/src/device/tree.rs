@@ -241,10 +241,10 @@ impl Request {
                 .expect("a tree fits what was reserved for it");
         }
         for node in below {
-            let known = scratch.plan.push_pending(&self.kv, drafts.ids[node]);
+            let known = self.kv.push_row(drafts.ids[node], &mut scratch.plan);
             debug_assert!(known, "it was appended above");
         }
-        scratch.plan.end_sequence(&self.kv);
+        scratch.plan.end_sequence(self.kv.pages());
         scratch.tokens.clear();
         scratch.tokens.extend(drafts.tree.nodes()[nodes.clone()].iter().map(|node| node.token));
         out.hidden.resize(nodes.end * cx.facts.hidden_size, 0.0);

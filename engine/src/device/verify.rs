@@ -119,7 +119,7 @@ impl Request {
         let plan = &mut cx.scratch.plan;
         plan.clear();
         plan.push_committed(RowPlace { position: first, slot: first }, rows);
-        plan.end_sequence(&self.kv);
+        plan.end_sequence(self.kv.pages());
         Ok(Some(TailRows { last_id: end - 1, count }))
     }
 
@@ -205,12 +205,12 @@ impl Request {
         if needs_tail {
             let plan = &mut cx.scratch.plan;
             plan.clear();
-            if !plan.push_pending(&self.kv, id) {
+            if !self.kv.push_row(id, plan) {
                 // Its token was decided before it came back: it is the last of the path.
                 let last = self.kv.committed() - 1;
                 plan.push_committed(RowPlace { position: last, slot: last }, 1);
             }
-            plan.end_sequence(&self.kv);
+            plan.end_sequence(self.kv.pages());
         }
         Some(Head { id, round, needs_tail })
     }

@@ -5,7 +5,8 @@
 //! idea of the logits adds the same noise to its own. With the true logits it would always be
 //! right; the better the idea, the more often it is.
 
-use crate::backend::TokenId;
+use hat_plan::TokenId;
+
 use crate::sample::{SamplerConfig, seeded_noise};
 
 /// Tokens that a drafter should name for each choice, so that the noise has something to choose

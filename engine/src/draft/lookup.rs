@@ -7,9 +7,10 @@
 
 use std::collections::HashMap;
 
+use hat_plan::TokenId;
+
 use super::tree::Guess;
 use super::{CLASSES, Drafter, Source};
-use crate::backend::TokenId;
 
 /// Longest run of tokens that is indexed.
 const NGRAM_MAX: usize = 3;

@@ -13,9 +13,10 @@
 
 use std::ops::Range;
 
+use hat_plan::{ARITHMETIC_CPU, BackendFault, TokenId};
+
 use super::foresee::Draw;
 use super::tree::{Guess, Node};
-use crate::backend::{ARITHMETIC_CPU, BackendFault, TokenId};
 use crate::prefix::PageId;
 
 /// A session of a trained drafter.
@@ -63,7 +64,7 @@ pub trait Trained: Send {
     /// One line for people: what it reads, and what computes it.
     fn describe(&self) -> String;
 
-    /// See [`crate::backend::Backend::arithmetic_id`].
+    /// See [`hat_plan::Backend::arithmetic_id`].
     fn arithmetic_id(&self) -> u32 {
         ARITHMETIC_CPU
     }

@@ -9,8 +9,9 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
+use hat_plan::TokenId;
+
 use super::Source;
-use crate::backend::TokenId;
 
 /// Most nodes of a tree, its root included: so many rows may pend in the cloud.
 pub const NODES_MAX: usize = 64;

@@ -3,13 +3,13 @@
 //! [`super::verdict`] says which fields are read, ignored and refused. The sampler's ranges are
 //! checked by the engine, which names the same fields.
 
+use hat_plan::TokenId;
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::Fields;
 use super::json;
 use super::verdict;
-use crate::backend::TokenId;
 use crate::draft::DraftMode;
 use crate::request::{Message, Request, Role};
 use crate::sample::SamplerConfig;

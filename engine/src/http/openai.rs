@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use hat_plan::PAGE_SIZE;
 use serde::Serialize;
 
 use super::ask::Shape;
-use crate::backend::PAGE_SIZE;
 use crate::metrics::Timings;
 use crate::request::{FinishReason, TokenLogprob};
 use crate::token::Tokenizer;

@@ -5,9 +5,10 @@
 
 use std::cmp::Ordering;
 
+use hat_plan::TokenId;
+
 use super::noise::{exp, ln};
 use super::{Choice, SamplerConfig};
-use crate::backend::TokenId;
 
 /// A candidate; [`rank`] orders them.
 #[derive(Clone, Copy, Debug)]

@@ -104,9 +104,9 @@ fn a_plan_names_the_ancestors_of_a_tree_row() {
     let mut plan = PlanBuffers::default();
     plan.clear();
     for id in 11..=14 {
-        assert!(plan.push_pending(&rows, id));
+        assert!(rows.push_row(id, &mut plan));
     }
-    plan.end_sequence(&rows);
+    plan.end_sequence(rows.pages());
     let plan = plan.plan();
     assert_eq!(plan.positions, [10, 10, 11, 11]);
     assert_eq!(plan.slots, [10, 11, 12, 13]);
@@ -144,8 +144,8 @@ impl Model {
         let mut plan = PlanBuffers::default();
         for row in &rows.pending {
             plan.clear();
-            assert!(plan.push_pending(rows, row.id));
-            plan.end_sequence(rows);
+            assert!(rows.push_row(row.id, &mut plan));
+            plan.end_sequence(rows.pages());
             let plan = plan.plan();
             let slots = (0..plan.prefix_len[0]).chain(plan.tail_slots.iter().copied());
             let seen: Vec<u32> = slots.map(|slot| self.kv[&rows.page_row(slot)]).collect();

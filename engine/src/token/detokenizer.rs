@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use hat_plan::TokenId;
+
 use super::pieces::{Pieces, Strip};
-use crate::backend::TokenId;
 
 /// What stands before the first token that is pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

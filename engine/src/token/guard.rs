@@ -23,9 +23,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use hat_plan::TokenId;
 use tokenizers::normalizers::{NormalizerWrapper, Replace};
-
-use crate::backend::TokenId;
 
 /// Stands in front of the second character of each mark.
 const ESCAPE: char = '\u{FDD0}';

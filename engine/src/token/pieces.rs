@@ -4,11 +4,11 @@
 //! sequence `Replace, ByteFallback, Fuse, Strip` (Llama 2, Mistral) and `Metaspace`. In each a
 //! token's bytes do not depend on its neighbours, but for spaces at the very start.
 
+use hat_plan::TokenId;
 use serde_json::Value;
 use tokenizers::Model;
 
 use super::TokenError;
-use crate::backend::TokenId;
 
 /// The bytes of all tokens, one after another, and where each begins.
 pub(super) struct Pieces {

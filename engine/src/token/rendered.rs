@@ -1,7 +1,8 @@
 //! Rendered conversations: what follows what, and ids of a part.
 
+use hat_plan::TokenId;
+
 use super::{ChatOptions, Message, TEXT_BYTES, TokenError, Tokenizer, guard, within};
-use crate::backend::TokenId;
 
 /// A conversation as the chat template renders it, with the control tokens that people wrote in it
 /// broken (see module `guard`).

@@ -10,12 +10,12 @@ mod fields;
 mod model;
 mod steps;
 
+use hat_plan::TokenId;
 use serde_json::{Map, Value, json};
 
 use self::fields::{Fields, Rule, wrong};
 use self::steps::Steps;
 use super::{TokenError, within};
-use crate::backend::TokenId;
 
 /// Longest token, in bytes.
 const TOKEN_BYTES_MAX: usize = 2048;

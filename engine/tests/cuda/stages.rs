@@ -36,7 +36,7 @@ impl Sessions {
             *next_id += rows;
             for plan in &mut plans {
                 plan.push_committed(first, rows);
-                plan.end_sequence(sequence);
+                plan.end_sequence(sequence.pages());
             }
         }
         let numbers = 64 * rows * entries.len() as u32;

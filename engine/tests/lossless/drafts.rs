@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use hat_engine::internal::{Whole, processor};
+use hat_compute::open as processor;
+use hat_engine::internal::Whole;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, FinishReason, LinkKind, Processor, SamplerConfig,
     Timings,

@@ -4,14 +4,16 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use hat_engine::backend::BackendFault;
+use hat_compute::DeviceModel;
+use hat_compute::open as processor;
 use hat_engine::draft::Source;
 use hat_engine::draft::trained::{Decided, Drafted, SessionId, Trained};
 use hat_engine::draft::tree::Guess;
-use hat_engine::internal::{DeviceModel, pages_for, processor};
+use hat_engine::internal::pages_for;
 use hat_engine::options::{Codec, DraftMode, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::AdapterKind;
+use hat_plan::BackendFault;
 
 use super::drafts::{few, request, whole};
 use super::support::drafter::add_noise;

@@ -1,8 +1,11 @@
 //! A cloud whose steps wait for something first.
 
-use hat_engine::internal::{MiddleForward, MiddleModel, MiddleStep, pool_pages, processor};
+use hat_compute::MiddleModel;
+use hat_compute::open;
+use hat_engine::internal::pool_pages;
 use hat_engine::options::Processor;
 use hat_engine::{Cloud, CloudConfig};
+use hat_plan::{MiddleForward, MiddleStep};
 
 struct Hooked<M, F> {
     model: M,
@@ -31,7 +34,7 @@ pub fn cloud_of_rows(config: CloudConfig, before: impl FnMut(usize) + Send + 'st
     let pages = pool_pages(&config);
     let rows = config.limits.step_rows_max as usize;
     let layers = half.split().layers(hat_loader::Submodel::Middle);
-    let backend = processor::cpu(Processor::Auto, 1).unwrap();
+    let backend = open::cpu(Processor::Auto, 1).unwrap();
     let model = MiddleModel::load(backend, &half, layers, rows, pages as usize).unwrap();
     Cloud::serve(config, &half, Box::new(Hooked { model, before }), pages).unwrap()
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use hat_engine::internal::{Tokenizer, processor};
+use hat_engine::internal::{Tokenizer, token_settings};
 use hat_engine::token::Special;
 use hat_loader::Bundle;
 use hat_tools::random::{Purpose, unit};
@@ -74,7 +74,7 @@ impl Prompts {
         let bundle = Bundle::open(device)?;
         let json = bundle.tokenizer_json()?;
         let json = json.with_context(|| format!("{} has no tokenizer", device.display()))?;
-        let tokenizer = Tokenizer::from_json(json.as_bytes(), &processor::token_settings(&bundle))?;
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), &token_settings(&bundle))?;
         Ok(Self::Made { tokenizer: Box::new(tokenizer), lengths, distinct, seed })
     }
 

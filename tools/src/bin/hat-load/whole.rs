@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use hat_engine::internal::{Whole, processor};
+use hat_compute::open;
+use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, Limits, Processor};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -62,7 +63,7 @@ pub(crate) fn compare(
     kept: &[Kept],
 ) -> anyhow::Result<Compared> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let backend = processor::cpu(Processor::Auto, threads)?;
+    let backend = open::cpu(Processor::Auto, threads)?;
     let wire = Codec::from_name(wire).expect("a codec's own name");
     let mut whole = Whole::open(backend, bundle, None, wire, Limits::device().context_max)?;
     let mut by_prompt: BTreeMap<u64, Vec<&Kept>> = BTreeMap::new();

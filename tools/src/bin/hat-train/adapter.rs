@@ -124,12 +124,13 @@ impl Adapter {
 
 #[cfg(test)]
 mod tests {
-    use hat_engine::backend::cpu::CpuBackend;
-    use hat_engine::internal::{
-        DraftForward as _, DraftModel, PlanBuffers, Sequence, processor, tiny_bundle,
-    };
+    use hat_compute::DraftModel;
+    use hat_compute::backend::cpu::CpuBackend;
+    use hat_compute::open;
+    use hat_engine::internal::{Sequence, tiny_bundle};
     use hat_engine::options::Processor;
     use hat_engine::sample::noise::philox;
+    use hat_plan::{DraftForward as _, PlanBuffers};
 
     use super::*;
     use crate::drafter::{Batch, Span, Unroll, WeightReader, linear, rms_norm};
@@ -193,7 +194,7 @@ mod tests {
             let place = sequence.append_committed(id, count, sequence.tip()).unwrap();
             plan.clear();
             plan.push_committed(place, count);
-            plan.end_sequence(sequence);
+            plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
             if drafts {
                 drafter.decide(&plan.plan(), shallow, deep, &mut y);
@@ -208,8 +209,8 @@ mod tests {
             let id = sequence.last_id() + 1;
             sequence.append_pending(id, &[parent]).unwrap();
             plan.clear();
-            assert!(plan.push_pending(sequence, id));
-            plan.end_sequence(sequence);
+            assert!(sequence.push_row(id, plan));
+            plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
             drafter.guess(&plan.plan(), shallow, y_before, &mut y);
             (id, y)
@@ -234,7 +235,7 @@ mod tests {
         };
         let unroll = Unroll::forward(&adapter.params, &dims, &batch, 3);
 
-        let backend = processor::cpu(Processor::Auto, 1).unwrap();
+        let backend = open::cpu(Processor::Auto, 1).unwrap();
         let drafter = DraftModel::load(backend, &device, 16, 4).unwrap().unwrap();
         assert_eq!(drafter.split_layer(), 1);
         let sequence = Sequence::new(vec![2, 1], 60);

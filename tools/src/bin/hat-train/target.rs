@@ -9,14 +9,14 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
-use hat_engine::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
-use hat_engine::backend::{Backend as _, PAGE_SIZE, Write};
-use hat_engine::internal::{
-    DeviceForward as _, DeviceModel, MiddleForward as _, MiddleModel, MiddleStep, Sequence,
-    Tokenizer, processor,
-};
+use hat_compute::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
+use hat_compute::backend::{Backend as _, Write};
+use hat_compute::open;
+use hat_compute::{DeviceModel, MiddleModel};
+use hat_engine::internal::{Sequence, Tokenizer, token_settings};
 use hat_engine::options::{Processor, TokenId};
 use hat_loader::{Bundle, ModelId, check_same_model};
+use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
 
 /// How a [`Target`] is set up.
 pub(crate) struct TargetConfig<'a> {
@@ -84,7 +84,7 @@ impl Target {
         if !taps.is_sorted_by(|a, b| a < b) || first < split || taps.iter().any(|t| *t >= layers) {
             bail!("--split-layers: ascending numbers from {split} to {} are needed", layers - 1);
         }
-        let backend = || processor::cpu(Processor::Auto, config.threads);
+        let backend = || open::cpu(Processor::Auto, config.threads);
         let slot_pages = config.context.div_ceil(PAGE_SIZE);
         let pages = slot_pages * config.slots;
         let mut cuts = vec![split];
@@ -97,7 +97,7 @@ impl Target {
             middles.push((model, run[0], u32::try_from(run[1])?));
         }
         let json = device.tokenizer_json()?.context("the bundle has no tokenizer")?;
-        let tokenizer = Tokenizer::from_json(json.as_bytes(), &processor::token_settings(&device))?;
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), &token_settings(&device))?;
         let context = u32::try_from(config.context)?;
         let mut target = Self {
             hidden_size: device.config().hidden_size,
@@ -140,7 +140,7 @@ impl Target {
             let count = u32::try_from(work.tokens.len())?;
             let place = sequence.append_committed(sequence.last_id() + 1, count, sequence.tip())?;
             step.plan.push_committed(place, count);
-            step.plan.end_sequence(sequence);
+            step.plan.end_sequence(sequence.pages());
             tokens.extend_from_slice(&work.tokens);
         }
         step.hidden.clear();

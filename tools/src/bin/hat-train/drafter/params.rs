@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
-use hat_engine::backend::Backend as _;
-use hat_engine::backend::cpu::CpuBackend;
-use hat_engine::internal::processor;
+use hat_compute::backend::Backend as _;
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::open;
 use hat_engine::options::Processor;
 use hat_loader::{Bundle, LlamaConfig};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -234,7 +234,7 @@ pub(crate) struct WeightReader {
 
 impl WeightReader {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        Ok(Self { backend: processor::cpu(Processor::Auto, 1)? })
+        Ok(Self { backend: open::cpu(Processor::Auto, 1)? })
     }
 
     /// A vector as one row, or a matrix, or some rows of it.

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hat_engine::backend::{AttendPlan, PAGE_SIZE};
-use hat_engine::internal::{DraftForward as _, DraftModel, PlanBuffers, Sequence, processor};
+use hat_compute::DraftModel;
+use hat_compute::open;
+use hat_engine::internal::Sequence;
 use hat_engine::options::Processor;
 use hat_engine::outln;
 use hat_loader::{Adapter, Bundle};
+use hat_plan::{AttendPlan, DraftForward as _, PAGE_SIZE, PlanBuffers};
 
 /// Positions before the draft.
 const CONTEXT: usize = 256;
@@ -22,7 +24,7 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
     let bytes = bytes(&adapter, device)?;
     let rows_max = CONTEXT.max(8);
     let pages = rows_max.div_ceil(PAGE_SIZE) + 1;
-    let backend = processor::cpu(Processor::Auto, threads)?;
+    let backend = open::cpu(Processor::Auto, threads)?;
     let mut drafter = DraftModel::new(backend, device, &adapter, rows_max, pages)?;
     let hidden = device.config().hidden_size;
     let row: Vec<f32> = (0..hidden * rows_max).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
@@ -32,7 +34,7 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
     let place = sequence.append_committed(1, u32::try_from(CONTEXT)?, 0)?;
     plan.clear();
     plan.push_committed(place, u32::try_from(CONTEXT)?);
-    plan.end_sequence(&sequence);
+    plan.end_sequence(sequence.pages());
     drafter.remember(&plan.plan(), &row[..CONTEXT * hidden], &row[..CONTEXT * hidden]);
     for rows in [1u32, 8] {
         let tip = sequence.tip();
@@ -40,9 +42,9 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
         sequence.append_pending(first, &vec![tip; rows as usize])?;
         plan.clear();
         for id in first..first + rows {
-            plan.push_pending(&sequence, id);
+            sequence.push_row(id, &mut plan);
         }
-        plan.end_sequence(&sequence);
+        plan.end_sequence(sequence.pages());
         let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
         sequence.commit(tip, &mut Vec::new(), &mut Vec::new())?;
         outln!(
@@ -54,7 +56,7 @@ pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Res
     Ok(())
 }
 
-fn median<B: hat_engine::backend::Backend>(
+fn median<B: hat_compute::backend::Backend>(
     drafter: &mut DraftModel<B>,
     plan: &AttendPlan<'_>,
     rows: &[f32],

@@ -4,40 +4,14 @@ use std::any::Any;
 use std::ops::Range;
 
 use hat_loader::Bundle;
+use hat_plan::{
+    AttendPlan, BackendError, BackendFault, DeviceForward, MiddleForward, MiddleStep, RowMove,
+    TokenId,
+};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Tensors, weight};
-use crate::Error;
-use crate::backend::{
-    ARITHMETIC_CPU, AttendPlan, Backend, BackendFault, Lent, RowMove, TokenId, Top,
-};
-use crate::sequence::PlanBuffers;
-
-/// The device's side of the model, whatever backend computes it. One dynamic call a step.
-pub trait DeviceForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// See [`Backend::arithmetic_id`].
-    fn arithmetic_id(&self) -> u32 {
-        ARITHMETIC_CPU
-    }
-    /// See [`Backend::fault`].
-    fn fault(&mut self) -> Option<BackendFault> {
-        None
-    }
-    /// Embedding and layers `0..split_layer` for the rows of `plan`; `hidden` gets
-    /// `[rows, hidden_size]`.
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]);
-    /// The last layers, for rows that came back from the cloud, in place. Fills their KV. Does
-    /// nothing without tail layers.
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]);
-    /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
-    fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
-    /// As [`DeviceForward::head`], but only the token with the greatest logit and that logit, of
-    /// equal ones the lowest. `None` if some logit is not finite.
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)>;
-    /// Moves KV rows of all layers.
-    fn compact(&mut self, moves: &[RowMove]);
-}
+use crate::LoadError;
+use crate::backend::{Backend, Top};
 
 /// Embedding, first layers, last layers, final norm and head on one backend.
 pub struct DeviceModel<B: Backend> {
@@ -61,14 +35,14 @@ impl<B: Backend> DeviceModel<B> {
     /// `capacity` rows and a KV store of `pages` pages.
     ///
     /// # Errors
-    /// [`Error::Bundle`] or [`Error::Backend`].
+    /// [`LoadError::Bundle`] or [`LoadError::Backend`].
     pub fn load(
         mut backend: B,
         bundle: &Bundle,
         split_layer: usize,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let config = bundle.config();
         let shape = ModelShape::new(config);
         let layers = shape.num_hidden_layers;
@@ -171,59 +145,6 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
     }
 }
 
-/// The rows of one step of the middle submodel.
-#[derive(Debug, Default)]
-pub struct MiddleStep {
-    /// Which rows, sequence after sequence; sequences stand in ascending order of entry layer.
-    pub plan: PlanBuffers,
-    /// Entry layer of each sequence, ascending. `[sequences]`
-    pub entry_layers: Vec<u32>,
-    /// Layer before which all rows leave.
-    pub exit_layer: u32,
-    /// Rows that move in the KV store before anything is computed.
-    pub moves: Vec<RowMove>,
-    /// The rows, in and out. `[rows, hidden_size]`
-    pub hidden: Vec<f32>,
-    /// The rows that somebody reads afterwards, ascending; all of them if it is `None`. What
-    /// `hidden` holds of the others then means nothing.
-    pub wanted: Option<Vec<Range<usize>>>,
-    /// Between two stages: the rows where the next one takes them. `hidden` means nothing then.
-    pub lent: Option<Lent>,
-}
-
-/// The cloud's side of the model. One dynamic call a step.
-pub trait MiddleForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// See [`Backend::arithmetic_id`].
-    fn arithmetic_id(&self) -> u32 {
-        ARITHMETIC_CPU
-    }
-    /// See [`Backend::fault`].
-    fn fault(&mut self) -> Option<BackendFault> {
-        None
-    }
-    /// Runs a step, in place.
-    fn forward(&mut self, step: &mut MiddleStep);
-    /// Makes this stage hand its rows to `next` without the host, if both can: rows of `steps`
-    /// steps at most at a time.
-    ///
-    /// # Errors
-    /// [`Error::Backend`] if there is no memory for them.
-    fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), Error> {
-        let _ = (next, steps);
-        Ok(())
-    }
-    /// How rows get to the stage that this one is linked to, in words; `None` through `hidden`.
-    fn hands_over(&self) -> Option<&str> {
-        None
-    }
-    /// What it is, for the stage before it.
-    fn as_any(&self) -> Option<&dyn Any> {
-        None
-    }
-}
-
 /// A run of decoder layers on one backend.
 pub struct MiddleModel<B: Backend> {
     backend: B,
@@ -243,14 +164,14 @@ impl<B: Backend> MiddleModel<B> {
     /// `capacity` rows and a KV store of `pages` pages.
     ///
     /// # Errors
-    /// [`Error::Bundle`] or [`Error::Backend`].
+    /// [`LoadError::Bundle`] or [`LoadError::Backend`].
     pub fn load(
         mut backend: B,
         bundle: &impl Tensors,
         range: Range<usize>,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let shape = ModelShape::new(bundle.config());
         let layers = DecoderLayer::load_range(&mut backend, bundle, range.clone())?;
         Ok(Self {
@@ -316,7 +237,7 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
         self.backend.fault()
     }
 
-    fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), Error> {
+    fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), BackendError> {
         if let Some(next) = next.as_any().and_then(|next| next.downcast_ref::<Self>()) {
             let (capacity, columns) = (self.capacity, self.shape.hidden_size);
             self.hands_over = self.backend.link(&next.backend, capacity, columns, steps)?;

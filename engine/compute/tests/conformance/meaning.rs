@@ -1,9 +1,10 @@
 //! The reference against numbers made by hand, and every other backend against the reference.
 
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::reference::Reference;
-use hat_engine::backend::{AttendShape, Backend, BackendError, KvShape, RowMove};
+use hat_compute::backend::Backend;
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_compute::backend::reference::Reference;
 use hat_loader::{DType, Layout, TensorBytes, layout};
+use hat_plan::{AttendShape, BackendError, KvShape, RowMove};
 
 use crate::cases::*;
 

@@ -15,12 +15,13 @@ mod gpu;
 
 use cases::*;
 use gpu::{backend, gpu};
+use hat_compute::backend::Backend as _;
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_compute::backend::cuda::CudaBackend;
 use hat_cuda::kernel::Kernel;
 use hat_cuda::test_gpu::TestGpu;
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::cuda::CudaBackend;
-use hat_engine::backend::{AttendShape, Backend as _};
 use hat_loader::DType;
+use hat_plan::AttendShape;
 
 const BLOCKS: [DType; 4] = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q6K];
 

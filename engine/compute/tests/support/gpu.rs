@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use hat_compute::backend::cuda::CudaBackend;
 use hat_cuda::emulator::Build;
 use hat_cuda::test_gpu::TestGpu;
-use hat_engine::backend::cuda::CudaBackend;
 
 /// Nothing where there is neither.
 pub fn gpu() -> Option<TestGpu> {

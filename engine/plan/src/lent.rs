@@ -1,6 +1,7 @@
 //! Rows that one stage of a pipeline leaves where the next one can take them.
 
 use std::any::Any;
+use std::fmt;
 use std::sync::Arc;
 
 /// Rows on their way from one backend to another of the same type, without the host.
@@ -10,20 +11,20 @@ pub struct Lent(Arc<dyn Any + Send + Sync>);
 
 impl Lent {
     /// Lends what `rows` holds.
-    #[cfg(feature = "cuda")]
-    pub(super) fn new<T: Send + Sync + 'static>(rows: &Arc<T>) -> Self {
+    #[must_use]
+    pub fn new<T: Send + Sync + 'static>(rows: &Arc<T>) -> Self {
         Self(Arc::clone(rows) as _)
     }
 
     /// What is lent, if it is of this type.
-    #[cfg(feature = "cuda")]
-    pub(super) fn rows<T: Send + Sync + 'static>(&self) -> Option<&T> {
+    #[must_use]
+    pub fn rows<T: Send + Sync + 'static>(&self) -> Option<&T> {
         self.0.downcast_ref()
     }
 }
 
-impl std::fmt::Debug for Lent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Lent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Lent").field(&Arc::strong_count(&self.0)).finish()
     }
 }

@@ -18,51 +18,11 @@
 
 use hat_loader::layout;
 use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};
+use hat_plan::{AttendPlan, BackendFault, DraftForward, Likely};
 
 use super::llama::{ModelShape, weight};
-use crate::Error;
-use crate::backend::{AttendPlan, Backend, BackendFault, LinearInto, TokenId, Write};
-
-/// A token and how probable the drafter thinks it is, given that all before it is right.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Likely {
-    /// The token.
-    pub token: TokenId,
-    /// Over the draft vocabulary. `0..=1`
-    pub probability: f32,
-}
-
-/// A trained drafter, whatever backend computes it. The caller keeps the slots: a
-/// [`crate::sequence::Sequence`] of the drafter's own, whose committed rows are decided tokens.
-pub trait DraftForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// See [`Backend::arithmetic_id`].
-    fn arithmetic_id(&self) -> u32;
-    /// See [`Backend::fault`]; what was said since the last question means nothing then.
-    fn fault(&mut self) -> Option<BackendFault>;
-    /// Shallow rows are those after so many layers.
-    fn split_layer(&self) -> usize;
-    /// Whether [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
-    fn reads_deep(&self) -> bool;
-    /// Fills the keys of decided rows from which nothing is drafted. `shallow` and `deep_before`
-    /// are `[rows, hidden_size]`; `deep_before` holds what the cloud returned for the token before
-    /// each, zeros where it returned nothing (within the prompt).
-    fn remember(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep_before: &[f32]);
-    /// As [`DraftForward::remember`], and says in `y` (`[rows, hidden_size]`) what follows.
-    fn decide(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shallow: &[f32],
-        deep_before: &[f32],
-        y: &mut [f32],
-    );
-    /// Rows of drafted tokens: `y_before` is what was said for their parents.
-    fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
-    /// The `count` likeliest tokens after each row of `y`, best first, appended to `out`: `count`
-    /// for each row, or the whole draft vocabulary where it is smaller.
-    fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>);
-}
+use crate::LoadError;
+use crate::backend::{Backend, LinearInto, Write};
 
 /// The matrices of a kind that has them.
 struct Feed<B: Backend> {
@@ -117,14 +77,14 @@ impl<B: Backend> DraftModel<B> {
     /// `pages` pages; `None` if the bundle has none.
     ///
     /// # Errors
-    /// [`Error::Bundle`] if the file is not one for this model, [`Error::Backend`].
+    /// [`LoadError::Bundle`] if the file is not one for this model, [`LoadError::Backend`].
     pub fn load(
         backend: B,
         bundle: &Bundle,
         capacity: usize,
         pages: usize,
-    ) -> Result<Option<Self>, Error> {
-        let adapter = bundle.adapter().map_err(|error| unusable(bundle, error.to_string()))?;
+    ) -> Result<Option<Self>, LoadError> {
+        let adapter = bundle.adapter().map_err(|error| LoadError::bundle(bundle, error))?;
         adapter.map(|adapter| Self::new(backend, bundle, &adapter, capacity, pages)).transpose()
     }
 
@@ -138,10 +98,11 @@ impl<B: Backend> DraftModel<B> {
         adapter: &Adapter,
         capacity: usize,
         pages: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let shape = ModelShape::new(bundle.config());
-        let mut take = |name: &str| -> Result<B::Weight, Error> {
-            let tensor = adapter.tensor(name).map_err(|reason| unusable(bundle, reason))?;
+        let mut take = |name: &str| -> Result<B::Weight, LoadError> {
+            let tensor =
+                adapter.tensor(name).map_err(|reason| LoadError::bundle(bundle, reason))?;
             Ok(backend.weight(&tensor)?)
         };
         let feed = match adapter.kind() {
@@ -334,7 +295,7 @@ impl<B: Backend> Buffers<B> {
         shape: &ModelShape,
         vocabulary: usize,
         capacity: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let attend = &shape.attend;
         let mut alloc = |columns| backend.alloc(capacity, columns);
         Ok(Self {
@@ -353,10 +314,6 @@ impl<B: Backend> Buffers<B> {
     }
 }
 
-fn unusable(bundle: &Bundle, reason: String) -> Error {
-    Error::Bundle { path: bundle.directory().to_path_buf(), reason }
-}
-
 /// The weight of a norm that only divides.
 fn ones(hidden_size: usize) -> Tensor {
     Tensor {
@@ -369,10 +326,10 @@ fn ones(hidden_size: usize) -> Tensor {
 }
 
 /// The rows of the model's head for the draft vocabulary, in memory of their own.
-fn draft_head(bundle: &Bundle, vocabulary: &[u32]) -> Result<Tensor, Error> {
+fn draft_head(bundle: &Bundle, vocabulary: &[u32]) -> Result<Tensor, LoadError> {
     let tied = bundle.config().tie_word_embeddings;
     let name = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    let head = bundle.tensor(name).map_err(|error| unusable(bundle, error.to_string()))?;
+    let head = bundle.tensor(name).map_err(|error| LoadError::bundle(bundle, error))?;
     let k = bundle.config().hidden_size;
     let row_bytes = head.dtype.row_bytes(k).expect("a bundle's matrices are whole blocks");
     let mut rows = vec![0; vocabulary.len() * row_bytes];

@@ -2,8 +2,6 @@
 
 #[path = "conformance/cases.rs"]
 mod cases;
-#[path = "conformance/codecs.rs"]
-mod codecs;
 #[path = "conformance/meaning.rs"]
 mod meaning;
 #[path = "conformance/same_bits.rs"]

@@ -1,10 +1,9 @@
 //! Inputs at the edges, and one way to run each operation on any backend.
 
 use half::f16;
-use hat_engine::backend::{
-    AttendPlan, AttendShape, Backend, KvShape, LinearInto, PAGE_SIZE, RowMove, TokenId, Top, Write,
-};
+use hat_compute::backend::{Backend, LinearInto, Top, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
+use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE, RowMove, TokenId};
 
 pub(crate) const DTYPES: [DType; 7] =
     [DType::F32, DType::F16, DType::Bf16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q6K];

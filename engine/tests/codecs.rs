@@ -2,7 +2,22 @@
 
 use hat_engine::options::Codec;
 
-use crate::cases::Random;
+/// A seeded source of numbers.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    /// Between -1 and 1.
+    fn number(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 32) as u32).cast_signed() as f32 / 2_147_483_648.0
+    }
+}
 
 /// Rows like a residual stream's: small numbers, and in each row one channel far above them.
 fn rows(hidden: usize, random: &mut Random) -> Vec<f32> {

@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use hat_loader::{Bundle, LlamaConfig, Tensor};
+use hat_plan::{AttendPlan, AttendShape, BackendError, KvShape};
 
-use crate::Error;
-use crate::backend::{AttendPlan, AttendShape, Backend, BackendError, KvShape, LinearInto, Write};
+use crate::LoadError;
+use crate::backend::{Backend, LinearInto, Write};
 
 /// The numbers of a model that its layers share.
 #[derive(Clone, Debug)]
@@ -65,7 +66,7 @@ impl<B: Backend> Projection<B> {
         bundle: &impl Tensors,
         name: &str,
         with_bias: bool,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let weight = weight(backend, bundle, &format!("{name}.weight"))?;
         let bias = if with_bias {
             Some(self::weight(backend, bundle, &format!("{name}.bias"))?)
@@ -93,8 +94,8 @@ pub trait Tensors {
     /// One of them, by its checkpoint name.
     ///
     /// # Errors
-    /// [`Error::Bundle`] if it is not there.
-    fn tensor(&self, name: &str) -> Result<Tensor, Error>;
+    /// [`LoadError::Bundle`] if it is not there.
+    fn tensor(&self, name: &str) -> Result<Tensor, LoadError>;
 }
 
 impl Tensors for Bundle {
@@ -102,11 +103,8 @@ impl Tensors for Bundle {
         self.config()
     }
 
-    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
-        self.tensor(name).map_err(|error| Error::Bundle {
-            path: self.directory().to_path_buf(),
-            reason: error.to_string(),
-        })
+    fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
+        self.tensor(name).map_err(|error| LoadError::bundle(self, error))
     }
 }
 
@@ -115,7 +113,7 @@ pub(super) fn weight<B: Backend>(
     backend: &mut B,
     tensors: &impl Tensors,
     name: &str,
-) -> Result<B::Weight, Error> {
+) -> Result<B::Weight, LoadError> {
     Ok(backend.weight(&tensors.tensor(name)?)?)
 }
 
@@ -172,8 +170,8 @@ impl<B: Backend> DecoderLayer<B> {
     /// Layer `index` of the model, from the bundle that holds it.
     ///
     /// # Errors
-    /// [`Error::Bundle`] if a tensor is missing, [`Error::Backend`] if it has no kernel.
-    pub fn load(backend: &mut B, bundle: &impl Tensors, index: usize) -> Result<Self, Error> {
+    /// [`LoadError::Bundle`] if a tensor is missing, [`LoadError::Backend`] if it has no kernel.
+    pub fn load(backend: &mut B, bundle: &impl Tensors, index: usize) -> Result<Self, LoadError> {
         let at = |part: &str| format!("model.layers.{index}.{part}");
         let qkv_bias = bundle.config().attention_bias;
         let mut projection = |part: &str, bias| Projection::load(backend, bundle, &at(part), bias);
@@ -207,7 +205,7 @@ impl<B: Backend> DecoderLayer<B> {
         backend: &mut B,
         bundle: &impl Tensors,
         range: Range<usize>,
-    ) -> Result<Vec<Self>, Error> {
+    ) -> Result<Vec<Self>, LoadError> {
         range.map(|index| Self::load(backend, bundle, index)).collect()
     }
 

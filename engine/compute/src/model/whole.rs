@@ -1,24 +1,37 @@
 //! The yardstick: the whole model in one process, one row at a time, over contiguous KV.
 //!
 //! It shares the kernels and the decoder layer with the split engine and nothing else: no pool of
-//! pages, no scheduler, session, transport or draft. Rows go through the wire codec where they
-//! would cross the link, so its logits are those that the split engine has to reproduce.
+//! pages, no scheduler, session, transport or draft. What the link would do to rows is done to them
+//! where they would cross it, so its logits are those that the split engine has to reproduce.
 
 use std::ops::Range;
 
 use hat_loader::Bundle;
+use hat_plan::{AttendPlan, PAGE_SIZE, TokenId};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
-use crate::Error;
-use crate::backend::{AttendPlan, Backend, BackendError, PAGE_SIZE, TokenId, Write};
-use crate::pack::Codec;
+use crate::backend::{Backend, Write};
+use crate::{LoadError, StepError};
+
+/// Where a row would cross the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crossing {
+    /// To the cloud.
+    Up,
+    /// To the device.
+    Down,
+}
+
+/// What the link does to a row, in place; `false` if it can't take it, since some number is not
+/// finite.
+pub type Cross = dyn FnMut(Crossing, &mut [f32]) -> bool + Send;
 
 /// All layers, embedding and head on one backend.
 pub struct WholeModel<B: Backend> {
     backend: B,
     shape: ModelShape,
-    codec: Codec,
     crossings: Range<usize>, // rows cross before these two layers
+    cross: Box<Cross>,
     embed_tokens: B::Weight,
     layers: Vec<DecoderLayer<B>>,
     norm: B::Weight,
@@ -30,24 +43,23 @@ pub struct WholeModel<B: Backend> {
     normed: B::Buffer, // [1, hidden_size]
     logits: B::Buffer, // [1, vocab_size]
     row: Vec<f32>,     // [hidden_size]
-    wire: Vec<u8>,     // one row on the wire
     position: u32,
 }
 
 impl<B: Backend> WholeModel<B> {
-    /// Both halves of a bundle together, for at most `context` positions. Rows would cross the
-    /// link before layer `crossings.start` and before layer `crossings.end`.
+    /// Both halves of a bundle together, for at most `context` positions. `cross` is done to rows
+    /// before layer `crossings.start`, and before layer `crossings.end` on the way back.
     ///
     /// # Errors
-    /// [`Error::Bundle`] or [`Error::Backend`].
+    /// [`LoadError::Bundle`] or [`LoadError::Backend`].
     pub fn load(
         mut backend: B,
         device: &Bundle,
         cloud: &Bundle,
         crossings: Range<usize>,
-        codec: Codec,
+        cross: Box<Cross>,
         context: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, LoadError> {
         let config = device.config();
         let shape = ModelShape::new(config);
         let mut layers = Vec::with_capacity(shape.num_hidden_layers);
@@ -71,10 +83,9 @@ impl<B: Backend> WholeModel<B> {
             normed: backend.alloc(1, shape.hidden_size)?,
             logits: backend.alloc(1, shape.vocab_size)?,
             row: vec![0.0; shape.hidden_size],
-            wire: Vec::new(),
             position: 0,
-            codec,
             crossings,
+            cross,
             layers,
             lm_head,
             shape,
@@ -102,12 +113,12 @@ impl<B: Backend> WholeModel<B> {
     /// Runs one token; `logits` (`[vocab_size]`), where given, gets what follows it.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a row that would cross the link holds something that is no number;
-    /// [`Error::Backend`] if the backend did not compute it.
+    /// [`StepError::NotFinite`] if a row that would cross the link holds what is no number;
+    /// [`StepError::Fault`] if the backend did not compute it.
     ///
     /// # Panics
     /// If the context is full.
-    pub fn step(&mut self, token: TokenId, logits: Option<&mut [f32]>) -> Result<(), Error> {
+    pub fn step(&mut self, token: TokenId, logits: Option<&mut [f32]>) -> Result<(), StepError> {
         let slot = [self.position];
         let pages_end = [0, u32::try_from(self.pages.len()).expect("few pages")];
         assert!((slot[0] as usize) < self.pages.len() * PAGE_SIZE, "the context is full");
@@ -127,7 +138,7 @@ impl<B: Backend> WholeModel<B> {
         self.pages = pages;
         self.position += 1;
         match self.backend.fault() {
-            Some(fault) => Err(BackendError::Fault(fault).into()),
+            Some(fault) => Err(fault.into()),
             None => done,
         }
     }
@@ -137,15 +148,15 @@ impl<B: Backend> WholeModel<B> {
         token: TokenId,
         plan: &AttendPlan<'_>,
         logits: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), StepError> {
         self.backend.embed(&[token], &self.embed_tokens, &mut self.x);
         self.scratch.start_step(&mut self.backend, &self.shape, plan.positions);
         for index in 0..=self.layers.len() {
             if index == self.crossings.start {
-                self.cross(self.codec)?;
+                self.cross(Crossing::Up)?;
             }
             if index == self.crossings.end {
-                self.cross(self.codec.down())?;
+                self.cross(Crossing::Down)?;
             }
             let Self { backend, shape, layers, x, kv, scratch, .. } = self;
             if let Some(layer) = layers.get(index) {
@@ -162,15 +173,11 @@ impl<B: Backend> WholeModel<B> {
         Ok(())
     }
 
-    /// What the link does to a row: there and back through the codec.
-    fn cross(&mut self, codec: Codec) -> Result<(), Error> {
+    fn cross(&mut self, crossing: Crossing) -> Result<(), StepError> {
         self.backend.download(&self.x, 0, &mut self.row);
-        let (hidden_size, position) = (self.shape.hidden_size, self.position);
-        self.wire.resize(codec.row_bytes(hidden_size), 0);
-        codec
-            .pack(&self.row, hidden_size, &mut self.wire)
-            .and_then(|()| codec.unpack(&self.wire, hidden_size, &mut self.row))
-            .map_err(|_| Error::NotFinite { position })?;
+        if !(self.cross)(crossing, &mut self.row) {
+            return Err(StepError::NotFinite { position: self.position });
+        }
         self.backend.upload(&self.row, &mut self.x);
         Ok(())
     }

@@ -88,9 +88,9 @@ impl Default for CpuConfig {
     }
 }
 
-/// The operations in whose output [`CpuBackend::plant_ulp`] can plant a fault.
-#[doc(hidden)]
+/// The operations in whose output a test can plant a fault (feature `testkit`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named as the methods of the backend")]
 pub enum Op {
     Embed,
     RmsNorm,
@@ -168,7 +168,7 @@ impl CpuBackend {
 
     /// For tests that have to fail: flips the last bit of number `element` (modulo their count)
     /// of the output of `op`, in its next call or every time.
-    #[doc(hidden)]
+    #[cfg(feature = "testkit")]
     pub fn plant_ulp(&mut self, op: Op, element: usize, every_time: bool) {
         self.fault = Some(Fault { op, element, every_time });
     }

@@ -7,135 +7,14 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-mod fault;
-mod lent;
+#[cfg(feature = "testkit")]
 pub mod reference;
 
 use hat_loader::Tensor;
-
-pub use self::fault::BackendFault;
-pub use self::lent::Lent;
-
-/// An index into the vocabulary.
-pub type TokenId = u32;
-
-/// The arithmetic of the CPU backends, as specified in `docs/ARITHMETIC.md`.
-pub const ARITHMETIC_CPU: u32 = 1;
-/// The arithmetic of the CUDA kernels, which stands in their sources (`docs/KERNELS.md`).
-pub const ARITHMETIC_CUDA: u32 = 2;
-
-/// Rows of one KV page, and keys of one attention tile.
-pub const PAGE_SIZE: usize = 32;
-
-/// What can go wrong below the model.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// A tensor has a type, layout or shape that this backend has no kernel for.
-    #[error("{backend}: no kernel for tensor {tensor}: {reason}")]
-    Unsupported {
-        /// Which backend.
-        backend: &'static str,
-        /// The tensor's name.
-        tensor: String,
-        /// What does not fit.
-        reason: String,
-    },
-    /// The backend can't be started as configured.
-    #[error("{backend}: {field}: {reason}")]
-    Config {
-        /// Which backend.
-        backend: &'static str,
-        /// The field of its configuration.
-        field: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Memory could not be had.
-    #[error("{backend}: {bytes} bytes for {purpose} could not be allocated")]
-    OutOfMemory {
-        /// Which backend.
-        backend: &'static str,
-        /// How many bytes were asked for.
-        bytes: usize,
-        /// What for.
-        purpose: &'static str,
-    },
-    /// It did not compute what it was asked to.
-    #[error(transparent)]
-    Fault(#[from] BackendFault),
-}
-
-/// Size of a KV store: `layers x pages x kv_heads x PAGE_SIZE x head_dim`, f16, K and V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvShape {
-    /// Decoder layers of this submodel.
-    pub layers: usize,
-    /// Pages of [`PAGE_SIZE`] rows, each for all layers.
-    pub pages: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Numbers in one head.
-    pub head_dim: usize,
-}
-
-impl KvShape {
-    /// Bytes of K and V together.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.layers * self.pages * self.kv_heads * self.head_dim * PAGE_SIZE * 2 * 2
-    }
-}
-
-/// Which rows attend to what. Ragged, sequence after sequence, in the order of the batch.
-///
-/// A *slot* counts rows of KV within one sequence: slot `s` is row `s % PAGE_SIZE` of page
-/// `page_indices[page_indptr[i] + s / PAGE_SIZE]`. The first `prefix_len[r]` logical positions of
-/// row `r` stand at the slots of the same number; the rest (ancestors in a draft tree, and the
-/// row itself if it is not at its own position's slot) are named one by one in `tail_slots`, in
-/// logical order. So row `r` sees `prefix_len[r] + tail` keys, and `positions[r]` is one less.
-#[derive(Clone, Copy, Debug)]
-pub struct AttendPlan<'a> {
-    /// Logical position of each row. `[rows]`
-    pub positions: &'a [u32],
-    /// Slot that each row's own K and V go to. `[rows]`
-    pub slots: &'a [u32],
-    /// Logical positions of each row that stand at the slot of the same number. `[rows]`
-    pub prefix_len: &'a [u32],
-    /// Where each row's part of `tail_slots` begins and ends. `[rows + 1]`
-    pub tail_indptr: &'a [u32],
-    /// Slots of the logical positions `prefix_len..=position`.
-    pub tail_slots: &'a [u32],
-    /// Rows of sequence `i` are `q_indptr[i]..q_indptr[i + 1]`. `[sequences + 1]`
-    pub q_indptr: &'a [u32],
-    /// Pages of sequence `i` are `page_indices[page_indptr[i]..page_indptr[i + 1]]`.
-    /// `[sequences + 1]`
-    pub page_indptr: &'a [u32],
-    /// Page numbers in the KV store.
-    pub page_indices: &'a [u32],
-}
-
-impl AttendPlan<'_> {
-    /// Rows in the batch.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.positions.len()
-    }
-}
-
-/// How one model attends; the same for every layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttendShape {
-    /// Query heads; a multiple of `kv_heads`.
-    pub heads: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Numbers in one head; even.
-    pub head_dim: usize,
-    /// Keys further back than this are not seen (Mistral): a row at position `p` sees positions
-    /// `p - window + 1 ..= p`.
-    pub window: Option<u32>,
-}
+use hat_plan::{
+    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, BackendFault, KvShape, Lent, PAGE_SIZE,
+    RowMove, TokenId,
+};
 
 /// What happens to the old content of a `linear`'s output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,15 +65,6 @@ pub struct LinearInto<'a, B: Backend + ?Sized> {
     pub bias: Option<&'a B::Weight>,
     /// `[rows, n]`, overwritten.
     pub out: &'a mut B::Buffer,
-}
-
-/// One K/V row moves within the KV store, for all layers: `(page, row)` to `(page, row)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowMove {
-    /// Page and row within it that is read.
-    pub from: (u32, u32),
-    /// Page and row within it that is written.
-    pub to: (u32, u32),
 }
 
 /// One method for each kernel. All row counts are explicit; a buffer may be larger.

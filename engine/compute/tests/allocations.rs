@@ -3,9 +3,10 @@
 use std::alloc::{GlobalAlloc, Layout as Memory, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use hat_engine::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_engine::backend::{AttendPlan, AttendShape, Backend, KvShape, LinearInto, RowMove, Write};
+use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
+use hat_compute::backend::{Backend, LinearInto, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
+use hat_plan::{AttendPlan, AttendShape, KvShape, RowMove};
 
 /// Counts what goes to the system.
 struct Counting;

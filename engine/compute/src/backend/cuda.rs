@@ -12,7 +12,7 @@ use hat_cuda::embed;
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _};
 use hat_cuda::kv;
 use hat_cuda::linear_float::COLUMNS;
-use hat_cuda::plan::{HEAD_DIMS, Heads, Plan, PlanOnGpu};
+use hat_cuda::plan::{HEAD_DIMS, PlanOnGpu};
 use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
@@ -20,12 +20,13 @@ use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
+use hat_plan::ARITHMETIC_CUDA;
 
 use self::lanes::Lanes;
 use self::product::Prepared;
 use super::{
-    ARITHMETIC_CUDA, AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent,
-    LinearInto, RowMove, TokenId, Top, Write,
+    AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent, LinearInto,
+    RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cuda";
@@ -58,7 +59,7 @@ pub struct CudaBackend<G: Gpu> {
 #[derive(Default, PartialEq)]
 struct Planned {
     numbers: Vec<u32>,
-    heads: Option<Heads>,
+    heads: Option<AttendShape>,
     pages: usize,
 }
 
@@ -119,11 +120,6 @@ fn room<'a, G: Gpu>(
     Ok(place.as_mut().expect("put there above"))
 }
 
-fn heads(shape: &AttendShape) -> Heads {
-    let AttendShape { heads, kv_heads, head_dim, window } = *shape;
-    Heads { heads, kv_heads, head_dim, window }
-}
-
 impl<G: Gpu> CudaBackend<G> {
     /// A backend on a GPU.
     pub fn new(gpu: G) -> Self {
@@ -158,7 +154,7 @@ impl<G: Gpu> CudaBackend<G> {
     fn take_plan(
         &mut self,
         plan: &AttendPlan<'_>,
-        heads: &Heads,
+        heads: &AttendShape,
         pages: usize,
     ) -> Result<(), GpuError> {
         let arrays = [
@@ -188,17 +184,7 @@ impl<G: Gpu> CudaBackend<G> {
                 place.insert(PlanOnGpu::new(gpu, rows, tails, named)?)
             }
         };
-        let plan = Plan {
-            positions: plan.positions,
-            slots: plan.slots,
-            prefix_len: plan.prefix_len,
-            tail_indptr: plan.tail_indptr,
-            tail_slots: plan.tail_slots,
-            q_indptr: plan.q_indptr,
-            page_indptr: plan.page_indptr,
-            page_indices: plan.page_indices,
-        };
-        on_gpu.write(gpu, &plan, heads, pages)?;
+        on_gpu.write(gpu, plan, heads, pages)?;
         self.planned.numbers.clear();
         self.planned.numbers.extend(arrays.iter().copied().flatten());
         (self.planned.heads, self.planned.pages) = (Some(*heads), pages);
@@ -276,12 +262,11 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     }
 
     fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, BackendError> {
-        let KvShape { layers, pages, kv_heads, head_dim } = shape;
+        let KvShape { head_dim, .. } = shape;
         if !HEAD_DIMS.contains(&head_dim) {
             let reason = format!("is {head_dim}; there are kernels for {HEAD_DIMS:?}");
             return Err(BackendError::Config { backend: NAME, field: "head_dim", reason });
         }
-        let shape = kv::KvShape { layers, pages, kv_heads, head_dim };
         kv::Kv::new(&mut self.gpu, shape).map_err(start_error)
     }
 
@@ -443,9 +428,8 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         v: &Self::Buffer,
         kv: &mut Self::Kv,
     ) {
-        let heads = heads(shape);
         self.queue(|this| {
-            this.take_plan(plan, &heads, kv.shape().pages)?;
+            this.take_plan(plan, shape, kv.shape().pages)?;
             let to = RopeAppend {
                 angles: angles.memory.slice(),
                 q: q.memory.slice_mut(),
@@ -453,7 +437,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
                 v: v.memory.slice(),
             };
             let plan = this.plan.as_ref().expect("taken above");
-            rope_append::rope_append(&mut this.gpu, plan, &heads, layer, to, kv)
+            rope_append::rope_append(&mut this.gpu, plan, shape, layer, to, kv)
         });
     }
 
@@ -466,9 +450,8 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         kv: &Self::Kv,
         out: &mut Self::Buffer,
     ) {
-        let heads = heads(shape);
         self.queue(|this| {
-            this.take_plan(plan, &heads, kv.shape().pages)?;
+            this.take_plan(plan, shape, kv.shape().pages)?;
             // Few rows are split by keys; many keep the GPU busy without.
             let rows = plan.rows().min(64);
             let keys = plan.positions.iter().max().map_or(0, |last| *last as usize + 1);
@@ -476,21 +459,19 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
             if this.parts.as_ref().is_none_or(|(_, room)| *room < wanted) {
                 this.parts = None;
                 let room = wanted.next_power_of_two();
-                this.parts = Some((Parts::new(&mut this.gpu, &heads, room, 1)?, room));
+                this.parts = Some((Parts::new(&mut this.gpu, shape, room, 1)?, room));
             }
             let (parts, _) = this.parts.as_mut().expect("put there above");
             let plan = this.plan.as_ref().expect("taken above");
             let (gpu, q, out) = (&mut this.gpu, q.memory.slice(), out.memory.slice_mut());
-            attend::attend(gpu, plan, &heads, layer, Cut::Auto, q, kv, parts, out)
+            attend::attend(gpu, plan, shape, layer, Cut::Auto, q, kv, parts, out)
         });
     }
 
     fn compact(&mut self, moves: &[RowMove], kv: &mut Self::Kv) {
-        let moves: Vec<kv::RowMove> =
-            moves.iter().map(|&RowMove { from, to }| kv::RowMove { from, to }).collect();
         // Moves of several sequences may touch each other's old rows: one group, in order.
         let indptr = [0, u32::try_from(moves.len()).expect("few moves")];
-        self.queue(|this| kv.compact(&mut this.gpu, &moves, &indptr));
+        self.queue(|this| kv.compact(&mut this.gpu, moves, &indptr));
     }
 
     fn link(

@@ -1,0 +1,110 @@
+//! A plan in the making.
+
+use std::ops::Range;
+
+use crate::{AttendPlan, PENDING_ROWS_MAX, RowPlace};
+
+/// The arrays of an [`AttendPlan`], reused from step to step.
+#[derive(Debug, Default)]
+pub struct PlanBuffers {
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    prefix_len: Vec<u32>,
+    tail_indptr: Vec<u32>,
+    tail_slots: Vec<u32>,
+    q_indptr: Vec<u32>,
+    page_indptr: Vec<u32>,
+    page_indices: Vec<u32>,
+}
+
+impl PlanBuffers {
+    /// Room for so many rows, sequences and pages, so that a step allocates nothing.
+    #[must_use]
+    pub fn with_capacity(rows: usize, sequences: usize, pages: usize) -> Self {
+        Self {
+            positions: Vec::with_capacity(rows),
+            slots: Vec::with_capacity(rows),
+            prefix_len: Vec::with_capacity(rows),
+            tail_indptr: Vec::with_capacity(rows + 1),
+            tail_slots: Vec::with_capacity(rows * 2 + PENDING_ROWS_MAX),
+            q_indptr: Vec::with_capacity(sequences + 1),
+            page_indptr: Vec::with_capacity(sequences + 1),
+            page_indices: Vec::with_capacity(pages),
+        }
+    }
+
+    /// Empties the plan.
+    pub fn clear(&mut self) {
+        self.positions.clear();
+        self.slots.clear();
+        self.prefix_len.clear();
+        self.tail_slots.clear();
+        self.page_indices.clear();
+        for indptr in [&mut self.tail_indptr, &mut self.q_indptr, &mut self.page_indptr] {
+            indptr.clear();
+            indptr.push(0);
+        }
+    }
+
+    /// Rows so far.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Rows of sequence `index`.
+    #[must_use]
+    pub fn rows_of(&self, index: usize) -> Range<usize> {
+        self.q_indptr[index] as usize..self.q_indptr[index + 1] as usize
+    }
+
+    /// Adds a row that sees the slots `0..prefix_len` and those of `tail`, its own among them.
+    pub fn push_row(&mut self, place: RowPlace, prefix_len: u32, tail: &[u32]) {
+        self.positions.push(place.position);
+        self.slots.push(place.slot);
+        self.prefix_len.push(prefix_len);
+        self.tail_slots.extend_from_slice(tail);
+        self.tail_indptr.push(count(&self.tail_slots));
+    }
+
+    /// Adds `count` committed rows from `first` on: each sees all positions up to its own.
+    pub fn push_committed(&mut self, first: RowPlace, count: u32) {
+        for offset in 0..count {
+            let (position, slot) = (first.position + offset, first.slot + offset);
+            self.push_row(RowPlace { position, slot }, position + 1, &[]);
+        }
+    }
+
+    /// Ends the rows of one sequence, which has these pages.
+    pub fn end_sequence(&mut self, pages: &[u32]) {
+        self.page_indices.extend_from_slice(pages);
+        self.q_indptr.push(count(&self.positions));
+        self.page_indptr.push(count(&self.page_indices));
+    }
+
+    /// The plan of everything so far.
+    #[must_use]
+    pub fn plan(&self) -> AttendPlan<'_> {
+        self.plan_front(self.q_indptr.len() - 1)
+    }
+
+    /// The plan of the first `sequences` sequences.
+    #[must_use]
+    pub fn plan_front(&self, sequences: usize) -> AttendPlan<'_> {
+        let rows = self.q_indptr[sequences] as usize;
+        AttendPlan {
+            positions: &self.positions[..rows],
+            slots: &self.slots[..rows],
+            prefix_len: &self.prefix_len[..rows],
+            tail_indptr: &self.tail_indptr[..=rows],
+            tail_slots: &self.tail_slots,
+            q_indptr: &self.q_indptr[..=sequences],
+            page_indptr: &self.page_indptr[..=sequences],
+            page_indices: &self.page_indices,
+        }
+    }
+}
+
+fn count(entries: &[u32]) -> u32 {
+    u32::try_from(entries.len()).expect("a step holds far fewer than 2^32 rows")
+}

@@ -1,0 +1,25 @@
+//! The vocabulary that roles, models and kernels share: which rows are computed, what can go wrong,
+//! and the traits of the submodels. No dependency, no computation.
+//!
+//! Which rows attend to what is an [`AttendPlan`], made in [`PlanBuffers`]; where K and V live is a
+//! store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`], [`MiddleForward`] and
+//! [`DraftForward`] are the submodels, whatever backend computes them.
+
+#![forbid(unsafe_code)]
+
+mod attend;
+mod buffers;
+mod fault;
+mod lent;
+mod model;
+
+pub use attend::{
+    AttendPlan, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove, RowPlace,
+};
+pub use buffers::PlanBuffers;
+pub use fault::{BackendError, BackendFault};
+pub use lent::Lent;
+pub use model::{
+    ARITHMETIC_CPU, ARITHMETIC_CUDA, DeviceForward, DraftForward, Likely, MiddleForward,
+    MiddleStep, TokenId,
+};
