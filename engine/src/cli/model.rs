@@ -56,6 +56,7 @@ impl BundleArgs {
             None => Model::Default,
         };
         self.check_tail(&model)?;
+        model.check(self.cut())?;
         Ok(model)
     }
 

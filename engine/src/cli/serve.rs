@@ -321,7 +321,28 @@ pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: DeviceArgs,
+    }
+
+    #[test]
+    fn a_cloud_in_the_same_process_has_room_for_the_device() {
+        let line = ["device", "--sessions-max", "9", "--context", "5000"];
+        let args = Line::try_parse_from(line).unwrap().args;
+        let config = args.limit(args.device.flags(PathBuf::new(), Path::new("")));
+        let CloudAddress::InProcess(cloud) = &config.cloud else { panic!("another process") };
+        assert_eq!((config.limits.sessions_max, config.limits.context_max), (9, 5000));
+        assert_eq!(config.limits.kv_rows_max, Limits::kv_rows(9, 5000));
+        assert_eq!(cloud.limits.context_max, 5000);
+        assert_eq!(cloud.limits.kv_rows_max, config.limits.kv_rows_max);
+        assert!(cloud.limits.sessions_max >= 9);
+    }
 
     #[test]
     fn the_api_has_an_address_or_a_socket() {

@@ -1,6 +1,6 @@
 //! Cuts a model into the two bundles of a device and a cloud.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -8,7 +8,8 @@ use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_engine::out::{self, OutError};
 use hat_engine::{note, outln, pull};
-use hat_loader::{BundleOptions, Report, RoleReport, Weights};
+use hat_loader::bundle::check_free;
+use hat_loader::{Adapter, BundleError, BundleOptions, Report, RoleReport, Weights, file};
 
 /// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
 /// tokenizer; OUT/cloud gets the layers between.
@@ -78,18 +79,44 @@ fn main() -> ExitCode {
     out::finish("hat-split", run(&args))
 }
 
+impl Args {
+    fn options(&self) -> BundleOptions {
+        BundleOptions {
+            split_layer: self.split_layer,
+            tail_layers: self.tail_layers,
+            weights: self.weights.into(),
+        }
+    }
+
+    /// True if the model is to be fetched unless it is in the cache.
+    fn is_default(&self) -> bool {
+        self.model == "default" && !Path::new(&self.model).exists()
+    }
+
+    /// Refuses what can't work, before anything is fetched or written.
+    fn check(&self) -> anyhow::Result<()> {
+        check_free(&self.out).context("--out")?;
+        if let Some(path) = &self.adapter {
+            let bytes = file::read(path, u64::MAX)
+                .map_err(|error| BundleError::Io { path: path.clone(), error })
+                .context("--adapter")?;
+            Adapter::trained_for(path, &bytes).context("--adapter")?;
+        }
+        if !self.is_default() {
+            return Ok(());
+        }
+        anyhow::ensure!(self.pre.is_none(), "--pre: the default model needs none; leave it out");
+        pull::check_default(self.options())
+    }
+}
+
 fn run(args: &Args) -> anyhow::Result<()> {
-    let path = PathBuf::from(&args.model);
-    let path = if args.model == "default" && !path.exists() {
-        pull::default_model(&pull::cache_dir()?)?
-    } else {
-        path
+    args.check()?;
+    let path = match args.is_default() {
+        true => pull::default_model(&pull::cache_dir()?)?,
+        false => PathBuf::from(&args.model),
     };
-    let options = BundleOptions {
-        split_layer: args.split_layer,
-        tail_layers: args.tail_layers,
-        weights: args.weights.into(),
-    };
+    let options = args.options();
     let report = pull::split_with(&path, args.pre.as_deref(), options, &args.out)?;
     let device = args.out.join("device");
     let has_drafter = match &args.adapter {
