@@ -180,9 +180,9 @@ impl DoctorArgs {
             costs.cloud.per_row * 1e3,
         )?;
         let (mut planner, limits) = (Planner::default(), chunk::Limits::default());
-        for policy in
-            [self.device.chunks(), ChunkPolicy::Off, ChunkPolicy::Paper, ChunkPolicy::Auto]
-        {
+        let mut policies = vec![self.device.chunks(), ChunkPolicy::Auto, ChunkPolicy::Fixed(128)];
+        policies.dedup();
+        for policy in policies {
             let plan = planner.plan(policy, &costs, &limits, 0, rows);
             outln!(
                 "  --chunks {policy}: {:?}, first token expected after {:.0} ms",

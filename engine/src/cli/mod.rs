@@ -167,9 +167,9 @@ pub(crate) struct DeviceRunArgs {
     /// which is int8 as hat-split writes it.
     #[arg(long, env = "HAT_WIRE", value_parser = parse_codec)]
     wire: Option<Codec>,
-    /// How prompts are cut: off for whole prompts, rows of a chunk, paper for HAT's balance of
-    /// upload and cloud, or auto for sizes planned by what is measured.
-    #[arg(long, env = "HAT_CHUNKS", default_value = "auto")]
+    /// Rows of a prompt's chunks, or auto for sizes planned from the measured link, device and
+    /// cloud.
+    #[arg(long, env = "HAT_CHUNKS", default_value = "auto", value_name = "N|auto")]
     chunks: ChunkPolicy,
     /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
@@ -340,8 +340,9 @@ impl RunArgs {
 /// How many tokens a round trip may yield.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct DraftArgs {
-    /// Who drafts: auto, off, chain, tree, lookup, stream or all. The answer is the same.
-    #[arg(long, env = "HAT_DRAFT", default_value = "auto", value_name = "MODE")]
+    /// Drafting of tokens ahead of the cloud: auto for every drafter that pays, lookup for repeated
+    /// words alone, off for none. The answer is the same.
+    #[arg(long, env = "HAT_DRAFT", default_value = "auto", value_name = "auto|off|lookup")]
     pub(crate) draft: DraftMode,
 }
 
