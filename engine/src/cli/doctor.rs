@@ -18,15 +18,14 @@ use super::{DeviceRunArgs, ModelArg, words};
 /// Rows of the prompt that is planned for.
 const PLANNED_ROWS: u32 = 1024;
 
-/// What this machine, this link and this bundle will do.
+/// A check of this machine, link and bundle, with one answer.
 #[derive(Args)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     model: ModelArg,
     #[command(flatten)]
     device: DeviceRunArgs,
-    /// Says more: ids, times, the most memory that the halves can come to hold, and the slower
-    /// kernels.
+    /// Print ids, times, bounds of memory and the portable kernels, too.
     #[arg(long)]
     verbose: bool,
 }

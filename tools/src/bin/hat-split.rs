@@ -16,25 +16,24 @@ use hat_loader::{Adapter, BundleError, BundleOptions, Report, RoleReport, Weight
 #[derive(Parser)]
 #[command(name = "hat-split", version)]
 struct Args {
-    /// A Hugging Face directory, a .gguf file, or `default`.
+    /// Model: a Hugging Face directory, a .gguf file, or `default`.
     model: String,
-    /// Decoder layers at the device, in front of the cloud's.
+    /// Number of first layers on the device.
     #[arg(long, default_value_t = 2)]
     split_layer: usize,
-    /// Decoder layers at the device, behind the cloud's.
+    /// Number of last layers on the device.
     #[arg(long, default_value_t = 0)]
     tail_layers: usize,
     /// Type of the matrices.
     #[arg(long, value_enum, default_value_t = WeightsArg::Keep)]
     weights: WeightsArg,
-    /// The directory to write; it must not exist or be empty.
+    /// Directory to write; it must not exist, or be empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A trained drafter for the device half: what `hat-train fit` wrote for this model.
+    /// Trained drafter for the device half, as `hat-train fit` writes it for this model.
     #[arg(long, value_name = "FILE")]
     adapter: Option<PathBuf>,
-    /// The pattern that cuts text into words, for a GGUF file that does not name it: a value of
-    /// `tokenizer.ggml.pre`.
+    /// Pre-tokenizer of a GGUF file that does not name its own: a value of `tokenizer.ggml.pre`.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
     /// Print what each side holds.
