@@ -56,7 +56,7 @@ state() {
 
 models() {
     [ -d "$bundles" ] ||
-        HAT_TEST_BUNDLES=$bundles "$programs/backend" bundles::bundles_for_a_gpu --exact --ignored --quiet
+        HAT_TEST_BUNDLES=$bundles "$programs/backend" bundles::bundles_for_a_gpu --exact --quiet
 }
 
 doctor() {

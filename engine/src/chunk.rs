@@ -67,7 +67,7 @@ impl std::str::FromStr for ChunkPolicy {
             _ => match text.parse::<u32>() {
                 Ok(rows) if rows > 0 => Ok(Self::Fixed(rows)),
                 _ => {
-                    let reason = format!("{text:?} is neither a row count nor off, paper or auto");
+                    let reason = format!("{text:?} is neither a row count nor auto");
                     Err(Error::field("chunks", reason))
                 }
             },

@@ -129,14 +129,24 @@ pub fn ended(result: anyhow::Result<()>) -> Result<(), String> {
     if closed { Ok(()) } else { Err(said(&error)) }
 }
 
-/// An error with its causes, without those that the one above has said already.
-fn said(error: &anyhow::Error) -> String {
+/// An error with its causes, without what the one above has said already: a whole cause, or the
+/// file that it begins with.
+#[must_use]
+pub fn said(error: &anyhow::Error) -> String {
     let mut text = String::new();
     let mut above = String::new();
     for cause in error.chain().map(ToString::to_string) {
+        let ends_above = |word: &str| {
+            let before = above.strip_suffix(word);
+            before.is_some_and(|before| before.is_empty() || before.ends_with([' ', '\n']))
+        };
+        let rest = match cause.split_once(": ") {
+            Some((file, rest)) if ends_above(file) => rest,
+            _ => &cause,
+        };
         if !above.ends_with(&cause) {
             text += if text.is_empty() { "" } else { ": " };
-            text += &cause;
+            text += rest;
         }
         above = cause;
     }
@@ -158,6 +168,14 @@ mod tests {
         assert_eq!(said(&with_context), format!("printing the table: {once}"));
         let plain = anyhow::anyhow!("inner").context("middle").context("outer");
         assert_eq!(said(&plain), "outer: middle: inner");
+        for (above, cause, expected) in [
+            ("reading /a b/c", "/a b/c: no such file", "reading /a b/c: no such file"),
+            ("/a", "/a: no bundle: /a/x", "/a: no bundle: /a/x"),
+            ("reading /a/c", "c: gone", "reading /a/c: c: gone"),
+            ("reading /a", "/a/c: gone", "reading /a: /a/c: gone"),
+        ] {
+            assert_eq!(said(&anyhow::anyhow!(cause).context(above)), expected);
+        }
     }
 
     #[test]

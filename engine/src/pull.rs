@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use hat_loader::bundle::MANIFEST;
 use hat_loader::file::NewDirectory;
 use hat_loader::{
-    Adapter, BundleError, BundleOptions, Report, SourceModel, Watch, Weights, write_bundles,
+    Adapter, BundleError, BundleOptions, Report, SourceModel, Split, Watch, Weights, write_bundles,
 };
 use hat_transport::clock::unix_seconds;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -41,6 +41,9 @@ const DRAFTER_NAME: &str = "SmolLM2-135M-Instruct";
 
 /// Layers before the cloud's unless asked otherwise.
 pub const SPLIT_LAYER_DEFAULT: usize = 2;
+
+/// Decoder layers of the default model.
+const LAYERS: usize = 30;
 
 /// Where models and bundles are kept: `$XDG_CACHE_HOME/hat-engine` or `~/.cache/hat-engine`.
 ///
@@ -74,6 +77,15 @@ pub fn default_model(cache: &Path) -> anyhow::Result<PathBuf> {
     }
     fs::rename(&file, &path).with_context(|| format!("moving to {}", path.display()))?;
     Ok(path)
+}
+
+/// Checks a cut of the default model, which need not be there.
+///
+/// # Errors
+/// The flag of the number that leaves no layer to the cloud.
+pub fn check_default(options: BundleOptions) -> anyhow::Result<()> {
+    let split = Split::new(LAYERS, options.split_layer, options.tail_layers);
+    split.map(drop).map_err(|error| anyhow!("--{}: {}", error.key.replace('_', "-"), error.reason))
 }
 
 /// True if the file is there and is the one that we know.
@@ -188,6 +200,37 @@ pub fn default_bundle(
     Ok(out)
 }
 
+/// A split model in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CachedSplit {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Bytes of its files.
+    pub bytes: u64,
+}
+
+/// The split models in the cache, by name; what an unfinished split left is among them.
+#[must_use]
+pub fn splits(cache: &Path) -> Vec<CachedSplit> {
+    let of = |path: PathBuf| CachedSplit { bytes: bytes_below(&path), path };
+    let mut splits: Vec<_> = entries(&cache.join("bundles")).map(of).collect();
+    splits.sort_by(|one, other| one.path.cmp(&other.path));
+    splits
+}
+
+/// Bytes of the files below a directory; what can't be read has none.
+fn bytes_below(path: &Path) -> u64 {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => entries(path).map(|path| bytes_below(&path)).sum(),
+        Ok(found) => found.len(),
+        Err(_) => 0,
+    }
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
 /// This program's trained drafters, and those of the user, below `cache`.
 #[must_use]
 pub fn drafters(cache: &Path) -> Drafters {
@@ -199,7 +242,7 @@ pub fn drafters(cache: &Path) -> Drafters {
 pub fn add_drafter(device: &Path) -> bool {
     // A bundle works without it; a cache that can't be written to still serves.
     with_drafter(device).unwrap_or_else(|error| {
-        note!("{} stays without the trained drafter: {error:#}", device.display());
+        note!("a bundle stays without the trained drafter: {}", crate::out::said(&error));
         false
     })
 }
@@ -247,5 +290,5 @@ pub fn split_with(
         bar.set_message(progress.tensor.to_owned());
     });
     bar.finish_and_clear();
-    report.with_context(|| format!("the bundles can't be written to {}", out.display()))
+    report.context("the bundles can't be written")
 }

@@ -175,9 +175,9 @@ pub struct TokenLogprob {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// A part of the prompt is in the cloud: rows sent of all rows.
+    /// A part of the prompt is computed on the device, and is on its way to the cloud.
     Prefill {
-        /// Prompt rows sent so far.
+        /// Prompt rows computed so far.
         sent: u32,
         /// Prompt rows in all.
         total: u32,

@@ -366,12 +366,6 @@ impl Tokenizer {
         self.bos
     }
 
-    /// Whether [`Tokenizer::encode_chat`] can work.
-    #[must_use]
-    pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     fn guarded<'a>(&self, text: &'a str, special: Special) -> Cow<'a, str> {
         match special {
             Special::AsText => self.guard.guard(text),

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use support::Bundles;
+use support::{Bundles, said};
 
 /// A home with nothing in it, and a program in it.
 struct Home(tempfile::TempDir);
@@ -43,10 +43,6 @@ impl Home {
     fn is_empty(&self) -> bool {
         std::fs::read_dir(self.path()).unwrap().next().is_none()
     }
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 fn text(output: &Output) -> String {
@@ -98,6 +94,13 @@ fn a_wrong_flag_is_named_and_has_no_effect() {
         (&["chat", "--top-p", "2"], &["--top-p", "0..=1"]),
         (&["demo", "--max-tokens", "0"], &["--max-tokens"]),
         (&["doctor", "--cloud", "::1"], &["--cloud", "brackets"]),
+        // The default model is not fetched to find out that it has fewer layers.
+        (&["pull", "--split-layer", "99"], &["--split-layer", "the model has 30"]),
+        (&["cloud", "--split-layer", "30"], &["--split-layer", "the model has 30"]),
+        (&["device", "--tail-layers", "28"], &["--tail-layers", "the model has 30"]),
+        (&["generate", "-p", "x", "--split-layer", "99"], &["--split-layer", "the model has 30"]),
+        (&["chat", "--split-layer", "99"], &["--split-layer", "the model has 30"]),
+        (&["doctor", "--split-layer", "99"], &["--split-layer", "the model has 30"]),
     ] {
         let home = Home::new();
         let output = home.run(line);

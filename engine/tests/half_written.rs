@@ -46,7 +46,7 @@ fn run(home: &Path, blocks: Option<u32>, args: &[&str]) -> Output {
 
 /// Standard error of a program that failed in order.
 fn failed(output: &Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said = support::said(output);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(!said.contains("panicked"), "{said}");
     said

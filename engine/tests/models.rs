@@ -10,15 +10,16 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use files::gguf::Gguf;
 use hat_engine::options::Drafters;
 use hat_engine::pull::models::{Cut, Model};
-use hat_engine::{Engine, EngineConfig};
+use hat_engine::{Engine, EngineConfig, out};
+use hat_loader::bundle::{MANIFEST, TOKENIZER, TOKENIZER_CONFIG};
 use hat_loader::{AdapterKind, DType, Role, SourceModel, TinyModel, generated};
-use support::Bundles;
 use support::drafter::write_noise;
+use support::{Bundles, names_once, said};
 
 /// A user's directories, and models in them.
 struct Place {
@@ -83,10 +84,6 @@ impl Place {
 
 fn model(seed: u64) -> SourceModel {
     generated(&TinyModel { dtype: DType::F16, seed, ..TinyModel::default() })
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 fn cut(split_layer: u32, tail_layers: u32) -> Cut {
@@ -183,7 +180,8 @@ fn what_is_no_model_is_named_with_what_would_be_one() {
         ("fifo.gguf", &["a FIFO", "a GGUF file"]),
         ("socket", &["a socket", "a GGUF file"]),
     ] {
-        let error = format!("{:#}", at(name));
+        let error = out::said(&at(name));
+        names_once(&error);
         let path = place.path(name).display().to_string();
         assert!(error.contains(&path), "{error}");
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
@@ -194,6 +192,86 @@ fn what_is_no_model_is_named_with_what_would_be_one() {
     let error = format!("{:#}", Model::at(&part).unwrap_err());
     assert!(error.contains("give its directory"), "{error}");
     assert_eq!(Model::at(Path::new("default")).unwrap(), Model::Default);
+}
+
+/// Contents that no file of a model has, and a FIFO in its place.
+const BAD: [Option<&str>; 6] = [Some(""), Some("{"), Some("{}"), Some("[]"), Some("null"), None];
+
+/// Replaces a file's content.
+fn spoil(path: &Path, content: Option<&str>) {
+    fs::remove_file(path).unwrap();
+    match content {
+        Some(text) => fs::write(path, text).unwrap(),
+        None => assert!(Command::new("mkfifo").arg(path).status().unwrap().success()),
+    }
+}
+
+/// The parts of a model's directory, one spoilt after another: the errors that there were.
+fn errors_of_spoilt(directory: &Path, open: &dyn Fn() -> Option<String>) -> usize {
+    let mut errors = 0;
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let good = fs::read(&path).unwrap();
+        for content in BAD {
+            spoil(&path, content);
+            if let Some(error) = open() {
+                names_once(&error);
+                errors += 1;
+            }
+        }
+        fs::remove_file(&path).unwrap();
+        open().iter().for_each(|error| names_once(error));
+        fs::write(&path, good).unwrap();
+    }
+    assert_eq!(open(), None);
+    errors
+}
+
+/// Writes the size and the hash that a file of a half has now into its manifest.
+fn state(half: &Path, name: &str) {
+    let manifest = half.join(MANIFEST);
+    let Ok(content) = fs::read(half.join(name)) else { return };
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let hash = blake3::hash(&content).to_hex().to_string();
+    json["files"][name] = serde_json::json!({"bytes": content.len(), "blake3": hash});
+    fs::write(manifest, json.to_string()).unwrap();
+}
+
+/// Whatever is wrong with a file of a model, the error names it once.
+#[test]
+fn an_error_names_a_file_once() {
+    let place = Place::new();
+    let hugging_face = place.hugging_face("hf", 1);
+    let opened = || {
+        let model = Model::at(&hugging_face);
+        model.and_then(|model| model.bundle(&place.cache, cut(1, 0))).err()
+    };
+    let errors = errors_of_spoilt(&hugging_face, &|| opened().as_ref().map(out::said));
+    assert!(errors >= 15, "{errors}");
+
+    // A bundle's files, as changed behind its back, and as written by who wrote the manifest.
+    let bundles = Bundles::of(&TinyModel { dtype: DType::F16, ..TinyModel::default() }, 1, 0);
+    let device = bundles.path.join(Role::Device.name());
+    let opened = || Engine::open(EngineConfig::new(&device)).err().map(|error| error.to_string());
+    let errors = errors_of_spoilt(&device, &opened);
+    assert!(errors >= 20, "{errors}");
+    let mut stated = 0;
+    for name in [TOKENIZER, TOKENIZER_CONFIG] {
+        let (path, manifest) = (device.join(name), fs::read(device.join(MANIFEST)).unwrap());
+        let good = fs::read(&path).unwrap();
+        for content in BAD.iter().flatten().copied().chain([r#"{"version": "2.0"}"#]) {
+            spoil(&path, Some(content));
+            state(&device, name);
+            if let Some(error) = opened() {
+                names_once(&error);
+                stated += 1;
+            }
+        }
+        fs::write(&path, good).unwrap();
+        fs::write(device.join(MANIFEST), manifest).unwrap();
+    }
+    assert!(stated >= 8, "{stated}");
 }
 
 /// Every command that names a model takes it without a flag, and refuses what is none before it
@@ -325,4 +403,23 @@ fn a_bundle_finds_its_drafter_by_model_and_split() {
     hat_loader::add_adapter(&device, &file("4-right.safetensors")).unwrap();
     assert_eq!(origin(1).as_deref(), Some("in the bundle"));
     assert_eq!(origin(2), Some(file("2-other-split.safetensors").display().to_string()));
+}
+
+/// A user's drafters of other models are no fault, and nothing is said of them.
+#[test]
+fn a_drafter_of_another_model_is_left_out_without_a_word() {
+    let bundles = Bundles::generated(1, 0);
+    let other = Bundles::of(&TinyModel { seed: 2, ..TinyModel::default() }, 1, 0);
+    let place = Place::new();
+    let drafters = place.cache.join("drafters");
+    fs::create_dir_all(&drafters).unwrap();
+    write_noise(&other.path, AdapterKind::Layer, 1, &drafters.join("other.safetensors"));
+    let (_, said) = place.answer(&bundles.path);
+    assert!(!said.contains("left out"), "{said}");
+    fs::write(drafters.join("bad.safetensors"), "no drafter").unwrap();
+    let (_, said) = place.answer(&bundles.path);
+    assert!(said.contains("left out") && said.contains("bad.safetensors"), "{said}");
+    // Nor of this program's own, for a model that is split.
+    let (_, said) = place.answer(&place.gguf("tiny.gguf", 1));
+    assert!(said.contains("splitting") && !said.contains("stays without"), "{said}");
 }

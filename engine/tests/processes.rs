@@ -396,6 +396,35 @@ fn a_device_keeps_the_sessions_and_the_context_that_it_was_given() {
 }
 
 #[test]
+fn a_cloud_keeps_the_sessions_and_the_context_that_it_was_given() {
+    let bundle = bundle();
+    let cloud = |flag: [&str; 2]| {
+        CloudProcess::start_with(&bundle, &[&["--listen", "127.0.0.1:0"][..], &flag].concat())
+    };
+    let device = |cloud: &CloudProcess| {
+        DeviceProcess::start(&bundle, &["--cloud", &cloud.address, "--reconnect-s", "1"])
+    };
+    let ask = |device: &DeviceProcess, max_tokens: u32| {
+        let body = serde_json::json!({"prompt": "Hello", "max_tokens": max_tokens});
+        device.ask("POST /v1/completions", &body.to_string())
+    };
+    let short = cloud(["--context", "64"]);
+    let text = ask(&device(&short), 100);
+    assert!(text.contains("the context is 64"), "{text}");
+
+    let narrow = cloud(["--sessions-max", "1"]);
+    let (first, second) = (device(&narrow), device(&narrow));
+    let stream = first.stream(4000);
+    let text = ask(&second, 2);
+    assert!(text.contains("busy"), "{text}");
+    drop(stream);
+    let begin = Instant::now();
+    while !ask(&second, 2).starts_with("HTTP/1.1 200") {
+        assert!(begin.elapsed() < Duration::from_secs(120), "the place does not become free");
+    }
+}
+
+#[test]
 fn bounds_that_leave_no_room_are_refused_by_flag() {
     for (role, flag, value) in [
         ("device", "--sessions-max", "0"),

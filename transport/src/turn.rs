@@ -4,8 +4,8 @@
 //! work that follows from it. A device dials, and redials until it closes; a cloud accepts, knows
 //! a device again by its link id, and keeps the state of a broken link for a grace time.
 //!
-//! TLS will stand in `Endpoint::pump` and `Endpoint::handle_received`, through which all bytes
-//! pass.
+//! TLS will stand in `Endpoint::pump` and `Endpoint::handle_received`, and in
+//! `Endpoint::service_peers`, which sends the close frame: all bytes pass through these three.
 
 mod event;
 mod peer;

@@ -38,17 +38,65 @@ pub fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
     compiled(build().driver(flags), "the driver")
 }
 
-/// Runs the ignored test `name` under a driver of this kind.
+/// In the environment of a process: the body that it runs.
+const BODY: &str = "HAT_TEST_BODY";
+/// The status of a process whose body has ended; no test program ends with it by itself.
+const BODY_ENDED: i32 = 86;
+
+macro_rules! bodies {
+    ($($group:ident: $($name:ident),*;)*) => {
+        /// Parts of tests by name. Each runs in a process of its own, which looks for a driver
+        /// once, at its start.
+        const BODIES: &[(&str, fn())] =
+            &[$($((concat!(stringify!($group), "::", stringify!($name)), $group::$name),)*)*];
+    };
+}
+
+bodies! {
+    made_up: no_driver, stub, old_driver, no_gpu, no_such_gpu, old_gpu, no_memory, graphs,
+        long_runs, decoding, no_graphs, fault;
+    in_place: reading_in_place, reading_copies, writing_in_place;
+    loading: as_usual, as_ptx, asleep, refused, marks;
+    peers: fetching, fetching_staged, fetching_at_home, foreign_memory,
+        foreign_memory_with_access;
+}
+
+/// The process that [`body`] starts comes in here.
+#[test]
+fn each_body_has_a_name_of_its_own() {
+    if let Ok(name) = std::env::var(BODY) {
+        let (_, body) = BODIES.iter().find(|(known, _)| *known == name).expect("a known body");
+        body();
+        std::process::exit(BODY_ENDED);
+    }
+    for (index, (name, _)) in BODIES.iter().enumerate() {
+        assert!(BODIES[..index].iter().all(|(earlier, _)| earlier != name), "{name}");
+    }
+}
+
+/// Runs a body in a process of its own; what became of it.
+fn body(name: &str, environment: &[(&str, &str)]) -> Output {
+    let environment = [environment, &[(BODY, name)]].concat();
+    tests(&["on_driver::each_body_has_a_name_of_its_own", "--exact"], &environment)
+}
+
+#[track_caller]
+fn assert_ended(output: &Output) {
+    let [said, errors] =
+        [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+    assert_eq!(output.status.code(), Some(BODY_ENDED), "{said}\n{errors}");
+}
+
+/// Runs the body `name` of [`made_up`] under a driver of this kind.
 #[track_caller]
 fn under(kind: &str, name: &str) {
     let Some(folder) = fake_driver(&[]) else { return };
     let environment = [("HAT_FAKE_DRIVER", kind), ("LD_LIBRARY_PATH", folder.to_str().unwrap())];
-    let name = format!("on_driver::made_up::{name}");
-    assert_passed(&tests(&[&name, "--exact", "--include-ignored"], &environment), 1);
+    assert_ended(&body(&format!("made_up::{name}"), &environment));
 }
 
-/// Runs the ignored test `name` of the module `group` under a driver of this kind. What the driver
-/// has counted: a word for each place of its table.
+/// Runs the body `name` of the module `group` under a driver of this kind. What the driver has
+/// counted: a word for each place of its table.
 #[track_caller]
 fn counts_under(kind: &str, group: &str, name: &str) -> Option<Vec<u64>> {
     let folder = fake_driver(&[])?;
@@ -59,8 +107,7 @@ fn counts_under(kind: &str, group: &str, name: &str) -> Option<Vec<u64>> {
         ("HAT_FAKE_COUNTS", counts.to_str().unwrap()),
         ("LD_LIBRARY_PATH", folder.to_str().unwrap()),
     ];
-    let test = format!("on_driver::{group}::{name}");
-    assert_passed(&tests(&[&test, "--exact", "--include-ignored"], &environment), 1);
+    assert_ended(&body(&format!("{group}::{name}"), &environment));
     let bytes = std::fs::read(&counts).unwrap();
     Some(
         bytes
@@ -90,13 +137,10 @@ fn every_test_passes_through_the_driver() {
 #[test]
 #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_machine_without_a_driver_is_told_so() {
-    let output = tests(
-        &["on_driver::made_up::no_driver", "--exact", "--include-ignored"],
-        &[("LD_LIBRARY_PATH", "")],
-    );
+    let output = body("made_up::no_driver", &[("LD_LIBRARY_PATH", "")]);
     // Where there is a driver, nothing can be shown here.
-    if !output.status.success() {
-        assert!(gpu_count().is_ok(), "{}", String::from_utf8_lossy(&output.stdout));
+    if gpu_count().is_err() {
+        assert_ended(&output);
     }
 }
 
@@ -111,8 +155,7 @@ fn a_stub_is_told_from_a_driver() {
 fn a_driver_that_lacks_a_function_is_a_stub() {
     let Some(folder) = fake_driver(&["-DcuMemFree_v2=cuSomethingElse"]) else { return };
     let environment = [("LD_LIBRARY_PATH", folder.to_str().unwrap())];
-    let name = "on_driver::made_up::stub";
-    assert_passed(&tests(&[name, "--exact", "--include-ignored"], &environment), 1);
+    assert_ended(&body("made_up::stub", &environment));
 }
 
 #[test]
@@ -152,7 +195,7 @@ fn launches_that_come_again_become_a_graph() {
     under("", "decoding");
 }
 
-/// What runs in a process of its own, under a driver that its parent made up.
+/// Bodies that run under a driver that was made up for them.
 mod made_up {
     use super::*;
 
@@ -162,45 +205,31 @@ mod made_up {
         assert!(line.contains(expected) && !line.contains('\n'), "{line}");
     }
 
-    #[test]
-    #[ignore = "run by a test, in a process without a driver"]
-    fn no_driver() {
+    pub(super) fn no_driver() {
         assert_line(Cuda::open(0), "no NVIDIA driver: libcuda is not installed");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn stub() {
+    pub(super) fn stub() {
         assert_line(Cuda::open(0), "libcuda is no whole driver (");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn old_driver() {
+    pub(super) fn old_driver() {
         assert_line(Cuda::open(0), ": update the driver");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn no_gpu() {
+    pub(super) fn no_gpu() {
         assert_line(Cuda::open(0), "the NVIDIA driver finds no GPU");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn no_such_gpu() {
+    pub(super) fn no_such_gpu() {
         assert_line(Cuda::open(1), "GPU 1 of 1: there is none with this number");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn old_gpu() {
+    pub(super) fn old_gpu() {
         assert_line(Cuda::open(0), "Fake GPU has compute capability 7.5; the kernels need 8.0");
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn no_memory() {
+    pub(super) fn no_memory() {
         let mut gpu = Cuda::open(0).unwrap();
         let error = gpu.alloc(1 << 40, "K").err().unwrap();
         assert!(matches!(error, GpuError::OutOfMemory { bytes: 0x100_0000_0000, .. }), "{error}");
@@ -233,18 +262,14 @@ mod made_up {
         gpu.launch_counts()
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn graphs() {
+    pub(super) fn graphs() {
         // The first time they are new, the second time captured.
         let expected = LaunchCounts { single: 4, graphs: 6, in_graphs: 24, captured: 1 };
         assert_eq!(norms(7), expected);
     }
 
     /// Many launches go out 64 at a time, the same ones each time.
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn long_runs() {
+    pub(super) fn long_runs() {
         let mut gpu = Cuda::open(0).unwrap();
         let [x, mut weight, mut out] = [(); 3].map(|()| gpu.alloc(256, "a test").unwrap());
         gpu.upload(&[1.0f32; 64], &mut weight, 0).unwrap();
@@ -263,9 +288,7 @@ mod made_up {
     }
 
     /// Attention of one token after another: within a bucket of pages all have one graph.
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn decoding() {
+    pub(super) fn decoding() {
         let mut gpu = TestGpu::new(Kind::Cuda(Box::new(Cuda::open(0).unwrap())));
         let heads = AttendShape { heads: 2, kv_heads: 1, head_dim: 64, window: None };
         let (mut random, pages) = (Random(3), [2u32, 0, 3, 1]);
@@ -306,15 +329,11 @@ mod made_up {
         }
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn no_graphs() {
+    pub(super) fn no_graphs() {
         assert_eq!(norms(7), LaunchCounts { single: 28, ..LaunchCounts::default() });
     }
 
-    #[test]
-    #[ignore = "run by a test, under a made-up driver"]
-    fn fault() {
+    pub(super) fn fault() {
         let mut gpu = Cuda::open(0).unwrap();
         let [x, weight, mut out] = [(); 3].map(|()| gpu.alloc(16, "a test").unwrap());
         let to = RmsNorm { weight: weight.slice(), eps: 1e-5, out: out.slice_mut() };

@@ -11,7 +11,7 @@ use hat_engine::internal::short_model_id;
 use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
 use hat_engine::out::OutError;
 use hat_engine::token::Special;
-use hat_engine::{Engine, Error, Event, Request};
+use hat_engine::{Engine, Error, Event, Request, pull};
 use hat_engine::{out, outln};
 use hat_loader::{Bundle, Role};
 
@@ -20,15 +20,14 @@ use super::{DeviceRunArgs, ModelArg, words};
 /// Rows of the prompt that is planned for.
 const PLANNED_ROWS: u32 = 1024;
 
-/// What this machine, this link and this bundle will do.
+/// A check of this machine, link and bundle, with one answer.
 #[derive(Args)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     model: ModelArg,
     #[command(flatten)]
     device: DeviceRunArgs,
-    /// Says more: ids, times, the most memory that the halves can come to hold, and the slower
-    /// kernels.
+    /// Print ids, times, bounds of memory and the portable kernels, too.
     #[arg(long)]
     verbose: bool,
 }
@@ -65,6 +64,7 @@ impl DoctorArgs {
 
     fn bundle(&self, cache: &Path) -> anyhow::Result<bool> {
         let directory = self.device.bundle.directory(cache)?;
+        splits(cache, &directory)?;
         outln!("model: {}", directory.display())?;
         let mut healthy = true;
         for role in ["device", "cloud"] {
@@ -173,20 +173,17 @@ impl DoctorArgs {
             outln!("chunks: too little was measured to plan; they have the default size")?;
             return Ok(true);
         };
-        let megabytes = |rate: Option<f64>| rate.map_or(0.0, |rate| rate / 1e6);
         outln!(
-            "link: {:.1} MB/s up, round trip {:.2} ms; device {:.3} ms a row; cloud {:.1} ms a \
-             step and {:.3} ms a row",
-            megabytes(estimates.uplink_bytes_s),
-            estimates.rtt_s.unwrap_or(0.0) * 1e3,
+            "link: {}; device {:.3} ms a row; cloud {:.1} ms a step and {:.3} ms a row",
+            words::link(estimates.uplink_bytes_s, estimates.rtt_s),
             costs.device.per_row * 1e3,
             costs.cloud.fixed * 1e3,
             costs.cloud.per_row * 1e3,
         )?;
         let (mut planner, limits) = (Planner::default(), chunk::Limits::default());
-        for policy in
-            [self.device.chunks(), ChunkPolicy::Off, ChunkPolicy::Paper, ChunkPolicy::Auto]
-        {
+        let mut policies = vec![self.device.chunks(), ChunkPolicy::Auto, ChunkPolicy::Fixed(128)];
+        policies.dedup();
+        for policy in policies {
             let plan = planner.plan(policy, &costs, &limits, 0, rows);
             outln!(
                 "  --chunks {policy}: {:?}, first token expected after {:.0} ms",
@@ -196,6 +193,24 @@ impl DoctorArgs {
         }
         Ok(true)
     }
+}
+
+/// The splits in the cache, which stay until somebody removes them.
+fn splits(cache: &Path, used: &Path) -> Result<(), OutError> {
+    let splits = pull::splits(cache);
+    let bytes: u64 = splits.iter().map(|split| split.bytes).sum();
+    outln!(
+        "cache: {:.1} MB of split models in {}; any of them may be removed (rm -r) while nothing \
+         runs on it, and is made again when it is asked for",
+        bytes as f64 / 1e6,
+        cache.join("bundles").display()
+    )?;
+    for split in splits {
+        let is_used = if split.path == used { "  used here" } else { "" };
+        let name = split.path.file_name().unwrap_or_default().to_string_lossy();
+        outln!("  {:>8.1} MB  {name}{is_used}", split.bytes as f64 / 1e6)?;
+    }
+    Ok(())
 }
 
 /// Megabytes of a half's files.

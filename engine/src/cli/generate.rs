@@ -27,7 +27,7 @@ pub(crate) struct GenerateArgs {
     /// A system message; @FILE reads a file, @@ stands for a first @.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Most tokens of the answer; up to the context's end without.
+    /// Most tokens of the answer [default: up to the end of the context].
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// A string that ends the answer; may be repeated, up to 64 times.
@@ -35,21 +35,21 @@ pub(crate) struct GenerateArgs {
     stop: Vec<String>,
     #[command(flatten)]
     draft: DraftArgs,
-    /// The prompt as it is, without the chat template.
+    /// Pass the prompt without the chat template.
     #[arg(long)]
     raw: bool,
-    /// Goes on after an end-of-sequence token.
+    /// Continue after end-of-sequence tokens.
     #[arg(long)]
     ignore_eos: bool,
-    /// The last line printed is one JSON object.
+    /// Print one JSON object as the last line.
     #[arg(long)]
     json: bool,
-    /// The whole model in one process, one row at a time. The model itself without --wire (rows
-    /// stay f32, no codec); with --wire X, what a session with that codec has to say.
+    /// Run the whole model in one process, one row at a time: with f32 rows, which is the model
+    /// itself, or with rows of the codec that --wire names, which is what a session has to say.
     #[arg(long)]
     whole: bool,
-    /// Says whether the answer is the whole model's with the same codec, and from which token on
-    /// f32 rows say something else. Ends with an error if it is not.
+    /// Compare the answer with the whole model's, and print the first token that differs with f32
+    /// rows. Fails unless the answer with the same codec is the same.
     #[arg(long, conflicts_with = "whole")]
     check: bool,
 }

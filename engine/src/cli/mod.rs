@@ -34,7 +34,7 @@ use self::model::{BundleArgs, ModelArg};
 #[derive(Parser)]
 #[command(name = "hat-engine", version)]
 pub(crate) struct Cli {
-    /// Where models and bundles are kept.
+    /// Directory of models and bundles.
     #[arg(long, global = true, env = "HAT_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
     #[command(flatten)]
@@ -55,9 +55,9 @@ enum Command {
     Cloud(serve::CloudArgs),
     /// The device role: serves the HTTP API, and asks a cloud.
     Device(serve::DeviceArgs),
-    /// Makes the bundle of a model, fetching the default one, and says where it is.
+    /// Splits a model into the cache, fetching the default one, and prints the directory.
     Pull(PullArgs),
-    /// What this machine, this link and this bundle will do, and why.
+    /// A check of this machine, link and bundle, with one answer.
     Doctor(doctor::DoctorArgs),
     /// Any other word `X` starts the program hat-X.
     #[command(external_subcommand)]
@@ -95,7 +95,7 @@ impl Cli {
     }
 }
 
-/// A model whose bundle is made.
+/// Splits a model into the cache, fetching the default one, and prints the directory.
 #[derive(Args)]
 struct PullArgs {
     #[command(flatten)]
@@ -107,14 +107,13 @@ struct PullArgs {
 /// How it runs.
 #[derive(Args, Clone)]
 pub(crate) struct RunArgs {
-    /// What moves bytes: mio, uring or memory (one process only).
+    /// Network backend: mio (epoll), uring (io_uring) or memory (both roles in one process).
     #[arg(long, env = "HAT_LINK", default_value = "mio", value_parser = parse_link)]
     link: LinkKind,
-    /// Compute threads; one for each core without.
+    /// Compute threads [default: one for each core].
     #[arg(long, env = "HAT_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// How much nicer compute threads are than the process, from 0 for the share of the cores that
-    /// it was given to 19.
+    /// Niceness of compute threads above the process's own, 0 to 19.
     #[arg(long, env = "HAT_NICE", default_value_t = 0, value_name = "N",
         value_parser = clap::value_parser!(u8).range(0..=19))]
     nice: u8,
@@ -123,11 +122,11 @@ pub(crate) struct RunArgs {
     /// has run on which GPU is in cuda/HARDWARE.md.
     #[arg(long, env = "HAT_PROCESSOR", default_value = "auto", value_parser = parse_processor)]
     processor: Processor,
-    /// Where a GPU without memory of its own has its weights: in-place for the bundle's mapped
-    /// file, copied for a second copy that its caches may serve better.
+    /// Weights of a GPU that shares the host's memory: in-place reads the bundle's mapped file,
+    /// copied makes a second copy that its caches may serve better.
     #[arg(long, env = "HAT_WEIGHTS", default_value = "in-place", value_parser = parse_weights)]
     weights: GpuWeights,
-    /// Starts without hashing the bundle's files. A changed file then gives wrong text.
+    /// Skip hashing the bundle's files. A changed file then gives wrong text.
     #[arg(long, env = "HAT_NO_VERIFY")]
     no_verify: bool,
 }
@@ -160,27 +159,26 @@ pub(crate) struct DeviceRunArgs {
     pub(crate) bundle: BundleArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
-    /// The cloud: HOST, HOST:PORT or PORT, on port 7433 unless it says another, and on this machine
-    /// until there is TLS. Without, one is started in this process.
+    /// Address of the cloud: HOST, HOST:PORT or PORT, with 7433 as the default port, and on this
+    /// machine until there is TLS [default: a cloud in this process].
     #[arg(long, env = "HAT_CLOUD", value_name = "ADDR", value_parser = parse_cloud)]
     cloud: Option<Address>,
-    /// How rows are coded on the wire: f32, f16, int8 or int4. Without, what the bundle says,
-    /// which is int8 as hat-split writes it.
+    /// Row codec on the wire: f32, f16, int8 or int4 [default: the bundle's, which is int8].
     #[arg(long, env = "HAT_WIRE", value_parser = parse_codec)]
     wire: Option<Codec>,
-    /// How prompts are cut: off for whole prompts, rows of a chunk, paper for HAT's balance of
-    /// upload and cloud, or auto for sizes planned by what is measured.
-    #[arg(long, env = "HAT_CHUNKS", default_value = "auto")]
+    /// Rows of a prompt's chunks, or auto for sizes planned from the measured link, device and
+    /// cloud.
+    #[arg(long, env = "HAT_CHUNKS", default_value = "auto", value_name = "N|auto")]
     chunks: ChunkPolicy,
-    /// The only arithmetic that the cloud may compute in: 1 is the CPUs', 2 CUDA's. Any without.
+    /// Refuse a cloud of any other arithmetic: 1 is the CPUs', 2 is CUDA's.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
     cloud_arithmetic: Option<u32>,
-    /// Whether rows of a prompt that the cloud still holds stay here: on or off. The key of their
-    /// names is kept in the state directory.
+    /// Reuse of prompt pages that the cloud still holds, under names made with a key that stays in
+    /// the state directory.
     #[arg(long, env = "HAT_PREFIX", default_value = "on", action = clap::ArgAction::Set,
         value_parser = parse_switch, value_name = "on|off")]
     prefix: bool,
-    /// Seconds that a request waits for a cloud that is away.
+    /// Seconds for which a request waits while the cloud can't be reached.
     #[arg(long, env = "HAT_RECONNECT_S", default_value = "30", value_name = "S")]
     reconnect_s: u64,
 }
@@ -332,21 +330,22 @@ impl RunArgs {
     }
 }
 
-/// How many tokens a round trip may yield.
+/// Drafting of tokens ahead of the cloud.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct DraftArgs {
-    /// Who drafts: auto, off, chain, tree, lookup, stream or all. The answer is the same.
-    #[arg(long, env = "HAT_DRAFT", default_value = "auto", value_name = "MODE")]
+    /// Drafting of tokens ahead of the cloud: auto for every drafter that pays, lookup for repeated
+    /// words alone, off for none. The answer is the same.
+    #[arg(long, env = "HAT_DRAFT", default_value = "auto", value_name = "auto|off|lookup")]
     pub(crate) draft: DraftMode,
 }
 
-/// How the next token is chosen.
+/// Sampling.
 ///
 /// Without a flag, `generate` is greedy and `chat` does what the model's makers recommend.
 #[derive(Args, Clone)]
 pub(crate) struct SamplerArgs {
-    /// 0 is greedy. Without this flag and those below, generate is greedy, and chat does what the
-    /// makers of the model recommend.
+    /// Sampling temperature; 0 is greedy. Without any flag of this group generate is greedy, and
+    /// chat samples as the model's makers recommend.
     #[arg(long, value_name = "T", allow_hyphen_values = true)]
     temperature: Option<f32>,
     /// Keep the N likeliest tokens; 0 keeps all.
@@ -358,19 +357,19 @@ pub(crate) struct SamplerArgs {
     /// Keep tokens at least this likely relative to the likeliest; 0 keeps all.
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     min_p: Option<f32>,
-    /// Divides the logits of tokens that were seen; 1 changes nothing.
+    /// Divisor of the logits of tokens that occurred; 1 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     repetition_penalty: Option<f32>,
-    /// Taken off once from tokens that were seen; 0 changes nothing.
+    /// Subtracted once from the logits of tokens that occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     presence_penalty: Option<f32>,
-    /// Taken off for each time that a token was seen; 0 changes nothing.
+    /// Subtracted from the logit of a token for each time it occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     frequency_penalty: Option<f32>,
     /// TOKEN=BIAS, added to the token's logit; may be repeated.
     #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Seeds the noise of sampling. Without, generate takes 0, and chat another for each answer.
+    /// Seed of sampling [default: 0 for generate, a new one for each answer of chat].
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }

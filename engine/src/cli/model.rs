@@ -13,14 +13,14 @@ const VARIABLE: &str = "HAT_BUNDLE";
 /// Which model, cut where.
 #[derive(Args, Clone)]
 pub(crate) struct BundleArgs {
-    /// The model: a bundle made by hat-split or one half of it, or a GGUF file or a Hugging Face
-    /// directory, which is split into the cache on first use. The default model without.
+    /// Model: a bundle made by hat-split or one half of it, or a GGUF file or a Hugging Face
+    /// directory, which is split into the cache on first use [default: SmolLM2-135M-Instruct].
     #[arg(short = 'm', long, visible_alias = "model", env = VARIABLE, value_name = "MODEL")]
     bundle: Option<PathBuf>,
-    /// Layers on the device before the cloud's: 2 without, or as many as a bundle has.
+    /// Number of first layers on the device [default: 2, or the bundle's].
     #[arg(long, env = "HAT_SPLIT_LAYER", value_name = "N")]
     split_layer: Option<u32>,
-    /// Last layers on the device: 0 without, or as many as a bundle has.
+    /// Number of last layers on the device [default: 0, or the bundle's].
     #[arg(long, env = "HAT_TAIL_LAYERS", value_name = "N")]
     tail_layers: Option<u32>,
 }
@@ -28,7 +28,7 @@ pub(crate) struct BundleArgs {
 /// The model of a command without a prompt.
 #[derive(Args, Clone)]
 pub(crate) struct ModelArg {
-    /// The model, as --bundle takes it.
+    /// Model, as --bundle takes it.
     #[arg(value_name = "MODEL", id = "positional model")]
     model: Option<PathBuf>,
 }
@@ -56,6 +56,7 @@ impl BundleArgs {
             None => Model::Default,
         };
         self.check_tail(&model)?;
+        model.check(self.cut())?;
         Ok(model)
     }
 

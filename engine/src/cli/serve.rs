@@ -28,38 +28,38 @@ pub(crate) struct CloudArgs {
     bundle: BundleArgs,
     #[command(flatten)]
     run: RunArgs,
-    /// Where to listen: HOST, HOST:PORT or PORT, on port 7433 unless it says another; loopback only
-    /// until TLS exists.
+    /// Address to listen at: HOST, HOST:PORT or PORT, with 7433 as the default port; loopback only
+    /// until there is TLS.
     #[arg(long, env = "HAT_LISTEN", default_value = "127.0.0.1:7433", value_name = "ADDR",
           value_parser = parse_listen)]
     listen: SocketAddr,
-    /// Sessions open at once.
+    /// Most sessions open at once.
     #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     sessions_max: Option<u32>,
-    /// Positions of one session; the model's own context bounds it too.
+    /// Most positions of one session, at most the model's own context.
     #[arg(long, env = "HAT_CONTEXT", value_name = "TOKENS",
           value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     context: Option<u32>,
-    /// Positions of all sessions together.
+    /// Most positions of all sessions together.
     #[arg(long, env = "HAT_KV_ROWS_MAX", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     kv_rows_max: Option<u32>,
-    /// Pipeline stages: runs of layers that compute at the same time and share the threads. One
-    /// for each GPU of --gpus without.
+    /// Pipeline stages: runs of layers that compute at the same time and share the threads
+    /// [default: one for each GPU of --gpus].
     #[arg(long, env = "HAT_STAGES", value_name = "N")]
     stages: Option<usize>,
     /// GPUs of the stages, by number; needs --processor cuda.
     #[arg(long, env = "HAT_GPUS", value_delimiter = ',', value_name = "N,N")]
     gpus: Vec<usize>,
-    /// Sessions of one device at once.
+    /// Most sessions of one device at once.
     #[arg(long, env = "HAT_SESSIONS_PER_DEVICE_MAX", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     sessions_per_device_max: Option<u32>,
-    /// Seconds without a sign of life after which a session gives its memory up if others need it.
+    /// Seconds without a frame after which a session may be evicted for others.
     #[arg(long, env = "HAT_IDLE_AFTER", value_name = "SECONDS", default_value_t = 10.0)]
     idle_after: f64,
-    /// Says at the start the most memory that it can come to hold.
+    /// Print the bounds of memory at the start.
     #[arg(long)]
     verbose: bool,
 }
@@ -164,34 +164,34 @@ pub(crate) struct DeviceArgs {
     model: ModelArg,
     #[command(flatten)]
     device: DeviceRunArgs,
-    /// Where the HTTP API listens: HOST, HOST:PORT or PORT, on port 8080 unless it says another,
-    /// loopback only until TLS exists; or unix:/PATH for a socket of this user alone.
+    /// Address of the HTTP API: HOST, HOST:PORT or PORT, with 8080 as the default port, loopback
+    /// only until there is TLS; or unix:/PATH for a socket of this user alone.
     #[arg(long, env = "HAT_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDR|unix:/PATH",
           value_parser = parse_http)]
     http: HttpAt,
-    /// The file that holds the API key; made on first start.
+    /// File of the API key, made on first start [default: api-key in the state directory].
     #[arg(long, env = "HAT_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
-    /// Another name of this machine that callers may use, NAME or NAME:PORT: a container's
+    /// Additional Host that requests may name, NAME or NAME:PORT, such as a container's
     /// host.docker.internal. May be repeated.
     #[arg(long, env = "HAT_ALLOW_HOST", value_delimiter = ',', value_name = "NAME")]
     allow_host: Vec<String>,
-    /// Origin of web pages that may ask, scheme://host[:port]. May be repeated. Pages of this
-    /// machine always may.
+    /// Additional Origin whose web pages may use the API, scheme://host[:port]. May be repeated.
+    /// Pages of this machine always may.
     #[arg(long, env = "HAT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     allow_origin: Vec<String>,
-    /// Answers at once; further requests wait.
+    /// Most answers at once; further requests wait.
     #[arg(long, env = "HAT_SESSIONS_MAX", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
     sessions_max: Option<u32>,
-    /// Tokens of one prompt with its answer; the model's own context bounds it too.
+    /// Most tokens of one prompt with its answer, at most the model's own context.
     #[arg(long, env = "HAT_CONTEXT", value_name = "TOKENS",
           value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     context: Option<u32>,
-    /// Seconds that answers may go on after SIGTERM or SIGINT; a second signal ends at once.
+    /// Seconds for which answers may go on after SIGTERM or SIGINT; a second signal ends at once.
     #[arg(long, env = "HAT_DRAIN", value_name = "SECONDS", default_value_t = 30.0)]
     drain: f64,
-    /// Serves without a key. Whoever can run a program on this machine can then ask.
+    /// Serve without a key. Any program on this machine can then use the API.
     #[arg(long, conflicts_with = "api_key_file")]
     no_api_key: bool,
 }
@@ -321,7 +321,28 @@ pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: DeviceArgs,
+    }
+
+    #[test]
+    fn a_cloud_in_the_same_process_has_room_for_the_device() {
+        let line = ["device", "--sessions-max", "9", "--context", "5000"];
+        let args = Line::try_parse_from(line).unwrap().args;
+        let config = args.limit(args.device.flags(PathBuf::new(), Path::new("")));
+        let CloudAddress::InProcess(cloud) = &config.cloud else { panic!("another process") };
+        assert_eq!((config.limits.sessions_max, config.limits.context_max), (9, 5000));
+        assert_eq!(config.limits.kv_rows_max, Limits::kv_rows(9, 5000));
+        assert_eq!(cloud.limits.context_max, 5000);
+        assert_eq!(cloud.limits.kv_rows_max, config.limits.kv_rows_max);
+        assert!(cloud.limits.sessions_max >= 9);
+    }
 
     #[test]
     fn the_api_has_an_address_or_a_socket() {

@@ -59,9 +59,27 @@ pub(crate) fn pace(timings: &Timings) -> String {
     )
 }
 
+/// The rate and the round trip of a link, as far as they were measured: one that takes all bytes
+/// at once shows no rate.
+pub(crate) fn link(uplink_bytes_s: Option<f64>, rtt_s: Option<f64>) -> String {
+    let rate = uplink_bytes_s
+        .map_or("no rate was measured".to_owned(), |rate| format!("{:.1} MB/s up", rate / 1e6));
+    let rtt = rtt_s.map_or("no round trip was measured".to_owned(), |rtt| {
+        format!("round trip {:.2} ms", rtt * 1e3)
+    });
+    format!("{rate}, {rtt}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_that_shows_no_rate_has_none() {
+        assert_eq!(link(Some(12.34e6), Some(0.01)), "12.3 MB/s up, round trip 10.00 ms");
+        assert_eq!(link(None, Some(0.01)), "no rate was measured, round trip 10.00 ms");
+        assert_eq!(link(None, None), "no rate was measured, no round trip was measured");
+    }
 
     #[test]
     fn runs_of_layers_are_counted_as_people_do() {

@@ -58,7 +58,7 @@ pub struct CloudCounters {
     pub pages_free: AtomicU64,
     /// Steps that a backend did not compute.
     pub faults: AtomicU64,
-    /// Of these, pages that are kept: a session that names them need not upload their rows.
+    /// Free pages whose rows are kept: a session that names them need not upload those.
     pub pages_idle: AtomicU64,
     /// Pages that sessions found when they opened.
     pub pages_reused: AtomicU64,

@@ -471,7 +471,7 @@ pub(crate) fn tokenizer(bundle: &Bundle) -> Result<Tokenizer, Error> {
         .map_err(|error| bundle_error(bundle.directory(), error.to_string()))?
         .ok_or_else(|| bundle_error(bundle.directory(), "it has no tokenizer"))?;
     Tokenizer::from_json(json.as_bytes(), &processor::token_settings(bundle))
-        .map_err(|error| bundle_error(bundle.directory(), format!("tokenizer.json: {error}")))
+        .map_err(|error| bundle_error(bundle.directory(), error.to_string()))
 }
 
 /// The configured split, checked against what the bundle holds.

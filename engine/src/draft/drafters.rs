@@ -49,7 +49,8 @@ impl Drafters {
         let found = built_in.or_else(|| {
             self.files().into_iter().find_map(|path| {
                 let bytes = file::read(&path, BYTES_MAX)
-                    .inspect_err(|error| left_out(&path, error))
+                    .map_err(|error| BundleError::Io { path: path.clone(), error })
+                    .inspect_err(left_out)
                     .ok()?;
                 let adapter = fitting(&path, &bytes, bundle, split_layer)?;
                 Some((path.display().to_string(), adapter))
@@ -72,14 +73,13 @@ impl Drafters {
 
 /// The drafter in `bytes`, if it was trained for the bundle's model and this split.
 fn fitting(name: &Path, bytes: &[u8], bundle: &Bundle, split_layer: usize) -> Option<Adapter> {
-    let (model, split) =
-        Adapter::trained_for(name, bytes).inspect_err(|error| left_out(name, error)).ok()?;
+    let (model, split) = Adapter::trained_for(name, bytes).inspect_err(left_out).ok()?;
     if model != bundle.model_id() || split != split_layer {
         return None;
     }
-    Adapter::of_bytes(name, bytes, bundle).inspect_err(|error| left_out(name, error)).ok()
+    Adapter::of_bytes(name, bytes, bundle).inspect_err(left_out).ok()
 }
 
-fn left_out(path: &Path, error: &dyn std::fmt::Display) {
-    tracing::warn!(path = %path.display(), %error, "a drafter is left out");
+fn left_out(error: &BundleError) {
+    tracing::warn!(%error, "a drafter is left out");
 }

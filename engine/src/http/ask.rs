@@ -438,7 +438,7 @@ mod tests {
         for (extra, param) in [
             (json!({"temperature": "warm"}), "temperature"),
             (json!({"max_tokens": 0}), "max_tokens"),
-            (json!({"draft": "medusa"}), "draft"),
+            (json!({"draft": "fast"}), "draft"),
             (json!({"draft": true}), "draft"),
             (json!({"max_tokens": -2}), "max_tokens"),
             (json!({"repeat_penalty": 1.5, "repetition_penalty": 2}), "repeat_penalty"),

@@ -243,11 +243,11 @@ mod tests {
         }
         for host in [
             "",
-            "evil.com",
-            "localhost.evil.com",
-            "127.0.0.1.evil.com",
-            "127.0.0.1@evil.com",
-            "evil.com:80",
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "127.0.0.1@evil.example",
+            "evil.example:80",
             "localhost:x",
             "[::1",
             "[::1]x",

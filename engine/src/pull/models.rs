@@ -59,6 +59,17 @@ impl Cut {
 }
 
 impl Model {
+    /// Refuses a cut that the default model can't have, before it is fetched.
+    ///
+    /// # Errors
+    /// The flag, and why.
+    pub fn check(&self, cut: Cut) -> anyhow::Result<()> {
+        match self {
+            Self::Default => pull::check_default(cut.options()),
+            _ => Ok(()), // whoever opens it says so
+        }
+    }
+
     /// Looks at what is at `path`, and changes nothing.
     ///
     /// # Errors
@@ -272,8 +283,7 @@ impl Reading {
     fn hash(&self, cache: &Path, path: &Path) -> anyhow::Result<blake3::Hash> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let now = UNIX_EPOCH + Duration::from_secs(unix_seconds());
-        content_hash(path, Some(cache), now, threads, &mut || self.0.tick())
-            .with_context(|| format!("reading {}", path.display()))
+        Ok(content_hash(path, Some(cache), now, threads, &mut || self.0.tick())?)
     }
 }
 

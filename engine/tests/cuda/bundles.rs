@@ -30,15 +30,20 @@ fn models() -> [(TinyModel, AdapterKind); 5] {
     ]
 }
 
+/// `HAT_TEST_BUNDLES` names a folder that keeps them, for `cuda/run-on-gpu.sh`.
 #[test]
-#[ignore = "run by cuda/run-on-gpu.sh, which asks the bundles"]
 fn bundles_for_a_gpu() {
-    let folder = std::env::var_os("HAT_TEST_BUNDLES").expect("HAT_TEST_BUNDLES names a folder");
-    let folder = PathBuf::from(folder);
+    let own = tempfile::tempdir().unwrap();
+    let asked = std::env::var_os("HAT_TEST_BUNDLES").map(PathBuf::from);
+    let folder = asked.as_deref().unwrap_or(own.path());
     for (model, drafter) in models() {
         let path = folder.join(model.dtype.name());
         let options = BundleOptions { split_layer: 1, tail_layers: 0, weights: Weights::Keep };
         write_bundles(&generated(&model), options, &path, &mut |_| {}).unwrap();
         add_noise_at(&path, drafter);
+        let [device, cloud] =
+            ["device", "cloud"].map(|half| Bundle::open(&path.join(half)).unwrap());
+        assert_eq!(device.adapter().unwrap().unwrap().kind(), drafter);
+        assert_eq!(device.model_id(), cloud.model_id());
     }
 }

@@ -122,21 +122,23 @@ fn other_hosts_pages_and_media_types_are_refused() {
     let compressed = format!("{JSON}Content-Encoding: gzip\r\n");
     let message = chat(&compressed).refused(415, "unsupported_media_type", None);
     assert!(message.contains("Content-Encoding"), "{message}");
-    for host in ["evil.com", "localhost.evil.com", "127.0.0.1.evil.com:80", "0.0.0.0", ""] {
+    for host in
+        ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "0.0.0.0", ""]
+    {
         let headers = format!("{JSON}Host: {host}\r\n");
         chat(&headers).refused(403, "host_not_allowed", None);
     }
-    for origin in ["https://evil.com", "null", "http://127.0.0.1@evil.com", "file://"] {
+    for origin in ["https://evil.example", "null", "http://127.0.0.1@evil.example", "file://"] {
         let headers = format!("{JSON}Origin: {origin}\r\n");
         chat(&headers).refused(403, "origin_not_allowed", None);
     }
     chat("Content-Type: text/plain\r\n").refused(415, "unsupported_media_type", None);
     chat("").refused(415, "unsupported_media_type", None);
     server.raw(b"GET /health HTTP/1.0\r\n\r\n").refused(400, "invalid_host", None);
-    let two = "Host: localhost\r\nHost: evil.com\r\n";
+    let two = "Host: localhost\r\nHost: evil.example\r\n";
     server.request("GET", "/health", two, "").refused(400, "invalid_host", None);
     let absolute =
-        "GET http://evil.com/metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        "GET http://evil.example/metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     server.raw(absolute.as_bytes()).refused(403, "host_not_allowed", None);
 }
 

@@ -25,6 +25,27 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// Standard error of a program, in which no line names a file or anything else twice.
+#[track_caller]
+pub fn said(output: &std::process::Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    text.lines().for_each(names_once);
+    text
+}
+
+/// Panics if a line has the same words before two of its colons, or names a path twice.
+#[track_caller]
+pub fn names_once(line: &str) {
+    let mut parts: Vec<&str> = line.split(": ").collect();
+    parts.pop();
+    let paths = line.split([' ', ',', ';']).map(|word| word.trim_end_matches([':', '.', '?']));
+    for mut words in [parts, paths.filter(|word| word.starts_with('/')).collect()] {
+        words.sort_unstable();
+        let doubled = words.windows(2).find(|pair| pair[0] == pair[1]);
+        assert!(doubled.is_none(), "{doubled:?} in: {line}");
+    }
+}
+
 /// Both halves of a generated model, below a temporary directory.
 pub struct Bundles {
     pub path: PathBuf,

@@ -195,3 +195,83 @@ impl BundleError {
         move |error| Self::Json { path, error }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: &str = "/a/file";
+
+    fn config() -> ConfigError {
+        ConfigError::new("key", "reason")
+    }
+
+    fn io() -> std::io::Error {
+        std::io::ErrorKind::NotFound.into()
+    }
+
+    fn json() -> serde_json::Error {
+        serde_json::from_str::<u8>("{").expect_err("no number")
+    }
+
+    fn text() -> String {
+        "text".to_owned()
+    }
+
+    fn loading(path: PathBuf) -> Vec<LoadError> {
+        let (name, family) = (text(), "llama");
+        vec![
+            LoadError::Io { path: path.clone(), error: io() },
+            LoadError::NotAModel { path: path.clone(), reason: text() },
+            LoadError::TooLarge { path: path.clone(), bytes: 2, bytes_max: 1 },
+            LoadError::Json { path: path.clone(), error: json() },
+            LoadError::Config { path: path.clone(), error: config() },
+            LoadError::Header { path: path.clone(), error: HeaderError::TooShort { bytes: 1 } },
+            LoadError::Gguf { path: path.clone(), error: crate::GgufError::BigEndian },
+            LoadError::Index { path: path.clone(), reason: text() },
+            LoadError::MissingTensor { path: path.clone(), name: name.clone() },
+            LoadError::UnknownTensor { path: path.clone(), name, family, reason: "reason" },
+            LoadError::TensorMismatch {
+                path: path.clone(),
+                name: text(),
+                expected: text(),
+                got: text(),
+            },
+            LoadError::Tokenizer { path, reason: text() },
+        ]
+    }
+
+    fn of_a_bundle(path: PathBuf) -> Vec<BundleError> {
+        let [name, expected, got] = [(); 3].map(|()| text());
+        let header = HeaderError::TooShort { bytes: 1 };
+        vec![
+            BundleError::io(&path)(io()),
+            BundleError::NotABundle { path: path.clone(), reason: text() },
+            BundleError::Exists { path: path.clone() },
+            BundleError::TooLarge { path: path.clone(), bytes_max: 1 },
+            BundleError::FileSize { path: path.clone(), expected: 2, got: 1 },
+            BundleError::FileHash { path: path.clone(), expected: text(), got: text() },
+            BundleError::json(&path)(json()),
+            BundleError::FormatVersion { path: path.clone(), oldest: 1, newest: 2, got: text() },
+            BundleError::manifest(&path)(config()),
+            BundleError::Header { path: path.clone(), error: header },
+            BundleError::TensorMismatch { path: path.clone(), name, expected, got },
+            BundleError::MissingTensor { path: path.clone(), name: text() },
+            BundleError::UnknownTensor { path: path.clone(), name: text(), role: "device" },
+            BundleError::Adapter { path, reason: text() },
+        ]
+    }
+
+    #[test]
+    fn an_error_of_a_file_begins_with_its_path_and_names_it_once() {
+        let loading = loading(PATH.into()).into_iter().map(BundleError::from);
+        for error in loading.chain(of_a_bundle(PATH.into())) {
+            let said = error.to_string();
+            assert!(said.starts_with(&format!("{PATH}: ")), "{said}");
+            assert_eq!(said.matches(PATH).count(), 1, "{said}");
+            let mut parts: Vec<&str> = said.split(": ").collect();
+            parts.sort_unstable();
+            assert!(parts.windows(2).all(|pair| pair[0] != pair[1]), "{said}");
+        }
+    }
+}

@@ -37,7 +37,7 @@ pub use manifest::{
 };
 pub use model_id::{ModelId, ModelIdError};
 pub use verify::{Verified, Watch, content_hash};
-pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, write_bundles};
+pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, check_free, write_bundles};
 
 use manifest::Stored;
 use verify::OpenFile;

@@ -365,7 +365,11 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<FileEntry, BundleError> {
     file.finish()
 }
 
-fn check_free(target: &Path) -> Result<(), BundleError> {
+/// Checks that a bundle can be written to `target`: nothing is there, or an empty directory.
+///
+/// # Errors
+/// [`BundleError::Exists`], or what the system says.
+pub fn check_free(target: &Path) -> Result<(), BundleError> {
     match fs::read_dir(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(BundleError::io(target)(error)),

@@ -1,6 +1,6 @@
 //! Cuts a model into the two bundles of a device and a cloud.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -8,32 +8,32 @@ use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_engine::out::{self, OutError};
 use hat_engine::{note, outln, pull};
-use hat_loader::{BundleOptions, Report, RoleReport, Weights};
+use hat_loader::bundle::check_free;
+use hat_loader::{Adapter, BundleError, BundleOptions, Report, RoleReport, Weights, file};
 
 /// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
 /// tokenizer; OUT/cloud gets the layers between.
 #[derive(Parser)]
 #[command(name = "hat-split", version)]
 struct Args {
-    /// A Hugging Face directory, a .gguf file, or `default`.
+    /// Model: a Hugging Face directory, a .gguf file, or `default`.
     model: String,
-    /// Decoder layers at the device, in front of the cloud's.
+    /// Number of first layers on the device.
     #[arg(long, default_value_t = 2)]
     split_layer: usize,
-    /// Decoder layers at the device, behind the cloud's.
+    /// Number of last layers on the device.
     #[arg(long, default_value_t = 0)]
     tail_layers: usize,
     /// Type of the matrices.
     #[arg(long, value_enum, default_value_t = WeightsArg::Keep)]
     weights: WeightsArg,
-    /// The directory to write; it must not exist or be empty.
+    /// Directory to write; it must not exist, or be empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A trained drafter for the device half: what `hat-train fit` wrote for this model.
+    /// Trained drafter for the device half, as `hat-train fit` writes it for this model.
     #[arg(long, value_name = "FILE")]
     adapter: Option<PathBuf>,
-    /// The pattern that cuts text into words, for a GGUF file that does not name it: a value of
-    /// `tokenizer.ggml.pre`.
+    /// Pre-tokenizer of a GGUF file that does not name its own: a value of `tokenizer.ggml.pre`.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
     /// Print what each side holds.
@@ -78,18 +78,44 @@ fn main() -> ExitCode {
     out::finish("hat-split", run(&args))
 }
 
+impl Args {
+    fn options(&self) -> BundleOptions {
+        BundleOptions {
+            split_layer: self.split_layer,
+            tail_layers: self.tail_layers,
+            weights: self.weights.into(),
+        }
+    }
+
+    /// True if the model is to be fetched unless it is in the cache.
+    fn is_default(&self) -> bool {
+        self.model == "default" && !Path::new(&self.model).exists()
+    }
+
+    /// Refuses what can't work, before anything is fetched or written.
+    fn check(&self) -> anyhow::Result<()> {
+        check_free(&self.out).context("--out")?;
+        if let Some(path) = &self.adapter {
+            let bytes = file::read(path, u64::MAX)
+                .map_err(|error| BundleError::Io { path: path.clone(), error })
+                .context("--adapter")?;
+            Adapter::trained_for(path, &bytes).context("--adapter")?;
+        }
+        if !self.is_default() {
+            return Ok(());
+        }
+        anyhow::ensure!(self.pre.is_none(), "--pre: the default model needs none; leave it out");
+        pull::check_default(self.options())
+    }
+}
+
 fn run(args: &Args) -> anyhow::Result<()> {
-    let path = PathBuf::from(&args.model);
-    let path = if args.model == "default" && !path.exists() {
-        pull::default_model(&pull::cache_dir()?)?
-    } else {
-        path
+    args.check()?;
+    let path = match args.is_default() {
+        true => pull::default_model(&pull::cache_dir()?)?,
+        false => PathBuf::from(&args.model),
     };
-    let options = BundleOptions {
-        split_layer: args.split_layer,
-        tail_layers: args.tail_layers,
-        weights: args.weights.into(),
-    };
+    let options = args.options();
     let report = pull::split_with(&path, args.pre.as_deref(), options, &args.out)?;
     let device = args.out.join("device");
     let has_drafter = match &args.adapter {

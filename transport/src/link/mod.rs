@@ -5,8 +5,8 @@
 //! under way for each peer. A [`PeerId`] is never used twice.
 //!
 //! TLS has its place between link and connection: the endpoint passes what a link received to the
-//! connection, and what the connection transmits to the link, in two functions of
-//! [`crate::turn`] and nowhere else.
+//! connection, and what the connection transmits to the link, in three functions that the head of
+//! [`crate::turn`] names.
 
 pub mod memory;
 pub mod mio;

@@ -1,5 +1,6 @@
 //! Weights that a GPU without memory of its own reads where the host has them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use hat_cuda::driver::CudaMemory;
@@ -10,7 +11,7 @@ use super::*;
 const COUNT: usize = 64;
 const PAGE: usize = 4096;
 
-/// Runs the ignored test `name` under a driver of this kind; how often maps were registered, and
+/// Runs the body `name` under a driver of this kind; how often maps were registered, and
 /// unregistered.
 #[track_caller]
 fn registered_under(kind: &str, name: &str) -> Option<[u64; 2]> {
@@ -41,8 +42,7 @@ fn weights_are_copied_where_the_driver_wants_it() {
             ("HAT_TEST_REASON", reason),
             ("LD_LIBRARY_PATH", folder.to_str().unwrap()),
         ];
-        let test = "on_driver::in_place::reading_copies";
-        assert_passed(&tests(&[test, "--exact", "--include-ignored"], &environment), 1);
+        assert_ended(&body("in_place::reading_copies", &environment));
     }
 }
 
@@ -86,9 +86,7 @@ fn assert_weights(gpu: &mut Cuda, weight: CudaMemory, first: f32) {
     }
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn reading_in_place() {
+pub(super) fn reading_in_place() {
     let (mut gpu, mut other) = (Cuda::open(0).unwrap(), Cuda::open(0).unwrap());
     assert!(gpu.describe().ends_with("weights in place"), "{}", gpu.describe());
     let map = map(10.0);
@@ -117,9 +115,7 @@ fn reading_in_place() {
     assert!(gpu.describe().ends_with("weights in place"), "{}", gpu.describe());
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn reading_copies() {
+pub(super) fn reading_copies() {
     let mut gpu = Cuda::open(0).unwrap();
     for _ in 0..2 {
         assert!(gpu.in_place(&map(1.0), 0..4 * COUNT).is_none());
@@ -133,13 +129,12 @@ fn reading_copies() {
     assert_weights(&mut gpu, weight, 5.0);
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-#[should_panic(expected = "a copy to host memory that is read in place")]
-fn writing_in_place() {
+pub(super) fn writing_in_place() {
     let mut gpu = Cuda::open(0).unwrap();
     let mut weight = gpu.in_place(&map(1.0), 0..4 * COUNT).unwrap();
-    let _ = gpu.upload(&[0.0f32; COUNT], &mut weight, 0);
+    let written = catch_unwind(AssertUnwindSafe(|| gpu.upload(&[0.0f32; COUNT], &mut weight, 0)));
+    let panicked = written.unwrap_err().downcast::<&str>().unwrap();
+    assert_eq!(*panicked, "a copy to host memory that is read in place");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::*;
 
 const PTX: Options = Options { ptx: true, wait: Wait::Driver };
 
-/// Runs the ignored test `name` under a driver of this kind: modules of machine code and of PTX,
+/// Runs the body `name` under a driver of this kind: modules of machine code and of PTX,
 /// kernels that asked for all shared memory, and contexts whose threads sleep.
 #[track_caller]
 fn loaded_under(kind: &str, name: &str) -> Option<[u64; 4]> {
@@ -43,29 +43,21 @@ fn under_this(kind: &str, name: &str) {
     let _ = loaded_under(kind, name);
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn as_usual() {
+pub(super) fn as_usual() {
     drop(Cuda::open(0).unwrap());
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn as_ptx() {
+pub(super) fn as_ptx() {
     let gpu = Cuda::open_with(0, PTX).unwrap();
     assert!(gpu.describe().contains("PTX of compute_80"), "{}", gpu.describe());
     assert!(gpu.usages().iter().all(|usage| usage.registers > 0 && usage.local_bytes == 0));
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn asleep() {
+pub(super) fn asleep() {
     drop(Cuda::open_with(0, Options { ptx: false, wait: Wait::Asleep }).unwrap());
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn refused() {
+pub(super) fn refused() {
     let line = Cuda::open_with(0, PTX).err().unwrap().to_string();
     assert!(line.contains("the PTX of accept_tree (CUDA_ERROR_INVALID_PTX): ptxas "), "{line}");
     assert!(line.contains("line 9; error   : Unknown symbol 'hat'; ptxas fatal"), "{line}");
@@ -74,9 +66,7 @@ fn refused() {
     assert!(Cuda::open(0).is_ok());
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver"]
-fn marks() {
+pub(super) fn marks() {
     let mut gpu = Cuda::open(0).unwrap();
     let [x, weight, mut out] = [(); 3].map(|()| gpu.alloc(256, "a test").unwrap());
     let begin = gpu.mark().unwrap();

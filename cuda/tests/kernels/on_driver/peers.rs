@@ -5,15 +5,14 @@ use hat_cuda::gpu::Reach;
 
 use super::*;
 
-/// Runs the ignored test `name` under a driver of this kind that has two GPUs.
+/// Runs the body `name` under a driver of this kind that has two GPUs.
 #[track_caller]
 fn under_two(kind: &str, name: &str) {
     let Some(folder) = fake_driver(&[]) else { return };
     let library_path = folder.to_str().unwrap();
     let environment =
         [("HAT_FAKE_DRIVER", kind), ("HAT_FAKE_DEVICES", "2"), ("LD_LIBRARY_PATH", library_path)];
-    let name = format!("on_driver::peers::{name}");
-    assert_passed(&tests(&[&name, "--exact", "--include-ignored"], &environment), 1);
+    assert_ended(&body(&format!("peers::{name}"), &environment));
 }
 
 #[test]
@@ -89,22 +88,16 @@ fn fetch(ordinals: [usize; 2]) -> Reach {
     reach
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver of two GPUs"]
-fn fetching() {
+pub(super) fn fetching() {
     assert_eq!(fetch([0, 1]), Reach::Peer);
     assert_eq!(fetch([1, 0]), Reach::Peer);
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver of two GPUs"]
-fn fetching_staged() {
+pub(super) fn fetching_staged() {
     assert_eq!(fetch([0, 1]), Reach::Staged);
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver of two GPUs"]
-fn fetching_at_home() {
+pub(super) fn fetching_at_home() {
     assert_eq!(fetch([1, 1]), Reach::Same);
     let mut gpu = Cuda::open(0).unwrap();
     let [mut from, mut to] = [(); 2].map(|()| gpu.alloc(256, "a test").unwrap());
@@ -133,18 +126,14 @@ fn norm_of_foreign(gives_access: bool) -> Result<(), GpuError> {
     done
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver of two GPUs"]
-fn foreign_memory() {
+pub(super) fn foreign_memory() {
     for gives_access in [false, true] {
         let error = norm_of_foreign(gives_access).unwrap_err().to_string();
         assert!(error.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
     }
 }
 
-#[test]
-#[ignore = "run by a test, under a made-up driver of two GPUs"]
-fn foreign_memory_with_access() {
+pub(super) fn foreign_memory_with_access() {
     assert!(norm_of_foreign(false).is_err());
     norm_of_foreign(true).unwrap();
 }

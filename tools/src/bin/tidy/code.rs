@@ -37,7 +37,7 @@ pub(crate) fn check(file: &str, text: &str, modules: &Modules, findings: &mut Ve
     }
     if !is_in(file, UNSAFE_ROOMS) {
         for offset in occurrences(&source.code, "unsafe") {
-            let reason = "`unsafe` outside of its rooms (docs/ARCHITECTURE.md lists them)";
+            let reason = "`unsafe` outside of its rooms, which tools/src/bin/tidy/rules.rs lists";
             report(offset, reason.into());
         }
     }

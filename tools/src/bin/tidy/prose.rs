@@ -3,7 +3,10 @@
 
 use crate::code::check_lines;
 use crate::modules::normal;
-use crate::rules::{GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, TOP};
+use crate::rules::{
+    BANS, GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, Scope, TOP,
+    UNSAFE_ROOMS,
+};
 use crate::source::line_of;
 use crate::{Finding, Tree, code};
 
@@ -67,10 +70,7 @@ fn hosts(text: &str) -> impl Iterator<Item = (usize, &str)> {
 /// Links to files, and paths of ours in backticks, lead somewhere.
 fn check_links(file: &str, text: &str, tree: &Tree, report: &mut impl FnMut(usize, String)) {
     let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
-    let exists = |path: &str| {
-        let below = format!("{}/", path.trim_end_matches('/'));
-        tree.contains_key(path) || tree.keys().any(|file| file.starts_with(&below))
-    };
+    let exists = |path: &str| exists(tree, path);
     for (at, _) in text.match_indices("](") {
         let Some((target, _)) = text[at + 2..].split_once(')') else {
             continue;
@@ -109,6 +109,28 @@ fn expand(path: &str) -> Vec<String> {
     }
 }
 
+/// Each path that a rule names is there; a tree without these rules has none of them.
+fn check_rules(tree: &Tree, findings: &mut Vec<Finding>) {
+    const FILE: &str = "tools/src/bin/tidy/rules.rs";
+    let Some(text) = tree.get(FILE) else { return };
+    let scopes = BANS.iter().filter_map(|ban| match ban.scope {
+        Scope::Paths(paths) => Some(paths),
+        _ => None,
+    });
+    let lists = scopes.chain(BANS.iter().map(|ban| ban.except)).chain([UNSAFE_ROOMS, GENERATED]);
+    for path in lists.flatten().filter(|path| !exists(tree, path)) {
+        let line = text.lines().position(|line| line.contains(&format!("\"{path}\"")));
+        let reason = format!("`{path}`: there is no such file, and a rule for it");
+        findings.push(Finding::new(FILE, line.map_or(0, |line| line + 1), reason));
+    }
+}
+
+/// A file, or a folder with files in it.
+fn exists(tree: &Tree, path: &str) -> bool {
+    let below = format!("{}/", path.trim_end_matches('/'));
+    tree.contains_key(path) || tree.keys().any(|file| file.starts_with(&below))
+}
+
 /// Rules on the tree as a whole.
 pub(crate) fn check_documents(tree: &Tree, findings: &mut Vec<Finding>) {
     for file in REQUIRED {
@@ -116,6 +138,7 @@ pub(crate) fn check_documents(tree: &Tree, findings: &mut Vec<Finding>) {
             findings.push(Finding::new(file, 0, "this file is missing"));
         }
     }
+    check_rules(tree, findings);
     let readme = tree.get("README.md").map_or("", String::as_str);
     for command in README_COMMANDS {
         if !readme.contains(command) {
