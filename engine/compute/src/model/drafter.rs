@@ -18,11 +18,11 @@
 
 use hat_loader::layout;
 use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};
-use hat_plan::{AttendPlan, BackendFault, DraftForward, Likely};
+use hat_plan::{AttendPlan, DraftForward, Likely};
 
 use super::llama::{ModelShape, weight};
 use crate::LoadError;
-use crate::backend::{Backend, LinearInto, Write};
+use crate::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 
 /// The matrices of a kind that has them.
 struct Feed<B: Backend> {
@@ -163,7 +163,7 @@ impl<B: Backend> DraftModel<B> {
         };
         backend.upload(shallow, s);
         backend.rms_norm(rows, s, ones, eps, normed);
-        backend.linear(rows, normed, &feed.shallow_proj, None, Write::Store, x);
+        backend.linear(rows, normed, Write::Store, LinearArgs::of(&feed.shallow_proj, x));
         if let Some((deep_proj, _)) = &feed.deep {
             assert_eq!(deep.len(), shallow.len(), "a deep row for each row");
             backend.upload(deep, s);
@@ -173,42 +173,44 @@ impl<B: Backend> DraftModel<B> {
             } else {
                 backend.rms_norm(rows, s, ones, eps, f);
             }
-            backend.linear(rows, f, deep_proj, None, Write::Add, x);
+            backend.linear(rows, f, Write::Add, LinearArgs::of(deep_proj, x));
         }
     }
 
     /// Keys and values of what [`DraftModel::read`] left; queries too where they are `wanted`.
-    fn append(&mut self, plan: &AttendPlan<'_>, wanted: bool) {
+    fn append<'p>(&mut self, plan: &AttendPlan<'p>, wanted: bool) -> B::Plan<'p> {
         let Self { backend, shape, buffers, kv, .. } = self;
         let Buffers { normed, x, q, k, v, angles, .. } = buffers;
         let rows = plan.rows();
         backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
-        let into = |weight, out| LinearInto { weight, bias: None, out };
-        let (key, value) = (into(&self.k_proj, &mut *k), into(&self.v_proj, &mut *v));
+        let (key, value) =
+            (LinearArgs::of(&self.k_proj, &mut *k), LinearArgs::of(&self.v_proj, &mut *v));
         if wanted {
-            backend.linear_each(rows, normed, [key, value, into(&self.q_proj, &mut *q)]);
+            backend.linear_each(rows, normed, [key, value, LinearArgs::of(&self.q_proj, &mut *q)]);
         } else {
             backend.linear_each(rows, normed, [key, value]);
         }
         backend.rope_angles(plan.positions, &shape.inv_freq, angles);
-        backend.rope_append(plan, &shape.attend, 0, angles, q, k, v, kv);
+        let plan = backend.begin(*plan, &shape.attend, kv);
+        backend.rope_append(plan, RopeArgs { layer: 0, angles, q, k, v, kv });
+        plan
     }
 
     /// The rest of the layer and the output.
-    fn say(&mut self, plan: &AttendPlan<'_>, y: &mut [f32]) {
+    fn say(&mut self, rows: usize, plan: B::Plan<'_>, y: &mut [f32]) {
         let Self { backend, shape, ones, feed, buffers, kv, .. } = self;
         let Buffers { deep, normed, x, q, attended, gated, .. } = buffers;
-        let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
-        backend.attend(plan, &shape.attend, 0, q, kv, attended);
-        backend.linear(rows, attended, &self.o_proj, None, Write::Add, x);
+        let eps = shape.rms_norm_eps;
+        backend.attend(plan, AttendArgs { layer: 0, q, kv, out: attended });
+        backend.linear(rows, attended, Write::Add, LinearArgs::of(&self.o_proj, x));
         if let Some(feed) = feed {
             backend.rms_norm(rows, x, &feed.post_attention_layernorm, eps, normed);
             backend.swiglu(rows, normed, &feed.gate_proj, &feed.up_proj, gated);
-            backend.linear(rows, gated, &feed.down_proj, None, Write::Add, x);
+            backend.linear(rows, gated, Write::Add, LinearArgs::of(&feed.down_proj, x));
             backend.rms_norm(rows, x, ones, eps, normed);
-            backend.linear(rows, normed, &feed.out_proj, None, Write::Store, x);
+            backend.linear(rows, normed, Write::Store, LinearArgs::of(&feed.out_proj, x));
             if let Some((_, out_deep)) = &feed.deep {
-                backend.linear(rows, deep, out_deep, None, Write::Add, x);
+                backend.linear(rows, deep, Write::Add, LinearArgs::of(out_deep, x));
             }
         }
         backend.rms_norm(rows, x, &self.norm, eps, normed);
@@ -216,19 +218,9 @@ impl<B: Backend> DraftModel<B> {
     }
 }
 
+as_its_backend!(DraftModel);
+
 impl<B: Backend> DraftForward for DraftModel<B> {
-    fn describe(&self) -> String {
-        self.backend.describe()
-    }
-
-    fn arithmetic_id(&self) -> u32 {
-        self.backend.arithmetic_id()
-    }
-
-    fn fault(&mut self) -> Option<BackendFault> {
-        self.backend.fault()
-    }
-
     fn split_layer(&self) -> usize {
         self.split_layer
     }
@@ -250,14 +242,14 @@ impl<B: Backend> DraftForward for DraftModel<B> {
         y: &mut [f32],
     ) {
         self.read(plan, shallow, deep_before, true);
-        self.append(plan, true);
-        self.say(plan, y);
+        let begun = self.append(plan, true);
+        self.say(plan.rows(), begun, y);
     }
 
     fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
         self.read(plan, shallow, y_before, false);
-        self.append(plan, true);
-        self.say(plan, y);
+        let begun = self.append(plan, true);
+        self.say(plan.rows(), begun, y);
     }
 
     fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>) {
@@ -269,7 +261,8 @@ impl<B: Backend> DraftForward for DraftModel<B> {
             return;
         }
         backend.upload(y, &mut buffers.normed);
-        backend.linear(rows, &buffers.normed, head, None, Write::Store, &mut buffers.logits);
+        let logits = LinearArgs::of(head, &mut buffers.logits);
+        backend.linear(rows, &buffers.normed, Write::Store, logits);
         logits_host.resize(rows * tokens, 0.0);
         backend.download(&buffers.logits, 0, logits_host);
         for logits in logits_host.chunks_exact(tokens) {

@@ -6,7 +6,7 @@ use hat_loader::{Bundle, LlamaConfig, Tensor};
 use hat_plan::{AttendPlan, AttendShape, BackendError, KvShape};
 
 use crate::LoadError;
-use crate::backend::{Backend, LinearInto, Write};
+use crate::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 
 /// The numbers of a model that its layers share.
 #[derive(Clone, Debug)]
@@ -76,14 +76,14 @@ impl<B: Backend> Projection<B> {
         Ok(Self { weight, bias })
     }
 
-    /// `x W^T + bias` into `out`.
-    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> LinearInto<'a, B> {
-        LinearInto { weight: &self.weight, bias: self.bias.as_ref(), out }
+    /// The operands of `x W^T + bias` into `out`.
+    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> LinearArgs<'a, B> {
+        LinearArgs { weight: &self.weight, bias: self.bias.as_ref(), out }
     }
 
     /// Adds `x W^T + bias` to `out`.
     fn add(&self, backend: &mut B, rows: usize, x: &B::Buffer, out: &mut B::Buffer) {
-        backend.linear(rows, x, &self.weight, self.bias.as_ref(), Write::Add, out);
+        backend.linear(rows, x, Write::Add, self.onto(out));
     }
 }
 
@@ -153,6 +153,21 @@ impl<B: Backend> Scratch<B> {
     }
 }
 
+/// The rows of a step, begun: each layer takes them in turn.
+pub struct Step<'p, B: Backend> {
+    rows: usize,
+    eps: f32,
+    plan: B::Plan<'p>,
+}
+
+impl<'p, B: Backend> Step<'p, B> {
+    /// Begins the rows of `plan` over a KV store.
+    pub fn begin(backend: &mut B, shape: &ModelShape, plan: AttendPlan<'p>, kv: &B::Kv) -> Self {
+        let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
+        Self { rows, eps, plan: backend.begin(plan, &shape.attend, kv) }
+    }
+}
+
 /// One decoder layer: attention and feed-forward, each behind a norm and added to the residual.
 pub struct DecoderLayer<B: Backend> {
     input_layernorm: B::Weight,
@@ -209,31 +224,27 @@ impl<B: Backend> DecoderLayer<B> {
         range.map(|index| Self::load(backend, bundle, index)).collect()
     }
 
-    /// Runs the rows of `plan` through this layer, in place. `kv_layer` is the layer's number in
-    /// the KV store.
-    #[expect(clippy::too_many_arguments, reason = "one layer, its operands")]
+    /// Runs the rows of `step` through this layer, in place. `layer` is its number in the KV store.
     pub fn forward(
         &self,
         backend: &mut B,
-        shape: &ModelShape,
-        plan: &AttendPlan<'_>,
-        kv_layer: usize,
+        step: &Step<'_, B>,
+        layer: usize,
         x: &mut B::Buffer,
         kv: &mut B::Kv,
         scratch: &mut Scratch<B>,
     ) {
-        let rows = plan.rows();
+        let Step { rows, eps, plan } = *step;
         let Scratch { normed, q, k, v, attended, gated, angles } = scratch;
-        let attend = &shape.attend;
 
-        backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
+        backend.rms_norm(rows, x, &self.input_layernorm, eps, normed);
         let qkv = [self.q_proj.onto(q), self.k_proj.onto(k), self.v_proj.onto(v)];
         backend.linear_each(rows, normed, qkv);
-        backend.rope_append(plan, attend, kv_layer, angles, q, k, v, kv);
-        backend.attend(plan, attend, kv_layer, q, kv, attended);
+        backend.rope_append(plan, RopeArgs { layer, angles, q, k, v, kv });
+        backend.attend(plan, AttendArgs { layer, q, kv, out: attended });
         self.o_proj.add(backend, rows, attended, x);
 
-        backend.rms_norm(rows, x, &self.post_attention_layernorm, shape.rms_norm_eps, normed);
+        backend.rms_norm(rows, x, &self.post_attention_layernorm, eps, normed);
         backend.swiglu(rows, normed, &self.gate_proj, &self.up_proj, gated);
         self.down_proj.add(backend, rows, gated, x);
     }
