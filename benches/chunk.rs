@@ -20,7 +20,7 @@ use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limit
 use hat_engine::internal::{open_cloud_bundle, pool_pages, tiny_bundle};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
-use hat_plan::{MiddleForward, MiddleStep};
+use hat_plan::{Computes, MiddleForward, MiddleStep};
 use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
 
 /// What the command line says.
@@ -92,11 +92,13 @@ struct Waits {
     row_us: f64,
 }
 
-impl MiddleForward for Waits {
+impl Computes for Waits {
     fn describe(&self) -> String {
         format!("{} us and {} us a row", self.fixed_us, self.row_us)
     }
+}
 
+impl MiddleForward for Waits {
     fn forward(&mut self, step: &mut MiddleStep) {
         let micros = self.fixed_us + self.row_us * step.plan.rows() as f64;
         std::thread::sleep(Duration::from_secs_f64(micros * 1e-6));

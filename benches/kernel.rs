@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use hat_benches::{Limits, Timing, time};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
-use hat_compute::backend::{Backend, LinearInto, Write};
+use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
-use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE};
+use hat_plan::{AttendPlan, AttendShape, Computes as _, KvShape, PAGE_SIZE};
 
 const BUDGET: Duration = Duration::from_millis(250);
 /// More than the last cache of most machines.
@@ -118,7 +118,12 @@ fn linear(b: &mut CpuBackend, report: &Report) {
             let (x, mut out) = (buffer(b, rows, k), buffer(b, rows, n));
             let mut turn = 0;
             let timing = time(BUDGET, || {
-                b.linear(rows, &x, &weights[turn % weights.len()], None, Write::Store, &mut out);
+                b.linear(
+                    rows,
+                    &x,
+                    Write::Store,
+                    LinearArgs::of(&weights[turn % weights.len()], &mut out),
+                );
                 turn += 1;
             });
             let macs = rows * n * k;
@@ -184,9 +189,14 @@ fn attend(b: &mut CpuBackend, report: &Report) {
             let (mut q, mut k) =
                 (buffer(b, length, heads * head_dim), buffer(b, length, kv_heads * head_dim));
             let (v, angles) = (buffer(b, length, kv_heads * head_dim), buffer(b, length, head_dim));
-            b.rope_append(&all.plan(), &shape, 0, &angles, &mut q, &mut k, &v, &mut kv);
+            let (plan, layer) = (b.begin(all.plan(), &shape, &kv), 0);
+            let (angles, v) = (&angles, &v);
+            b.rope_append(plan, RopeArgs { layer, angles, q: &mut q, k: &mut k, v, kv: &mut kv });
             let (some, mut out) = (Sequence::new(rows, length), buffer(b, rows, heads * head_dim));
-            let timing = time(BUDGET, || b.attend(&some.plan(), &shape, 0, &q, &kv, &mut out));
+            let plan = b.begin(some.plan(), &shape, &kv);
+            let timing = time(BUDGET, || {
+                b.attend(plan, AttendArgs { layer, q: &q, kv: &kv, out: &mut out });
+            });
             let keys: usize = some.positions.iter().map(|p| *p as usize + 1).sum();
             let bound = if rows == 1 {
                 Bound::Bytes(length * kv_heads * head_dim * 4)
@@ -218,7 +228,7 @@ fn elementwise(b: &mut CpuBackend, report: &Report) {
         let upload = time(BUDGET, || b.upload(&numbers, &mut x));
         let timing = time(BUDGET, || {
             b.upload(&numbers, &mut x);
-            b.linear(rows, &x, &weight, None, Write::Store, &mut narrow);
+            b.linear(rows, &x, Write::Store, LinearArgs::of(&weight, &mut narrow));
         });
         let seconds = timing.seconds - upload.seconds;
         let timing = Timing { seconds, min: seconds, max: seconds };
@@ -287,20 +297,22 @@ fn model(b: &mut CpuBackend, report: &Report) {
         let timing = time(BUDGET * 2, || {
             b.embed(&tokens, &head, &mut x);
             b.rope_angles(plan.positions, &inv_freq, &mut angles);
+            let begun = b.begin(plan, &shape, &kv);
             for (layer, w) in weights.iter().enumerate() {
                 b.rms_norm(rows, &x, &norm, 1e-5, &mut n);
                 let qkv = [(&w.q, &mut q), (&w.k, &mut k), (&w.v, &mut v)];
-                let qkv = qkv.map(|(weight, out)| LinearInto { weight, bias: None, out });
+                let qkv = qkv.map(|(weight, out)| LinearArgs::of(weight, out));
                 b.linear_each(rows, &n, qkv);
-                b.rope_append(&plan, &shape, layer, &angles, &mut q, &mut k, &v, &mut kv);
-                b.attend(&plan, &shape, layer, &q, &kv, &mut a);
-                b.linear(rows, &a, &w.o, None, Write::Add, &mut x);
+                let (q, k, kv) = (&mut q, &mut k, &mut kv);
+                b.rope_append(begun, RopeArgs { layer, angles: &angles, q, k, v: &v, kv });
+                b.attend(begun, AttendArgs { layer, q, kv, out: &mut a });
+                b.linear(rows, &a, Write::Add, LinearArgs::of(&w.o, &mut x));
                 b.rms_norm(rows, &x, &norm, 1e-5, &mut n);
                 b.swiglu(rows, &n, &w.gate, &w.up, &mut gated);
-                b.linear(rows, &gated, &w.down, None, Write::Add, &mut x);
+                b.linear(rows, &gated, Write::Add, LinearArgs::of(&w.down, &mut x));
             }
             b.rms_norm(head_rows, &x, &norm, 1e-5, &mut n);
-            b.linear(head_rows, &n, &head, None, Write::Store, &mut logits);
+            b.linear(head_rows, &n, Write::Store, LinearArgs::of(&head, &mut logits));
         });
         let what = format!("model smollm2-135m q4_1, {rows} rows at {length}");
         let macs = rows * layers * per_layer + head_rows * vocab * hidden;

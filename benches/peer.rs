@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use hat_benches::Limits;
 use hat_compute::backend::cpu::CpuBackend;
-use hat_compute::backend::{Backend, Write};
+use hat_compute::backend::{Backend, LinearArgs, Write};
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel, WholeModel};
 use hat_engine::internal::{Sequence, pages_for, through_codec};
@@ -29,7 +29,7 @@ use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
 use hat_engine::pull;
 use hat_engine::sample::Sampler;
 use hat_loader::Bundle;
-use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep};
+use hat_plan::{Computes as _, DeviceForward as _, MiddleForward as _, MiddleStep};
 
 /// Rows of one step at most: a prefill.
 const STEP_ROWS_MAX: usize = 512;
@@ -75,7 +75,7 @@ impl Head {
         let Self { norm, lm_head, rms_norm_eps, x, normed, logits: out } = self;
         backend.upload(hidden, x);
         backend.rms_norm(rows, x, norm, *rms_norm_eps, normed);
-        backend.linear(rows, normed, lm_head, None, Write::Store, out);
+        backend.linear(rows, normed, Write::Store, LinearArgs::of(lm_head, out));
         backend.download(out, 0, logits);
     }
 }

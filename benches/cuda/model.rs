@@ -10,7 +10,7 @@ use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
 use hat_engine::internal::{Sequence, pages_for};
 use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
-use hat_plan::{MiddleForward as _, MiddleStep};
+use hat_plan::{Computes as _, MiddleForward as _, MiddleStep};
 use serde_json::json;
 
 /// A model whose middle is measured.

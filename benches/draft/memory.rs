@@ -5,7 +5,7 @@
 //! that was not learnt gets zeros. That is no matter where the path of each answer was learnt
 //! before: the walk over a draft tree never visits a row that is off the path.
 
-use hat_plan::{MiddleForward, MiddleStep};
+use hat_plan::{Computes, MiddleForward, MiddleStep};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,11 +53,13 @@ impl FromMemory {
     }
 }
 
-impl MiddleForward for FromMemory {
+impl Computes for FromMemory {
     fn describe(&self) -> String {
         format!("from memory, {:?} a step", self.step_time)
     }
+}
 
+impl MiddleForward for FromMemory {
     fn forward(&mut self, step: &mut MiddleStep) {
         let began = Instant::now();
         let keys = self.keys(step);

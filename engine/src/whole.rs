@@ -6,6 +6,7 @@ use hat_compute::backend::Backend;
 use hat_compute::open::Chosen;
 use hat_compute::{Cross, Crossing, WholeModel, with_backend};
 use hat_loader::Bundle;
+use hat_plan::Computes as _;
 
 use crate::answer::{Answer, Prepared};
 use crate::config::Codec;

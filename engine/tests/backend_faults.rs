@@ -17,7 +17,7 @@ use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{
-    AttendPlan, BackendFault, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
+    AttendPlan, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
 };
 use support::{Bundles, PATIENCE, collect, eventually, long_prompt};
 
@@ -61,7 +61,7 @@ struct Middle {
     fault: Option<BackendFault>,
 }
 
-impl MiddleForward for Middle {
+impl Computes for Middle {
     fn describe(&self) -> String {
         "planted".into()
     }
@@ -73,7 +73,9 @@ impl MiddleForward for Middle {
     fn fault(&mut self) -> Option<BackendFault> {
         self.fault.take()
     }
+}
 
+impl MiddleForward for Middle {
     fn forward(&mut self, step: &mut MiddleStep) {
         if burns(&self.fuse) || self.always {
             // Neither rows nor moves: whoever goes on with this KV store says something else.
@@ -270,7 +272,7 @@ impl Device {
     }
 }
 
-impl DeviceForward for Device {
+impl Computes for Device {
     fn describe(&self) -> String {
         "planted".into()
     }
@@ -285,7 +287,9 @@ impl DeviceForward for Device {
             false => self.fault.take(),
         }
     }
+}
 
+impl DeviceForward for Device {
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         if !self.run(|inner| inner.input(plan, tokens, hidden)) {
             hidden.fill(f32::NAN);

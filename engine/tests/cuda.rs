@@ -26,8 +26,8 @@ use hat_engine::internal::{Sequence, pages_for, through_codec};
 use hat_engine::pack::Codec;
 use hat_loader::{AdapterKind, Bundle, DType};
 use hat_plan::{
-    BackendError, DeviceForward as _, DraftForward as _, Likely, MiddleForward, MiddleStep,
-    PlanBuffers,
+    BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,
+    MiddleStep, PlanBuffers,
 };
 use support::Bundles;
 use support::drafter::add_noise;

@@ -14,7 +14,7 @@ use hat_engine::internal::{Whole, pages_for, pool_pages};
 use hat_engine::options::{Codec, ErrorKind, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, DType, Submodel};
-use hat_plan::{AttendPlan, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
+use hat_plan::{AttendPlan, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
 use support::{Bundles, collect, long_prompt};
 
 /// The token whose rows go wrong.
@@ -42,11 +42,13 @@ struct Device {
     at: Where,
 }
 
-impl DeviceForward for Device {
+impl Computes for Device {
     fn describe(&self) -> String {
         "planted".into()
     }
+}
 
+impl DeviceForward for Device {
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         self.inner.input(plan, tokens, hidden);
         let width = hidden.len() / tokens.len();
@@ -86,11 +88,13 @@ struct Middle {
     is_broken: Arc<AtomicBool>,
 }
 
-impl MiddleForward for Middle {
+impl Computes for Middle {
     fn describe(&self) -> String {
         "planted".into()
     }
+}
 
+impl MiddleForward for Middle {
     fn forward(&mut self, step: &mut MiddleStep) {
         let rows = step.plan.rows();
         let width = step.hidden.len() / rows.max(1);

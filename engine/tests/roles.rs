@@ -14,7 +14,7 @@ use hat_engine::internal::pool_pages;
 use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
-use hat_plan::{MiddleForward, MiddleStep};
+use hat_plan::{Computes, MiddleForward, MiddleStep};
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{
     Arrivals, Message, Opened, OutputHead, RowsHead, SessionError, SessionErrorCode,
@@ -195,11 +195,13 @@ struct Stage {
     breaks: bool,
 }
 
-impl MiddleForward for Stage {
+impl Computes for Stage {
     fn describe(&self) -> String {
         "planted".into()
     }
+}
 
+impl MiddleForward for Stage {
     fn forward(&mut self, _: &mut MiddleStep) {
         assert!(!self.breaks, "planted");
     }

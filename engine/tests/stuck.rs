@@ -12,17 +12,19 @@ use hat_engine::internal::pool_pages;
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Request};
 use hat_loader::Bundle;
-use hat_plan::{MiddleForward, MiddleStep};
+use hat_plan::{Computes, MiddleForward, MiddleStep};
 use support::{Bundles, collect, long_prompt, steps};
 
 /// A stage that begins a step and does not end it before the test does.
 struct Hangs(Arc<Mutex<Receiver<()>>>);
 
-impl MiddleForward for Hangs {
+impl Computes for Hangs {
     fn describe(&self) -> String {
         "planted".into()
     }
+}
 
+impl MiddleForward for Hangs {
     fn forward(&mut self, _: &mut MiddleStep) {
         let _ = self.0.lock().unwrap().recv();
     }

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout as Memory, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
-use hat_compute::backend::{Backend, LinearInto, Write};
+use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 use hat_plan::{AttendPlan, AttendShape, KvShape, RowMove};
 
@@ -101,15 +101,17 @@ impl Model {
         for weight in &*weights {
             b.embed(&tokens[..rows], weight, x);
             b.rms_norm(rows, x, norm, 1e-5, q);
-            b.linear(rows, q, weight, None, Write::Add, x);
-            b.linear(rows, x, weight, Some(norm), Write::Store, q);
+            b.linear(rows, q, Write::Add, LinearArgs::of(weight, x));
+            let args = LinearArgs { weight, bias: Some(norm), out: q };
+            b.linear(rows, x, Write::Store, args);
         }
         b.upload(&host[..rows * 256], q);
-        b.rope_append(plan, &SHAPE, 0, angles, q, k, v, kv);
-        b.attend(plan, &SHAPE, 0, q, kv, x);
+        let begun = b.begin(*plan, &SHAPE, kv);
+        b.rope_append(begun, RopeArgs { layer: 0, angles, q, k, v, kv });
+        b.attend(begun, AttendArgs { layer: 0, q, kv, out: x });
         let [first, second, third] =
             [(&weights[0], &mut *q), (&weights[2], gated), (&weights[4], up)]
-                .map(|(weight, out)| LinearInto { weight, bias: None, out });
+                .map(|(weight, out)| LinearArgs::of(weight, out));
         b.linear_each(rows, x, [first, second, third]);
         b.swiglu(rows, x, &weights[4], &weights[5], gated);
         b.compact(&[RowMove { from: (0, 1), to: (0, 2) }], kv);

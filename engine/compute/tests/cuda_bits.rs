@@ -15,13 +15,13 @@ mod gpu;
 
 use cases::*;
 use gpu::{backend, gpu};
-use hat_compute::backend::Backend as _;
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::cuda::CudaBackend;
+use hat_compute::backend::{AttendArgs, Backend as _};
 use hat_cuda::kernel::Kernel;
 use hat_cuda::test_gpu::TestGpu;
 use hat_loader::DType;
-use hat_plan::AttendShape;
+use hat_plan::{AttendShape, Computes as _, KvShape};
 
 const BLOCKS: [DType; 4] = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q6K];
 
@@ -174,4 +174,18 @@ fn rows_have_the_bits_of_the_cpu() {
     let stored = Attention::new(&mut cuda, shape, 6).step(&mut cuda, &plan, &q, &k, &v);
     same("v in its page", &stored, &expected);
     assert!(cuda.fault().is_none());
+}
+
+#[test]
+#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
+#[should_panic(expected = "the plan that was begun last")]
+fn a_plan_that_another_has_replaced_is_refused() {
+    let mut cuda = backend().unwrap();
+    let shape = AttendShape { heads: 2, kv_heads: 1, head_dim: 64, window: None };
+    let kv = cuda.kv(KvShape { layers: 1, pages: 1, kv_heads: 1, head_dim: 64 }).unwrap();
+    let (q, mut out) = (cuda.alloc(1, 128).unwrap(), cuda.alloc(1, 128).unwrap());
+    let plan = Plan::new().straight(0..1, &[0]);
+    let [replaced, last] = [(); 2].map(|()| cuda.begin(plan.borrow(), &shape, &kv));
+    cuda.attend(last, AttendArgs { layer: 0, q: &q, kv: &kv, out: &mut out });
+    cuda.attend(replaced, AttendArgs { layer: 0, q: &q, kv: &kv, out: &mut out });
 }

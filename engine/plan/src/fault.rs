@@ -7,7 +7,7 @@ use std::fmt;
 ///
 /// The methods of a backend return nothing: a GPU reports a fault in a kernel with a later call, or
 /// a later step. So a backend keeps what went wrong, computes nothing more (what is downloaded is
-/// NaN), and says so when its `fault` method asks, once after each step.
+/// NaN), and says so when [`crate::Computes::fault`] asks, once after each step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendFault {
     /// Which backend.

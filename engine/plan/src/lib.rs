@@ -20,6 +20,6 @@ pub use buffers::PlanBuffers;
 pub use fault::{BackendError, BackendFault};
 pub use lent::Lent;
 pub use model::{
-    ARITHMETIC_CPU, ARITHMETIC_CUDA, DeviceForward, DraftForward, Likely, MiddleForward,
+    ARITHMETIC_CPU, ARITHMETIC_CUDA, Computes, DeviceForward, DraftForward, Likely, MiddleForward,
     MiddleStep, TokenId,
 };

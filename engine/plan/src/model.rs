@@ -13,18 +13,24 @@ pub const ARITHMETIC_CPU: u32 = 1;
 /// The arithmetic of the CUDA kernels, which stands in their sources (`docs/KERNELS.md`).
 pub const ARITHMETIC_CUDA: u32 = 2;
 
-/// The device's side of the model.
-pub trait DeviceForward: Send {
-    /// One line about the backend.
+/// Something that computes: its kernels, its arithmetic, its faults.
+pub trait Computes {
+    /// One line for people: which kernels run, and why.
     fn describe(&self) -> String;
-    /// The exact arithmetic of all methods. Equal ids give equal bits; 0 promises nothing.
+    /// The exact arithmetic of all methods; the CPU's where nothing else is said. Equal ids give
+    /// equal bits; 0 promises nothing.
     fn arithmetic_id(&self) -> u32 {
         ARITHMETIC_CPU
     }
-    /// What went wrong since the last question; see [`BackendFault`].
+    /// The fault since the last question, if there was one. Then nothing was computed since, and
+    /// what KV stores hold means nothing. A fault that lasts is the answer from then on.
     fn fault(&mut self) -> Option<BackendFault> {
         None
     }
+}
+
+/// The device's side of the model.
+pub trait DeviceForward: Computes + Send {
     /// Embedding and layers `0..split_layer` for the rows of `plan`; `hidden` gets
     /// `[rows, hidden_size]`.
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]);
@@ -61,17 +67,7 @@ pub struct MiddleStep {
 }
 
 /// The cloud's side of the model.
-pub trait MiddleForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// The exact arithmetic of all methods. Equal ids give equal bits; 0 promises nothing.
-    fn arithmetic_id(&self) -> u32 {
-        ARITHMETIC_CPU
-    }
-    /// What went wrong since the last question; see [`BackendFault`].
-    fn fault(&mut self) -> Option<BackendFault> {
-        None
-    }
+pub trait MiddleForward: Computes + Send {
     /// Runs a step, in place.
     fn forward(&mut self, step: &mut MiddleStep);
     /// Makes this stage hand its rows to `next` without the host, if both can: rows of `steps`
@@ -104,13 +100,7 @@ pub struct Likely {
 
 /// A trained drafter's layer and head. The caller keeps the slots: a sequence of the drafter's own,
 /// whose committed rows are decided tokens.
-pub trait DraftForward: Send {
-    /// One line about the backend.
-    fn describe(&self) -> String;
-    /// The exact arithmetic of all methods. Equal ids give equal bits; 0 promises nothing.
-    fn arithmetic_id(&self) -> u32;
-    /// What went wrong since the last question; what was said since then means nothing.
-    fn fault(&mut self) -> Option<BackendFault>;
+pub trait DraftForward: Computes + Send {
     /// Shallow rows are those after so many layers.
     fn split_layer(&self) -> usize;
     /// Whether [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
-use hat_compute::backend::Backend as _;
 use hat_compute::open;
 use hat_engine::chunk::{self, Planner};
 use hat_engine::internal::short_model_id;
@@ -14,6 +13,7 @@ use hat_engine::token::Special;
 use hat_engine::{Engine, Error, Event, Request, pull};
 use hat_engine::{out, outln};
 use hat_loader::{Bundle, Role};
+use hat_plan::Computes as _;
 
 use super::{DeviceRunArgs, ModelArg, words};
 

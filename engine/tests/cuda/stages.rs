@@ -77,7 +77,7 @@ fn linked_stages_have_the_bits_of_one() {
         second.forward(&mut step);
         assert!(step.lent.is_none() && step.hidden != before, "case {number}");
         assert_eq!(bits(&step.hidden), bits(&expected.hidden), "case {number}");
-        assert!([&mut first, &mut second].map(MiddleForward::fault).iter().all(Option::is_none));
+        assert!([&mut first, &mut second].map(Computes::fault).iter().all(Option::is_none));
     }
     // Nothing to compute: nothing to hand over.
     let mut none = MiddleStep { exit_layer: 3, ..MiddleStep::default() };

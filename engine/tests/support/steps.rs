@@ -5,18 +5,20 @@ use hat_compute::open;
 use hat_engine::internal::pool_pages;
 use hat_engine::options::Processor;
 use hat_engine::{Cloud, CloudConfig};
-use hat_plan::{MiddleForward, MiddleStep};
+use hat_plan::{Computes, MiddleForward, MiddleStep};
 
 struct Hooked<M, F> {
     model: M,
     before: F,
 }
 
-impl<M: MiddleForward, F: FnMut(usize) + Send> MiddleForward for Hooked<M, F> {
+impl<M: MiddleForward, F: FnMut(usize) + Send> Computes for Hooked<M, F> {
     fn describe(&self) -> String {
         self.model.describe()
     }
+}
 
+impl<M: MiddleForward, F: FnMut(usize) + Send> MiddleForward for Hooked<M, F> {
     fn forward(&mut self, step: &mut MiddleStep) {
         (self.before)(step.plan.rows());
         self.model.forward(step);

@@ -1,6 +1,6 @@
 //! CUDA, or whatever runs hat-cuda's kernels: one method of [`Backend`] for each launcher.
 //!
-//! Weights go up once, in the layout that they have. A step's plan goes up when it changes, so once
+//! Weights go up once, in the layout that they have. A step's plan goes up when it is begun, once
 //! for all layers. The trait's methods return no errors: the first one is kept for
 //! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
@@ -20,13 +20,13 @@ use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
-use hat_plan::ARITHMETIC_CUDA;
+use hat_plan::{ARITHMETIC_CUDA, BackendFault};
 
 use self::lanes::Lanes;
 use self::product::Prepared;
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, BackendFault, KvShape, Lent, LinearInto,
-    RowMove, TokenId, Top, Write,
+    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, Lent,
+    LinearArgs, RopeArgs, RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cuda";
@@ -46,8 +46,8 @@ pub struct CudaBackend<G: Gpu> {
     turning: (Vec<u32>, Option<G::Memory>),
     /// The second half of a gate, or logits.
     other: Option<G::Memory>,
-    /// The plan that is on the GPU, as its numbers.
-    planned: Planned,
+    /// The number of the plan that is on the GPU.
+    begun: u64,
     plan: Option<PlanOnGpu<G::Memory>>,
     parts: Option<(Parts<G::Memory>, usize)>,
     top: Option<(TopK<G::Memory>, [usize; 3])>,
@@ -55,12 +55,11 @@ pub struct CudaBackend<G: Gpu> {
     lanes: Lanes<G::Memory>,
 }
 
-/// What a plan said, to know it again.
-#[derive(Default, PartialEq)]
-struct Planned {
-    numbers: Vec<u32>,
-    heads: Option<AttendShape>,
-    pages: usize,
+/// A plan that is on the GPU until the next one is begun.
+#[derive(Clone, Copy)]
+pub struct Begun {
+    number: u64,
+    shape: AttendShape,
 }
 
 /// Activations.
@@ -130,7 +129,7 @@ impl<G: Gpu> CudaBackend<G> {
             tokens: None,
             turning: (Vec::new(), None),
             other: None,
-            planned: Planned::default(),
+            begun: 0,
             plan: None,
             parts: None,
             top: None,
@@ -145,35 +144,18 @@ impl<G: Gpu> CudaBackend<G> {
         }
         if let Err(error) = work(self) {
             let lasts = matches!(error, GpuError::Lost { .. });
-            self.planned = Planned::default();
+            self.begun += 1; // what is on the GPU is no plan any more
             self.fault = Some(BackendFault { backend: NAME, reason: error.to_string(), lasts });
         }
     }
 
-    /// Puts a plan on the GPU, unless it is there.
-    fn take_plan(
+    /// Puts a plan on the GPU, and makes room for the parts of its attention.
+    fn write_plan(
         &mut self,
         plan: &AttendPlan<'_>,
-        heads: &AttendShape,
+        shape: &AttendShape,
         pages: usize,
     ) -> Result<(), GpuError> {
-        let arrays = [
-            plan.positions,
-            plan.slots,
-            plan.prefix_len,
-            plan.tail_indptr,
-            plan.tail_slots,
-            plan.q_indptr,
-            plan.page_indptr,
-            plan.page_indices,
-        ];
-        let same = self.planned.heads == Some(*heads)
-            && self.planned.pages == pages
-            && self.planned.numbers.iter().eq(arrays.iter().copied().flatten());
-        if same {
-            return Ok(());
-        }
-        self.planned.heads = None; // nothing is known until it is written
         let (rows, tails, named) = (plan.rows(), plan.tail_slots.len(), plan.page_indices.len());
         let gpu = &mut self.gpu;
         let on_gpu = match &mut self.plan {
@@ -184,10 +166,15 @@ impl<G: Gpu> CudaBackend<G> {
                 place.insert(PlanOnGpu::new(gpu, rows, tails, named)?)
             }
         };
-        on_gpu.write(gpu, plan, heads, pages)?;
-        self.planned.numbers.clear();
-        self.planned.numbers.extend(arrays.iter().copied().flatten());
-        (self.planned.heads, self.planned.pages) = (Some(*heads), pages);
+        on_gpu.write(gpu, plan, shape, pages)?;
+        // Few rows are split by keys; many keep the GPU busy without.
+        let keys = plan.positions.iter().max().map_or(0, |last| *last as usize + 1);
+        let wanted = rows.min(64) * keys.div_ceil(SPLIT);
+        if self.parts.as_ref().is_none_or(|(_, room)| *room < wanted) {
+            self.parts = None;
+            let room = wanted.next_power_of_two();
+            self.parts = Some((Parts::new(gpu, shape, room, 1)?, room));
+        }
         Ok(())
     }
 
@@ -202,11 +189,7 @@ impl<G: Gpu> CudaBackend<G> {
     }
 }
 
-impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
-    type Buffer = Buffer<G::Memory>;
-    type Weight = Weight<G::Memory>;
-    type Kv = kv::Kv<G::Memory>;
-
+impl<G: Gpu> Computes for CudaBackend<G> {
     fn describe(&self) -> String {
         format!("cuda: {}", self.gpu.describe())
     }
@@ -224,6 +207,13 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
             _ => self.fault.take(),
         }
     }
+}
+
+impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
+    type Buffer = Buffer<G::Memory>;
+    type Weight = Weight<G::Memory>;
+    type Kv = kv::Kv<G::Memory>;
+    type Plan<'p> = Begun;
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Self::Buffer, BackendError> {
         let count = capacity * columns;
@@ -306,15 +296,8 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         });
     }
 
-    fn linear(
-        &mut self,
-        rows: usize,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        bias: Option<&Self::Weight>,
-        write: Write,
-        out: &mut Self::Buffer,
-    ) {
+    fn linear(&mut self, rows: usize, x: &Self::Buffer, write: Write, args: LinearArgs<'_, Self>) {
+        let LinearArgs { weight, bias, out } = args;
         assert_eq!((weight.n, weight.k), (out.columns, x.columns), "outputs and inputs");
         self.queue(|this| {
             this.product(rows, x.memory.slice(), weight, bias, write, &mut out.memory)
@@ -325,11 +308,11 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         &mut self,
         rows: usize,
         x: &Self::Buffer,
-        each: [LinearInto<'_, Self>; N],
+        each: [LinearArgs<'_, Self>; N],
     ) {
         self.queue(|this| {
             let mut before: Option<&Self::Weight> = None;
-            for LinearInto { weight, bias, out } in each {
+            for LinearArgs { weight, bias, out } in each {
                 assert_eq!((weight.n, weight.k), (out.columns, x.columns), "outputs and inputs");
                 if !before.is_some_and(|before| weight.takes_what(before)) {
                     this.prepare(rows, x.memory.slice(), weight)?;
@@ -417,54 +400,36 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         });
     }
 
-    fn rope_append(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        angles: &Self::Buffer,
-        q: &mut Self::Buffer,
-        k: &mut Self::Buffer,
-        v: &Self::Buffer,
-        kv: &mut Self::Kv,
-    ) {
+    fn begin(&mut self, plan: AttendPlan<'_>, shape: &AttendShape, kv: &Self::Kv) -> Begun {
+        self.begun += 1;
+        self.queue(|this| this.write_plan(&plan, shape, kv.shape().pages));
+        Begun { number: self.begun, shape: *shape }
+    }
+
+    fn rope_append(&mut self, plan: Begun, args: RopeArgs<'_, Self>) {
+        let RopeArgs { layer, angles, q, k, v, kv } = args;
         self.queue(|this| {
-            this.take_plan(plan, shape, kv.shape().pages)?;
+            assert_eq!(plan.number, this.begun, "the plan that was begun last");
+            let on_gpu = this.plan.as_ref().expect("begun without a fault");
             let to = RopeAppend {
                 angles: angles.memory.slice(),
                 q: q.memory.slice_mut(),
                 k: k.memory.slice(),
                 v: v.memory.slice(),
             };
-            let plan = this.plan.as_ref().expect("taken above");
-            rope_append::rope_append(&mut this.gpu, plan, shape, layer, to, kv)
+            rope_append::rope_append(&mut this.gpu, on_gpu, &plan.shape, layer, to, kv)
         });
     }
 
-    fn attend(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        q: &Self::Buffer,
-        kv: &Self::Kv,
-        out: &mut Self::Buffer,
-    ) {
+    fn attend(&mut self, plan: Begun, args: AttendArgs<'_, Self>) {
+        let AttendArgs { layer, q, kv, out } = args;
         self.queue(|this| {
-            this.take_plan(plan, shape, kv.shape().pages)?;
-            // Few rows are split by keys; many keep the GPU busy without.
-            let rows = plan.rows().min(64);
-            let keys = plan.positions.iter().max().map_or(0, |last| *last as usize + 1);
-            let wanted = rows * keys.div_ceil(SPLIT);
-            if this.parts.as_ref().is_none_or(|(_, room)| *room < wanted) {
-                this.parts = None;
-                let room = wanted.next_power_of_two();
-                this.parts = Some((Parts::new(&mut this.gpu, shape, room, 1)?, room));
-            }
-            let (parts, _) = this.parts.as_mut().expect("put there above");
-            let plan = this.plan.as_ref().expect("taken above");
-            let (gpu, q, out) = (&mut this.gpu, q.memory.slice(), out.memory.slice_mut());
-            attend::attend(gpu, plan, shape, layer, Cut::Auto, q, kv, parts, out)
+            assert_eq!(plan.number, this.begun, "the plan that was begun last");
+            let on_gpu = this.plan.as_ref().expect("begun without a fault");
+            let (parts, _) = this.parts.as_mut().expect("begun without a fault");
+            let (q, out) = (q.memory.slice(), out.memory.slice_mut());
+            let shape = &plan.shape;
+            attend::attend(&mut this.gpu, on_gpu, shape, layer, Cut::Auto, q, kv, parts, out)
         });
     }
 

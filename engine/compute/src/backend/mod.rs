@@ -12,7 +12,7 @@ pub mod reference;
 
 use hat_loader::Tensor;
 use hat_plan::{
-    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, BackendFault, KvShape, Lent, PAGE_SIZE,
+    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, Computes, KvShape, Lent, PAGE_SIZE,
     RowMove, TokenId,
 };
 
@@ -57,13 +57,48 @@ impl Top {
     }
 }
 
-/// One of several `linear`s of the same input: its matrix, its bias, and where its rows go.
-pub struct LinearInto<'a, B: Backend + ?Sized> {
+/// A `linear`: its matrix, its bias, and where its rows go.
+pub struct LinearArgs<'a, B: Backend + ?Sized> {
     /// `[n, k]`
     pub weight: &'a B::Weight,
     /// f32 `[n]`, if there is one.
     pub bias: Option<&'a B::Weight>,
-    /// `[rows, n]`, overwritten.
+    /// `[rows, n]`
+    pub out: &'a mut B::Buffer,
+}
+
+impl<'a, B: Backend + ?Sized> LinearArgs<'a, B> {
+    /// A `linear` without a bias.
+    pub fn of(weight: &'a B::Weight, out: &'a mut B::Buffer) -> Self {
+        Self { weight, bias: None, out }
+    }
+}
+
+/// What [`Backend::rope_append`] rotates and puts away, for one layer of the KV store.
+pub struct RopeArgs<'a, B: Backend + ?Sized> {
+    /// The layer's number in the KV store.
+    pub layer: usize,
+    /// As [`Backend::rope_angles`] made them. `[rows, head_dim]`
+    pub angles: &'a B::Buffer,
+    /// Rotated in place. `[rows, heads * head_dim]`
+    pub q: &'a mut B::Buffer,
+    /// Rotated, maybe in place. `[rows, kv_heads * head_dim]`
+    pub k: &'a mut B::Buffer,
+    /// `[rows, kv_heads * head_dim]`
+    pub v: &'a B::Buffer,
+    /// Gets k and v.
+    pub kv: &'a mut B::Kv,
+}
+
+/// What [`Backend::attend`] reads and writes, for one layer of the KV store.
+pub struct AttendArgs<'a, B: Backend + ?Sized> {
+    /// The layer's number in the KV store.
+    pub layer: usize,
+    /// Rotated. `[rows, heads * head_dim]`
+    pub q: &'a B::Buffer,
+    /// K and V.
+    pub kv: &'a B::Kv,
+    /// `[rows, heads * head_dim]`
     pub out: &'a mut B::Buffer,
 }
 
@@ -72,23 +107,15 @@ pub struct LinearInto<'a, B: Backend + ?Sized> {
 /// Shapes are the caller's promise: a violated one is a bug in this program and panics with both
 /// numbers. What the outside world can get wrong (a tensor, a size) is a [`BackendError`], and
 /// only the start-up methods return it.
-pub trait Backend: Send + 'static {
+pub trait Backend: Computes + Send + 'static {
     /// Activations: `capacity x columns` f32.
     type Buffer: Send;
     /// A weight in this backend's hands; on the CPU a view of the memory map.
     type Weight: Send;
     /// K and V of all layers.
     type Kv: Send;
-
-    /// One line for people: which kernels run, and why.
-    fn describe(&self) -> String;
-    /// The exact arithmetic of all methods. Equal ids give equal bits; 0 promises nothing.
-    fn arithmetic_id(&self) -> u32;
-    /// What went wrong since the last question. Then nothing was computed since, and what KV
-    /// stores hold means nothing. A fault that lasts is the answer from then on.
-    fn fault(&mut self) -> Option<BackendFault> {
-        None
-    }
+    /// A plan that was begun: which rows attend to what, as the kernels take it.
+    type Plan<'p>: Copy;
 
     /// A zeroed buffer. Start-up only.
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Self::Buffer, BackendError>;
@@ -115,15 +142,7 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Buffer,
     );
     /// `out[r][n] = sum_k x[r][k] * weight[n][k] (+ bias[n])`. Bias is an f32 vector.
-    fn linear(
-        &mut self,
-        rows: usize,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        bias: Option<&Self::Weight>,
-        write: Write,
-        out: &mut Self::Buffer,
-    );
+    fn linear(&mut self, rows: usize, x: &Self::Buffer, write: Write, args: LinearArgs<'_, Self>);
     /// The `k = top.len() / rows` largest of each row of `x W^T`, the largest first, without the
     /// rest in memory: `top[r * k + i]`. Equal ones stand in the order of their columns. Gives
     /// `false` if some number is not finite; `top` means nothing then.
@@ -134,16 +153,16 @@ pub trait Backend: Send + 'static {
         weight: &Self::Weight,
         top: &mut [Top],
     ) -> bool;
-    /// Several `linear`s of the same rows (q, k and v) as one: one wait for all threads, the
-    /// input read once.
+    /// Several `linear`s of the same rows (q, k and v) as one, [`Write::Store`] each: one wait for
+    /// all threads, the input read once.
     fn linear_each<const N: usize>(
         &mut self,
         rows: usize,
         x: &Self::Buffer,
-        each: [LinearInto<'_, Self>; N],
+        each: [LinearArgs<'_, Self>; N],
     ) {
-        for LinearInto { weight, bias, out } in each {
-            self.linear(rows, x, weight, bias, Write::Store, out);
+        for args in each {
+            self.linear(rows, x, Write::Store, args);
         }
     }
     /// The gate of a feed-forward part: `out = silu(x gate^T) * (x up^T)`, with
@@ -159,30 +178,18 @@ pub trait Backend: Send + 'static {
     /// Angles of rotary position embedding for one step: `angles[r] = [cos.., sin..]` of
     /// `positions[r] * inv_freq[i]`, `head_dim / 2` each. The product is rounded to f32.
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut Self::Buffer);
+    /// Takes a plan over a KV store, for all layers of a step. It holds until the next is begun.
+    fn begin<'p>(
+        &mut self,
+        plan: AttendPlan<'p>,
+        shape: &AttendShape,
+        kv: &Self::Kv,
+    ) -> Self::Plan<'p>;
     /// Rotates q (in place) and k by half-split pairs `(i, i + head_dim/2)`, and puts k and v
     /// as f16 into the KV store at each row's slot.
-    #[expect(clippy::too_many_arguments, reason = "one kernel, its operands")]
-    fn rope_append(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        angles: &Self::Buffer,
-        q: &mut Self::Buffer,
-        k: &mut Self::Buffer,
-        v: &Self::Buffer,
-        kv: &mut Self::Kv,
-    );
+    fn rope_append(&mut self, plan: Self::Plan<'_>, args: RopeArgs<'_, Self>);
     /// `out[r] = softmax(q[r] K^T / sqrt(head_dim)) V` over the keys that the plan names.
-    fn attend(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        q: &Self::Buffer,
-        kv: &Self::Kv,
-        out: &mut Self::Buffer,
-    );
+    fn attend(&mut self, plan: Self::Plan<'_>, args: AttendArgs<'_, Self>);
     /// Moves K/V rows, in order, for all layers: keeps the accepted path of a tree.
     fn compact(&mut self, moves: &[RowMove], kv: &mut Self::Kv);
 

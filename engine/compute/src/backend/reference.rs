@@ -8,8 +8,8 @@ use half::f16;
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, KvShape, PAGE_SIZE, RowMove, TokenId, Top,
-    Write,
+    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
+    PAGE_SIZE, RopeArgs, RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "reference";
@@ -89,11 +89,7 @@ fn dot(a: &[f32], b: impl Iterator<Item = f64>) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum()
 }
 
-impl Backend for Reference {
-    type Buffer = Buffer;
-    type Weight = Weight;
-    type Kv = Kv;
-
+impl Computes for Reference {
     fn describe(&self) -> String {
         "reference: scalar, f64 sums".to_owned()
     }
@@ -101,6 +97,13 @@ impl Backend for Reference {
     fn arithmetic_id(&self) -> u32 {
         0
     }
+}
+
+impl Backend for Reference {
+    type Buffer = Buffer;
+    type Weight = Weight;
+    type Kv = Kv;
+    type Plan<'p> = (AttendPlan<'p>, AttendShape);
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Buffer, BackendError> {
         Ok(Buffer { data: vec![0.0; capacity * columns], columns })
@@ -155,15 +158,8 @@ impl Backend for Reference {
         }
     }
 
-    fn linear(
-        &mut self,
-        rows: usize,
-        x: &Buffer,
-        weight: &Weight,
-        bias: Option<&Weight>,
-        write: Write,
-        out: &mut Buffer,
-    ) {
+    fn linear(&mut self, rows: usize, x: &Buffer, write: Write, args: LinearArgs<'_, Self>) {
+        let LinearArgs { weight, bias, out } = args;
         assert_eq!((weight.n, weight.k), (out.columns, x.columns), "outputs and inputs");
         let bias = bias.map(|bias| bias.numbers(0));
         for n in 0..weight.n {
@@ -182,7 +178,7 @@ impl Backend for Reference {
 
     fn linear_top(&mut self, rows: usize, x: &Buffer, weight: &Weight, top: &mut [Top]) -> bool {
         let mut out = Buffer { data: vec![0.0; rows * weight.n], columns: weight.n };
-        self.linear(rows, x, weight, None, Write::Store, &mut out);
+        self.linear(rows, x, Write::Store, LinearArgs::of(weight, &mut out));
         top.fill(Top::NONE);
         for (row, top) in top.chunks_exact_mut(top.len() / rows.max(1)).enumerate() {
             for (column, value) in (0..).zip(out.row(row)) {
@@ -194,8 +190,8 @@ impl Backend for Reference {
 
     fn swiglu(&mut self, rows: usize, x: &Buffer, gate: &Weight, up: &Weight, out: &mut Buffer) {
         let mut other = Buffer { data: vec![0.0; rows * up.n], columns: up.n };
-        self.linear(rows, x, gate, None, Write::Store, out);
-        self.linear(rows, x, up, None, Write::Store, &mut other);
+        self.linear(rows, x, Write::Store, LinearArgs::of(gate, out));
+        self.linear(rows, x, Write::Store, LinearArgs::of(up, &mut other));
         for row in 0..rows {
             for (out, up) in out.row_mut(row).iter_mut().zip(other.row(row)) {
                 let x = f64::from(*out);
@@ -214,17 +210,12 @@ impl Backend for Reference {
         }
     }
 
-    fn rope_append(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        angles: &Buffer,
-        q: &mut Buffer,
-        k: &mut Buffer,
-        v: &Buffer,
-        kv: &mut Kv,
-    ) {
+    fn begin<'p>(&mut self, plan: AttendPlan<'p>, shape: &AttendShape, _: &Kv) -> Self::Plan<'p> {
+        (plan, *shape)
+    }
+
+    fn rope_append(&mut self, (plan, shape): Self::Plan<'_>, args: RopeArgs<'_, Self>) {
+        let RopeArgs { layer, angles, q, k, v, kv } = args;
         for row in 0..plan.rows() {
             let (cos, sin) = angles.row(row).split_at(shape.head_dim / 2);
             let heads = q.row_mut(row).chunks_exact_mut(shape.head_dim);
@@ -237,7 +228,7 @@ impl Backend for Reference {
                     head[i + half] = (y * cos + x * sin) as f32;
                 }
             }
-            let at = kv.at(layer, place(plan, row, plan.slots[row]), 0);
+            let at = kv.at(layer, place(&plan, row, plan.slots[row]), 0);
             for (i, (k, v)) in k.row(row).iter().zip(v.row(row)).enumerate() {
                 kv.k[at + i] = f16::from_f32(*k);
                 kv.v[at + i] = f16::from_f32(*v);
@@ -245,15 +236,8 @@ impl Backend for Reference {
         }
     }
 
-    fn attend(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        q: &Buffer,
-        kv: &Kv,
-        out: &mut Buffer,
-    ) {
+    fn attend(&mut self, (plan, shape): Self::Plan<'_>, args: AttendArgs<'_, Self>) {
+        let AttendArgs { layer, q, kv, out } = args;
         let head_dim = shape.head_dim;
         for row in 0..plan.rows() {
             let prefix = 0..plan.prefix_len[row];
@@ -264,7 +248,7 @@ impl Backend for Reference {
             let seen = &slots[slots.len() - window.min(slots.len())..];
             for head in 0..shape.heads {
                 let kv_head = head / (shape.heads / shape.kv_heads);
-                let at = |slot: &u32| kv.at(layer, place(plan, row, *slot), kv_head);
+                let at = |slot: &u32| kv.at(layer, place(&plan, row, *slot), kv_head);
                 let q = &q.row(row)[head * head_dim..][..head_dim];
                 let key = |slot| kv.k[at(slot)..][..head_dim].iter().map(|k| k.to_f64());
                 let score = |slot| dot(q, key(slot)) / (head_dim as f64).sqrt();

@@ -18,20 +18,16 @@
 
 use hat_loader::layout;
 use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};
-use hat_plan::{AttendPlan, BackendFault, DraftForward, Likely};
+use hat_plan::{AttendPlan, DraftForward, Likely};
 
-use super::llama::{ModelShape, weight};
+use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
 use crate::LoadError;
-use crate::backend::{Backend, LinearInto, Write};
+use crate::backend::{Backend, LinearArgs, Write};
 
-/// The matrices of a kind that has them.
-struct Feed<B: Backend> {
+/// The matrices around the layer, of a kind that has them.
+struct Around<B: Backend> {
     shallow_proj: B::Weight,
     deep: Option<(B::Weight, B::Weight)>, // W2, Wf
-    post_attention_layernorm: B::Weight,
-    gate_proj: B::Weight,
-    up_proj: B::Weight,
-    down_proj: B::Weight,
     out_proj: B::Weight,
 }
 
@@ -43,15 +39,12 @@ pub struct DraftModel<B: Backend> {
     vocabulary: Vec<u32>,
     ones: B::Weight,
     final_norm: B::Weight,
-    input_layernorm: B::Weight,
-    q_proj: B::Weight,
-    k_proj: B::Weight,
-    v_proj: B::Weight,
-    o_proj: B::Weight,
-    feed: Option<Feed<B>>,
+    layer: DecoderLayer<B>,
+    around: Option<Around<B>>,
     norm: B::Weight,
     head: B::Weight, // [vocabulary, hidden_size]
     kv: B::Kv,       // one layer
+    scratch: Scratch<B>,
     buffers: Buffers<B>,
     logits_host: Vec<f32>,
     order: Vec<u32>,
@@ -59,17 +52,10 @@ pub struct DraftModel<B: Backend> {
 
 /// Shapes are `[capacity, columns]`.
 struct Buffers<B: Backend> {
-    shallow: B::Buffer,  // [capacity, hidden_size]
-    deep: B::Buffer,     // [capacity, hidden_size]
-    normed: B::Buffer,   // [capacity, hidden_size]
-    x: B::Buffer,        // [capacity, hidden_size]
-    q: B::Buffer,        // [capacity, heads * head_dim]
-    k: B::Buffer,        // [capacity, kv_heads * head_dim]
-    v: B::Buffer,        // [capacity, kv_heads * head_dim]
-    attended: B::Buffer, // [capacity, heads * head_dim]
-    gated: B::Buffer,    // [capacity, intermediate_size]
-    angles: B::Buffer,   // [capacity, head_dim]
-    logits: B::Buffer,   // [capacity, vocabulary]
+    raw: B::Buffer,    // [capacity, hidden_size]: rows as they came
+    deep: B::Buffer,   // [capacity, hidden_size]
+    x: B::Buffer,      // [capacity, hidden_size]
+    logits: B::Buffer, // [capacity, vocabulary]
 }
 
 impl<B: Backend> DraftModel<B> {
@@ -105,9 +91,11 @@ impl<B: Backend> DraftModel<B> {
                 adapter.tensor(name).map_err(|reason| LoadError::bundle(bundle, reason))?;
             Ok(backend.weight(&tensor)?)
         };
-        let feed = match adapter.kind() {
+        let is_paper = adapter.kind() == AdapterKind::Paper;
+        let layer = DecoderLayer::of(&mut take, false, !is_paper)?;
+        let around = match adapter.kind() {
             AdapterKind::Paper => None,
-            kind => Some(Feed {
+            kind => Some(Around {
                 shallow_proj: take("shallow_proj.weight")?,
                 deep: match kind {
                     AdapterKind::Deep => {
@@ -115,18 +103,9 @@ impl<B: Backend> DraftModel<B> {
                     }
                     _ => None,
                 },
-                post_attention_layernorm: take("post_attention_layernorm.weight")?,
-                gate_proj: take("mlp.gate_proj.weight")?,
-                up_proj: take("mlp.up_proj.weight")?,
-                down_proj: take("mlp.down_proj.weight")?,
                 out_proj: take("out_proj.weight")?,
             }),
         };
-        let input_layernorm = take("input_layernorm.weight")?;
-        let q_proj = take("self_attn.q_proj.weight")?;
-        let k_proj = take("self_attn.k_proj.weight")?;
-        let v_proj = take("self_attn.v_proj.weight")?;
-        let o_proj = take("self_attn.o_proj.weight")?;
         let norm = take("norm.weight")?;
         let vocabulary = adapter.vocabulary().to_vec();
         Ok(Self {
@@ -135,80 +114,64 @@ impl<B: Backend> DraftModel<B> {
             final_norm: weight(&mut backend, bundle, "model.norm.weight")?,
             head: backend.weight(&draft_head(bundle, &vocabulary)?)?,
             kv: backend.kv(shape.kv(1, pages))?,
-            buffers: Buffers::new(&mut backend, &shape, vocabulary.len(), capacity)?,
+            scratch: Scratch::new(&mut backend, &shape, capacity)?,
+            buffers: Buffers {
+                raw: backend.alloc(capacity, shape.hidden_size)?,
+                deep: backend.alloc(capacity, shape.hidden_size)?,
+                x: backend.alloc(capacity, shape.hidden_size)?,
+                logits: backend.alloc(capacity, vocabulary.len())?,
+            },
             logits_host: Vec::new(),
             order: Vec::new(),
             backend,
             shape,
             vocabulary,
-            input_layernorm,
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            feed,
+            layer,
+            around,
             norm,
         })
     }
 
-    /// What the layer reads, into `x`; the normalised deep rows into `deep`.
-    fn read(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep: &[f32], is_raw: bool) {
-        let Self { backend, shape, ones, final_norm, feed, buffers, .. } = self;
-        let Buffers { shallow: s, deep: f, normed, x, .. } = buffers;
-        let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
+    /// Puts what the layer reads into `x`, and the normalised deep rows into `deep`.
+    fn read(&mut self, rows: usize, shallow: &[f32], deep: &[f32], is_raw: bool) {
+        let Self { backend, shape, ones, final_norm, around, scratch, buffers, .. } = self;
+        let (normed, Buffers { raw, deep: f, x, .. }) = (&mut scratch.normed, buffers);
+        let eps = shape.rms_norm_eps;
         assert_eq!(shallow.len(), rows * shape.hidden_size, "a shallow row for each row");
-        let Some(feed) = feed else {
+        let Some(around) = around else {
             backend.upload(shallow, x);
             return;
         };
-        backend.upload(shallow, s);
-        backend.rms_norm(rows, s, ones, eps, normed);
-        backend.linear(rows, normed, &feed.shallow_proj, None, Write::Store, x);
-        if let Some((deep_proj, _)) = &feed.deep {
+        backend.upload(shallow, raw);
+        backend.rms_norm(rows, raw, ones, eps, normed);
+        backend.linear(rows, normed, Write::Store, LinearArgs::of(&around.shallow_proj, x));
+        if let Some((deep_proj, _)) = &around.deep {
             assert_eq!(deep.len(), shallow.len(), "a deep row for each row");
-            backend.upload(deep, s);
+            backend.upload(deep, raw);
             if is_raw {
-                backend.rms_norm(rows, s, final_norm, eps, normed);
+                backend.rms_norm(rows, raw, final_norm, eps, normed);
                 backend.rms_norm(rows, normed, ones, eps, f);
             } else {
-                backend.rms_norm(rows, s, ones, eps, f);
+                backend.rms_norm(rows, raw, ones, eps, f);
             }
-            backend.linear(rows, f, deep_proj, None, Write::Add, x);
+            backend.linear(rows, f, Write::Add, LinearArgs::of(deep_proj, x));
         }
     }
 
-    /// Keys and values of what [`DraftModel::read`] left; queries too where they are `wanted`.
-    fn append(&mut self, plan: &AttendPlan<'_>, wanted: bool) {
-        let Self { backend, shape, buffers, kv, .. } = self;
-        let Buffers { normed, x, q, k, v, angles, .. } = buffers;
-        let rows = plan.rows();
-        backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
-        let into = |weight, out| LinearInto { weight, bias: None, out };
-        let (key, value) = (into(&self.k_proj, &mut *k), into(&self.v_proj, &mut *v));
-        if wanted {
-            backend.linear_each(rows, normed, [key, value, into(&self.q_proj, &mut *q)]);
-        } else {
-            backend.linear_each(rows, normed, [key, value]);
-        }
-        backend.rope_angles(plan.positions, &shape.inv_freq, angles);
-        backend.rope_append(plan, &shape.attend, 0, angles, q, k, v, kv);
-    }
-
-    /// The rest of the layer and the output.
+    /// Runs what [`DraftModel::read`] left through the layer; `y` gets the output.
     fn say(&mut self, plan: &AttendPlan<'_>, y: &mut [f32]) {
-        let Self { backend, shape, ones, feed, buffers, kv, .. } = self;
-        let Buffers { deep, normed, x, q, attended, gated, .. } = buffers;
+        let Self { backend, shape, ones, layer, around, kv, scratch, buffers, .. } = self;
+        let Buffers { deep, x, .. } = buffers;
         let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
-        backend.attend(plan, &shape.attend, 0, q, kv, attended);
-        backend.linear(rows, attended, &self.o_proj, None, Write::Add, x);
-        if let Some(feed) = feed {
-            backend.rms_norm(rows, x, &feed.post_attention_layernorm, eps, normed);
-            backend.swiglu(rows, normed, &feed.gate_proj, &feed.up_proj, gated);
-            backend.linear(rows, gated, &feed.down_proj, None, Write::Add, x);
+        scratch.start_step(backend, shape, plan.positions);
+        let step = Step::begin(backend, shape, *plan, kv);
+        layer.forward(backend, &step, 0, x, kv, scratch);
+        let normed = &mut scratch.normed;
+        if let Some(around) = around {
             backend.rms_norm(rows, x, ones, eps, normed);
-            backend.linear(rows, normed, &feed.out_proj, None, Write::Store, x);
-            if let Some((_, out_deep)) = &feed.deep {
-                backend.linear(rows, deep, out_deep, None, Write::Add, x);
+            backend.linear(rows, normed, Write::Store, LinearArgs::of(&around.out_proj, x));
+            if let Some((_, out_deep)) = &around.deep {
+                backend.linear(rows, deep, Write::Add, LinearArgs::of(out_deep, x));
             }
         }
         backend.rms_norm(rows, x, &self.norm, eps, normed);
@@ -216,30 +179,23 @@ impl<B: Backend> DraftModel<B> {
     }
 }
 
+as_its_backend!(DraftModel);
+
 impl<B: Backend> DraftForward for DraftModel<B> {
-    fn describe(&self) -> String {
-        self.backend.describe()
-    }
-
-    fn arithmetic_id(&self) -> u32 {
-        self.backend.arithmetic_id()
-    }
-
-    fn fault(&mut self) -> Option<BackendFault> {
-        self.backend.fault()
-    }
-
     fn split_layer(&self) -> usize {
         self.split_layer
     }
 
     fn reads_deep(&self) -> bool {
-        self.feed.as_ref().is_some_and(|feed| feed.deep.is_some())
+        self.around.as_ref().is_some_and(|around| around.deep.is_some())
     }
 
     fn remember(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep_before: &[f32]) {
-        self.read(plan, shallow, deep_before, true);
-        self.append(plan, false);
+        self.read(plan.rows(), shallow, deep_before, true);
+        let Self { backend, shape, layer, kv, scratch, buffers, .. } = self;
+        scratch.start_step(backend, shape, plan.positions);
+        let step = Step::begin(backend, shape, *plan, kv);
+        layer.remember(backend, &step, 0, &buffers.x, kv, scratch);
     }
 
     fn decide(
@@ -249,27 +205,26 @@ impl<B: Backend> DraftForward for DraftModel<B> {
         deep_before: &[f32],
         y: &mut [f32],
     ) {
-        self.read(plan, shallow, deep_before, true);
-        self.append(plan, true);
+        self.read(plan.rows(), shallow, deep_before, true);
         self.say(plan, y);
     }
 
     fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
-        self.read(plan, shallow, y_before, false);
-        self.append(plan, true);
+        self.read(plan.rows(), shallow, y_before, false);
         self.say(plan, y);
     }
 
     fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>) {
-        let Self { backend, vocabulary, head, buffers, logits_host, order, .. } = self;
+        let Self { backend, vocabulary, head, scratch, buffers, logits_host, order, .. } = self;
         let rows = y.len() / self.shape.hidden_size;
         let tokens = vocabulary.len();
         let count = count.min(tokens);
         if rows == 0 || count == 0 {
             return;
         }
-        backend.upload(y, &mut buffers.normed);
-        backend.linear(rows, &buffers.normed, head, None, Write::Store, &mut buffers.logits);
+        backend.upload(y, &mut scratch.normed);
+        let logits = LinearArgs::of(head, &mut buffers.logits);
+        backend.linear(rows, &scratch.normed, Write::Store, logits);
         logits_host.resize(rows * tokens, 0.0);
         backend.download(&buffers.logits, 0, logits_host);
         for logits in logits_host.chunks_exact(tokens) {
@@ -286,31 +241,6 @@ impl<B: Backend> DraftForward for DraftModel<B> {
                 probability: (logit(index) - top).exp() / sum,
             }));
         }
-    }
-}
-
-impl<B: Backend> Buffers<B> {
-    fn new(
-        backend: &mut B,
-        shape: &ModelShape,
-        vocabulary: usize,
-        capacity: usize,
-    ) -> Result<Self, LoadError> {
-        let attend = &shape.attend;
-        let mut alloc = |columns| backend.alloc(capacity, columns);
-        Ok(Self {
-            shallow: alloc(shape.hidden_size)?,
-            deep: alloc(shape.hidden_size)?,
-            normed: alloc(shape.hidden_size)?,
-            x: alloc(shape.hidden_size)?,
-            q: alloc(attend.heads * attend.head_dim)?,
-            k: alloc(attend.kv_heads * attend.head_dim)?,
-            v: alloc(attend.kv_heads * attend.head_dim)?,
-            attended: alloc(attend.heads * attend.head_dim)?,
-            gated: alloc(shape.intermediate_size)?,
-            angles: alloc(attend.head_dim)?,
-            logits: alloc(vocabulary)?,
-        })
     }
 }
 

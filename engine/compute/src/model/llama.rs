@@ -6,7 +6,7 @@ use hat_loader::{Bundle, LlamaConfig, Tensor};
 use hat_plan::{AttendPlan, AttendShape, BackendError, KvShape};
 
 use crate::LoadError;
-use crate::backend::{Backend, LinearInto, Write};
+use crate::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 
 /// The numbers of a model that its layers share.
 #[derive(Clone, Debug)]
@@ -61,31 +61,20 @@ struct Projection<B: Backend> {
 }
 
 impl<B: Backend> Projection<B> {
-    fn load(
-        backend: &mut B,
-        bundle: &impl Tensors,
-        name: &str,
-        with_bias: bool,
-    ) -> Result<Self, LoadError> {
-        let weight = weight(backend, bundle, &format!("{name}.weight"))?;
-        let bias = if with_bias {
-            Some(self::weight(backend, bundle, &format!("{name}.bias"))?)
-        } else {
-            None
-        };
+    fn load(take: &mut Take<'_, B>, name: &str, with_bias: bool) -> Result<Self, LoadError> {
+        let weight = take(&format!("{name}.weight"))?;
+        let bias = with_bias.then(|| take(&format!("{name}.bias"))).transpose()?;
         Ok(Self { weight, bias })
     }
 
-    /// `x W^T + bias` into `out`.
-    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> LinearInto<'a, B> {
-        LinearInto { weight: &self.weight, bias: self.bias.as_ref(), out }
-    }
-
-    /// Adds `x W^T + bias` to `out`.
-    fn add(&self, backend: &mut B, rows: usize, x: &B::Buffer, out: &mut B::Buffer) {
-        backend.linear(rows, x, &self.weight, self.bias.as_ref(), Write::Add, out);
+    /// The operands of `x W^T + bias` into `out`.
+    fn onto<'a>(&'a self, out: &'a mut B::Buffer) -> LinearArgs<'a, B> {
+        LinearArgs { weight: &self.weight, bias: self.bias.as_ref(), out }
     }
 }
+
+/// Takes a tensor of a layer, by its name within the layer.
+pub(super) type Take<'a, B> = dyn FnMut(&str) -> Result<<B as Backend>::Weight, LoadError> + 'a;
 
 /// Where layers come from: a bundle, or (in benches) somebody who makes them up.
 pub trait Tensors {
@@ -119,13 +108,13 @@ pub(super) fn weight<B: Backend>(
 
 /// Buffers that every layer works in. Shapes are `[capacity, columns]`.
 pub struct Scratch<B: Backend> {
-    normed: B::Buffer,   // [capacity, hidden_size]
-    q: B::Buffer,        // [capacity, heads * head_dim]
-    k: B::Buffer,        // [capacity, kv_heads * head_dim]
-    v: B::Buffer,        // [capacity, kv_heads * head_dim]
-    attended: B::Buffer, // [capacity, heads * head_dim]
-    gated: B::Buffer,    // [capacity, intermediate_size]
-    angles: B::Buffer,   // [capacity, head_dim]: cosines, then sines
+    pub(super) normed: B::Buffer, // [capacity, hidden_size]
+    q: B::Buffer,                 // [capacity, heads * head_dim]
+    k: B::Buffer,                 // [capacity, kv_heads * head_dim]
+    v: B::Buffer,                 // [capacity, kv_heads * head_dim]
+    attended: B::Buffer,          // [capacity, heads * head_dim]
+    gated: B::Buffer,             // [capacity, intermediate_size]
+    angles: B::Buffer,            // [capacity, head_dim]: cosines, then sines
 }
 
 impl<B: Backend> Scratch<B> {
@@ -153,17 +142,37 @@ impl<B: Backend> Scratch<B> {
     }
 }
 
+/// The rows of a step, begun: each layer takes them in turn.
+pub struct Step<'p, B: Backend> {
+    rows: usize,
+    eps: f32,
+    plan: B::Plan<'p>,
+}
+
+impl<'p, B: Backend> Step<'p, B> {
+    /// Begins the rows of `plan` over a KV store.
+    pub fn begin(backend: &mut B, shape: &ModelShape, plan: AttendPlan<'p>, kv: &B::Kv) -> Self {
+        let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
+        Self { rows, eps, plan: backend.begin(plan, &shape.attend, kv) }
+    }
+}
+
+/// The feed-forward part of a layer, behind a norm and added to the residual.
+struct Mlp<B: Backend> {
+    post_attention_layernorm: B::Weight,
+    gate_proj: B::Weight,
+    up_proj: B::Weight,
+    down_proj: B::Weight,
+}
+
 /// One decoder layer: attention and feed-forward, each behind a norm and added to the residual.
 pub struct DecoderLayer<B: Backend> {
     input_layernorm: B::Weight,
     q_proj: Projection<B>,
     k_proj: Projection<B>,
     v_proj: Projection<B>,
-    o_proj: Projection<B>,
-    post_attention_layernorm: B::Weight,
-    gate_proj: B::Weight,
-    up_proj: B::Weight,
-    down_proj: Projection<B>,
+    o_proj: B::Weight,
+    mlp: Option<Mlp<B>>, // None: a drafter's layer may have none
 }
 
 impl<B: Backend> DecoderLayer<B> {
@@ -172,28 +181,33 @@ impl<B: Backend> DecoderLayer<B> {
     /// # Errors
     /// [`LoadError::Bundle`] if a tensor is missing, [`LoadError::Backend`] if it has no kernel.
     pub fn load(backend: &mut B, bundle: &impl Tensors, index: usize) -> Result<Self, LoadError> {
-        let at = |part: &str| format!("model.layers.{index}.{part}");
-        let qkv_bias = bundle.config().attention_bias;
-        let mut projection = |part: &str, bias| Projection::load(backend, bundle, &at(part), bias);
-        let q_proj = projection("self_attn.q_proj", qkv_bias)?;
-        let k_proj = projection("self_attn.k_proj", qkv_bias)?;
-        let v_proj = projection("self_attn.v_proj", qkv_bias)?;
-        let o_proj = projection("self_attn.o_proj", false)?;
-        let down_proj = projection("mlp.down_proj", false)?;
+        let take =
+            &mut |part: &str| weight(backend, bundle, &format!("model.layers.{index}.{part}"));
+        Self::of(take, bundle.config().attention_bias, true)
+    }
+
+    /// A layer of the tensors that `take` gives.
+    pub(super) fn of(
+        take: &mut Take<'_, B>,
+        qkv_bias: bool,
+        with_mlp: bool,
+    ) -> Result<Self, LoadError> {
+        let mut mlp = None;
+        if with_mlp {
+            mlp = Some(Mlp {
+                post_attention_layernorm: take("post_attention_layernorm.weight")?,
+                gate_proj: take("mlp.gate_proj.weight")?,
+                up_proj: take("mlp.up_proj.weight")?,
+                down_proj: take("mlp.down_proj.weight")?,
+            });
+        }
         Ok(Self {
-            input_layernorm: weight(backend, bundle, &at("input_layernorm.weight"))?,
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            post_attention_layernorm: weight(
-                backend,
-                bundle,
-                &at("post_attention_layernorm.weight"),
-            )?,
-            gate_proj: weight(backend, bundle, &at("mlp.gate_proj.weight"))?,
-            up_proj: weight(backend, bundle, &at("mlp.up_proj.weight"))?,
-            down_proj,
+            input_layernorm: take("input_layernorm.weight")?,
+            q_proj: Projection::load(take, "self_attn.q_proj", qkv_bias)?,
+            k_proj: Projection::load(take, "self_attn.k_proj", qkv_bias)?,
+            v_proj: Projection::load(take, "self_attn.v_proj", qkv_bias)?,
+            o_proj: take("self_attn.o_proj.weight")?,
+            mlp,
         })
     }
 
@@ -209,32 +223,46 @@ impl<B: Backend> DecoderLayer<B> {
         range.map(|index| Self::load(backend, bundle, index)).collect()
     }
 
-    /// Runs the rows of `plan` through this layer, in place. `kv_layer` is the layer's number in
-    /// the KV store.
-    #[expect(clippy::too_many_arguments, reason = "one layer, its operands")]
+    /// Runs the rows of `step` through this layer, in place. `layer` is its number in the KV store.
     pub fn forward(
         &self,
         backend: &mut B,
-        shape: &ModelShape,
-        plan: &AttendPlan<'_>,
-        kv_layer: usize,
+        step: &Step<'_, B>,
+        layer: usize,
         x: &mut B::Buffer,
         kv: &mut B::Kv,
         scratch: &mut Scratch<B>,
     ) {
-        let rows = plan.rows();
+        let Step { rows, eps, plan } = *step;
         let Scratch { normed, q, k, v, attended, gated, angles } = scratch;
-        let attend = &shape.attend;
 
-        backend.rms_norm(rows, x, &self.input_layernorm, shape.rms_norm_eps, normed);
+        backend.rms_norm(rows, x, &self.input_layernorm, eps, normed);
         let qkv = [self.q_proj.onto(q), self.k_proj.onto(k), self.v_proj.onto(v)];
         backend.linear_each(rows, normed, qkv);
-        backend.rope_append(plan, attend, kv_layer, angles, q, k, v, kv);
-        backend.attend(plan, attend, kv_layer, q, kv, attended);
-        self.o_proj.add(backend, rows, attended, x);
+        backend.rope_append(plan, RopeArgs { layer, angles, q, k, v, kv });
+        backend.attend(plan, AttendArgs { layer, q, kv, out: attended });
+        backend.linear(rows, attended, Write::Add, LinearArgs::of(&self.o_proj, x));
 
-        backend.rms_norm(rows, x, &self.post_attention_layernorm, shape.rms_norm_eps, normed);
-        backend.swiglu(rows, normed, &self.gate_proj, &self.up_proj, gated);
-        self.down_proj.add(backend, rows, gated, x);
+        let Some(mlp) = &self.mlp else { return };
+        backend.rms_norm(rows, x, &mlp.post_attention_layernorm, eps, normed);
+        backend.swiglu(rows, normed, &mlp.gate_proj, &mlp.up_proj, gated);
+        backend.linear(rows, gated, Write::Add, LinearArgs::of(&mlp.down_proj, x));
+    }
+
+    /// As [`DecoderLayer::forward`], but leaves keys and values only; `x` stays.
+    pub fn remember(
+        &self,
+        backend: &mut B,
+        step: &Step<'_, B>,
+        layer: usize,
+        x: &B::Buffer,
+        kv: &mut B::Kv,
+        scratch: &mut Scratch<B>,
+    ) {
+        let Step { rows, eps, plan } = *step;
+        let Scratch { normed, q, k, v, angles, .. } = scratch;
+        backend.rms_norm(rows, x, &self.input_layernorm, eps, normed);
+        backend.linear_each(rows, normed, [self.k_proj.onto(k), self.v_proj.onto(v)]);
+        backend.rope_append(plan, RopeArgs { layer, angles, q, k, v, kv });
     }
 }

@@ -5,13 +5,12 @@ use std::ops::Range;
 
 use hat_loader::Bundle;
 use hat_plan::{
-    AttendPlan, BackendError, BackendFault, DeviceForward, MiddleForward, MiddleStep, RowMove,
-    TokenId,
+    AttendPlan, BackendError, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
 };
 
-use super::llama::{DecoderLayer, ModelShape, Scratch, Tensors, weight};
+use super::llama::{DecoderLayer, ModelShape, Scratch, Step, Tensors, weight};
 use crate::LoadError;
-use crate::backend::{Backend, Top};
+use crate::backend::{Backend, LinearArgs, Top, Write};
 
 /// Embedding, first layers, last layers, final norm and head on one backend.
 pub struct DeviceModel<B: Backend> {
@@ -85,26 +84,17 @@ impl<B: Backend> DeviceModel<B> {
     }
 }
 
+as_its_backend!(DeviceModel);
+
 impl<B: Backend> DeviceForward for DeviceModel<B> {
-    fn describe(&self) -> String {
-        self.backend.describe()
-    }
-
-    fn arithmetic_id(&self) -> u32 {
-        self.backend.arithmetic_id()
-    }
-
-    fn fault(&mut self) -> Option<BackendFault> {
-        self.backend.fault()
-    }
-
     fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         assert_eq!(plan.rows(), tokens.len(), "one token a row");
         let Self { backend, shape, input, kv, scratch, x, .. } = self;
         backend.embed(tokens, &self.embed_tokens, x);
         scratch.start_step(backend, shape, plan.positions);
+        let step = Step::begin(backend, shape, *plan, kv);
         for (kv_layer, layer) in input.iter().enumerate() {
-            layer.forward(backend, shape, plan, kv_layer, x, kv, scratch);
+            layer.forward(backend, &step, kv_layer, x, kv, scratch);
         }
         backend.download(x, 0, hidden);
     }
@@ -116,8 +106,9 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
         }
         backend.upload(hidden, x);
         scratch.start_step(backend, shape, plan.positions);
+        let step = Step::begin(backend, shape, *plan, kv);
         for (kv_layer, layer) in (input.len()..).zip(tail) {
-            layer.forward(backend, shape, plan, kv_layer, x, kv, scratch);
+            layer.forward(backend, &step, kv_layer, x, kv, scratch);
         }
         backend.download(x, 0, hidden);
     }
@@ -126,7 +117,7 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
         self.norm_row(hidden);
         let Self { backend, normed, .. } = self;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        backend.linear(1, normed, head, None, crate::backend::Write::Store, &mut self.logits);
+        backend.linear(1, normed, Write::Store, LinearArgs::of(head, &mut self.logits));
         backend.download(&self.logits, 0, logits);
     }
 
@@ -224,19 +215,9 @@ impl<B: Backend> MiddleModel<B> {
     }
 }
 
+as_its_backend!(MiddleModel);
+
 impl<B: Backend> MiddleForward for MiddleModel<B> {
-    fn describe(&self) -> String {
-        self.backend.describe()
-    }
-
-    fn arithmetic_id(&self) -> u32 {
-        self.backend.arithmetic_id()
-    }
-
-    fn fault(&mut self) -> Option<BackendFault> {
-        self.backend.fault()
-    }
-
     fn link(&mut self, next: &dyn MiddleForward, steps: usize) -> Result<(), BackendError> {
         if let Some(next) = next.as_any().and_then(|next| next.downcast_ref::<Self>()) {
             let (capacity, columns) = (self.capacity, self.shape.hidden_size);
@@ -266,19 +247,22 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
             None => backend.upload(&step.hidden, x),
         }
         scratch.start_step(backend, shape, step.plan.plan().positions);
-        let mut sequences = 0;
+        let (mut sequences, mut front) = (0, None);
         for (kv_layer, layer) in layers.iter().enumerate() {
             let index = *first_layer + kv_layer;
             if index >= step.exit_layer as usize {
                 break;
             }
             // Rows that enter at this layer or before it are the front of the batch.
+            let before = sequences;
             while step.entry_layers.get(sequences).is_some_and(|entry| *entry as usize <= index) {
                 sequences += 1;
             }
-            if sequences > 0 {
-                let plan = step.plan.plan_front(sequences);
-                layer.forward(backend, shape, &plan, kv_layer, x, kv, scratch);
+            if sequences > before {
+                front = Some(Step::begin(backend, shape, step.plan.plan_front(sequences), kv));
+            }
+            if let Some(front) = &front {
+                layer.forward(backend, front, kv_layer, x, kv, scratch);
             }
         }
         self.hand_over(step);

@@ -9,8 +9,8 @@ use std::ops::Range;
 use hat_loader::Bundle;
 use hat_plan::{AttendPlan, PAGE_SIZE, TokenId};
 
-use super::llama::{DecoderLayer, ModelShape, Scratch, weight};
-use crate::backend::{Backend, Write};
+use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
+use crate::backend::{Backend, LinearArgs, Write};
 use crate::{LoadError, StepError};
 
 /// Where a row would cross the link.
@@ -93,12 +93,6 @@ impl<B: Backend> WholeModel<B> {
         })
     }
 
-    /// See [`Backend::arithmetic_id`].
-    #[must_use]
-    pub fn arithmetic_id(&self) -> u32 {
-        self.backend.arithmetic_id()
-    }
-
     /// Positions taken so far.
     #[must_use]
     pub fn position(&self) -> u32 {
@@ -151,6 +145,7 @@ impl<B: Backend> WholeModel<B> {
     ) -> Result<(), StepError> {
         self.backend.embed(&[token], &self.embed_tokens, &mut self.x);
         self.scratch.start_step(&mut self.backend, &self.shape, plan.positions);
+        let step = Step::begin(&mut self.backend, &self.shape, *plan, &self.kv);
         for index in 0..=self.layers.len() {
             if index == self.crossings.start {
                 self.cross(Crossing::Up)?;
@@ -158,16 +153,16 @@ impl<B: Backend> WholeModel<B> {
             if index == self.crossings.end {
                 self.cross(Crossing::Down)?;
             }
-            let Self { backend, shape, layers, x, kv, scratch, .. } = self;
+            let Self { backend, layers, x, kv, scratch, .. } = self;
             if let Some(layer) = layers.get(index) {
-                layer.forward(backend, shape, plan, index, x, kv, scratch);
+                layer.forward(backend, &step, index, x, kv, scratch);
             }
         }
         if let Some(logits) = logits {
             let Self { backend, shape, x, normed, .. } = self;
             backend.rms_norm(1, x, &self.norm, shape.rms_norm_eps, normed);
             let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-            backend.linear(1, normed, head, None, Write::Store, &mut self.logits);
+            backend.linear(1, normed, Write::Store, LinearArgs::of(head, &mut self.logits));
             backend.download(&self.logits, 0, logits);
         }
         Ok(())
@@ -182,3 +177,5 @@ impl<B: Backend> WholeModel<B> {
         Ok(())
     }
 }
+
+as_its_backend!(WholeModel);

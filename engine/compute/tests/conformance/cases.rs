@@ -1,7 +1,7 @@
 //! Inputs at the edges, and one way to run each operation on any backend.
 
 use half::f16;
-use hat_compute::backend::{Backend, LinearInto, Top, Write};
+use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Top, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE, RowMove, TokenId};
 
@@ -162,7 +162,7 @@ pub(crate) fn linear<B: Backend>(
         None => buffer(b, rows, n, &vec![f32::NAN; rows * n]),
     };
     let write = if old.is_some() { Write::Add } else { Write::Store };
-    b.linear(rows, &x, &weight, bias.as_ref(), write, &mut out);
+    b.linear(rows, &x, write, LinearArgs { weight: &weight, bias: bias.as_ref(), out: &mut out });
     read(b, &out, rows, n)
 }
 
@@ -204,7 +204,7 @@ pub(crate) fn linear_each<B: Backend, const N: usize>(
     let mut pairs = taken.iter().zip(&mut outs);
     let each = [(); N].map(|()| {
         let (weight, out) = pairs.next().expect("N of them");
-        LinearInto { weight, bias: None, out }
+        LinearArgs::of(weight, out)
     });
     b.linear_each(rows, &x, each);
     let mut widths = weights.iter().map(|weight| weight.shape[0]);
@@ -343,8 +343,10 @@ impl<B: Backend> Attention<B> {
         let mut q = buffer(b, rows, heads * head_dim, q);
         let mut k = b.alloc(rows, kv_heads * head_dim).expect("a small buffer");
         let v = b.alloc(rows, kv_heads * head_dim).expect("a small buffer");
-        let (plan, kv) = (plan.borrow(), &mut attention.kv);
-        b.rope_append(&plan, &shape, 0, &angles, &mut q, &mut k, &v, kv);
+        let kv = &mut attention.kv;
+        let plan = b.begin(plan.borrow(), &shape, kv);
+        let (q_rows, k) = (&mut q, &mut k);
+        b.rope_append(plan, RopeArgs { layer: 0, angles: &angles, q: q_rows, k, v: &v, kv });
         read(b, &q, rows, heads * head_dim)
     }
 
@@ -364,10 +366,12 @@ impl<B: Backend> Attention<B> {
         let mut q = buffer(b, rows, heads * head_dim, q);
         let mut k = buffer(b, rows, kv_heads * head_dim, k);
         let v = buffer(b, rows, kv_heads * head_dim, v);
-        let (plan, kv) = (plan.borrow(), &mut self.kv);
-        b.rope_append(&plan, &self.shape, layer, &angles, &mut q, &mut k, &v, kv);
+        let kv = &mut self.kv;
+        let plan = b.begin(plan.borrow(), &self.shape, kv);
+        let (q_rows, k) = (&mut q, &mut k);
+        b.rope_append(plan, RopeArgs { layer, angles: &angles, q: q_rows, k, v: &v, kv });
         let mut out = b.alloc(rows, heads * head_dim).expect("a small buffer");
-        b.attend(&plan, &self.shape, layer, &q, &self.kv, &mut out);
+        b.attend(plan, AttendArgs { layer, q: &q, kv: &self.kv, out: &mut out });
         read(b, &out, rows, heads * head_dim)
     }
 

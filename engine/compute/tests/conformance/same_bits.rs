@@ -1,9 +1,9 @@
 //! Bits don't depend on the level, the threads, the batch, the chunks, the pages or the tree.
 
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level, Op};
-use hat_compute::backend::{Backend, Top};
+use hat_compute::backend::{Backend, LinearArgs, Top, Write};
 use hat_loader::DType;
-use hat_plan::{AttendShape, PAGE_SIZE, RowMove};
+use hat_plan::{AttendShape, Computes as _, PAGE_SIZE, RowMove};
 use proptest::prelude::*;
 
 use crate::cases::*;
@@ -158,9 +158,9 @@ fn quantised_rows_are_not_kept_beyond_a_change() {
     let (mut x, mut out) = (b.alloc(2, 64).unwrap(), b.alloc(2, 16).unwrap());
     for numbers in [&first, &second] {
         b.upload(numbers, &mut x);
-        b.linear(1, &x, &weight, None, hat_compute::backend::Write::Store, &mut out);
+        b.linear(1, &x, Write::Store, LinearArgs::of(&weight, &mut out));
     }
-    b.linear(2, &x, &weight, None, hat_compute::backend::Write::Store, &mut out);
+    b.linear(2, &x, Write::Store, LinearArgs::of(&weight, &mut out));
     same("after an upload", &read(&mut b, &out, 2, 16), &want);
 }
 

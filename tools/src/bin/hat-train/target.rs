@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use hat_compute::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
-use hat_compute::backend::{Backend as _, Write};
+use hat_compute::backend::{Backend as _, LinearArgs, Write};
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
 use hat_engine::internal::{Sequence, Tokenizer, token_settings};
@@ -219,7 +219,7 @@ impl Head {
         if count > 0 {
             backend.upload(rows, x);
             backend.rms_norm(count, x, norm, self.eps, normed);
-            backend.linear(count, normed, weight, None, Write::Store, logits);
+            backend.linear(count, normed, Write::Store, LinearArgs::of(weight, logits));
             backend.download(logits, 0, out);
         }
         out

@@ -42,8 +42,8 @@ pub use self::threads::compute_priority;
 use self::threads::{PerThread, Threads};
 use self::top::TopScratch;
 use super::{
-    AttendPlan, AttendShape, Backend, BackendError, KvShape, LinearInto, PAGE_SIZE, RowMove,
-    TokenId, Top, Write,
+    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
+    PAGE_SIZE, RopeArgs, RowMove, TokenId, Top, Write,
 };
 
 const NAME: &str = "cpu";
@@ -292,11 +292,7 @@ fn by_rows<T: Send, U: Send>(
     });
 }
 
-impl Backend for CpuBackend {
-    type Buffer = CpuBuffer;
-    type Weight = CpuWeight;
-    type Kv = CpuKv;
-
+impl Computes for CpuBackend {
     fn describe(&self) -> String {
         let threads = self.threads.count();
         let s = if threads == 1 { "" } else { "s" };
@@ -306,6 +302,13 @@ impl Backend for CpuBackend {
     fn arithmetic_id(&self) -> u32 {
         super::ARITHMETIC_CPU
     }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = CpuBuffer;
+    type Weight = CpuWeight;
+    type Kv = CpuKv;
+    type Plan<'p> = (AttendPlan<'p>, AttendShape);
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<CpuBuffer, BackendError> {
         let (buffer, numbers) = CpuBuffer::new(NAME, capacity, columns)?;
@@ -388,15 +391,8 @@ impl Backend for CpuBackend {
         self.quantised.of = (as_computed && width > 0).then_some((out.stamp, rows));
     }
 
-    fn linear(
-        &mut self,
-        rows: usize,
-        x: &CpuBuffer,
-        weight: &CpuWeight,
-        bias: Option<&CpuWeight>,
-        write: Write,
-        out: &mut CpuBuffer,
-    ) {
+    fn linear(&mut self, rows: usize, x: &CpuBuffer, write: Write, args: LinearArgs<'_, Self>) {
+        let LinearArgs { weight, bias, out } = args;
         self.quantise_for(rows, x, [weight]);
         let job = self.quantised.linear(rows, x, weight, bias, write.into(), out.columns);
         let linear = self.kernels.linear;
@@ -437,11 +433,11 @@ impl Backend for CpuBackend {
         &mut self,
         rows: usize,
         x: &CpuBuffer,
-        each: [LinearInto<'_, Self>; N],
+        each: [LinearArgs<'_, Self>; N],
     ) {
         let weights = each.each_ref().map(|one| one.weight);
         self.quantise_for(rows, x, weights);
-        let jobs = each.each_ref().map(|LinearInto { weight, bias, out }| {
+        let jobs = each.each_ref().map(|LinearArgs { weight, bias, out }| {
             self.quantised.linear(rows, x, weight, *bias, Finish::Store, out.columns)
         });
         let linear = self.kernels.linear;
@@ -492,24 +488,26 @@ impl Backend for CpuBackend {
         self.strike(Op::RopeAngles, angles.rows_mut(rows));
     }
 
-    fn rope_append(
+    fn begin<'p>(
         &mut self,
-        plan: &AttendPlan<'_>,
+        plan: AttendPlan<'p>,
         shape: &AttendShape,
-        layer: usize,
-        angles: &CpuBuffer,
-        q: &mut CpuBuffer,
-        k: &mut CpuBuffer,
-        v: &CpuBuffer,
-        kv: &mut CpuKv,
-    ) {
+        kv: &CpuKv,
+    ) -> Self::Plan<'p> {
+        assert_eq!(kv.shape().kv_heads, shape.kv_heads, "heads of the KV store");
+        assert_eq!(kv.shape().head_dim, shape.head_dim, "head_dim of the KV store");
+        assert!(shape.heads.is_multiple_of(shape.kv_heads), "{shape:?}");
+        assert!(shape.head_dim.is_multiple_of(2), "{shape:?}");
+        (plan, *shape)
+    }
+
+    fn rope_append(&mut self, (plan, shape): Self::Plan<'_>, args: RopeArgs<'_, Self>) {
+        let RopeArgs { layer, angles, q, k, v, kv } = args;
         let (rows, head_dim) = (plan.rows(), shape.head_dim);
         assert_eq!(angles.columns, head_dim, "columns of angles");
         assert_eq!(q.columns, shape.heads * head_dim, "columns of q");
         assert_eq!(k.columns, shape.kv_heads * head_dim, "columns of k");
         assert_eq!(v.columns, k.columns, "columns of v");
-        assert_eq!(kv.shape().kv_heads, shape.kv_heads, "heads of the KV store");
-        assert_eq!(kv.shape().head_dim, head_dim, "head_dim of the KV store");
         let (angles, rotate) = (angles.rows(rows), self.kernels.rotate);
         for buffer in [&mut *q, &mut *k] {
             let columns = buffer.columns;
@@ -528,7 +526,7 @@ impl Backend for CpuBackend {
         self.threads.columns_each(stores, pages, grain, |i, columns, part| {
             let heads = columns.start / head..columns.end / head;
             for (row, heads_of_row) in from[i].chunks_exact(shape.kv_heads * head_dim).enumerate() {
-                let (page, at) = place(plan, row);
+                let (page, at) = place(&plan, row);
                 for (to, head) in part.row(page).chunks_exact_mut(head).zip(heads.clone()) {
                     let from = &heads_of_row[head * head_dim..][..head_dim];
                     if i == 0 {
@@ -541,26 +539,15 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn attend(
-        &mut self,
-        plan: &AttendPlan<'_>,
-        shape: &AttendShape,
-        layer: usize,
-        q: &CpuBuffer,
-        kv: &CpuKv,
-        out: &mut CpuBuffer,
-    ) {
+    fn attend(&mut self, (plan, shape): Self::Plan<'_>, args: AttendArgs<'_, Self>) {
+        let AttendArgs { layer, q, kv, out } = args;
         let (rows, head_dim) = (plan.rows(), shape.head_dim);
         let columns = shape.heads * head_dim;
         assert_eq!((q.columns, out.columns), (columns, columns), "columns of q and out");
-        assert_eq!(kv.shape().kv_heads, shape.kv_heads, "heads of the KV store");
-        assert_eq!(kv.shape().head_dim, head_dim, "head_dim of the KV store");
-        assert!(shape.heads.is_multiple_of(shape.kv_heads), "{shape:?}");
-        assert!(head_dim.is_multiple_of(2), "{shape:?}");
         let group = shape.heads / shape.kv_heads;
         self.attend_scratch.each(|scratch| scratch.fit(head_dim, group));
         let (attend, scratch) = (self.kernels.attend, &self.attend_scratch);
-        let batch = Batch { plan, shape, layer, q: q.rows(rows), kv };
+        let batch = Batch { plan: &plan, shape: &shape, layer, q: q.rows(rows), kv };
         // One row among several threads: they take key/value heads. Else each takes rows.
         let split = if rows < 2 * self.threads.count() { shape.kv_heads } else { 1 };
         let heads = shape.kv_heads / split;
