@@ -207,8 +207,12 @@ fn a_violation_ends_its_session_alone() {
     bed.rows(device, 1, RowsHead { more: true, ..prompt(1, 2) }, &[], &[1, 2]);
     bed.rows(device, 1, RowsHead { parent: 9, want: Want::Last, ..prompt(11, 1) }, &[], &[3]);
     bed.rows(honest, 1, RowsHead { want: Want::Last, ..prompt(1, 3) }, &[], &[4, 5, 6]);
+    // Sessions that enter later stand behind it in the step.
+    let late = bed.connect();
+    bed.message(late, 1, &Message::Open(Open { entry_layer: 2, ..open() }));
+    bed.rows(late, 1, RowsHead { want: Want::Last, ..prompt(1, 3) }, &[], &[7, 8, 9]);
     assert_eq!(bed.plan(), 1);
-    assert_eq!(bed.out[0].step.plan.rows(), 5, "two rows of the liar run as zeros");
+    assert_eq!(bed.out[0].step.plan.rows(), 8, "two rows of the liar run as zeros");
     bed.settle();
     assert_eq!(bed.heard(device, 1), [Heard::Opened(0), Heard::Error(Code::BadParent)]);
     bed.message(device, 1, &Message::Commit(Commit { row: 1 }));
@@ -218,7 +222,11 @@ fn a_violation_ends_its_session_alone() {
 
     let rows = Heard::Rows(vec![(3, digest([4, 5, 6]))]);
     assert_eq!(bed.heard(honest, 1), [Heard::Opened(0), rows]);
-    bed.message(honest, 1, &Message::End(End::default()));
+    let rows = Heard::Rows(vec![(3, digest([7, 8, 9]))]);
+    assert_eq!(bed.heard(late, 1), [Heard::Opened(0), rows]);
+    for device in [honest, late] {
+        bed.message(device, 1, &Message::End(End::default()));
+    }
     assert_eq!((bed.free_pages(), bed.core.figures().sessions), (1000, 0));
 }
 
