@@ -13,8 +13,8 @@ use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 
 use super::{
-    CloudConfig, CloudCounters, arithmetic_of, describe, io, jobs_of, load, open_bundle,
-    pool_pages, spawn, step,
+    CloudConfig, CloudCounters, arithmetic_of, describe, jobs_of, load, open_bundle, pool_pages,
+    shell, spawn, step,
 };
 use crate::Error;
 use crate::backend::BackendFault;
@@ -92,7 +92,7 @@ impl Run {
         let first_done = Arc::new(AtomicU64::new(0));
         let (done, from_step) = bounded(jobs_of(stages.len()));
         let (ready, is_ready) = bounded(1);
-        let start = io::Start {
+        let start = shell::Start {
             config: config.clone(),
             bundle: crate::wire::BundleFacts::for_cloud(bundle),
             watch: crate::watch::Start::new(bundle, &config.verify),

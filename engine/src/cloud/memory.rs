@@ -4,7 +4,7 @@ use hat_loader::{Bundle, Submodel};
 use hat_transport::message::{Hello, Role};
 use hat_transport::turn::EndpointConfig;
 
-use super::outbox::OUTBOX_BYTES_MAX;
+use super::core::OUTBOX_BYTES_MAX;
 use crate::backend::{KvShape, PAGE_SIZE};
 use crate::config::Limits;
 use crate::page::pages_for;

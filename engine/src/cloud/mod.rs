@@ -1,28 +1,23 @@
-//! The cloud role: an io thread that owns link, sessions, scheduler and pages, and a step thread
-//! for each pipeline stage, which owns a backend and a run of layers, with bounded queues between
-//! them; and a thread that waits for their end, and begins anew on the CPU where it may.
+//! The cloud role. Its `core` is a state machine without IO: sessions, scheduler, pages and frames.
+//! Around it stand an io thread, the `shell`, which owns link and clock; a thread for each pipeline
+//! stage (`step`), which owns a backend and a run of layers, with bounded queues between them; and
+//! a thread that waits for their end, and begins anew on the CPU where it may (`keep`).
 
-mod admission;
-mod io;
+mod core;
 mod keep;
 mod memory;
-mod outbox;
-mod output;
-mod pace;
-mod rows;
-mod session;
+mod shell;
 mod step;
-mod violation;
-mod void;
 
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use hat_loader::{Bundle, Role, Submodel};
 
+use self::core::CloudFigures;
 use self::keep::{Keeper, Run, Seen};
 use crate::backend::BackendFault;
 use crate::config::CloudConfig;
@@ -62,6 +57,43 @@ pub struct CloudCounters {
     pub pages_idle: AtomicU64,
     /// Pages that sessions found when they opened.
     pub pages_reused: AtomicU64,
+}
+
+impl CloudCounters {
+    /// Each counter, and the figure of the same name.
+    fn with<'a>(&'a self, figures: &'a mut CloudFigures) -> [(&'a AtomicU64, &'a mut u64); 13] {
+        [
+            (&self.steps, &mut figures.steps),
+            (&self.rows, &mut figures.rows),
+            (&self.step_us, &mut figures.step_us),
+            (&self.opened, &mut figures.opened),
+            (&self.refused, &mut figures.refused),
+            (&self.evicted, &mut figures.evicted),
+            (&self.busy, &mut figures.busy),
+            (&self.dropped, &mut figures.dropped),
+            (&self.sessions, &mut figures.sessions),
+            (&self.pages_free, &mut figures.pages_free),
+            (&self.faults, &mut figures.faults),
+            (&self.pages_idle, &mut figures.pages_idle),
+            (&self.pages_reused, &mut figures.pages_reused),
+        ]
+    }
+
+    /// What the runs so far have left here.
+    fn figures(&self) -> CloudFigures {
+        let mut figures = CloudFigures::default();
+        for (counter, figure) in self.with(&mut figures) {
+            *figure = counter.load(Ordering::Relaxed);
+        }
+        figures
+    }
+
+    /// Shows what a core has done.
+    fn publish(&self, mut figures: CloudFigures) {
+        for (counter, figure) in self.with(&mut figures) {
+            counter.store(*figure, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A running cloud. Dropping it stops it.

@@ -7,11 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use hat_transport::turn::ConnectionId;
+use hat_transport::conn::ConnectionId;
 
-use super::io::Io;
-use super::violation::SessionEnd;
-use crate::sched::DeviceKey;
+use super::sessions::Sessions;
+use crate::sched::{DeviceKey, SessionKey};
 
 /// Soonest that a refused device is asked back.
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -137,71 +136,47 @@ impl Admission {
     }
 }
 
-impl Io {
-    /// Makes room for a session of so many pages; says whether there is.
-    pub(super) fn make_room(&mut self, connection: ConnectionId, pages: usize) -> bool {
-        let Some(guest) = self.guests.get(&connection) else { return false };
-        let (device, sessions) = (guest.device, guest.sessions);
-        let limits = &self.start.config.limits;
-        let sessions_max = limits.sessions_max as usize;
-        if sessions >= limits.sessions_per_device_max {
-            return false;
-        }
-        let kept = self.admission.kept_from(self.now, device, sessions);
-        let pages = pages + kept.unwrap_or(0);
-        let places = 1 + usize::from(kept.is_some());
-        // Pages that are kept for prompts to come give way before any session does.
-        if self.sessions.len() + places > sessions_max || self.pages.available() < pages {
-            self.evict_idle(pages, places);
-        }
-        self.sessions.len() + places <= sessions_max && self.pages.available() >= pages
-    }
+/// Pages and places for sessions.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) pages: usize,
+    pub(super) places: usize,
+}
 
-    /// Ends idle sessions, the longest idle first, until so many pages and places are free; none
-    /// if they are not enough. Those of a device whose link is broken go before all others, and
-    /// are not waited for: it may never come back, and replays if it does.
-    fn evict_idle(&mut self, pages: usize, places: usize) {
-        let idle_after = self.start.config.idle_after;
-        let mut idle: Vec<_> = self
-            .sessions
-            .values()
-            .filter_map(|session| {
-                let is_up = self.guests.get(&session.connection).is_some_and(|guest| guest.is_up);
-                let wait = if is_up { idle_after } else { Duration::ZERO };
-                let pages = session.sequence.pages().len();
-                let idle = session.is_idle(self.now, wait);
-                idle.then_some((is_up, session.active_at, session.key, pages))
-            })
-            .collect();
-        let sessions_max = self.start.config.limits.sessions_max as usize;
-        let in_idle: usize = idle.iter().map(|(.., pages)| pages).sum();
-        let is_enough = self.pages.available() + in_idle >= pages
-            && self.sessions.len() - idle.len() + places <= sessions_max;
-        if !is_enough {
-            return;
-        }
-        idle.sort_unstable();
-        for (_, active_at, key, _) in idle {
-            if self.sessions.len() + places <= sessions_max && self.pages.available() >= pages {
-                return;
-            }
-            self.start.counters.evicted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            let silent = self.now.saturating_duration_since(active_at);
-            self.end_for(key, SessionEnd::Evicted { silent });
-        }
+impl Room {
+    /// True if there is as much as `wanted`.
+    pub(super) fn holds(self, wanted: Self) -> bool {
+        self.pages >= wanted.pages && self.places >= wanted.places
     }
+}
 
-    /// What a device is told that finds no room for a session of so many pages.
-    pub(super) fn retry_after_ms(&mut self, connection: ConnectionId, pages: usize) -> u32 {
-        let guest = self.guests.get(&connection);
-        let (device, sessions) = guest.map_or((0, 0), |guest| (guest.device, guest.sessions));
-        let mut retry = self.admission.next_turn(self.now, self.sessions.len());
-        // Whoever has all it may have waits for itself, and is in nobody's line.
-        if sessions < self.start.config.limits.sessions_per_device_max {
-            retry = self.admission.refuse(self.now, device, pages, sessions, retry);
+/// A session that may give way to others.
+#[derive(Debug)]
+pub(super) struct Idle {
+    pub(super) key: SessionKey,
+    pub(super) active_at: Instant,
+    pub(super) pages: usize,
+}
+
+/// Sessions that have nothing to do and of which nothing was heard for `idle_after`, the longest
+/// idle first. Those of a device whose link is broken go before all others, and are not waited
+/// for: it may never come back, and replays if it does.
+pub(super) fn idle_sessions(
+    sessions: &Sessions,
+    now: Instant,
+    idle_after: Duration,
+    is_up: impl Fn(ConnectionId) -> bool,
+) -> Vec<Idle> {
+    let mut idle = Vec::new();
+    for (key, session) in sessions.iter() {
+        let is_up = is_up(session.connection);
+        if session.is_idle(now, if is_up { idle_after } else { Duration::ZERO }) {
+            let (active_at, pages) = (session.active_at, session.sequence.pages().len());
+            idle.push((is_up, Idle { key, active_at, pages }));
         }
-        u32::try_from(retry.as_millis()).unwrap_or(u32::MAX)
     }
+    idle.sort_unstable_by_key(|(is_up, idle)| (*is_up, idle.active_at, idle.key));
+    idle.into_iter().map(|(_, idle)| idle).collect()
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use hat_plan::BackendFault;
 use hat_transport::frame::Kind;
 use hat_transport::message::{MessageError, SessionErrorCode as Code};
 
-use crate::backend::BackendFault;
 use crate::pack::PackError;
 use crate::sequence::SequenceError;
 
@@ -127,19 +127,18 @@ impl SessionEnd {
 mod tests {
     use super::*;
 
-    /// Programs go by codes, people by texts; both are the protocol's.
-    #[test]
-    fn each_end_has_its_code_and_its_text() {
-        let layers = "layers 0..9 are wanted, the cloud holds 1..4".to_owned();
-        let not_finite = PackError::NotFinite { row: 1, column: 2 };
-        let violations: [(SessionViolation, Code, &str); 18] = [
+    type Case = (SessionViolation, Code, &'static str);
+
+    fn of_open() -> Vec<Case> {
+        let layers = "layers 0..9 are wanted, the cloud holds 1..4";
+        vec![
             (
                 SessionViolation::NoSession { session: 7 },
                 Code::NoSuchSession,
                 "there is no session 7 on this connection",
             ),
             (SessionViolation::Taken { session: 7 }, Code::NoSuchSession, "session id 7 is taken"),
-            (SessionViolation::Layers { reason: layers.clone() }, Code::Layers, layers.as_str()),
+            (SessionViolation::Layers { reason: layers.to_owned() }, Code::Layers, layers),
             (SessionViolation::Codec { id: 9 }, Code::Codec, "row codec 9 is not offered"),
             (
                 SessionViolation::RowTooLong { reason: "too short".to_owned() },
@@ -161,6 +160,11 @@ mod tests {
                 Code::BadShape,
                 "3 full pages of a prompt are named, 64 positions have at most 1",
             ),
+        ]
+    }
+
+    fn of_rows() -> Vec<Case> {
+        vec![
             (
                 SessionViolation::Payload {
                     rows: 2,
@@ -203,7 +207,7 @@ mod tests {
                 "65 rows would pend, at most 64 may",
             ),
             (
-                SessionViolation::Value(not_finite.clone()),
+                SessionViolation::Value(NOT_FINITE),
                 Code::BadValue,
                 "row 1 holds a value that is not finite, at column 2",
             ),
@@ -217,8 +221,15 @@ mod tests {
                 Code::BadShape,
                 "a device does not send Opened",
             ),
-        ];
-        for (violation, code, text) in violations {
+        ]
+    }
+
+    const NOT_FINITE: PackError = PackError::NotFinite { row: 1, column: 2 };
+
+    /// Programs go by codes, people by texts; both are the protocol's.
+    #[test]
+    fn each_end_has_its_code_and_its_text() {
+        for (violation, code, text) in of_open().into_iter().chain(of_rows()) {
             assert_eq!((violation.code(), violation.to_string().as_str()), (code, text));
             let end = SessionEnd::from(violation);
             assert_eq!((end.code(), end.to_string().as_str()), (code, text));
@@ -231,7 +242,7 @@ mod tests {
                 "idle for 1.2 s, and others need its memory",
             ),
             (
-                SessionEnd::Output(not_finite),
+                SessionEnd::Output(NOT_FINITE),
                 Code::Internal,
                 "the model's output cannot be sent: row 1 holds a value that is not finite, at \
                  column 2",

@@ -3,18 +3,37 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use hat_plan::{PAGE_SIZE, RowMove};
+use hat_transport::conn::ConnectionId;
 use hat_transport::frame::Priority;
 use hat_transport::message::{Dropped, Open, RowsHead, Want};
-use hat_transport::turn::ConnectionId;
 
-use super::io::scope_of;
 use super::rows::RowsFrame;
 use super::violation::SessionViolation;
-use crate::backend::RowMove;
 use crate::pack::Codec;
 use crate::prefix::{PageId, PrefixScope};
-use crate::sched::SessionKey;
 use crate::sequence::{PlanBuffers, Sequence};
+
+/// What the rows of a session to be depend on.
+pub(super) fn scope_of(open: &Open<'_>) -> PrefixScope {
+    PrefixScope {
+        entry_layer: open.entry_layer,
+        exit_layer: open.exit_layer,
+        codec: open.codec,
+        kv_type: open.kv_type,
+        arithmetic_id: open.arithmetic_id,
+    }
+}
+
+/// Whether an OPEN names no more pages than a prompt can fill: its last row is always computed.
+pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
+    let (named, rows_max) = (open.pages.len(), open.rows_max);
+    let named_max = rows_max.saturating_sub(1) as usize / PAGE_SIZE;
+    if named <= named_max {
+        return Ok(());
+    }
+    Err(SessionViolation::Names { named, rows_max, named_max })
+}
 
 /// What waits to be applied, in order of arrival.
 pub(super) enum Item {
@@ -90,12 +109,9 @@ impl StepRows {
 
 /// One session.
 pub(super) struct Session {
-    pub(super) key: SessionKey,
     pub(super) connection: ConnectionId,
     pub(super) wire_id: u32,
     pub(super) codec: Codec,
-    pub(super) entry_layer: u32,
-    pub(super) exit_layer: u32,
     pub(super) sequence: Sequence,
     /// What its rows depend on beside their tokens.
     pub(super) scope: PrefixScope,
@@ -137,7 +153,6 @@ impl Next {
 
 impl Session {
     pub(super) fn new(
-        key: SessionKey,
         connection: ConnectionId,
         wire_id: u32,
         codec: Codec,
@@ -146,12 +161,9 @@ impl Session {
         now: Instant,
     ) -> Self {
         Self {
-            key,
             connection,
             wire_id,
             codec,
-            entry_layer: u32::from(open.entry_layer),
-            exit_layer: u32::from(open.exit_layer),
             named: sequence.full_pages(),
             sequence,
             scope: scope_of(open),
@@ -164,6 +176,16 @@ impl Session {
             opened_at: now,
             active_at: now,
         }
+    }
+
+    /// First layer of its rows.
+    pub(super) fn entry_layer(&self) -> u32 {
+        u32::from(self.scope.entry_layer)
+    }
+
+    /// The layer before which its rows leave.
+    pub(super) fn exit_layer(&self) -> u32 {
+        u32::from(self.scope.exit_layer)
     }
 
     /// Names of its first pages, if more of them are full than are known.

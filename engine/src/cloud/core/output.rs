@@ -2,8 +2,8 @@
 
 use hat_transport::message::{Arrivals, Computed, OutputHead};
 
+use super::batch::StepBatch;
 use super::session::{Planned, Spent, StepRows};
-use super::step::Job;
 use crate::pack::{Codec, PackError};
 use crate::wire;
 
@@ -21,18 +21,18 @@ pub(super) struct Outputs<'a> {
 
 impl<'a> Outputs<'a> {
     pub(super) fn of(
-        job: &'a Job,
+        batch: &'a StepBatch,
         index: usize,
         codec: Codec,
         (hidden_size, frame_bytes_max): (usize, usize),
         spent: Spent,
         arrivals: Arrivals,
     ) -> Self {
-        let rows = job.step.plan.rows_of(index);
+        let rows = batch.step.plan.rows_of(index);
         let Spent { queue_us, step_us, step_rows, .. } = spent;
         Self {
-            rows: &job.rows[index],
-            hidden: &job.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
+            rows: &batch.rows[index],
+            hidden: &batch.step.hidden[rows.start * hidden_size..rows.end * hidden_size],
             hidden_size,
             codec: codec.down(),
             frame_bytes_max,

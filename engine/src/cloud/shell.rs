@@ -1,0 +1,252 @@
+//! The io thread: the shell of a [`CloudCore`]. It owns the link, the clock and the queues to the
+//! stages, says to the core what happened, and does what the core says.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, TryRecvError};
+use hat_plan::BackendFault;
+use hat_transport::clock::Clock;
+use hat_transport::link::Waker;
+use hat_transport::message::{CloseCode, Hello};
+use hat_transport::turn::{Endpoint, Event};
+
+use super::core::{CloudCore, CloudCoreConfig, LinkEvent, StepBatch};
+use super::{CloudConfig, CloudCounters};
+use crate::Error;
+use crate::watch;
+use crate::wire::{self, BundleFacts};
+
+/// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
+const LAST_TURNS: usize = 10;
+const LAST_TURN_TIME: Duration = Duration::from_millis(20);
+/// The same for the errors that sessions are closed with when the backend is lost.
+const FAREWELL_TURN_TIME: Duration = Duration::from_millis(5);
+
+/// What the io thread starts with.
+pub(super) struct Start {
+    pub(super) config: CloudConfig,
+    pub(super) bundle: BundleFacts,
+    pub(super) watch: watch::Start,
+    pub(super) pages: u32,
+    /// Pipeline stages.
+    pub(super) stages: usize,
+    /// What the stages compute in.
+    pub(super) arithmetic_id: u32,
+    /// What a fault that lasts is told to.
+    pub(super) fault: Arc<OnceLock<BackendFault>>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) counters: Arc<CloudCounters>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) to_step: Sender<StepBatch>,
+    /// Steps that the first stage is done with.
+    pub(super) first_done: Arc<AtomicU64>,
+    pub(super) from_step: Receiver<StepBatch>,
+}
+
+type Ready = Result<(SocketAddr, Waker), Error>;
+
+impl Start {
+    /// Listens, says so, and serves until told to stop.
+    pub(super) fn run(self, ready: &Sender<Ready>) {
+        let mut shell = match self.listen() {
+            Ok((shell, address)) => {
+                shell.publish();
+                let _ = ready.send(Ok((address, shell.endpoint.waker())));
+                shell
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        let (code, reason) = match shell.serve() {
+            Ok(()) => (CloseCode::ShuttingDown, "the cloud is shutting down"),
+            Err(error) => {
+                tracing::error!(%error, "the cloud stops");
+                // The error may name files of this machine, which are no business of a device.
+                (CloseCode::Internal, "the cloud has failed; its log says why")
+            }
+        };
+        shell.say_goodbye(code, reason);
+    }
+
+    fn listen(self) -> Result<(Shell, SocketAddr), Error> {
+        let hello = self.hello();
+        let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
+        let limits = self.config.limits;
+        let config = CloudCoreConfig {
+            sessions_max: limits.sessions_max,
+            sessions_per_device_max: limits.sessions_per_device_max,
+            context_max: self.bundle.context.min(limits.context_max),
+            idle_after: self.config.idle_after,
+            step_within: self.config.step_within,
+        };
+        let shell = Shell {
+            guard: self.watch.start(endpoint.waker())?,
+            endpoint,
+            core: CloudCore::new(config, hello, self.pages, self.counters.figures()),
+            now: self.clock.now(),
+            clock: self.clock,
+            counters: self.counters,
+            stop: self.stop,
+            fault: self.fault,
+            to_step: self.to_step,
+            sent_steps: 0,
+            first_done: self.first_done,
+            from_step: self.from_step,
+        };
+        Ok((shell, address))
+    }
+
+    fn hello(&self) -> Hello {
+        let BundleFacts { hidden_size, layers, model_id, .. } = &self.bundle;
+        Hello {
+            row_budget: self.config.limits.step_rows_max,
+            arithmetic_id: self.arithmetic_id,
+            stages: u16::try_from(self.stages).unwrap_or(u16::MAX),
+            ..wire::hello(wire::Role::Cloud, *model_id, *hidden_size, layers.clone())
+        }
+    }
+}
+
+/// The io thread's own.
+struct Shell {
+    endpoint: Endpoint,
+    guard: watch::Guard,
+    core: CloudCore,
+    /// When the turn at hand began.
+    now: Instant,
+    clock: Arc<dyn Clock>,
+    counters: Arc<CloudCounters>,
+    stop: Arc<AtomicBool>,
+    fault: Arc<OnceLock<BackendFault>>,
+    to_step: Sender<StepBatch>,
+    /// Steps that went to the first stage.
+    sent_steps: u64,
+    /// Steps that it is done with.
+    first_done: Arc<AtomicU64>,
+    from_step: Receiver<StepBatch>,
+}
+
+impl Shell {
+    fn serve(&mut self) -> std::io::Result<()> {
+        let mut events = Vec::new();
+        while !self.stop.load(Ordering::Acquire) {
+            let until = self.core.poll_timeout();
+            let timeout = until.map(|until| until.saturating_duration_since(self.now));
+            self.endpoint.turn(timeout, &mut events)?;
+            self.now = self.clock.now();
+            events.drain(..).for_each(|event| self.take(event));
+            self.take_steps()?;
+            if let Some(fault) = self.core.poll_fault(self.now) {
+                self.transmit();
+                self.take_turns(LAST_TURNS, FAREWELL_TURN_TIME);
+                let _ = self.fault.set(fault.clone());
+                return Err(std::io::Error::other(fault));
+            }
+            if let Some(reason) = self.guard.changed() {
+                return Err(std::io::Error::other(reason.to_owned()));
+            }
+            if self.guard.is_clear() {
+                self.plan();
+            }
+            self.transmit();
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, event: Event) {
+        let (connection, event) = match event {
+            Event::Frame { connection, frame } => {
+                return self.core.handle_frame(self.now, connection, frame);
+            }
+            Event::Up { connection, hello, resumed, .. } => {
+                self.guard.look();
+                (connection, LinkEvent::Up { hello, resumed })
+            }
+            Event::Down { connection, reason, .. } => {
+                tracing::info!(%reason, "connection down");
+                (connection, LinkEvent::Down)
+            }
+            Event::Gone { connection, error } => {
+                tracing::info!(%error, "connection gone");
+                (connection, LinkEvent::Gone)
+            }
+            _ => return,
+        };
+        self.core.handle_link(self.now, connection, event);
+    }
+
+    /// Takes back the steps that have ended.
+    fn take_steps(&mut self) -> std::io::Result<()> {
+        loop {
+            let batch = match self.from_step.try_recv() {
+                Ok(batch) => batch,
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => {
+                    return Err(std::io::Error::other("the step thread has ended"));
+                }
+            };
+            for connection in batch.connections() {
+                if let Some(counters) = self.endpoint.counters(connection) {
+                    self.core.handle_traffic(connection, &counters.traffic);
+                }
+            }
+            self.core.handle_step(self.now, batch, &mut self.endpoint);
+        }
+    }
+
+    /// Hands out steps while the first stage has room for one.
+    fn plan(&mut self) {
+        while self.at_first() < self.core.steps_ahead(self.now) {
+            let Some(batch) = self.core.poll_step(self.now) else { return };
+            self.sent_steps += 1;
+            if self.to_step.send(batch).is_err() {
+                return; // the step thread has ended, and its other queue says so
+            }
+        }
+    }
+
+    /// Steps that the first stage has.
+    fn at_first(&self) -> u64 {
+        self.sent_steps - self.first_done.load(Ordering::Acquire)
+    }
+
+    /// Queues what is to go out at the next turn of the link. Whoever reads it finds it counted.
+    fn transmit(&mut self) {
+        self.core.poll_transmit(self.now, &mut self.endpoint);
+        self.publish();
+        while let Some((connection, code, reason)) = self.core.poll_close() {
+            self.endpoint.close(connection, code, &reason);
+        }
+    }
+
+    fn publish(&self) {
+        self.counters.publish(self.core.figures());
+    }
+
+    /// Tells every device that the connection is over, so that it comes back instead of waiting
+    /// for the silence to be long enough.
+    fn say_goodbye(&mut self, code: CloseCode, reason: &str) {
+        let mut turns = 0;
+        for connection in self.core.connections() {
+            self.endpoint.close(connection, code, reason);
+            turns = LAST_TURNS;
+        }
+        self.take_turns(turns, LAST_TURN_TIME);
+    }
+
+    /// Lets the link send what is queued; what comes meanwhile is dropped.
+    fn take_turns(&mut self, turns: usize, time: Duration) {
+        let mut events = Vec::new();
+        for _ in 0..turns {
+            if self.endpoint.turn(Some(time), &mut events).is_err() {
+                return; // the link has failed, and the sockets close with it
+            }
+            events.clear();
+        }
+    }
+}
