@@ -42,7 +42,7 @@ left_out="on_driver sanitizer emulated artefacts mutants rehearsal"
 # Small ones of each family of kernels, for tools that make everything a hundred times slower.
 few="attention::a_row_sees_its_window_alone attention::compact_moves_rows_in_order
     attention::rope_append_rotates_and_puts_rows_to_their_slots choice::top_k_is_a_sort
-    choice::accept_tree_walks_like_the_device floats::rounding_is_to_the_nearest_and_to_infinity
+    choice::top_k_says_which_rows_are_not_finite floats::rounding_is_to_the_nearest_and_to_infinity
     fragments::copies_arrive_where_they_are_sent_and_zeros_where_nothing_is
     gemv::gemv_and_linear_add_their_bias_and_their_result norm::rms_norm_means_what_it_says
     rows::embed_gives_the_tables_numbers"

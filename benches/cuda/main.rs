@@ -35,11 +35,11 @@ use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::linear::linear;
-use hat_cuda::peak;
 use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
+use hat_cuda::testkit::peak;
 use hat_loader::DType;
 
 use crate::model::Model;

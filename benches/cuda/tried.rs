@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use hat_cuda::emulator::Build;
-use hat_cuda::test_gpu::compiled;
+use hat_cuda::testkit::emulator::Build;
+use hat_cuda::testkit::test_gpu::compiled;
 use serde_json::Value;
 
 /// Runs this program with `--small` and reads what it wrote.

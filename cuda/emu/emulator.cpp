@@ -1,7 +1,6 @@
 // All kernels as one library: hat_emu_launch runs one of them on the CPU.
 #include "emulator.h"
 
-#include "accept_tree.cu"
 #include "attend_prefill.cu"
 #include "attend_verify.cu"
 #include "compact.cu"
@@ -33,7 +32,6 @@ struct Entry {
 
 #define ENTRY(kernel) {#kernel, params_bytes(kernel), [](const void *p) { enter(kernel, p); }}
 const Entry ENTRIES[] = {
-    ENTRY(accept_tree),
     ENTRY(attend_merge_128),
     ENTRY(attend_merge_32),
     ENTRY(attend_merge_64),
@@ -47,7 +45,6 @@ const Entry ENTRIES[] = {
     ENTRY(attend_verify_64),
     ENTRY(attend_verify_96),
     ENTRY(compact),
-    ENTRY(dequantise_q8),
     ENTRY(embed),
     ENTRY(fragment_copy),
     ENTRY(fragment_copy_words),
@@ -71,7 +68,6 @@ const Entry ENTRIES[] = {
     ENTRY(linear_q4_1),
     ENTRY(linear_q6_k),
     ENTRY(linear_q8_0),
-    ENTRY(narrow_f16),
     ENTRY(peak_copy),
     ENTRY(peak_multiply),
     ENTRY(peak_multiply_bytes),
@@ -84,7 +80,6 @@ const Entry ENTRIES[] = {
     ENTRY(silu_mul),
     ENTRY(top_k_merge),
     ENTRY(top_k_slices),
-    ENTRY(widen_f16),
 };
 
 } // namespace

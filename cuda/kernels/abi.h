@@ -28,8 +28,6 @@ typedef int int32_t;
 #define HAT_BLOCK 32
 /// Columns that one block of the first stage of top_k reads.
 #define HAT_TOP_SLICE 2048
-/// Most nodes of a draft tree.
-#define HAT_TREE_NODES 64
 
 /// How the numbers of a table or a matrix are written.
 #define HAT_F32 0
@@ -40,12 +38,10 @@ typedef int int32_t;
 #define HAT_Q4_1 5
 #define HAT_Q6_K 6
 
-/// rms_norm: `x += add` (if there is one), then `out = x / sqrt(mean(x^2) + eps) * weight`.
+/// rms_norm: `out = x / sqrt(mean(x^2) + eps) * weight`.
 typedef struct hat_rms_norm {
-  /// f32 `[rows][columns]`; written only if `add` is not null.
-  float *x;
-  /// f32 `[rows][columns]`, or null.
-  const float *add;
+  /// f32 `[rows][columns]`
+  const float *x;
   /// f32 `[columns]`
   const float *weight;
   /// f32 `[rows][columns]`
@@ -81,10 +77,10 @@ typedef struct hat_silu_mul {
   uint64_t count;
 } hat_silu_mul;
 
-/// quantise_q8 and dequantise_q8: rows in blocks of 32, `x = d q`.
+/// quantise_q8: rows in blocks of 32, `x = d q`.
 typedef struct hat_q8 {
   /// f32 `[rows][columns]`
-  float *x;
+  const float *x;
   /// `[rows][columns]`
   int8_t *q;
   /// f32 `[rows][columns / 32]`
@@ -94,22 +90,6 @@ typedef struct hat_q8 {
   /// `rows * columns / 32`
   uint64_t blocks;
 } hat_q8;
-
-/// narrow_f16 and widen_f16: rows as they cross the wire.
-typedef struct hat_f16_rows {
-  /// f32 `[rows][columns]`
-  float *x;
-  /// f16 `[rows][columns]`
-  uint16_t *half;
-  /// `[rows]`: how many numbers were cut to f16's range; HAT_NOT_FINITE if one was not finite.
-  uint32_t *report;
-  /// A multiple of 2.
-  uint32_t columns;
-  uint32_t reserved;
-} hat_f16_rows;
-
-/// In a report: a number was NaN or infinite.
-#define HAT_NOT_FINITE 0xffffffffu
 
 /// rope_angles: cosines and sines of `positions[r] * inv_freq[i]`.
 typedef struct hat_rope_angles {
@@ -234,24 +214,6 @@ typedef struct hat_top_k {
   uint32_t slices;
   uint32_t reserved;
 } hat_top_k;
-
-/// accept_tree: the longest path from the root on which each node is what the target chose.
-typedef struct hat_accept_tree {
-  /// `[sequences + 1]`: the nodes of each tree; at most HAT_TREE_NODES, the root first.
-  const uint32_t *indptr;
-  /// `[nodes]`: index within the tree, below the node's own; the root's is 0.
-  const uint32_t *parents;
-  /// `[nodes]`
-  const uint32_t *tokens;
-  /// `[nodes]`: the target's choice after each node.
-  const uint32_t *choices;
-  /// `[nodes]`: from each tree's begin, the nodes of its path, the root first.
-  uint32_t *path;
-  /// `[sequences]`: nodes of the path.
-  uint32_t *path_len;
-  /// `[sequences]`: the token after the path.
-  uint32_t *next;
-} hat_accept_tree;
 
 /// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
 typedef struct hat_gemv {

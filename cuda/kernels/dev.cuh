@@ -152,15 +152,3 @@ template <class T> DEVICE T warp_sum(T x) {
   for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
   return x;
 }
-
-/// The sum over a block of `WARPS` warps, in every thread; the order is fixed. `partial` is shared
-/// memory of `WARPS` numbers, free again after the next `__syncthreads`.
-template <int WARPS, class T> DEVICE T block_sum(T x, T *partial) {
-  x = warp_sum(x);
-  if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
-  __syncthreads();
-  T sum = partial[0];
-#pragma unroll
-  for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
-  return sum;
-}

@@ -1,6 +1,6 @@
-// x += add (if there is one); out = x / sqrt(mean(x^2) + eps) * weight.
-// x, add, out f32 [rows][columns], weight f32 [columns]; columns % 4 == 0, rows 16-byte aligned.
-// Bytes: 8 rows columns (16 with add) + 4 columns; a row is read twice, the second time from L1.
+// out = x / sqrt(mean(x^2) + eps) * weight.
+// x, out f32 [rows][columns], weight f32 [columns]; columns % 4 == 0, rows 16-byte aligned.
+// Bytes: 8 rows columns + 4 columns; a row is read twice, the second time from L1.
 // Launch: grid rows, block 256. To the bit what docs/ARITHMETIC.md says: 16 chains of squares, number
 // i in chain i % 16, so a row takes columns / 16 fused additions one after another, some 4 cycles each.
 #include "abi.h"
@@ -14,8 +14,7 @@ KERNEL(256) rms_norm(const hat_rms_norm p) {
   __shared__ float4 part[RMS_PART / 4];
   __shared__ float squares;
   const size_t row = (size_t)blockIdx.x * p.columns;
-  float4 *x = (float4 *)(p.x + row);
-  const float4 *add = (const float4 *)(p.add + row);
+  const float4 *x = (const float4 *)(p.x + row);
   const float4 *weight = (const float4 *)p.weight;
   float4 *out = (float4 *)(p.out + row);
 
@@ -23,15 +22,7 @@ KERNEL(256) rms_norm(const hat_rms_norm p) {
 #pragma unroll 1
   for (uint32_t first = 0; first < p.columns; first += RMS_PART) {
     const uint32_t numbers = min(p.columns - first, (uint32_t)RMS_PART);
-    for (uint32_t i = threadIdx.x; i < numbers / 4; i += 256) {
-      float4 v = x[first / 4 + i];
-      if (p.add) {
-        const float4 a = add[first / 4 + i];
-        v = make_float4(v.x + a.x, v.y + a.y, v.z + a.z, v.w + a.w);
-        x[first / 4 + i] = v;
-      }
-      part[i] = v;
-    }
+    for (uint32_t i = threadIdx.x; i < numbers / 4; i += 256) part[i] = x[first / 4 + i];
     __syncthreads();
     if (threadIdx.x < WARP) {
       // The upper half of the warp does the same again.

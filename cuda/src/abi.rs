@@ -5,7 +5,6 @@ pub const HAT_SPLIT_TILES: u32 = 8;
 pub const HAT_PANEL: u32 = 16;
 pub const HAT_BLOCK: u32 = 32;
 pub const HAT_TOP_SLICE: u32 = 2048;
-pub const HAT_TREE_NODES: u32 = 64;
 pub const HAT_F32: u32 = 0;
 pub const HAT_F16: u32 = 1;
 pub const HAT_BF16: u32 = 2;
@@ -13,15 +12,12 @@ pub const HAT_Q8_0: u32 = 3;
 pub const HAT_Q4_0: u32 = 4;
 pub const HAT_Q4_1: u32 = 5;
 pub const HAT_Q6_K: u32 = 6;
-pub const HAT_NOT_FINITE: u32 = 4294967295;
-/// rms_norm: `x += add` (if there is one), then `out = x / sqrt(mean(x^2) + eps) * weight`.
+/// rms_norm: `out = x / sqrt(mean(x^2) + eps) * weight`.
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct hat_rms_norm {
-    /// f32 `[rows][columns]`; written only if `add` is not null.
-    pub x: *mut f32,
-    /// f32 `[rows][columns]`, or null.
-    pub add: *const f32,
+    /// f32 `[rows][columns]`
+    pub x: *const f32,
     /// f32 `[columns]`
     pub weight: *const f32,
     /// f32 `[rows][columns]`
@@ -32,26 +28,23 @@ pub struct hat_rms_norm {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of hat_rms_norm"][::core::mem::size_of::<hat_rms_norm>() - 40usize];
+    ["Size of hat_rms_norm"][::core::mem::size_of::<hat_rms_norm>() - 32usize];
     ["Alignment of hat_rms_norm"][::core::mem::align_of::<hat_rms_norm>() - 8usize];
     [
         "Offset of field: hat_rms_norm::x",
     ][::core::mem::offset_of!(hat_rms_norm, x) - 0usize];
     [
-        "Offset of field: hat_rms_norm::add",
-    ][::core::mem::offset_of!(hat_rms_norm, add) - 8usize];
-    [
         "Offset of field: hat_rms_norm::weight",
-    ][::core::mem::offset_of!(hat_rms_norm, weight) - 16usize];
+    ][::core::mem::offset_of!(hat_rms_norm, weight) - 8usize];
     [
         "Offset of field: hat_rms_norm::out",
-    ][::core::mem::offset_of!(hat_rms_norm, out) - 24usize];
+    ][::core::mem::offset_of!(hat_rms_norm, out) - 16usize];
     [
         "Offset of field: hat_rms_norm::columns",
-    ][::core::mem::offset_of!(hat_rms_norm, columns) - 32usize];
+    ][::core::mem::offset_of!(hat_rms_norm, columns) - 24usize];
     [
         "Offset of field: hat_rms_norm::eps",
-    ][::core::mem::offset_of!(hat_rms_norm, eps) - 36usize];
+    ][::core::mem::offset_of!(hat_rms_norm, eps) - 28usize];
 };
 /// embed: `out[r] = table[tokens[r]]`.
 #[repr(C)]
@@ -118,12 +111,12 @@ const _: () = {
         "Offset of field: hat_silu_mul::count",
     ][::core::mem::offset_of!(hat_silu_mul, count) - 24usize];
 };
-/// quantise_q8 and dequantise_q8: rows in blocks of 32, `x = d q`.
+/// quantise_q8: rows in blocks of 32, `x = d q`.
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct hat_q8 {
     /// f32 `[rows][columns]`
-    pub x: *mut f32,
+    pub x: *const f32,
     /// `[rows][columns]`
     pub q: *mut i8,
     /// f32 `[rows][columns / 32]`
@@ -144,40 +137,6 @@ const _: () = {
     [
         "Offset of field: hat_q8::blocks",
     ][::core::mem::offset_of!(hat_q8, blocks) - 32usize];
-};
-/// narrow_f16 and widen_f16: rows as they cross the wire.
-#[repr(C)]
-#[derive(Copy, Clone)]
-pub struct hat_f16_rows {
-    /// f32 `[rows][columns]`
-    pub x: *mut f32,
-    /// f16 `[rows][columns]`
-    pub half: *mut u16,
-    /// `[rows]`: how many numbers were cut to f16's range; HAT_NOT_FINITE if one was not finite.
-    pub report: *mut u32,
-    /// A multiple of 2.
-    pub columns: u32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of hat_f16_rows"][::core::mem::size_of::<hat_f16_rows>() - 32usize];
-    ["Alignment of hat_f16_rows"][::core::mem::align_of::<hat_f16_rows>() - 8usize];
-    [
-        "Offset of field: hat_f16_rows::x",
-    ][::core::mem::offset_of!(hat_f16_rows, x) - 0usize];
-    [
-        "Offset of field: hat_f16_rows::half",
-    ][::core::mem::offset_of!(hat_f16_rows, half) - 8usize];
-    [
-        "Offset of field: hat_f16_rows::report",
-    ][::core::mem::offset_of!(hat_f16_rows, report) - 16usize];
-    [
-        "Offset of field: hat_f16_rows::columns",
-    ][::core::mem::offset_of!(hat_f16_rows, columns) - 24usize];
-    [
-        "Offset of field: hat_f16_rows::reserved",
-    ][::core::mem::offset_of!(hat_f16_rows, reserved) - 28usize];
 };
 /// rope_angles: cosines and sines of `positions[r] * inv_freq[i]`.
 #[repr(C)]
@@ -512,53 +471,6 @@ const _: () = {
     [
         "Offset of field: hat_top_k::reserved",
     ][::core::mem::offset_of!(hat_top_k, reserved) - 60usize];
-};
-/// accept_tree: the longest path from the root on which each node is what the target chose.
-#[repr(C)]
-#[derive(Copy, Clone)]
-pub struct hat_accept_tree {
-    /// `[sequences + 1]`: the nodes of each tree; at most HAT_TREE_NODES, the root first.
-    pub indptr: *const u32,
-    /// `[nodes]`: index within the tree, below the node's own; the root's is 0.
-    pub parents: *const u32,
-    /// `[nodes]`
-    pub tokens: *const u32,
-    /// `[nodes]`: the target's choice after each node.
-    pub choices: *const u32,
-    /// `[nodes]`: from each tree's begin, the nodes of its path, the root first.
-    pub path: *mut u32,
-    /// `[sequences]`: nodes of the path.
-    pub path_len: *mut u32,
-    /// `[sequences]`: the token after the path.
-    pub next: *mut u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of hat_accept_tree"][::core::mem::size_of::<hat_accept_tree>() - 56usize];
-    [
-        "Alignment of hat_accept_tree",
-    ][::core::mem::align_of::<hat_accept_tree>() - 8usize];
-    [
-        "Offset of field: hat_accept_tree::indptr",
-    ][::core::mem::offset_of!(hat_accept_tree, indptr) - 0usize];
-    [
-        "Offset of field: hat_accept_tree::parents",
-    ][::core::mem::offset_of!(hat_accept_tree, parents) - 8usize];
-    [
-        "Offset of field: hat_accept_tree::tokens",
-    ][::core::mem::offset_of!(hat_accept_tree, tokens) - 16usize];
-    [
-        "Offset of field: hat_accept_tree::choices",
-    ][::core::mem::offset_of!(hat_accept_tree, choices) - 24usize];
-    [
-        "Offset of field: hat_accept_tree::path",
-    ][::core::mem::offset_of!(hat_accept_tree, path) - 32usize];
-    [
-        "Offset of field: hat_accept_tree::path_len",
-    ][::core::mem::offset_of!(hat_accept_tree, path_len) - 40usize];
-    [
-        "Offset of field: hat_accept_tree::next",
-    ][::core::mem::offset_of!(hat_accept_tree, next) - 48usize];
 };
 /// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
 #[repr(C)]

@@ -24,10 +24,9 @@ pub enum Form {
 /// Lowest compute capability with what the kernels use.
 pub const CAPABILITY_MIN: u32 = 80;
 
-macro_rules! artefacts {
-    ($($module:literal),* $(,)?) => {
-        /// One for each kernel file.
-        pub(crate) const ALL: &[Artefact] = &[$(Artefact {
+macro_rules! artefact {
+    ($module:literal) => {
+        Artefact {
             module: $module,
             cubins: [
                 (80, include_bytes!(concat!("../kernels/gen/", $module, ".sm_80.cubin"))),
@@ -37,27 +36,29 @@ macro_rules! artefacts {
                 (90, include_bytes!(concat!("../kernels/gen/", $module, ".sm_90.cubin"))),
             ],
             ptx: include_bytes!(concat!("../kernels/gen/", $module, ".compute_80.ptx")),
-        }),*];
+        }
     };
 }
 
-artefacts![
-    "accept_tree",
-    "attend_prefill",
-    "attend_verify",
-    "compact",
-    "embed",
-    "fragments",
-    "gemv",
-    "linear",
-    "linear_float",
-    "peak",
-    "quantise_rows",
-    "rms_norm",
-    "rope_angles",
-    "rope_append",
-    "silu_mul",
-    "top_k",
+/// One for each kernel file.
+pub(crate) const ALL: &[Artefact] = &[
+    artefact!("attend_prefill"),
+    artefact!("attend_verify"),
+    artefact!("compact"),
+    artefact!("embed"),
+    artefact!("gemv"),
+    artefact!("linear"),
+    artefact!("linear_float"),
+    artefact!("quantise_rows"),
+    artefact!("rms_norm"),
+    artefact!("rope_angles"),
+    artefact!("rope_append"),
+    artefact!("silu_mul"),
+    artefact!("top_k"),
+    #[cfg(feature = "testkit")]
+    artefact!("fragments"),
+    #[cfg(feature = "testkit")]
+    artefact!("peak"),
 ];
 
 /// The form for a GPU; `None` if it is too old for the kernels.

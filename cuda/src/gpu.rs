@@ -313,14 +313,14 @@ impl<T> SliceMut<'_, T> {
 }
 
 /// The bytes of numbers.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
+#[cfg(any(feature = "cuda", feature = "testkit"))]
 pub(crate) fn bytes<T: Number>(numbers: &[T]) -> &[u8] {
     // SAFETY: `Number` is implemented here alone, for types without padding.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 
 /// The bytes of numbers, to write.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
+#[cfg(any(feature = "cuda", feature = "testkit"))]
 pub(crate) fn bytes_mut<T: Number>(numbers: &mut [T]) -> &mut [u8] {
     // SAFETY: as above, and every bit pattern is a value of each of them.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }

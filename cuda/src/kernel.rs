@@ -1,23 +1,31 @@
 //! The kernels by name: the file that each stands in, and the threads of its block.
 
 macro_rules! kernels {
-    ($($(#[$doc:meta])* $kernel:ident = $module:literal, $name:literal, $threads:literal;)*) => {
+    (
+        $($(#[$doc:meta])* $kernel:ident = $module:literal, $name:literal, $threads:literal;)*
+        @testkit
+        $($(#[$test_doc:meta])* $test:ident = $test_module:literal, $test_name:literal,
+            $test_threads:literal;)*
+    ) => {
         /// A kernel.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Kernel {
             $($(#[$doc])* $kernel,)*
+            $($(#[$test_doc])* #[cfg(feature = "testkit")] $test,)*
         }
 
         impl Kernel {
             /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$kernel),*];
+            pub const ALL: &[Self] =
+                &[$(Self::$kernel,)* $(#[cfg(feature = "testkit")] Self::$test,)*];
 
             /// The name by which it is launched.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$kernel => $name,)*
+                    $(#[cfg(feature = "testkit")] Self::$test => $test_name,)*
                 }
             }
 
@@ -26,6 +34,7 @@ macro_rules! kernels {
             pub const fn module(self) -> &'static str {
                 match self {
                     $(Self::$kernel => $module,)*
+                    $(#[cfg(feature = "testkit")] Self::$test => $test_module,)*
                 }
             }
 
@@ -34,6 +43,7 @@ macro_rules! kernels {
             pub const fn threads(self) -> u32 {
                 match self {
                     $(Self::$kernel => $threads,)*
+                    $(#[cfg(feature = "testkit")] Self::$test => $test_threads,)*
                 }
             }
         }
@@ -43,7 +53,7 @@ macro_rules! kernels {
 kernels! {
     /// Rows of a table.
     Embed = "embed", "embed", 256;
-    /// Root mean square norm, with the residual added before.
+    /// Root mean square norm.
     RmsNorm = "rms_norm", "rms_norm", 256;
     /// The gate of a feed-forward part.
     SiluMul = "silu_mul", "silu_mul", 256;
@@ -77,12 +87,6 @@ kernels! {
     AttendPrefill128 = "attend_prefill", "attend_prefill_128", 128;
     /// Rows to int8 blocks.
     QuantiseQ8 = "quantise_rows", "quantise_q8", 256;
-    /// Int8 blocks to rows.
-    DequantiseQ8 = "quantise_rows", "dequantise_q8", 256;
-    /// Rows to f16.
-    NarrowF16 = "quantise_rows", "narrow_f16", 256;
-    /// Rows from f16.
-    WidenF16 = "quantise_rows", "widen_f16", 256;
     /// Numbers to f16, as a product takes them.
     RoundF16 = "quantise_rows", "round_f16", 256;
     /// Numbers to bf16.
@@ -119,10 +123,11 @@ kernels! {
     TopKSlices = "top_k", "top_k_slices", 256;
     /// The largest of all slices.
     TopKMerge = "top_k", "top_k_merge", 256;
-    /// The target's path through draft trees.
-    AcceptTree = "accept_tree", "accept_tree", 32;
     /// K and V rows to other places.
     Compact = "compact", "compact", 32;
+
+    @testkit
+
     /// Registers of a load of matrices.
     FragmentLoad = "fragments", "fragment_load", 32;
     /// Registers of a load of transposed matrices.
@@ -139,10 +144,10 @@ kernels! {
     FragmentMultiply = "fragments", "fragment_multiply", 32;
     /// Products of matrices of bf16.
     FragmentMultiplyBf16 = "fragments", "fragment_multiply_bf16", 32;
-    /// A copy of memory, for benches.
+    /// A copy of memory.
     PeakCopy = "peak", "peak_copy", 256;
-    /// Products of matrices in f16 from registers, for benches.
+    /// Products of matrices in f16 from registers.
     PeakMultiply = "peak", "peak_multiply", 256;
-    /// Products of matrices of signed bytes from registers, for benches.
+    /// Products of matrices of signed bytes from registers.
     PeakMultiplyBytes = "peak", "peak_multiply_bytes", 256;
 }

@@ -1,8 +1,8 @@
 //! CUDA kernels and their safe launchers. Knows no model, layer or session: slices and numbers.
 //!
 //! - [`gpu`] is the seam: memory and launches. `driver` (feature `cuda`) stands behind it with a
-//!   real GPU, whose driver is looked for at run time; `emulator` (feature `emulator`) runs the
-//!   kernels on the CPU, for tests.
+//!   real GPU, whose driver is looked for at run time; `testkit` (a feature) has an emulator that
+//!   runs the kernels on the CPU, and kernels for tests and benches alone.
 //! - One module for each kernel file, with its stem: shapes are asserted there, above the launch.
 //! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
 //! - `nvrtc` (feature `nvrtc`) is the compiler behind `hat-kernels`.
@@ -14,7 +14,6 @@
 
 #[rustfmt::skip] // made by bindgen, compared byte for byte
 mod abi;
-pub mod accept_tree;
 #[cfg(feature = "cuda")]
 pub mod artefact;
 pub mod attend;
@@ -22,9 +21,6 @@ pub mod bound;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod embed;
-#[cfg(feature = "emulator")]
-pub mod emulator;
-pub mod fragments;
 pub mod gemv;
 pub mod gpu;
 pub mod kernel;
@@ -33,7 +29,6 @@ pub mod linear;
 pub mod linear_float;
 #[cfg(feature = "nvrtc")]
 pub mod nvrtc;
-pub mod peak;
 pub mod plan;
 pub mod quantise_rows;
 pub mod rms_norm;
@@ -41,6 +36,6 @@ pub mod rope_angles;
 pub mod rope_append;
 pub mod silu_mul;
 pub mod table;
-#[cfg(all(feature = "cuda", feature = "emulator"))]
-pub mod test_gpu;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 pub mod top_k;

@@ -4,7 +4,7 @@ use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 
-/// Operands of [`rms_norm`] and [`add_rms_norm`].
+/// Operands of [`rms_norm`] beside its rows.
 #[derive(Debug)]
 pub struct RmsNorm<'a> {
     /// f32 `[columns]`; `columns` is a multiple of 4.
@@ -26,36 +26,6 @@ pub fn rms_norm(
     gpu: &mut impl Gpu,
     rows: usize,
     x: Slice<'_, f32>,
-    to: RmsNorm<'_>,
-) -> Result<(), GpuError> {
-    // The kernel writes x only if there is something to add.
-    queue(gpu, rows, x.len(), x.vectors().cast_mut(), std::ptr::null(), to)
-}
-
-/// `x += add`, then as [`rms_norm`].
-///
-/// # Errors
-/// If the GPU says no.
-///
-/// # Panics
-/// If a length does not fit.
-pub fn add_rms_norm(
-    gpu: &mut impl Gpu,
-    rows: usize,
-    mut x: SliceMut<'_, f32>,
-    add: Slice<'_, f32>,
-    to: RmsNorm<'_>,
-) -> Result<(), GpuError> {
-    assert!(add.len() >= rows * to.weight.len(), "numbers to add: {}", add.len());
-    queue(gpu, rows, x.len(), x.vectors(), add.vectors(), to)
-}
-
-fn queue(
-    gpu: &mut impl Gpu,
-    rows: usize,
-    x_len: usize,
-    x: *mut f32,
-    add: *const f32,
     mut to: RmsNorm<'_>,
 ) -> Result<(), GpuError> {
     let columns = to.weight.len();
@@ -63,11 +33,11 @@ fn queue(
         return Ok(());
     }
     assert!(columns > 0 && columns.is_multiple_of(4), "{columns} columns");
-    assert!(x_len >= rows * columns && to.out.len() >= rows * columns, "{rows} rows of {columns}");
+    let fits = x.len() >= rows * columns && to.out.len() >= rows * columns;
+    assert!(fits, "{rows} rows of {columns}");
     let launch = Launch { kernel: Kernel::RmsNorm, grid: [count(rows), 1, 1] };
     let params = abi::hat_rms_norm {
-        x,
-        add,
+        x: x.vectors(),
         weight: to.weight.vectors(),
         out: to.out.vectors(),
         columns: count(columns),

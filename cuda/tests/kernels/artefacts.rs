@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use hat_cuda::kernel::Kernel;
 use serde_json::Value;
 
-use hat_cuda::test_gpu::Kind;
+use hat_cuda::testkit::test_gpu::Kind;
 
 use crate::stand::gpu;
 

@@ -1,6 +1,5 @@
-//! What decides tokens: top_k, accept_tree.
+//! top_k.
 
-use hat_cuda::accept_tree::{Accepted, Trees, accept_tree};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::top_k::TopK;
 
@@ -48,51 +47,4 @@ fn top_k_says_which_rows_are_not_finite() {
     let mut top = TopK::new(&mut gpu, 4, 3000, 2).unwrap();
     let found = top.run(&mut gpu, 4, 2, from.slice()).unwrap();
     assert_eq!(found.finite, [false, false, true, false]);
-}
-
-/// The walk, node by node.
-fn walk(parents: &[u32], tokens: &[u32], choices: &[u32]) -> Accepted {
-    let mut path = vec![0u32];
-    loop {
-        let at = path[path.len() - 1];
-        let next = choices[at as usize];
-        let is_child = |node: &usize| parents[*node] == at && tokens[*node] == next;
-        match (1..parents.len()).find(is_child) {
-            Some(child) => path.push(child as u32),
-            None => return Accepted { path, next },
-        }
-    }
-}
-
-#[test]
-#[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
-fn accept_tree_walks_like_the_device() {
-    let Some(mut gpu) = gpu() else { return };
-    let mut random = Random(32);
-    let (mut indptr, mut parents, mut tokens, mut choices) = (vec![0u32], vec![], vec![], vec![]);
-    let mut expected = Vec::new();
-    for tree in 0..60 {
-        let nodes = [1, 2, 5, 31, 32, 33, 64][tree % 7];
-        // Chains and bushes; few tokens, so that walks go deep and siblings are equal.
-        let bushy = tree % 3 + 1;
-        let first = parents.len();
-        for node in 0..nodes {
-            let back = 1 + random.next() as usize % bushy.min(node.max(1));
-            let parent = match tree % 4 {
-                // Siblings far apart.
-                0 if node > 0 => random.below(node.min(3)),
-                _ => node.saturating_sub(back),
-            };
-            parents.push(parent as u32);
-            tokens.push(u32::from(random.next().is_multiple_of(8)));
-            choices.push(u32::from(random.next().is_multiple_of(8)));
-        }
-        indptr.push(parents.len() as u32);
-        expected.push(walk(&parents[first..], &tokens[first..], &choices[first..]));
-    }
-    let trees = Trees { indptr: &indptr, parents: &parents, tokens: &tokens, choices: &choices };
-    let accepted = same_under_all_schedules(&mut gpu, |gpu| accept_tree(gpu, &trees).unwrap());
-    assert_eq!(accepted, expected);
-    let deepest = expected.iter().map(|accepted| accepted.path.len()).max();
-    assert!(deepest > Some(5), "the walks are too short to show anything: {deepest:?}");
 }

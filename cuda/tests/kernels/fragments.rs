@@ -6,9 +6,9 @@
 //! depend on the others, nor on where it stands.
 
 use half::{bf16, f16};
-use hat_cuda::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
 use hat_cuda::gpu::Memory as _;
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::testkit::fragments::{LANES, PRODUCT_WORDS, Product, Rows, multiply, rows};
+use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::stand::{Random, bits, gpu, memory, numbers, room, same_under_all_schedules as same};
 

@@ -6,7 +6,7 @@ use hat_cuda::gpu::Memory as _;
 use hat_cuda::linear::{linear, tiled};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::table::{Numbers, Table};
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;
 use crate::stand::{Random, bits, counts, gpu, memory, numbers, room, same_under_all_schedules};

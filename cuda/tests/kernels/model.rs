@@ -2,7 +2,7 @@
 //! batch mates, draft trees, the f16 wire and compaction between. The logits have to be the same
 //! to the bit.
 
-use hat_cuda::accept_tree::{Trees, accept_tree};
+use half::f16;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::embed::embed;
 use hat_cuda::gemv::{Gemv, Write};
@@ -10,12 +10,12 @@ use hat_cuda::gpu::Memory as _;
 use hat_cuda::kv::{Kv, KvShape, RowMove};
 use hat_cuda::linear::linear;
 use hat_cuda::plan::{AttendShape, PAGE_SIZE};
-use hat_cuda::quantise_rows::{Q8, Q8Mut, narrow_f16, quantise_q8, widen_f16};
+use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
-use hat_cuda::test_gpu::{TestGpu, TestMemory};
+use hat_cuda::testkit::test_gpu::{TestGpu, TestMemory};
 use hat_cuda::top_k::TopK;
 
 use crate::panels::Matrix;
@@ -193,13 +193,22 @@ impl Model {
 
 /// Rows over the wire, as f16.
 fn cross(gpu: &mut TestGpu, rows: usize, x: &TestMemory) -> TestMemory {
-    let count = rows * HIDDEN;
-    let (mut half, mut out) = (room::<u16>(gpu, count), room::<f32>(gpu, count));
-    let mut report = room::<u32>(gpu, rows);
-    narrow_f16(gpu, HIDDEN, x.slice(), half.slice_mut(), report.slice_mut()).unwrap();
-    assert_eq!(numbers::<u32>(gpu, &report, rows), vec![0; rows]);
-    widen_f16(gpu, HIDDEN, half.slice(), out.slice_mut(), report.slice_mut()).unwrap();
-    out
+    let rows: Vec<f32> = numbers(gpu, x, rows * HIDDEN);
+    memory(gpu, &rows.iter().map(|x| f16::from_f32(*x).to_f32()).collect::<Vec<f32>>())
+}
+
+/// The path from the root on which each node is what was chosen before it, and the choice after it.
+fn walk(parents: &[u32], tokens: &[u32], choices: &[u32]) -> (Vec<u32>, u32) {
+    let mut path = vec![0u32];
+    loop {
+        let at = path[path.len() - 1];
+        let next = choices[at as usize];
+        let is_child = |node: &usize| parents[*node] == at && tokens[*node] == next;
+        match (1..parents.len()).find(is_child) {
+            Some(child) => path.push(child as u32),
+            None => return (path, next),
+        }
+    }
 }
 
 /// The model in two halves.
@@ -313,24 +322,23 @@ fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
         let parents = [0u32, 0, 0, 2, 2, 1];
         let batch = [Sequence { rows: tree_of(at, &parents), pages: pages.clone() }];
         let (logits, choices) = split.step(gpu, &model, &text, &batch);
-        let trees = Trees { indptr: &[0, 6], parents: &parents, tokens: &text, choices: &choices };
-        let accepted = accept_tree(gpu, &trees).unwrap().remove(0);
-        assert_eq!(accepted.path, [0, 2, 4], "the right guesses are taken");
-        assert_eq!(accepted.next, tokens[at as usize + 3]);
+        let (path, next) = walk(&parents, &text, &choices);
+        assert_eq!(path, [0, 2, 4], "the right guesses are taken");
+        assert_eq!(next, tokens[at as usize + 3]);
         let place = |slot: u32| (pages[slot as usize / PAGE_SIZE], slot % PAGE_SIZE as u32);
         let moves: Vec<RowMove> = (0u32..)
-            .zip(&accepted.path)
+            .zip(&path)
             .filter(|(i, node)| i != *node)
             .map(|(i, node)| RowMove { from: place(at + node), to: place(at + i) })
             .collect();
         for kv in [&mut split.input.kv, &mut split.middle.kv] {
             kv.compact(gpu, &moves, &[0, moves.len() as u32]).unwrap();
         }
-        for (i, node) in accepted.path.iter().enumerate() {
+        for (i, node) in path.iter().enumerate() {
             let same = logits[*node as usize] == expected[at as usize + i];
             assert!(same, "position {} of a tree", at as usize + i);
         }
-        at += accepted.path.len() as u32;
+        at += path.len() as u32;
     }
     assert!(at > prompt_len + 6, "too few rounds: {at}");
 }

@@ -1,7 +1,7 @@
 //! What benches take percents of: the copies are copies, and the products as many as they say.
 
 use hat_cuda::gpu::Memory as _;
-use hat_cuda::peak::{Numbers, copy, multiply};
+use hat_cuda::testkit::peak::{Numbers, copy, multiply};
 
 use crate::stand::{Random, gpu, memory, numbers, room};
 

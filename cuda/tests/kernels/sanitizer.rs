@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hat_cuda::emulator::{Build, EmulatorError};
-use hat_cuda::test_gpu::compiled;
+use hat_cuda::testkit::emulator::{Build, EmulatorError};
+use hat_cuda::testkit::test_gpu::compiled;
 
 use crate::mutants::{Mutant, mutants};
 use crate::stand::{KERNELS, RECORD, build};

@@ -5,7 +5,7 @@ use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::gpu::{Gpu as _, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
-use hat_cuda::test_gpu::{TestGpu, TestMemory};
+use hat_cuda::testkit::test_gpu::{TestGpu, TestMemory};
 
 use crate::stand::{Random, memory, numbers, room};
 

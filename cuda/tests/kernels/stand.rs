@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use hat_cuda::emulator::{Build, Counts, Schedule};
 use hat_cuda::gpu::{Gpu as _, Number};
-use hat_cuda::test_gpu::{Kind, TestGpu, TestMemory};
+use hat_cuda::testkit::emulator::{Build, Counts, Schedule};
+use hat_cuda::testkit::test_gpu::{Kind, TestGpu, TestMemory};
 
 /// In the environment: another folder of kernels for the emulator. For tests of the tests.
 pub const KERNELS: &str = "HAT_TEST_KERNELS";

@@ -19,7 +19,7 @@ use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::cuda::CudaBackend;
 use hat_compute::backend::{AttendArgs, Backend as _};
 use hat_cuda::kernel::Kernel;
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::testkit::test_gpu::TestGpu;
 use hat_loader::DType;
 use hat_plan::{AttendShape, Computes as _, KvShape};
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use hat_compute::backend::cuda::CudaBackend;
-use hat_cuda::emulator::Build;
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::testkit::emulator::Build;
+use hat_cuda::testkit::test_gpu::TestGpu;
 
 /// Nothing where there is neither.
 pub fn gpu() -> Option<TestGpu> {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::driver::{Cuda, CudaMemory, Options};
-use crate::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
 use crate::kernel::Kernel;
+use crate::testkit::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 
 /// In the environment: the number of the GPU that tests run on. Without it, the emulator.
 pub const GPU: &str = "HAT_TEST_GPU";

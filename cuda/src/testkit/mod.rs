@@ -1,0 +1,8 @@
+//! What tests and benches need and the product does not: the kernels on the CPU, one type for a
+//! GPU or for them, and kernels that no model launches.
+
+pub mod emulator;
+pub mod fragments;
+pub mod peak;
+#[cfg(feature = "cuda")]
+pub mod test_gpu;
