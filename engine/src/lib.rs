@@ -53,6 +53,8 @@ mod device;
 #[doc(hidden)]
 pub mod draft;
 mod error;
+#[doc(hidden)]
+pub mod estimate;
 #[cfg(feature = "http")]
 pub mod http;
 mod metrics;

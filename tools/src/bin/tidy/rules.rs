@@ -68,6 +68,8 @@ const PURE: &[&str] = &[
     "engine/src/sched/",
     "engine/src/chunk.rs",
     "engine/src/chunk/",
+    "engine/src/estimate.rs",
+    "engine/src/estimate/",
     "engine/src/monitor.rs",
     "engine/src/monitor/",
     "engine/src/page.rs",
