@@ -91,7 +91,7 @@ impl Request {
         let Piece { first, ids, parent, is_held } = piece;
         let out = &mut open.outgoing;
         let end = first + u32::try_from(ids.len()).expect("a piece is small");
-        cx.learned.note_input(ids.len(), took, true);
+        cx.learned.note_input(ids.len(), first, took);
         if let Some(row) = first_not_finite(&out.hidden, cx.facts.hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return Err(RequestError::NotFinite { position: first + row });

@@ -12,6 +12,7 @@ use super::prompt::first_not_finite;
 use super::request::Request;
 use super::session::Round;
 use crate::draft::lookup::BRANCHES_MAX;
+use crate::draft::policy::drafts_that_pay;
 use crate::draft::{BUDGET_DEFAULT, CHAIN_MAX, DraftMode};
 use crate::error::RequestError;
 
@@ -124,7 +125,7 @@ impl Request {
         if bounds.as_it_pays {
             let drafting = open.round.map_or(0.0, |round| round.drafting);
             let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
-            let pay = cx.learned.costs.drafts_that_pay(probabilities, drafting);
+            let pay = drafts_that_pay(&cx.learned.estimator, probabilities, drafting);
             let end = (1 + pay).max(grown.start);
             let held_back = tree.nodes().iter().skip(end).filter(|node| node.depth == 1);
             open.drafts.held_back.clear();
@@ -158,7 +159,7 @@ impl Request {
         let (wave, floor) = match mode {
             DraftMode::All => (WAVE_NODES, 0.0),
             _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
-            _ => cx.learned.costs.wave(WAVE_NODES),
+            _ => cx.learned.estimator.wave(WAVE_NODES),
         };
         open.drafts.is_full = true;
         let nodes_max = nodes + wave.min(cx.pending_max().saturating_sub(away));
@@ -265,7 +266,7 @@ impl Request {
     ) -> Result<(), RequestError> {
         let nodes = level.nodes.clone();
         let Some(open) = self.session.open_mut() else { return Ok(()) };
-        cx.learned.note_input(nodes.len(), took, false);
+        cx.learned.note_input(nodes.len(), self.kv.committed(), took);
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
         let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
         let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
@@ -327,7 +328,7 @@ impl Request {
         let took = now.duration_since(bounds.began);
         self.note_drafting(took);
         if bounds.is_wave {
-            cx.learned.costs.wave.note(took.as_secs_f64());
+            cx.learned.estimator.note_wave(took.as_secs_f64());
         }
         self.check();
     }

@@ -21,7 +21,7 @@ pub mod tree;
 
 pub use lookup::Lookup;
 pub use mode::DraftMode;
-pub use policy::{Acceptance, Costs};
+pub use policy::Acceptance;
 pub use tree::{Node, Tree};
 
 /// Nodes of a draft tree unless a policy says less, the decided token at its root not counted.

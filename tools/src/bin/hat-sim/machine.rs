@@ -4,8 +4,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use hat_engine::draft::policy::Average;
-use hat_engine::draft::{Acceptance, Costs};
+use hat_engine::draft::Acceptance;
+use hat_engine::estimate::{Average, Estimator};
 use hat_engine::sched::{Bound, Scheduler, Work};
 use hat_transport::frame::HEADER_BYTES;
 
@@ -61,7 +61,7 @@ pub(crate) struct Device {
     pub(crate) up: Uplink,
     pub(crate) down: Downlink,
     /// What it has measured, in the engine's own terms.
-    pub(crate) measured: Costs,
+    pub(crate) estimator: Estimator,
     pub(crate) acceptance: Acceptance,
     /// How long works wait for a step in the cloud.
     pub(crate) queue_s: Average,

@@ -1,7 +1,9 @@
 //! Rounds of one answer: a tree of guesses grows, rows go up, a walk decides tokens. No clock and
 //! no machine: what it costs is returned as seconds on the device, when it happens is the world's.
 
-use hat_engine::draft::{Acceptance, BUDGET_DEFAULT, Costs, Tree};
+use hat_engine::draft::policy::drafts_that_pay;
+use hat_engine::draft::{Acceptance, BUDGET_DEFAULT, Tree};
+use hat_engine::estimate::Estimator;
 
 use crate::costs::DeviceCosts;
 use crate::policy::{AHEAD_WIDTH, CHAIN_MAX, HEADS_NODES, Shape, Switches, THRESHOLD, Trained};
@@ -23,7 +25,7 @@ pub(crate) struct Making<'a> {
     pub(crate) text: Text<'a>,
     pub(crate) device: &'a DeviceCosts,
     /// What this device has measured.
-    pub(crate) measured: &'a mut Costs,
+    pub(crate) estimator: &'a mut Estimator,
     pub(crate) acceptance: &'a mut Acceptance,
 }
 
@@ -267,7 +269,7 @@ impl Round {
     fn grow(&mut self, making: &Making<'_>, least: usize, rows_max: usize) {
         self.tree.grow(rows_max, 0.0);
         let probabilities = self.tree.nodes().iter().skip(1).map(|node| node.probability);
-        let end = (1 + making.measured.drafts_that_pay(probabilities, 0.0)).max(least);
+        let end = (1 + drafts_that_pay(making.estimator, probabilities, 0.0)).max(least);
         if end < self.tree.nodes().len() {
             self.tree.truncate(end);
         }

@@ -70,8 +70,6 @@ const PURE: &[&str] = &[
     "engine/src/chunk/",
     "engine/src/estimate.rs",
     "engine/src/estimate/",
-    "engine/src/monitor.rs",
-    "engine/src/monitor/",
     "engine/src/page.rs",
     "engine/src/prefix.rs",
     "engine/src/prefix/",

@@ -65,10 +65,10 @@ impl Request {
         if is_void {
             return None;
         }
-        let wave = making.measured.wave(WAVE_NODES);
+        let wave = making.estimator.wave(WAVE_NODES);
         let took = if is_due { None } else { self.round.extend(making, wave) };
         if let Some(took) = took {
-            making.measured.wave.note(took);
+            making.estimator.note_wave(took);
         }
         self.extending = took.is_some();
         took
