@@ -101,13 +101,11 @@ impl Start {
         let limits = self.config.limits;
         let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
         let guard = self.watch.start(endpoint.waker())?;
-        // A session has one work there at a time, so there is room for all.
-        let queue_max = limits.sessions_max as usize;
         let io = Io {
             endpoint,
             guard,
             now: self.clock.now(),
-            scheduler: Scheduler::new(limits.step_rows_max, queue_max),
+            scheduler: Scheduler::new(limits.step_rows_max),
             guests: BTreeMap::new(),
             next_device: 1,
             admission: Admission::default(),

@@ -26,7 +26,7 @@ impl Io {
             divisible: next.divisible,
             class: session.exit_layer,
         };
-        self.scheduler.enqueue(work).expect("there is room for a work of each session");
+        self.scheduler.enqueue(work);
     }
 
     /// True if it is time to plan a step: the first stage has none that waits for it. While
