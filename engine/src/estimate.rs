@@ -102,7 +102,7 @@ pub struct Estimates {
     pub downlink_bytes_s: Option<f64>,
     /// Round-trip time, seconds.
     pub rtt_s: Option<f64>,
-    /// What a chunk of a prompt costs.
+    /// Costs of a chunk of a prompt.
     pub chunk: Option<ChunkCosts>,
 }
 

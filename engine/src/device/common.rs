@@ -12,7 +12,7 @@ use crate::backend::{RowMove, TokenId};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::config::{Codec, EngineConfig};
 use crate::draft::tree::Guess;
-use crate::draft::Acceptance;
+use crate::draft::{Acceptance, DraftPolicy};
 use crate::estimate::{Estimates, Estimator, Returned};
 use crate::page::pages_for;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers};
@@ -202,6 +202,7 @@ impl Learned {
 pub(super) struct Common {
     pub(super) facts: Facts,
     pub(super) cloud: CloudFacts,
+    pub(super) policy: DraftPolicy,
     pub(super) learned: Learned,
     pub(super) scratch: Scratch,
     /// Moves in the KV store that run, in order, before any row is computed.
@@ -229,6 +230,7 @@ impl Common {
                 pending_max: PENDING_ROWS_MAX,
                 arithmetic: ARITHMETIC_ID,
             },
+            policy: DraftPolicy::default(),
             learned: Learned::default(),
             scratch: Scratch {
                 plan: PlanBuffers::with_capacity(limits.step_rows_max as usize, 1, pages),
@@ -245,7 +247,8 @@ impl Common {
 
     /// Rows that may pend in the cloud, or run in one step there.
     pub(super) fn pending_max(&self) -> usize {
-        PENDING_ROWS_MAX
+        self.policy
+            .pending_max
             .min(self.cloud.pending_max)
             .min(self.cloud.rows_max as usize)
             .min(self.facts.step_rows_max as usize)

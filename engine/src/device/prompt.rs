@@ -14,10 +14,6 @@ use crate::error::RequestError;
 /// for a whole chunk, and is looked after in between.
 const PIECE_ROWS: u32 = 64;
 
-/// Seconds for which a chunk keeps one of the cloud's stages from others at most: what this cloud
-/// cuts its steps to by itself, and another may not.
-const STEP_S_MAX: f64 = 0.15;
-
 /// Decided rows that the cloud runs in one step. They are computed here a piece at a time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Chunk {
@@ -159,7 +155,7 @@ impl Request {
             ahead.later(now.duration_since(at).as_secs_f64())
         });
         ahead.uplink_s = ahead.uplink_s.max(uplink_s);
-        let limits = Limits { rows_max, step_s_max: STEP_S_MAX, ..Limits::default() };
+        let limits = Limits { rows_max, ..Limits::default() };
         let plan = planner.plan_after(policy, &costs, &limits, ahead, done, left);
         let next = *plan.sizes.first()?;
         self.meter.planned(now, plan.sizes, plan.finish_s);

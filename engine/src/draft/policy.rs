@@ -7,9 +7,59 @@
 //! nobody waits for them unless the walk comes by: see [`Estimator::wave`]. Pure: the caller
 //! measures.
 
+use super::lookup::BRANCHES_MAX;
 use super::tree::Guess;
 use super::{BINS, CLASSES, Drafter, Source};
 use crate::estimate::{Average, Estimator};
+use crate::sequence::PENDING_ROWS_MAX;
+
+/// Sizes and thresholds of drafting.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DraftPolicy {
+    /// Nodes of a tree at most, the decided token at its root not counted.
+    pub nodes_max: usize,
+    /// Guesses of the trained drafter for one node at most.
+    pub width: usize,
+    /// Branches of prompt lookup at most.
+    pub branches_max: usize,
+    /// Nodes that are computed together: more is fewer steps, less is a better choice of nodes.
+    pub level_nodes: usize,
+    /// Nodes that are added at a time to a tree that is away: they make a step of their own.
+    pub wave_nodes: usize,
+    /// Rows of one session that may be undecided in the cloud.
+    pub pending_max: usize,
+    /// Drafts of a chain at most (Kangaroo, arXiv 2404.18911, whose adapter HAT uses).
+    pub chain_max: usize,
+    /// Probability of a chain's guesses: the first that is less probable is the last, as in HAT
+    /// (arXiv 2503.18989).
+    pub chain_probability_min: f32,
+}
+
+impl DraftPolicy {
+    /// The engine's own.
+    pub const DEFAULT: Self = Self {
+        nodes_max: 32,
+        width: 8,
+        branches_max: BRANCHES_MAX,
+        level_nodes: 8,
+        wave_nodes: 16,
+        pending_max: PENDING_ROWS_MAX,
+        chain_max: 6,
+        chain_probability_min: 0.6,
+    };
+
+    /// Nodes of the next level of a tree that has `nodes` nodes: a small tree chooses more often.
+    #[must_use]
+    pub const fn level(&self, nodes: usize) -> usize {
+        if nodes < self.level_nodes { self.level_nodes / 2 } else { self.level_nodes }
+    }
+}
+
+impl Default for DraftPolicy {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
 
 /// Drafts have to promise this much more than none: what is measured is noisy, and a row that
 /// brings nothing costs others too.
@@ -40,7 +90,7 @@ pub fn drafts_that_pay(
     best
 }
 
-/// Whether asking the trained drafter pays for one request, by what it has brought.
+/// The worth of asking the trained drafter for one request, by what that has brought.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Asking {
     /// Tokens and seconds of rounds in which it was asked.
@@ -65,7 +115,7 @@ impl Asking {
         self.left = self.pause;
     }
 
-    /// Whether to ask in the round that begins.
+    /// True if it is to be asked in the round that begins.
     pub fn is_worth_it(&mut self) -> bool {
         let asks = self.left == 0;
         self.left = self.left.saturating_sub(1);
@@ -73,7 +123,7 @@ impl Asking {
     }
 }
 
-/// How often guesses of each drafter and class are right.
+/// Shares of guesses that were right, by drafter and class.
 #[derive(Clone, Debug)]
 pub struct Acceptance {
     rates: [[f32; CLASSES]; Drafter::ALL.len()],
@@ -101,14 +151,14 @@ fn middle_of_bin(bin: usize) -> f32 {
 const PRESENT: f32 = 0.02;
 
 impl Acceptance {
-    /// How often guesses from `source` are right. `0..=1`
+    /// Share of the guesses from `source` that are right. `0..=1`
     #[must_use]
     pub fn rate(&self, source: Source) -> f32 {
         self.rates[source.drafter as usize][usize::from(source.class)]
     }
 
-    /// How probable a guess of the trained drafter is: what it says, times how often guesses of
-    /// its class were right over how often they should have been.
+    /// Probability of a guess of the trained drafter: its claim, times the share of its class that
+    /// was right over the share that was claimed.
     #[must_use]
     pub fn corrected(&self, guess: &Guess) -> f32 {
         let claimed = middle_of_bin(usize::from(guess.source.class) % BINS);
@@ -191,7 +241,7 @@ mod tests {
         assert!(drafts_that_pay(&estimator, falling(0.5, 0.8), 0.0) < alone);
     }
 
-    /// What a device decides in a crowd of devices that decide the same.
+    /// Decisions of a device in a crowd of devices that decide the same.
     #[test]
     fn a_crowd_drafts_only_where_rows_are_cheap() {
         let in_crowd = |(fixed, each): (f64, f64), devices: usize| {

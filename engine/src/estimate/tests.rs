@@ -217,7 +217,7 @@ fn what_is_shown_is_what_comes_out() {
     assert_eq!(estimator.uplink_busy_s(10), Some(0.0));
 }
 
-/// However the estimates begin, a plan comes out.
+/// A plan comes out of any estimates.
 #[test]
 fn hostile_estimates_give_a_plan() {
     let hostile = [0.0, f64::NAN, f64::INFINITY, 1e-9, 1e9];

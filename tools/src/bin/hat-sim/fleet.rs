@@ -88,7 +88,8 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
     }
     if args.json {
         let fleet = json!({
-            "devices": args.devices, "replicas": replicas, "rate": rate, "plan_us": plan_us, "plans": plans, "queued_max": queued, "scheduler": costs,
+            "devices": args.devices, "replicas": replicas, "rate": rate, "plan_us": plan_us,
+            "plans": plans, "queued_max": queued, "scheduler": costs,
         });
         outln!("{}", json!({ "policies": [figures.json()], "fleet": fleet }))?;
     }

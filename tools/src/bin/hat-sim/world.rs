@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Planner};
+use hat_engine::chunk::{ChunkCosts, CloudCost, Limits, Planner};
 use hat_engine::estimate::Returned;
 use hat_tools::random::{Purpose, unit};
 
@@ -28,8 +28,6 @@ use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
 const UNCUT_ROWS_MAX: u32 = 16_384;
-/// One chunk may keep a stage so many times as long as a step of one row.
-const STEP_MAX: f64 = 1.5;
 
 /// What happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -176,20 +174,13 @@ impl<'a> World<'a> {
             request.held = self.file.workload.known_rows.min(rows - 1);
         }
         let (held, rows) = (request.held, rows - request.held);
-        let policy = match self.run.switches.chunking {
-            Chunking::Off | Chunking::Cloud(_) => None,
-            Chunking::Paper => Some(ChunkPolicy::Paper),
-            Chunking::Auto => Some(ChunkPolicy::Auto),
-        };
         let costs = self.chunk_costs(device);
-        let limits = Limits {
-            rows_max: self.file.cloud.rows_max,
-            step_s_max: STEP_MAX * self.stage.seconds(1, 0),
-            ..Limits::default()
-        };
-        let sizes = match policy {
-            None => vec![rows],
-            Some(policy) => self.planner.plan(policy, &costs, &limits, held, rows).sizes.to_vec(),
+        let limits = Limits { rows_max: self.file.cloud.rows_max, ..Limits::default() };
+        let sizes = match self.run.switches.chunking {
+            Chunking::Off | Chunking::Cloud(_) => vec![rows],
+            Chunking::Device(policy) => {
+                self.planner.plan(policy, &costs, &limits, held, rows).sizes.to_vec()
+            }
         };
         self.requests[index].sizes = sizes;
         self.devices[device].processor.push(Task::Chunk { request: index, chunk: 0 });
