@@ -37,6 +37,9 @@ pub const CHUNK_ROWS_DEFAULT: u32 = 128;
 pub const GRAIN_DEFAULT: u32 = 32;
 /// The longest prompt that is planned.
 pub const ROWS_MAX: u32 = 1 << 20;
+/// Seconds for which a chunk keeps one of the cloud's stages from others at most: what this cloud
+/// cuts its steps to by itself, and another may not.
+pub const STEP_S_MAX: f64 = 0.15;
 /// What infinite estimates are taken for, seconds.
 const FOREVER_S: f64 = 1e9;
 
@@ -204,7 +207,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { rows_max: 512, step_s_max: f64::INFINITY, grain: GRAIN_DEFAULT }
+        Self { rows_max: 512, step_s_max: STEP_S_MAX, grain: GRAIN_DEFAULT }
     }
 }
 

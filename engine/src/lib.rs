@@ -40,7 +40,7 @@
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
 //! | `answer`, `turns`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
-//! | `chunk`, `monitor` | how a prompt is cut, and what is known of link and cloud |
+//! | `chunk`, `estimate` | how a prompt is cut; estimates of device, link and cloud |
 //! | `sched`, `sequence`, `page`, `prefix`, `pack`, `wire` | rows: which run, where, how they go |
 //! | `processor` | the models of `hat-compute`, loaded as a configuration says |
 
@@ -53,11 +53,11 @@ mod device;
 #[doc(hidden)]
 pub mod draft;
 mod error;
+#[doc(hidden)]
+pub mod estimate;
 #[cfg(feature = "http")]
 pub mod http;
 mod metrics;
-#[doc(hidden)]
-pub mod monitor;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod out;
@@ -106,8 +106,8 @@ pub mod options {
     };
     pub use crate::draft::{DraftMode, drafters::Drafters};
     pub use crate::error::ErrorKind;
+    pub use crate::estimate::Estimates;
     pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};
-    pub use crate::monitor::Estimates;
     pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use crate::sample::SamplerConfig;
     pub use crate::verify::Verify;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use self::histogram::Histogram;
-use crate::monitor::Estimates;
+use crate::estimate::Estimates;
 
 /// The `timings` object of `generate --json` and of the HTTP API.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]

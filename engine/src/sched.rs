@@ -24,8 +24,9 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, BTreeSet};
+
+use rustc_hash::FxHashMap;
 
 /// A session in the scheduler's eyes.
 pub type SessionKey = u64;
@@ -37,37 +38,17 @@ pub const PROMPT_PATIENCE: u32 = 8;
 /// Devices whose work does not fit what is left of a step, until nobody else is asked.
 const MISSES_MAX: usize = 16;
 
-/// Spreads keys, which count up and are nobody's choice but ours, over a map's places.
-#[derive(Debug, Default)]
-struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, key: u64) {
-        self.0 = (self.0 ^ key).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
-
 /// Fewest rows of a prompt's piece, where the prompt has so many left, however long they take.
 pub const PIECE_ROWS_MIN: u32 = 4;
 
 /// A prompt chunk, or the rows of one verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
-    /// Whose rows.
+    /// The session of the rows.
     pub session: SessionKey,
-    /// Whose session: always the same for one session.
+    /// The device of the session: always the same for one session.
     pub device: DeviceKey,
-    /// How many.
+    /// Their number.
     pub rows: u32,
     /// Rows of the session before these.
     pub context: u32,
@@ -151,29 +132,20 @@ impl Room {
     }
 }
 
-/// There is no room for more work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{queued} works are queued, the most there may be")]
-pub struct QueueFull {
-    /// Works queued.
-    pub queued: usize,
-}
-
 /// Works that wait, and whose turn it is.
 #[derive(Debug)]
 pub struct Scheduler {
     rows_max: u32,
-    queue_max: usize,
-    queued: usize,
     /// Number of the next work to arrive.
     arrivals: u64,
-    lines: ByKey<Line>,
+    /// The work of each session that has one.
+    waiting: FxHashMap<SessionKey, Waiting>,
     verifies: Tier,
     prompts: Tier,
     /// Steps that passed over the prompt whose turn it was.
     passed_over: u32,
-    /// Sessions of the step at hand, and what is left of a work that was cut.
-    picked: Vec<(SessionKey, Option<Work>)>,
+    /// Rests of works of the step at hand that were cut.
+    cut: Vec<Work>,
     /// Devices of the step at hand whose work did not fit.
     missed: Vec<Turn>,
     /// Devices that were looked at, ever.
@@ -188,28 +160,18 @@ struct Waiting {
     arrival: u64,
 }
 
-/// Works of one session. Only the first may run: a session runs once a step, in order, since what
-/// its next frame commits may move rows that this step writes.
-#[derive(Debug)]
-struct Line {
-    first: Waiting,
-    rest: VecDeque<Waiting>,
-}
-
 impl Scheduler {
-    /// A scheduler of steps of at most `rows_max` rows, with at most `queue_max` works waiting.
+    /// A scheduler of steps of at most `rows_max` rows.
     #[must_use]
-    pub fn new(rows_max: u32, queue_max: usize) -> Self {
+    pub fn new(rows_max: u32) -> Self {
         Self {
             rows_max,
-            queue_max,
-            queued: 0,
             arrivals: 0,
-            lines: ByKey::default(),
+            waiting: FxHashMap::default(),
             verifies: Tier::default(),
             prompts: Tier::default(),
             passed_over: 0,
-            picked: Vec::new(),
+            cut: Vec::new(),
             missed: Vec::with_capacity(MISSES_MAX),
             #[cfg(test)]
             looks: 0,
@@ -225,31 +187,28 @@ impl Scheduler {
     /// Works that wait.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.queued
+        self.waiting.len()
     }
 
-    /// Takes work.
-    ///
-    /// # Errors
-    /// [`QueueFull`].
+    /// True if a work of the session, or what is left of one, waits.
+    #[must_use]
+    pub fn holds(&self, session: SessionKey) -> bool {
+        self.waiting.contains_key(&session)
+    }
+
+    /// Takes the next work of a session that has none waiting: a session runs once a step, in
+    /// order, since what its next frame commits may move rows that this step writes.
     ///
     /// # Panics
-    /// If the work could never run: no rows, or more than the budget.
-    pub fn enqueue(&mut self, work: Work) -> Result<(), QueueFull> {
+    /// If the session has a work waiting; or if the work could never run: no rows, or more than
+    /// the budget.
+    pub fn enqueue(&mut self, work: Work) {
         assert!(work.rows > 0 && work.rows <= self.rows_max, "{work:?} does not fit a step");
-        if self.queued >= self.queue_max {
-            return Err(QueueFull { queued: self.queued });
-        }
+        assert!(!self.holds(work.session), "{work:?} comes while another waits");
         let waiting = Waiting { work, arrival: self.arrivals };
         self.arrivals += 1;
-        self.queued += 1;
-        if let Some(line) = self.lines.get_mut(&work.session) {
-            line.rest.push_back(waiting);
-        } else {
-            self.lines.insert(work.session, Line { first: waiting, rest: VecDeque::new() });
-            self.tier(work.urgent).add(waiting);
-        }
-        Ok(())
+        self.waiting.insert(work.session, waiting);
+        self.tier(work.urgent).add(waiting);
     }
 
     /// Chooses the works of the next step into `step`. One that is cut comes with its first rows;
@@ -283,20 +242,9 @@ impl Scheduler {
             let ran = step.iter().any(|work| work.session == turn.session);
             self.passed_over = if ran { 0 } else { self.passed_over + 1 };
         }
-        for (session, rest) in self.picked.drain(..) {
-            let line = self.lines.get_mut(&session).expect("it was picked");
-            let rest = rest.map(|work| {
-                self.arrivals += 1;
-                Waiting { work, arrival: self.arrivals - 1 }
-            });
-            let Some(next) = rest.or_else(|| line.rest.pop_front()) else {
-                self.lines.remove(&session);
-                continue;
-            };
-            line.first = next;
-            let tier = if next.work.urgent { &mut self.verifies } else { &mut self.prompts };
-            tier.add(next);
-        }
+        let mut cut = std::mem::take(&mut self.cut);
+        cut.drain(..).for_each(|rest| self.enqueue(rest));
+        self.cut = cut;
     }
 
     /// Puts works of one urgency and class into `step`, `works_max` at most, as there is room.
@@ -316,7 +264,7 @@ impl Scheduler {
             {
                 self.looks += 1;
             }
-            let whole = self.lines[&turn.session].first.work;
+            let whole = self.waiting[&turn.session].work;
             let rows = room.fits(&whole);
             if rows == 0 {
                 tier.set_aside(&turn);
@@ -327,9 +275,8 @@ impl Scheduler {
             tier.serve(&turn, rows);
             room.take(&work);
             let (left, context) = (whole.rows - rows, whole.context + rows);
-            let rest = (left > 0).then_some(Work { rows: left, context, ..whole });
-            self.queued -= usize::from(rest.is_none());
-            self.picked.push((work.session, rest));
+            self.waiting.remove(&work.session);
+            self.cut.extend((left > 0).then_some(Work { rows: left, context, ..whole }));
             step.push(work);
         }
         for turn in self.missed.drain(..) {
@@ -337,11 +284,10 @@ impl Scheduler {
         }
     }
 
-    /// Forgets all work of a session that has ended.
+    /// Forgets the work of a session, and what is left of one.
     pub fn forget(&mut self, session: SessionKey) {
-        let Some(line) = self.lines.remove(&session) else { return };
-        self.queued -= 1 + line.rest.len();
-        self.tier(line.first.work.urgent).remove(line.first);
+        let Some(waiting) = self.waiting.remove(&session) else { return };
+        self.tier(waiting.work.urgent).remove(waiting);
     }
 
     fn tier(&mut self, urgent: bool) -> &mut Tier {
@@ -349,10 +295,10 @@ impl Scheduler {
     }
 }
 
-/// Works of equal urgency that may run now, the first of each session, by device.
+/// Works of equal urgency, by device.
 #[derive(Debug, Default)]
 struct Tier {
-    shares: ByKey<Share>,
+    shares: FxHashMap<DeviceKey, Share>,
     /// Devices with works, by class: rows served, then arrival of the oldest work.
     ready: BTreeMap<u32, BTreeSet<(u64, u64, DeviceKey)>>,
     /// Devices without works that were served more than the level; they are not forgotten yet.
@@ -361,7 +307,7 @@ struct Tier {
     level: u64,
 }
 
-/// What one device has had, and has waiting.
+/// Rows that one device has had, and works that it has waiting.
 #[derive(Debug, Default)]
 struct Share {
     served: u64,
@@ -395,14 +341,14 @@ struct Turn {
 }
 
 impl Tier {
-    /// Whose turn it is, whatever the class.
+    /// The next turn, of any class.
     fn next(&self) -> Option<Turn> {
         let firsts = self.ready.iter().filter_map(|(class, of)| Some((*of.first()?, *class)));
         let (_, class) = firsts.min()?;
         self.next_of(class)
     }
 
-    /// Whose turn it is in a step of `class`.
+    /// The next turn in a step of `class`.
     fn next_of(&self, class: u32) -> Option<Turn> {
         let (served, arrival, device) = *self.ready.get(&class)?.first()?;
         let session = self.shares[&device].works[&(class, arrival)];

@@ -268,7 +268,7 @@ fn a_link_that_stops_mid_prompt_goes_on_there() {
     assert!(stopped);
 }
 
-/// The cloud's scheduler holds a work of each session that may be open, no more. Sixteen sessions,
+/// The cloud's scheduler holds one work of each session, no more. Sixteen sessions,
 /// as many as may be, send their prompts a row at a time while no step runs.
 #[test]
 fn more_works_than_any_queue_holds_wait_their_turn() {

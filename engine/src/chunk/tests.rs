@@ -51,7 +51,7 @@ fn regimes() -> Vec<ChunkCosts> {
 }
 
 fn no_limits(rows_max: u32) -> Limits {
-    Limits { rows_max, ..Limits::default() }
+    Limits { rows_max, step_s_max: f64::INFINITY, ..Limits::default() }
 }
 
 fn any_costs() -> impl Strategy<Value = ChunkCosts> {

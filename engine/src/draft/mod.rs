@@ -9,7 +9,7 @@
 //! - [`foresee`]: what seeded noise says of a choice to come
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
 //! - [`trained`]: the seam of drafters that compute
-//! - [`policy`]: how many of them pay
+//! - [`policy`]: sizes and thresholds, and how many guesses pay
 
 pub mod drafters;
 pub mod foresee;
@@ -21,18 +21,8 @@ pub mod tree;
 
 pub use lookup::Lookup;
 pub use mode::DraftMode;
-pub use policy::{Acceptance, Costs};
+pub use policy::{Acceptance, DraftPolicy};
 pub use tree::{Node, Tree};
-
-/// Nodes of a draft tree unless a policy says less, the decided token at its root not counted.
-pub const BUDGET_DEFAULT: usize = 32;
-
-/// Drafts of a chain at most (Kangaroo, arXiv 2404.18911, whose adapter HAT uses).
-pub const CHAIN_MAX: usize = 6;
-
-/// A chain ends with the first guess that is less probable than this, as in HAT (arXiv
-/// 2503.18989).
-pub const CHAIN_PROBABILITY_MIN: f32 = 0.6;
 
 /// Who proposed a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

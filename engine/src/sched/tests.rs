@@ -1,4 +1,4 @@
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
@@ -17,9 +17,9 @@ fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
 
 #[test]
 fn verify_rows_go_before_prompt_chunks_within_the_budget() {
-    let mut scheduler = Scheduler::new(100, 8);
+    let mut scheduler = Scheduler::new(100);
     for add in [work(1, 60, false), work(2, 60, false), work(3, 8, true), work(4, 30, false)] {
-        scheduler.enqueue(add).unwrap();
+        scheduler.enqueue(add);
     }
     assert_eq!(planned(&mut scheduler), [(3, 8), (1, 60), (4, 30)]);
     assert_eq!(planned(&mut scheduler), [(2, 60)]);
@@ -28,53 +28,61 @@ fn verify_rows_go_before_prompt_chunks_within_the_budget() {
 
 #[test]
 fn a_session_never_overtakes_itself() {
-    let mut scheduler = Scheduler::new(100, 8);
-    scheduler.enqueue(work(1, 80, false)).unwrap();
-    scheduler.enqueue(work(1, 1, true)).unwrap();
-    scheduler.enqueue(work(2, 1, true)).unwrap();
-    scheduler.enqueue(work(1, 1, true)).unwrap();
+    let mut scheduler = Scheduler::new(100);
+    scheduler.enqueue(work(1, 80, false));
+    scheduler.enqueue(work(2, 1, true));
+    assert!(scheduler.holds(1) && !scheduler.holds(3));
     assert_eq!(planned(&mut scheduler), [(2, 1), (1, 80)]);
+    assert!(!scheduler.holds(1));
+    scheduler.enqueue(work(1, 1, true));
     assert_eq!(planned(&mut scheduler), [(1, 1)]);
-    assert_eq!(planned(&mut scheduler), [(1, 1)]);
+    // What is left of a work that was cut is not in the step of its front, nor behind another.
+    let whole = Work { context: 9, ..work(1, 90, false) };
+    scheduler.enqueue(whole);
+    assert_eq!(bounded(&mut scheduler).len(), 1);
+    assert!(scheduler.holds(1));
+    let twice = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        scheduler.enqueue(work(1, 1, true));
+    }));
+    assert!(twice.is_err(), "its last rows would run before their chunk");
 }
 
 #[test]
 fn classes_do_not_mix_and_none_starves() {
-    let mut scheduler = Scheduler::new(100, 8);
-    scheduler.enqueue(Work { class: 29, ..work(1, 1, true) }).unwrap();
-    scheduler.enqueue(work(2, 1, true)).unwrap();
-    scheduler.enqueue(Work { class: 29, ..work(3, 1, true) }).unwrap();
+    let mut scheduler = Scheduler::new(100);
+    scheduler.enqueue(Work { class: 29, ..work(1, 1, true) });
+    scheduler.enqueue(work(2, 1, true));
+    scheduler.enqueue(Work { class: 29, ..work(3, 1, true) });
     assert_eq!(planned(&mut scheduler), [(1, 1), (3, 1)]);
     assert_eq!(planned(&mut scheduler), [(2, 1)]);
 }
 
 #[test]
-fn the_queue_is_bounded_and_forgets() {
-    let mut scheduler = Scheduler::new(100, 2);
-    scheduler.enqueue(work(1, 1, true)).unwrap();
-    scheduler.enqueue(work(2, 1, true)).unwrap();
-    assert_eq!(scheduler.enqueue(work(3, 1, true)), Err(QueueFull { queued: 2 }));
+fn a_session_that_has_ended_is_forgotten() {
+    let mut scheduler = Scheduler::new(100);
+    scheduler.enqueue(work(1, 1, true));
+    scheduler.enqueue(work(2, 1, true));
     scheduler.forget(1);
     scheduler.forget(9);
     assert_eq!(scheduler.queued(), 1);
     assert_eq!(planned(&mut scheduler), [(2, 1)]);
-    assert!(scheduler.verifies.shares.len() <= 2 && scheduler.lines.is_empty());
+    assert!(scheduler.verifies.shares.len() <= 2 && scheduler.waiting.is_empty());
 }
 
 #[test]
 fn a_device_that_rested_has_no_credit() {
-    let mut scheduler = Scheduler::new(8, 1000);
+    let mut scheduler = Scheduler::new(8);
     let of = |device, session| Work { device, ..work(session, 8, true) };
     for session in 0..100 {
-        scheduler.enqueue(of(1, session)).unwrap();
-        scheduler.enqueue(of(2, 100 + session)).unwrap();
+        scheduler.enqueue(of(1, session));
+        scheduler.enqueue(of(2, 100 + session));
     }
     for _ in 0..100 {
         planned(&mut scheduler);
     }
     // A third comes late: it takes turns with them, and has no hundred turns at once.
     for session in 0..9 {
-        scheduler.enqueue(of(3, 200 + session)).unwrap();
+        scheduler.enqueue(of(3, 200 + session));
     }
     let mut of_third = || (0..9).filter(|_| planned(&mut scheduler)[0].0 >= 200).count();
     assert_eq!([of_third(), of_third(), of_third(), of_third()], [3, 3, 3, 0]);
@@ -82,12 +90,12 @@ fn a_device_that_rested_has_no_credit() {
 
 /// Devices that always have work, `sessions` each, of `rows` rows; how many rows each got.
 fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
-    let mut scheduler = Scheduler::new(rows_max, 1 << 20);
+    let mut scheduler = Scheduler::new(rows_max);
     let mut session = 0;
     for (device, &(sessions, rows, urgent)) in devices.iter().enumerate() {
         for _ in 0..sessions {
             let device = device as u64;
-            scheduler.enqueue(Work { device, ..work(session, rows, urgent) }).unwrap();
+            scheduler.enqueue(Work { device, ..work(session, rows, urgent) });
             session += 1;
         }
     }
@@ -96,7 +104,7 @@ fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
         scheduler.plan(Bound::NONE, &mut step);
         for work in &step {
             served[work.device as usize] += u64::from(work.rows);
-            scheduler.enqueue(*work).unwrap();
+            scheduler.enqueue(*work);
         }
     }
     served
@@ -112,10 +120,10 @@ fn a_hundred_sessions_get_no_more_than_their_devices_share() {
 
 /// Sessions of as many devices, each with a verify, and prompts beside them.
 fn crowd(sessions: u64) -> Scheduler {
-    let mut scheduler = Scheduler::new(512, 1 << 20);
+    let mut scheduler = Scheduler::new(512);
     for session in 0..sessions {
-        scheduler.enqueue(work(session, 8, true)).unwrap();
-        scheduler.enqueue(work(sessions + session, 500, false)).unwrap();
+        scheduler.enqueue(work(session, 8, true));
+        scheduler.enqueue(work(sessions + session, 500, false));
     }
     scheduler
 }
@@ -132,7 +140,7 @@ fn a_step_costs_as_much_with_ten_thousand_sessions_as_with_a_hundred() {
             let (looks, works) = (scheduler.looks - before, step.len() as u64);
             assert!(looks <= works + 2 * MISSES_MAX as u64, "{looks} looks for {works} works");
             for work in &step {
-                scheduler.enqueue(*work).unwrap();
+                scheduler.enqueue(*work);
             }
         }
     }
@@ -161,8 +169,21 @@ fn of_session(session: u64, rows: u32, urgent: bool) -> Work {
     Work { device: session % 6, class, ..work(session, rows, urgent) }
 }
 
+/// Works by session, in order. The scheduler is told of the first of each.
+type Queues = BTreeMap<SessionKey, VecDeque<Work>>;
+
+/// Tells the scheduler of the next work of each session of which it holds none.
+fn feed(scheduler: &mut Scheduler, queues: &Queues) {
+    for (session, queue) in queues {
+        if let Some(next) = queue.front().filter(|_| !scheduler.holds(*session)) {
+            scheduler.enqueue(*next);
+        }
+    }
+}
+
 /// Plans a step, and checks it against what waits.
-fn check_step(scheduler: &mut Scheduler, waiting: &mut HashMap<u64, VecDeque<Work>>) -> usize {
+fn check_step(scheduler: &mut Scheduler, waiting: &mut Queues) -> usize {
+    feed(scheduler, waiting);
     let mut step = vec![];
     scheduler.plan(Bound::NONE, &mut step);
     assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max());
@@ -173,7 +194,8 @@ fn check_step(scheduler: &mut Scheduler, waiting: &mut HashMap<u64, VecDeque<Wor
         let next = waiting.get_mut(&work.session).and_then(VecDeque::pop_front);
         assert_eq!(next, Some(*work), "out of order");
     }
-    assert_eq!(scheduler.queued(), waiting.values().map(VecDeque::len).sum::<usize>());
+    feed(scheduler, waiting);
+    assert_eq!(scheduler.queued(), waiting.values().filter(|queue| !queue.is_empty()).count());
     assert_eq!(step.is_empty(), waiting.values().all(VecDeque::is_empty) && step.is_empty());
     step.len()
 }
@@ -190,11 +212,11 @@ fn bounded(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32, u32)> {
 
 #[test]
 fn a_step_beside_a_verify_holds_as_much_of_a_prompt_as_the_time_allows() {
-    let mut scheduler = Scheduler::new(512, 8);
-    scheduler.enqueue(work(1, 300, false)).unwrap();
+    let mut scheduler = Scheduler::new(512);
+    scheduler.enqueue(work(1, 300, false));
     // 30 units are left: 26 rows, each of which sees 13 others in the mean.
     assert_eq!(bounded(&mut scheduler), [(1, 0, 26)]);
-    scheduler.enqueue(Work { context: 100, ..work(2, 4, true) }).unwrap();
+    scheduler.enqueue(Work { context: 100, ..work(2, 4, true) });
     assert_eq!(bounded(&mut scheduler), [(2, 100, 4)]);
     // A row of the prompt is dearer further on.
     assert_eq!(bounded(&mut scheduler), [(1, 26, 21)]);
@@ -210,20 +232,20 @@ fn a_step_beside_a_verify_holds_as_much_of_a_prompt_as_the_time_allows() {
 
 #[test]
 fn a_verify_is_in_the_next_step_whatever_is_in_line() {
-    let mut scheduler = Scheduler::new(512, 8);
+    let mut scheduler = Scheduler::new(512);
     for session in 1..=4 {
-        scheduler.enqueue(work(session, 500, false)).unwrap();
+        scheduler.enqueue(work(session, 500, false));
     }
     bounded(&mut scheduler);
-    scheduler.enqueue(work(9, 8, true)).unwrap();
+    scheduler.enqueue(work(9, 8, true));
     assert_eq!(bounded(&mut scheduler), [(9, 0, 8)]);
 }
 
 #[test]
 fn a_cut_chunk_goes_behind_the_other_prompts_of_its_device() {
-    let mut scheduler = Scheduler::new(512, 8);
+    let mut scheduler = Scheduler::new(512);
     for (session, rows) in [(1, 500), (2, 20), (3, 20)] {
-        scheduler.enqueue(Work { device: 7, ..work(session, rows, false) }).unwrap();
+        scheduler.enqueue(Work { device: 7, ..work(session, rows, false) });
     }
     // Beside the 20 rows of the second there is time for some of the third's.
     let sessions = |step: Vec<(SessionKey, u32, u32)>| step.iter().map(|it| it.0).collect();
@@ -233,11 +255,14 @@ fn a_cut_chunk_goes_behind_the_other_prompts_of_its_device() {
 
 #[test]
 fn prompts_have_every_second_step_beside_verifies_that_never_pause() {
-    let mut scheduler = Scheduler::new(512, 8);
-    scheduler.enqueue(Work { context: 400, ..work(2, 300, false) }).unwrap();
+    let mut scheduler = Scheduler::new(512);
+    scheduler.enqueue(Work { context: 400, ..work(2, 300, false) });
     for turn in 0..20 {
-        let _ = scheduler.enqueue(work(1, 60, true));
-        let _ = scheduler.enqueue(work(3, 60, true));
+        for session in [1, 3] {
+            if !scheduler.holds(session) {
+                scheduler.enqueue(work(session, 60, true));
+            }
+        }
         let step = bounded(&mut scheduler);
         let prompts = step.iter().filter(|(session, ..)| *session == 2).count();
         assert_eq!((prompts, step.len()), if turn % 2 == 0 { (0, 2) } else { (1, 1) });
@@ -246,18 +271,18 @@ fn prompts_have_every_second_step_beside_verifies_that_never_pause() {
 
 #[test]
 fn a_piece_has_some_rows_however_long_they_take() {
-    let mut scheduler = Scheduler::new(512, 8);
-    scheduler.enqueue(Work { context: 100_000, ..work(2, 300, false) }).unwrap();
-    scheduler.enqueue(work(3, 300, false)).unwrap();
+    let mut scheduler = Scheduler::new(512);
+    scheduler.enqueue(Work { context: 100_000, ..work(2, 300, false) });
+    scheduler.enqueue(work(3, 300, false));
     assert_eq!(bounded(&mut scheduler), [(2, 100_000, PIECE_ROWS_MIN)]);
 }
 
 #[test]
 fn what_may_not_be_cut_runs_whole() {
-    let mut scheduler = Scheduler::new(512, 8);
-    scheduler.enqueue(Work { divisible: false, ..work(1, 60, false) }).unwrap();
-    scheduler.enqueue(Work { divisible: false, ..work(2, 60, false) }).unwrap();
-    scheduler.enqueue(work(3, 500, true)).unwrap();
+    let mut scheduler = Scheduler::new(512);
+    scheduler.enqueue(Work { divisible: false, ..work(1, 60, false) });
+    scheduler.enqueue(Work { divisible: false, ..work(2, 60, false) });
+    scheduler.enqueue(work(3, 500, true));
     assert_eq!(bounded(&mut scheduler), [(3, 0, 500)]);
     assert_eq!(bounded(&mut scheduler), [(1, 0, 60)]);
     assert_eq!(bounded(&mut scheduler), [(2, 0, 60)]);
@@ -265,11 +290,10 @@ fn what_may_not_be_cut_runs_whole() {
 
 #[test]
 fn the_first_piece_of_a_chunk_is_forgotten_with_its_rest() {
-    let mut scheduler = Scheduler::new(512, 8);
-    scheduler.enqueue(work(1, 300, false)).unwrap();
-    scheduler.enqueue(work(1, 300, false)).unwrap();
+    let mut scheduler = Scheduler::new(512);
+    scheduler.enqueue(work(1, 300, false));
     bounded(&mut scheduler);
-    assert_eq!(scheduler.queued(), 2);
+    assert_eq!(scheduler.queued(), 1);
     scheduler.forget(1);
     assert_eq!((scheduler.queued(), bounded(&mut scheduler)), (0, vec![]));
 }
@@ -282,16 +306,18 @@ proptest! {
         (step, fixed, row, row_context) in (0..9000u64, 0..2000u64, 1..200u64, 0..4u64),
     ) {
         let bound = Bound { step, fixed, row, row_context };
-        let mut scheduler = Scheduler::new(64, 1000);
+        let mut scheduler = Scheduler::new(64);
         let mut next = [0; 6];
         let mut ends = [0; 6];
+        let mut queues = Queues::new();
         for (session, rows, urgent) in works {
             let end = &mut ends[session as usize];
             let add = Work { context: *end, device: session % 2, ..work(session, rows, urgent) };
-            scheduler.enqueue(add).unwrap();
+            queues.entry(session).or_default().push_back(add);
             *end += rows;
         }
         let mut step = vec![];
+        feed(&mut scheduler, &queues);
         while scheduler.queued() > 0 {
             scheduler.plan(bound, &mut step);
             prop_assert!(!step.is_empty());
@@ -308,21 +334,25 @@ proptest! {
                 let next = &mut next[work.session as usize];
                 prop_assert_eq!(*next, work.context);
                 *next += work.rows;
+                if !scheduler.holds(work.session) {
+                    queues.get_mut(&work.session).expect("it is known").pop_front();
+                }
             }
+            feed(&mut scheduler, &queues);
         }
         prop_assert_eq!(next, ends);
     }
 
     #[test]
     fn works_run_once_in_order_within_the_budget(acts in acts()) {
-        let mut scheduler = Scheduler::new(64, 1000);
-        let mut waiting: HashMap<u64, VecDeque<Work>> = HashMap::new();
+        let mut scheduler = Scheduler::new(64);
+        let mut waiting = Queues::new();
         for act in acts {
             match act {
                 Act::Add { session, rows, urgent } => {
                     let work = of_session(session, rows, urgent);
-                    scheduler.enqueue(work).unwrap();
                     waiting.entry(session).or_default().push_back(work);
+                    feed(&mut scheduler, &waiting);
                 }
                 Act::Plan => {
                     check_step(&mut scheduler, &mut waiting);
@@ -369,10 +399,10 @@ proptest! {
         devices in prop::collection::vec((1..=64u32, 1..9u64), 2..6),
         urgent in any::<bool>(),
     ) {
-        let mut scheduler = Scheduler::new(64, 1000);
+        let mut scheduler = Scheduler::new(64);
         for (device, &(rows, sessions)) in (0..).zip(&devices) {
             for session in device * 10..device * 10 + sessions {
-                scheduler.enqueue(Work { device, ..work(session, rows, urgent) }).unwrap();
+                scheduler.enqueue(Work { device, ..work(session, rows, urgent) });
             }
         }
         let (mut step, mut served) = (vec![], vec![0; devices.len()]);
@@ -385,7 +415,7 @@ proptest! {
             prop_assert_eq!(served[first], least, "{:?}", &served);
             for work in &step {
                 served[work.device as usize] += u64::from(work.rows);
-                scheduler.enqueue(*work).unwrap();
+                scheduler.enqueue(*work);
             }
         }
     }
@@ -398,12 +428,12 @@ proptest! {
         prompts in prop::collection::vec(1..=64u32, 1..12),
         verify_rows in 1..=64u32,
     ) {
-        let mut scheduler = Scheduler::new(64, 1 << 16);
+        let mut scheduler = Scheduler::new(64);
         for session in 0..u64::from(64u32.div_ceil(verify_rows)) * 3 {
-            scheduler.enqueue(work(1000 + session, verify_rows, true)).unwrap();
+            scheduler.enqueue(work(1000 + session, verify_rows, true));
         }
         for (session, &rows) in (0..).zip(&prompts) {
-            scheduler.enqueue(work(session, rows, false)).unwrap();
+            scheduler.enqueue(work(session, rows, false));
         }
         let mut step = vec![];
         let mut left = prompts.len();
@@ -411,7 +441,7 @@ proptest! {
             scheduler.plan(Bound::NONE, &mut step);
             for work in &step {
                 if work.urgent {
-                    scheduler.enqueue(*work).unwrap();
+                    scheduler.enqueue(*work);
                 } else {
                     left -= 1;
                 }

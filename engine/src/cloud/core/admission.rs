@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use hat_transport::conn::ConnectionId;
 
 use super::sessions::Sessions;
+use crate::estimate::Average;
 use crate::sched::{DeviceKey, SessionKey};
 
 /// Soonest that a refused device is asked back.
@@ -20,8 +21,6 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 const FIRST_RETRY_MAX: Duration = Duration::from_millis(250);
 /// How long a session is taken to live before one has ended.
 const LIFE_UNKNOWN: Duration = Duration::from_secs(1);
-/// Share of the past in the mean life of sessions.
-const PAST: f64 = 0.8;
 /// A device that was refused so often goes before others that come by.
 const REFUSALS_MAX: u32 = 3;
 /// A device that comes back later than this after its time has given up its place.
@@ -55,7 +54,8 @@ impl Refused {
 #[derive(Debug, Default)]
 pub(super) struct Admission {
     refused: Vec<Refused>,
-    life_s: Option<f64>,
+    /// Mean life of a session, seconds.
+    life_s: Average,
     /// When the next session is expected to end that nobody waits for yet.
     next_end: Option<Instant>,
     /// How many were sent away for the longest time.
@@ -65,8 +65,7 @@ pub(super) struct Admission {
 impl Admission {
     /// A session has ended that lived so long.
     pub(super) fn note_life(&mut self, life: Duration) {
-        let life = life.as_secs_f64();
-        self.life_s = Some(self.life_s.map_or(life, |past| PAST * past + (1.0 - PAST) * life));
+        self.life_s.note(life.as_secs_f64());
     }
 
     /// Pages that are kept from `device`, which has `sessions` sessions: what the device
@@ -90,7 +89,7 @@ impl Admission {
 
     /// When the next device that finds no room is to come back, with `open` sessions open.
     pub(super) fn next_turn(&mut self, now: Instant, open: usize) -> Duration {
-        let life = self.life_s.map_or(LIFE_UNKNOWN, Duration::from_secs_f64);
+        let life = self.life_s.value().map_or(LIFE_UNKNOWN, Duration::from_secs_f64);
         let share = life.div_f64(open.max(1) as f64);
         let next = self.next_end.unwrap_or(now).max(now) + share.min(RETRY_MAX);
         self.next_end = Some(next.min(now + RETRY_MAX));

@@ -130,7 +130,7 @@ impl CloudCore {
             sessions: Sessions::default(),
             pages: Pages::new(pages),
             admission: Admission::default(),
-            planner: Planner::new(&hello, config.sessions_max),
+            planner: Planner::new(&hello),
             figures,
             fault: None,
             dropped: Vec::new(),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::chunk::CloudCost;
-use crate::monitor::{Fit, Moving, PAST_SHARE};
+use crate::estimate::{Average, StepTimes};
 use crate::sched::{Bound, SessionKey};
 
 /// A session decodes for so long after its last verify: longer than a round trip and what a device
@@ -30,10 +30,10 @@ const LONG_S: f64 = 0.02;
 /// Costs of steps, and the sessions that decode.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
-    steps: Fit,
+    steps: StepTimes,
     /// Rows in a step of verifies, and rows that one of them attends to.
-    verify_rows: Moving,
-    context: Moving,
+    verify_rows: Average,
+    context: Average,
     /// When a session's last verify came.
     decoders: BTreeMap<SessionKey, Instant>,
     latest: Option<Instant>,
@@ -50,10 +50,10 @@ impl Pace {
         took: Duration,
     ) {
         let Some((rows, context)) = mean(rows, attended) else { return };
-        self.steps.note_mean(PAST_SHARE, rows, context, took.as_secs_f64());
+        self.steps.note_mean(rows, context, took.as_secs_f64());
         if verify_rows > 0 {
-            self.verify_rows.note(PAST_SHARE, f64::from(verify_rows));
-            self.context.note(PAST_SHARE, context);
+            self.verify_rows.note(f64::from(verify_rows));
+            self.context.note(context);
         }
     }
 
@@ -82,7 +82,8 @@ impl Pace {
 
     /// True if such a step takes long.
     pub(super) fn is_long(&self, rows: usize, attended: u64) -> bool {
-        let (Some(cost), Some((rows, context))) = (self.steps.cost(), mean(rows, attended)) else {
+        let (Some(cost), Some((rows, context))) = (self.steps.cost(0.0), mean(rows, attended))
+        else {
             return false;
         };
         seconds(&cost, f64::from(rows), context) > LONG_S
@@ -90,7 +91,7 @@ impl Pace {
 
     /// The bound of the next step.
     pub(super) fn bound(&self, is_decoding: bool) -> Bound {
-        let Some(cost) = self.steps.cost() else { return Bound::NONE };
+        let Some(cost) = self.steps.cost(0.0) else { return Bound::NONE };
         if !is_decoding {
             return bound_of(&cost, QUIET_S.max(QUIET_TIMES * cost.fixed));
         }

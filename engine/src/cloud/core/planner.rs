@@ -26,14 +26,12 @@ pub(super) struct Planner {
 }
 
 impl Planner {
-    /// For a cloud that says `hello`, with so many sessions at most.
-    pub(super) fn new(hello: &Hello, sessions_max: u32) -> Self {
-        // A session has one work there at a time, so there is room for all.
-        let queue_max = sessions_max as usize;
+    /// For a cloud that says `hello`.
+    pub(super) fn new(hello: &Hello) -> Self {
         // One step in each stage, and one that is planned meanwhile.
         let batches = usize::from(hello.stages) + 1;
         Self {
-            scheduler: Scheduler::new(hello.row_budget, queue_max),
+            scheduler: Scheduler::new(hello.row_budget),
             pace: Pace::default(),
             moves: Vec::new(),
             idle: std::iter::repeat_with(StepBatch::default).take(batches).collect(),
@@ -53,7 +51,7 @@ impl Planner {
         if work.urgent {
             self.note_decoder(now, work.session);
         }
-        self.scheduler.enqueue(work).expect("there is room for a work of each session");
+        self.scheduler.enqueue(work);
     }
 
     /// A verify of a session has come, or rows of it go back: verifies follow.

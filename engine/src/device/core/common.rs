@@ -15,8 +15,8 @@ use crate::backend::{RowMove, TokenId};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::config::{Codec, EngineConfig};
 use crate::draft::tree::Guess;
-use crate::draft::{Acceptance, Costs};
-use crate::monitor::{Estimates, Monitor, Returned};
+use crate::draft::{Acceptance, DraftPolicy};
+use crate::estimate::{Estimates, Estimator, Returned};
 use crate::page::pages_for;
 use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
@@ -86,43 +86,35 @@ pub(super) struct Scratch {
 pub(super) struct Learned {
     /// How good guesses were.
     pub(super) acceptance: Acceptance,
-    /// Times of rounds.
-    pub(super) costs: Costs,
-    /// Times of chunks.
-    monitor: Monitor,
+    /// Times of rounds and of chunks.
+    pub(super) estimator: Estimator,
     planner: Planner,
     /// The link's counters at the last look; `None` without a connection.
     pub(super) traffic: Option<Traffic>,
-    /// Bytes from the cloud, and how long they took, that the monitor knows of.
+    /// Bytes from the cloud, and how long they took, that the estimator knows of.
     arrived: (u64, Duration),
 }
 
 impl Learned {
     /// Another processor computes from now on: times of the one before say nothing of it.
     pub(super) fn forget_times(&mut self) {
-        self.costs = Costs::default();
-        self.monitor = Monitor::default();
+        self.estimator = Estimator::default();
     }
 
-    /// The device's layers took so long for so many rows, of a prompt or a lone token if
-    /// `is_piece`.
-    pub(super) fn note_input(&mut self, rows: usize, took: Duration, is_piece: bool) {
-        self.costs.device.note(rows, took.as_secs_f64());
-        if is_piece {
-            let rows = u32::try_from(rows).expect("a piece is small");
-            self.monitor.note_device(rows, took.as_secs_f64());
-        }
+    /// The device's layers took so long for so many rows behind `prefix` others.
+    pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
+        let rows = u32::try_from(rows).expect("a piece or a level is small");
+        self.estimator.note_device(rows, prefix, took.as_secs_f64());
     }
 
     /// Tail layers and LM head of one row took so long.
     pub(super) fn note_head(&mut self, took: Duration) {
-        self.costs.head.note(took.as_secs_f64());
-        self.monitor.note_head(took.as_secs_f64());
+        self.estimator.note_head(took.as_secs_f64());
     }
 
     /// How fast the cloud saw this device's frames come in.
     fn note_arrivals(&mut self, arrivals: Arrivals) {
-        self.monitor.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
+        self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
 
     /// A chunk of a prompt has been computed, long before the prompt's first output.
@@ -130,7 +122,7 @@ impl Learned {
         self.note_arrivals(computed.arrivals);
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         let step_s = f64::from(computed.step_us) * 1e-6;
-        self.monitor.note_step(computed.step_rows, computed.first_id - 1, step_s);
+        self.estimator.note_step(computed.step_rows, computed.first_id - 1, step_s);
     }
 
     /// The first output came for rows that were `timed`, which were `away` so long; rows of a
@@ -143,21 +135,15 @@ impl Learned {
         prefix: u32,
         facts: &Facts,
     ) {
-        let step_s = f64::from(head.step_us) * 1e-6;
-        let queue_s = f64::from(head.queue_us) * 1e-6;
-        let away_s = away.map(|away| away.as_secs_f64());
-        if let Some(away_s) = away_s {
-            self.costs.note_step(rows, head.step_rows as usize, step_s, queue_s);
-            self.costs.wait.note(rows, (away_s - step_s - queue_s).max(0.0));
-        }
         self.note_link();
-        self.monitor.note_returned(&Returned {
+        self.estimator.note_returned(&Returned {
+            rows,
             sent_bytes: (rows * facts.row_bytes()) as u64,
             prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
             step_rows: head.step_rows,
-            step_s,
-            queue_s,
-            away_s,
+            step_s: f64::from(head.step_us) * 1e-6,
+            queue_s: f64::from(head.queue_us) * 1e-6,
+            away_s: away.map(|away| away.as_secs_f64()),
         });
     }
 
@@ -172,29 +158,28 @@ impl Learned {
         let arrived = (traffic.arrived_bytes, traffic.arrived_in);
         let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
         let took = arrived.1.saturating_sub(time).as_secs_f64();
-        self.monitor.note_downlink(arrived.0.saturating_sub(bytes), took);
+        self.estimator.note_downlink(arrived.0.saturating_sub(bytes), took);
         if let Some(rtt) = traffic.rtt {
-            self.monitor.note_rtt(rtt.as_secs_f64());
+            self.estimator.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
     }
 
     /// Seconds for which bytes that are not acknowledged keep the uplink busy.
     pub(super) fn uplink_busy_s(&self, unacked: u64) -> f64 {
-        self.monitor.uplink_busy_s(unacked)
+        self.estimator.uplink_busy_s(unacked).unwrap_or(0.0)
     }
 
     /// For how long no more of a prompt is computed, since the uplink has enough; `None` if it may
     /// go on.
     pub(super) fn upload_pause(&self) -> Option<Duration> {
-        turn::upload_pause(self.traffic?.unacked_bytes, |bytes| {
-            self.monitor.knows_uplink().then(|| self.monitor.uplink_busy_s(bytes))
-        })
+        let unacked = self.traffic?.unacked_bytes;
+        turn::upload_pause(unacked, |bytes| self.estimator.uplink_busy_s(bytes))
     }
 
     /// Rows of the next piece, at most `rows`, behind `prefix` others.
     pub(super) fn piece_rows(&self, prefix: u32, rows: u32) -> u32 {
-        turn::piece_rows(self.monitor.device_cost(), prefix, rows)
+        turn::piece_rows(self.estimator.device_cost(), prefix, rows)
     }
 
     /// The planner of chunks, with what it plans by; `None` if too little is known.
@@ -203,18 +188,18 @@ impl Learned {
         facts: &Facts,
         stages: u32,
     ) -> Option<(&mut Planner, crate::chunk::ChunkCosts)> {
-        let costs = self.monitor.costs(facts.row_bytes(), facts.layers, stages)?;
+        let costs = self.estimator.chunk_costs(facts.row_bytes(), facts.layers, stages)?;
         Some((&mut self.planner, costs))
     }
 
     /// Everything that is known now.
     pub(super) fn estimates(&self, facts: &Facts, stages: u32) -> Estimates {
-        self.monitor.estimates(facts.row_bytes(), facts.layers, stages)
+        self.estimator.estimates(facts.row_bytes(), facts.layers, stages)
     }
 
     /// Whether rows that were sent will be back before another wave of drafts could be made.
     pub(super) fn is_due(&self, now: std::time::Instant, timed: Option<Timed>) -> bool {
-        timed.is_some_and(|timed| self.costs.is_due(now, timed.at, timed.rows))
+        timed.is_some_and(|timed| self.estimator.is_due(now, timed.at, timed.rows))
     }
 }
 
@@ -222,6 +207,7 @@ impl Learned {
 pub(super) struct Common {
     pub(super) facts: Facts,
     pub(super) cloud: CloudFacts,
+    pub(super) policy: DraftPolicy,
     pub(super) learned: Learned,
     pub(super) scratch: Scratch,
     /// Moves in the KV store that run, in order, before any row is computed.
@@ -251,6 +237,7 @@ impl Common {
                 pending_max: PENDING_ROWS_MAX,
                 arithmetic: ARITHMETIC_ID,
             },
+            policy: DraftPolicy::default(),
             learned: Learned::default(),
             scratch: Scratch {
                 plan: PlanBuffers::with_capacity(limits.step_rows_max as usize, 1, pages),
@@ -274,7 +261,8 @@ impl Common {
 
     /// Rows that may pend in the cloud, or run in one step there.
     pub(super) fn pending_max(&self) -> usize {
-        PENDING_ROWS_MAX
+        self.policy
+            .pending_max
             .min(self.cloud.pending_max)
             .min(self.cloud.rows_max as usize)
             .min(self.facts.step_rows_max as usize)

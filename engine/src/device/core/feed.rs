@@ -6,14 +6,11 @@ use std::ops::Range;
 use super::common::Common;
 use super::request::Request;
 use crate::backend::BackendFault;
+use crate::draft::DraftMode;
 use crate::draft::foresee::Draw;
 use crate::draft::policy::Asking;
 use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
-use crate::draft::{CHAIN_PROBABILITY_MIN, DraftMode};
 use crate::sequence::PENDING_ROWS_MAX;
-
-/// Guesses of the trained drafter for one node.
-const WIDTH: usize = 8;
 
 /// A request's dealings with the trained drafter: they outlive its sessions in the cloud, since the
 /// drafter takes each row once.
@@ -148,7 +145,8 @@ impl Request {
         };
         let guesses = &mut cx.scratch.guesses;
         guesses.clear();
-        drafter.propose(session, &rows, if is_chain { 1 } else { WIDTH }, guesses);
+        let width = if is_chain { 1 } else { cx.policy.width };
+        drafter.propose(session, &rows, width, guesses);
         if let Some(fault) = drafter.fault() {
             guesses.clear();
             return Err(fault);
@@ -162,7 +160,7 @@ impl Request {
                 if drafts.is_unsure {
                     continue;
                 }
-                drafts.is_unsure = guess.probability < CHAIN_PROBABILITY_MIN;
+                drafts.is_unsure = guess.probability < cx.policy.chain_probability_min;
             } else {
                 guess.probability = cx.learned.acceptance.corrected(&guess);
             }

@@ -15,10 +15,6 @@ use crate::error::RequestError;
 /// for a whole chunk, and is looked after in between.
 const PIECE_ROWS: u32 = 64;
 
-/// Seconds for which a chunk keeps one of the cloud's stages from others at most: what this cloud
-/// cuts its steps to by itself, and another may not.
-const STEP_S_MAX: f64 = 0.15;
-
 /// Decided rows that the cloud runs in one step. They are computed here a piece at a time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Chunk {
@@ -92,7 +88,7 @@ impl Request {
         let Piece { first, ids, parent, is_held } = piece;
         let out = &mut open.outgoing;
         let end = first + u32::try_from(ids.len()).expect("a piece is small");
-        cx.learned.note_input(ids.len(), took, true);
+        cx.learned.note_input(ids.len(), first, took);
         if let Some(row) = first_not_finite(&out.hidden, cx.facts.hidden_size) {
             let row = u32::try_from(row).expect("below the chunk's rows");
             return Err(RequestError::NotFinite { position: first + row });
@@ -160,7 +156,7 @@ impl Request {
             ahead.later(now.duration_since(at).as_secs_f64())
         });
         ahead.uplink_s = ahead.uplink_s.max(uplink_s);
-        let limits = Limits { rows_max, step_s_max: STEP_S_MAX, ..Limits::default() };
+        let limits = Limits { rows_max, ..Limits::default() };
         let plan = planner.plan_after(policy, &costs, &limits, ahead, done, left);
         let next = *plan.sizes.first()?;
         self.meter.planned(now, plan.sizes, plan.finish_s);

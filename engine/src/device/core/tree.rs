@@ -11,14 +11,9 @@ use super::common::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
 use super::session::Round;
-use crate::draft::lookup::BRANCHES_MAX;
-use crate::draft::{BUDGET_DEFAULT, CHAIN_MAX, DraftMode};
+use crate::draft::DraftMode;
+use crate::draft::policy::drafts_that_pay;
 use crate::error::RequestError;
-
-/// Nodes that are computed together: more is fewer steps, less is a better choice of nodes.
-const LEVEL_NODES: usize = 8;
-/// Nodes that are added to a tree at a time once it is away: they make a step of their own.
-const WAVE_NODES: usize = 2 * LEVEL_NODES;
 
 /// How far a tree may grow.
 #[derive(Clone, Copy, Debug)]
@@ -96,7 +91,8 @@ impl Request {
 
     /// Offers what stood after the same words before.
     fn look_up(&mut self, cx: &Common) {
-        let branches = if self.draft_mode() == DraftMode::Lookup { 1 } else { BRANCHES_MAX };
+        let only_lookup = self.draft_mode() == DraftMode::Lookup;
+        let branches = if only_lookup { 1 } else { cx.policy.branches_max };
         let (Some(open), Some(lookup)) = (self.session.open_mut(), &self.path.lookup) else {
             return;
         };
@@ -110,7 +106,8 @@ impl Request {
     /// Bounds of a tree that is begun.
     fn first_bounds(&self, began: Instant, cx: &Common) -> Bounds {
         let mode = self.draft_mode();
-        let nodes = if mode == DraftMode::Chain { CHAIN_MAX } else { BUDGET_DEFAULT };
+        let is_chain = mode == DraftMode::Chain;
+        let nodes = if is_chain { cx.policy.chain_max } else { cx.policy.nodes_max };
         let nodes_max = cx.pending_max().min(nodes + 1);
         let as_it_pays = mode == DraftMode::Auto;
         Bounds { nodes_max, floor: 0.0, as_it_pays, is_wave: false, began }
@@ -124,7 +121,7 @@ impl Request {
         if bounds.as_it_pays {
             let drafting = open.round.map_or(0.0, |round| round.drafting);
             let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
-            let pay = cx.learned.costs.drafts_that_pay(probabilities, drafting);
+            let pay = drafts_that_pay(&cx.learned.estimator, probabilities, drafting);
             let end = (1 + pay).max(grown.start);
             let held_back = tree.nodes().iter().skip(end).filter(|node| node.depth == 1);
             open.drafts.held_back.clear();
@@ -156,9 +153,9 @@ impl Request {
         let open = self.session.open_mut()?;
         let nodes = open.drafts.tree.nodes().len();
         let (wave, floor) = match mode {
-            DraftMode::All => (WAVE_NODES, 0.0),
+            DraftMode::All => (cx.policy.wave_nodes, 0.0),
             _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
-            _ => cx.learned.costs.wave(WAVE_NODES),
+            _ => cx.learned.estimator.wave(cx.policy.wave_nodes),
         };
         open.drafts.is_full = true;
         let nodes_max = nodes + wave.min(cx.pending_max().saturating_sub(away));
@@ -265,7 +262,7 @@ impl Request {
     ) -> Result<(), RequestError> {
         let nodes = level.nodes.clone();
         let Some(open) = self.session.open_mut() else { return Ok(()) };
-        cx.learned.note_input(nodes.len(), took, false);
+        cx.learned.note_input(nodes.len(), self.kv.committed(), took);
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
         let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
         let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
@@ -303,8 +300,7 @@ impl Request {
         let (end, bounds) = (level.nodes.end, level.bounds);
         let nodes = match self.draft_mode() {
             DraftMode::Chain => 1,
-            _ if end < LEVEL_NODES => LEVEL_NODES / 2,
-            _ => LEVEL_NODES,
+            _ => cx.policy.level(end),
         };
         let nodes_max = bounds.nodes_max.min(end + nodes);
         let nodes = self.grow(Bounds { nodes_max, ..bounds }, cx);
@@ -327,7 +323,7 @@ impl Request {
         let took = now.duration_since(bounds.began);
         self.note_drafting(took);
         if bounds.is_wave {
-            cx.learned.costs.wave.note(took.as_secs_f64());
+            cx.learned.estimator.note_wave(took.as_secs_f64());
         }
         self.check();
     }

@@ -289,10 +289,10 @@ impl Request {
         open.outgoing.drop_unheard();
         if let Some(round) = open.round.take() {
             let took = now.duration_since(round.began).as_secs_f64();
-            let costs = &mut cx.learned.costs;
-            costs.note_round(tokens - round.tokens);
+            let estimator = &mut cx.learned.estimator;
+            estimator.note_round(tokens - round.tokens);
             if round.asked {
-                self.drafting.asking.note(tokens - round.tokens, took, costs.plain_rate());
+                self.drafting.asking.note(tokens - round.tokens, took, estimator.plain_rate());
             }
         }
         if self.kv.place(id).is_some() {

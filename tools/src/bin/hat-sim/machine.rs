@@ -4,8 +4,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use hat_engine::draft::policy::Average;
-use hat_engine::draft::{Acceptance, Costs};
+use hat_engine::draft::Acceptance;
+use hat_engine::estimate::{Average, Estimator};
 use hat_engine::sched::{Bound, Scheduler, Work};
 use hat_transport::frame::HEADER_BYTES;
 
@@ -26,8 +26,6 @@ pub(crate) fn seconds(time: Time) -> f64 {
 const FRAME_BYTES: u64 = 65_536;
 /// A frame's header and the head of its rows.
 const FRAME_HEAD_BYTES: u64 = HEADER_BYTES as u64 + 24;
-/// Works that wait for the cloud at most.
-const QUEUE_MAX: usize = 1 << 16;
 
 /// Something that a device computes. The first kinds go first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,7 +59,7 @@ pub(crate) struct Device {
     pub(crate) up: Uplink,
     pub(crate) down: Downlink,
     /// What it has measured, in the engine's own terms.
-    pub(crate) measured: Costs,
+    pub(crate) estimator: Estimator,
     pub(crate) acceptance: Acceptance,
     /// How long works wait for a step in the cloud.
     pub(crate) queue_s: Average,
@@ -256,10 +254,17 @@ pub(crate) struct Step {
     pub(crate) began: Time,
 }
 
+/// Rows of one request that wait for a step, and their device.
+struct Waiting {
+    device: usize,
+    messages: VecDeque<Message>,
+}
+
 /// One cloud: the engine's scheduler in front of a pipeline of stages.
 pub(crate) struct Replica {
     scheduler: Scheduler,
-    waiting: HashMap<usize, VecDeque<Message>>,
+    /// By request. The scheduler holds the first message of each.
+    waiting: HashMap<usize, Waiting>,
     /// One place before each stage and one in it.
     stages: Vec<VecDeque<Step>>,
     running: Vec<bool>,
@@ -276,14 +281,13 @@ pub(crate) struct PlanClock {
     pub(crate) took: Duration,
     pub(crate) longest: Duration,
     pub(crate) queued_max: usize,
-    pub(crate) refused: u64,
 }
 
 impl Replica {
     pub(crate) fn new(rows_max: u32, stages: u32, timed: bool) -> Self {
         let stages = stages as usize;
         Self {
-            scheduler: Scheduler::new(rows_max, QUEUE_MAX),
+            scheduler: Scheduler::new(rows_max),
             waiting: HashMap::new(),
             stages: (0..stages).map(|_| VecDeque::new()).collect(),
             running: vec![false; stages],
@@ -298,26 +302,34 @@ impl Replica {
         let began = self.clock.on.then(Instant::now);
         let mut left = message.rows;
         let mut context = message.context;
+        let new = || Waiting { device, messages: VecDeque::new() };
+        let waiting = self.waiting.entry(message.request).or_insert_with(new);
         while left > 0 {
             let rows = left.min(cut);
             left -= rows;
-            let session = message.request as u64;
-            let (device, urgent) = (device as u64, message.urgent);
-            let (divisible, class) = (false, 0);
-            let work = Work { session, device, rows, context, urgent, divisible, class };
-            if self.scheduler.enqueue(work).is_err() {
-                self.clock.refused += 1;
-                return;
-            }
             let reply = message.reply.filter(|_| left == 0);
-            let part = Message { rows, context, reply, enqueued: now, ..message };
-            self.waiting.entry(message.request).or_default().push_back(part);
+            waiting.messages.push_back(Message { rows, context, reply, enqueued: now, ..message });
             context += rows;
         }
+        self.enqueue_next(message.request);
         self.clock.queued_max = self.clock.queued_max.max(self.scheduler.queued());
         if let Some(began) = began {
             self.clock.took += began.elapsed();
         }
+    }
+
+    /// Tells the scheduler of a request's next rows, if it holds none, as the engine's cloud does.
+    fn enqueue_next(&mut self, request: usize) {
+        let session = request as u64;
+        if self.scheduler.holds(session) {
+            return;
+        }
+        let Some(waiting) = self.waiting.get(&request) else { return };
+        let Some(Message { rows, context, urgent, .. }) = waiting.messages.front().copied() else {
+            return;
+        };
+        let (device, divisible, class) = (waiting.device as u64, false, 0);
+        self.scheduler.enqueue(Work { session, device, rows, context, urgent, divisible, class });
     }
 
     /// Drops what a request has waiting.
@@ -344,12 +356,14 @@ impl Replica {
         let mut messages = Vec::with_capacity(self.plan.len());
         for work in &self.plan {
             let session = work.session as usize;
-            let queue = self.waiting.get_mut(&session).expect("what is planned was enqueued");
-            messages.push(queue.pop_front().expect("works of a session keep their order"));
-            if queue.is_empty() {
+            let waiting = self.waiting.get_mut(&session).expect("what is planned was enqueued");
+            let next = waiting.messages.pop_front();
+            messages.push(next.expect("works of a session keep their order"));
+            if waiting.messages.is_empty() {
                 self.waiting.remove(&session);
             }
         }
+        messages.iter().for_each(|message| self.enqueue_next(message.request));
         let rows: u32 = messages.iter().map(|message| message.rows).sum();
         let context: usize = messages.iter().map(|message| message.context as usize).sum();
         let stage = nanoseconds(stage.seconds(rows as usize, context));

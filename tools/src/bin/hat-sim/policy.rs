@@ -1,7 +1,9 @@
 //! Policies: switches over one cost file, and nothing else.
 
 use anyhow::bail;
-use hat_engine::options::Codec;
+use hat_engine::EngineConfig;
+use hat_engine::draft::DraftPolicy;
+use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
 
 /// How a prompt goes up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,10 +12,8 @@ pub(crate) enum Chunking {
     Off,
     /// In one piece; the cloud cuts it into steps of so many rows.
     Cloud(u32),
-    /// In equal chunks by the published balance rule.
-    Paper,
-    /// In chunks by the dynamic program.
-    Auto,
+    /// In chunks, as the engine's planner cuts it.
+    Device(ChunkPolicy),
 }
 
 /// Who guesses by computing.
@@ -64,11 +64,9 @@ pub(crate) struct Policy {
     pub(crate) switches: Switches,
 }
 
-/// Confidence below which a chain ends: the guess itself is not sent, drafting ahead begins with
-/// it and its siblings. (Kangaroo sends it.)
-pub(crate) const THRESHOLD: f64 = 0.6;
-/// Drafts of a chain at most.
-pub(crate) const CHAIN_MAX: usize = 6;
+/// Sizes and thresholds of every policy: the engine's. The guess with which a chain ends is not
+/// sent, drafting ahead begins with it and its siblings. (Kangaroo and the engine send it.)
+pub(crate) const DRAFTS: DraftPolicy = DraftPolicy::DEFAULT;
 /// Nodes of the tree that heads grow.
 pub(crate) const HEADS_NODES: usize = 8;
 /// Branches that are drafted ahead below a chain's tail.
@@ -91,22 +89,31 @@ pub(crate) const U_SHAPE: Switches = Switches {
 };
 
 /// HAT as published.
-pub(crate) const HAT: Switches =
-    Switches { chunking: Chunking::Paper, trained: Trained::Adapter, parallel: true, ..U_SHAPE };
-
-/// The engine as it is: everything but drafting ahead of rows that it does not send.
-pub(crate) const OURS: Switches = Switches {
-    chunking: Chunking::Auto,
+pub(crate) const HAT: Switches = Switches {
+    chunking: Chunking::Device(ChunkPolicy::Paper),
     trained: Trained::Adapter,
-    shape: Shape::Tree,
-    lookup: true,
-    parallel: false,
-    levels: true,
-    streaming: true,
-    short_head: true,
-    codec: Codec::Int8,
-    prefix: true,
+    parallel: true,
+    ..U_SHAPE
 };
+
+/// The engine with a trained drafter, as a command starts it: the defaults of its configuration,
+/// and the row codec that `hat-split` writes into a bundle.
+pub(crate) fn ours() -> Switches {
+    let config = EngineConfig::new("device");
+    let draft = DraftMode::default();
+    Switches {
+        chunking: Chunking::Device(config.chunks),
+        trained: if draft.asks_trained() { Trained::Adapter } else { Trained::Nobody },
+        shape: if draft == DraftMode::Chain { Shape::Chain } else { Shape::Tree },
+        lookup: draft.looks_up(true),
+        parallel: false,
+        levels: true,
+        streaming: draft.streams(),
+        short_head: true,
+        codec: config.wire.unwrap_or_default(),
+        prefix: config.prefix,
+    }
+}
 
 /// Policies that are compared unless others are named.
 pub(crate) const COMPARED: [&str; 5] = ["u-shape", "u-sarathi", "u-medusa", "hat", "ours"];
@@ -133,7 +140,7 @@ pub(crate) const ABLATION: [&str; 15] = [
 impl Policy {
     /// The policy of a name.
     pub(crate) fn named(name: &str) -> anyhow::Result<Self> {
-        let paper = Switches { chunking: Chunking::Paper, ..U_SHAPE };
+        let paper = Switches { chunking: Chunking::Device(ChunkPolicy::Paper), ..U_SHAPE };
         let drafts = Switches { trained: Trained::Adapter, ..U_SHAPE };
         let switches = match name {
             "u-shape" => U_SHAPE,
@@ -141,9 +148,9 @@ impl Policy {
             "u-medusa" => Switches { trained: Trained::Heads, shape: Shape::Tree, ..U_SHAPE },
             "pc" => paper,
             "sd" => drafts,
-            "sd+pc" => Switches { chunking: Chunking::Paper, ..drafts },
+            "sd+pc" => Switches { chunking: paper.chunking, ..drafts },
             "hat" => HAT,
-            "hat+auto" => Switches { chunking: Chunking::Auto, ..HAT },
+            "hat+auto" => Switches { chunking: Chunking::Device(ChunkPolicy::Auto), ..HAT },
             "hat+int8" => Switches { codec: Codec::Int8, ..HAT },
             "hat+prefix" => Switches { prefix: true, ..HAT },
             "hat+short-head" => Switches { short_head: true, ..HAT },
@@ -151,9 +158,9 @@ impl Policy {
             "hat+lookup" => Switches { lookup: true, ..HAT },
             "hat+levels" => Switches { levels: true, ..HAT },
             "hat+streaming" => Switches { streaming: true, ..HAT },
-            "ours+ahead" => Switches { parallel: true, ..OURS },
-            "ours" => OURS,
-            "auto" => Switches { streaming: false, codec: Codec::F16, prefix: false, ..OURS },
+            "ours" => ours(),
+            "ours+ahead" => Switches { parallel: true, ..ours() },
+            "auto" => Switches { streaming: false, codec: Codec::F16, prefix: false, ..ours() },
             "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
             _ => bail!(
                 "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",
@@ -190,6 +197,9 @@ mod tests {
                 assert_ne!(policy.switches, other.switches, "{} and {}", policy.name, other.name);
             }
         }
+        // What a reader takes for the engine is what a command starts.
+        assert_eq!(ours().chunking, Chunking::Device(ChunkPolicy::default()));
+        assert_eq!((ours().codec, ours().prefix), (Codec::default(), true));
         assert!(Policy::named("best").unwrap_err().to_string().contains("ours"));
     }
 }

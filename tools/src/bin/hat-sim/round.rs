@@ -1,21 +1,13 @@
 //! Rounds of one answer: a tree of guesses grows, rows go up, a walk decides tokens. No clock and
 //! no machine: what it costs is returned as seconds on the device, when it happens is the world's.
 
-use hat_engine::draft::{Acceptance, BUDGET_DEFAULT, Costs, Tree};
+use hat_engine::draft::policy::drafts_that_pay;
+use hat_engine::draft::{Acceptance, Tree};
+use hat_engine::estimate::Estimator;
 
 use crate::costs::DeviceCosts;
-use crate::policy::{AHEAD_WIDTH, CHAIN_MAX, HEADS_NODES, Shape, Switches, THRESHOLD, Trained};
+use crate::policy::{AHEAD_WIDTH, DRAFTS, HEADS_NODES, Shape, Switches, Trained};
 use crate::text::{Opinion, Text, WIDTH_MAX};
-
-/// Guesses of a trained drafter for one node of a tree: all that are modelled. (The engine has 8.)
-const WIDTH: usize = WIDTH_MAX;
-/// Nodes that are computed together, as in the engine; the first level has half.
-const LEVEL_NODES: usize = 8;
-/// Nodes that are added to a tree at a time once it is away, as in the engine.
-pub(crate) const WAVE_NODES: usize = 2 * LEVEL_NODES;
-
-/// Rows of a session that may be away at one time.
-const PENDING_ROWS_MAX: usize = 64;
 
 /// What a round is made with.
 pub(crate) struct Making<'a> {
@@ -23,7 +15,7 @@ pub(crate) struct Making<'a> {
     pub(crate) text: Text<'a>,
     pub(crate) device: &'a DeviceCosts,
     /// What this device has measured.
-    pub(crate) measured: &'a mut Costs,
+    pub(crate) estimator: &'a mut Estimator,
     pub(crate) acceptance: &'a mut Acceptance,
 }
 
@@ -125,7 +117,7 @@ impl Round {
                 if making.switches.lookup {
                     self.offer_lookup(making);
                 }
-                self.grow(making, 1, BUDGET_DEFAULT + 1);
+                self.grow(making, 1, DRAFTS.nodes_max + 1);
                 let rows = self.nodes.len();
                 vec![Level { rows, seconds: making.device.layers.seconds(rows) }]
             }
@@ -165,7 +157,7 @@ impl Round {
         if making.switches.lookup {
             self.offer_lookup(making);
             let before = self.nodes.len();
-            self.grow(making, before, BUDGET_DEFAULT + 1);
+            self.grow(making, before, DRAFTS.nodes_max + 1);
             if self.nodes.len() > before {
                 let more = making.device.layers.seconds(self.nodes.len() - before + 1);
                 let last = steps.last_mut().expect("a chain has its root's step");
@@ -179,14 +171,14 @@ impl Round {
     /// Whether a chain may become longer than its node `tail`.
     fn goes_on(&self, tail: usize) -> bool {
         let depth = self.tree.nodes()[tail].depth;
-        (depth as usize) < CHAIN_MAX && depth < self.depth_max
+        (depth as usize) < DRAFTS.chain_max && depth < self.depth_max
     }
 
     /// Asks what follows a chain's tail, and adds it if the drafter is sure of it.
     fn lengthen(&mut self, making: &Making<'_>, tail: usize) {
         let opinion = self.opinion(&making.text, tail, false);
         self.nodes[tail].opinion = Some(opinion);
-        if opinion.confidence() >= THRESHOLD {
+        if opinion.confidence() >= f64::from(DRAFTS.chain_probability_min) {
             self.offer(making, tail, 1);
             self.tree.grow(self.nodes.len() + 1, 0.0);
             self.nodes.resize(self.tree.nodes().len(), Node::default());
@@ -198,17 +190,16 @@ impl Round {
         if making.switches.lookup {
             self.offer_lookup(making);
         }
-        let rows_max = BUDGET_DEFAULT + 1;
+        let rows_max = DRAFTS.nodes_max + 1;
         let mut from = 0;
         while from < self.nodes.len() {
             let rows = self.nodes.len() - from;
             let mut seconds = making.device.layers.seconds(rows);
             let end = self.nodes.len();
             if end < rows_max {
-                (from..end).for_each(|node| self.ask(making, node, WIDTH, false));
+                (from..end).for_each(|node| self.ask(making, node, DRAFTS.width, false));
                 seconds += making.proposal_seconds(rows);
-                let level = if end < LEVEL_NODES { LEVEL_NODES / 2 } else { LEVEL_NODES };
-                self.grow(making, end, rows_max.min(end + level));
+                self.grow(making, end, rows_max.min(end + DRAFTS.level(end)));
             }
             steps.push(Level { rows, seconds });
             from = end;
@@ -267,7 +258,7 @@ impl Round {
     fn grow(&mut self, making: &Making<'_>, least: usize, rows_max: usize) {
         self.tree.grow(rows_max, 0.0);
         let probabilities = self.tree.nodes().iter().skip(1).map(|node| node.probability);
-        let end = (1 + making.measured.drafts_that_pay(probabilities, 0.0)).max(least);
+        let end = (1 + drafts_that_pay(making.estimator, probabilities, 0.0)).max(least);
         if end < self.tree.nodes().len() {
             self.tree.truncate(end);
         }
@@ -284,20 +275,20 @@ impl Round {
         if self.at > 0 {
             self.take_root(making);
         }
-        let pending = PENDING_ROWS_MAX.saturating_sub(self.awaited(self.last_id));
+        let pending = DRAFTS.pending_max.saturating_sub(self.awaited(self.last_id));
         let rows_max = self.nodes.len() + rows.min(pending);
         let mut seconds = 0.0;
         while self.nodes.len() < rows_max {
             let before = self.nodes.len();
             let asked = match (making.switches.trained, making.switches.shape) {
                 (Trained::Adapter, Shape::Chain) => self.lengthen_likeliest(making),
-                (Trained::Adapter, Shape::Tree) => self.ask_likeliest(making, LEVEL_NODES),
+                (Trained::Adapter, Shape::Tree) => self.ask_likeliest(making, DRAFTS.level_nodes),
                 _ => 0,
             };
             if asked > 0 {
                 seconds += making.proposal_seconds(asked);
             }
-            self.tree.grow(rows_max.min(before + LEVEL_NODES), floor);
+            self.tree.grow(rows_max.min(before + DRAFTS.level_nodes), floor);
             self.nodes.resize(self.tree.nodes().len(), Node::default());
             let new = self.nodes.len() - before;
             if new == 0 {
@@ -330,7 +321,7 @@ impl Round {
         let probability = |node: &usize| self.tree.nodes()[*node].probability;
         nodes.sort_by(|a, b| probability(b).total_cmp(&probability(a)).then(a.cmp(b)));
         nodes.truncate(most);
-        nodes.iter().for_each(|node| self.ask(making, *node, WIDTH, false));
+        nodes.iter().for_each(|node| self.ask(making, *node, DRAFTS.width, false));
         nodes.len()
     }
 
@@ -417,7 +408,7 @@ impl Round {
             self.nodes.push(nodes[index]);
         }
         if making.switches.shape == Shape::Tree {
-            (0..self.nodes.len()).for_each(|node| self.offer(making, node, WIDTH));
+            (0..self.nodes.len()).for_each(|node| self.offer(making, node, DRAFTS.width));
         }
         if making.switches.lookup {
             self.offer_lookup(making);

@@ -13,9 +13,10 @@ use hat_engine::draft::{Drafter as Who, Source};
 use hat_tools::random::{Purpose, unit};
 
 use crate::costs::Drafters;
-use crate::policy::{CHAIN_MAX, HEADS_NODES, THRESHOLD};
+use crate::policy::{DRAFTS, HEADS_NODES};
 
-/// Guesses of one drafter for one position, at most.
+/// Guesses of one drafter for one position that are modelled. (The engine takes up to
+/// `DraftPolicy::width` of them, 8.)
 pub(crate) const WIDTH_MAX: usize = 5;
 /// Drafts of prompt lookup at most.
 pub(crate) const LOOKUP_MAX: usize = 10;
@@ -154,13 +155,13 @@ impl Guessing {
 
 /// Drafts of an adapter's chain that are right.
 fn chain(text: &Text<'_>, last: u32) -> u32 {
-    for step in 1..=CHAIN_MAX as u32 {
+    for step in 1..=DRAFTS.chain_max as u32 {
         let opinion = text.opinion(last + step, step, false);
-        if opinion.confidence() < THRESHOLD || !opinion.holds(1) {
+        if opinion.confidence() < f64::from(DRAFTS.chain_probability_min) || !opinion.holds(1) {
             return step - 1;
         }
     }
-    CHAIN_MAX as u32
+    DRAFTS.chain_max as u32
 }
 
 /// Drafts of a tree of so many nodes that are right.

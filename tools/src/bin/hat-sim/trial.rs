@@ -1,11 +1,10 @@
 //! Runs of policies on a cost file, each done once, pooled over seeds.
 
-use hat_engine::draft::BUDGET_DEFAULT;
 use indicatif::ProgressBar;
 
 use crate::costs::{CostFile, Published};
 use crate::figures::Figures;
-use crate::policy::Policy;
+use crate::policy::{DRAFTS, Policy};
 use crate::text::Guessing;
 use crate::world::{Run, World};
 
@@ -36,7 +35,7 @@ impl<'a> Trials<'a> {
 
     /// What if the adapter's tree of 32 nodes gave so many tokens a round?
     pub(crate) fn what_if(&mut self, tree_tokens: f64) {
-        self.guessing = self.guessing.with_tree(BUDGET_DEFAULT, tree_tokens);
+        self.guessing = self.guessing.with_tree(DRAFTS.nodes_max, tree_tokens);
     }
 
     pub(crate) fn guessing(&self) -> &Guessing {

@@ -9,7 +9,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, Limits, Planner};
+use hat_engine::chunk::{ChunkCosts, CloudCost, Limits, Planner};
+use hat_engine::estimate::Returned;
 use hat_tools::random::{Purpose, unit};
 
 pub(crate) use self::request::Request;
@@ -27,8 +28,6 @@ use crate::text::{Guessing, Text};
 
 /// Rows of a step where prompts go through in one piece.
 const UNCUT_ROWS_MAX: u32 = 16_384;
-/// One chunk may keep a stage so many times as long as a step of one row.
-const STEP_MAX: f64 = 1.5;
 
 /// What happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,20 +174,13 @@ impl<'a> World<'a> {
             request.held = self.file.workload.known_rows.min(rows - 1);
         }
         let (held, rows) = (request.held, rows - request.held);
-        let policy = match self.run.switches.chunking {
-            Chunking::Off | Chunking::Cloud(_) => None,
-            Chunking::Paper => Some(ChunkPolicy::Paper),
-            Chunking::Auto => Some(ChunkPolicy::Auto),
-        };
         let costs = self.chunk_costs(device);
-        let limits = Limits {
-            rows_max: self.file.cloud.rows_max,
-            step_s_max: STEP_MAX * self.stage.seconds(1, 0),
-            ..Limits::default()
-        };
-        let sizes = match policy {
-            None => vec![rows],
-            Some(policy) => self.planner.plan(policy, &costs, &limits, held, rows).sizes.to_vec(),
+        let limits = Limits { rows_max: self.file.cloud.rows_max, ..Limits::default() };
+        let sizes = match self.run.switches.chunking {
+            Chunking::Off | Chunking::Cloud(_) => vec![rows],
+            Chunking::Device(policy) => {
+                self.planner.plan(policy, &costs, &limits, held, rows).sizes.to_vec()
+            }
         };
         self.requests[index].sizes = sizes;
         self.devices[device].processor.push(Task::Chunk { request: index, chunk: 0 });
@@ -245,14 +237,14 @@ impl<'a> World<'a> {
             switches,
             text,
             device: &of_device.costs,
-            measured: &mut of_device.measured,
+            estimator: &mut of_device.estimator,
             acceptance: &mut of_device.acceptance,
         };
         match task {
             Task::Chunk { chunk, .. } => {
-                let rows = request.sizes[chunk] as usize;
-                let took = making.device.layers.seconds(rows);
-                making.measured.device.note(rows, took);
+                let rows = request.sizes[chunk];
+                let took = making.device.layers.seconds(rows as usize);
+                making.estimator.note_device(rows, request.held + request.sent_rows, took);
                 Some(took)
             }
             Task::Head { reply, .. } => {
@@ -277,14 +269,15 @@ impl<'a> World<'a> {
                 let levels = request.round.make(&mut making, root, left, request.asked);
                 // The policy is told what the rows of a tree cost in all.
                 let all = levels.iter().map(|level| level.seconds).sum();
-                making.measured.device.note(request.round.unsent(), all);
+                let prefix = request.held + request.sent_rows + root;
+                making.estimator.note_device(request.round.unsent() as u32, prefix, all);
                 request.set_levels(levels, switches.levels);
                 Some(request.levels[0].seconds)
             }
             Task::Extend { round, .. } => {
                 let at = |time: Time| *epoch + Duration::from_nanos(time);
                 let is_due = request.sent.is_some_and(|(sent, rows)| {
-                    making.measured.is_due(at(*now), at(sent), rows as usize)
+                    making.estimator.is_due(at(*now), at(sent), rows as usize)
                 });
                 request.extend(&mut making, left == 0 || request.rounds != round, is_due)
             }
@@ -325,7 +318,8 @@ impl<'a> World<'a> {
         let context = request.held + request.sent_rows;
         request.sent_rows += rows;
         if last {
-            request.sent = Some((self.now, rows));
+            // A chunk behind others waits for them as well, and is not timed.
+            request.sent = (request.sizes.len() == 1).then_some((self.now, rows));
         } else {
             self.devices[device].processor.push(Task::Chunk { request: index, chunk: chunk + 1 });
         }
@@ -408,14 +402,14 @@ impl<'a> World<'a> {
             switches: self.run.switches,
             text,
             device: &of_device.costs,
-            measured: &mut of_device.measured,
+            estimator: &mut of_device.estimator,
             acceptance: &mut of_device.acceptance,
         };
         let walked = request.round.walk(&mut making, reply.last_id);
         request.emitted += walked.tokens;
         if walked.tokens > 0 {
             request.last_s = now_s;
-            making.measured.head.note(request.head_s / f64::from(walked.tokens));
+            making.estimator.note_head(request.head_s / f64::from(walked.tokens));
         }
         if !walked.ahead {
             request.ahead = 0;
@@ -437,10 +431,10 @@ impl<'a> World<'a> {
         let of_device = &mut self.devices[device];
         if request.rounds > 0 {
             let tokens = (request.emitted - request.began.1) as usize;
-            of_device.measured.note_round(tokens);
+            of_device.estimator.note_round(tokens);
             if request.asked {
                 let took_s = seconds(self.now - request.began.0);
-                request.asking.note(tokens, took_s, of_device.measured.plain_rate());
+                request.asking.note(tokens, took_s, of_device.estimator.plain_rate());
             }
         }
         request.began = (self.now, request.emitted);
@@ -535,11 +529,18 @@ impl<'a> World<'a> {
         let request = &mut self.requests[index];
         let device = request.device;
         let of_device = &mut self.devices[device];
-        if let Some((sent, rows)) = request.sent.take() {
-            let wait_s = (seconds(self.now - sent) - step_s - queue_s).max(0.0);
-            of_device.measured.wait.note(rows as usize, wait_s);
-            let (own, all) = (reply.rows as usize, step_rows as usize);
-            of_device.measured.note_step(own, all, step_s, queue_s);
+        let timed = request.sent.take();
+        if timed.is_some() || reply.last_id == 0 {
+            let rows = timed.map_or(reply.rows, |(_, rows)| rows);
+            of_device.estimator.note_returned(&Returned {
+                rows: rows as usize,
+                sent_bytes: u64::from(rows) * self.row_bytes,
+                prefix: request.held,
+                step_rows,
+                step_s,
+                queue_s,
+                away_s: timed.map(|(sent, _)| seconds(self.now - sent)),
+            });
             of_device.queue_s.note(queue_s);
         }
         of_device.processor.push(Task::Head { request: index, reply });

@@ -4,7 +4,8 @@ use hat_engine::draft::policy::Asking;
 
 use crate::load::Ask;
 use crate::machine::Time;
-use crate::round::{Level, Making, Round, WAVE_NODES};
+use crate::policy::DRAFTS;
+use crate::round::{Level, Making, Round};
 
 /// A request and its session.
 pub(crate) struct Request {
@@ -65,10 +66,10 @@ impl Request {
         if is_void {
             return None;
         }
-        let wave = making.measured.wave(WAVE_NODES);
+        let wave = making.estimator.wave(DRAFTS.wave_nodes);
         let took = if is_due { None } else { self.round.extend(making, wave) };
         if let Some(took) = took {
-            making.measured.wave.note(took);
+            making.estimator.note_wave(took);
         }
         self.extending = took.is_some();
         took

@@ -95,7 +95,7 @@ pub(super) fn devices(file: &CostFile, run: &Run) -> Vec<Device> {
             processor: Default::default(),
             up: Default::default(),
             down: Default::default(),
-            measured: Default::default(),
+            estimator: Default::default(),
             acceptance: Default::default(),
             queue_s: Default::default(),
             open: 0,

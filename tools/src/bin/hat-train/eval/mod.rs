@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use hat_engine::draft::DraftPolicy;
 use hat_engine::outln;
 use hat_engine::pull;
 use hat_loader::Bundle;
@@ -50,10 +51,10 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "FILE", requires = "adapter")]
     plot: Option<PathBuf>,
     /// Guesses of the drafter for each node of a tree; the device's own number otherwise.
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = DraftPolicy::DEFAULT.width)]
     width: usize,
     /// Nodes of a tree that are computed together; the device's own number otherwise.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = DraftPolicy::DEFAULT.level_nodes)]
     level: usize,
     /// Divide the drafter's logits by so much: below 1 it is surer of its first guesses.
     #[arg(long, default_value_t = 1.0)]
