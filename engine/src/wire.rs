@@ -7,12 +7,12 @@ use std::sync::Arc;
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use hat_transport::clock::Clock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig};
 use hat_transport::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{self, Link, LinkKind};
 pub use hat_transport::message::Role;
 use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
-use hat_transport::turn::{Endpoint, EndpointConfig};
 
 use crate::Error;
 use crate::config::{CloudConfig, EngineConfig};

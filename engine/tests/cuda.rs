@@ -21,7 +21,7 @@ use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::cuda::CudaBackend;
 use hat_compute::backend::reference::Reference;
 use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
-use hat_cuda::test_gpu::TestGpu;
+use hat_cuda::testkit::test_gpu::TestGpu;
 use hat_engine::internal::{Sequence, pages_for, through_codec};
 use hat_engine::pack::Codec;
 use hat_loader::{AdapterKind, Bundle, DType};

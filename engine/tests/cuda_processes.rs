@@ -22,8 +22,8 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use hat_cuda::emulator::Build;
-use hat_cuda::test_gpu::compiled;
+use hat_cuda::testkit::emulator::Build;
+use hat_cuda::testkit::test_gpu::compiled;
 use serde_json::Value;
 use support::Bundles;
 

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Engine, EngineConfig, Error, Generation, Request};
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::message::{Busy, Computed, Dropped, Message, Opened};
-use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 use support::script::{self, Script};
 use support::{Bundles, long_prompt};
 

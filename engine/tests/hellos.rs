@@ -11,12 +11,12 @@ use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Kind};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{
     CloseCode, Hello, Message, Opened, Role, RowsHead, SessionError, SessionErrorCode, Want,
 };
-use hat_transport::turn::{Endpoint, EndpointConfig, Event, GoneError};
 use support::hand::{HIDDEN, Hand, chain};
 use support::script::{self, Script};
 use support::{Bundles, collect, long_prompt};
@@ -101,7 +101,7 @@ fn refusal(hello: Hello, cloud: &Cloud) -> (CloseCode, String) {
     device.dial(cloud.address());
     let (begin, mut events) = (Instant::now(), Vec::new());
     loop {
-        device.turn(Some(Duration::from_millis(20)), &mut events).unwrap();
+        device.poll(Some(Duration::from_millis(20)), &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Gone { error, .. } = event {
                 let GoneError::ClosedByPeer { code, reason, .. } = error else {

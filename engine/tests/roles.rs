@@ -15,11 +15,11 @@ use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_plan::{Computes, MiddleForward, MiddleStep};
+use hat_transport::endpoint::{EndpointConfig, Event as LinkEvent};
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{
     Arrivals, Message, Opened, OutputHead, RowsHead, SessionError, SessionErrorCode,
 };
-use hat_transport::turn::{EndpointConfig, Event as LinkEvent};
 use support::hand::{HIDDEN, Hand, chain};
 use support::script::{self, Script};
 use support::{Bundles, PATIENCE, collect, eventually, long_prompt};

@@ -42,7 +42,7 @@ const HELLO_BYTES_MAX: usize = 1024;
 ///
 /// The body stays in the buffer that it was received into, or was copied once. Its bytes count
 /// against the peer's credit until the buffer is dropped: drop it as soon as its rows are used,
-/// and let the endpoint take a turn after that.
+/// and poll the endpoint after that.
 #[derive(Debug)]
 pub struct Frame {
     /// What it is.

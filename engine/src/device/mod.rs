@@ -1,24 +1,11 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
-mod common;
-mod feed;
+mod core;
+mod link;
 mod lost;
-mod outage;
-mod outgoing;
-mod prefix;
-mod prompt;
-mod request;
 mod resolve;
 mod run;
-mod send;
-mod session;
 mod trained;
-mod tree;
-mod turn;
-mod verify;
-mod violation;
-mod walk;
-mod work;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -220,7 +207,7 @@ impl Engine {
         let shared_too = shared.clone();
         let start =
             run::Start { config, facts, model, trained, shared: shared_too, incoming, watch };
-        *shared.describe() = start.describe();
+        *shared.describe() = start.describe(start.trained.as_deref());
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())
             .spawn(move || start.run(&ready))

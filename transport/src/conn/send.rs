@@ -36,7 +36,7 @@ pub enum Refusal {
     /// The connection is closed, or was never there.
     #[error("there is no such connection")]
     Gone,
-    /// The buffer pool is empty: try again after a turn.
+    /// The buffer pool is empty: try again after the next poll.
     #[error("the buffer pool is empty")]
     NoBuffer,
 }

@@ -6,7 +6,7 @@
 //!
 //! TLS has its place between link and connection: the endpoint passes what a link received to the
 //! connection, and what the connection transmits to the link, in three functions that the head of
-//! [`crate::turn`] names.
+//! [`crate::endpoint`] names.
 
 pub mod memory;
 pub mod mio;

@@ -127,7 +127,7 @@ impl Request {
     ) -> Result<(), BackendFault> {
         let Some(drafter) = drafter.filter(|_| self.asks()) else { return Ok(()) };
         self.feed(Some(&mut *drafter), cx);
-        let Self { drafting, session, kv, job, .. } = self;
+        let Self { drafting, session, kv, prepared, .. } = self;
         let (Some(open), Some(session)) = (session.open_mut(), drafting.session) else {
             return Ok(());
         };
@@ -137,7 +137,7 @@ impl Request {
         if first == end {
             return Ok(());
         }
-        let request = &job.prepared.request;
+        let request = &prepared.request;
         let is_chain = request.draft == DraftMode::Chain;
         let rows = Drafted {
             draw: Draw::new(&request.sampler, request.choice),

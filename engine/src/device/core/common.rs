@@ -1,11 +1,14 @@
 //! Things that all requests of a device share, lent to one of them at a time.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use hat_transport::conn::Traffic;
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
 
+use super::RequestEvent;
+use super::request::RequestId;
 use super::session::Timed;
 use super::turn;
 use crate::backend::{RowMove, TokenId};
@@ -39,7 +42,7 @@ impl Facts {
 
 /// Facts of the cloud, by its HELLO.
 #[derive(Clone, Copy)]
-pub(super) struct CloudFacts {
+pub(in crate::device) struct CloudFacts {
     /// Row budget of one chunk.
     pub(super) rows_max: u32,
     /// Longest frame that it takes, header included.
@@ -73,7 +76,9 @@ pub(super) struct Scratch {
     pub(super) guesses: Vec<(usize, Guess)>,
     pub(super) pruned: Vec<u32>,
     pub(super) logits: Vec<f32>, // [vocab_size]
-    pub(super) rows: Vec<f32>,   // [rows of one OUTPUT frame, hidden_size]
+    /// The token with the greatest logit, and that logit.
+    pub(super) greatest: Option<(TokenId, f32)>,
+    pub(super) rows: Vec<f32>, // [rows of one OUTPUT frame, hidden_size]
 }
 
 /// Everything that was measured, over all requests.
@@ -221,6 +226,8 @@ pub(super) struct Common {
     pub(super) scratch: Scratch,
     /// Moves in the KV store that run, in order, before any row is computed.
     pub(super) moves: Vec<RowMove>,
+    /// News for those who asked.
+    pub(super) events: VecDeque<(RequestId, RequestEvent)>,
 }
 
 impl Common {
@@ -252,10 +259,17 @@ impl Common {
                 guesses: Vec::with_capacity(PENDING_ROWS_MAX),
                 pruned: Vec::with_capacity(PENDING_ROWS_MAX),
                 logits: vec![0.0; vocab_size],
+                greatest: None,
                 rows: vec![0.0; bundle.hidden_size],
             },
             moves: Vec::with_capacity(PENDING_ROWS_MAX),
+            events: VecDeque::new(),
         }
+    }
+
+    /// Tells who asked.
+    pub(super) fn tell(&mut self, id: RequestId, event: RequestEvent) {
+        self.events.push_back((id, event));
     }
 
     /// Rows that may pend in the cloud, or run in one step there.

@@ -127,10 +127,10 @@ impl OpenSession {
     /// The row that END tells the cloud to keep the path to; 0 for none. If frames were dropped that
     /// had not left, the frame that told so may have been one of them, and so may the row: of rows
     /// that went up, only the last one of a whole answer is known to have arrived, since it is back.
-    pub(super) fn last_commit(&self, kv: &Sequence, dropped: bool, is_whole: bool) -> u32 {
+    pub(super) fn last_commit(&self, tip: u32, dropped: bool, is_whole: bool) -> u32 {
         match (dropped, is_whole) {
             (false, _) => self.outgoing.commit,
-            (true, true) => kv.tip(),
+            (true, true) => tip,
             (true, false) => 0,
         }
     }
@@ -170,10 +170,10 @@ mod tests {
         let mut open = OpenSession::new(7, 0);
         open.outgoing.commit = 2;
         kv.commit(2, &mut Vec::new(), &mut Vec::new()).unwrap();
-        assert_eq!(open.last_commit(&kv, false, false), 2, "all of it is on its way");
-        assert_eq!(open.last_commit(&kv, true, false), 0, "row 2 may have been dropped");
+        assert_eq!(open.last_commit(kv.tip(), false, false), 2, "all of it is on its way");
+        assert_eq!(open.last_commit(kv.tip(), true, false), 0, "row 2 may have been dropped");
         open.outgoing.commit = 0;
-        assert_eq!(open.last_commit(&kv, true, true), 2, "its commit may have been dropped");
-        assert_eq!(open.last_commit(&kv, false, true), 0, "its commit is on its way");
+        assert_eq!(open.last_commit(kv.tip(), true, true), 2, "its commit may have been dropped");
+        assert_eq!(open.last_commit(kv.tip(), false, true), 0, "its commit is on its way");
     }
 }

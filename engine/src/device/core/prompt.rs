@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use super::RequestEvent;
 use super::common::{Common, Facts};
 use super::request::Request;
 use crate::Event;
@@ -117,7 +118,7 @@ impl Request {
         }
         if in_prefill && !grows {
             self.meter.counts.chunks.push(open.chunk.rows);
-            self.tell(Event::Prefill { sent: end, total });
+            cx.tell(self.id, RequestEvent::Said(Event::Prefill { sent: end, total }));
         }
         self.check();
         Ok(())

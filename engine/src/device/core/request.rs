@@ -3,20 +3,17 @@
 //! The line between [`Request`] and [`OpenSession`] is the line of a replay: a session that is lost
 //! is replaced by [`Session::Closed`], and everything that died with it is gone.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hat_transport::frame::{HEADER_BYTES, Kind};
 
-use super::Job;
 use super::common::Common;
 use super::feed::Drafting;
-use super::outage::Patience;
+use super::patience::Patience;
 use super::session::OpenSession;
 use super::turn::Ask;
 use super::violation::CloudViolation;
-use crate::Event;
-use crate::answer::Answer;
+use crate::answer::{Answer, Prepared};
 use crate::backend::{PAGE_SIZE, TokenId};
 use crate::chunk::CHUNK_ROWS_DEFAULT;
 use crate::draft::{DraftMode, Lookup};
@@ -27,9 +24,10 @@ use crate::request::FinishReason;
 use crate::sequence::Sequence;
 
 /// Number of a request: in the order in which they began to run, and never used again.
-pub(super) type RequestId = u64;
+pub(in crate::device) type RequestId = u64;
 
 /// Prompt and answer so far, and what grows with them.
+#[derive(Default)]
 pub(super) struct Path {
     pub(super) tokens: Vec<TokenId>,
     /// Names of the pages that `tokens` fill; `None` if the cloud is asked for none.
@@ -118,7 +116,10 @@ impl Session {
 
 /// One request that runs.
 pub(super) struct Request {
-    pub(super) job: Job,
+    pub(super) id: RequestId,
+    pub(super) prepared: Prepared,
+    /// When it was asked for.
+    pub(super) asked: Instant,
     pub(super) answer: Answer,
     pub(super) meter: Meter,
     pub(super) path: Path,
@@ -139,8 +140,6 @@ pub(super) enum Outcome {
     Goes,
     /// The answer is whole.
     Finished(FinishReason),
-    /// Nobody listens any more.
-    Unheard,
     /// It ends without an answer.
     Failed(RequestError),
 }
@@ -158,11 +157,7 @@ impl Request {
     }
 
     pub(super) fn draft_mode(&self) -> DraftMode {
-        self.job.prepared.request.draft
-    }
-
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.job.cancelled.load(Ordering::Acquire)
+        self.prepared.request.draft
     }
 
     /// True until the first token of the answer is decided.
@@ -202,7 +197,7 @@ impl Request {
     /// Tokens that a tree below the last decided one may reach down: the last token of the answer
     /// needs no row, and so no row may lead beyond it.
     pub(super) fn depth_max(&self) -> u32 {
-        self.job.prepared.rows_max().saturating_sub(self.path.rows() + 1)
+        self.prepared.rows_max().saturating_sub(self.path.rows() + 1)
     }
 
     /// True if all that is to be computed is the last decided token: drafts may hang below it.
@@ -278,16 +273,6 @@ impl Request {
             .commit(id, &mut cx.moves, &mut cx.scratch.pruned)
             .expect("the walk stands on rows that pend");
         open.outgoing.commit = id;
-    }
-
-    /// Tells the caller; says whether it listens.
-    pub(super) fn tell(&self, event: Event) -> bool {
-        self.job.events.send(Ok(event)).is_ok()
-    }
-
-    /// Ends the request with an error.
-    pub(super) fn fail(&self, error: RequestError) {
-        let _ = self.job.events.send(Err(error.into()));
     }
 
     /// The invariants of its states.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{Computed, Dropped, Output};
 
+use super::RequestEvent;
 use super::common::Common;
 use super::request::{Outcome, Request};
 use super::session::Timed;
@@ -23,7 +24,8 @@ pub(super) struct TailRows {
     pub(super) count: usize,
 }
 
-/// A row that is back and decides the next token.
+/// A row that is back and decides the next token: `scratch.greatest` or `scratch.logits` say which,
+/// as the answer wants it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
     id: u32,
@@ -31,15 +33,6 @@ pub(super) struct Head {
     round: u32,
     /// Whether the tail layers have to see it first, by `scratch.plan`.
     pub(super) needs_tail: bool,
-}
-
-/// What the LM head says of a row.
-pub(super) enum Verdict {
-    /// The token with the greatest logit, where the answer wants no more; `None` if some logit is
-    /// no number.
-    Greatest(Option<TokenId>),
-    /// All logits are in `scratch.logits`.
-    Logits,
 }
 
 impl Request {
@@ -227,7 +220,6 @@ impl Request {
         now: Instant,
         head: Head,
         took: Duration,
-        verdict: &Verdict,
         tokenizer: &Tokenizer,
         cx: &mut Common,
     ) -> Outcome {
@@ -236,10 +228,12 @@ impl Request {
         self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
         cx.learned.note_head(took);
         let position = self.path.rows() - 1;
-        let emitted = match verdict {
-            Verdict::Greatest(Some(token)) => Ok(self.answer.take_greatest(*token, tokenizer)),
-            Verdict::Greatest(None) => Err(RequestError::NotFinite { position }),
-            Verdict::Logits => self.answer.take(&cx.scratch.logits, position, tokenizer),
+        let emitted = if self.answer.wants_greatest() {
+            let greatest = cx.scratch.greatest.take();
+            let emitted = greatest.map(|(token, _)| self.answer.take_greatest(token, tokenizer));
+            emitted.ok_or(RequestError::NotFinite { position })
+        } else {
+            self.answer.take(&cx.scratch.logits, position, tokenizer)
         };
         let emitted = match emitted {
             Ok(emitted) => emitted,
@@ -250,15 +244,14 @@ impl Request {
             self.note_guesses(token, cx);
             self.push_token(token);
         }
-        let is_heard = emitted.event.is_none_or(|event| self.tell(event));
+        if let Some(event) = emitted.event {
+            cx.tell(self.id, RequestEvent::Said(event));
+        }
         if let Some(reason) = emitted.finish {
             if self.kv.place(head.id).is_some() {
                 self.commit(head.id, cx);
             }
             return Outcome::Finished(reason);
-        }
-        if !is_heard {
-            return Outcome::Unheard;
         }
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
         if let Some(step) = emitted.token.and_then(|token| open.walk.step(token)) {

@@ -2,14 +2,8 @@
 //! ends. What it holds is not sent, and not computed either if this device and its drafter have
 //! their own pages of it still.
 
-use hat_transport::conn::FrameSink;
-use hat_transport::message::{End, Message};
-use hat_transport::turn::ConnectionId;
-
-use super::request::{Request, RequestId, Session};
-use super::run::Device;
-use super::violation::CloudViolation;
-use crate::Error;
+use super::DeviceCore;
+use super::request::{Request, RequestId};
 use crate::backend::{PAGE_SIZE, TokenId};
 use crate::config::EngineConfig;
 use crate::page::{PagePool, pages_for};
@@ -18,7 +12,7 @@ use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{BundleFacts, KV_TYPE_F16};
 
 /// Names the pages of a device's paths.
-pub(super) struct PageNamer {
+pub(in crate::device) struct PageNamer {
     secret: PrefixSecret,
     model_id: [u8; 32],
     arithmetic_id: u32,
@@ -27,26 +21,15 @@ pub(super) struct PageNamer {
 
 impl PageNamer {
     /// `None` if all rows go up. Tail layers need all rows that come back, so with them they do.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if the system gives no random bytes for a secret.
-    pub(super) fn new(
+    pub(in crate::device) fn new(
         config: &EngineConfig,
         facts: &BundleFacts,
         arithmetic_id: u32,
-    ) -> Result<Option<Self>, Error> {
+        secret: PrefixSecret,
+    ) -> Option<Self> {
         if !config.prefix || facts.has_tail {
-            return Ok(None);
+            return None;
         }
-        let secret = match config.prefix_secret {
-            Some(known) => known,
-            None => {
-                let mut secret = [0; 32];
-                getrandom::fill(&mut secret)
-                    .map_err(|error| Error::io("making a secret for page names", error.into()))?;
-                secret.into()
-            }
-        };
         let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
         let scope = PrefixScope {
             entry_layer: layer(facts.layers.start),
@@ -55,12 +38,7 @@ impl PageNamer {
             kv_type: KV_TYPE_F16,
             arithmetic_id: 0,
         };
-        Ok(Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope }))
-    }
-
-    /// This device's own layers compute in another arithmetic from now on.
-    pub(super) fn computes_in(&mut self, arithmetic_id: u32) {
-        self.arithmetic_id = arithmetic_id;
+        Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope })
     }
 
     /// Names of the pages of `tokens` where the cloud computes in `cloud_arithmetic_id`.
@@ -94,34 +72,38 @@ impl Pages {
         Some(Sequence::new(pages, rows_max))
     }
 
+    /// The device's own layers compute in another arithmetic from now on.
+    pub(super) fn computes_in(&mut self, arithmetic_id: u32) {
+        if let Some(namer) = &mut self.namer {
+            namer.arithmetic_id = arithmetic_id;
+        }
+    }
+
     /// A request is done with its pages.
     pub(super) fn give_back(&mut self, kv: Sequence) {
         self.pool.give_back(kv.into_pages());
     }
 }
 
-impl Device {
+impl DeviceCore {
     /// `OPEN` was answered: the cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, id: RequestId, pages: u16) -> Result<(), CloudViolation> {
-        let now = self.start.shared.clock.now();
-        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
-        request.opened(pages, now)?;
+    pub(super) fn begin_behind_pages(&mut self, id: RequestId, pages: u16) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
         let Request { path, kv, drafting, .. } = &mut *request;
-        let Some(names) = &path.names else { return Ok(()) };
+        let Some(names) = &path.names else { return };
         // What the cloud lacks has to be sent, and so computed.
         let names = names.of_rows(path.tokens.len() - 1, usize::from(pages));
         let mut pages = names.len();
-        if let (Some(trained), Some(session)) = (&mut self.start.trained, drafting.session) {
+        if let (Some(drafter), Some(session)) = (&mut self.drafter, drafting.session) {
             // The drafter takes each row once: those that it has, or begins behind.
             if drafting.fed == 0 {
-                let rows = trained.begin_behind(session, names) * PAGE_SIZE;
+                let rows = drafter.begin_behind(session, names) * PAGE_SIZE;
                 drafting.fed = u32::try_from(rows).expect("within the context");
             }
             pages = pages.min(drafting.fed as usize / PAGE_SIZE);
         }
         self.pages.kept.begin_behind(&mut self.pages.pool, kv, &names[..pages]);
         request.check();
-        Ok(())
     }
 
     /// A request has its answer: the pages of its path may serve the next.
@@ -129,8 +111,8 @@ impl Device {
         let Some(Request { path, kv, drafting, .. }) = self.requests.get(&id) else { return };
         let names = path.pages_of(kv.committed() as usize);
         self.pages.kept.keep(&mut self.pages.pool, PrefixScope::ONE, names, kv.pages());
-        if let (Some(trained), Some(session)) = (&mut self.start.trained, drafting.session) {
-            trained.keep(session, path.pages_of(drafting.fed as usize));
+        if let (Some(drafter), Some(session)) = (&mut self.drafter, drafting.session) {
+            drafter.keep(session, path.pages_of(drafting.fed as usize));
         }
     }
 
@@ -138,32 +120,8 @@ impl Device {
     pub(super) fn forget_pages(&mut self) {
         self.cx.moves.clear();
         self.pages.kept.clear(&mut self.pages.pool);
-        if let Some(trained) = &mut self.start.trained {
-            trained.forget();
-        }
-    }
-
-    /// Tells the cloud that a request is done with its session, and which pages may be kept. Frames
-    /// that have not left are dropped: nobody waits for their rows.
-    pub(super) fn end_session(
-        &mut self,
-        connection: ConnectionId,
-        request: &Request,
-        is_whole: bool,
-    ) {
-        let Some(wire_id) = request.session.wire_id() else { return };
-        let dropped = self.endpoint.discard(connection, wire_id);
-        let commit = match &request.session {
-            Session::Open(open) => open.last_commit(&request.kv, dropped > 0, is_whole),
-            _ => 0,
-        };
-        let pages = request.path.pages_of(request.kv.committed() as usize);
-        let commit = if pages.is_empty() { 0 } else { commit };
-        let end = Message::End(End { commit, pages });
-        if self.endpoint.send_message(connection, wire_id, &end).is_err() {
-            // Without names it is shorter.
-            let end = Message::End(End::default());
-            let _ = self.endpoint.send_message(connection, wire_id, &end);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget();
         }
     }
 }

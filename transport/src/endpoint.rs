@@ -1,6 +1,6 @@
 //! [`Endpoint`]: the one place where link, clock and protocol meet.
 //!
-//! One thread owns an endpoint and calls [`Endpoint::turn`] again and again: one wait, and all the
+//! One thread owns an endpoint and calls [`Endpoint::poll`] again and again: one wait, and all the
 //! work that follows from it. A device dials, and redials until it closes; a cloud accepts, knows
 //! a device again by its link id, and keeps the state of a broken link for a grace time.
 //!
@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::conn::{
-    Connection, ConnectionConfig, ConnectionEvent, FrameSink, ProtocolError, Refusal, SendError,
+    Connection, ConnectionConfig, ConnectionEvent, ConnectionId, FrameSink, ProtocolError, Refusal,
+    SendError,
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
@@ -29,7 +30,6 @@ use crate::pool::{Buf, Pool, PoolConfig};
 use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
 
-pub use crate::conn::ConnectionId;
 pub use event::{ConnectionCounters, Event, GoneError};
 
 /// Shortest pause before a device dials again.
@@ -127,7 +127,7 @@ struct Slot {
 
 /// Owner of a link, a clock, a pool and all connections; see the [module](self) page.
 ///
-/// It may be built on one thread and moved to another, but stays on the thread of its first turn:
+/// It may be built on one thread and moved to another, but stays on the thread of its first poll:
 /// an io_uring link belongs to that thread.
 pub struct Endpoint {
     link: Box<dyn Link>,
@@ -139,13 +139,13 @@ pub struct Endpoint {
     peers: BTreeMap<PeerId, Peer>,
     next_connection: u64,
     completions: Vec<Completion>,
-    /// Events that arose outside of a turn, or in it.
+    /// Events that arose outside of a poll, or in it.
     events: Vec<Event>,
     /// How often each kind of refusal is logged.
     refusals: HashMap<Discriminant<GoneError>, RateLimit>,
     /// A receive waits for a buffer.
     starved: bool,
-    /// When the last turn ended.
+    /// When the last poll ended.
     left_at: Instant,
     /// The owner stayed away for long: what the peers said meanwhile was not read yet, so their
     /// silence counts only after a wait that brings nothing.
@@ -181,7 +181,7 @@ impl Endpoint {
         Self { random, ..self }
     }
 
-    /// Ends [`Endpoint::turn`] early, from any thread.
+    /// Ends [`Endpoint::poll`] early, from any thread.
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.link.waker()
@@ -199,7 +199,7 @@ impl Endpoint {
         &self.pool
     }
 
-    /// Device: a connection to `address`, dialled at the next turn and again after each failure,
+    /// Device: a connection to `address`, dialled at the next poll and again after each failure,
     /// until it is closed. Each failure is an [`Event::Down`].
     ///
     /// # Panics
@@ -281,7 +281,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// If the link fails as a whole. What befalls one peer is an event.
-    pub fn turn(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+    pub fn poll(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         let mut now = self.clock.now();
         let end = timeout.map(|timeout| now + timeout);
         self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
@@ -310,7 +310,7 @@ impl Endpoint {
         Ok(())
     }
 
-    /// When [`Endpoint::turn`] has to be called again, if the link has nothing to tell before: for
+    /// When [`Endpoint::poll`] has to be called again, if the link has nothing to tell before: for
     /// a caller that moves the clock by hand. A frame that was queued since the last call waits for
     /// the next one; its owner knows.
     #[must_use]
@@ -327,7 +327,7 @@ impl Endpoint {
     }
 
     /// Closes for good. What was queued and could not be sent yet is dropped: wait for ENDED
-    /// where that matters. The peer is told in the next turn, which brings [`Event::Gone`].
+    /// where that matters. The peer is told in the next poll, which brings [`Event::Gone`].
     pub fn close(&mut self, id: ConnectionId, code: CloseCode, reason: &str) {
         let now = self.clock.now();
         self.pump(now, id);
