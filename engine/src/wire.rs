@@ -232,7 +232,8 @@ pub fn listen(
     let row_bytes = Codec::F32.row_bytes(hello.hidden_size as usize) + 4;
     let chunk_bytes = (config.limits.step_rows_max as usize).saturating_mul(row_bytes);
     let two_chunks = u32::try_from(chunk_bytes.saturating_mul(2)).unwrap_or(1 << 30).min(1 << 30);
-    endpoint_config.window_bytes = endpoint_config.window_bytes.max(two_chunks);
+    let window_bytes = &mut endpoint_config.connection.window_bytes;
+    *window_bytes = two_chunks.max(*window_bytes);
     let endpoint = Endpoint::new(link, clock, endpoint_config);
     let address = endpoint.local_address().unwrap_or(config.listen);
     Ok((endpoint, address))

@@ -114,7 +114,7 @@ fn answers_that_were_not_asked_for_end_the_request() {
 fn a_cloud_that_takes_nothing_more_is_silent() {
     let bundles = Bundles::generated(1, 0);
     let mut config = EndpointConfig::new(script::hello(&bundles));
-    config.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
+    config.connection.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
     let mut kept = Vec::new();
     let cloud = Script::start_with(config, move |cloud, event| {
         let Some(Event::Frame { connection, frame }) = event else { return };

@@ -145,7 +145,7 @@ fn a_cloud_sends_no_frame_that_is_too_long_for_its_device() {
         .collect();
     let outputs = |frame_bytes_max: u32| {
         let mut hand = Hand::connect_to(&bundles, cloud.address(), |config| {
-            config.hello.frame_bytes_max = frame_bytes_max;
+            config.connection.hello.frame_bytes_max = frame_bytes_max;
         });
         hand.open(1, |open| open.rows_max = 200);
         hand.rows(1, &RowsHead { want: Want::All, ..chain(1, ROWS, 0) }, &[], &payload);

@@ -211,8 +211,8 @@ fn a_device_that_never_reads_holds_nobody_up() {
     let link = Proxy::to(cloud.address());
     let mut deaf = Hand::connect_to(&bundles, link.address(), |config| {
         config.pool.small = 4096;
-        config.queue_frames_max = 4096;
-        config.dead_after = Duration::from_secs(60);
+        config.connection.queue_frames_max = 4096;
+        config.connection.dead_after = Duration::from_secs(60);
     });
     for session in 1..=30 {
         deaf.open(session, |_| {});

@@ -378,7 +378,7 @@ fn rows_of_a_cancelled_prompt_that_have_not_left_do_not_go_up() {
     let (rows, commit) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(u32::MAX)));
     let (may_take, counted, ended) = (takes.clone(), rows.clone(), commit.clone());
     let mut config = EndpointConfig::new(script::hello(&bundles));
-    config.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
+    config.connection.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
     let mut kept = Vec::new();
     let cloud = Script::start_with(config, move |cloud, event| {
         if may_take.load(Ordering::Acquire) {

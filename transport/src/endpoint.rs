@@ -46,22 +46,8 @@ const POOL_RESERVE: usize = 8;
 /// How an endpoint behaves.
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
-    /// What is said in HELLO; its role is the endpoint's. Link id and epoch are filled in.
-    pub hello: Hello,
-    /// As [`ConnectionConfig::window_bytes`].
-    pub window_bytes: u32,
-    /// As [`ConnectionConfig::queue_frames_max`].
-    pub queue_frames_max: usize,
-    /// As [`ConnectionConfig::queue_bytes_max`].
-    pub queue_bytes_max: usize,
-    /// Silence after which the peer is pinged.
-    pub ping_after: Duration,
-    /// Silence after which the link counts as broken.
-    pub dead_after: Duration,
-    /// How long connecting, and then the peer's HELLO, may take.
-    pub hello_within: Duration,
-    /// As [`ConnectionConfig::ack_delay`].
-    pub ack_delay: Duration,
+    /// How each connection behaves; the role in its HELLO is the endpoint's.
+    pub connection: ConnectionConfig,
     /// How long a cloud keeps a connection whose link broke.
     pub grace: Duration,
     /// Connections, those without a link included.
@@ -76,37 +62,16 @@ impl EndpointConfig {
     /// Usual values around a HELLO: small for a device, more for a cloud.
     #[must_use]
     pub fn new(hello: Hello) -> Self {
-        let connection = ConnectionConfig::new(hello);
         let (connections_max, pool) = match hello.role {
             Role::Device => (1, PoolConfig { small: 512, large: 256 }),
             Role::Cloud => (256, PoolConfig { small: 4096, large: 2048 }),
         };
         Self {
-            hello,
-            window_bytes: connection.window_bytes,
-            queue_frames_max: connection.queue_frames_max,
-            queue_bytes_max: connection.queue_bytes_max,
-            ping_after: connection.ping_after,
-            dead_after: connection.dead_after,
-            hello_within: connection.hello_within,
-            ack_delay: connection.ack_delay,
+            connection: ConnectionConfig::new(hello),
             grace: Duration::from_secs(60),
             connections_max,
             strangers_max: 64,
             pool,
-        }
-    }
-
-    fn connection(&self) -> ConnectionConfig {
-        ConnectionConfig {
-            hello: self.hello,
-            window_bytes: self.window_bytes,
-            queue_frames_max: self.queue_frames_max,
-            queue_bytes_max: self.queue_bytes_max,
-            ping_after: self.ping_after,
-            dead_after: self.dead_after,
-            hello_within: self.hello_within,
-            ack_delay: self.ack_delay,
         }
     }
 }
@@ -153,7 +118,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// An endpoint over `link`. What it does is decided by the role in `config.hello`.
+    /// An endpoint over `link`. What it does is decided by the role in its HELLO.
     #[must_use]
     pub fn new(link: Box<dyn Link>, clock: Arc<dyn Clock>, config: EndpointConfig) -> Self {
         Self {
@@ -205,11 +170,11 @@ impl Endpoint {
     /// # Panics
     /// If the pool is empty, there are `connections_max` connections, or this is a cloud.
     pub fn dial(&mut self, address: SocketAddr) -> ConnectionId {
-        assert_eq!(self.config.hello.role, Role::Device, "a cloud does not dial");
+        assert_eq!(self.config.connection.hello.role, Role::Device, "a cloud does not dial");
         assert!(self.connections.len() < self.config.connections_max, "too many connections");
         let mut link_id = [0; 16];
         self.random.fill(&mut link_id);
-        let config = self.config.connection();
+        let config = self.config.connection.clone();
         let connection = Connection::device(config, link_id, self.pool.clone());
         let connection = connection.expect("the pool has a buffer for each connection");
         // No later than now, whatever the time is.
@@ -221,8 +186,8 @@ impl Endpoint {
     /// # Panics
     /// If the role is another one.
     pub fn set_hello(&mut self, hello: Hello) {
-        assert_eq!(self.config.hello.role, hello.role, "an endpoint keeps its role");
-        self.config.hello = hello;
+        assert_eq!(self.config.connection.hello.role, hello.role, "an endpoint keeps its role");
+        self.config.connection.hello = hello;
     }
 
     /// As [`FrameSink::buffer`].
@@ -284,7 +249,8 @@ impl Endpoint {
     pub fn poll(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         let mut now = self.clock.now();
         let end = timeout.map(|timeout| now + timeout);
-        self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
+        self.was_away |=
+            now.saturating_duration_since(self.left_at) >= self.config.connection.ping_after;
         loop {
             self.service(now);
             let until = end.into_iter().chain(self.poll_timeout(now)).min();
@@ -351,7 +317,7 @@ impl Endpoint {
     pub fn counters(&self, id: ConnectionId) -> Option<ConnectionCounters> {
         let slot = self.connections.get(&id)?;
         let traffic = slot.connection.traffic();
-        let (bytes_up, bytes_down) = match self.config.hello.role {
+        let (bytes_up, bytes_down) = match self.config.connection.hello.role {
             Role::Device => (traffic.sent_bytes, traffic.received_bytes),
             Role::Cloud => (traffic.received_bytes, traffic.sent_bytes),
         };
@@ -442,7 +408,7 @@ impl Endpoint {
         match self.link.connect(slot.address) {
             Ok(peer_id) => {
                 slot.peer = Some(peer_id);
-                let until = now + self.config.hello_within;
+                let until = now + self.config.connection.hello_within;
                 let peer = Peer::new(slot.address, State::Dialling { until }, Some(id));
                 self.peers.insert(peer_id, peer);
             }
@@ -508,7 +474,7 @@ impl Endpoint {
         };
         slot.peer = None;
         slot.connection.handle_disconnected();
-        match self.config.hello.role {
+        match self.config.connection.hello.role {
             Role::Device => {
                 slot.dial_at = Some(now + slot.redial);
                 slot.redial = (slot.redial * 2).min(REDIAL_MAX);

@@ -154,7 +154,8 @@ impl Endpoint {
             self.link.close(id);
             State::Leaving { farewell: None, until: now, closed: true }
         } else {
-            let greeting = Greeting::new(now, self.config.hello_within, self.pool.clone());
+            let greeting =
+                Greeting::new(now, self.config.connection.hello_within, self.pool.clone());
             State::Greeting(Box::new(greeting))
         };
         self.peers.insert(id, Peer::new(address, state, None));
@@ -225,7 +226,7 @@ impl Endpoint {
 
     /// A stranger said HELLO: its socket becomes that of a new connection, or of one that it had.
     fn admit(&mut self, now: Instant, id: PeerId, hello: &Hello) {
-        let ours = &self.config.hello;
+        let ours = &self.config.connection.hello;
         if hello.role == ours.role {
             return self.refuse_protocol(now, id, ProtocolError::Role { role: hello.role });
         }
@@ -275,7 +276,7 @@ impl Endpoint {
         let mut epoch = [0; 8];
         self.random.fill(&mut epoch);
         let epoch = u64::from_le_bytes(epoch).max(1);
-        let (config, pool) = (self.config.connection(), self.pool.clone());
+        let (config, pool) = (self.config.connection.clone(), self.pool.clone());
         let connection = Connection::cloud(config, hello.link_id, epoch, pool)?;
         let address = self.peers.get(&id)?.address;
         Some(self.insert(Slot::new(connection, address)))

@@ -139,7 +139,7 @@ fn an_upload_copies_less_than_a_tenth() {
 fn a_slow_application_costs_one_window() {
     for kind in kinds() {
         let mut cloud = config(Role::Cloud);
-        cloud.window_bytes = 5 * FRAME_BYTES_MAX as u32;
+        cloud.connection.window_bytes = 5 * FRAME_BYTES_MAX as u32;
         cloud.pool = PoolConfig { small: 64, large: 64 };
         let mut pair = Pair::with(kind, cloud, config(Role::Device));
         pair.up();

@@ -159,7 +159,7 @@ impl Link for DeafLink {
 fn connecting_does_not_take_forever() {
     let inner = Net::new(LinkKind::Memory).link(None);
     let mut config = config(Role::Device);
-    config.hello_within = Duration::from_millis(30);
+    config.connection.hello_within = Duration::from_millis(30);
     let closed = Vec::new();
     let mut device = endpoint(Box::new(DeafLink { inner, closed }), config);
     device.dial(loopback());
@@ -183,8 +183,8 @@ fn a_device_that_stays_away_is_forgotten() {
 #[test]
 fn a_silent_cloud_is_given_up() {
     let mut device = config(Role::Device);
-    device.ping_after = Duration::from_millis(20);
-    device.dead_after = Duration::from_millis(60);
+    device.connection.ping_after = Duration::from_millis(20);
+    device.connection.dead_after = Duration::from_millis(60);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     // The cloud's process hangs: its sockets live, and nobody answers.
@@ -203,8 +203,8 @@ fn a_silent_cloud_is_given_up() {
 #[test]
 fn pings_keep_an_idle_link_and_measure_it() {
     let mut device = config(Role::Device);
-    device.ping_after = Duration::from_millis(5);
-    device.dead_after = Duration::from_millis(2000);
+    device.connection.ping_after = Duration::from_millis(5);
+    device.connection.dead_after = Duration::from_millis(2000);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     pair.until(|pair| {
@@ -220,8 +220,8 @@ fn pings_keep_an_idle_link_and_measure_it() {
 fn own_absence_is_not_held_against_the_peer() {
     for kind in kinds() {
         let mut device = config(Role::Device);
-        device.ping_after = Duration::from_millis(10);
-        device.dead_after = Duration::from_millis(30);
+        device.connection.ping_after = Duration::from_millis(10);
+        device.connection.dead_after = Duration::from_millis(30);
         let mut pair = Pair::with(kind, config(Role::Cloud), device);
         pair.up();
         for _ in 0..5 {
