@@ -8,8 +8,7 @@
 //! and the rules of sessions.
 //!
 //! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
-//! no log subscriber, and logs no body. With the feature `emulator` there is also a worse link than
-//! loopback for measurements and tests, which is a thread of its own.
+//! no log subscriber, and logs no body.
 //!
 //! An application holds an [`endpoint::Endpoint`] and polls it:
 //!
@@ -55,8 +54,6 @@
 
 pub mod clock;
 pub mod conn;
-#[cfg(feature = "emulator")]
-pub mod emulator;
 pub mod endpoint;
 pub mod frame;
 pub mod link;

@@ -89,8 +89,8 @@ const PURE: &[&str] = &[
     "transport/src/conn/",
     "transport/src/message.rs",
     "transport/src/message/",
-    "transport/src/emulator/schedule.rs",
-    "transport/src/emulator/shape.rs",
+    "transport/emulator/src/schedule.rs",
+    "transport/emulator/src/shape.rs",
 ];
 
 pub(crate) const BANS: &[Ban] = &[
@@ -116,7 +116,7 @@ pub(crate) const BANS: &[Ban] = &[
         except: &[
             "transport/src/clock.rs",
             "transport/src/link/",
-            "transport/src/emulator/",
+            "transport/emulator/",
             "engine/src/http/",
             "benches/",
         ],
@@ -135,8 +135,7 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/watch.rs",
             "loader/src/hash.rs",
             "transport/src/link/",
-            "transport/src/emulator.rs",
-            "transport/src/emulator/",
+            "transport/emulator/",
         ],
         except_tests: true,
         reason: "only the two roles, http, the links, the link emulator, the CPU backend and the \
