@@ -16,8 +16,8 @@ use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
 
 use crate::Error;
 use crate::config::{CloudConfig, EngineConfig};
-use crate::pack::Codec;
 use crate::sequence::PENDING_ROWS_MAX;
+use hat_transport::codec::Codec;
 
 /// What HELLO says unless a backend says otherwise.
 pub const ARITHMETIC_ID: u32 = ARITHMETIC_CPU;

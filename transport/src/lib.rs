@@ -1,13 +1,13 @@
 //! The framed protocol between device and cloud, and the links that carry it.
 //!
 //! From the wire up: [`frame`] is the 32-byte header and cuts bytes into frames; [`message`] is
-//! what stands in bodies; [`conn`] is the protocol without a socket, a clock or a thread; [`link`]
-//! moves bytes (in memory, over mio, over io_uring); [`endpoint`] is the one place where link,
-//! clock and protocol meet. [`pool`] holds all memory, [`clock`] the time, [`random`] the random
-//! numbers; [`log`] makes what a peer says fit for a log. `docs/PROTOCOL.md` has the byte tables
-//! and the rules of sessions.
+//! what stands in bodies, [`codec`] how rows are written there; [`conn`] is the protocol without a
+//! socket, a clock or a thread; [`link`] moves bytes (in memory, over mio, over io_uring);
+//! [`endpoint`] is the one place where link, clock and protocol meet. [`pool`] holds all memory,
+//! [`clock`] the time, [`random`] the random numbers; [`log`] makes what a peer says fit for a log.
+//! `docs/PROTOCOL.md` has the byte tables and the rules of sessions.
 //!
-//! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
+//! The crate knows no tensor: rows are numbers of a width. It starts no thread, installs
 //! no log subscriber, and logs no body.
 //!
 //! An application holds an [`endpoint::Endpoint`] and polls it:
@@ -53,6 +53,7 @@
 //! ```
 
 pub mod clock;
+pub mod codec;
 pub mod conn;
 pub mod endpoint;
 pub mod frame;
