@@ -197,7 +197,7 @@ fn the_kernel_takes_little_that_it_can_not_send() {
         let taken = pair.device.counters(pair.dialled).unwrap().bytes_up - before;
         eprintln!("{kind}: {taken} bytes went into the kernel");
         // The peer's socket buffer, three frames; without the limit it would be the credit, 4 MiB.
-        let is_limited = cfg!(all(target_os = "linux", feature = "io-uring"));
+        let is_limited = cfg!(target_os = "linux");
         assert!(!is_limited || taken <= 512 << 10, "{kind}: {taken} bytes went into the kernel");
     }
 }
