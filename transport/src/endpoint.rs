@@ -4,8 +4,8 @@
 //! work that follows from it. A device dials, and redials until it closes; a cloud accepts, knows
 //! a device again by its link id, and keeps the state of a broken link for a grace time.
 //!
-//! TLS will stand in `Endpoint::pump` and `Endpoint::handle_received`, and in
-//! `Endpoint::service_peers`, which sends the close frame: all bytes pass through these three.
+//! TLS will stand in `Peer::transmit` and `Endpoint::handle_received`, through which all bytes
+//! pass, the last frame of a socket too.
 
 mod event;
 mod peer;
@@ -390,14 +390,8 @@ impl Endpoint {
                 None => self.starved = true,
             }
         }
-        if !peer.sending {
-            let mut batch = std::mem::take(&mut peer.batch);
-            if slot.connection.poll_transmit(now, &mut batch) {
-                peer.sending = true;
-                self.link.send(peer_id, batch);
-            } else {
-                peer.batch = batch;
-            }
+        if !peer.sending && slot.connection.poll_transmit(now, &mut peer.batch) {
+            peer.transmit(peer_id, &mut *self.link);
         }
     }
 

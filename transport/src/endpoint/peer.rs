@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::event::{Event, GoneError};
 use super::{Endpoint, LINGER, Slot, is_stranger};
 use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
-use crate::link::{Completion, PeerId};
+use crate::link::{Completion, Link, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::pool::Buf;
 
@@ -18,7 +18,7 @@ pub(super) struct Peer {
     owner: Option<ConnectionId>,
     pub(super) sending: bool,
     pub(super) receiving: bool,
-    /// Memory of the next batch.
+    /// Frames to send next; empty but for its memory otherwise.
     pub(super) batch: Vec<Buf>,
 }
 
@@ -36,6 +36,12 @@ pub(super) enum State {
 impl Peer {
     pub(super) fn new(address: SocketAddr, state: State, owner: Option<ConnectionId>) -> Self {
         Self { address, state, owner, sending: false, receiving: false, batch: Vec::new() }
+    }
+
+    /// Gives the link the frames in `batch`. All bytes that leave pass here.
+    pub(super) fn transmit(&mut self, id: PeerId, link: &mut dyn Link) {
+        self.sending = true;
+        link.send(id, std::mem::take(&mut self.batch));
     }
 
     pub(super) fn is_attached(&self) -> bool {
@@ -117,9 +123,8 @@ impl Endpoint {
                     if !peer.sending
                         && let Some(buf) = farewell.take()
                     {
-                        peer.sending = true;
                         peer.batch.push(buf);
-                        self.link.send(*id, std::mem::take(&mut peer.batch));
+                        peer.transmit(*id, &mut *self.link);
                     }
                 }
             }

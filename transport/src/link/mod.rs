@@ -5,7 +5,7 @@
 //! under way for each peer. A [`PeerId`] is never used twice.
 //!
 //! TLS has its place between link and connection: the endpoint passes what a link received to the
-//! connection, and what the connection transmits to the link, in three functions that the head of
+//! connection, and what the connection transmits to the link, in two functions that the head of
 //! [`crate::endpoint`] names.
 //!
 //! The links over sockets are the feature `links`; the one in memory is always there.
