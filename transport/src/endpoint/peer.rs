@@ -250,6 +250,10 @@ impl Endpoint {
             return self.refuse(now, id, Some(CloseCode::Overload), error);
         };
         let slot = self.connections.get_mut(&owner).expect("it was found or made above");
+        if slot.connection.has_overtaken(hello) {
+            let address = self.peers[&id].address;
+            return self.refuse(now, id, None, GoneError::Overtaken { address });
+        }
         // The device has given the old socket up, whatever it looks like from here.
         if let Some(old) = slot.peer.replace(id) {
             self.leave(now, old, None);
