@@ -124,6 +124,12 @@ pub enum GoneError {
         /// The limit that was reached.
         limit: usize,
     },
+    /// A connection needs a buffer of its own, and none is free.
+    #[error("no room for {address}: all buffers are in use")]
+    NoBuffer {
+        /// The peer.
+        address: SocketAddr,
+    },
 }
 
 impl GoneError {
@@ -137,7 +143,8 @@ impl GoneError {
             | Self::GraceOver
             | Self::HelloLate { .. }
             | Self::Overtaken { .. }
-            | Self::Overload { .. } => false,
+            | Self::Overload { .. }
+            | Self::NoBuffer { .. } => false,
         }
     }
 }

@@ -246,7 +246,10 @@ impl Endpoint {
         let owner = known.map(|(owner, _)| *owner).next();
         let Some(owner) = owner.or_else(|| self.admit_new(now, id, hello)) else {
             let (address, limit) = (self.peers[&id].address, self.config.connections_max);
-            let error = GoneError::Overload { address, limit };
+            let error = match self.connections.len() < limit {
+                true => GoneError::NoBuffer { address },
+                false => GoneError::Overload { address, limit },
+            };
             return self.refuse(now, id, Some(CloseCode::Overload), error);
         };
         let slot = self.connections.get_mut(&owner).expect("it was found or made above");
