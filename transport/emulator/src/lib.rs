@@ -12,6 +12,9 @@
 //! A connection is made as over the real link: it costs a round trip before the first byte goes
 //! up. Not emulated: what TCP itself does over a long path (slow start, loss and its repair), since
 //! TCP ends at the relay.
+//!
+//! [`simulated`] needs neither socket nor thread: links in virtual time, for endpoints that one
+//! thread drives.
 
 mod calibrate;
 mod config;
@@ -20,6 +23,7 @@ mod relay;
 mod report;
 mod schedule;
 mod shape;
+pub mod simulated;
 #[cfg(test)]
 mod tests;
 
