@@ -16,12 +16,12 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_engine::internal::{open_cloud_bundle, pool_pages, tiny_bundle};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
-use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
 
 /// What the command line says.
 struct Args {

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig};
+use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 
 const PING_BYTES: usize = 1024;
 const UPLOAD_BYTES: usize = 4 << 20;

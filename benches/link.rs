@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::{BODY_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, Kind, Priority};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{self, Link, LinkKind, Waker};
 use hat_transport::message::{Hello, Role};
-use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
 
 /// A verify row at hidden 576 in f16, with its head.
 const ROW_BYTES: usize = 1168;
@@ -57,13 +58,13 @@ impl World {
         let events = Vec::new();
         let mut world = Self { device, connection, events, stop, waker, cloud: Some(cloud) };
         while !world.events.iter().any(|event| matches!(event, Event::Up { .. })) {
-            world.turn();
+            world.poll();
         }
         world
     }
 
-    fn turn(&mut self) {
-        self.device.turn(None, &mut self.events).expect("the link works");
+    fn poll(&mut self) {
+        self.device.poll(None, &mut self.events).expect("the link works");
     }
 
     /// Sends one frame, waiting for room.
@@ -83,7 +84,7 @@ impl World {
 
     fn turn_briefly(&mut self) {
         let pause = Some(Duration::from_micros(100));
-        self.device.turn(pause, &mut self.events).expect("the link works");
+        self.device.poll(pause, &mut self.events).expect("the link works");
     }
 
     /// Waits for one answer.
@@ -94,7 +95,7 @@ impl World {
             if found {
                 return;
             }
-            self.turn();
+            self.poll();
         }
     }
 
@@ -131,7 +132,7 @@ fn endpoint(link: Box<dyn Link>, role: Role) -> Endpoint {
 fn serve(mut cloud: Endpoint, stop: &AtomicBool) -> u64 {
     let (mut events, mut syscalls) = (Vec::new(), 0);
     while !stop.load(Ordering::Relaxed) {
-        cloud.turn(None, &mut events).expect("the link works");
+        cloud.poll(None, &mut events).expect("the link works");
         for event in events.drain(..) {
             let Event::Frame { connection, frame } = event else {
                 continue;

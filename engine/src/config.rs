@@ -12,11 +12,11 @@ use hat_transport::link::memory::MemoryNet;
 use crate::Error;
 pub use crate::chunk::ChunkPolicy;
 use crate::draft::drafters::Drafters;
-pub use crate::pack::Codec;
 use crate::page::pages_for;
 pub use crate::prefix::PrefixSecret;
 use crate::sequence::PENDING_ROWS_MAX;
 use crate::verify::Verify;
+pub use hat_transport::codec::Codec;
 
 mod address;
 

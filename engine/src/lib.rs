@@ -41,7 +41,7 @@
 //! | `answer`, `turns`, `sample`, `stop`, `token`, `metrics` | from logits to text |
 //! | `draft` | guesses at the tokens to come |
 //! | `chunk`, `estimate` | how a prompt is cut; estimates of device, link and cloud |
-//! | `sched`, `sequence`, `page`, `prefix`, `pack`, `wire` | rows: which run, where, how they go |
+//! | `sched`, `sequence`, `page`, `prefix`, `wire` | rows: which run, where, how they go |
 //! | `processor` | the models of `hat-compute`, loaded as a configuration says |
 
 mod answer;
@@ -61,8 +61,6 @@ mod metrics;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod out;
-#[doc(hidden)]
-pub mod pack;
 mod page;
 mod prefix;
 mod processor;

@@ -15,9 +15,7 @@ use hat_plan::{PAGE_SIZE, TokenId};
 
 use crate::page::PagePool;
 use crate::sequence::Sequence;
-
-/// Name of a page; the wire's (`hat_transport::message::PageId`).
-pub type PageId = [u8; 16];
+pub use hat_transport::message::PageId;
 
 /// The key of a device's, or of a tenant's, page ids. Nobody is shown it.
 #[derive(Clone, Copy, PartialEq, Eq)]

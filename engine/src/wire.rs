@@ -7,17 +7,17 @@ use std::sync::Arc;
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use hat_transport::clock::Clock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig};
 use hat_transport::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{self, Link, LinkKind};
 pub use hat_transport::message::Role;
 use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
-use hat_transport::turn::{Endpoint, EndpointConfig};
 
 use crate::Error;
 use crate::config::{CloudConfig, EngineConfig};
-use crate::pack::Codec;
 use crate::sequence::PENDING_ROWS_MAX;
+use hat_transport::codec::Codec;
 
 /// What HELLO says unless a backend says otherwise.
 pub const ARITHMETIC_ID: u32 = ARITHMETIC_CPU;
@@ -232,7 +232,8 @@ pub fn listen(
     let row_bytes = Codec::F32.row_bytes(hello.hidden_size as usize) + 4;
     let chunk_bytes = (config.limits.step_rows_max as usize).saturating_mul(row_bytes);
     let two_chunks = u32::try_from(chunk_bytes.saturating_mul(2)).unwrap_or(1 << 30).min(1 << 30);
-    endpoint_config.window_bytes = endpoint_config.window_bytes.max(two_chunks);
+    let window_bytes = &mut endpoint_config.connection.window_bytes;
+    *window_bytes = two_chunks.max(*window_bytes);
     let endpoint = Endpoint::new(link, clock, endpoint_config);
     let address = endpoint.local_address().unwrap_or(config.listen);
     Ok((endpoint, address))

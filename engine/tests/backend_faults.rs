@@ -477,8 +477,8 @@ fn a_device_that_falls_back_serves_what_waits() {
 #[cfg(feature = "cuda")]
 #[test]
 fn a_device_that_falls_back_says_what_it_computes_in() {
+    use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
     use hat_transport::message::{Message, Opened};
-    use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 
     let bundles = Bundles::generated(1, 0);
     let hello = support::script::hello(&bundles);
@@ -493,7 +493,7 @@ fn a_device_that_falls_back_says_what_it_computes_in() {
     let (mut said, mut events, begin) = (Vec::new(), Vec::new(), Instant::now());
     while said.len() < 2 {
         assert!(begin.elapsed() < PATIENCE, "{said:?}");
-        cloud.turn(Some(Duration::from_millis(20)), &mut events).unwrap();
+        cloud.poll(Some(Duration::from_millis(20)), &mut events).unwrap();
         for event in events.drain(..) {
             match event {
                 Event::Up { hello, .. } => said.push(hello.arithmetic_id),

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use hat_engine::options::{ChunkPolicy, Codec};
 use hat_engine::{Engine, EngineConfig, Request};
+use hat_transport::endpoint::Event;
 use hat_transport::message::{
     Arrivals, Computed, Message, Opened, SessionError, SessionErrorCode, Want,
 };
-use hat_transport::turn::Event;
 use support::script::{self, Script};
 use support::{Bundles, long_prompt};
 

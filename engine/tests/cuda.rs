@@ -23,12 +23,12 @@ use hat_compute::backend::reference::Reference;
 use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
 use hat_cuda::testkit::test_gpu::TestGpu;
 use hat_engine::internal::{Sequence, pages_for, through_codec};
-use hat_engine::pack::Codec;
 use hat_loader::{AdapterKind, Bundle, DType};
 use hat_plan::{
     BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,
     MiddleStep, PlanBuffers,
 };
+use hat_transport::codec::Codec;
 use support::Bundles;
 use support::drafter::add_noise;
 

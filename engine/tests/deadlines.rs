@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Engine, EngineConfig, Error, Generation, Request};
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::message::{Busy, Computed, Dropped, Message, Opened};
-use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 use support::script::{self, Script};
 use support::{Bundles, long_prompt};
 
@@ -114,7 +114,7 @@ fn answers_that_were_not_asked_for_end_the_request() {
 fn a_cloud_that_takes_nothing_more_is_silent() {
     let bundles = Bundles::generated(1, 0);
     let mut config = EndpointConfig::new(script::hello(&bundles));
-    config.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
+    config.connection.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
     let mut kept = Vec::new();
     let cloud = Script::start_with(config, move |cloud, event| {
         let Some(Event::Frame { connection, frame }) = event else { return };

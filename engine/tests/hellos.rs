@@ -11,12 +11,12 @@ use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Kind};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{
     CloseCode, Hello, Message, Opened, Role, RowsHead, SessionError, SessionErrorCode, Want,
 };
-use hat_transport::turn::{Endpoint, EndpointConfig, Event, GoneError};
 use support::hand::{HIDDEN, Hand, chain};
 use support::script::{self, Script};
 use support::{Bundles, collect, long_prompt};
@@ -101,7 +101,7 @@ fn refusal(hello: Hello, cloud: &Cloud) -> (CloseCode, String) {
     device.dial(cloud.address());
     let (begin, mut events) = (Instant::now(), Vec::new());
     loop {
-        device.turn(Some(Duration::from_millis(20)), &mut events).unwrap();
+        device.poll(Some(Duration::from_millis(20)), &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Gone { error, .. } = event {
                 let GoneError::ClosedByPeer { code, reason, .. } = error else {
@@ -145,7 +145,7 @@ fn a_cloud_sends_no_frame_that_is_too_long_for_its_device() {
         .collect();
     let outputs = |frame_bytes_max: u32| {
         let mut hand = Hand::connect_to(&bundles, cloud.address(), |config| {
-            config.hello.frame_bytes_max = frame_bytes_max;
+            config.connection.hello.frame_bytes_max = frame_bytes_max;
         });
         hand.open(1, |open| open.rows_max = 200);
         hand.rows(1, &RowsHead { want: Want::All, ..chain(1, ROWS, 0) }, &[], &payload);

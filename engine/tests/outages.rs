@@ -12,9 +12,10 @@ use std::time::Duration;
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{Busy, CloseCode, Message, Opened, SessionError, SessionErrorCode};
-use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
 use support::{Bundles, collect, long_prompt, script};
 
 /// The lie that a scripted cloud tells.
@@ -56,7 +57,7 @@ impl Liar {
         let thread = std::thread::spawn(move || {
             let mut events = Vec::new();
             while !stopped.load(Ordering::Acquire) {
-                cloud.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+                cloud.poll(Some(Duration::from_millis(5)), &mut events).unwrap();
                 for event in events.drain(..) {
                     if let Event::Frame { connection, frame } = event {
                         let message = Message::decode(frame.kind, &frame.body);

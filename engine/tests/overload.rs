@@ -13,8 +13,8 @@ use hat_engine::internal::{Whole, pool_pages};
 use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Limits, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
+use hat_transport::endpoint::Event as LinkEvent;
 use hat_transport::message::{Dropped, Message, RowsHead, SessionErrorCode, Want};
-use hat_transport::turn::Event as LinkEvent;
 use support::hand::{HIDDEN, Hand, chain};
 use support::proxy::Proxy;
 use support::{Bundles, PATIENCE, collect, collect_with, long_prompt, steps};
@@ -211,8 +211,8 @@ fn a_device_that_never_reads_holds_nobody_up() {
     let link = Proxy::to(cloud.address());
     let mut deaf = Hand::connect_to(&bundles, link.address(), |config| {
         config.pool.small = 4096;
-        config.queue_frames_max = 4096;
-        config.dead_after = Duration::from_secs(60);
+        config.connection.queue_frames_max = 4096;
+        config.connection.dead_after = Duration::from_secs(60);
     });
     for session in 1..=30 {
         deaf.open(session, |_| {});

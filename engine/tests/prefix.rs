@@ -15,9 +15,9 @@ use hat_engine::options::{Codec, DraftMode, ErrorKind, Message as Says, Processo
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{End, Message, Opened, PageId, RowsHead, SessionErrorCode};
-use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 use support::hand::{HIDDEN, Hand, chain};
 use support::{Bundles, collect, script};
 
@@ -174,7 +174,7 @@ fn a_cloud_that_claims_pages_is_found_out() {
             event => assert!(event.is_none(), "{event:?}"),
         }
         assert!(start.elapsed() < support::PATIENCE, "nobody minds");
-        cloud.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+        cloud.poll(Some(Duration::from_millis(5)), &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Frame { connection, frame } = event
                 && let Ok(Message::Open(open)) = Message::decode(frame.kind, &frame.body)

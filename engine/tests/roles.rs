@@ -15,11 +15,11 @@ use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_plan::{Computes, MiddleForward, MiddleStep};
+use hat_transport::endpoint::{EndpointConfig, Event as LinkEvent};
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{
     Arrivals, Message, Opened, OutputHead, RowsHead, SessionError, SessionErrorCode,
 };
-use hat_transport::turn::{EndpointConfig, Event as LinkEvent};
 use support::hand::{HIDDEN, Hand, chain};
 use support::script::{self, Script};
 use support::{Bundles, PATIENCE, collect, eventually, long_prompt};
@@ -378,7 +378,7 @@ fn rows_of_a_cancelled_prompt_that_have_not_left_do_not_go_up() {
     let (rows, commit) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(u32::MAX)));
     let (may_take, counted, ended) = (takes.clone(), rows.clone(), commit.clone());
     let mut config = EndpointConfig::new(script::hello(&bundles));
-    config.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
+    config.connection.window_bytes = 2 * u32::try_from(FRAME_BYTES_MAX).unwrap();
     let mut kept = Vec::new();
     let cloud = Script::start_with(config, move |cloud, event| {
         if may_take.load(Ordering::Acquire) {

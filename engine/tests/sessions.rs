@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hat_engine::{Cloud, CloudConfig};
+use hat_transport::endpoint::Event;
 use hat_transport::message::Message;
-use hat_transport::turn::Event;
 use support::Bundles;
 use support::hand::Hand;
 

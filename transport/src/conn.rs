@@ -42,7 +42,7 @@ const HELLO_BYTES_MAX: usize = 1024;
 ///
 /// The body stays in the buffer that it was received into, or was copied once. Its bytes count
 /// against the peer's credit until the buffer is dropped: drop it as soon as its rows are used,
-/// and let the endpoint take a turn after that.
+/// and poll the endpoint after that.
 #[derive(Debug)]
 pub struct Frame {
     /// What it is.
@@ -320,10 +320,12 @@ impl Connection {
             Phase::Down | Phase::Closed => None,
             Phase::Greeting => self.timers.hello_deadline(self.config.hello_within),
             Phase::Up => {
-                let Self { config, timers, .. } = self;
-                let silence = timers.silence_deadline(config.ping_after, config.dead_after);
-                let ack_at = self.receive.ack_at().filter(|_| !self.transmitting);
-                ack_at.into_iter().chain(silence).min()
+                // What can't be written now asks for no time: the link's completion comes first.
+                let writes = !self.transmitting && self.control.is_some();
+                let ping_at = self.timers.ping_at(self.config.ping_after).filter(|_| writes);
+                let ack_at = self.receive.ack_at().filter(|_| writes);
+                let dead_at = self.timers.dead_at(self.config.dead_after);
+                ack_at.into_iter().chain(ping_at).chain(dead_at).min()
             }
         }
     }

@@ -1,24 +1,23 @@
 //! The framed protocol between device and cloud, and the links that carry it.
 //!
 //! From the wire up: [`frame`] is the 32-byte header and cuts bytes into frames; [`message`] is
-//! what stands in bodies; [`conn`] is the protocol without a socket, a clock or a thread; [`link`]
-//! moves bytes (in memory, over mio, over io_uring); [`turn`] is the one place where link, clock
-//! and protocol meet. [`pool`] holds all memory, [`clock`] the time, [`random`] the random numbers;
-//! [`log`] makes what a peer says fit for a log. `docs/PROTOCOL.md` has the byte tables and the
-//! rules of sessions.
+//! what stands in bodies, [`codec`] how rows are written there; [`conn`] is the protocol without a
+//! socket, a clock or a thread; [`link`] moves bytes (in memory, over mio, over io_uring);
+//! [`endpoint`] is the one place where link, clock and protocol meet. [`pool`] holds all memory,
+//! [`clock`] the time, [`random`] the random numbers; [`log`] makes what a peer says fit for a log.
+//! `docs/PROTOCOL.md` has the byte tables and the rules of sessions.
 //!
-//! The crate knows no tensor: a payload is bytes with a row count. It starts no thread, installs
-//! no log subscriber, and logs no body. With the feature `emulator` there is also a worse link than
-//! loopback for measurements and tests, which is a thread of its own.
+//! The crate knows no tensor: rows are numbers of a width. It starts no thread, installs
+//! no log subscriber, and logs no body.
 //!
-//! An application holds an [`turn::Endpoint`] and turns it:
+//! An application holds an [`endpoint::Endpoint`] and polls it:
 //!
 //! ```
 //! use std::sync::Arc;
 //! use hat_transport::clock::SystemClock;
 //! use hat_transport::link::memory::MemoryNet;
 //! use hat_transport::message::{Hello, Message, Open, Role};
-//! use hat_transport::turn::{Endpoint, EndpointConfig, Event};
+//! use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let net = MemoryNet::new();
@@ -36,13 +35,13 @@
 //! let (mut seen, mut opened) = (Vec::new(), false);
 //! while !opened {
 //!     let pause = Some(std::time::Duration::from_millis(1));
-//!     device.turn(pause, &mut seen)?;
+//!     device.poll(pause, &mut seen)?;
 //!     for event in seen.drain(..) {
 //!         if let Event::Up { .. } = event {
 //!             device.send_message(connection, 1, &Message::Open(open))?;
 //!         }
 //!     }
-//!     cloud.turn(pause, &mut seen)?;
+//!     cloud.poll(pause, &mut seen)?;
 //!     for event in seen.drain(..) {
 //!         if let Event::Frame { frame, .. } = event {
 //!             opened = Message::decode(frame.kind, &frame.body)? == Message::Open(open);
@@ -54,9 +53,9 @@
 //! ```
 
 pub mod clock;
+pub mod codec;
 pub mod conn;
-#[cfg(feature = "emulator")]
-pub mod emulator;
+pub mod endpoint;
 pub mod frame;
 pub mod link;
 pub mod log;
@@ -64,7 +63,6 @@ pub mod message;
 #[expect(unsafe_code, reason = "page-aligned buffers, each reached through one slot")]
 pub mod pool;
 pub mod random;
-pub mod turn;
 
 /// The wire version that this crate speaks.
 pub const WIRE_VERSION: u8 = 1;

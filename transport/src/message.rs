@@ -14,14 +14,6 @@ use wire::{Reader, Writer};
 pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, Role};
 pub use rows::{Arrivals, Ids, Output, OutputHead, Rows, RowsHead, Want};
 
-/// Codec of wire rows: IEEE binary32.
-pub const CODEC_F32: u8 = 0;
-/// Codec of wire rows: IEEE binary16 behind a row's exponent. 1 to 3 had none, and are not used.
-pub const CODEC_F16: u8 = 4;
-/// Codec of wire rows: 8-bit integers with block scales, behind a row's exponent; the default.
-pub const CODEC_INT8: u8 = 5;
-/// Codec of wire rows: 4-bit integers with block scales, behind a row's exponent.
-pub const CODEC_INT4: u8 = 6;
 /// Type of stored keys and values: IEEE binary16.
 pub const KV_F16: u8 = 1;
 /// Bytes of a [`PageId`].

@@ -1,5 +1,7 @@
 //! Random numbers as a thing that is handed in: those of the system, and those of a seed.
 
+use std::ops::RangeInclusive;
+
 /// Source of the bytes that ids are made of.
 pub trait Random: Send {
     /// Writes random bytes over all of `bytes`.
@@ -36,6 +38,16 @@ impl SeededRandom {
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         bits ^ (bits >> 31)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next_u64() % bound
+    }
+
+    /// A number of a range.
+    pub fn within(&mut self, range: RangeInclusive<u64>) -> u64 {
+        range.start() + self.below(range.end() - range.start() + 1)
     }
 }
 

@@ -47,7 +47,7 @@ impl World {
         if end == CLOUD { &mut *self.cloud } else { &mut *self.device }
     }
 
-    fn turn(&mut self) {
+    fn poll(&mut self) {
         let pause = Some(Duration::from_micros(300));
         let [cloud, device] = &mut self.done;
         self.cloud.wait(pause, cloud).unwrap();
@@ -62,7 +62,7 @@ impl World {
                 return self.done[end].remove(index);
             }
             assert!(Instant::now() < deadline, "left: {:?}", self.done);
-            self.turn();
+            self.poll();
         }
     }
 
@@ -191,7 +191,7 @@ fn a_full_pipe_holds_the_sender(kind: LinkKind) {
     }
     // The last send is under way when its own end closes: the buffers come back all the same.
     for _ in 0..20 {
-        world.turn();
+        world.poll();
     }
     world.device.close(device);
     assert_eq!(world.sent(DEVICE, device).len(), 24);
@@ -204,7 +204,7 @@ fn closing_gives_everything_back(kind: LinkKind) {
     let [cloud, device] = world.connect();
     let room = world.room();
     world.device.receive(device, room);
-    world.turn();
+    world.poll();
     world.device.close(device);
     world.device.close(device);
     assert_eq!(world.received(DEVICE, device).1, 0);
@@ -221,7 +221,7 @@ fn closing_gives_everything_back(kind: LinkKind) {
     world.device.receive(device, room);
     world.device.close(device);
     for _ in 0..3 {
-        world.turn();
+        world.poll();
     }
     assert!(world.done.iter().all(Vec::is_empty), "{:?}", world.done);
     world.assert_all_buffers_are_back();
@@ -309,7 +309,7 @@ fn a_dropped_link_lets_go(kind: LinkKind) {
     world.device.send(device, bufs);
     let room = world.room();
     world.device.receive(device, room);
-    world.turn();
+    world.poll();
     let World { cloud: cloud_link, device: device_link, pool, mut done, .. } = world;
     drop(device_link);
     done[DEVICE].clear();

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use hat_transport::codec::Codec;
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::message::{
-    Arrivals, CODEC_F16, CODEC_F32, CODEC_INT4, CODEC_INT8, Close, CloseCode, End, Hello, KV_F16,
-    Message, Open, Output, OutputHead, Role, Rows, RowsHead, SessionErrorCode, Want,
+    Arrivals, Close, CloseCode, End, Hello, KV_F16, Message, Open, Output, OutputHead, Role, Rows,
+    RowsHead, SessionErrorCode, Want,
 };
 use hat_transport::pool::{Pool, PoolConfig};
 
@@ -90,7 +91,7 @@ fn hello() -> Vec<u8> {
         hidden_size: 2,
         entry_layer: 2,
         exit_layer: 30,
-        codecs: 1 << CODEC_F32 | 1 << CODEC_F16,
+        codecs: 1 << Codec::F32.id() | 1 << Codec::F16.id(),
         rows_pending_max: 64,
         page_size: 32,
         kv_type: KV_F16,
@@ -102,7 +103,7 @@ fn open() -> Vec<u8> {
     body(&Message::Open(Open {
         entry_layer: 2,
         exit_layer: 30,
-        codec: CODEC_F16,
+        codec: Codec::F16.id(),
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 512,
@@ -201,9 +202,7 @@ fn the_tables_are_what_the_code_says() {
         SessionErrorCode::ALL.iter().map(|code| (*code as u16, shout(code))).collect();
     assert_eq!(table("Session errors"), errors);
 
-    let codecs =
-        [(CODEC_F32, "f32"), (CODEC_F16, "f16"), (CODEC_INT8, "int8"), (CODEC_INT4, "int4")];
-    let codecs = codecs.map(|(code, name)| (u16::from(code), name.to_owned()));
+    let codecs = Codec::ALL.map(|codec| (u16::from(codec.id()), codec.name().to_owned()));
     assert_eq!(table("Codecs"), BTreeMap::from(codecs));
 }
 

@@ -1,8 +1,8 @@
 //! What a cloud may come to hold, owner by owner.
 
 use hat_loader::{Bundle, Submodel};
+use hat_transport::endpoint::EndpointConfig;
 use hat_transport::message::{Hello, Role};
-use hat_transport::turn::EndpointConfig;
 
 use super::core::OUTBOX_BYTES_MAX;
 use crate::backend::{KvShape, PAGE_SIZE};

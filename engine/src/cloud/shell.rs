@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use hat_plan::BackendFault;
 use hat_transport::clock::Clock;
+use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello};
-use hat_transport::turn::{Endpoint, Event};
 
 use super::core::{CloudCore, CloudCoreConfig, LinkEvent, StepBatch};
 use super::{CloudConfig, CloudCounters};
@@ -137,7 +137,7 @@ impl Shell {
         while !self.stop.load(Ordering::Acquire) {
             let until = self.core.poll_timeout();
             let timeout = until.map(|until| until.saturating_duration_since(self.now));
-            self.endpoint.turn(timeout, &mut events)?;
+            self.endpoint.poll(timeout, &mut events)?;
             self.now = self.clock.now();
             events.drain(..).for_each(|event| self.take(event));
             self.take_steps()?;
@@ -243,7 +243,7 @@ impl Shell {
     fn take_turns(&mut self, turns: usize, time: Duration) {
         let mut events = Vec::new();
         for _ in 0..turns {
-            if self.endpoint.turn(Some(time), &mut events).is_err() {
+            if self.endpoint.poll(Some(time), &mut events).is_err() {
                 return; // the link has failed, and the sockets close with it
             }
             events.clear();

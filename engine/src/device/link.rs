@@ -7,8 +7,9 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::Event as LinkEvent;
 use hat_transport::message::{CloseCode, Hello};
-use hat_transport::turn::{ConnectionId, Event as LinkEvent};
 
 use super::core::Inbound;
 use super::resolve::Resolver;

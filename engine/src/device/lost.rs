@@ -34,7 +34,7 @@ impl Device {
             self.set_connected(false);
             self.core.handle_inbound(Inbound::Gone { reason: reason.into(), is_final: false });
         }
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)?; // the cloud hears of it
+        self.endpoint.poll(Some(Duration::ZERO), &mut self.arrived)?; // the cloud hears of it
         let drafter = self.core.drafter.take();
         let drafter = self.start.load_again(drafter).map_err(|error| {
             io::Error::other(format!("{fault}; and the CPU can't go on: {error}"))

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
+use hat_transport::endpoint::{Endpoint, Event as LinkEvent};
 use hat_transport::link::Waker;
 use hat_transport::message::{Hello, Role};
-use hat_transport::turn::{Endpoint, Event as LinkEvent};
 
 use super::core::{DeviceCore, PageNamer, RequestEvent, RequestId};
 use super::link::Link;
@@ -172,7 +172,7 @@ impl Device {
             let timeout = self.core.poll_timeout(now).into_iter().chain(dials).min();
             let timeout = if has_computed { Some(Duration::ZERO) } else { timeout };
             let mut arrived = std::mem::take(&mut self.arrived);
-            self.endpoint.turn(timeout, &mut arrived)?;
+            self.endpoint.poll(timeout, &mut arrived)?;
             let now = self.now();
             arrived.drain(..).for_each(|event| self.take(now, event));
             self.arrived = arrived;
@@ -180,7 +180,7 @@ impl Device {
         }
         self.stop("it was closed");
         // What was said last may be the names of pages to keep.
-        self.endpoint.turn(Some(Duration::ZERO), &mut self.arrived)
+        self.endpoint.poll(Some(Duration::ZERO), &mut self.arrived)
     }
 
     /// Ends all requests.

@@ -9,8 +9,8 @@ use hat_compute::open as processor;
 use hat_engine::internal::Whole;
 use hat_engine::options::{ChunkPolicy, Codec, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
+use hat_transport::endpoint::Event;
 use hat_transport::message::{Computed, Message, RowsHead, Want};
-use hat_transport::turn::Event;
 
 use super::support::hand::{HIDDEN, Hand, chain};
 use super::support::{Bundles, collect, long_prompt, steps};

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use hat_emulator::{Emulator, EmulatorConfig};
 use hat_engine::options::{Codec, DraftMode};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::AdapterKind;
-use hat_transport::emulator::{Emulator, EmulatorConfig};
 
 use super::assert_same;
 use super::drafts::{request, requests, whole};

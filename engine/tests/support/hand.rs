@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use hat_engine::Cloud;
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{End, Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
-use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event};
 
 use super::Bundles;
 
@@ -60,7 +61,7 @@ impl Hand {
         let start = Instant::now();
         let mut events = Vec::new();
         loop {
-            self.endpoint.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
+            self.endpoint.poll(Some(Duration::from_millis(50)), &mut events).unwrap();
             if let Some(found) = events.drain(..).find_map(|event| wanted(&event)) {
                 return found;
             }
@@ -73,7 +74,7 @@ impl Hand {
         let start = Instant::now();
         let mut events = Vec::new();
         while start.elapsed() < time {
-            self.endpoint.turn(Some(Duration::from_millis(5)), &mut events).unwrap();
+            self.endpoint.poll(Some(Duration::from_millis(5)), &mut events).unwrap();
             events.drain(..).for_each(|event| count(&event));
         }
     }

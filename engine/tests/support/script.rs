@@ -7,10 +7,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hat_transport::clock::SystemClock;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::link::LinkKind;
 use hat_transport::message::{Hello, Role};
-use hat_transport::turn::{Endpoint, EndpointConfig, Event};
 
 use super::Bundles;
 
@@ -66,7 +66,7 @@ impl Script {
         let thread = std::thread::spawn(move || {
             let mut events = Vec::new();
             while !stopped.load(Ordering::Acquire) {
-                cloud.turn(Some(TICK), &mut events).unwrap();
+                cloud.poll(Some(TICK), &mut events).unwrap();
                 events.drain(..).for_each(|event| act(&mut cloud, Some(event)));
                 act(&mut cloud, None);
             }

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use hat_engine::options::Address;
-use hat_engine::out::{self, OutError};
-use hat_engine::{note, outln};
-use hat_transport::emulator::{
+use hat_emulator::{
     Calibration, CutConfig, DirectionConfig, DirectionReport, Emulator, EmulatorConfig, Quantiles,
     Report, StallConfig,
 };
+use hat_engine::options::Address;
+use hat_engine::out::{self, OutError};
+use hat_engine::{note, outln};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 

@@ -20,7 +20,7 @@ pub struct ConnectionConfig {
     pub ping_after: Duration,
     /// Silence after which the link counts as broken.
     pub dead_after: Duration,
-    /// How long the peer's HELLO may take.
+    /// How long connecting, and then the peer's HELLO, may take.
     pub hello_within: Duration,
     /// How long an acknowledgement may wait for a frame to ride in.
     pub ack_delay: Duration,

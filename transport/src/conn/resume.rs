@@ -49,6 +49,13 @@ impl Connection {
         Ok(())
     }
 
+    /// True if the device has acknowledged more than this HELLO of its knows: it was sent before,
+    /// over a socket that the device has given up.
+    #[must_use]
+    pub fn has_overtaken(&self, hello: &Hello) -> bool {
+        hello.link_epoch == self.epoch && self.send.has_forgotten(hello.recv_next)
+    }
+
     /// A new epoch: both ends start from nothing.
     fn forget(&mut self, header: &Header, hello: &Hello) -> Result<(), ProtocolError> {
         if self.config.hello.role == Role::Device && hello.recv_next != 0 {

@@ -36,7 +36,7 @@ pub enum Refusal {
     /// The connection is closed, or was never there.
     #[error("there is no such connection")]
     Gone,
-    /// The buffer pool is empty: try again after a turn.
+    /// The buffer pool is empty: try again after the next poll.
     #[error("the buffer pool is empty")]
     NoBuffer,
 }
@@ -154,10 +154,15 @@ impl SendState {
         Ok(sent_at)
     }
 
+    /// True if the frame `seq` was acknowledged, so that it can't be sent again.
+    pub(super) fn has_forgotten(&self, seq: u32) -> bool {
+        before(seq, self.oldest)
+    }
+
     /// The link goes on: frames from `recv_next` on are sent again.
     pub(super) fn resume(&mut self, recv_next: u32) -> Result<(), ProtocolError> {
         let (oldest, next) = (self.oldest, self.next_seq());
-        if before(recv_next, oldest) || before(next, recv_next) {
+        if self.has_forgotten(recv_next) || before(next, recv_next) {
             return Err(ProtocolError::Replay { recv_next, oldest, next });
         }
         self.acknowledge(recv_next)?;

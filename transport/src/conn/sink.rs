@@ -19,8 +19,8 @@ impl fmt::Display for ConnectionId {
 
 /// Takes frames for connections; their bodies are written in place, into buffers of its pool.
 ///
-/// [`crate::turn::Endpoint`] is the sink of a process. A simulator or a test has its own, so that
-/// a role that writes through this trait needs no link.
+/// [`crate::endpoint::Endpoint`] is the sink of a process. A simulator or a test has its own, so
+/// that a role that writes through this trait needs no link.
 pub trait FrameSink {
     /// A buffer with room for a frame's header and `body_bytes` of body. `None` while the pool
     /// keeps the rest in reserve, for receiving: try again after the next poll of the link.

@@ -295,6 +295,22 @@ fn a_discarded_session_sends_nothing_more() {
     assert_eq!(kinds(&transmit(&mut pair.device, pair.now)), [(Kind::Rows, 1)]);
 }
 
+/// A ping that can't be written asks for no time: whoever waits for the link would wait for
+/// nothing, over and over.
+#[test]
+fn a_busy_link_is_not_asked_for_a_ping() {
+    let mut pair = Pair::up();
+    rows(&mut pair.device, 1, Priority::Verify, 100).unwrap();
+    let mut batch = Vec::new();
+    assert!(pair.device.poll_transmit(pair.now, &mut batch));
+    let heard = pair.now;
+    pair.wait(Duration::from_millis(1500));
+    pair.device.handle_timeout(pair.now).unwrap();
+    assert_eq!(pair.device.poll_timeout(), Some(heard + Duration::from_secs(3)));
+    pair.device.handle_transmitted(&mut batch);
+    assert_eq!(kinds(&transmit(&mut pair.device, pair.now)), [(Kind::Ping, 0)]);
+}
+
 #[test]
 fn silence_is_pinged_and_then_death() {
     let mut pair = Pair::up();

@@ -85,29 +85,21 @@ impl Timers {
         ping_after: Duration,
         dead_after: Duration,
     ) -> Result<(), Expired> {
-        let Some(heard) = self.heard else {
-            return Ok(());
-        };
-        if now >= heard + dead_after {
+        if self.dead_at(dead_after).is_some_and(|at| now >= at) {
             return Err(Expired::Silent(dead_after));
         }
-        if now >= self.ping_at(heard, ping_after) {
-            self.ping_due = true;
-        }
+        self.ping_due |= self.ping_at(ping_after).is_some_and(|at| now >= at);
         Ok(())
     }
 
-    /// When [`Timers::check_silence`] has something to say, or to do.
-    pub(super) fn silence_deadline(
-        &self,
-        ping_after: Duration,
-        dead_after: Duration,
-    ) -> Option<Instant> {
-        self.heard.map(|heard| self.ping_at(heard, ping_after).min(heard + dead_after))
+    /// When the link counts as broken.
+    pub(super) fn dead_at(&self, dead_after: Duration) -> Option<Instant> {
+        self.heard.map(|heard| heard + dead_after)
     }
 
-    fn ping_at(&self, heard: Instant, ping_after: Duration) -> Instant {
-        self.pinged.map_or(heard, |pinged| pinged.max(heard)) + ping_after
+    /// When the next ping is due.
+    pub(super) fn ping_at(&self, ping_after: Duration) -> Option<Instant> {
+        self.heard.max(self.pinged).map(|last| last + ping_after)
     }
 }
 

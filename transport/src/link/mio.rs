@@ -10,7 +10,8 @@ use std::time::Duration;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 
-use super::{Accepting, Completion, Link, LinkCounters, PeerId, Waker, limit_unsent};
+use super::socket::{Accepting, limit_unsent};
+use super::{Completion, Link, LinkCounters, PeerId, Waker};
 use crate::pool::Buf;
 
 const LISTENER: Token = Token(0);

@@ -5,12 +5,17 @@
 //! under way for each peer. A [`PeerId`] is never used twice.
 //!
 //! TLS has its place between link and connection: the endpoint passes what a link received to the
-//! connection, and what the connection transmits to the link, in three functions that the head of
-//! [`crate::turn`] names.
+//! connection, and what the connection transmits to the link, in two functions that the head of
+//! [`crate::endpoint`] names.
+//!
+//! The links over sockets are the feature `links`; the one in memory is always there.
 
 pub mod memory;
+#[cfg(feature = "links")]
 pub mod mio;
-#[cfg(all(target_os = "linux", feature = "io-uring"))]
+#[cfg(feature = "links")]
+mod socket;
+#[cfg(all(target_os = "linux", feature = "links"))]
 #[expect(unsafe_code, reason = "the kernel holds pointers into buffers that the ring owns")]
 pub mod uring;
 
@@ -22,8 +27,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::pool::Buf;
-#[cfg(all(target_os = "linux", feature = "io-uring"))]
-use uring::limit_unsent;
+#[cfg(feature = "links")]
+pub use socket::{Opened, open, open_probed, probe_uring};
 
 /// Which link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,34 +49,6 @@ impl fmt::Display for LinkKind {
             Self::Mio => "mio",
             Self::IoUring => "io_uring",
         })
-    }
-}
-
-/// Tells of a listener that takes no peers, and of the first one that it takes again: once each,
-/// however often it is tried between.
-#[derive(Debug, Default)]
-struct Accepting {
-    failures: u64,
-}
-
-impl Accepting {
-    /// A peer wanted in, and this is what came between.
-    fn note(&mut self, error: Option<&io::Error>) {
-        let change = self.change(error.is_some());
-        match (change, error) {
-            (Some(_), Some(error)) => tracing::warn!(%error, "no peer is accepted; trying on"),
-            (Some(failures), None) => tracing::info!(failures, "peers are accepted again"),
-            (None, _) => {}
-        }
-    }
-
-    /// The failures so far if this one changes something: the first, or the end of them.
-    fn change(&mut self, has_failed: bool) -> Option<u64> {
-        if has_failed {
-            self.failures += 1;
-            return (self.failures == 1).then_some(1);
-        }
-        Some(std::mem::take(&mut self.failures)).filter(|failures| *failures > 0)
     }
 }
 
@@ -184,7 +161,8 @@ struct WakerInner {
 
 impl Waker {
     /// A waker whose first wake after each [`Waker::take`] calls `rouse`.
-    pub(crate) fn new(rouse: impl Fn() + Send + Sync + 'static) -> Self {
+    #[must_use]
+    pub fn new(rouse: impl Fn() + Send + Sync + 'static) -> Self {
         let inner = WakerInner { pending: AtomicBool::new(false), rouse: Box::new(rouse) };
         Self { inner: Arc::new(inner) }
     }
@@ -197,7 +175,7 @@ impl Waker {
     }
 
     /// Whether there were wakes since the last call.
-    pub(crate) fn take(&self) -> bool {
+    pub fn take(&self) -> bool {
         self.inner.pending.swap(false, Ordering::AcqRel)
     }
 }
@@ -205,97 +183,5 @@ impl Waker {
 impl fmt::Debug for Waker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Waker")
-    }
-}
-
-/// Without the feature `io-uring` there is no call for it: frames wait in the kernel's buffer.
-#[cfg(not(all(target_os = "linux", feature = "io-uring")))]
-fn limit_unsent<S>(_socket: &S) -> io::Result<()> {
-    Ok(())
-}
-
-/// A socket link that is open, and which one it is.
-pub struct Opened {
-    /// The link.
-    pub link: Box<dyn Link>,
-    /// What runs.
-    pub kind: LinkKind,
-    /// Why something else runs than was asked for.
-    pub fallback: Option<String>,
-}
-
-/// Opens a socket link that listens at `listen`, or only connects. io_uring is probed first; where
-/// it can't run, mio does, and [`Opened::fallback`] says why.
-///
-/// # Errors
-/// If the address can't be listened at, or [`LinkKind::Memory`] is asked for: its ends meet in a
-/// [`memory::MemoryNet`].
-pub fn open(kind: LinkKind, listen: Option<SocketAddr>) -> io::Result<Opened> {
-    open_probed(kind, listen, probe_uring)
-}
-
-/// As [`open`], with the answer of another probe than the kernel's.
-///
-/// # Errors
-/// As [`open`].
-pub fn open_probed(
-    kind: LinkKind,
-    listen: Option<SocketAddr>,
-    probe: impl FnOnce() -> Result<(), String>,
-) -> io::Result<Opened> {
-    let mio = |fallback| -> io::Result<Opened> {
-        let link = Box::new(mio::MioLink::new(listen)?);
-        Ok(Opened { link, kind: LinkKind::Mio, fallback })
-    };
-    match kind {
-        LinkKind::Memory => {
-            let text = "a memory link comes from a MemoryNet, not from an address";
-            Err(io::Error::new(io::ErrorKind::InvalidInput, text))
-        }
-        LinkKind::Mio => mio(None),
-        LinkKind::IoUring => match probe() {
-            Ok(()) => open_uring(listen),
-            Err(reason) => {
-                tracing::info!(reason, "io_uring is not available, mio runs instead");
-                mio(Some(reason))
-            }
-        },
-    }
-}
-
-/// Whether io_uring can run here, or why not.
-///
-/// # Errors
-/// The reason, with the setting to change where there is one.
-pub fn probe_uring() -> Result<(), String> {
-    #[cfg(all(target_os = "linux", feature = "io-uring"))]
-    return uring::probe();
-    #[cfg(not(all(target_os = "linux", feature = "io-uring")))]
-    return Err("this build has no io_uring".to_owned());
-}
-
-#[cfg(all(target_os = "linux", feature = "io-uring"))]
-fn open_uring(listen: Option<SocketAddr>) -> io::Result<Opened> {
-    let link = Box::new(uring::UringLink::new(listen)?);
-    Ok(Opened { link, kind: LinkKind::IoUring, fallback: None })
-}
-
-#[cfg(not(all(target_os = "linux", feature = "io-uring")))]
-fn open_uring(_listen: Option<SocketAddr>) -> io::Result<Opened> {
-    Err(io::Error::from(io::ErrorKind::Unsupported))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Accepting;
-
-    #[test]
-    fn a_listener_without_descriptors_is_told_of_twice() {
-        let mut accepting = Accepting::default();
-        assert_eq!(accepting.change(false), None);
-        let told: Vec<_> = (0..1000).filter_map(|_| accepting.change(true)).collect();
-        assert_eq!(told, [1]);
-        assert_eq!(accepting.change(false), Some(1000));
-        assert_eq!(accepting.change(false), None);
     }
 }

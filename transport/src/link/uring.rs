@@ -20,7 +20,8 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::event::EventfdFlags;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
 
-use super::{Accepting, Completion, Link, LinkCounters, PeerId, Waker};
+use super::socket::Accepting;
+use super::{Completion, Link, LinkCounters, PeerId, Waker};
 use crate::pool::Buf;
 use setup::build;
 

@@ -1,6 +1,7 @@
 //! One test for each way of being wrong, and round trips.
 
 use super::*;
+use crate::codec::Codec;
 use proptest::prelude::*;
 
 fn encode(message: &Message<'_>) -> Vec<u8> {
@@ -20,7 +21,7 @@ fn hello() -> Hello {
         hidden_size: 576,
         entry_layer: 2,
         exit_layer: 30,
-        codecs: 1 << CODEC_F16,
+        codecs: 1 << Codec::F16.id(),
         row_budget: 256,
         rows_pending_max: 64,
         page_size: 32,
@@ -76,7 +77,7 @@ fn each_message_round_trips_and_refuses_other_lengths() {
     let open = Open {
         entry_layer: 2,
         exit_layer: 30,
-        codec: CODEC_F16,
+        codec: Codec::F16.id(),
         kv_type: KV_F16,
         arithmetic_id: 1,
         rows_max: 2048,

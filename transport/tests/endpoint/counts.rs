@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::frame::{BODY_BYTES_MAX, FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::link::LinkKind;
 use hat_transport::message::Role;
 use hat_transport::pool::PoolConfig;
-use hat_transport::turn::{ConnectionId, Endpoint, Event};
 
 use super::pair::{Pair, config, kinds, take_frame};
 
@@ -37,8 +38,8 @@ fn a_burst_needs_one_call_a_frame(kind: LinkKind) {
     let mut got = 0;
     while got < FRAMES {
         // Each end waits until it has something to do, as in a process of its own.
-        pair.device.turn(Some(Duration::ZERO), &mut pair.device_events).unwrap();
-        pair.cloud.turn(Some(Duration::ZERO), &mut pair.cloud_events).unwrap();
+        pair.device.poll(Some(Duration::ZERO), &mut pair.device_events).unwrap();
+        pair.cloud.poll(Some(Duration::ZERO), &mut pair.cloud_events).unwrap();
         while take_frame(&mut pair.cloud_events).is_some() {
             got += 1;
         }
@@ -59,7 +60,7 @@ const ROUNDS: u64 = 200;
 fn echo(mut cloud: Endpoint) -> (u64, u64, Endpoint) {
     let (mut events, mut echoed, mut before) = (Vec::new(), 0, None);
     while echoed < ROUNDS {
-        cloud.turn(None, &mut events).unwrap();
+        cloud.poll(None, &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Frame { connection, frame } = event {
                 let counters = cloud.counters(connection).unwrap();
@@ -73,7 +74,7 @@ fn echo(mut cloud: Endpoint) -> (u64, u64, Endpoint) {
     let (connection, before) = before.unwrap();
     let after = cloud.counters(connection).unwrap();
     // The last echo is still to be sent.
-    cloud.turn(Some(Duration::from_millis(50)), &mut events).unwrap();
+    cloud.poll(Some(Duration::from_millis(50)), &mut events).unwrap();
     let copied = after.traffic.copied_bytes - before.traffic.copied_bytes;
     (after.syscalls - before.syscalls, copied, cloud)
 }
@@ -84,13 +85,13 @@ fn ping_pong(kind: LinkKind) -> (f64, u64) {
     let echo = std::thread::spawn(move || echo(cloud));
     let mut events = Vec::new();
     while !events.iter().any(|event| matches!(event, Event::Up { .. })) {
-        device.turn(None, &mut events).unwrap();
+        device.poll(None, &mut events).unwrap();
     }
     let before = device.counters(dialled).unwrap();
     for _ in 0..ROUNDS {
         assert!(send(&mut device, dialled, Kind::Rows, 1168));
         while take_frame(&mut events).is_none() {
-            device.turn(None, &mut events).unwrap();
+            device.poll(None, &mut events).unwrap();
         }
     }
     let after = device.counters(dialled).unwrap();
@@ -106,7 +107,7 @@ fn a_round_trip_copies_nothing_and_calls_little() {
     for kind in kinds() {
         let (calls, copied) = ping_pong(kind);
         eprintln!("{kind}: {calls:.2} system calls and {copied} copied bytes a frame end");
-        // Two frame ends a turn: mio waits, writes and reads; io_uring waits twice.
+        // Two frame ends a poll: mio waits, writes and reads; io_uring waits twice.
         let limit = if kind == LinkKind::Mio { 1.75 } else { 1.25 };
         assert!(calls <= limit, "{kind}: {calls}");
         assert!(copied <= 32, "{kind}: {copied} bytes, more than a header");
@@ -138,14 +139,14 @@ fn an_upload_copies_less_than_a_tenth() {
 fn a_slow_application_costs_one_window() {
     for kind in kinds() {
         let mut cloud = config(Role::Cloud);
-        cloud.window_bytes = 5 * FRAME_BYTES_MAX as u32;
+        cloud.connection.window_bytes = 5 * FRAME_BYTES_MAX as u32;
         cloud.pool = PoolConfig { small: 64, large: 64 };
         let mut pair = Pair::with(kind, cloud, config(Role::Device));
         pair.up();
         let mut held = Vec::new();
         for _ in 0..100 {
             send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX);
-            pair.turn();
+            pair.poll();
             held.extend(std::iter::from_fn(|| take_frame(&mut pair.cloud_events)));
         }
         assert_eq!(held.len(), 5, "{kind}");
@@ -191,12 +192,12 @@ fn the_kernel_takes_little_that_it_can_not_send() {
         while start.elapsed() < Duration::from_millis(100) {
             send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX);
             let pause = Some(Duration::from_millis(1));
-            pair.device.turn(pause, &mut pair.device_events).unwrap();
+            pair.device.poll(pause, &mut pair.device_events).unwrap();
         }
         let taken = pair.device.counters(pair.dialled).unwrap().bytes_up - before;
         eprintln!("{kind}: {taken} bytes went into the kernel");
         // The peer's socket buffer, three frames; without the limit it would be the credit, 4 MiB.
-        let is_limited = cfg!(all(target_os = "linux", feature = "io-uring"));
+        let is_limited = cfg!(target_os = "linux");
         assert!(!is_limited || taken <= 512 << 10, "{kind}: {taken} bytes went into the kernel");
     }
 }

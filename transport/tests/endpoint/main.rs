@@ -7,12 +7,13 @@ mod reconnect;
 mod repeat;
 mod strangers;
 
+use hat_transport::conn::ConnectionId;
+use hat_transport::endpoint::GoneError;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{
     Arrivals, CloseCode, Message, Open, Opened, OutputHead, RowsHead, Want,
 };
-use hat_transport::turn::{ConnectionId, GoneError};
 use pair::{Pair, kinds, take_frame, take_gone};
 
 /// A session from open to ended, with rows up and output down.

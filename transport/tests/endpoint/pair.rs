@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use std::io;
 
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::ConnectionId;
 use hat_transport::conn::Frame;
+use hat_transport::endpoint::{Endpoint, EndpointConfig, Event, GoneError};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{self, Completion, Link, LinkCounters, LinkKind, PeerId, Waker};
 use hat_transport::message::{Hello, Role};
 use hat_transport::pool::Buf;
-use hat_transport::turn::{ConnectionId, Endpoint, EndpointConfig, Event, GoneError};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) const KINDS: [LinkKind; 3] = [LinkKind::Memory, LinkKind::Mio, LinkKind::IoUring];
@@ -136,7 +137,7 @@ impl Pair {
         Self { net, cloud, device, dialled, cloud_events, device_events, cut }
     }
 
-    /// Turns both until `found` finds something in the events, which are kept.
+    /// Polls both until `found` finds something in the events, which are kept.
     pub(crate) fn until<T>(&mut self, mut found: impl FnMut(&mut Self) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -145,14 +146,14 @@ impl Pair {
             }
             let (device, cloud) = (&self.device_events, &self.cloud_events);
             assert!(Instant::now() < deadline, "device: {device:?}, cloud: {cloud:?}");
-            self.turn();
+            self.poll();
         }
     }
 
-    pub(crate) fn turn(&mut self) {
+    pub(crate) fn poll(&mut self) {
         let pause = Some(Duration::from_micros(200));
-        self.cloud.turn(pause, &mut self.cloud_events).unwrap();
-        self.device.turn(pause, &mut self.device_events).unwrap();
+        self.cloud.poll(pause, &mut self.cloud_events).unwrap();
+        self.device.poll(pause, &mut self.device_events).unwrap();
     }
 
     /// The cloud's id of the connection and whether it resumed, once both are up.

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use hat_transport::conn::ConnectionId;
 use hat_transport::conn::Frame;
+use hat_transport::endpoint::{Endpoint, GoneError};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::{Completion, Link, LinkCounters, LinkKind, PeerId, Waker};
 use hat_transport::message::{Message, Opened, Role};
 use hat_transport::pool::Buf;
-use hat_transport::turn::{ConnectionId, Endpoint, GoneError};
 
 use super::pair::{
     Net, Pair, config, endpoint, kinds, loopback, take_down, take_frame, take_gone, take_up,
@@ -158,12 +159,12 @@ impl Link for DeafLink {
 fn connecting_does_not_take_forever() {
     let inner = Net::new(LinkKind::Memory).link(None);
     let mut config = config(Role::Device);
-    config.hello_within = Duration::from_millis(30);
+    config.connection.hello_within = Duration::from_millis(30);
     let closed = Vec::new();
     let mut device = endpoint(Box::new(DeafLink { inner, closed }), config);
     device.dial(loopback());
     let mut events = Vec::new();
-    device.turn(None, &mut events).unwrap();
+    device.poll(None, &mut events).unwrap();
     assert_eq!(take_down(&mut events).as_deref(), Some("connecting takes too long"));
 }
 
@@ -182,14 +183,14 @@ fn a_device_that_stays_away_is_forgotten() {
 #[test]
 fn a_silent_cloud_is_given_up() {
     let mut device = config(Role::Device);
-    device.ping_after = Duration::from_millis(20);
-    device.dead_after = Duration::from_millis(60);
+    device.connection.ping_after = Duration::from_millis(20);
+    device.connection.dead_after = Duration::from_millis(60);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     // The cloud's process hangs: its sockets live, and nobody answers.
     let reason = loop {
         let pause = Some(Duration::from_millis(1));
-        pair.device.turn(pause, &mut pair.device_events).unwrap();
+        pair.device.poll(pause, &mut pair.device_events).unwrap();
         if let Some(reason) = take_down(&mut pair.device_events) {
             break reason;
         }
@@ -202,8 +203,8 @@ fn a_silent_cloud_is_given_up() {
 #[test]
 fn pings_keep_an_idle_link_and_measure_it() {
     let mut device = config(Role::Device);
-    device.ping_after = Duration::from_millis(5);
-    device.dead_after = Duration::from_millis(2000);
+    device.connection.ping_after = Duration::from_millis(5);
+    device.connection.dead_after = Duration::from_millis(2000);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     pair.until(|pair| {
@@ -213,22 +214,22 @@ fn pings_keep_an_idle_link_and_measure_it() {
     assert!(take_down(&mut pair.device_events).is_none());
 }
 
-/// A device that computes for long and does not turn meanwhile finds what came in the meantime,
+/// A device that computes for long and does not poll meanwhile finds what came in the meantime,
 /// and does not take its cloud for dead.
 #[test]
 fn own_absence_is_not_held_against_the_peer() {
     for kind in kinds() {
         let mut device = config(Role::Device);
-        device.ping_after = Duration::from_millis(10);
-        device.dead_after = Duration::from_millis(30);
+        device.connection.ping_after = Duration::from_millis(10);
+        device.connection.dead_after = Duration::from_millis(30);
         let mut pair = Pair::with(kind, config(Role::Cloud), device);
         pair.up();
         for _ in 0..5 {
             for _ in 0..8 {
-                pair.cloud.turn(Some(Duration::from_millis(5)), &mut pair.cloud_events).unwrap();
+                pair.cloud.poll(Some(Duration::from_millis(5)), &mut pair.cloud_events).unwrap();
             }
             pair.device.waker().wake();
-            pair.device.turn(Some(Duration::ZERO), &mut pair.device_events).unwrap();
+            pair.device.poll(Some(Duration::ZERO), &mut pair.device_events).unwrap();
         }
         assert!(take_down(&mut pair.device_events).is_none(), "{kind}");
     }

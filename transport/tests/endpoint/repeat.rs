@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use hat_transport::clock::{Clock, ManualClock};
 use hat_transport::conn::{ConnectionId, FrameSink};
+use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{Completion, Link, LinkCounters, PeerId, Waker};
 use hat_transport::message::{End, Message, Role};
 use hat_transport::pool::Buf;
 use hat_transport::random::SeededRandom;
-use hat_transport::turn::{Endpoint, Event};
 
 use super::pair::{CutLink, config, loopback, take_frame, take_up};
 
@@ -86,8 +86,8 @@ fn run(seed: u64) -> Transcript {
     let (mut up, mut down) = (Vec::new(), Vec::new());
     let (mut sent, mut got) = (0, 0);
     while clock.now() - start < Duration::from_secs(30) {
-        cloud.turn(Some(Duration::ZERO), &mut up).unwrap();
-        device.turn(Some(Duration::ZERO), &mut down).unwrap();
+        cloud.poll(Some(Duration::ZERO), &mut up).unwrap();
+        device.poll(Some(Duration::ZERO), &mut down).unwrap();
         while take_frame(&mut up).is_some() {
             got += 1;
             cut.fetch_or(got == 20 || got == 40, Ordering::Relaxed);

@@ -5,10 +5,10 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use hat_transport::conn::{ProtocolError, Refusal};
+use hat_transport::endpoint::{Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{CloseCode, End, Hello, Message, Role};
-use hat_transport::turn::{EndpointConfig, Event, GoneError};
 
 use super::pair::{Pair, config, kinds, take, take_down, take_frame, take_gone, take_up};
 
@@ -61,7 +61,7 @@ fn another_protocol_is_refused_and_others_are_served() {
         assert_eq!(text, format!("{address} is not speaking hat: it asked like HTTP"));
         // The socket is closed without an answer.
         stranger.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
-        pair.turn();
+        pair.poll();
         assert!(matches!(stranger.read(&mut [0; 8]), Ok(0) | Err(_)));
         assert_serves(&mut pair);
     }
@@ -74,7 +74,7 @@ fn a_device_that_dials_another_protocol_says_so() {
     let mut pair = Pair::new(LinkKind::Mio);
     let (mut device, mut events) = (pair.device, Vec::new());
     device.close(pair.dialled, CloseCode::Done, "");
-    device.turn(Some(Duration::ZERO), &mut events).unwrap();
+    device.poll(Some(Duration::ZERO), &mut events).unwrap();
     assert_eq!(take_gone(&mut events), Some(GoneError::Closed));
     device.dial(address);
     let answer = std::thread::spawn(move || {
@@ -129,7 +129,7 @@ fn a_peers_words_are_shown_without_their_controls() {
 #[test]
 fn silence_is_not_waited_for() {
     let mut cloud = config(Role::Cloud);
-    cloud.hello_within = Duration::from_millis(40);
+    cloud.connection.hello_within = Duration::from_millis(40);
     let mut pair = Pair::with(LinkKind::Mio, cloud, config(Role::Device));
     pair.up();
     let silent = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
@@ -142,7 +142,7 @@ fn silence_is_not_waited_for() {
 #[test]
 fn versions_that_do_not_meet_are_named_at_both_ends() {
     let mut device = config(Role::Device);
-    (device.hello.min_version, device.hello.max_version) = (2, 3);
+    (device.connection.hello.min_version, device.connection.hello.max_version) = (2, 3);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     let gone = pair.until(|pair| take_gone(&mut pair.device_events));
     let GoneError::ClosedByPeer { code, reason, .. } = gone else { panic!("{gone}") };
@@ -166,7 +166,7 @@ fn one_device_too_many_is_told_so() {
     assert!(matches!(gone, GoneError::Overload { limit: 1, .. }), "{gone}");
     let mut header = [0; HEADER_BYTES];
     peer.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
-    (0..5).for_each(|_| pair.turn());
+    (0..5).for_each(|_| pair.poll());
     peer.read_exact(&mut header).unwrap();
     assert_eq!(Header::decode(&header).unwrap().kind, Kind::Close as u8);
     assert_serves(&mut pair);
@@ -200,7 +200,9 @@ fn a_second_socket_of_one_link_fences_the_first() {
     // Nobody is taken for dead within this test: nothing but the fence closes a socket.
     let patient = |role| {
         let never = Duration::from_secs(3600);
-        EndpointConfig { ping_after: never, dead_after: never, ..config(role) }
+        let mut config = config(role);
+        (config.connection.ping_after, config.connection.dead_after) = (never, never);
+        config
     };
     let mut pair = Pair::with(LinkKind::Mio, patient(Role::Cloud), patient(Role::Device));
     let mine = pair.until(|pair| {

@@ -40,11 +40,11 @@ use self::rows::RowsFrame;
 use self::session::{Session, check_names, scope_of};
 use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
-use crate::pack::Codec;
 use crate::page::pages_for;
 use crate::sched::{SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, KV_TYPE_F16};
+use hat_transport::codec::Codec;
 
 /// Frames that one device may have in chunks whose end has not come: one of its many sessions has
 /// a few. The buffers are everybody's.

@@ -4,8 +4,8 @@ use hat_transport::message::{Arrivals, Computed, OutputHead};
 
 use super::batch::StepBatch;
 use super::session::{Planned, Spent, StepRows};
-use crate::pack::{Codec, PackError};
 use crate::wire;
+use hat_transport::codec::{Codec, PackError};
 
 /// Cuts the wanted rows of one session into frames and writes them.
 pub(super) struct Outputs<'a> {

@@ -10,9 +10,9 @@ use hat_transport::message::{Dropped, Open, RowsHead, Want};
 
 use super::rows::RowsFrame;
 use super::violation::SessionViolation;
-use crate::pack::Codec;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sequence::{PlanBuffers, Sequence};
+use hat_transport::codec::Codec;
 
 /// What the rows of a session to be depend on.
 pub(super) fn scope_of(open: &Open<'_>) -> PrefixScope {

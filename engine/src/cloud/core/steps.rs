@@ -11,8 +11,8 @@ use super::batch::StepBatch;
 use super::guests::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
-use crate::pack::PackError;
 use crate::sched::{SessionKey, Work};
+use hat_transport::codec::PackError;
 
 impl CloudCore {
     /// Steps that the first stage may have, the one that it runs included, when another one is

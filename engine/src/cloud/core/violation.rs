@@ -6,8 +6,8 @@ use hat_plan::BackendFault;
 use hat_transport::frame::Kind;
 use hat_transport::message::{MessageError, SessionErrorCode as Code};
 
-use crate::pack::PackError;
 use crate::sequence::SequenceError;
+use hat_transport::codec::PackError;
 
 /// A frame that breaks the rules of its session. The session ends with it, the connection lives on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

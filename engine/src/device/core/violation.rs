@@ -5,7 +5,7 @@ use std::time::Duration;
 use hat_transport::frame::Kind;
 use hat_transport::message::{MessageError, SessionErrorCode};
 
-use crate::pack::PackError;
+use hat_transport::codec::PackError;
 
 /// Why a request can't go on with its cloud.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

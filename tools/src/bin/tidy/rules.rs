@@ -16,6 +16,7 @@ pub(crate) const GENERATED: &[&str] = &["cuda/src/abi.rs", "cuda/kernels/gen/"];
 /// Where unsafe code may stand.
 pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "loader/src/map.rs",
+    "transport/src/codec/avx2.rs",
     "transport/src/pool.rs",
     "transport/src/link/uring.rs",
     "transport/src/link/uring/",
@@ -23,7 +24,6 @@ pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "engine/compute/src/backend/cpu/avx512/",
     "engine/compute/src/backend/cpu/neon.rs",
     "engine/compute/src/backend/cpu/threads.rs",
-    "engine/src/pack/avx2.rs",
     "engine/src/shrunk.rs",
     "engine/compute/tests/allocations.rs",
     "engine/tests/chat.rs",
@@ -74,8 +74,6 @@ const PURE: &[&str] = &[
     "engine/src/prefix.rs",
     "engine/src/prefix/",
     "engine/src/sequence.rs",
-    "engine/src/pack.rs",
-    "engine/src/pack/",
     "engine/src/sample.rs",
     "engine/src/sample/",
     "engine/src/stop.rs",
@@ -83,14 +81,16 @@ const PURE: &[&str] = &[
     "engine/src/draft/policy.rs",
     "engine/src/draft/tree.rs",
     "engine/src/device/core/walk.rs",
+    "transport/src/codec.rs",
+    "transport/src/codec/",
     "transport/src/frame.rs",
     "transport/src/frame/",
     "transport/src/conn.rs",
     "transport/src/conn/",
     "transport/src/message.rs",
     "transport/src/message/",
-    "transport/src/emulator/schedule.rs",
-    "transport/src/emulator/shape.rs",
+    "transport/emulator/src/schedule.rs",
+    "transport/emulator/src/shape.rs",
 ];
 
 pub(crate) const BANS: &[Ban] = &[
@@ -116,7 +116,7 @@ pub(crate) const BANS: &[Ban] = &[
         except: &[
             "transport/src/clock.rs",
             "transport/src/link/",
-            "transport/src/emulator/",
+            "transport/emulator/",
             "engine/src/http/",
             "benches/",
         ],
@@ -135,8 +135,7 @@ pub(crate) const BANS: &[Ban] = &[
             "engine/src/watch.rs",
             "loader/src/hash.rs",
             "transport/src/link/",
-            "transport/src/emulator.rs",
-            "transport/src/emulator/",
+            "transport/emulator/",
         ],
         except_tests: true,
         reason: "only the two roles, http, the links, the link emulator, the CPU backend and the \

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::event::{Event, GoneError};
 use super::{Endpoint, LINGER, Slot, is_stranger};
 use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
-use crate::link::{Completion, PeerId};
+use crate::link::{Completion, Link, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::pool::Buf;
 
@@ -18,7 +18,7 @@ pub(super) struct Peer {
     owner: Option<ConnectionId>,
     pub(super) sending: bool,
     pub(super) receiving: bool,
-    /// Memory of the next batch.
+    /// Frames to send next; empty but for its memory otherwise.
     pub(super) batch: Vec<Buf>,
 }
 
@@ -36,6 +36,12 @@ pub(super) enum State {
 impl Peer {
     pub(super) fn new(address: SocketAddr, state: State, owner: Option<ConnectionId>) -> Self {
         Self { address, state, owner, sending: false, receiving: false, batch: Vec::new() }
+    }
+
+    /// Gives the link the frames in `batch`. All bytes that leave pass here.
+    pub(super) fn transmit(&mut self, id: PeerId, link: &mut dyn Link) {
+        self.sending = true;
+        link.send(id, std::mem::take(&mut self.batch));
     }
 
     pub(super) fn is_attached(&self) -> bool {
@@ -117,9 +123,8 @@ impl Endpoint {
                     if !peer.sending
                         && let Some(buf) = farewell.take()
                     {
-                        peer.sending = true;
                         peer.batch.push(buf);
-                        self.link.send(*id, std::mem::take(&mut peer.batch));
+                        peer.transmit(*id, &mut *self.link);
                     }
                 }
             }
@@ -154,7 +159,8 @@ impl Endpoint {
             self.link.close(id);
             State::Leaving { farewell: None, until: now, closed: true }
         } else {
-            let greeting = Greeting::new(now, self.config.hello_within, self.pool.clone());
+            let greeting =
+                Greeting::new(now, self.config.connection.hello_within, self.pool.clone());
             State::Greeting(Box::new(greeting))
         };
         self.peers.insert(id, Peer::new(address, state, None));
@@ -225,7 +231,7 @@ impl Endpoint {
 
     /// A stranger said HELLO: its socket becomes that of a new connection, or of one that it had.
     fn admit(&mut self, now: Instant, id: PeerId, hello: &Hello) {
-        let ours = &self.config.hello;
+        let ours = &self.config.connection.hello;
         if hello.role == ours.role {
             return self.refuse_protocol(now, id, ProtocolError::Role { role: hello.role });
         }
@@ -240,10 +246,17 @@ impl Endpoint {
         let owner = known.map(|(owner, _)| *owner).next();
         let Some(owner) = owner.or_else(|| self.admit_new(now, id, hello)) else {
             let (address, limit) = (self.peers[&id].address, self.config.connections_max);
-            let error = GoneError::Overload { address, limit };
+            let error = match self.connections.len() < limit {
+                true => GoneError::NoBuffer { address },
+                false => GoneError::Overload { address, limit },
+            };
             return self.refuse(now, id, Some(CloseCode::Overload), error);
         };
         let slot = self.connections.get_mut(&owner).expect("it was found or made above");
+        if slot.connection.has_overtaken(hello) {
+            let address = self.peers[&id].address;
+            return self.refuse(now, id, None, GoneError::Overtaken { address });
+        }
         // The device has given the old socket up, whatever it looks like from here.
         if let Some(old) = slot.peer.replace(id) {
             self.leave(now, old, None);
@@ -275,7 +288,7 @@ impl Endpoint {
         let mut epoch = [0; 8];
         self.random.fill(&mut epoch);
         let epoch = u64::from_le_bytes(epoch).max(1);
-        let (config, pool) = (self.config.connection(), self.pool.clone());
+        let (config, pool) = (self.config.connection.clone(), self.pool.clone());
         let connection = Connection::cloud(config, hello.link_id, epoch, pool)?;
         let address = self.peers.get(&id)?.address;
         Some(self.insert(Slot::new(connection, address)))

@@ -1,6 +1,5 @@
 //! The link emulator over real sockets: bytes arrive as they were sent, and cuts, ends and
 //! refusals reach both sides. Times are asserted as lower bounds alone.
-#![cfg(feature = "emulator")]
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::io::{ErrorKind, Read, Write};
@@ -8,7 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hat_transport::emulator::{Calibration, Emulator, EmulatorConfig, EmulatorError, StallConfig};
+use hat_emulator::{Calibration, Emulator, EmulatorConfig, EmulatorError, StallConfig};
 
 /// No test waits longer than this for bytes.
 const PATIENCE: Duration = Duration::from_secs(120);

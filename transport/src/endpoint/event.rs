@@ -110,6 +110,12 @@ pub enum GoneError {
         /// The peer.
         address: SocketAddr,
     },
+    /// HELLO came after its device had been here over another socket: it was long on its way.
+    #[error("{address} comes late: its device has been here over another socket since")]
+    Overtaken {
+        /// The peer.
+        address: SocketAddr,
+    },
     /// There is no room for one more.
     #[error("no room for {address}: {limit} connections are open")]
     Overload {
@@ -117,6 +123,12 @@ pub enum GoneError {
         address: SocketAddr,
         /// The limit that was reached.
         limit: usize,
+    },
+    /// A connection needs a buffer of its own, and none is free.
+    #[error("no room for {address}: all buffers are in use")]
+    NoBuffer {
+        /// The peer.
+        address: SocketAddr,
     },
 }
 
@@ -127,9 +139,12 @@ impl GoneError {
         match self {
             Self::ClosedByPeer { code, .. } => code.is_final(),
             Self::NotHat { .. } | Self::Protocol { .. } => true,
-            Self::Closed | Self::GraceOver | Self::HelloLate { .. } | Self::Overload { .. } => {
-                false
-            }
+            Self::Closed
+            | Self::GraceOver
+            | Self::HelloLate { .. }
+            | Self::Overtaken { .. }
+            | Self::Overload { .. }
+            | Self::NoBuffer { .. } => false,
         }
     }
 }

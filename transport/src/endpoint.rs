@@ -1,11 +1,11 @@
 //! [`Endpoint`]: the one place where link, clock and protocol meet.
 //!
-//! One thread owns an endpoint and calls [`Endpoint::turn`] again and again: one wait, and all the
+//! One thread owns an endpoint and calls [`Endpoint::poll`] again and again: one wait, and all the
 //! work that follows from it. A device dials, and redials until it closes; a cloud accepts, knows
 //! a device again by its link id, and keeps the state of a broken link for a grace time.
 //!
-//! TLS will stand in `Endpoint::pump` and `Endpoint::handle_received`, and in
-//! `Endpoint::service_peers`, which sends the close frame: all bytes pass through these three.
+//! TLS will stand in `Peer::transmit` and `Endpoint::handle_received`, through which all bytes
+//! pass, the last frame of a socket too.
 
 mod event;
 mod peer;
@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::conn::{
-    Connection, ConnectionConfig, ConnectionEvent, FrameSink, ProtocolError, Refusal, SendError,
+    Connection, ConnectionConfig, ConnectionEvent, ConnectionId, FrameSink, ProtocolError, Refusal,
+    SendError,
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
@@ -29,7 +30,6 @@ use crate::pool::{Buf, Pool, PoolConfig};
 use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
 
-pub use crate::conn::ConnectionId;
 pub use event::{ConnectionCounters, Event, GoneError};
 
 /// Shortest pause before a device dials again.
@@ -46,22 +46,8 @@ const POOL_RESERVE: usize = 8;
 /// How an endpoint behaves.
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
-    /// What is said in HELLO; its role is the endpoint's. Link id and epoch are filled in.
-    pub hello: Hello,
-    /// As [`ConnectionConfig::window_bytes`].
-    pub window_bytes: u32,
-    /// As [`ConnectionConfig::queue_frames_max`].
-    pub queue_frames_max: usize,
-    /// As [`ConnectionConfig::queue_bytes_max`].
-    pub queue_bytes_max: usize,
-    /// Silence after which the peer is pinged.
-    pub ping_after: Duration,
-    /// Silence after which the link counts as broken.
-    pub dead_after: Duration,
-    /// How long connecting, and then the peer's HELLO, may take.
-    pub hello_within: Duration,
-    /// As [`ConnectionConfig::ack_delay`].
-    pub ack_delay: Duration,
+    /// How each connection behaves; the role in its HELLO is the endpoint's.
+    pub connection: ConnectionConfig,
     /// How long a cloud keeps a connection whose link broke.
     pub grace: Duration,
     /// Connections, those without a link included.
@@ -76,37 +62,16 @@ impl EndpointConfig {
     /// Usual values around a HELLO: small for a device, more for a cloud.
     #[must_use]
     pub fn new(hello: Hello) -> Self {
-        let connection = ConnectionConfig::new(hello);
         let (connections_max, pool) = match hello.role {
             Role::Device => (1, PoolConfig { small: 512, large: 256 }),
             Role::Cloud => (256, PoolConfig { small: 4096, large: 2048 }),
         };
         Self {
-            hello,
-            window_bytes: connection.window_bytes,
-            queue_frames_max: connection.queue_frames_max,
-            queue_bytes_max: connection.queue_bytes_max,
-            ping_after: connection.ping_after,
-            dead_after: connection.dead_after,
-            hello_within: connection.hello_within,
-            ack_delay: connection.ack_delay,
+            connection: ConnectionConfig::new(hello),
             grace: Duration::from_secs(60),
             connections_max,
             strangers_max: 64,
             pool,
-        }
-    }
-
-    fn connection(&self) -> ConnectionConfig {
-        ConnectionConfig {
-            hello: self.hello,
-            window_bytes: self.window_bytes,
-            queue_frames_max: self.queue_frames_max,
-            queue_bytes_max: self.queue_bytes_max,
-            ping_after: self.ping_after,
-            dead_after: self.dead_after,
-            hello_within: self.hello_within,
-            ack_delay: self.ack_delay,
         }
     }
 }
@@ -127,7 +92,7 @@ struct Slot {
 
 /// Owner of a link, a clock, a pool and all connections; see the [module](self) page.
 ///
-/// It may be built on one thread and moved to another, but stays on the thread of its first turn:
+/// It may be built on one thread and moved to another, but stays on the thread of its first poll:
 /// an io_uring link belongs to that thread.
 pub struct Endpoint {
     link: Box<dyn Link>,
@@ -139,13 +104,13 @@ pub struct Endpoint {
     peers: BTreeMap<PeerId, Peer>,
     next_connection: u64,
     completions: Vec<Completion>,
-    /// Events that arose outside of a turn, or in it.
+    /// Events that arose outside of a poll, or in it.
     events: Vec<Event>,
     /// How often each kind of refusal is logged.
     refusals: HashMap<Discriminant<GoneError>, RateLimit>,
     /// A receive waits for a buffer.
     starved: bool,
-    /// When the last turn ended.
+    /// When the last poll ended.
     left_at: Instant,
     /// The owner stayed away for long: what the peers said meanwhile was not read yet, so their
     /// silence counts only after a wait that brings nothing.
@@ -153,7 +118,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// An endpoint over `link`. What it does is decided by the role in `config.hello`.
+    /// An endpoint over `link`. What it does is decided by the role in its HELLO.
     #[must_use]
     pub fn new(link: Box<dyn Link>, clock: Arc<dyn Clock>, config: EndpointConfig) -> Self {
         Self {
@@ -181,7 +146,7 @@ impl Endpoint {
         Self { random, ..self }
     }
 
-    /// Ends [`Endpoint::turn`] early, from any thread.
+    /// Ends [`Endpoint::poll`] early, from any thread.
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.link.waker()
@@ -199,17 +164,17 @@ impl Endpoint {
         &self.pool
     }
 
-    /// Device: a connection to `address`, dialled at the next turn and again after each failure,
+    /// Device: a connection to `address`, dialled at the next poll and again after each failure,
     /// until it is closed. Each failure is an [`Event::Down`].
     ///
     /// # Panics
     /// If the pool is empty, there are `connections_max` connections, or this is a cloud.
     pub fn dial(&mut self, address: SocketAddr) -> ConnectionId {
-        assert_eq!(self.config.hello.role, Role::Device, "a cloud does not dial");
+        assert_eq!(self.config.connection.hello.role, Role::Device, "a cloud does not dial");
         assert!(self.connections.len() < self.config.connections_max, "too many connections");
         let mut link_id = [0; 16];
         self.random.fill(&mut link_id);
-        let config = self.config.connection();
+        let config = self.config.connection.clone();
         let connection = Connection::device(config, link_id, self.pool.clone());
         let connection = connection.expect("the pool has a buffer for each connection");
         // No later than now, whatever the time is.
@@ -221,8 +186,8 @@ impl Endpoint {
     /// # Panics
     /// If the role is another one.
     pub fn set_hello(&mut self, hello: Hello) {
-        assert_eq!(self.config.hello.role, hello.role, "an endpoint keeps its role");
-        self.config.hello = hello;
+        assert_eq!(self.config.connection.hello.role, hello.role, "an endpoint keeps its role");
+        self.config.connection.hello = hello;
     }
 
     /// As [`FrameSink::buffer`].
@@ -281,10 +246,11 @@ impl Endpoint {
     ///
     /// # Errors
     /// If the link fails as a whole. What befalls one peer is an event.
-    pub fn turn(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+    pub fn poll(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         let mut now = self.clock.now();
         let end = timeout.map(|timeout| now + timeout);
-        self.was_away |= now.saturating_duration_since(self.left_at) >= self.config.ping_after;
+        self.was_away |=
+            now.saturating_duration_since(self.left_at) >= self.config.connection.ping_after;
         loop {
             self.service(now);
             let until = end.into_iter().chain(self.poll_timeout(now)).min();
@@ -310,7 +276,7 @@ impl Endpoint {
         Ok(())
     }
 
-    /// When [`Endpoint::turn`] has to be called again, if the link has nothing to tell before: for
+    /// When [`Endpoint::poll`] has to be called again, if the link has nothing to tell before: for
     /// a caller that moves the clock by hand. A frame that was queued since the last call waits for
     /// the next one; its owner knows.
     #[must_use]
@@ -327,7 +293,7 @@ impl Endpoint {
     }
 
     /// Closes for good. What was queued and could not be sent yet is dropped: wait for ENDED
-    /// where that matters. The peer is told in the next turn, which brings [`Event::Gone`].
+    /// where that matters. The peer is told in the next poll, which brings [`Event::Gone`].
     pub fn close(&mut self, id: ConnectionId, code: CloseCode, reason: &str) {
         let now = self.clock.now();
         self.pump(now, id);
@@ -351,7 +317,7 @@ impl Endpoint {
     pub fn counters(&self, id: ConnectionId) -> Option<ConnectionCounters> {
         let slot = self.connections.get(&id)?;
         let traffic = slot.connection.traffic();
-        let (bytes_up, bytes_down) = match self.config.hello.role {
+        let (bytes_up, bytes_down) = match self.config.connection.hello.role {
             Role::Device => (traffic.sent_bytes, traffic.received_bytes),
             Role::Cloud => (traffic.received_bytes, traffic.sent_bytes),
         };
@@ -424,14 +390,8 @@ impl Endpoint {
                 None => self.starved = true,
             }
         }
-        if !peer.sending {
-            let mut batch = std::mem::take(&mut peer.batch);
-            if slot.connection.poll_transmit(now, &mut batch) {
-                peer.sending = true;
-                self.link.send(peer_id, batch);
-            } else {
-                peer.batch = batch;
-            }
+        if !peer.sending && slot.connection.poll_transmit(now, &mut peer.batch) {
+            peer.transmit(peer_id, &mut *self.link);
         }
     }
 
@@ -442,7 +402,7 @@ impl Endpoint {
         match self.link.connect(slot.address) {
             Ok(peer_id) => {
                 slot.peer = Some(peer_id);
-                let until = now + self.config.hello_within;
+                let until = now + self.config.connection.hello_within;
                 let peer = Peer::new(slot.address, State::Dialling { until }, Some(id));
                 self.peers.insert(peer_id, peer);
             }
@@ -508,7 +468,7 @@ impl Endpoint {
         };
         slot.peer = None;
         slot.connection.handle_disconnected();
-        match self.config.hello.role {
+        match self.config.connection.hello.role {
             Role::Device => {
                 slot.dial_at = Some(now + slot.redial);
                 slot.redial = (slot.redial * 2).min(REDIAL_MAX);
