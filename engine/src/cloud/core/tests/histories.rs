@@ -304,3 +304,33 @@ fn arrivals_are_told_once() {
     }
     assert_eq!(told, [(1000, 1_000_000), (0, 0), (3000, 3_000_000)]);
 }
+
+/// The end of a prompt is computed in one step, and not cut for the sake of the answer that it
+/// begins. Once that answer has begun, another's prompt is cut for it.
+#[test]
+fn a_prompt_is_cut_for_other_answers_than_its_own() {
+    let mut bed = Bed::new();
+    let (one, other) = (bed.connect(), bed.connect());
+    for device in [one, other] {
+        bed.open(device, 1, &[]);
+    }
+    let mut first_id = 1;
+    for count in [1, 2, 4, 8, 16] {
+        bed.rows(one, 1, prompt(first_id, count), &[], &vec![5; usize::from(count)]);
+        assert_eq!(bed.plan(), 1);
+        bed.finish_in(MS * (2 + u32::from(count)));
+        bed.at_first = 0;
+        first_id += u32::from(count);
+    }
+    bed.rows(one, 1, RowsHead { want: Want::Last, ..prompt(first_id, 30) }, &[], &[5; 30]);
+    bed.plan();
+    assert_eq!(bed.out[0].step.plan.rows(), 30);
+    bed.finish_in(32 * MS);
+    bed.at_first = 0;
+    bed.rows(other, 1, RowsHead { want: Want::Last, ..prompt(1, 30) }, &[], &[5; 30]);
+    bed.plan();
+    let rows = bed.out[0].step.plan.rows();
+    assert!((1..10).contains(&rows), "{rows} rows, as long as three verifies of 3 ms");
+    bed.settle();
+    assert_eq!(bed.heard(other, 1).last(), Some(&Heard::Rows(vec![(30, digest([5; 30]))])));
+}
