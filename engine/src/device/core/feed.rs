@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::common::Common;
+use super::lent::Common;
 use super::request::Request;
 use crate::backend::BackendFault;
 use crate::draft::DraftMode;

@@ -1,8 +1,8 @@
 //! The device without IO: what happened goes in by `handle_*`, what is to be done comes out by
 //! `poll_*`. Link, threads, clock and model are its owner's.
 
-mod common;
 mod feed;
+mod lent;
 mod link;
 mod outgoing;
 mod pages;
@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use hat_transport::conn::{Frame, Traffic};
 use hat_transport::message::Hello;
 
-use self::common::Common;
 use self::feed::Drafting;
+use self::lent::Common;
 use self::link::Cloud;
 pub(super) use self::pages::PageNamer;
 use self::pages::Pages;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::RequestEvent;
-use super::common::{Common, Facts};
+use super::lent::{Common, Facts};
 use super::request::Request;
 use crate::Event;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use hat_transport::frame::{HEADER_BYTES, Kind};
 
-use super::common::Common;
 use super::feed::Drafting;
+use super::lent::Common;
 use super::patience::Patience;
 use super::session::OpenSession;
 use super::turn::Ask;

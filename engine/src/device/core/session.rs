@@ -124,9 +124,10 @@ impl OpenSession {
         self.due.end = ids.end;
     }
 
-    /// The row that END tells the cloud to keep the path to; 0 for none. If frames were dropped that
-    /// had not left, the frame that told so may have been one of them, and so may the row: of rows
-    /// that went up, only the last one of a whole answer is known to have arrived, since it is back.
+    /// The row that END tells the cloud to keep the path to; 0 for none. If frames were dropped
+    /// that had not left, the frame that told so may have been one of them, and so may the row: of
+    /// rows that went up, only the last one of a whole answer is known to have arrived, since it is
+    /// back.
     pub(super) fn last_commit(&self, tip: u32, dropped: bool, is_whole: bool) -> u32 {
         match (dropped, is_whole) {
             (false, _) => self.outgoing.commit,

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::common::Common;
+use super::lent::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
 use super::session::Round;

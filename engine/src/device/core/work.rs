@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::DeviceCore;
-use super::common::Common;
+use super::lent::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
 use super::tree::{Bounds, Level, Stage};
@@ -79,13 +79,18 @@ impl DeviceWork<'_> {
                     Verdict::Logits(logits) => model.head(hidden, logits),
                 }
             }
-            Self::Draft(DraftWork { drafter, request, cx, guesses, fault }) => {
-                if guesses {
-                    *fault = request.propose(drafter, cx).err();
-                } else {
-                    request.feed(drafter, cx);
-                }
-            }
+            Self::Draft(work) => work.run(),
+        }
+    }
+}
+
+impl DraftWork<'_> {
+    /// Computes.
+    pub(super) fn run(self) {
+        if self.guesses {
+            *self.fault = self.request.propose(self.drafter, self.cx).err();
+        } else {
+            self.request.feed(self.drafter, self.cx);
         }
     }
 }
