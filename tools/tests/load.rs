@@ -127,7 +127,7 @@ fn what_is_wrong_is_named() {
         (&["--cancel", "1.5"], &["--cancel", "0 to 1"]),
         (&["--prompt-tokens", "9..3"], &["--prompt-tokens", "rising"]),
         (&["--wire", "int3"], &["--wire", "f32, f16, int8 and int4"]),
-        (&["--draft", "fast"], &["--draft", "auto, off, chain"]),
+        (&["--draft", "fast"], &["--draft", "auto, off, lookup"]),
         (&["--bundle", "/no/such/bundle"], &["--bundle", "/no/such/bundle: no such file"]),
         (&["--prompts", "/no/such/file"], &["--prompts", "/no/such/file"]),
         (&["--cloud", "127.0.0.1:1", "--cloud-threads", "2"], &["--cloud-threads"]),
