@@ -445,3 +445,10 @@ fn a_seed_repeats_its_history() {
     }
     assert_ne!(history(0).1, history(1).1);
 }
+
+/// A HELLO on a socket that its device had left came after the device was back over another one,
+/// and took the good connection down with it.
+#[test]
+fn a_hello_that_was_overtaken_costs_its_own_socket_alone() {
+    assert!(history(1107).0.overtaken > 0, "this seed no longer has such a HELLO: find one");
+}

@@ -56,6 +56,8 @@ struct Bed {
     vocab_size: usize,
     now: Instant,
     queue: Queue,
+    /// Computations until one is not done.
+    fails_in: Option<u32>,
     opens: u32,
     ends: u32,
     rows: u32,
@@ -102,7 +104,7 @@ impl Bed {
         let core = DeviceCore::new(now, (&config, "a table".into()), &facts, 400, None, None);
         let pool = Pool::new(PoolConfig { small: 64, large: 16 });
         let queue = Queue { pool, frames: Vec::new() };
-        Self { core, tokenizer, vocab_size, now, queue, opens: 0, ends: 0, rows: 0 }
+        Self { core, tokenizer, vocab_size, now, queue, fails_in: None, opens: 0, ends: 0, rows: 0 }
     }
 
     fn up(&mut self, resumed: bool) {
@@ -131,7 +133,11 @@ impl Bed {
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
         work.into_iter().for_each(compute);
-        self.core.handle_work(self.now, MS, None, &self.tokenizer);
+        let reason = "the plug was pulled".to_owned();
+        let fault = BackendFault { backend: "a table", reason, lasts: false };
+        let fails = has_work && self.fails_in == Some(0);
+        self.fails_in = self.fails_in.map(|left| left.saturating_sub(u32::from(has_work)));
+        self.core.handle_work(self.now, MS, fails.then_some(&fault), &self.tokenizer);
         self.core.poll_transmit(self.now, TO, &mut self.queue, true);
         has_work
     }
@@ -250,6 +256,34 @@ fn a_session_may_be_lost_after_any_computation() {
         }
     }
     assert!(replays > 60, "{replays} replays");
+}
+
+/// Whatever was not computed, be it drafts alone, the request ends with the fault, and leaves the
+/// core as it was.
+#[test]
+fn a_fault_is_noticed_at_any_computation() {
+    for draft in [DraftMode::Off, DraftMode::Lookup, DraftMode::All] {
+        let mut bed = Bed::new();
+        bed.up(false);
+        for fails_in in 0..12 {
+            bed.submit(draft);
+            bed.fails_in = Some(fails_in);
+            let failed = (0..1000).find_map(|_| {
+                while bed.step() {}
+                bed.answer();
+                std::iter::from_fn(|| bed.core.poll_event()).find_map(|(_, event)| match event {
+                    RequestEvent::Failed(error) => Some(error),
+                    RequestEvent::Done(_) => panic!("{}: {fails_in}", draft.name()),
+                    _ => None,
+                })
+            });
+            assert!(matches!(failed, Some(RequestError::Backend(_))), "{fails_in}: {failed:?}");
+            assert_eq!(bed.core.running(), 0);
+        }
+        bed.fails_in = None;
+        bed.submit(draft);
+        assert_eq!(bed.run(|_, _| {}), expected(), "{}", draft.name());
+    }
 }
 
 /// A request that is gone leaves nothing: its frames, its pages, its place.
