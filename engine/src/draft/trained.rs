@@ -64,7 +64,7 @@ pub trait Trained: Send {
     /// One line for people: what it reads, and what computes it.
     fn describe(&self) -> String;
 
-    /// See [`hat_plan::Backend::arithmetic_id`].
+    /// See [`hat_plan::Computes::arithmetic_id`].
     fn arithmetic_id(&self) -> u32 {
         ARITHMETIC_CPU
     }

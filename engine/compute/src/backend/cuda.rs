@@ -2,7 +2,7 @@
 //!
 //! Weights go up once, in the layout that they have. A step's plan goes up when it is begun, once
 //! for all layers. The trait's methods return no errors: the first one is kept for
-//! [`Backend::fault`], and until that asks nothing is computed and what is downloaded is NaN.
+//! [`Computes::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
 mod lanes;
 mod product;
