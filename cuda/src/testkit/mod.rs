@@ -1,4 +1,4 @@
-//! What tests and benches need and the product does not: the kernels on the CPU, one type for a
+//! The harness of tests and benches, no part of the product: the kernels on the CPU, one type for a
 //! GPU or for them, and kernels that no model launches.
 
 pub mod emulator;

@@ -1,4 +1,4 @@
-//! What loading a model, and running the whole one, can fail at.
+//! Errors of loading a model and of running the whole one.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ pub enum LoadError {
     Field {
         /// The field, as flags and configuration call it.
         field: &'static str,
-        /// What is wrong with it and what would be right.
+        /// Its fault, and the value that would be right.
         reason: String,
     },
     /// A bundle cannot be used.
@@ -21,7 +21,7 @@ pub enum LoadError {
     Bundle {
         /// The bundle's directory.
         path: PathBuf,
-        /// What is wrong, naming the file and the field.
+        /// The fault, with the names of file and field.
         reason: String,
     },
     /// A backend cannot hold or run this model.

@@ -74,7 +74,7 @@ impl<'a, B: Backend + ?Sized> LinearArgs<'a, B> {
     }
 }
 
-/// What [`Backend::rope_append`] rotates and puts away, for one layer of the KV store.
+/// Operands of [`Backend::rope_append`]: rows to rotate and keep, for one layer of the KV store.
 pub struct RopeArgs<'a, B: Backend + ?Sized> {
     /// The layer's number in the KV store.
     pub layer: usize,
@@ -90,7 +90,7 @@ pub struct RopeArgs<'a, B: Backend + ?Sized> {
     pub kv: &'a mut B::Kv,
 }
 
-/// What [`Backend::attend`] reads and writes, for one layer of the KV store.
+/// Operands of [`Backend::attend`]: input and output, for one layer of the KV store.
 pub struct AttendArgs<'a, B: Backend + ?Sized> {
     /// The layer's number in the KV store.
     pub layer: usize,
