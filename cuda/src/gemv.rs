@@ -11,7 +11,7 @@ pub const ROWS_MAX: usize = 16;
 /// Rows of an `mma`: as many or fewer are one pass of half the work.
 const ROWS: usize = 8;
 
-/// What happens to the old content of the output.
+/// Treatment of the output's old content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
     /// Overwritten.
@@ -29,7 +29,7 @@ pub struct Gemv<'a> {
     pub weight: Table<'a>,
     /// f32 `[outputs]`
     pub bias: Option<Slice<'a, f32>>,
-    /// What happens to `out`.
+    /// Treatment of `out`'s old content.
     pub write: Write,
     /// f32 `[rows][outputs]`
     pub out: SliceMut<'a, f32>,

@@ -19,7 +19,7 @@ pub struct LinearFloat<'a> {
     pub weight: Table<'a>,
     /// f32 `[outputs]`
     pub bias: Option<Slice<'a, f32>>,
-    /// What happens to `out`.
+    /// Treatment of `out`'s old content.
     pub write: Write,
     /// f32 `[rows][outputs]`
     pub out: SliceMut<'a, f32>,

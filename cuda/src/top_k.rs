@@ -26,7 +26,7 @@ pub struct Top {
     pub values: Vec<f32>,
     /// `[rows][k]`
     pub columns: Vec<u32>,
-    /// Whether all numbers of each row are finite; if not, the row's result means nothing.
+    /// True for each row whose numbers are all finite; the result of any other row means nothing.
     pub finite: Vec<bool>,
 }
 

@@ -13,7 +13,7 @@ use crate::gpu::HostMap;
 
 /// Bytes of the smallest page; a map begins at one.
 const PAGE: usize = 4096;
-/// What kernels read at a time.
+/// Bytes that kernels read at a time.
 const VECTOR: usize = 16;
 
 /// Every map that is registered now.
@@ -76,7 +76,7 @@ impl Drop for Registered {
     }
 }
 
-/// How a GPU gets at weights.
+/// Way in which a GPU gets at weights.
 pub(super) enum Weights {
     /// It has memory of its own.
     Copied,
@@ -87,7 +87,7 @@ pub(super) enum Weights {
 }
 
 impl Weights {
-    /// What the driver says of a device.
+    /// Reads the properties that the driver reports for a device.
     pub(super) fn of(device: sys::CUdevice) -> Self {
         use sys::CUdevice_attribute_enum as Attribute;
         // A driver that does not know an attribute has no such thing.

@@ -40,7 +40,7 @@ pub fn copy(
     Ok(Work { bytes: 2 * bytes as u64, flops: 0 })
 }
 
-/// What is multiplied.
+/// Number formats of the products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Numbers {
     /// f16, f32 sums.

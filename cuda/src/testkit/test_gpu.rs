@@ -1,4 +1,4 @@
-//! What tests run on: the emulator, or a GPU, chosen when they start.
+//! The bed of kernel tests: the emulator, or a GPU, chosen when they start.
 //!
 //! One type for both, so that a test's body is written once and runs wherever there is a GPU.
 
@@ -18,8 +18,8 @@ pub const GPU: &str = "HAT_TEST_GPU";
 /// machine code for the GPU.
 const FORM: &str = "HAT_CUDA_FORM";
 
-/// What was made with the C++ compiler; nothing, and a line on standard error that `what` was not
-/// tried, where there is none and `HAT_NO_EMULATOR` was set when this was built.
+/// Result of a build with the C++ compiler; `None`, and a line on standard error that `what` was
+/// not tried, where there is no compiler and `HAT_NO_EMULATOR` was set when this was built.
 ///
 /// # Panics
 /// If there is none and it was not set, and at every other error.
@@ -48,7 +48,7 @@ pub struct TestGpu {
     tally: Arc<Tally>,
 }
 
-/// What a test runs on.
+/// Machine that a test runs on.
 pub enum Kind {
     /// The kernels as host C++.
     Emulator(Emulator),

@@ -1,4 +1,4 @@
-//! What the tests stand on: a GPU, random numbers, comparison.
+//! The bed of the kernel tests: a GPU, random numbers, comparison.
 
 use std::path::Path;
 
@@ -63,7 +63,7 @@ pub fn room<T: Number>(gpu: &mut TestGpu, count: usize) -> TestMemory {
     gpu.alloc(count * size_of::<T>(), "a test").unwrap()
 }
 
-/// What memory holds, from its begin.
+/// Content of memory, from its begin.
 pub fn numbers<T: Number + Default>(
     gpu: &mut TestGpu,
     memory: &TestMemory,
@@ -101,7 +101,7 @@ impl Random {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// So many in `-scale..scale`.
+    /// `count` random numbers in `-scale..scale`.
     pub fn numbers(&mut self, count: usize, scale: f32) -> Vec<f32> {
         (0..count).map(|_| self.number() * scale).collect()
     }
