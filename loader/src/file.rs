@@ -231,7 +231,7 @@ impl NewDirectory {
         Ok(Self { path, _lock: lock })
     }
 
-    /// Where it is now.
+    /// Current path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -1,4 +1,5 @@
-//! How text is cut into words: the names of `tokenizer.ggml.pre`, and tokenizers known by content.
+//! Rules that cut text into words: the names of `tokenizer.ggml.pre`, and tokenizers known by
+//! content.
 //!
 //! A file without a name, or with `default`, is never guessed at: another pattern gives other ids
 //! in silence. It is recognised by its merges, or refused.
