@@ -20,7 +20,7 @@ pub const FLAG_IGNORABLE: u8 = 1;
 /// acknowledged, replayed after a reconnect.
 pub const SEQUENCED_FROM: u8 = 16;
 
-/// What a frame is. The numbers are the wire's.
+/// Kind of a frame. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
@@ -112,14 +112,14 @@ impl Kind {
         })
     }
 
-    /// Whether frames of this kind are counted, kept and replayed.
+    /// True if frames of this kind are counted, kept and replayed.
     #[must_use]
     pub const fn is_sequenced(self) -> bool {
         self as u8 >= SEQUENCED_FROM
     }
 }
 
-/// Which frame goes first when several wait. Frames of one session never overtake each other.
+/// Order in which waiting frames go out. Frames of one session never overtake each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Priority {
@@ -134,7 +134,7 @@ pub enum Priority {
 }
 
 impl Priority {
-    /// How many there are.
+    /// Number of priorities.
     pub const COUNT: usize = 4;
 
     /// The priority with this number.
@@ -159,7 +159,7 @@ pub struct Header {
     pub kind: u8,
     /// [`FLAG_IGNORABLE`] or 0.
     pub flags: u8,
-    /// How urgent the frame is.
+    /// Urgency of the frame.
     pub priority: Priority,
     /// Wire version that the sender speaks.
     pub version: u8,
@@ -175,7 +175,7 @@ pub struct Header {
     pub credit: u32,
 }
 
-/// How a header can be wrong.
+/// An error in a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
@@ -229,7 +229,7 @@ pub enum HeaderError {
     },
 }
 
-/// What the first bytes of a peer that speaks HTTP do, if it does.
+/// Verb of the error message, `answered` or `asked`, if the first bytes are HTTP.
 fn http_verb(bytes: &[u8; HEADER_BYTES]) -> Option<&'static str> {
     const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT "];
     if bytes.starts_with(b"HTTP/") {

@@ -1,4 +1,4 @@
-//! What logs and errors need around a peer: its words made harmless, and its repetitions counted.
+//! Helpers for logs and errors about a peer: its words made harmless, and its repetitions counted.
 
 use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant};

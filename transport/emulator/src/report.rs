@@ -1,4 +1,4 @@
-//! What a link did: bytes, rates, and how well releases kept to their plan.
+//! Report on a link: bytes, rates, and how well releases kept to their plan.
 
 use std::cmp::Ordering;
 
@@ -58,7 +58,7 @@ pub struct Quantiles {
     pub p99_us: f64,
 }
 
-/// What passed in one direction.
+/// Traffic in one direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DirectionReport {
@@ -79,7 +79,7 @@ pub struct DirectionReport {
     pub stalls: u64,
 }
 
-/// What a link did.
+/// Traffic and precision of a link.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
@@ -95,7 +95,7 @@ pub struct Report {
     pub unreachable: u64,
     /// Cuts of the whole link.
     pub cuts: u64,
-    /// What came off the delays.
+    /// Calibration that was subtracted from the delays.
     pub calibration: Option<Calibration>,
 }
 

@@ -1,11 +1,11 @@
-//! What ends a connection, and what breaks its link.
+//! Errors that end a connection, and errors that break its link.
 
 use std::time::Duration;
 
 use crate::frame::{FrameError, Kind};
 use crate::message::{CloseCode, MessageError, Role};
 
-/// How a peer can break the protocol. The connection ends with it.
+/// A peer's breach of the protocol. The connection ends with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProtocolError {
@@ -17,7 +17,7 @@ pub enum ProtocolError {
     Message {
         /// Of this frame.
         kind: Kind,
-        /// What is wrong.
+        /// Description of the fault.
         error: MessageError,
     },
     /// The first frame is no HELLO.
@@ -57,7 +57,7 @@ pub enum ProtocolError {
     /// The peer wants a replay from a frame that is not kept, or was never sent.
     #[error("the peer wants a replay from {recv_next}, kept are {oldest}..{next}")]
     Replay {
-        /// What it asked for.
+        /// Sequence number that it asked for.
         recv_next: u32,
         /// Oldest frame kept.
         oldest: u32,
@@ -83,9 +83,9 @@ pub enum ProtocolError {
     /// More bytes than the credit that was given.
     #[error("frames up to byte {offset} came, credit ends at {credit}")]
     Credit {
-        /// Where the frame ends.
+        /// End of the frame in the stream.
         offset: u32,
-        /// What was granted.
+        /// Credit that was granted.
         credit: u32,
     },
     /// A frame that only the other role sends.

@@ -14,7 +14,8 @@ use crate::pool::Buf;
 pub(super) struct Peer {
     pub(super) address: SocketAddr,
     pub(super) state: State,
-    /// Whose buffers the link has; also when the connection goes on over another socket.
+    /// Owner of the buffers that the link has; also when the connection goes on over another
+    /// socket.
     owner: Option<ConnectionId>,
     pub(super) sending: bool,
     pub(super) receiving: bool,

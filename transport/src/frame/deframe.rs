@@ -16,7 +16,7 @@ pub struct RawFrame {
     pub body: Buf,
 }
 
-/// How a frame can be wrong.
+/// An error in a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -35,7 +35,7 @@ pub enum FrameError {
     },
 }
 
-/// What a deframer can say.
+/// Result of a deframer.
 #[derive(Debug)]
 pub enum Deframed {
     /// The next frame.
@@ -151,7 +151,7 @@ impl Deframer {
         Ok(Deframed::Frame(RawFrame { header, body }))
     }
 
-    /// Whether a frame has come in part; `None` while its buffer is lent out.
+    /// True if a frame has come in part; `None` while its buffer is lent out.
     #[must_use]
     pub fn is_mid_frame(&self) -> Option<bool> {
         let in_part = self.room.as_ref().is_some_and(|room| room.wire().len() > self.start);

@@ -81,7 +81,7 @@ pub struct MemoryLink {
     next_peer: u64,
 }
 
-/// What the other side of a link rings when there may be something to do.
+/// Signal to the other side of a link that there may be something to do.
 #[derive(Default)]
 struct Bell {
     rung: Mutex<bool>,

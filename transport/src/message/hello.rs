@@ -9,7 +9,7 @@ use crate::frame::FRAME_BYTES_MAX;
 /// First bytes of a HELLO body.
 pub const HELLO_MAGIC: [u8; 4] = *b"hat\0";
 
-/// Which end of the link speaks.
+/// End of the link that speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Role {
@@ -28,7 +28,7 @@ pub struct Hello {
     pub max_version: u16,
     /// Bits of optional features; none are defined yet.
     pub features: u64,
-    /// Who speaks.
+    /// End that speaks.
     pub role: Role,
     /// The device's random name for this link; a cloud repeats it.
     pub link_id: [u8; 16],
@@ -57,7 +57,7 @@ pub struct Hello {
     pub rows_pending_max: u16,
     /// Rows of one KV page.
     pub page_size: u16,
-    /// How keys and values are stored.
+    /// Number format of keys and values.
     pub kv_type: u8,
     /// Cloud: pipeline stages of its middle layers, from 1 on. Device: 0.
     pub stages: u16,
