@@ -36,7 +36,7 @@ const SPLIT: usize = 256;
 /// A GPU as a backend.
 pub struct CudaBackend<G: Gpu> {
     gpu: G,
-    /// What nobody has asked for yet, or what lasts.
+    /// A fault that no caller has been told of yet, or one that lasts.
     fault: Option<BackendFault>,
     /// Activations as products take them.
     prepared: Prepared<G::Memory>,

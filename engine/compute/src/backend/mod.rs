@@ -16,7 +16,7 @@ use hat_plan::{
     RowMove, TokenId,
 };
 
-/// What happens to the old content of a `linear`'s output.
+/// Treatment of the old content of a `linear`'s output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
     /// Overwritten.
@@ -38,7 +38,7 @@ impl Top {
     /// Below every finite number.
     pub const NONE: Self = Self { value: f32::NEG_INFINITY, column: u32::MAX };
 
-    /// Whether it comes before another.
+    /// True if it comes before another.
     #[must_use]
     pub fn is_before(&self, other: &Self) -> bool {
         self.value > other.value || (self.value == other.value && self.column < other.column)

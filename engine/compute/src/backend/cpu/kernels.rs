@@ -1,4 +1,4 @@
-//! What a level of the instruction set supplies: one table of functions.
+//! Table of the functions that a level of the instruction set supplies.
 //!
 //! A level other than the portable one gives its table away only on a CPU that has its
 //! instructions, so holding a table is the proof that its functions may be called.

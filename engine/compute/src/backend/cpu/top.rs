@@ -19,7 +19,7 @@ pub(super) struct TopScratch {
     sums: Vec<f32>,
     /// The largest that this thread has seen. `[rows][k]`
     top: Vec<Top>,
-    /// Whether all of them are finite.
+    /// True if all of them are finite.
     finite: bool,
 }
 
