@@ -1,4 +1,4 @@
-//! What goes wrong below the model: while it starts, and while it runs.
+//! Faults below the model: while it starts, and while it runs.
 
 use std::error::Error;
 use std::fmt;
@@ -10,12 +10,12 @@ use std::fmt;
 /// NaN), and says so when [`crate::Computes::fault`] asks, once after each step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendFault {
-    /// Which backend.
+    /// Name of the backend.
     pub backend: &'static str,
-    /// What happened, in one line.
+    /// Description of the fault, in one line.
     pub reason: String,
-    /// Whether the backend is lost to this process. If not, it goes on with the next step, but
-    /// what KV stores hold is not what the plans before said.
+    /// True if the backend is lost to this process. If not, it goes on with the next step, but the
+    /// content of KV stores is not what the plans before said.
     pub lasts: bool,
 }
 
@@ -33,29 +33,29 @@ impl Error for BackendFault {}
 pub enum BackendError {
     /// A tensor has a type, layout or shape that this backend has no kernel for.
     Unsupported {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
         /// The tensor's name.
         tensor: String,
-        /// What does not fit.
+        /// Description of the mismatch.
         reason: String,
     },
     /// The backend can't be started as configured.
     Config {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
         /// The field of its configuration.
         field: &'static str,
-        /// What is wrong with it.
+        /// Description of the fault.
         reason: String,
     },
     /// Memory could not be had.
     OutOfMemory {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
-        /// How many bytes were asked for.
+        /// Bytes that were asked for.
         bytes: usize,
-        /// What for.
+        /// Purpose of the memory.
         purpose: &'static str,
     },
     /// It did not compute what it was asked to.
