@@ -18,7 +18,7 @@ const COLD_BYTES: usize = 96 << 20;
 
 type Buffer = <CpuBackend as Backend>::Buffer;
 
-/// What a line is measured against.
+/// Limit that a line is measured against.
 #[derive(Clone, Copy)]
 enum Bound {
     Bytes(usize),

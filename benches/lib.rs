@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 /// Far more than any cache.
 const READ_BYTES: usize = 256 << 20;
 
-/// What this machine can do, measured now. Rates are a second, of all threads together.
+/// Limits of this machine, measured now. Rates are a second, of all threads together.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How many threads.
+    /// Number of threads.
     pub threads: usize,
     /// Bytes read in sequence from memory.
     pub read_bytes: f64,

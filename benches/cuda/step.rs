@@ -9,11 +9,11 @@ use hat_loader::DType;
 use crate::model::{Load, Middle, Model, Room};
 use crate::{Bench, Peaks};
 
-/// What was asked for.
+/// Steps to measure.
 pub struct Wanted {
     /// `7b`, `13b`, `small`.
     pub models: Vec<String>,
-    /// How weights are written.
+    /// Number formats of the weights.
     pub dtypes: Vec<DType>,
     /// Most layers that are loaded; fewer where memory is short.
     pub layers: usize,
