@@ -95,7 +95,7 @@ pub use device::Engine;
 pub use error::Error;
 pub use request::{Event, Generation, Metrics, Request};
 
-/// What configurations, requests and events are made of.
+/// Types of the fields of configurations, requests and events.
 pub mod options {
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{

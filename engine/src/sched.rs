@@ -1,4 +1,4 @@
-//! Which pending rows run in the next step: rows computed catch up with rows wanted.
+//! Choice of the pending rows that run in the next step: rows computed catch up with rows wanted.
 //!
 //! A step has a row budget. Verifies, which somebody waits for, go before chunks of prompts. Among
 //! either, the device goes first that has been served the fewest rows, and of its works the

@@ -45,7 +45,7 @@ pub enum SequenceError {
     /// Too many rows pend.
     #[error("{pending} rows would pend, at most {PENDING_ROWS_MAX} may")]
     TooManyPending {
-        /// How many there would be.
+        /// Number of pending rows that there would be.
         pending: usize,
     },
     /// The session's reserved positions are used up.
@@ -295,7 +295,7 @@ impl Sequence {
         }
     }
 
-    /// Where row `id` stands, if it is pending.
+    /// Place of row `id`, if it is pending.
     #[must_use]
     pub fn place(&self, id: u32) -> Option<RowPlace> {
         let row = self.pending[self.index_of(id)?];

@@ -1,4 +1,4 @@
-//! What a program says when a file that it has mapped becomes shorter: the kernel then answers a
+//! Message of a program when a file that it has mapped becomes shorter: the kernel then answers a
 //! read of the missing part with `SIGBUS`, which would end the process without a word.
 //!
 //! Programs install it; the library never does.

@@ -40,7 +40,7 @@ pub(super) struct Search {
     evaluated: u64,
 }
 
-/// What one search keeps in view.
+/// State of one search.
 struct Task<'a> {
     costs: &'a ChunkCosts,
     held: u32,
@@ -128,7 +128,7 @@ impl Search {
         best_s
     }
 
-    /// When chunks of `size` end, if that is allowed and before `best_s`.
+    /// End of chunks of `size`, if they are allowed and end before `best_s`.
     fn try_size(&mut self, task: &Task<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
         if task.bound_of(&ahead, size) >= best_s {
             return None;
@@ -286,8 +286,7 @@ impl Search {
         best_s
     }
 
-    /// When chunks of `sizes` after `done` rows end; infinite if not before `best_s` or not
-    /// allowed.
+    /// End of chunks of `sizes` after `done` rows; infinite if not before `best_s` or not allowed.
     fn finish(
         &mut self,
         task: &Task<'_>,
@@ -330,7 +329,7 @@ impl Task<'_> {
         ((from + step) * self.cell).min(self.rows) - from * self.cell
     }
 
-    /// Whether a chunk of `rows` rows may run after `done` rows. A cell always may.
+    /// True if a chunk of `rows` rows may run after `done` rows. A cell always may.
     fn allows(&self, rows: u32, done: u32) -> bool {
         let prefix = self.held.saturating_add(done);
         rows <= self.rows_max
@@ -406,7 +405,7 @@ impl Task<'_> {
     }
 }
 
-/// Whether `one` is nowhere later than `other`, but for `alike_s`.
+/// True if `one` is nowhere later than `other`, but for `alike_s`.
 fn beats(one: &Ahead, other: &Ahead, alike_s: f64) -> bool {
     one.device_s <= other.device_s + alike_s
         && one.uplink_s <= other.uplink_s + alike_s

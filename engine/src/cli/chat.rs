@@ -230,7 +230,7 @@ impl Typed {
     }
 }
 
-/// Where messages come from.
+/// Source of messages.
 enum Input {
     /// A terminal.
     Editor(Box<Editor<(), MemHistory>>),

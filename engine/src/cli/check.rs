@@ -6,7 +6,7 @@ use hat_engine::Metrics;
 use hat_engine::options::Codec;
 use serde_json::json;
 
-/// What came of the comparison.
+/// Result of the comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Check {
     wire: Codec,

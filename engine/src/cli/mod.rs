@@ -104,7 +104,7 @@ struct PullArgs {
     bundle: BundleArgs,
 }
 
-/// How it runs.
+/// Options of a role's process.
 #[derive(Args, Clone)]
 pub(crate) struct RunArgs {
     /// Network backend: mio (epoll), uring (io_uring) or memory (both roles in one process).
@@ -152,7 +152,7 @@ fn parse_processor(text: &str) -> Result<Processor, String> {
     })
 }
 
-/// What the device role asks of its cloud.
+/// Options of the device role about its cloud.
 #[derive(Args, Clone)]
 pub(crate) struct DeviceRunArgs {
     #[command(flatten)]
@@ -323,7 +323,7 @@ impl RunArgs {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
     }
 
-    /// Where the whole model computes.
+    /// Settings of the whole model's backend.
     pub(crate) fn compute(&self) -> ComputeConfig {
         let Self { processor, weights, nice, .. } = *self;
         ComputeConfig { processor, weights, threads: self.threads(), nice }

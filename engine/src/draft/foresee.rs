@@ -1,4 +1,5 @@
-//! What a request that samples is likely to choose, before its logits are there.
+//! Prediction of the token that a request that samples is likely to choose, before its logits are
+//! there.
 //!
 //! A token is chosen as the argmax of `logit / temperature + noise`, and the noise is known in
 //! advance: it is a function of seed, answer number, position and token. So a drafter that has an

@@ -73,7 +73,7 @@ impl Lookup {
         self.tokens.len()
     }
 
-    /// Whether there are none.
+    /// True if it has no entries.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
@@ -133,7 +133,7 @@ impl Lookup {
         })
     }
 
-    /// How many tokens up to the one at `at` equal those at the end.
+    /// Number of tokens up to the one at `at` that equal those at the end.
     fn matched(&self, at: usize) -> usize {
         let end = self.tokens.iter().rev();
         let here = self.tokens[..=at].iter().rev();

@@ -136,7 +136,7 @@ impl Default for Acceptance {
     }
 }
 
-/// Where lookup begins, by match length 1 to 8: first choices, then the others.
+/// Initial acceptance rates of lookup, by match length 1 to 8: first choices, then the others.
 const LOOKUP_FIRST: [f32; CLASSES] = [
     0.25, 0.4, 0.55, 0.65, 0.72, 0.78, 0.82, 0.85, //
     0.08, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.82,

@@ -47,7 +47,7 @@ pub struct Drafted<'a> {
     pub root_position: u32,
     /// Shallow rows of the new ones. `[nodes.len() - first, hidden_size]`
     pub shallow: &'a [f32],
-    /// How what follows will be drawn; `None` if the likeliest token is taken.
+    /// Sampling of the tokens that follow; `None` if the likeliest token is taken.
     pub draw: Option<Draw<'a>>,
 }
 

@@ -27,7 +27,7 @@ pub struct Node {
     pub depth: u32,
     /// Probability that the walk comes by, as its drafters see it. `0..=1`
     pub probability: f32,
-    /// Who proposed it; `None` for the root, which is decided.
+    /// Drafter that proposed it; `None` for the root, which is decided.
     pub source: Option<Source>,
 }
 
@@ -38,7 +38,7 @@ pub struct Guess {
     pub token: TokenId,
     /// Probability that it follows, given that the token before it is right. `0..=1`
     pub probability: f32,
-    /// Who says so.
+    /// Drafter that proposed it.
     pub source: Source,
 }
 

@@ -22,7 +22,7 @@ pub(super) struct ApiError {
     param: Option<Cow<'static, str>>,
     message: String,
     retry_after_s: Option<u64>,
-    /// Whether the connection can't go on: the rest of the request is unread.
+    /// True if the connection can't go on: the rest of the request is unread.
     close: bool,
 }
 

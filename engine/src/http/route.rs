@@ -21,7 +21,7 @@ use super::relay::{Answers, Told};
 use super::sse::{EventStream, Wanted};
 use crate::Generation;
 
-/// What the server knows; all else is 404.
+/// Routes of the server; all else is 404.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
     Root,

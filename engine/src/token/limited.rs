@@ -151,7 +151,8 @@ mod tests {
         assert!(matches!(panics, Err::<(), _>(Unfinished::Failed(_))));
     }
 
-    /// However many call at a time: each of them may come to hang.
+    /// No more threads run than there are places, however many call at a time: each may come to
+    /// hang.
     #[test]
     fn no_more_threads_run_than_there_are_places() {
         let places = Arc::new(Places::default());
