@@ -102,7 +102,7 @@ impl Hand {
         self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
     }
 
-    /// How many pages `session` found.
+    /// Number of pages that `session` found.
     pub fn opened(&mut self, session: u32) -> u16 {
         self.until(|event| {
             let Event::Frame { frame, .. } = event else { return None };

@@ -1,4 +1,4 @@
-//! What several test binaries need: generated bundles, prompts, and answers read to the end.
+//! Support for several test binaries: generated bundles, prompts, and answers read to the end.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod drafter;

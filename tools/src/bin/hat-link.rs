@@ -19,7 +19,7 @@ use hat_engine::{note, outln};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-/// How often it looks for the end.
+/// Interval at which it looks for the end.
 const LOOK: Duration = Duration::from_millis(50);
 const DAY_MS: f64 = 86_400_000.0;
 
@@ -31,10 +31,10 @@ const DAY_MS: f64 = 86_400_000.0;
 #[derive(Parser)]
 #[command(name = "hat-link", version, allow_negative_numbers = true)]
 struct Args {
-    /// Where to listen on this machine: HOST, HOST:PORT or PORT; port 0 for any free one.
+    /// Address to listen at on this machine: HOST, HOST:PORT or PORT; port 0 for any free one.
     #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
     listen: Option<SocketAddr>,
-    /// Where on this machine connections are relayed to: as --listen, on port 7433 unless it says
+    /// Address on this machine to relay connections to: as --listen, on port 7433 unless it names
     /// another.
     #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
     to: Option<SocketAddr>,
