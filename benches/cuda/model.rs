@@ -257,7 +257,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// Of so many layers, pages and rows.
+    /// Memory for this many layers, pages and rows.
     pub fn of(model: &Model, dtype: DType, layers: usize, pages: usize, capacity: usize) -> Self {
         let config = &model.config;
         let columns = 3 * config.hidden_size

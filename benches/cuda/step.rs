@@ -25,11 +25,11 @@ pub struct Wanted {
 
 /// One step that was timed.
 pub struct Timed {
-    /// Its rows.
+    /// Rows of the step.
     pub load: Load,
     /// Seconds of all middle layers.
     pub seconds: f64,
-    /// Of it, what does not grow with the layers: copies, plan, launches.
+    /// Part of it that does not grow with the layers: copies, plan, launches.
     pub outside: f64,
     /// Sum of the launches' bounds.
     pub bound: f64,

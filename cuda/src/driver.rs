@@ -80,7 +80,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamSynchronize",
 ];
 
-/// Why a GPU can't be used; one line each.
+/// Reason that a GPU can't be used; one line each.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -283,7 +283,7 @@ pub struct Cuda {
     /// By the number of the kernel.
     functions: Vec<sys::CUfunction>,
     weights: Weights,
-    /// Why it is lost, if it is.
+    /// Reason that the GPU is lost, if it is.
     lost: Option<String>,
 }
 

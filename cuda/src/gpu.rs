@@ -249,7 +249,7 @@ impl<T> Slice<'_, T> {
         self.len == 0
     }
 
-    /// Some of them.
+    /// A part of the slice.
     ///
     /// # Panics
     /// If the range is not within.
@@ -264,7 +264,7 @@ impl<T> Slice<'_, T> {
         self.address as *const T
     }
 
-    /// For kernels that read 16 bytes at a time.
+    /// Address for kernels that read 16 bytes at a time.
     pub(crate) fn vectors(&self) -> *const T {
         assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
         self.pointer()
@@ -284,7 +284,7 @@ impl<T> SliceMut<'_, T> {
         self.len == 0
     }
 
-    /// Some of them.
+    /// A part of the slice.
     ///
     /// # Panics
     /// If the range is not within.
@@ -305,7 +305,7 @@ impl<T> SliceMut<'_, T> {
         self.address as *mut T
     }
 
-    /// For kernels that write 16 bytes at a time.
+    /// Address for kernels that write 16 bytes at a time.
     pub(crate) fn vectors(&mut self) -> *mut T {
         assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
         self.pointer()

@@ -37,7 +37,7 @@ pub struct Source<'a> {
     pub text: &'a str,
 }
 
-/// Why there is no output.
+/// An error of the compiler.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NvrtcError {
@@ -68,7 +68,7 @@ pub enum NvrtcError {
     Compile {
         /// Name of the source.
         name: String,
-        /// For what.
+        /// Target of the compilation.
         target: String,
         /// The compiler's log.
         log: String,

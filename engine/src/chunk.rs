@@ -144,7 +144,7 @@ pub struct ChunkCosts {
     pub cloud: CloudCost,
     /// Pipeline stages of the cloud; 0 counts as 1.
     pub stages: u32,
-    /// Until a step begins for a chunk that meets no chunk of its own prompt: others' load.
+    /// Wait for a step of a chunk that meets no chunk of its own prompt: others' load.
     pub cloud_wait_s: f64,
     /// From the last step's end to the first token: downlink, tail, head.
     pub return_s: f64,
@@ -211,7 +211,7 @@ impl Default for Limits {
     }
 }
 
-/// Until when device, uplink and cloud are taken by what is on its way already: seconds from now.
+/// End of the work that device, uplink and cloud have already, in seconds from now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Ahead {
     /// The device.

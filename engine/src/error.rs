@@ -22,7 +22,7 @@ pub enum ErrorKind {
     Broken,
 }
 
-/// Everything that the library can refuse or fail at.
+/// An error of the library.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -116,7 +116,7 @@ impl From<StepError> for Error {
     }
 }
 
-/// Why a request that runs has ended without an answer.
+/// Reason that a running request ended without an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RequestError {
     /// The device's model computed something that is no number at this position.

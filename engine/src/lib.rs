@@ -112,7 +112,7 @@ pub mod options {
     pub use hat_plan::TokenId;
 }
 
-/// For our own tests, tools and benches; no part of the interface.
+/// Items for our own tests, tools and benches; no part of the interface.
 #[doc(hidden)]
 pub mod internal {
     pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};

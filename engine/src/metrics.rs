@@ -255,7 +255,7 @@ impl EngineMetrics {
         self.tbt_us.merge(&meter.gaps_us);
     }
 
-    /// Something was refused. Reasons are names of ours, never text of a peer.
+    /// Counts a refusal. Reasons are names of ours, never text of a peer.
     pub fn reject(&mut self, reason: &'static str) {
         match self.rejected.iter_mut().find(|entry| entry.0 == reason) {
             Some(entry) => entry.1 += 1,

@@ -57,7 +57,7 @@ pub struct PrefixScope {
 }
 
 impl PrefixScope {
-    /// Of a store whose sessions are all alike, but for what their pages' names say.
+    /// Scope of a store whose sessions differ in nothing but the names of their pages.
     pub const ONE: Self =
         Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
 }

@@ -139,7 +139,7 @@ impl Request {
     }
 }
 
-/// Why an answer ended.
+/// Reason for the end of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
@@ -195,7 +195,7 @@ pub enum Event {
     Done {
         /// Text that was held back until the end.
         text: String,
-        /// Why it ended.
+        /// Reason for the end.
         finish_reason: FinishReason,
         /// The figures of this request.
         metrics: Box<Metrics>,

@@ -12,7 +12,7 @@
 use hat_plan::{PAGE_SIZE, RowMove};
 pub use hat_plan::{PENDING_ROWS_MAX, PlanBuffers, RowPlace};
 
-/// Why rows or a commit cannot be taken.
+/// An error in rows or a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SequenceError {

@@ -62,7 +62,7 @@ pub enum TokenError {
     /// `tokenizer.json` is not what the format says.
     #[error("tokenizer.json: {0}")]
     Malformed(String),
-    /// Something is larger than we are willing to read.
+    /// A file or a part of it is larger than the limit.
     #[error("{what}: {size} is over the limit of {limit}")]
     TooLarge {
         /// Item that is too large, with its unit.
@@ -192,7 +192,7 @@ pub enum Special {
 /// A tokenizer with its chat template. Immutable; share it by `Arc`.
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
-    /// For a model that cuts text by an expression of its own: some never end.
+    /// Limit on a model that cuts text by an expression of its own: some never end.
     limited: Option<Limited>,
     guard: Guard,
     /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.

@@ -35,7 +35,7 @@ pub struct BundleFacts {
     pub context: u32,
     /// Layers that the cloud holds, or that the device wants computed.
     pub layers: Range<u32>,
-    /// Both halves of one model share it.
+    /// Identity that both halves of one model share.
     pub model_id: [u8; 32],
     /// The device runs the last layers, so all rows come back.
     pub has_tail: bool,

@@ -21,7 +21,7 @@ impl ConfigError {
     }
 }
 
-/// Why a model could not be opened.
+/// An error in opening a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
@@ -108,7 +108,7 @@ pub enum LoadError {
         name: String,
         /// The family that the configuration names.
         family: &'static str,
-        /// Why it matters.
+        /// Consequence of the fault.
         reason: &'static str,
     },
     /// A tensor has another type or shape than the configuration asks for.

@@ -101,7 +101,7 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// Of what the system said of a file.
+    /// Identity of a file by its metadata.
     #[cfg(unix)]
     pub(crate) fn of(metadata: &Metadata) -> Self {
         use std::os::unix::fs::MetadataExt as _;
@@ -115,7 +115,7 @@ impl Stamp {
         }
     }
 
-    /// Of what the system said of a file; one without inodes knows size and time alone.
+    /// Identity of a file by its metadata; a system without inodes knows size and time alone.
     #[cfg(not(unix))]
     pub(crate) fn of(metadata: &Metadata) -> Self {
         let since = metadata.modified().ok().and_then(|time| {

@@ -83,7 +83,7 @@ impl DType {
     }
 }
 
-/// In which order the bytes of a tensor stand. The model id is taken over [`Layout::Rows`].
+/// Order of a tensor's bytes. The model id is taken over [`Layout::Rows`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Layout {
@@ -167,7 +167,7 @@ pub struct Tensor {
     pub name: String,
     /// Number format of the elements.
     pub dtype: DType,
-    /// In which order they stand.
+    /// Order of the elements.
     pub layout: Layout,
     /// `[n]` or `[n, k]`.
     pub shape: Vec<usize>,

@@ -70,9 +70,9 @@ pub enum ConnectionEvent {
     Frame(Frame),
     /// The peer has closed the connection.
     Closed {
-        /// Why, for programs.
+        /// Reason, for programs.
         code: CloseCode,
-        /// Why, for people.
+        /// Reason, for people.
         reason: String,
     },
 }

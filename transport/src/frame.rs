@@ -129,7 +129,7 @@ pub enum Priority {
     Verify = 1,
     /// Rows of a prompt.
     Prompt = 2,
-    /// Everything that may wait.
+    /// Frames that may wait.
     Bulk = 3,
 }
 

@@ -149,7 +149,7 @@ pub struct Computed {
     pub arrivals: Arrivals,
 }
 
-/// Why a session failed. The numbers are the wire's.
+/// Reason that a session failed. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 #[non_exhaustive]
@@ -202,9 +202,9 @@ impl SessionErrorCode {
 /// A session failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionError<'a> {
-    /// Why, for programs.
+    /// Reason, for programs.
     pub code: SessionErrorCode,
-    /// Why, for people. Longer text is cut at [`TEXT_BYTES_MAX`].
+    /// Reason, for people. Longer text is cut at [`TEXT_BYTES_MAX`].
     pub text: &'a str,
 }
 

@@ -101,7 +101,7 @@ struct Known {
 }
 
 enum Graph {
-    /// It came once.
+    /// The run came once.
     No,
     Made(sys::CUgraphExec),
     /// The driver would not.

@@ -78,11 +78,11 @@ impl Drop for Registered {
 
 /// Way in which a GPU gets at weights.
 pub(super) enum Weights {
-    /// It has memory of its own.
+    /// The GPU has memory of its own.
     Copied,
-    /// It has none but the host's, and reads them there; with these flags of the driver.
+    /// The GPU has none but the host's, and reads weights there; with these flags of the driver.
     InPlace(u32),
-    /// As above, but the driver would not.
+    /// Host memory, which the driver would not map.
     Refused(String),
 }
 
@@ -141,7 +141,7 @@ impl Weights {
         .ok()
     }
 
-    /// In words.
+    /// Description, for people.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Copied => "weights copied".to_owned(),

@@ -23,7 +23,7 @@ const POISON: u8 = 0xff;
 const MARGIN: usize = 4096;
 const ALIGNMENT: usize = 256;
 
-/// Why there is no emulator.
+/// An error in building the emulator.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulatorError {
@@ -48,7 +48,7 @@ pub enum EmulatorError {
     },
 }
 
-/// In which order the threads of a block, and the blocks, run. A right kernel gives the same bits
+/// Order in which the threads of a block, and the blocks, run. A right kernel gives the same bits
 /// under each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {

@@ -12,7 +12,7 @@ use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
 use crate::kernel::Kernel;
 use crate::testkit::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 
-/// In the environment: the number of the GPU that tests run on. Without it, the emulator.
+/// Environment variable with the number of the GPU that tests run on. Without it, the emulator.
 pub const GPU: &str = "HAT_TEST_GPU";
 /// In the environment: `ptx` for PTX through the compiler of that GPU's driver, also where there is
 /// machine code for the GPU.
@@ -85,9 +85,9 @@ impl Tally {
 
 /// Its memory.
 pub enum TestMemory {
-    /// Of the emulator.
+    /// Memory of the emulator.
     Emulator(EmulatorMemory),
-    /// Of a GPU.
+    /// Memory of a GPU.
     Cuda(CudaMemory),
 }
 

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
-/// Why a backend did not compute what it was asked to.
+/// A fault of a backend, which did not compute its step.
 ///
 /// The methods of a backend return nothing: a GPU reports a fault in a kernel with a later call, or
 /// a later step. So a backend keeps what went wrong, computes nothing more (what is downloaded is
@@ -27,7 +27,7 @@ impl fmt::Display for BackendFault {
 
 impl Error for BackendFault {}
 
-/// Why a backend can't be started, hold a model, or run it.
+/// An error in starting a backend, in loading a model into it, or in running the model.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum BackendError {
@@ -58,7 +58,7 @@ pub enum BackendError {
         /// Purpose of the memory.
         purpose: &'static str,
     },
-    /// It did not compute what it was asked to.
+    /// The backend did not compute its step.
     Fault(BackendFault),
 }
 

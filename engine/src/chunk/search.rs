@@ -11,13 +11,13 @@ use super::{Ahead, ChunkCosts, FOREVER_S, Limits, equal};
 const CELLS_MAX: u32 = 256;
 /// Ways that are kept for one prefix.
 const WAYS_MAX: usize = 8;
-/// Up to so many cells all sizes are tried, and beyond that four in each doubling.
+/// Number of cells up to which all sizes are tried; beyond that, four in each doubling.
 const CELLS_DENSE: u32 = 24;
 /// Gains below this share of the finish are not looked for.
 const GAIN_MIN: f64 = 2e-3;
 /// Chunks that the last improvements may look at.
 const POLISH_MAX: u64 = 8192;
-/// Of two ways that differ by less than this share of the finish, one is kept.
+/// Share of the finish below which the difference of two ways is ignored: one is kept.
 const ALIKE: f64 = 1e-4;
 
 /// One way to a prefix.

@@ -45,7 +45,7 @@ impl Check {
         })
     }
 
-    /// For the object of `--json`. Tokens count from 0, as in `token_ids`.
+    /// Fields for the object of `--json`. Tokens count from 0, as in `token_ids`.
     pub(crate) fn json(&self) -> serde_json::Value {
         json!({
             "wire": self.wire.name(),

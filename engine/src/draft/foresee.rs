@@ -22,7 +22,7 @@ pub struct Draw<'a> {
 }
 
 impl<'a> Draw<'a> {
-    /// For answer number `choice` of a request; `None` if it is greedy.
+    /// Prediction for answer number `choice` of a request; `None` if it is greedy.
     #[must_use]
     pub fn new(config: &'a SamplerConfig, choice: u32) -> Option<Self> {
         (config.temperature > 0.0).then_some(Self { config, choice })

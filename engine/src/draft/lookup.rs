@@ -32,7 +32,7 @@ pub struct Lookup {
     /// Index of the last token of each run's latest place. The runs that end at the newest token
     /// are not in it yet: nothing follows them.
     latest: HashMap<[TokenId; NGRAM_MAX], u32>,
-    /// For each token, and each length of the run that ends with it: the place before this one.
+    /// Previous place of each token, and of each length of the run that ends with it.
     before: Vec<[u32; NGRAM_MAX]>,
 }
 

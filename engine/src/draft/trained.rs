@@ -69,7 +69,7 @@ pub trait Trained: Send {
         ARITHMETIC_CPU
     }
 
-    /// Why it did not compute something since the last question; what it keeps means nothing then.
+    /// Fault of the drafter since the last call, if there was one; its state means nothing then.
     /// A fault that lasts is the answer from then on.
     fn fault(&mut self) -> Option<BackendFault> {
         None

@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(tree.grow(64, 0.0), 1..1, "no room below");
     }
 
-    /// By brute force: of all prefix-closed sets of that size none has a greater sum.
+    /// No prefix-closed set of that size has a greater sum, by brute force.
     #[test]
     fn no_tree_of_the_size_is_better() {
         let branches: [&[(TokenId, f32)]; 4] = [

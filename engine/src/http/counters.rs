@@ -20,7 +20,7 @@ impl Counters {
         *lock(&self.responses).entry((route, status)).or_default() += 1;
     }
 
-    /// Something was refused, or failed after the response had begun.
+    /// Counts a refusal, or a failure after the response had begun.
     pub(super) fn refuse(&self, reason: &'static str) {
         *lock(&self.refused).entry(reason).or_default() += 1;
     }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::Error;
 use crate::error::ErrorKind;
 
-/// Why a request was not answered.
+/// Error response to a request.
 #[derive(Debug)]
 pub(super) struct ApiError {
     status: StatusCode,

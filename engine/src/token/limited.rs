@@ -18,9 +18,9 @@ const RUNNING_MAX: usize = 4;
 /// The reason for which there is no result.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unfinished {
-    /// It is over the limit, or too much work before it is.
+    /// The text is over the limit, or too much work before it is.
     Hangs,
-    /// There was no thread, or the work panicked: what to say.
+    /// There was no thread, or the work panicked; with the message.
     Failed(String),
 }
 

@@ -91,7 +91,7 @@ pub struct Adapter {
     split_layer: usize,
     vocabulary: Vec<u32>,
     training: String,
-    /// In row order.
+    /// Tensors in row order, by name.
     tensors: BTreeMap<String, Tensor>,
 }
 

@@ -6,7 +6,7 @@ use super::ModelId;
 use crate::error::{ConfigError, LoadError};
 use crate::header::HeaderError;
 
-/// Why a bundle could not be written, opened or trusted.
+/// An error in writing, opening or verifying a bundle.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BundleError {
@@ -143,7 +143,7 @@ pub enum BundleError {
         name: String,
         /// The type that was asked for.
         dtype: &'static str,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
     /// The file of a trained drafter can't be used.

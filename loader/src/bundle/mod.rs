@@ -134,7 +134,7 @@ impl Bundle {
         &self.directory
     }
 
-    /// Everything that `bundle.json` says.
+    /// Content of `bundle.json`.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest

@@ -30,7 +30,7 @@ pub(super) struct OpenFile {
     path: PathBuf,
     file: Arc<File>,
     entry: FileEntry,
-    /// Of the open file, and of what the path leads to.
+    /// Identity of the open file, and of the file that the path leads to.
     stamps: [Stamp; 2],
 }
 

@@ -48,7 +48,7 @@ pub(crate) enum Value<'a> {
     Array(Array<'a>),
 }
 
-/// For messages: short, whatever the file holds.
+/// Description for messages: short, whatever the file holds.
 impl fmt::Debug for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const CHARS_MAX: usize = 40;

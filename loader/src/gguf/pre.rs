@@ -133,7 +133,7 @@ fn names() -> String {
     names.join(", ")
 }
 
-/// Of the merges as the file lists them.
+/// Hash of the merges as the file lists them.
 fn fingerprint(merges: &[[&str; 2]]) -> String {
     let mut hasher = blake3::Hasher::new();
     for [left, right] in merges {

@@ -71,7 +71,7 @@ struct Args {
     /// Don't listen for this long after a cut, ms, 0 to 3600000.
     #[arg(long, value_name = "MS", value_parser = away, default_value_t = 0.0)]
     away_ms: f64,
-    /// Of jitter, stalls and cuts.
+    /// Seed of jitter, stalls and cuts.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Bytes that wait for the bottleneck before senders are held back, 4096 to 1073741824.

@@ -73,7 +73,7 @@ pub struct EmulatorConfig {
     pub down: DirectionConfig,
     /// Cuts of the link.
     pub cut: CutConfig,
-    /// Of jitter, stalls and cuts.
+    /// Seed of jitter, stalls and cuts.
     pub seed: u64,
     /// Measured delay of the emulator itself, which is subtracted from the link's delays.
     pub calibration: Option<Calibration>,
@@ -151,7 +151,7 @@ pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).expect("checked settings are far below 584 years")
 }
 
-/// Why a link can't be emulated.
+/// An error in emulating a link.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulatorError {
@@ -168,7 +168,7 @@ pub enum EmulatorError {
     Listen {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
     /// The relay stopped, or a calibration's own connections failed.

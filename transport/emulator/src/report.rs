@@ -89,9 +89,9 @@ pub struct Report {
     pub down: DirectionReport,
     /// Connections that were accepted.
     pub connections: u64,
-    /// Of these, those that are open.
+    /// Open connections, of those.
     pub open: usize,
-    /// Of these, those whose other end could not be reached.
+    /// Connections, of those, whose other end could not be reached.
     pub unreachable: u64,
     /// Cuts of the whole link.
     pub cuts: u64,

@@ -27,7 +27,7 @@ pub struct Piece {
     pub period: u64,
     /// Time at which the bottleneck begins with them.
     pub begun: u64,
-    /// For how long from then on it rests in stalls.
+    /// Time from then on that the bottleneck rests in stalls.
     pub stalled: u64,
     /// Time at which the last of them has left the bottleneck.
     pub sent: u64,
@@ -44,7 +44,8 @@ pub struct Shape {
     stalls: Option<Stalls>,
     queue_bytes: usize,
     piece_bytes: usize,
-    /// Until when the bottleneck is busy, and what of a nanosecond it still owes, in bits times
+    /// End of the bottleneck's work, and the fraction of a nanosecond that it still owes, in bits
+    /// times
     /// nanoseconds a second.
     free_at: u64,
     carry: u128,

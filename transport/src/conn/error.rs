@@ -15,7 +15,7 @@ pub enum ProtocolError {
     /// A HELLO, CLOSE, PING or PONG has a wrong body.
     #[error("{kind:?}: {error}")]
     Message {
-        /// Of this frame.
+        /// Kind of the frame.
         kind: Kind,
         /// Description of the fault.
         error: MessageError,
@@ -48,7 +48,7 @@ pub enum ProtocolError {
     FrameVersion {
         /// Agreed on.
         expected: u8,
-        /// In the header.
+        /// Value in the header.
         got: u8,
     },
     /// The cloud answered for another link.
@@ -67,7 +67,7 @@ pub enum ProtocolError {
     /// An acknowledgement of a frame that was never sent.
     #[error("ack {ack}, but {next} was not sent yet")]
     AckAhead {
-        /// In the header.
+        /// Value in the header.
         ack: u32,
         /// Next frame to be sent.
         next: u32,
@@ -77,7 +77,7 @@ pub enum ProtocolError {
     Gap {
         /// The next in sequence.
         expected: u32,
-        /// In the header.
+        /// Value in the header.
         got: u32,
     },
     /// More bytes than the credit that was given.
@@ -107,7 +107,7 @@ impl ProtocolError {
     }
 }
 
-/// Why a link counts as broken though its socket is open.
+/// Reason that a link counts as broken though its socket is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Expired {
     /// HELLO did not come.

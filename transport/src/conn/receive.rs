@@ -19,7 +19,7 @@ pub(super) struct ReceiveState {
     next: u32,
     /// Bytes of sequenced frames that came, wrapping.
     offset: u32,
-    /// Of these, bytes whose buffers were dropped since; wrapping.
+    /// Bytes, of those, whose buffers were dropped since; wrapping.
     released: Arc<AtomicU32>,
     /// The credit in the last header that went out.
     granted: u32,

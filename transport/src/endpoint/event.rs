@@ -40,14 +40,14 @@ pub enum Event {
     Gone {
         /// The connection.
         connection: ConnectionId,
-        /// Why.
+        /// Reason.
         error: GoneError,
     },
     /// A socket was closed before it became a connection.
     Refused {
         /// Address of the peer.
         address: SocketAddr,
-        /// Why.
+        /// Reason.
         error: GoneError,
     },
     /// [`crate::link::Waker::wake`] was called.
@@ -68,7 +68,7 @@ impl Event {
     }
 }
 
-/// Why a connection is over.
+/// Reason that a connection is over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GoneError {
@@ -80,9 +80,9 @@ pub enum GoneError {
     ClosedByPeer {
         /// The peer.
         address: SocketAddr,
-        /// Why, for programs.
+        /// Reason, for programs.
         code: CloseCode,
-        /// Why, as the peer worded it: show it as [`Untrusted`] text.
+        /// Reason in the peer's words: show it as [`Untrusted`] text.
         reason: String,
     },
     /// The first bytes were no frame.

@@ -52,7 +52,7 @@ struct Peer {
     /// Buffers to send; the first `.1` bytes of them are through.
     sending: Option<(Vec<Buf>, usize)>,
     receiving: Option<Buf>,
-    /// In `active`.
+    /// Index in `active`.
     active: bool,
 }
 

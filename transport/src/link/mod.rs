@@ -56,7 +56,7 @@ impl fmt::Display for LinkKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId(pub u64);
 
-/// Something that a link has done.
+/// A completion of a link.
 #[derive(Debug)]
 pub enum Completion {
     /// A peer has dialled in.

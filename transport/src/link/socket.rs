@@ -48,7 +48,7 @@ pub struct Opened {
     pub link: Box<dyn Link>,
     /// Kind that runs.
     pub kind: LinkKind,
-    /// Why something else runs than was asked for.
+    /// Reason that another link runs than was asked for.
     pub fallback: Option<String>,
 }
 

@@ -177,7 +177,7 @@ impl Hello {
     }
 }
 
-/// Why a connection was closed. Numbers are the wire's; an unknown one is kept.
+/// Reason that a connection was closed. Numbers are the wire's; an unknown one is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CloseCode {
@@ -241,9 +241,9 @@ impl CloseCode {
 /// The last frame of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Close<'a> {
-    /// Why, for programs.
+    /// Reason, for programs.
     pub code: CloseCode,
-    /// Why, for people. Longer text is cut at [`super::TEXT_BYTES_MAX`].
+    /// Reason, for people. Longer text is cut at [`super::TEXT_BYTES_MAX`].
     pub reason: &'a str,
 }
 

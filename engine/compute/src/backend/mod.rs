@@ -78,7 +78,7 @@ impl<'a, B: Backend + ?Sized> LinearArgs<'a, B> {
 pub struct RopeArgs<'a, B: Backend + ?Sized> {
     /// The layer's number in the KV store.
     pub layer: usize,
-    /// As [`Backend::rope_angles`] made them. `[rows, head_dim]`
+    /// Angles as [`Backend::rope_angles`] made them. `[rows, head_dim]`
     pub angles: &'a B::Buffer,
     /// Rotated in place. `[rows, heads * head_dim]`
     pub q: &'a mut B::Buffer,

@@ -51,7 +51,7 @@ pub(crate) type Described = BTreeMap<String, Artefact>;
 /// What was made of a source for a target.
 pub(crate) struct Artefact {
     blake3: String,
-    /// Of the file.
+    /// Size of the file.
     pub(crate) bytes: usize,
     /// `sm_86`, `compute_80`.
     pub(crate) target: String,

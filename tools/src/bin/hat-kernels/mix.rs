@@ -21,9 +21,9 @@ type Marks = Vec<bool>;
 /// A kernel's instructions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Mix {
-    /// Of the whole kernel, routines that the compiler added included.
+    /// Counts of the whole kernel, routines that the compiler added included.
     pub(crate) kernel: Counts,
-    /// Of the loop; empty if there is none with such work.
+    /// Counts of the loop; empty if there is none with such work.
     pub(crate) body: Counts,
 }
 

@@ -12,7 +12,7 @@ use hat_engine::note;
 pub(crate) struct Tool {
     /// `package==version`
     pub(crate) package: &'static str,
-    /// Of the wheels for x86-64 and for aarch64.
+    /// Hashes of the wheels for x86-64 and for aarch64.
     pub(crate) sha256: [&'static str; 2],
     /// The file within.
     member: &'static str,

@@ -32,7 +32,7 @@ pub(crate) struct Tally {
     gap_ms: Vec<f64>,
     /// Means of the gaps of each complete answer.
     tbt_ms: Vec<f64>,
-    /// Of complete answers: tokens after the first, waits for the cloud, bytes, pages.
+    /// Sums over complete answers: tokens after the first, round trips, bytes, pages.
     after_first: u64,
     rounds: u64,
     bytes_up: u64,

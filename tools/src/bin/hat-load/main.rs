@@ -119,7 +119,7 @@ struct Args {
     /// How long devices try to connect at first, seconds, 0.1 to 1000000.
     #[arg(long, value_name = "S", default_value_t = 20.0, value_parser = seconds)]
     connect_s: f64,
-    /// Of arrivals, prompts, lives and answers that are given up.
+    /// Seed of arrivals, prompts, lifetimes and cancelled answers.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Compare the tokens of all answers with those of the whole model in one process.

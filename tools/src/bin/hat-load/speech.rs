@@ -86,7 +86,7 @@ impl CloudSetup {
 pub(crate) enum CloudSaid {
     /// Where, and one line about its backend.
     Listening(String, String),
-    /// Why it can't.
+    /// Reason that it can't listen.
     Failed(String),
     /// What it has done so far.
     Counters(Counters),
@@ -107,7 +107,7 @@ pub(crate) struct Counters {
 /// What a device is asked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Prompt {
-    /// As it is.
+    /// Text of the prompt as it is.
     Tokens(Vec<u32>),
     /// A user's message, through the chat template.
     Chat(String),
@@ -144,27 +144,27 @@ impl Ask {
 /// What a device says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Said {
-    /// It is connected.
+    /// The device is connected.
     Ready,
-    /// It could not begin.
+    /// The device could not begin.
     Failed(String),
     /// A request is over.
     Ended(Outcome),
-    /// It will say nothing more.
+    /// The device will report nothing more.
     Gone,
 }
 
 /// How a request ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) enum End {
-    /// With its answer.
+    /// The request ended with its answer.
     Done,
-    /// It was given up, as it was meant to be.
+    /// The request was cancelled, as planned.
     #[default]
     Cancelled,
-    /// There was no room, however often it was tried.
+    /// The cloud had no room at any try.
     Refused(String),
-    /// In an error.
+    /// The request ended in an error.
     Failed(String),
 }
 
@@ -180,7 +180,7 @@ pub(crate) struct Outcome {
     pub(crate) token_ids: Vec<u32>,
     /// How often it was tried again after `Busy`.
     pub(crate) retries: u32,
-    /// Of an answer that is done; of others 0.
+    /// Figures of a complete answer; of others 0.
     pub(crate) prompt_n: u32,
     pub(crate) predicted_n: u32,
     pub(crate) rounds: u32,

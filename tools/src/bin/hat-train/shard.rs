@@ -168,7 +168,7 @@ struct Entry {
     shape: Vec<usize>,
     #[serde(default)]
     data_offsets: [u64; 2],
-    /// Of `__metadata__` alone.
+    /// Hash of `__metadata__` alone.
     #[serde(flatten)]
     other: HashMap<String, serde_json::Value>,
 }

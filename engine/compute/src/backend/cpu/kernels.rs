@@ -12,7 +12,7 @@ use super::threads::Part;
 
 /// The kernels of one level; same bits in each. Formulas are in `math.rs`.
 pub(super) struct Kernels {
-    /// For messages.
+    /// Name of the level, for messages.
     pub(super) name: &'static str,
     pub(super) quantise_row: fn(x: &[f32], out: &mut [Block]),
     pub(super) rms_norm_row: fn(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]),

@@ -399,7 +399,7 @@ impl<'a, T> Part<'a, T> {
         self.rows
     }
 
-    /// Some of its columns.
+    /// A range of its columns.
     ///
     /// # Panics
     /// If it has not so many.

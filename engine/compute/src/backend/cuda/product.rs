@@ -11,9 +11,9 @@ use super::{CudaBackend, Weight, Write, room};
 
 /// Activations as products take them.
 pub(super) struct Prepared<M> {
-    /// As int8 blocks: q, d, s.
+    /// Activations as int8 blocks: q, d, s.
     blocks: Option<[M; 3]>,
-    /// In a float matrix's type.
+    /// Activations in a float matrix's type.
     rounded: Option<M>,
 }
 

@@ -75,7 +75,7 @@ const TURNS: [Kind; 20] = {
     ]
 };
 
-/// Of a prompt's first round so many in ten answers are greedy.
+/// Greedy answers to a prompt's first round, in ten.
 const GREEDY_IN_TEN: u32 = 7;
 /// Longest prompt in characters; longer ones are cut at a line's end.
 const CHARACTERS_MAX: usize = 2400;

@@ -62,7 +62,7 @@ pub(crate) struct FitArgs {
     /// Tokens that the drafter may guess.
     #[arg(long, default_value_t = 8192)]
     vocabulary: usize,
-    /// Of these, so many of the most frequent are in each step's loss ..
+    /// Number of the most frequent of these that are in each step's loss ..
     #[arg(long, default_value_t = 2048)]
     frequent: usize,
     /// .. and so many of the others, drawn anew each step.
