@@ -7,7 +7,7 @@ mod peak;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// Far more than any cache.
+/// Bytes of a copy, far more than any cache has.
 const READ_BYTES: usize = 256 << 20;
 
 /// Limits of this machine, measured now. Rates are a second, of all threads together.

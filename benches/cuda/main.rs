@@ -47,7 +47,7 @@ use crate::step::Wanted;
 
 /// Timed runs of each line; the median counts.
 const RUNS: usize = 7;
-/// More than the L2 of any GPU that the kernels are for.
+/// Bytes of a copy, more than the L2 of any GPU that the kernels are for.
 const COLD_BYTES: usize = 128 << 20;
 /// Most rounds of a sample, where a GPU's clock says that a round takes no time.
 const ROUNDS_MAX: usize = 1000;

@@ -16,7 +16,7 @@ const ROWS: usize = 8;
 pub enum Write {
     /// Overwritten.
     Store,
-    /// Added to, with one rounding.
+    /// The result is added to the old content, with one rounding.
     Add,
 }
 

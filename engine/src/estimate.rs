@@ -34,7 +34,7 @@ const FRAME_BYTES: f64 = 48.0;
 pub struct Average(Option<f64>);
 
 impl Average {
-    /// Takes one measurement; what is no number from 0 up says nothing.
+    /// Takes one measurement; anything but a number from 0 up is ignored.
     pub fn note(&mut self, value: f64) {
         if value.is_finite() && value >= 0.0 {
             self.0 = Some(self.0.map_or(value, |past| PAST * past + (1.0 - PAST) * value));
@@ -195,7 +195,7 @@ impl Estimator {
         self.step.note(rows, prefix, seconds);
     }
 
-    /// Takes what the first output of rows that were sent together says of link and cloud.
+    /// Measures link and cloud by the first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
         let Returned { rows, sent_bytes, prefix, step_rows, step_s, queue_s, away_s } = *returned;
         self.note_step(step_rows, prefix, step_s);

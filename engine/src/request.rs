@@ -206,7 +206,7 @@ pub enum Event {
 pub struct Generation {
     pub(crate) events: Receiver<Result<Event, Error>>,
     pub(crate) prompt_tokens: usize,
-    /// Held for its drop.
+    /// Guard that is held for its drop.
     pub(crate) _cancel: CancelOnDrop,
     pub(crate) finished: bool,
 }

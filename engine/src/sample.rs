@@ -49,7 +49,7 @@ pub struct SamplerConfig {
     pub frequency_penalty: f32,
     /// Number of the path's tokens that the penalties look at; `u32::MAX` is all of it.
     pub penalty_last_n: u32,
-    /// Added to the logits of single tokens. `-100..=100`, at most [`LOGIT_BIAS_MAX`] entries
+    /// Terms added to the logits of single tokens. `-100..=100`, at most [`LOGIT_BIAS_MAX`] entries
     pub logit_bias: Vec<(TokenId, f32)>,
     /// Seed of the noise.
     pub seed: u64,

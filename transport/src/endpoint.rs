@@ -410,7 +410,7 @@ impl Endpoint {
         }
     }
 
-    /// Takes over what a connection has to tell.
+    /// Takes over the events of a connection.
     fn drain_events(&mut self, now: Instant, id: ConnectionId) {
         let Some(slot) = self.connections.get_mut(&id) else {
             return;

@@ -184,7 +184,7 @@ pub enum HeaderError {
     Checksum {
         /// Computed here.
         expected: u32,
-        /// Found in the header.
+        /// Value in the header.
         got: u32,
     },
     /// As [`HeaderError::Checksum`], and the bytes begin as HTTP does.
@@ -196,7 +196,7 @@ pub enum HeaderError {
     /// The body would be longer than any body may be.
     #[error("body length {len} exceeds {max}")]
     Length {
-        /// Found in the header.
+        /// Value in the header.
         len: u32,
         /// The limit: [`BODY_BYTES_MAX`], or less before HELLO.
         max: u32,
@@ -204,27 +204,27 @@ pub enum HeaderError {
     /// A flag that this version does not know is set.
     #[error("unknown flags {flags:#04x}")]
     Flags {
-        /// Found in the header.
+        /// Value in the header.
         flags: u8,
     },
     /// There are four priorities.
     #[error("unknown priority {priority}")]
     Priority {
-        /// Found in the header.
+        /// Value in the header.
         priority: u8,
     },
     /// A kind that this version does not know, not marked ignorable.
     #[error("unknown frame kind {kind}")]
     Kind {
-        /// Found in the header.
+        /// Value in the header.
         kind: u8,
     },
     /// Session 0 is the connection itself: unsequenced frames name it, and no other do.
     #[error("session {session} does not fit frame kind {kind}")]
     Session {
-        /// Found in the header.
+        /// Value in the header.
         kind: u8,
-        /// Found in the header.
+        /// Value in the header.
         session: u32,
     },
 }

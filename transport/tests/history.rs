@@ -29,7 +29,7 @@ const HEAD_BYTES: usize = 12;
 
 /// State of an application at one end of a connection since the present epoch began.
 struct App {
-    /// Stands in each frame; never used twice.
+    /// Number written into each frame; never used twice.
     tag: u64,
     peer_tag: Option<u64>,
     sent: BTreeMap<u32, u32>,

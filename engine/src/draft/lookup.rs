@@ -147,7 +147,7 @@ fn key(run: &[TokenId]) -> [TokenId; NGRAM_MAX] {
     key
 }
 
-/// Guesses are alike by how many tokens match before them, and by whether they are the first
+/// Class of a draft: the number of tokens that match before it, and whether it is the first
 /// choice.
 fn source(rank: usize, matched: usize) -> Source {
     let class = matched.clamp(1, MATCH_MAX) - 1 + if rank == 0 { 0 } else { MATCH_MAX };

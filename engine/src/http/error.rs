@@ -74,7 +74,7 @@ impl ApiError {
         self
     }
 
-    /// Says when to try again; rounded up to seconds.
+    /// Adds the time after which to try again; rounded up to seconds.
     pub(super) fn retry_after_ms(mut self, retry_after_ms: u64) -> Self {
         self.retry_after_s = Some(retry_after_ms.div_ceil(1000));
         self

@@ -110,7 +110,7 @@ pub(super) struct Answers {
     prompt_tokens: usize,
     orders: Sender<Order>,
     request: u64,
-    /// Held for their drop: the request's share of what may be in flight.
+    /// Guard held for its drop: the request's share of what may be in flight.
     _permits: OwnedSemaphorePermit,
 }
 

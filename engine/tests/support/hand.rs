@@ -69,7 +69,7 @@ impl Hand {
         }
     }
 
-    /// Takes turns for so long; counts what comes.
+    /// Polls for the given time; counts the frames that come.
     pub fn turn_for(&mut self, time: Duration, mut count: impl FnMut(&Event)) {
         let start = Instant::now();
         let mut events = Vec::new();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_loader::{BundleOptions, DType, TinyModel, Weights, generated, write_bundles};
 
-/// Longer than anything takes that works, on a machine that is busy with other things.
+/// Limit on a wait, longer than anything takes that works on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until something is so.

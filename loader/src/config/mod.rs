@@ -93,7 +93,7 @@ pub struct LlamaConfig {
     pub num_key_value_heads: usize,
     /// Numbers in one head; even.
     pub head_dim: usize,
-    /// Added to the mean square before its root.
+    /// Term added to the mean square before its root.
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,

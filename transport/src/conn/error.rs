@@ -80,7 +80,7 @@ pub enum ProtocolError {
         /// Value in the header.
         got: u32,
     },
-    /// More bytes than the credit that was given.
+    /// The peer sent more bytes than its credit.
     #[error("frames up to byte {offset} came, credit ends at {credit}")]
     Credit {
         /// End of the frame in the stream.

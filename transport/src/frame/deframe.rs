@@ -30,7 +30,7 @@ pub enum FrameError {
         kind: u8,
         /// Computed here.
         expected: u32,
-        /// Found in the header.
+        /// Value in the header.
         got: u32,
     },
 }

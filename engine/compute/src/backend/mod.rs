@@ -21,7 +21,8 @@ use hat_plan::{
 pub enum Write {
     /// Overwritten.
     Store,
-    /// Added to (the residual stream): `out = out + result`, one rounding after the sum over K.
+    /// The result is added to it (the residual stream): `out = out + result`, one rounding after
+    /// the sum over K.
     Add,
 }
 

@@ -17,7 +17,7 @@ pub struct ModelShape {
     pub intermediate_size: usize,
     /// Heads and window.
     pub attend: AttendShape,
-    /// Added to the mean square in the norms.
+    /// Term added to the mean square in the norms.
     pub rms_norm_eps: f32,
     /// Inverse frequencies of rotary position embedding, scaling included. `[head_dim / 2]`
     pub inv_freq: Vec<f32>,

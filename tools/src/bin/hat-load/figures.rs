@@ -12,7 +12,7 @@ use crate::cloud::CloudFigures;
 use crate::speech::{End, Outcome};
 use crate::whole::Compared;
 
-/// More devices than these are not all printed, only those with the slowest tokens.
+/// Number of devices up to which all are printed, and not only those with the slowest tokens.
 const LINES_MAX: usize = 40;
 
 /// Sums and values of one device, or of all.
