@@ -51,7 +51,7 @@ pub enum GpuError {
         reason: String,
     },
     /// The GPU is lost to this process: a fault in a kernel, or a broken driver. All that was
-    /// queued is void, and so is the content of its memory.
+    /// queued is lost, and so is the content of its memory.
     #[error("{gpu} is lost to this process: {reason}")]
     Lost {
         /// Name of the GPU.
