@@ -360,13 +360,13 @@ pub(crate) struct SamplerArgs {
     /// Divisor of the logits of tokens that occurred; 1 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     repetition_penalty: Option<f32>,
-    /// Subtracted once from the logits of tokens that occurred; 0 changes nothing.
+    /// Penalty subtracted once from the logits of tokens that occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     presence_penalty: Option<f32>,
-    /// Subtracted from the logit of a token for each time it occurred; 0 changes nothing.
+    /// Penalty subtracted from a token's logit for each time it occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     frequency_penalty: Option<f32>,
-    /// TOKEN=BIAS, added to the token's logit; may be repeated.
+    /// Bias added to the logit of token id TOKEN; may be repeated.
     #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
     /// Seed of sampling [default: 0 for generate, a new one for each answer of chat].

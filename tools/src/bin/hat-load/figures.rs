@@ -1,4 +1,4 @@
-//! What a run showed: for each device, and over all.
+//! Figures of a run: for each device, and over all.
 
 use std::path::Path;
 
