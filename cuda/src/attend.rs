@@ -55,7 +55,7 @@ impl<M: Memory> Parts<M> {
 /// `[rows][heads][head_dim]`.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

@@ -39,7 +39,7 @@ pub struct Gemv<'a> {
 /// the same blocks; for few rows. [`crate::linear::linear`] takes as many as there are.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, or there is no kernel for the type of the weights.

@@ -29,7 +29,7 @@ pub struct LinearFloat<'a> {
 /// sums in sequence in f32.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, the columns are no multiple of [`COLUMNS`], or the weights are of

@@ -93,7 +93,7 @@ impl<M: Memory> PlanOnGpu<M> {
     /// Takes a plan over a store of `pages` pages.
     ///
     /// # Errors
-    /// If the GPU says no.
+    /// If the GPU fails.
     ///
     /// # Panics
     /// If the plan contradicts itself, names a page that is none, or is larger than there is

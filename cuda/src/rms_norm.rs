@@ -18,7 +18,7 @@ pub struct RmsNorm<'a> {
 /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row of `x`, `[rows][columns]`.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

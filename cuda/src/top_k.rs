@@ -59,7 +59,7 @@ impl<M: Memory> TopK<M> {
     /// The `k` largest numbers of each of `rows` rows of `x`, `[rows][columns]`. Waits for them.
     ///
     /// # Errors
-    /// If the GPU says no.
+    /// If the GPU fails.
     ///
     /// # Panics
     /// If they are more than there is room for, or fewer than `k` columns.

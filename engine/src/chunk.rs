@@ -99,7 +99,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// Seconds of so many rows.
+    /// Seconds of this many rows.
     #[must_use]
     pub fn seconds(&self, rows: u32) -> f64 {
         self.fixed + self.per_row * f64::from(rows)

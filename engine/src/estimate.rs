@@ -1,7 +1,7 @@
 //! A device's estimates of itself, its link and its cloud: moving averages of what it has measured.
 //!
-//! The draft policy asks what a round with so many rows takes, the chunk planner what a chunk of a
-//! prompt costs at each place on its way. Both answers come from the same measurements, each of
+//! The draft policy asks what a round with this many rows takes, the chunk planner what a chunk of
+//! a prompt costs at each place on its way. Both answers come from the same measurements, each of
 //! which is noted once. Pure: times and counts are arguments.
 
 #[cfg(test)]
@@ -219,8 +219,8 @@ impl Estimator {
         self.up.byte_s.mean()
     }
 
-    /// Seconds of a round with so many rows, its visited rows not counted; `None` if too little is
-    /// known.
+    /// Seconds of a round with this many rows, its visited rows not counted; `None` if too little
+    /// is known.
     ///
     /// Others share the step and decide by the same rules. Whoever took their rows for given would
     /// find that a few more of its own hardly lengthen a step that is long anyway; all would, and
@@ -247,7 +247,7 @@ impl Estimator {
         (round > 0.0).then_some(1.0 / round)
     }
 
-    /// Seconds of a step with so many rows beside those of others.
+    /// Seconds of a step with this many rows beside those of others.
     fn step_beside_others(&self, rows: usize) -> Option<f64> {
         self.step.seconds(rows + self.others.mean().round() as usize)
     }

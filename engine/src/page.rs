@@ -37,7 +37,7 @@ pub struct PagePool {
     idle: usize,
 }
 
-/// Pages for so many rows.
+/// Pages for this many rows.
 #[must_use]
 pub fn pages_for(rows: usize) -> usize {
     rows.div_ceil(PAGE_SIZE)

@@ -238,7 +238,7 @@ pub fn drafters(cache: &Path) -> Drafters {
 }
 
 /// Adds this program's drafter to the device half of a bundle that holds none, if it was trained
-/// for that model and split. Says whether the bundle has one then.
+/// for that model and split. Returns true if the bundle has one then.
 pub fn add_drafter(device: &Path) -> bool {
     // A bundle works without it; a cache that can't be written to still serves.
     with_drafter(device).unwrap_or_else(|error| {

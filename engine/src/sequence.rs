@@ -302,7 +302,7 @@ impl Sequence {
         Some(RowPlace { position: row.position, slot: row.slot })
     }
 
-    /// Adds row `id` to a plan, if it pends; says whether it does.
+    /// Adds row `id` to a plan, if it pends; returns true if it does.
     pub fn push_row(&self, id: u32, plan: &mut PlanBuffers) -> bool {
         let Some(place) = self.place(id) else { return false };
         // Slots that it sees beyond the committed rows, in logical order, its own last.

@@ -260,7 +260,7 @@ struct Device {
 }
 
 impl Device {
-    /// Runs work unless work before has failed; says whether it ran.
+    /// Runs work unless work before has failed; returns true if it ran.
     fn run(&mut self, work: impl FnOnce(&mut DeviceModel<CpuBackend>)) -> bool {
         if burns(&self.fuse) {
             self.fault = Some(fault(self.lasts));

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// Opens a regular file for reading. Returns at once, whatever is at `path`.
 ///
 /// # Errors
-/// What the system says; `InvalidInput`, which says what is there, for anything but a regular
+/// The system's error; `InvalidInput`, which says what is there, for anything but a regular
 /// file.
 pub fn open(path: &Path) -> io::Result<File> {
     // Looked at first, since opening a device can have effects; and again afterwards, since

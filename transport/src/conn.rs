@@ -237,7 +237,7 @@ impl Connection {
         self.pong = None;
     }
 
-    /// Bytes came from the socket. Says how many were taken: fewer than all only while the pool
+    /// Bytes came from the socket. Returns how many were taken: fewer than all only while the pool
     /// is empty.
     ///
     /// # Errors

@@ -320,7 +320,7 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Writes the body to the front of `to` and says how many bytes it is.
+    /// Writes the body to the front of `to` and returns how many bytes it is.
     ///
     /// # Panics
     /// If `to` is shorter than [`Message::encoded_len`], or there are more than [`PAGE_IDS_MAX`]

@@ -103,7 +103,7 @@ pub struct Likely {
 /// A trained drafter's layer and head. The caller keeps the slots: a sequence of the drafter's own,
 /// whose committed rows are decided tokens.
 pub trait DraftForward: Computes + Send {
-    /// Shallow rows are those after so many layers.
+    /// Shallow rows are those after this many layers.
     fn split_layer(&self) -> usize;
     /// True if [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
     fn reads_deep(&self) -> bool;

@@ -105,8 +105,8 @@ pub struct Asking {
 const PAUSE_MAX: u32 = 32;
 
 impl Asking {
-    /// A round in which it was asked has brought so many tokens in so many seconds. `plain` is what
-    /// a second brings without drafts, if that is known.
+    /// A round in which it was asked has brought this many tokens in so many seconds. `plain` is
+    /// what a second brings without drafts, if that is known.
     pub fn note(&mut self, tokens: usize, seconds: f64, plain: Option<f64>) {
         self.tokens.note(tokens as f64);
         self.seconds.note(seconds);

@@ -13,7 +13,7 @@ use hat_plan::TokenId;
 
 use super::Source;
 
-/// Most nodes of a tree, its root included: so many rows may pend in the cloud.
+/// Most nodes of a tree, its root included: this many rows may pend in the cloud.
 pub const NODES_MAX: usize = 64;
 
 /// One token of a tree.

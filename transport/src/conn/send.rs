@@ -263,7 +263,7 @@ impl Connection {
         Err(SendError { refusal, body: Some(body) })
     }
 
-    /// Drops the frames of `session` that have not been sent, and says how many. A cancelled
+    /// Drops the frames of `session` that have not been sent, and returns how many. A cancelled
     /// prompt needs no upload.
     pub fn discard(&mut self, session: u32) -> usize {
         let state = &mut self.send;

@@ -101,7 +101,7 @@ impl Deframer {
         self.room = Some(buf);
     }
 
-    /// Copies from the front of `bytes` and says how many; 0 if the pool is empty or a frame has
+    /// Copies from the front of `bytes` and returns how many; 0 if the pool is empty or a frame has
     /// to be taken out first.
     pub fn push(&mut self, bytes: &[u8]) -> usize {
         let Some(mut buf) = self.take_room() else {

@@ -54,7 +54,7 @@ impl RowsHead {
         Self::BYTES + if self.tree { 4 * self.count as usize } else { 0 }
     }
 
-    /// Writes the head, and `parents` if this is a tree, and says where the payload starts. The
+    /// Writes the head, and `parents` if this is a tree, and returns the start of the payload. The
     /// caller writes the payload there, in place.
     ///
     /// # Panics
@@ -225,7 +225,7 @@ impl OutputHead {
         Self::BYTES + 4 * self.count as usize
     }
 
-    /// Writes the head and `ids`, and says where the payload starts. The caller writes the
+    /// Writes the head and `ids`, and returns the start of the payload. The caller writes the
     /// payload there, in place.
     ///
     /// # Panics

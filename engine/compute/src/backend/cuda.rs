@@ -105,7 +105,7 @@ fn start_error(error: GpuError) -> BackendError {
     }
 }
 
-/// Memory of at least so many bytes in a place; what was there goes if it is too small.
+/// Memory of at least this many bytes in a place; what was there goes if it is too small.
 fn room<'a, G: Gpu>(
     gpu: &mut G,
     place: &'a mut Option<G::Memory>,

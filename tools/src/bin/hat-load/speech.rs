@@ -123,7 +123,7 @@ pub(crate) struct Ask {
     pub(crate) eos: bool,
     /// A name of [`DraftMode`].
     pub(crate) draft: String,
-    /// Give the answer up after so many tokens.
+    /// Give the answer up after this many tokens.
     pub(crate) cancel_after: Option<u32>,
     /// True if the answer's tokens are wanted.
     pub(crate) keep: bool,

@@ -173,7 +173,7 @@ impl CpuBackend {
         self.fault = Some(Fault { op, element, every_time });
     }
 
-    /// Plants the fault in what `op` has written, if there is one; says whether it did.
+    /// Plants the fault in what `op` has written, if there is one; returns true if it did.
     fn strike(&mut self, op: Op, written: &mut [f32]) -> bool {
         let Some(fault) = self.fault.filter(|fault| fault.op == op && !written.is_empty()) else {
             return false;

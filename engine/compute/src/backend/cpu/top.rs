@@ -59,7 +59,7 @@ impl TopScratch {
         }
     }
 
-    /// Merges the lists of this thread, of `k` each, into `top`; says whether all was finite.
+    /// Merges the lists of this thread, of `k` each, into `top`; returns true if all was finite.
     pub(super) fn merge_into(&self, top: &mut [Top], k: usize) -> bool {
         for (mine, all) in self.top.chunks_exact(k).zip(top.chunks_exact_mut(k)) {
             for one in mine {

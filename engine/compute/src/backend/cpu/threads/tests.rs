@@ -22,7 +22,7 @@ fn bounded(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Waits for a condition; says whether it came.
+/// Waits for a condition; returns true if it came.
 fn came(condition: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     while !condition() {
