@@ -33,7 +33,7 @@ const VERSION_MIN: i32 = 12_000;
 /// Lowest driver whose CUDA reads our PTX, which is of ISA 8.5: 12.5.
 const VERSION_MIN_PTX: i32 = 12_050;
 
-/// Every function that is called below.
+/// Functions of libcuda that this module calls.
 const FUNCTIONS: &[&str] = &[
     "cuCtxEnablePeerAccess",
     "cuCtxSetCurrent",

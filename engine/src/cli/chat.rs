@@ -209,7 +209,7 @@ impl Interrupts {
     }
 }
 
-/// The meaning of what came from the prompt.
+/// Input from the prompt.
 #[derive(Debug, PartialEq, Eq)]
 enum Typed {
     Message(String),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::error::ConfigError;
 pub(crate) use hf::{flag, number, token_ids};
 
-/// Limits of what is believed. Far above any model that exists, far below what would hurt.
+/// Limits on a configuration's values: far above any model that exists, far below any harm.
 const LAYERS_MAX: usize = 1024;
 const HEADS_MAX: usize = 1024;
 const HEAD_DIM_MAX: usize = 1024;

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::GgufError;
 use crate::tensor::DType;
 
-/// Limits of what is believed.
+/// Limits on a file's counts and lengths.
 const METADATA_MAX: u64 = 1 << 16;
 const TENSORS_MAX: u64 = 1 << 16;
 const NAME_BYTES_MAX: usize = 256;

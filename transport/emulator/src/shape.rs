@@ -23,7 +23,7 @@ const SECOND_NS: u128 = 1_000_000_000;
 pub struct Piece {
     /// Number of bytes.
     pub bytes: usize,
-    /// The number, from 1, of the time without a rest of the bottleneck that they fall in.
+    /// Number, from 1, of the busy period of the bottleneck that they fall in.
     pub period: u64,
     /// Time at which the bottleneck begins with them.
     pub begun: u64,

@@ -19,7 +19,7 @@ use hat_plan::{
 /// Treatment of the old content of a `linear`'s output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
-    /// Overwritten.
+    /// The output is overwritten.
     Store,
     /// The result is added to it (the residual stream): `out = out + result`, one rounding after
     /// the sum over K.

@@ -14,7 +14,7 @@ pub(crate) struct Tool {
     pub(crate) package: &'static str,
     /// Hashes of the wheels for x86-64 and for aarch64.
     pub(crate) sha256: [&'static str; 2],
-    /// The file within.
+    /// Path of the file within the wheel.
     member: &'static str,
 }
 

@@ -45,7 +45,7 @@ struct Shared {
     started: AtomicUsize,
     /// The threads end.
     stop: AtomicBool,
-    /// Turns in which a caller found that pieces of others had not ended.
+    /// Number of times that a caller found pieces of others unfinished.
     #[cfg(test)]
     waits: AtomicUsize,
 }

@@ -12,7 +12,7 @@ use super::threads::Part;
 /// Columns that a thread computes before it looks at them.
 const COLUMNS: usize = 8 * PANEL;
 
-/// One thread's room.
+/// Scratch memory of one thread.
 #[derive(Default)]
 pub(super) struct TopScratch {
     /// `[rows][COLUMNS]`
