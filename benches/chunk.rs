@@ -23,7 +23,7 @@ use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
 
-/// What the command line says.
+/// Arguments of the command line.
 struct Args {
     measure: bool,
     tiny: bool,
@@ -258,7 +258,7 @@ fn measure(args: &Args, wire: Codec) {
     }
 }
 
-/// What a chunk is taken to cost.
+/// Costs that a plan assumes, as text.
 fn estimates(costs: &ChunkCosts) -> String {
     let us = |seconds: f64| seconds * 1e6;
     let ChunkCosts { device, cloud, .. } = costs;

@@ -162,7 +162,7 @@ impl Model {
     }
 }
 
-/// What a codec did to one kind of crossing.
+/// Damage that a codec did to one kind of crossing.
 #[derive(Clone, Default)]
 struct Damage {
     kl: Vec<f64>,
@@ -264,7 +264,7 @@ fn greatest(logits: &[f32]) -> TokenId {
     first.expect("a vocabulary").0 as TokenId
 }
 
-/// How far `got` is from `wanted`, in nats.
+/// Kullback-Leibler divergence of `got` from `wanted`, in nats.
 fn divergence(wanted: &[f32], got: &[f32]) -> f64 {
     let log_sum = |logits: &[f32]| {
         let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

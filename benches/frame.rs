@@ -1,4 +1,4 @@
-//! What a frame costs without a network: header, checksum, queue, deframing.
+//! Cost of a frame without a network: header, checksum, queue, deframing.
 //!
 //! The bound is one pass over the frame's bytes at the bandwidth of a copy that this run measures
 //! on a buffer of the same size: a checksum has to read each byte once, and nothing else does.

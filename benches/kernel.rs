@@ -13,12 +13,12 @@ use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 use hat_plan::{AttendPlan, AttendShape, Computes as _, KvShape, PAGE_SIZE};
 
 const BUDGET: Duration = Duration::from_millis(250);
-/// More than the last cache of most machines.
+/// Bytes of weights, more than the last cache of most machines.
 const COLD_BYTES: usize = 96 << 20;
 
 type Buffer = <CpuBackend as Backend>::Buffer;
 
-/// What a line is measured against.
+/// Limit that a line is measured against.
 #[derive(Clone, Copy)]
 enum Bound {
     Bytes(usize),

@@ -7,13 +7,13 @@ mod peak;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// Far more than any cache.
+/// Bytes of a copy, far more than any cache has.
 const READ_BYTES: usize = 256 << 20;
 
-/// What this machine can do, measured now. Rates are a second, of all threads together.
+/// Limits of this machine, measured now. Rates are a second, of all threads together.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How many threads.
+    /// Number of threads.
     pub threads: usize,
     /// Bytes read in sequence from memory.
     pub read_bytes: f64,

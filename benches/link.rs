@@ -1,4 +1,4 @@
-//! What a frame costs over a link: round trips of a verify row and uploads of the largest frame,
+//! Cost of a frame over a link: round trips of a verify row and uploads of the largest frame,
 //! through two endpoints in two threads, over memory, mio and io_uring.
 //!
 //! The bound of a round trip and of an upload is a plain blocking socket of the standard library

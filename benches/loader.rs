@@ -72,7 +72,7 @@ fn open_lines(report: &Report, role: Role, directory: &Path) {
     report.line(&format!("Bundle::verify, {name}"), verified, bytes);
 }
 
-/// Times beside the time that reading so many bytes from memory takes.
+/// Times beside the time that reading this many bytes from memory takes.
 struct Report {
     read_bytes: f64,
 }

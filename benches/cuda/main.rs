@@ -47,14 +47,14 @@ use crate::step::Wanted;
 
 /// Timed runs of each line; the median counts.
 const RUNS: usize = 7;
-/// More than the L2 of any GPU that the kernels are for.
+/// Bytes of a copy, more than the L2 of any GPU that the kernels are for.
 const COLD_BYTES: usize = 128 << 20;
 /// Most rounds of a sample, where a GPU's clock says that a round takes no time.
 const ROUNDS_MAX: usize = 1000;
 /// Shortest sample that is timed: what stands around the launches is small beside it.
 const SAMPLE_SECONDS: f64 = 5e-3;
 
-/// What the GPU can do, measured.
+/// Measured peaks of the GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Peaks {
     /// Bytes a second, read and written, of a large copy.
@@ -65,7 +65,7 @@ pub struct Peaks {
     pub bytes: f64,
 }
 
-/// What the lines share.
+/// State shared by all lines of the table.
 pub struct Bench {
     /// Shapes that the emulator runs.
     pub small: bool,
@@ -73,7 +73,7 @@ pub struct Bench {
     pub quick: bool,
     /// Timed runs.
     pub runs: usize,
-    /// What percents are of.
+    /// Peaks that percents refer to.
     pub peaks: Peaks,
     only: Option<String>,
     lines: Option<File>,
@@ -97,7 +97,7 @@ struct Kernels<'a> {
     bench: &'a mut Bench,
 }
 
-/// What the command line says.
+/// Arguments of the command line.
 struct Arguments {
     ordinal: usize,
     tflops: Option<f64>,
@@ -287,7 +287,7 @@ impl Kernels<'_> {
         if self.bench.small { 2 } else { COLD_BYTES / bytes + 1 }
     }
 
-    /// What the GPU can do: copies by two kernels, products by one.
+    /// Measures the GPU's peaks: copies by two kernels, products by one.
     fn peaks(&mut self, tflops: Option<f64>) -> Result<(), GpuError> {
         let small = self.bench.small;
         let count: usize = if small { 1 << 12 } else { 64 << 20 };
@@ -437,8 +437,8 @@ impl Kernels<'_> {
         Ok(())
     }
 
-    /// What a launch costs beside its work: a run of small ones, one by one the
-    /// first time and as a graph after that.
+    /// Measures the cost of a launch beside its work: a run of small ones, one by one the first
+    /// time and as a graph after that.
     fn launches(&mut self) -> Result<(), GpuError> {
         let mut gate = self.room(1024, 0)?;
         let up = self.room(1024, 0)?;

@@ -16,7 +16,7 @@ use serde_json::json;
 /// A model whose middle is measured.
 #[derive(Clone)]
 pub struct Model {
-    /// What it is called.
+    /// Name in the table.
     pub name: &'static str,
     /// Its shape; all layers are counted as the cloud's but the first two.
     pub config: LlamaConfig,
@@ -47,7 +47,7 @@ impl Model {
         self.config.num_hidden_layers - 2
     }
 
-    /// Whether its rows are whole blocks of a type.
+    /// True if its rows are whole blocks of a type.
     pub fn takes(&self, dtype: DType) -> bool {
         let mut specs = split::layer_tensors(0, &self.config).into_iter();
         specs.all(|spec| spec.shape.get(1).is_none_or(|k| dtype.row_bytes(*k).is_some()))
@@ -246,7 +246,7 @@ pub struct Middle {
     on_gpu: MiddleModel<CudaBackend<Cuda>>,
 }
 
-/// What a middle submodel takes on the GPU beside its work space.
+/// Memory that a middle submodel takes on the GPU beside its work space.
 pub struct Room {
     /// Bytes of weights.
     pub weights: usize,
@@ -257,7 +257,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// Of so many layers, pages and rows.
+    /// Memory for this many layers, pages and rows.
     pub fn of(model: &Model, dtype: DType, layers: usize, pages: usize, capacity: usize) -> Self {
         let config = &model.config;
         let columns = 3 * config.hidden_size
@@ -276,7 +276,7 @@ impl Room {
         self.weights + self.kv + self.rows
     }
 
-    /// Whether the GPU has as much free now.
+    /// True if the GPU has as much free now.
     pub fn fits(&self, gpu: &mut Cuda) -> Result<bool, GpuError> {
         match gpu.alloc(self.bytes(), "a middle submodel") {
             Ok(_) => Ok(true),
@@ -331,7 +331,7 @@ impl Middle {
         Ok(medians)
     }
 
-    /// How many layers it has.
+    /// Number of its layers.
     pub fn layers(&self) -> usize {
         self.layers
     }

@@ -9,11 +9,11 @@ use hat_loader::DType;
 use crate::model::{Load, Middle, Model, Room};
 use crate::{Bench, Peaks};
 
-/// What was asked for.
+/// Steps to measure.
 pub struct Wanted {
     /// `7b`, `13b`, `small`.
     pub models: Vec<String>,
-    /// How weights are written.
+    /// Number formats of the weights.
     pub dtypes: Vec<DType>,
     /// Most layers that are loaded; fewer where memory is short.
     pub layers: usize,
@@ -25,11 +25,11 @@ pub struct Wanted {
 
 /// One step that was timed.
 pub struct Timed {
-    /// Its rows.
+    /// Rows of the step.
     pub load: Load,
     /// Seconds of all middle layers.
     pub seconds: f64,
-    /// Of it, what does not grow with the layers: copies, plan, launches.
+    /// Part of it that does not grow with the layers: copies, plan, launches.
     pub outside: f64,
     /// Sum of the launches' bounds.
     pub bound: f64,

@@ -33,7 +33,7 @@ use hat_loader::{Bundle, Submodel};
 
 use crate::memory::{FromMemory, Learning};
 
-/// What the command line says.
+/// Arguments of the command line.
 struct Args {
     path: String,
     every: usize,
@@ -104,7 +104,7 @@ impl Args {
         (!parsed.path.is_empty()).then_some(parsed)
     }
 
-    /// What is asked, without drafts.
+    /// Request for a prompt, without drafts.
     fn request(&self, prompt: &str, seed: usize) -> Request {
         let (temperature, seed) = (self.temperature, seed as u64);
         let sampler = SamplerConfig { temperature, seed, ..SamplerConfig::default() };
@@ -141,7 +141,7 @@ struct Sums {
     head: f64,
 }
 
-/// What one answer showed.
+/// Measurements of one answer.
 struct Answered {
     tokens: Vec<u32>,
     timings: Timings,

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Whether it learns; shared with whoever asks.
+/// Switch of the learning mode; shared with the requests.
 #[derive(Clone)]
 pub struct Learning(Arc<AtomicBool>);
 
@@ -31,8 +31,8 @@ pub struct FromMemory {
     learning: Learning,
     step_time: Duration,
     hidden_size: usize,
-    /// What rows led to, by position and bits. A row that went through the device's layers holds
-    /// all the text before it.
+    /// Output of each known row, by position and bits. A row that went through the device's layers
+    /// holds all the text before it.
     known: HashMap<(u32, Vec<u32>), Vec<f32>>,
 }
 

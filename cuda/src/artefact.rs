@@ -2,7 +2,7 @@
 
 use crate::kernel::Kernel;
 
-/// What was compiled of one kernel file.
+/// Compiled forms of one kernel file.
 pub(crate) struct Artefact {
     /// The file's stem.
     pub(crate) module: &'static str,

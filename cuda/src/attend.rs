@@ -9,7 +9,7 @@ use crate::plan::{AttendShape, PlanOnGpu};
 /// Blocks that keep a GPU busy without splitting the keys.
 const BLOCKS_ENOUGH: usize = 256;
 
-/// How the work is cut. The result is the same.
+/// Way in which the work is cut into launches. The result is the same for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// By keys where there are too few rows to keep the GPU busy, and room for the parts.
@@ -55,7 +55,7 @@ impl<M: Memory> Parts<M> {
 /// `[rows][heads][head_dim]`.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

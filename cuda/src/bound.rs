@@ -1,5 +1,5 @@
-//! What a kernel cannot do without: the bytes that it has to move, and the operations of its
-//! products. Benches print how near a GPU comes to it.
+//! Lower bounds of each kernel: the bytes that it has to move, and the operations of its products.
+//! Benches print how near a GPU comes to them.
 
 use crate::plan::AttendShape;
 use crate::quantise_rows::BLOCK;

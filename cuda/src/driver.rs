@@ -33,7 +33,7 @@ const VERSION_MIN: i32 = 12_000;
 /// Lowest driver whose CUDA reads our PTX, which is of ISA 8.5: 12.5.
 const VERSION_MIN_PTX: i32 = 12_050;
 
-/// Every function that is called below.
+/// Functions of libcuda that this module calls.
 const FUNCTIONS: &[&str] = &[
     "cuCtxEnablePeerAccess",
     "cuCtxSetCurrent",
@@ -80,7 +80,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamSynchronize",
 ];
 
-/// Why a GPU can't be used; one line each.
+/// Reason that a GPU can't be used; one line each.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -95,7 +95,7 @@ pub enum OpenError {
     TooOld {
         /// The driver's CUDA.
         found: String,
-        /// What does not work with it.
+        /// Part that does not work with this driver.
         what: &'static str,
         /// The lowest that does.
         needed: String,
@@ -106,9 +106,9 @@ pub enum OpenError {
     /// There are GPUs, but not this one.
     #[error("GPU {ordinal} of {count}: there is none with this number")]
     NoSuchGpu {
-        /// What was asked for, from 0.
+        /// Ordinal that was asked for, from 0.
         ordinal: usize,
-        /// How many there are.
+        /// Number of GPUs that the driver knows.
         count: usize,
     },
     /// The GPU lacks instructions that the kernels use.
@@ -132,7 +132,7 @@ pub enum OpenError {
     /// Another error of the driver.
     #[error("{what} failed: {reason}")]
     Driver {
-        /// Which call.
+        /// Name of the call that failed.
         what: &'static str,
         /// The driver's name for it.
         reason: String,
@@ -154,7 +154,7 @@ fn version(number: i32) -> String {
     format!("{}.{}", number / 1000, number % 1000 / 10)
 }
 
-/// How many GPUs the driver knows.
+/// Number of GPUs that the driver knows.
 ///
 /// # Errors
 /// If there is no driver that can be used.
@@ -206,12 +206,12 @@ fn capability(device: sys::CUdevice) -> Result<u32, OpenError> {
     Ok(u32::try_from(major * 10 + minor).unwrap_or(0))
 }
 
-/// What all memory of a GPU keeps alive.
+/// A GPU's context and stream, kept alive by all memory of the GPU.
 struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// What waits for the stream. Memory that goes away empties it first.
+    /// Copies and launches that wait for the stream. Memory that goes away empties it first.
     queue: Option<Mutex<Queue>>,
     modules: Vec<sys::CUmodule>,
     name: String,
@@ -257,7 +257,7 @@ impl Drop for Context {
     }
 }
 
-/// How a thread waits for a GPU.
+/// Way in which a thread waits for a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Wait {
     /// As the driver chooses: it spins while there are more cores than contexts, and yields else.
@@ -272,7 +272,7 @@ pub enum Wait {
 pub struct Options {
     /// PTX through the driver's compiler, also where there is machine code for the GPU.
     pub ptx: bool,
-    /// How threads of this process wait for this GPU.
+    /// Way in which threads of this process wait for this GPU.
     pub wait: Wait,
 }
 
@@ -283,7 +283,7 @@ pub struct Cuda {
     /// By the number of the kernel.
     functions: Vec<sys::CUfunction>,
     weights: Weights,
-    /// Why it is lost, if it is.
+    /// Reason that the GPU is lost, if it is.
     lost: Option<String>,
 }
 
@@ -364,19 +364,19 @@ impl Cuda {
         self.weights = Weights::Copied;
     }
 
-    /// Whether the GPU is lost to this process.
+    /// True if the GPU is lost to this process.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.lost.is_some()
     }
 
-    /// What went to the driver so far.
+    /// Counts of the launches and calls that went to the driver so far.
     #[must_use]
     pub fn launch_counts(&self) -> LaunchCounts {
         self.context.queue().counts()
     }
 
-    /// What was copied so far, over the host and from other GPUs.
+    /// Counts of copies so far, over the host and from other GPUs.
     #[must_use]
     pub fn copy_counts(&self) -> CopyCounts {
         self.context.queue().copied()

@@ -9,7 +9,7 @@ use crate::table::Table;
 /// and has room for as many as there are.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a token is not in the table, or a length does not fit.

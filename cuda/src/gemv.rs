@@ -11,12 +11,12 @@ pub const ROWS_MAX: usize = 16;
 /// Rows of an `mma`: as many or fewer are one pass of half the work.
 const ROWS: usize = 8;
 
-/// What happens to the old content of the output.
+/// Treatment of the output's old content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
     /// Overwritten.
     Store,
-    /// Added to, with one rounding.
+    /// The result is added to the old content, with one rounding.
     Add,
 }
 
@@ -29,7 +29,7 @@ pub struct Gemv<'a> {
     pub weight: Table<'a>,
     /// f32 `[outputs]`
     pub bias: Option<Slice<'a, f32>>,
-    /// What happens to `out`.
+    /// Treatment of `out`'s old content.
     pub write: Write,
     /// f32 `[rows][outputs]`
     pub out: SliceMut<'a, f32>,
@@ -39,7 +39,7 @@ pub struct Gemv<'a> {
 /// the same blocks; for few rows. [`crate::linear::linear`] takes as many as there are.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, or there is no kernel for the type of the weights.

@@ -26,37 +26,37 @@ macro_rules! numbers {
 }
 numbers!(u8, i8, u16, i16, u32, i32, u64, f32);
 
-/// What went wrong below the launchers.
+/// An error below the launchers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GpuError {
     /// Memory could not be had.
     #[error("{gpu}: {bytes} bytes for {purpose} could not be allocated")]
     OutOfMemory {
-        /// Which GPU.
+        /// Name of the GPU.
         gpu: String,
-        /// How many bytes were asked for.
+        /// Bytes that were asked for.
         bytes: usize,
-        /// What for.
+        /// Purpose of the memory.
         purpose: &'static str,
     },
     /// A kernel or a copy was refused; the GPU goes on.
     #[error("{gpu}: {kernel} failed: {reason}")]
     Launch {
-        /// Which GPU.
+        /// Name of the GPU.
         gpu: String,
-        /// Which kernel or call.
+        /// Kernel or call that failed.
         kernel: &'static str,
-        /// What is said about it.
+        /// The driver's text.
         reason: String,
     },
     /// The GPU is lost to this process: a fault in a kernel, or a broken driver. All that was
-    /// queued is void, and so is the content of its memory.
+    /// queued is lost, and so is the content of its memory.
     #[error("{gpu} is lost to this process: {reason}")]
     Lost {
-        /// Which GPU.
+        /// Name of the GPU.
         gpu: String,
-        /// What is said about it.
+        /// The driver's text.
         reason: String,
     },
 }
@@ -64,7 +64,7 @@ pub enum GpuError {
 /// One launch: which kernel, how many blocks. A block's threads are the kernel's own number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
-    /// Which kernel.
+    /// Kernel to launch.
     pub kernel: Kernel,
     /// Blocks in x, y, z; none is 0.
     pub grid: [u32; 3],
@@ -74,7 +74,7 @@ pub struct Launch {
 pub trait Memory {
     /// Its first byte, aligned to 256; of host memory in place to 16.
     fn address(&self) -> u64;
-    /// How many bytes it has.
+    /// Its length in bytes.
     fn bytes(&self) -> usize;
 
     /// All of it as numbers, to read.
@@ -199,7 +199,7 @@ pub trait Gpu {
 /// that is mapped.
 pub type HostMap = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
-/// How memory of one GPU gets to another one.
+/// Way in which memory of one GPU gets to another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
     /// They are the same.
@@ -237,19 +237,19 @@ pub struct SliceMut<'a, T> {
 }
 
 impl<T> Slice<'_, T> {
-    /// How many.
+    /// Number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// True if it has no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Some of them.
+    /// A part of the slice.
     ///
     /// # Panics
     /// If the range is not within.
@@ -264,7 +264,7 @@ impl<T> Slice<'_, T> {
         self.address as *const T
     }
 
-    /// For kernels that read 16 bytes at a time.
+    /// Address for kernels that read 16 bytes at a time.
     pub(crate) fn vectors(&self) -> *const T {
         assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
         self.pointer()
@@ -272,19 +272,19 @@ impl<T> Slice<'_, T> {
 }
 
 impl<T> SliceMut<'_, T> {
-    /// How many.
+    /// Number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// True if it has no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Some of them.
+    /// A part of the slice.
     ///
     /// # Panics
     /// If the range is not within.
@@ -305,7 +305,7 @@ impl<T> SliceMut<'_, T> {
         self.address as *mut T
     }
 
-    /// For kernels that write 16 bytes at a time.
+    /// Address for kernels that write 16 bytes at a time.
     pub(crate) fn vectors(&mut self) -> *mut T {
         assert!(self.address.is_multiple_of(16), "a part that begins at {:#x}", self.address);
         self.pointer()

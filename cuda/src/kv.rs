@@ -67,7 +67,7 @@ impl<M: Memory> Kv<M> {
     /// done in order; no two groups name the same row.
     ///
     /// # Errors
-    /// If the GPU says no.
+    /// If the GPU fails.
     ///
     /// # Panics
     /// If a row is not in the store, or `indptr` does not fit the moves.

@@ -15,7 +15,7 @@ pub(crate) const TILE_OUTPUTS: usize = 128;
 /// many there are.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, or there is no kernel for the type of the weights.
@@ -26,7 +26,7 @@ pub fn linear(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuEr
 /// The same by tiles of [`TILE_ROWS`] rows, also where there are fewer.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, or there is no kernel for the type of the weights.

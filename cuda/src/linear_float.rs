@@ -19,7 +19,7 @@ pub struct LinearFloat<'a> {
     pub weight: Table<'a>,
     /// f32 `[outputs]`
     pub bias: Option<Slice<'a, f32>>,
-    /// What happens to `out`.
+    /// Treatment of `out`'s old content.
     pub write: Write,
     /// f32 `[rows][outputs]`
     pub out: SliceMut<'a, f32>,
@@ -29,7 +29,7 @@ pub struct LinearFloat<'a> {
 /// sums in sequence in f32.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, the columns are no multiple of [`COLUMNS`], or the weights are of

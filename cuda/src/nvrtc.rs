@@ -8,7 +8,7 @@ use std::ptr;
 
 use libloading::Library;
 
-/// What the compiler is asked for.
+/// Kind of artefact that the compiler is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// Machine code for one architecture: 86 is `sm_86`.
@@ -37,22 +37,22 @@ pub struct Source<'a> {
     pub text: &'a str,
 }
 
-/// Why there is no output.
+/// An error of the compiler.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NvrtcError {
     /// The library can't be opened, or is no NVRTC.
     #[error("{path}: not an NVRTC library: {reason}")]
     Library {
-        /// Which file.
+        /// Path of the library.
         path: String,
-        /// What the linker said.
+        /// The dynamic linker's text.
         reason: String,
     },
     /// A name or text holds a zero byte.
     #[error("{name}: a zero byte in the source")]
     ZeroByte {
-        /// Which file.
+        /// Name of the source.
         name: String,
     },
     /// A call failed for another reason than the source.
@@ -60,17 +60,17 @@ pub enum NvrtcError {
     Call {
         /// The function.
         call: &'static str,
-        /// What it returned; nvrtc.h lists them.
+        /// Code that it returned; nvrtc.h lists them.
         code: c_int,
     },
     /// The source does not compile.
     #[error("{name} for {target}:\n{log}")]
     Compile {
-        /// Which source.
+        /// Name of the source.
         name: String,
-        /// For what.
+        /// Target of the compilation.
         target: String,
-        /// What the compiler said.
+        /// The compiler's log.
         log: String,
     },
 }

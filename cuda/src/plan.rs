@@ -1,4 +1,4 @@
-//! Which rows of a batch attend to what: checked on the host, copied to the GPU once a step.
+//! Plan of a batch's attention, row by row: checked on the host, copied to the GPU once a step.
 //!
 //! A *place* counts rows of K and V over all pages: page times `PAGE_SIZE` plus row. Kernels trust
 //! what was checked here.
@@ -83,7 +83,7 @@ impl<M: Memory> PlanOnGpu<M> {
         Ok(Self { numbers, tasks, staging, parts, rows: 0, task_count: 0, splits: 0 })
     }
 
-    /// Whether there is room for a plan of this size.
+    /// True if there is room for a plan of this size.
     #[must_use]
     pub fn has_room(&self, rows: usize, tails: usize, pages: usize) -> bool {
         let numbers = numbers_bytes(rows, tails, pages);
@@ -93,7 +93,7 @@ impl<M: Memory> PlanOnGpu<M> {
     /// Takes a plan over a store of `pages` pages.
     ///
     /// # Errors
-    /// If the GPU says no.
+    /// If the GPU fails.
     ///
     /// # Panics
     /// If the plan contradicts itself, names a page that is none, or is larger than there is
@@ -237,7 +237,7 @@ fn words(task: &abi::hat_attend_task) -> [u32; TASK_WORDS] {
     [first_row, rows, first_page, first_tile, plain_end, end, 0, 0]
 }
 
-/// Whether ends are in order and the last one is at most `len`: what is behind it belongs to
+/// True if ends are in order and the last one is at most `len`: anything behind it belongs to
 /// sequences that are not in this plan.
 fn is_indptr(indptr: &[u32], len: usize) -> bool {
     indptr.first() == Some(&0)

@@ -39,7 +39,7 @@ fn assert_blocks(numbers: usize, q: usize, d: usize, s: usize) {
 /// All numbers of `x` to blocks: `d = max |x| / 127`, `q` the nearest whole number.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.
@@ -69,7 +69,7 @@ pub fn quantise_q8(
 /// is infinite, so that nobody takes the product for a number.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit, is odd, or the type is another one.

@@ -9,7 +9,7 @@ use crate::kernel::Kernel;
 pub struct RmsNorm<'a> {
     /// f32 `[columns]`; `columns` is a multiple of 4.
     pub weight: Slice<'a, f32>,
-    /// Added to the mean of squares.
+    /// Term added to the mean of squares.
     pub eps: f32,
     /// f32 `[rows][columns]`
     pub out: SliceMut<'a, f32>,
@@ -18,7 +18,7 @@ pub struct RmsNorm<'a> {
 /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row of `x`, `[rows][columns]`.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

@@ -8,7 +8,7 @@ use crate::kernel::Kernel;
 /// `angles` is f32 `[rows][2 * inv_freq.len()]`.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

@@ -22,7 +22,7 @@ pub struct RopeAppend<'a> {
 /// Rotates q and k by pairs `(i, i + head_dim / 2)`, and puts k and v as f16 to each row's slot.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

@@ -7,7 +7,7 @@ use crate::kernel::Kernel;
 /// `gate = gate / (1 + exp(-gate)) * up`; the length is a multiple of 4.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length does not fit.

@@ -3,7 +3,7 @@
 use crate::abi;
 use crate::gpu::Slice;
 
-/// How the numbers of a matrix are written.
+/// Number format of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Numbers {
     /// IEEE binary32.
@@ -92,7 +92,7 @@ impl<'a> Table<'a> {
         Self { bytes, numbers, rows, columns }
     }
 
-    /// How its numbers are written.
+    /// Number format of its elements.
     #[must_use]
     pub fn numbers(&self) -> Numbers {
         self.numbers

@@ -26,7 +26,7 @@ pub struct Top {
     pub values: Vec<f32>,
     /// `[rows][k]`
     pub columns: Vec<u32>,
-    /// Whether all numbers of each row are finite; if not, the row's result means nothing.
+    /// True for each row whose numbers are all finite; the result of any other row means nothing.
     pub finite: Vec<bool>,
 }
 
@@ -59,7 +59,7 @@ impl<M: Memory> TopK<M> {
     /// The `k` largest numbers of each of `rows` rows of `x`, `[rows][columns]`. Waits for them.
     ///
     /// # Errors
-    /// If the GPU says no.
+    /// If the GPU fails.
     ///
     /// # Panics
     /// If they are more than there is room for, or fewer than `k` columns.

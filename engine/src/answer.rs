@@ -165,13 +165,13 @@ pub struct Answer {
     logits_hash: Option<blake3::Hasher>,
 }
 
-/// What one position's logits led to.
+/// Result of sampling at one position.
 pub struct Emitted {
     /// The token, unless the answer ended without one.
     pub token: Option<TokenId>,
-    /// What to report, if there is something.
+    /// Event to report, if there is one.
     pub event: Option<Event>,
-    /// Whether this was the last.
+    /// Reason for the end, if this was the last token.
     pub finish: Option<FinishReason>,
 }
 
@@ -220,7 +220,7 @@ impl Answer {
         self.logits_hash.as_ref().map(|hash| hash.finalize().to_hex().to_string())
     }
 
-    /// Whether the token with the greatest logit is all that it wants to know: see
+    /// True if it needs nothing but the token with the greatest logit: see
     /// [`Answer::take_greatest`].
     #[must_use]
     pub fn wants_greatest(&self) -> bool {

@@ -1,4 +1,4 @@
-//! How a prompt is cut into chunks, so that device, uplink and cloud work at the same time.
+//! Sizes of a prompt's chunks, chosen so that device, uplink and cloud work at the same time.
 //!
 //! A chunk passes three places: the device's own layers, the uplink, and the cloud's step, which
 //! may be a pipeline of `P` stages. [`finish_s`] is the recurrence of that flow shop. With times
@@ -40,16 +40,16 @@ pub const ROWS_MAX: u32 = 1 << 20;
 /// Seconds for which a chunk keeps one of the cloud's stages from others at most: what this cloud
 /// cuts its steps to by itself, and another may not.
 pub const STEP_S_MAX: f64 = 0.15;
-/// What infinite estimates are taken for, seconds.
+/// Stand-in for infinite estimates, in seconds.
 const FOREVER_S: f64 = 1e9;
 
-/// How a prompt is cut into chunks.
+/// Policy that cuts a prompt into chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChunkPolicy {
     /// The whole prompt at once, up to the cloud's row budget.
     Off,
-    /// So many rows each.
+    /// Chunks of this many rows.
     Fixed(u32),
     /// One size for all, as HAT chooses it: the upload of a chunk takes as long as the cloud's
     /// wait and its share of a step.
@@ -99,7 +99,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// Seconds of so many rows.
+    /// Seconds of this many rows.
     #[must_use]
     pub fn seconds(&self, rows: u32) -> f64 {
         self.fixed + self.per_row * f64::from(rows)
@@ -144,7 +144,7 @@ pub struct ChunkCosts {
     pub cloud: CloudCost,
     /// Pipeline stages of the cloud; 0 counts as 1.
     pub stages: u32,
-    /// Until a step begins for a chunk that meets no chunk of its own prompt: others' load.
+    /// Wait for a step of a chunk that meets no chunk of its own prompt: others' load.
     pub cloud_wait_s: f64,
     /// From the last step's end to the first token: downlink, tail, head.
     pub return_s: f64,
@@ -193,7 +193,7 @@ impl ChunkCosts {
     }
 }
 
-/// What a plan must keep to.
+/// Limits that a plan must keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Rows of one step in the cloud, and so of one chunk.
@@ -211,7 +211,7 @@ impl Default for Limits {
     }
 }
 
-/// Until when device, uplink and cloud are taken by what is on its way already: seconds from now.
+/// End of the work that device, uplink and cloud have already, in seconds from now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Ahead {
     /// The device.
@@ -267,8 +267,8 @@ pub struct Plan<'a> {
     pub finish_s: f64,
 }
 
-/// When the first token is there, in seconds from the start of the first chunk, if a prompt with
-/// `held` rows in place is cut into `sizes`.
+/// Time of the first token, in seconds from the start of the first chunk, if a prompt with `held`
+/// rows in place is cut into `sizes`.
 #[must_use]
 pub fn finish_s(costs: &ChunkCosts, held: u32, sizes: &[u32]) -> f64 {
     finish_after_s(costs, Ahead::default(), held, sizes)

@@ -59,7 +59,7 @@ impl Limits {
         sessions.saturating_mul(rows)
     }
 
-    /// What a device needs: a few sessions of one user.
+    /// Limits of a device: a few sessions of one user.
     #[must_use]
     pub const fn device() -> Self {
         Self {
@@ -73,7 +73,7 @@ impl Limits {
         }
     }
 
-    /// What a cloud on a small machine holds.
+    /// Limits of a cloud on a small machine.
     #[must_use]
     pub const fn cloud() -> Self {
         Self {
@@ -122,47 +122,46 @@ pub struct EngineConfig {
     pub bundle: PathBuf,
     /// True if the bundle's files are verified before the model is named to a cloud.
     pub verify: Verify,
-    /// Where the middle submodel runs.
+    /// Address of the cloud, which runs the middle submodel.
     pub cloud: CloudAddress,
     /// Layers on the device before the cloud's; at most what the bundle holds. `None` is the
     /// bundle's own number.
     pub split_layer: Option<u32>,
-    /// How rows are coded on the wire. `None` is what the bundle's manifest says: int8, unless its
+    /// Codec of rows on the wire. `None` takes the one in the bundle's manifest: int8, unless its
     /// maker chose another.
     pub wire: Option<Codec>,
     /// Trained drafters for bundles that hold none for their model and split.
     pub drafters: Drafters,
-    /// How prompts are cut.
+    /// Policy that cuts prompts into chunks.
     pub chunks: ChunkPolicy,
-    /// Whether rows of a prompt that the cloud still holds stay here. With tail layers all rows
-    /// go up.
+    /// Reuse of a prompt's rows that the cloud still holds. With tail layers all rows go up.
     pub prefix: bool,
     /// Key of the names by which pages are asked for; devices that share it share their prompts'
     /// pages. `None` is a key for this engine alone.
     pub prefix_secret: Option<PrefixSecret>,
-    /// What moves bytes.
+    /// Kind of the link.
     pub link: LinkKind,
     /// Compute threads.
     pub threads: usize,
-    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// Niceness of compute threads, on top of the process's (`nice(2)`): 0 keeps the share of the
     /// cores that it was given, 19 is the most.
     pub nice: u8,
-    /// Which kernels compute.
+    /// Processor that computes.
     pub processor: Processor,
-    /// Where a GPU has its weights.
+    /// Memory in which a GPU has its weights.
     pub weights: GpuWeights,
     /// Bounds.
     pub limits: Limits,
     /// The only arithmetic that the cloud's layers may compute in; any that is known without.
     /// 1 is that of the CPUs, 2 that of CUDA (`docs/ARITHMETIC.md`, `docs/KERNELS.md`).
     pub cloud_arithmetic: Option<u32>,
-    /// How long a request waits for a cloud that is away before it fails.
+    /// Longest time that a request waits for a cloud that is away before it fails.
     pub reconnect: Duration,
-    /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
+    /// Network of memory links; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,
 }
 
-/// Where the middle submodel runs.
+/// Address of the cloud, which runs the middle submodel.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum CloudAddress {
@@ -230,7 +229,7 @@ impl EngineConfig {
         self
     }
 
-    /// What moves bytes, on both sides if the cloud is in this process.
+    /// Sets the kind of the link, on both sides if the cloud is in this process.
     #[must_use]
     pub fn link(mut self, link: LinkKind) -> Self {
         self.link = link;
@@ -254,7 +253,7 @@ impl EngineConfig {
         self
     }
 
-    /// How rows are coded on the wire.
+    /// Sets the codec of rows on the wire.
     #[must_use]
     pub fn wire(mut self, wire: Codec) -> Self {
         self.wire = Some(wire);
@@ -266,7 +265,7 @@ impl EngineConfig {
         self.wire.unwrap_or_default()
     }
 
-    /// Whether rows of a prompt that the cloud still holds stay here.
+    /// Switches the reuse of a prompt's rows that the cloud still holds.
     #[must_use]
     pub fn prefix(mut self, prefix: bool) -> Self {
         self.prefix = prefix;
@@ -280,7 +279,7 @@ impl EngineConfig {
         self
     }
 
-    /// How prompts are cut.
+    /// Sets the policy that cuts prompts into chunks.
     #[must_use]
     pub fn chunks(mut self, chunks: ChunkPolicy) -> Self {
         self.chunks = chunks;
@@ -329,22 +328,22 @@ pub struct CloudConfig {
     pub bundle: PathBuf,
     /// True if the bundle's files are verified before the model is named to a device.
     pub verify: Verify,
-    /// Where to listen. Until TLS exists, loopback only.
+    /// Address to listen at. Until TLS exists, loopback only.
     pub listen: SocketAddr,
-    /// What moves bytes.
+    /// Kind of the link.
     pub link: LinkKind,
     /// Compute threads, shared among the stages.
     pub threads: usize,
-    /// How much nicer compute threads are than the process (`nice(2)`): 0 keeps the share of the
+    /// Niceness of compute threads, on top of the process's (`nice(2)`): 0 keeps the share of the
     /// cores that it was given, 19 is the most.
     pub nice: u8,
     /// Pipeline stages: runs of layers that compute at the same time, each on threads of its own.
     pub stages: usize,
-    /// Which kernels compute.
+    /// Processor that computes.
     pub processor: Processor,
     /// GPUs by number, one for each stage in turn; the processor's own if there are none here.
     pub gpus: Vec<usize>,
-    /// Where a GPU has its weights.
+    /// Memory in which a GPU has its weights.
     pub weights: GpuWeights,
     /// Bounds.
     pub limits: Limits,
@@ -353,7 +352,7 @@ pub struct CloudConfig {
     pub idle_after: Duration,
     /// Time in which a step has to end: if none does, the backend hangs, and the cloud stops.
     pub step_within: Duration,
-    /// Where the ends of a memory link meet; set by the engine that starts its own cloud.
+    /// Network of memory links; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,
 }
 
@@ -379,14 +378,14 @@ impl CloudConfig {
         }
     }
 
-    /// Where to listen.
+    /// Sets the address to listen at.
     #[must_use]
     pub fn listen(mut self, address: SocketAddr) -> Self {
         self.listen = address;
         self
     }
 
-    /// What moves bytes.
+    /// Sets the kind of the link.
     #[must_use]
     pub fn link(mut self, link: LinkKind) -> Self {
         self.link = link;

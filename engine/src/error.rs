@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use hat_compute::{LoadError, StepError, bundle_text};
 use hat_plan::{BackendError, BackendFault};
 
-/// What to do about an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and
-/// [`ErrorKind::Peer`] alone.
+/// Remedy for an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and [`ErrorKind::Peer`]
+/// alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -22,7 +22,7 @@ pub enum ErrorKind {
     Broken,
 }
 
-/// Everything that the library can refuse or fail at.
+/// An error of the library.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -31,7 +31,7 @@ pub enum Error {
     Field {
         /// The field, as flags, JSON and configuration call it.
         field: &'static str,
-        /// What is wrong with it and what would be right.
+        /// Description of the fault, and of a valid value.
         reason: String,
     },
     /// The prompt does not fit the model's context.
@@ -54,9 +54,9 @@ pub enum Error {
     /// Too many requests at once.
     #[error("busy: {reason}; try again in {retry_after_ms} ms")]
     Busy {
-        /// What is full.
+        /// Description of the limit that is reached.
         reason: String,
-        /// When it is worth trying again.
+        /// Time after which it is worth trying again.
         retry_after_ms: u64,
     },
     /// The cloud cannot be reached, or went away and did not come back in time.
@@ -64,7 +64,7 @@ pub enum Error {
     Peer {
         /// Its address.
         peer: String,
-        /// What happened and what to do.
+        /// Description of the event, and the remedy.
         reason: String,
     },
     /// A bundle cannot be used.
@@ -72,7 +72,7 @@ pub enum Error {
     Bundle {
         /// The bundle's directory.
         path: PathBuf,
-        /// What is wrong, naming the file and the field.
+        /// Description of the fault, naming the file and the field.
         reason: String,
     },
     /// A backend cannot hold or run this model.
@@ -81,7 +81,7 @@ pub enum Error {
     /// The operating system said no.
     #[error("{action}: {source}")]
     Io {
-        /// What was tried.
+        /// Action that was tried.
         action: String,
         /// Its answer.
         source: std::io::Error,
@@ -116,7 +116,7 @@ impl From<StepError> for Error {
     }
 }
 
-/// Why a request that runs has ended without an answer.
+/// Reason that a running request ended without an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RequestError {
     /// The device's model computed something that is no number at this position.
@@ -144,7 +144,7 @@ impl From<RequestError> for Error {
 }
 
 impl Error {
-    /// What to do about it.
+    /// The remedy.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {

@@ -1,7 +1,7 @@
 //! A device's estimates of itself, its link and its cloud: moving averages of what it has measured.
 //!
-//! The draft policy asks what a round with so many rows takes, the chunk planner what a chunk of a
-//! prompt costs at each place on its way. Both answers come from the same measurements, each of
+//! The draft policy asks what a round with this many rows takes, the chunk planner what a chunk of
+//! a prompt costs at each place on its way. Both answers come from the same measurements, each of
 //! which is noted once. Pure: times and counts are arguments.
 
 #[cfg(test)]
@@ -34,7 +34,7 @@ const FRAME_BYTES: f64 = 48.0;
 pub struct Average(Option<f64>);
 
 impl Average {
-    /// Takes one measurement; what is no number from 0 up says nothing.
+    /// Takes one measurement; anything but a number from 0 up is ignored.
     pub fn note(&mut self, value: f64) {
         if value.is_finite() && value >= 0.0 {
             self.0 = Some(self.0.map_or(value, |past| PAST * past + (1.0 - PAST) * value));
@@ -195,7 +195,7 @@ impl Estimator {
         self.step.note(rows, prefix, seconds);
     }
 
-    /// Takes what the first output of rows that were sent together says of link and cloud.
+    /// Measures link and cloud by the first output of rows that were sent together.
     pub fn note_returned(&mut self, returned: &Returned) {
         let Returned { rows, sent_bytes, prefix, step_rows, step_s, queue_s, away_s } = *returned;
         self.note_step(step_rows, prefix, step_s);
@@ -219,8 +219,8 @@ impl Estimator {
         self.up.byte_s.mean()
     }
 
-    /// Seconds of a round with so many rows, its visited rows not counted; `None` if too little is
-    /// known.
+    /// Seconds of a round with this many rows, its visited rows not counted; `None` if too little
+    /// is known.
     ///
     /// Others share the step and decide by the same rules. Whoever took their rows for given would
     /// find that a few more of its own hardly lengthen a step that is long anyway; all would, and
@@ -247,7 +247,7 @@ impl Estimator {
         (round > 0.0).then_some(1.0 / round)
     }
 
-    /// Seconds of a step with so many rows beside those of others.
+    /// Seconds of a step with this many rows beside those of others.
     fn step_beside_others(&self, rows: usize) -> Option<f64> {
         self.step.seconds(rows + self.others.mean().round() as usize)
     }

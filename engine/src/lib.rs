@@ -95,7 +95,7 @@ pub use device::Engine;
 pub use error::Error;
 pub use request::{Event, Generation, Metrics, Request};
 
-/// What configurations, requests and events are made of.
+/// Types of the fields of configurations, requests and events.
 pub mod options {
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{
@@ -112,7 +112,7 @@ pub mod options {
     pub use hat_plan::TokenId;
 }
 
-/// For our own tests, tools and benches; no part of the interface.
+/// Items for our own tests, tools and benches; no part of the interface.
 #[doc(hidden)]
 pub mod internal {
     pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};

@@ -1,4 +1,4 @@
-//! What is measured: one generation's timings, and a role's sums.
+//! Measurements: one generation's timings, and a role's sums.
 //!
 //! Plain structs without locks or clocks: the thread that owns them passes the time in, and
 //! others read a copy. Histograms are of fixed size.
@@ -64,14 +64,14 @@ pub struct Timings {
     /// The chunks as they were first planned by measured times, those before that included; empty
     /// if no plan was made.
     pub chunks_planned: Vec<u32>,
-    /// When the first token was expected by that plan, from the request on; 0 without one.
+    /// Time of the first token expected by that plan, from the request on; 0 without one.
     pub ttft_predicted_ms: f64,
-    /// What the cloud's layers computed in, by arithmetic id; more than one if the answer went on
+    /// Arithmetics that the cloud's layers computed in, by id; more than one if the answer went on
     /// with a cloud of another kind. One alone gives the same text again.
     pub arithmetic_ids: Vec<u32>,
 }
 
-/// What one drafter did in one generation. A token that two drafters guessed at one place counts
+/// Tokens of one drafter in one generation. A token that two drafters proposed at one place counts
 /// for the one that thought it more probable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -120,8 +120,9 @@ impl Meter {
         self.counts.predicted_n += 1;
     }
 
-    /// What is left of the prompt is planned to go in chunks of `sizes`, with the first token
-    /// `finish_s` from now. The first plan counts; later ones know more of what has happened.
+    /// Notes a plan: the rest of the prompt goes in chunks of `sizes`, and the first token is
+    /// expected `finish_s` from now. The first plan counts; later ones know more of what has
+    /// happened.
     pub fn planned(&mut self, now: Instant, sizes: &[u32], finish_s: f64) {
         if !self.counts.chunks_planned.is_empty() {
             return;
@@ -213,7 +214,7 @@ pub struct EngineMetrics {
     pub requests_cancelled: u64,
     /// Requests that ended with an error.
     pub requests_failed: u64,
-    /// What was refused, by reason.
+    /// Refusals, by reason.
     pub rejected: Vec<(&'static str, u64)>,
     /// Sessions that are open now.
     pub sessions: u64,
@@ -233,7 +234,7 @@ pub struct EngineMetrics {
     pub ttft_us: Histogram,
     /// Time between tokens, microseconds.
     pub tbt_us: Histogram,
-    /// What the device knew of link and cloud when the last request ended.
+    /// The device's estimates of link and cloud when the last request ended.
     pub estimates: Estimates,
 }
 
@@ -254,7 +255,7 @@ impl EngineMetrics {
         self.tbt_us.merge(&meter.gaps_us);
     }
 
-    /// Something was refused. Reasons are names of ours, never text of a peer.
+    /// Counts a refusal. Reasons are names of ours, never text of a peer.
     pub fn reject(&mut self, reason: &'static str) {
         match self.rejected.iter_mut().find(|entry| entry.0 == reason) {
             Some(entry) => entry.1 += 1,

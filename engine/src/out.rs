@@ -17,7 +17,7 @@ use clap::builder::Resettable;
 pub struct OutError(#[from] io::Error);
 
 impl OutError {
-    /// Whether the reader went away, which is no fault of ours.
+    /// True if the reader went away, which is no fault of ours.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.0.kind() == io::ErrorKind::BrokenPipe

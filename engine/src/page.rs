@@ -19,12 +19,12 @@ pub struct NoPages {
     pub total: usize,
 }
 
-/// What one page is.
+/// State of one page.
 #[derive(Clone, Copy, Debug, Default)]
 struct Page {
     /// Sessions that hold it.
     holders: u32,
-    /// Whether it is kept for others.
+    /// True if it is cached for others.
     is_kept: bool,
 }
 
@@ -37,7 +37,7 @@ pub struct PagePool {
     idle: usize,
 }
 
-/// Pages for so many rows.
+/// Pages for this many rows.
 #[must_use]
 pub fn pages_for(rows: usize) -> usize {
     rows.div_ceil(PAGE_SIZE)
@@ -74,7 +74,7 @@ impl PagePool {
         self.pages[page as usize].holders
     }
 
-    /// Whether `page` is kept.
+    /// True if `page` is cached.
     #[must_use]
     pub fn is_kept(&self, page: u32) -> bool {
         self.pages[page as usize].is_kept

@@ -41,23 +41,23 @@ impl fmt::Debug for PrefixSecret {
     }
 }
 
-/// What the rows of a session depend on, beside their tokens.
+/// Scope that the rows of a session depend on, beside their tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PrefixScope {
     /// First layer that the cloud computes.
     pub entry_layer: u16,
     /// The layer after the last one.
     pub exit_layer: u16,
-    /// How rows are coded on the wire.
+    /// Codec of rows on the wire.
     pub codec: u8,
-    /// How keys and values are stored.
+    /// Number format of keys and values.
     pub kv_type: u8,
     /// The arithmetic of the cloud's layers.
     pub arithmetic_id: u32,
 }
 
 impl PrefixScope {
-    /// Of a store whose sessions are all alike, but for what their pages' names say.
+    /// Scope of a store whose sessions differ in nothing but the names of their pages.
     pub const ONE: Self =
         Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
 }
@@ -112,7 +112,7 @@ impl PageNames {
     }
 }
 
-/// Whose rows: ids of one scope never find pages of another, whatever a device says.
+/// Key of a page: ids of one scope never find pages of another, whatever a device says.
 type Key = (PrefixScope, PageId);
 
 /// A page that is there.

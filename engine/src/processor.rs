@@ -65,7 +65,7 @@ pub fn middle(
     Ok(open::middle(&place, &config.gpus, bundle, runs, rows, pages, LENT_MAX)?)
 }
 
-/// What a device's bundle says about its tokenizer.
+/// Tokenizer settings of a device's bundle.
 #[must_use]
 pub fn token_settings(bundle: &Bundle) -> TokenSettings {
     let text = bundle.token_settings().cloned().unwrap_or_default();

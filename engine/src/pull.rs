@@ -45,7 +45,7 @@ pub const SPLIT_LAYER_DEFAULT: usize = 2;
 /// Decoder layers of the default model.
 const LAYERS: usize = 30;
 
-/// Where models and bundles are kept: `$XDG_CACHE_HOME/hat-engine` or `~/.cache/hat-engine`.
+/// Folder for models and bundles: `$XDG_CACHE_HOME/hat-engine` or `~/.cache/hat-engine`.
 ///
 /// # Errors
 /// If neither variable is set.
@@ -105,8 +105,8 @@ fn is_whole(path: &Path, cache: &Path) -> anyhow::Result<bool> {
     Ok(differs.is_none())
 }
 
-/// How a file differs from the one that we know, by its hash or by the verdict of an earlier one
-/// in the directory `memory`.
+/// Description of a file's difference from the one that we know, by its hash or by the verdict of
+/// an earlier run in the directory `memory`.
 fn difference(path: &Path, memory: Option<&Path>) -> anyhow::Result<Option<String>> {
     let now = UNIX_EPOCH + Duration::from_secs(unix_seconds());
     let verified = Watch::of_file(path, FILE_BYTES, FILE_BLAKE3)
@@ -238,7 +238,7 @@ pub fn drafters(cache: &Path) -> Drafters {
 }
 
 /// Adds this program's drafter to the device half of a bundle that holds none, if it was trained
-/// for that model and split. Says whether the bundle has one then.
+/// for that model and split. Returns true if the bundle has one then.
 pub fn add_drafter(device: &Path) -> bool {
     // A bundle works without it; a cache that can't be written to still serves.
     with_drafter(device).unwrap_or_else(|error| {

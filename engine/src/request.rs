@@ -1,4 +1,4 @@
-//! What a caller asks for, and what it gets back.
+//! Requests and their events.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use crate::metrics::Timings;
 use crate::sample::SamplerConfig;
 pub use crate::token::{Message, Role};
 
-/// What the model is given.
+/// Input of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prompt {
@@ -30,13 +30,13 @@ pub enum Prompt {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Request {
-    /// What the model is given.
+    /// Input of the model.
     pub prompt: Prompt,
     /// Most tokens of the answer; `None` means up to the context's end.
     pub max_tokens: Option<u32>,
-    /// How the next token is chosen.
+    /// Rule that chooses the next token.
     pub sampler: SamplerConfig,
-    /// Which of several answers to the same request this is: part of the noise's counter.
+    /// Index among several answers to the same request: part of the noise's counter.
     pub choice: u32,
     /// Strings that end the answer and are not part of it: at most 64, 4,096 bytes in all.
     pub stop: Vec<String>,
@@ -46,7 +46,7 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Hashes the logits of each emitted position into the metrics' `logits_blake3`.
     pub hash_logits: bool,
-    /// Who drafts. The answer does not depend on it.
+    /// Drafting mode. The answer does not depend on it.
     pub draft: DraftMode,
 }
 
@@ -96,7 +96,7 @@ impl Request {
         self
     }
 
-    /// How the next token is chosen.
+    /// Sets the rule that chooses the next token.
     #[must_use]
     pub fn sampler(mut self, sampler: SamplerConfig) -> Self {
         self.sampler = sampler;
@@ -124,7 +124,7 @@ impl Request {
         self
     }
 
-    /// Who drafts.
+    /// Sets the drafting mode.
     #[must_use]
     pub fn draft(mut self, draft: DraftMode) -> Self {
         self.draft = draft;
@@ -139,7 +139,7 @@ impl Request {
     }
 }
 
-/// Why an answer ended.
+/// Reason for the end of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
@@ -171,7 +171,7 @@ pub struct TokenLogprob {
     pub logprob: f64,
 }
 
-/// What a [`Generation`] reports, in order: any number of tokens, then one `Done`.
+/// Events of a [`Generation`], in order: any number of tokens, then one `Done`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
@@ -195,7 +195,7 @@ pub enum Event {
     Done {
         /// Text that was held back until the end.
         text: String,
-        /// Why it ended.
+        /// Reason for the end.
         finish_reason: FinishReason,
         /// The figures of this request.
         metrics: Box<Metrics>,
@@ -206,7 +206,7 @@ pub enum Event {
 pub struct Generation {
     pub(crate) events: Receiver<Result<Event, Error>>,
     pub(crate) prompt_tokens: usize,
-    /// Held for its drop.
+    /// Guard that is held for its drop.
     pub(crate) _cancel: CancelOnDrop,
     pub(crate) finished: bool,
 }
@@ -253,7 +253,7 @@ impl Generation {
         }
     }
 
-    /// Whether the last event has been given out.
+    /// True if the last event has been given out.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.finished
@@ -281,7 +281,7 @@ fn stopped() -> Error {
     Error::Stopped("its thread ended before the answer did".into())
 }
 
-/// What one answer cost, and the answer itself once more as a whole.
+/// Costs of one answer, and the answer itself once more as a whole.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Metrics {

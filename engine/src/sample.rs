@@ -30,7 +30,7 @@ use self::noise::{NOISE_MAX, Noise, exp, gumbel, gumbel_max, ln};
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;
 
-/// How tokens are chosen. The default is greedy.
+/// Rule that chooses tokens. The default is greedy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerConfig {
     /// 0 is greedy; 1 samples from the model's own distribution. `0..=100`
@@ -47,9 +47,9 @@ pub struct SamplerConfig {
     pub presence_penalty: f32,
     /// Taken off for each time that a token is in the window; 0 is off. `-2..=2`
     pub frequency_penalty: f32,
-    /// How many tokens of the path the penalties look at; `u32::MAX` is all of it.
+    /// Number of the path's tokens that the penalties look at; `u32::MAX` is all of it.
     pub penalty_last_n: u32,
-    /// Added to the logits of single tokens. `-100..=100`, at most [`LOGIT_BIAS_MAX`] entries
+    /// Terms added to the logits of single tokens. `-100..=100`, at most [`LOGIT_BIAS_MAX`] entries
     pub logit_bias: Vec<(TokenId, f32)>,
     /// Seed of the noise.
     pub seed: u64,
@@ -73,7 +73,7 @@ impl Default for SamplerConfig {
 }
 
 impl SamplerConfig {
-    /// How the makers of a model sample from it; greedy where they don't say. The seed is 0.
+    /// Settings that the makers of a model recommend; greedy where they give none. The seed is 0.
     #[must_use]
     pub(crate) fn of_model(model: &hat_loader::SamplingDefaults) -> Self {
         let off = Self::default();
@@ -97,7 +97,7 @@ pub struct FieldError {
     pub field: &'static str,
     /// The value that was given.
     pub value: String,
-    /// What is accepted.
+    /// Description of valid values.
     pub range: String,
 }
 
@@ -132,7 +132,7 @@ impl SamplerConfig {
         Ok(())
     }
 
-    /// Whether the choice is the greatest logit, of equal ones the lowest token, so that no full
+    /// True if the choice is the greatest logit, of equal ones the lowest token, so that no full
     /// row of logits is needed.
     #[must_use]
     pub fn is_plain_greedy(&self) -> bool {
@@ -177,7 +177,7 @@ pub enum SampleError {
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
-    /// Which one.
+    /// The token.
     pub token: TokenId,
     /// Its logit after penalties and bias.
     pub logit: f32,
@@ -188,7 +188,7 @@ pub struct Choice {
 pub struct Sampler {
     config: SamplerConfig,
     vocab_size: usize,
-    /// Which of several answers to one request this is (`n` of the API).
+    /// Index among several answers to one request (`n` of the API).
     choice: u32,
     path: Path,
     /// Logits after penalties and bias. `[vocab_size]`, empty until they are needed
@@ -208,7 +208,7 @@ impl Sampler {
         Ok(Self { config, vocab_size, choice, path, adjusted: Vec::new(), ranked: Vec::new() })
     }
 
-    /// What it was made from.
+    /// Its settings.
     #[must_use]
     pub fn config(&self) -> &SamplerConfig {
         &self.config

@@ -1,4 +1,4 @@
-//! Which pending rows run in the next step: rows computed catch up with rows wanted.
+//! Choice of the pending rows that run in the next step: rows computed catch up with rows wanted.
 //!
 //! A step has a row budget. Verifies, which somebody waits for, go before chunks of prompts. Among
 //! either, the device goes first that has been served the fewest rows, and of its works the
@@ -54,7 +54,7 @@ pub struct Work {
     pub context: u32,
     /// Somebody waits for a token: runs before prompt chunks.
     pub urgent: bool,
-    /// Its rows need not run in one step. An urgent work is never cut.
+    /// True if its rows need not run in one step. An urgent work is never cut.
     pub divisible: bool,
     /// Works of different classes never share a step (they leave at different layers).
     pub class: u32,
@@ -311,7 +311,7 @@ struct Tier {
 #[derive(Debug, Default)]
 struct Share {
     served: u64,
-    /// By class and arrival.
+    /// Order by class and arrival.
     works: BTreeMap<(u32, u64), SessionKey>,
 }
 

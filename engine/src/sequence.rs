@@ -12,7 +12,7 @@
 use hat_plan::{PAGE_SIZE, RowMove};
 pub use hat_plan::{PENDING_ROWS_MAX, PlanBuffers, RowPlace};
 
-/// Why rows or a commit cannot be taken.
+/// An error in rows or a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SequenceError {
@@ -45,7 +45,7 @@ pub enum SequenceError {
     /// Too many rows pend.
     #[error("{pending} rows would pend, at most {PENDING_ROWS_MAX} may")]
     TooManyPending {
-        /// How many there would be.
+        /// Number of pending rows that there would be.
         pending: usize,
     },
     /// The session's reserved positions are used up.
@@ -295,14 +295,14 @@ impl Sequence {
         }
     }
 
-    /// Where row `id` stands, if it is pending.
+    /// Place of row `id`, if it is pending.
     #[must_use]
     pub fn place(&self, id: u32) -> Option<RowPlace> {
         let row = self.pending[self.index_of(id)?];
         Some(RowPlace { position: row.position, slot: row.slot })
     }
 
-    /// Adds row `id` to a plan, if it pends; says whether it does.
+    /// Adds row `id` to a plan, if it pends; returns true if it does.
     pub fn push_row(&self, id: u32, plan: &mut PlanBuffers) -> bool {
         let Some(place) = self.place(id) else { return false };
         // Slots that it sees beyond the committed rows, in logical order, its own last.

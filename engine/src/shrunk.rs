@@ -1,4 +1,4 @@
-//! What a program says when a file that it has mapped becomes shorter: the kernel then answers a
+//! Message of a program when a file that it has mapped becomes shorter: the kernel then answers a
 //! read of the missing part with `SIGBUS`, which would end the process without a word.
 //!
 //! Programs install it; the library never does.
@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 /// The exit status of a process that a shorter file ended.
 const STATUS: libc::c_int = 70;
-/// Longer than a line of `/proc/self/maps`, and little enough for any thread's stack.
+/// Bytes of a buffer for a line of `/proc/self/maps`, little enough for any thread's stack.
 const BUFFER_BYTES: usize = 8192;
 
 /// The program's name.

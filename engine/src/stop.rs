@@ -19,17 +19,17 @@ pub struct StopStrings {
     stops: Vec<String>,
     /// The beginning of a stop string, perhaps; and while in `push`, the new text after it.
     held: String,
-    /// What the last call returned.
+    /// Text that the last call returned.
     shown: String,
     stopped: bool,
 }
 
-/// What [`StopStrings::push`] lets through.
+/// Text that [`StopStrings::push`] lets through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shown<'a> {
     /// Text to show; may hold text of earlier calls.
     pub text: &'a str,
-    /// Whether a stop string is complete: the answer ends here.
+    /// True if a stop string is complete: the answer ends here.
     pub stopped: bool,
 }
 
@@ -79,7 +79,7 @@ impl StopStrings {
         Shown { text: &self.shown, stopped: self.stopped }
     }
 
-    /// What is held back when the text ends without a stop string; nothing after one.
+    /// Text that is held back when the text ends without a stop string; nothing after one.
     pub fn finish(&mut self) -> &str {
         self.shown.clear();
         if !self.stopped {
@@ -89,7 +89,7 @@ impl StopStrings {
         &self.shown
     }
 
-    /// Whether a stop string is complete.
+    /// True if a stop string is complete.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         self.stopped
@@ -168,7 +168,7 @@ mod tests {
     }
 
     proptest! {
-        /// However a text is cut, the same is shown: all before the stop that ends first.
+        /// Any cuts of a text show the same: all before the stop that ends first.
         #[test]
         fn cuts_do_not_matter(
             text in "[abé🙂]{0,24}", stops in prop::collection::vec("[abé🙂]{1,4}", 0..4),

@@ -55,17 +55,17 @@ const ENCODE_LIMIT: Duration = Duration::from_secs(10);
 /// Largest vocabulary, in rows of the embedding.
 pub const VOCAB_ROWS_MAX: usize = 1 << 21;
 
-/// What can go wrong between text and ids.
+/// An error in the conversion between text and ids.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenError {
     /// `tokenizer.json` is not what the format says.
     #[error("tokenizer.json: {0}")]
     Malformed(String),
-    /// Something is larger than we are willing to read.
+    /// A file or a part of it is larger than the limit.
     #[error("{what}: {size} is over the limit of {limit}")]
     TooLarge {
-        /// What is too large, with its unit.
+        /// Item that is too large, with its unit.
         what: &'static str,
         /// Its size.
         size: usize,
@@ -80,7 +80,7 @@ pub enum TokenError {
     Vocabulary {
         /// Tokens of the model's vocabulary and the added ones.
         tokens: usize,
-        /// Those with an id of their own below `rows`.
+        /// Number of tokens with an id of their own below `rows`.
         placed: usize,
         /// Rows of the embedding.
         rows: usize,
@@ -91,7 +91,7 @@ pub enum TokenError {
     /// A token named by the configuration is not in the vocabulary.
     #[error("tokenizer configuration: {field} = {token:?} is not in the vocabulary")]
     UnknownToken {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
         /// Its value.
         token: String,
@@ -128,9 +128,9 @@ pub enum TokenError {
     /// A template option of the wrong type.
     #[error("chat_template_kwargs.{field}: must be a {expected}")]
     OptionType {
-        /// Which option.
+        /// Name of the option.
         field: &'static str,
-        /// What it should be.
+        /// Description of valid values.
         expected: &'static str,
     },
     /// The tokenizer could not encode this text.
@@ -159,7 +159,7 @@ impl TokenError {
 
 const TEXT_BYTES: &str = "prompt text in bytes";
 
-/// What a checkpoint says about its tokenizer beside `tokenizer.json`.
+/// Settings of a checkpoint's tokenizer beside `tokenizer.json`.
 #[derive(Clone, Debug, Default)]
 pub struct TokenSettings {
     /// Rows of the embedding (`vocab_size` of `config.json`).
@@ -176,11 +176,11 @@ pub struct TokenSettings {
     pub template_limit: Option<Duration>,
     /// Ids that no text of a user may make; `None`: derived from the rest.
     pub control_tokens: Option<Vec<TokenId>>,
-    /// Whether a raw prompt begins with BOS; `None`: as `tokenizer.json` says.
+    /// True if a raw prompt begins with BOS; `None`: as `tokenizer.json` says.
     pub add_bos: Option<bool>,
 }
 
-/// Whether control tokens that a text spells are taken for control tokens.
+/// Treatment of a control token's name in a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Special {
     /// As the characters they are made of: text of a user.
@@ -192,7 +192,7 @@ pub enum Special {
 /// A tokenizer with its chat template. Immutable; share it by `Arc`.
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
-    /// For a model that cuts text by an expression of its own: some never end.
+    /// Limit on a model that cuts text by an expression of its own: some never end.
     limited: Option<Limited>,
     guard: Guard,
     /// The id that stands for what the vocabulary can't spell; ordinary text may yield it.
@@ -397,8 +397,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// What the parser's library makes of a text: with a limit where it may hang, and without
-    /// ending this process where it panics.
+    /// Cuts a text with the parser's library: with a limit where it may hang, and without ending
+    /// this process where it panics.
     fn cut(
         &self,
         text: &str,

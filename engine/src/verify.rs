@@ -21,7 +21,8 @@ pub struct Verify {
     /// The directory in which verdicts are remembered, so that a file is hashed once and not at
     /// every start. None are without.
     pub memory: Option<PathBuf>,
-    /// How often the files are looked at again while they are used. A changed one ends the role.
+    /// Interval at which the files are looked at again while they are used. A changed one ends the
+    /// role.
     pub every: Duration,
 }
 

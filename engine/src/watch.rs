@@ -47,7 +47,7 @@ impl Start {
 struct Seen {
     /// Looks that the role has asked for.
     asked: AtomicU64,
-    /// Of these, the ones that are done.
+    /// Looks, of those, that are done.
     done: AtomicU64,
     /// A file that may have changed is being hashed.
     hashing: AtomicBool,
@@ -78,7 +78,7 @@ impl Guard {
             && changed.get().is_none()
     }
 
-    /// Why the role has to end, if it has to.
+    /// Reason that the role has to end, if it has to.
     pub(crate) fn changed(&self) -> Option<&str> {
         self.seen.changed.get().map(String::as_str)
     }

@@ -132,7 +132,7 @@ impl<B: Backend> Whole<B> {
     }
 }
 
-/// What the link does to rows: there and back through the codec of each direction.
+/// The link's effect on rows: there and back through the codec of each direction.
 #[must_use]
 pub fn through_codec(codec: Codec) -> Box<Cross> {
     let mut wire = Vec::new();

@@ -1,4 +1,4 @@
-//! What both roles say about themselves on the wire, and how they open a link.
+//! Facts that both roles state on the wire, and the opening of their links.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -19,14 +19,14 @@ use crate::config::{CloudConfig, EngineConfig};
 use crate::sequence::PENDING_ROWS_MAX;
 use hat_transport::codec::Codec;
 
-/// What HELLO says unless a backend says otherwise.
+/// Arithmetic in a HELLO unless a backend names another.
 pub const ARITHMETIC_ID: u32 = ARITHMETIC_CPU;
-/// What this version knows the meaning of.
+/// Arithmetics that this version knows.
 const ARITHMETICS: [u32; 2] = [ARITHMETIC_CPU, ARITHMETIC_CUDA];
 /// K and V are stored as f16.
 pub const KV_TYPE_F16: u8 = KV_F16;
 
-/// What of a bundle the protocol speaks about.
+/// Facts of a bundle that the protocol speaks about.
 #[derive(Clone, Debug)]
 pub struct BundleFacts {
     /// Width of a row.
@@ -35,7 +35,7 @@ pub struct BundleFacts {
     pub context: u32,
     /// Layers that the cloud holds, or that the device wants computed.
     pub layers: Range<u32>,
-    /// Both halves of one model share it.
+    /// Identity that both halves of one model share.
     pub model_id: [u8; 32],
     /// The device runs the last layers, so all rows come back.
     pub has_tail: bool,
@@ -85,8 +85,8 @@ pub fn hello(role: Role, model_id: [u8; 32], hidden_size: usize, layers: Range<u
     }
 }
 
-/// Whether the peer's layers compute in an arithmetic that this version knows and `wanted` allows:
-/// that one alone, or any.
+/// Checks that the peer's layers compute in an arithmetic that this version knows and `wanted`
+/// allows: that one alone, or any.
 ///
 /// # Errors
 /// The reason, for people.
@@ -182,7 +182,7 @@ pub fn pages_per_frame(frame_bytes_max: usize) -> usize {
     (bytes / PAGE_ID_BYTES).min(PAGE_IDS_MAX)
 }
 
-/// Whether `held` covers `wanted`.
+/// Checks that `held` covers `wanted`.
 ///
 /// # Errors
 /// The reason, with both ranges.

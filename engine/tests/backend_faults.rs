@@ -44,7 +44,7 @@ fn fault(lasts: bool) -> BackendFault {
     BackendFault { backend: "planted", reason: "the test pulled the plug".into(), lasts }
 }
 
-/// Which steps are not computed: counts down to 0 with each, and a negative number is none.
+/// Countdown to the step that is not computed; negative for none.
 type Fuse = Arc<AtomicI64>;
 
 fn burns(fuse: &Fuse) -> bool {
@@ -87,7 +87,7 @@ impl MiddleForward for Middle {
     }
 }
 
-/// How a cloud is planted.
+/// A cloud with planted faults.
 #[derive(Clone)]
 struct Planted {
     fuse: Fuse,
@@ -260,7 +260,7 @@ struct Device {
 }
 
 impl Device {
-    /// Runs work unless work before has failed; says whether it ran.
+    /// Runs work unless work before has failed; returns true if it ran.
     fn run(&mut self, work: impl FnOnce(&mut DeviceModel<CpuBackend>)) -> bool {
         if burns(&self.fuse) {
             self.fault = Some(fault(self.lasts));
@@ -330,7 +330,7 @@ fn engine_with(bundles: &Bundles, fuse: &Fuse, lasts: bool) -> Engine {
     Engine::serve(config, &half, Box::new(model)).unwrap()
 }
 
-/// What a fault has left of a device's own pages is forgotten: the next prompt begins anew.
+/// A device whose backend had a fault forgets its own pages: the next prompt begins anew.
 #[test]
 fn a_device_forgets_its_pages_with_its_backend() {
     let bundles = Bundles::generated(1, 0);
@@ -512,7 +512,7 @@ fn a_device_that_falls_back_says_what_it_computes_in() {
     drop(answer);
 }
 
-/// What is not lost stays where it is.
+/// A fault that passes leaves every processor in its place.
 #[cfg(feature = "cuda")]
 #[test]
 fn a_fault_that_passes_changes_no_processor() {

@@ -91,7 +91,7 @@ impl Terminal {
         self.press(&format!("\x1b[200~{}\x1b[201~", text.replace('\n', "\r")));
     }
 
-    /// What the screen showed so far, without the marks that move its cursor.
+    /// Text on the screen so far, without the marks that move its cursor.
     fn shown(&self) -> String {
         plain(&self.screen.0.lock().unwrap())
     }
@@ -112,8 +112,8 @@ impl Terminal {
         }
     }
 
-    /// Whoever has the terminal next, as a shell does, reads what is typed from now on alone, and
-    /// has the settings from before.
+    /// Asserts that the next reader of the terminal, such as a shell, reads what is typed from now
+    /// on alone, and has the settings from before.
     fn is_as_before(&self) {
         let now = tcgetattr(&self.programs).unwrap();
         assert_eq!(now.local_modes, self.original.local_modes);

@@ -16,7 +16,7 @@ use hat_transport::message::{
 use support::script::{self, Script};
 use support::{Bundles, long_prompt};
 
-/// A step of so many rows, as the cloud tells it: 100 ms and 1 ms a row. The fixed part makes
+/// A step of this many rows, as the cloud tells it: 100 ms and 1 ms a row. The fixed part makes
 /// long chunks the better ones for the prompt alone.
 fn step_us(rows: u32) -> u32 {
     100_000 + 1000 * rows

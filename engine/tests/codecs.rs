@@ -1,4 +1,4 @@
-//! What each row codec writes, to the byte: another build must read it.
+//! Bytes that each row codec writes: another build must read them.
 
 use hat_engine::options::Codec;
 

@@ -60,7 +60,7 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|number| number.to_bits()).collect()
 }
 
-/// What the link's f16 makes of rows.
+/// Applies the link's f16 to rows.
 fn over_the_wire(rows: &mut [f32]) {
     let mut bytes = vec![0; Codec::F16.row_bytes(64)];
     for row in rows.chunks_mut(64) {
@@ -208,8 +208,8 @@ fn the_whole_model_means_what_the_reference_means() {
     assert!(cuda < 0.05 * size, "CUDA is {cuda} from the reference of {size}");
 }
 
-/// What a bundle's drafter says for decided rows and for a guess below the last of them, and what
-/// it finds likely after given rows.
+/// Result of a bundle's drafter for decided rows and for a draft below the last of them, and the
+/// tokens that it finds likely after given rows.
 fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
     let mut model = DraftModel::load(backend, device, 64, PAGES).unwrap().unwrap();
     let noise = |rows: usize, salt: f32| -> Vec<f32> {
@@ -272,8 +272,8 @@ fn the_drafter_means_what_the_reference_means() {
     }
 }
 
-/// What a level of a draft tree waits for: its rows of the device's layers, what the drafter says,
-/// and its logits. Decided rows from which nothing is drafted wait for nothing.
+/// A level of a draft tree waits three times: for its rows of the device's layers, the drafter's
+/// result, and its logits. Decided rows from which nothing is drafted wait for nothing.
 #[test]
 #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn a_drafted_level_waits_three_times() {

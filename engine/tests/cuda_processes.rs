@@ -34,14 +34,14 @@ fn driver() -> Option<PathBuf> {
     compiled(build.driver(&[]), "the CUDA processor")
 }
 
-/// Where libcuda is looked for, and what is wrong with it.
+/// Folder of libcuda, and the driver's planted fault.
 #[derive(Clone)]
 struct Driver<'a> {
     folder: &'a Path,
     kind: &'a str,
     after: usize,
     devices: usize,
-    /// Where it keeps what it counts.
+    /// File of its counts.
     counts: Option<&'a Path>,
 }
 
@@ -83,7 +83,7 @@ fn object(output: &Output) -> Value {
     serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
 }
 
-/// What a command that fails says last, in one line.
+/// Last line of a command that fails.
 #[track_caller]
 fn refusal(command: &mut Command) -> String {
     let output = command.output().unwrap();
@@ -162,7 +162,7 @@ fn why_a_gpu_cannot_be_used_is_one_line() {
 /// A cloud process and where it listens. Killed when dropped.
 struct CloudProcess {
     child: Child,
-    /// What it says up to where it listens.
+    /// Output up to the line in which it listens.
     first: String,
     address: String,
     stderr: BufReader<std::process::ChildStderr>,
@@ -186,7 +186,7 @@ impl CloudProcess {
         Some(Self { child, first, address, stderr })
     }
 
-    /// What it has said since it began to listen.
+    /// Ends it; gives its output since it began to listen.
     fn kill(mut self) -> String {
         self.child.kill().unwrap();
         let mut text = String::new();
@@ -194,7 +194,7 @@ impl CloudProcess {
         text
     }
 
-    /// What it says after it has begun to listen, until it ends.
+    /// Output since it began to listen, until it ends.
     fn rest(mut self) -> String {
         let mut text = String::new();
         self.stderr.read_to_string(&mut text).unwrap();

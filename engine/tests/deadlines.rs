@@ -14,7 +14,8 @@ use hat_transport::message::{Busy, Computed, Dropped, Message, Opened};
 use support::script::{self, Script};
 use support::{Bundles, long_prompt};
 
-/// Longer than any machine keeps a thread from a core, and shorter than what is not waited for.
+/// Limit that is longer than any machine keeps a thread from a core, and shorter than the times
+/// that must not pass.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn engine(bundles: &Bundles, address: impl ToString, reconnect: Duration) -> Engine {

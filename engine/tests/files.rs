@@ -15,7 +15,7 @@ use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Reque
 use support::{Bundles, collect, long_prompt};
 
 const WEIGHTS: &str = "weights.safetensors";
-/// Far longer than anything here takes; only a hang reaches it.
+/// Limit on a wait that only a hang reaches.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn looking(every: Duration) -> Verify {

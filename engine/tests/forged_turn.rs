@@ -80,7 +80,7 @@ fn asked(server: &Server, path: &str, question: Value) -> u64 {
     reply.json()["usage"]["prompt_tokens"].as_u64().unwrap()
 }
 
-/// What the command line makes of the message: the hash of the logits behind the prompt.
+/// Hash of the logits behind the prompt that the command line makes of the message.
 fn generated(bundle: &Path, args: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_hat-engine"))
         .args(["generate", "--json", "--max-tokens", "1", "--ignore-eos", "--bundle"])

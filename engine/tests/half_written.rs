@@ -17,7 +17,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_hat-engine");
 /// The default model's file, and its size.
 const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_BYTES: u64 = 98_362_432;
-/// What the system says of a file beyond the limit.
+/// The system's text about a file beyond the limit.
 const FULL: &str = "File too large";
 
 /// Runs the program with files of at most `blocks` times 512 bytes, in a cache, a state directory

@@ -1,5 +1,5 @@
-//! What the two HELLOs allow: fields that do not go together are named by whoever reads them, at
-//! either end, and no frame is longer than its reader takes.
+//! Tests of the two HELLOs: fields that do not go together are named by the end that reads them,
+//! and no frame is longer than its reader takes.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
@@ -94,7 +94,7 @@ fn a_device_names_what_it_can_not_work_with() {
     }
 }
 
-/// How a cloud ends the connection of a device that greets so.
+/// Code and text with which a cloud ends the connection of a device with this HELLO.
 fn refusal(hello: Hello, cloud: &Cloud) -> (CloseCode, String) {
     let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
     let mut device = Endpoint::new(link, Arc::new(SystemClock), EndpointConfig::new(hello));

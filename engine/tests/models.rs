@@ -116,7 +116,7 @@ fn every_form_of_a_model_gives_the_same_answer() {
     }
 }
 
-/// Whatever a split depends on is in its key, and nothing else.
+/// A split's key has all that the split depends on, and nothing else.
 #[test]
 fn a_split_is_found_again_by_content_and_cut_alone() {
     let place = Place::new();
@@ -238,7 +238,7 @@ fn state(half: &Path, name: &str) {
     fs::write(manifest, json.to_string()).unwrap();
 }
 
-/// Whatever is wrong with a file of a model, the error names it once.
+/// An error names a file of a model once, whatever is wrong with it.
 #[test]
 fn an_error_names_a_file_once() {
     let place = Place::new();
@@ -333,7 +333,7 @@ fn processes_that_start_together_share_one_split() {
     }
 }
 
-/// What a full disk or a kill leaves is no bundle, and goes.
+/// A bundle that a full disk or a kill left unfinished is no bundle, and goes.
 #[test]
 fn a_split_that_fails_leaves_nothing() {
     let place = Place::new();

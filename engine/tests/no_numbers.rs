@@ -28,7 +28,7 @@ fn backend() -> CpuBackend {
     open::cpu(Processor::Auto, 1).unwrap()
 }
 
-/// Where the rows of [`BAD`] go wrong.
+/// Place at which the rows of [`BAD`] go wrong.
 #[derive(Clone, Copy, PartialEq)]
 enum Where {
     Input,

@@ -21,19 +21,19 @@ use support::{Bundles, collect, long_prompt, script};
 /// The lie that a scripted cloud tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Lie {
-    /// It never answers OPEN.
+    /// The cloud never answers OPEN.
     NeverOpened,
-    /// It opens sessions and never sends a row.
+    /// The cloud opens sessions and never sends a row.
     NeverOutput,
-    /// It answers each OPEN so.
+    /// The cloud answers each OPEN with this message.
     Error(SessionErrorCode),
-    /// It opens sessions and answers their first rows so.
+    /// The cloud opens sessions and answers their first rows with this message.
     ErrorAtRows(SessionErrorCode),
-    /// It has no room, and asks back after so many milliseconds.
+    /// The cloud has no room, and asks back after this many milliseconds.
     Busy(u32),
-    /// It closes the connection at each OPEN.
+    /// The cloud closes the connection at each OPEN.
     Close(CloseCode),
-    /// It opens sessions and closes the connection at their first rows.
+    /// The cloud opens sessions and closes the connection at their first rows.
     CloseAtRows(CloseCode),
 }
 

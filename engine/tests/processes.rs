@@ -62,7 +62,7 @@ impl Drop for CloudProcess {
 struct DeviceProcess {
     child: Child,
     address: String,
-    /// What it said before it listened.
+    /// Output before it listened.
     said: String,
 }
 

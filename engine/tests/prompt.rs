@@ -1,4 +1,4 @@
-//! Where `generate` has its prompt from: an argument, a file, standard input; never two at once.
+//! Sources of the prompt of `generate`: an argument, a file, standard input; never two at once.
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 

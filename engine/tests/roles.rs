@@ -34,7 +34,7 @@ fn device(bundles: &Bundles, address: impl ToString) -> EngineConfig {
     config
 }
 
-/// What every case ends with: another session gets the answer that it always gets.
+/// Ends every case: another session gets the answer that it always gets.
 fn canary(bundles: &Bundles, cloud: &Cloud) -> Metrics {
     let engine = Engine::open(device(bundles, cloud.address())).unwrap();
     collect(&engine, Request::tokens(long_prompt(40)).max_tokens(12).ignore_eos().hash_logits())

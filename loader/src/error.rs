@@ -1,4 +1,4 @@
-//! What can be wrong with a model's files, one variant for each way.
+//! Errors of a model's files, one variant for each way of being wrong.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::header::HeaderError;
 pub struct ConfigError {
     /// The key as written in the file, for example `rope_scaling.factor`.
     pub key: String,
-    /// What is wrong, with the value.
+    /// Description of the fault, with the value.
     pub reason: String,
 }
 
@@ -21,7 +21,7 @@ impl ConfigError {
     }
 }
 
-/// Why a model could not be opened.
+/// An error in opening a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
@@ -36,9 +36,9 @@ pub enum LoadError {
     /// The path is neither a checkpoint directory nor a GGUF file.
     #[error("{}: not a model: {reason}", path.display())]
     NotAModel {
-        /// What was opened.
+        /// Path that was opened.
         path: PathBuf,
-        /// What was looked for.
+        /// Files that were looked for.
         reason: String,
     },
     /// A file is larger than anything of its kind.
@@ -56,7 +56,7 @@ pub enum LoadError {
     Json {
         /// The file.
         path: PathBuf,
-        /// Where and why.
+        /// The parser's error, with its place.
         error: serde_json::Error,
     },
     /// A hyper-parameter is impossible or not supported.
@@ -72,7 +72,7 @@ pub enum LoadError {
     Header {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The header's error.
         error: HeaderError,
     },
     /// A GGUF file is wrong.
@@ -80,7 +80,7 @@ pub enum LoadError {
     Gguf {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reader's error.
         error: GgufError,
     },
     /// `model.safetensors.index.json` names a file that it may not, or lies about one.
@@ -88,13 +88,13 @@ pub enum LoadError {
     Index {
         /// The index file.
         path: PathBuf,
-        /// Which entry, and why.
+        /// Entry at fault, and why.
         reason: String,
     },
     /// The model needs a tensor that is not there.
     #[error("{}: tensor {name} is missing", path.display())]
     MissingTensor {
-        /// Where it was looked for.
+        /// Path of the file.
         path: PathBuf,
         /// The checkpoint name.
         name: String,
@@ -102,13 +102,13 @@ pub enum LoadError {
     /// A tensor is there that no model of this family has.
     #[error("{}: tensor {name} belongs to no {family} model: {reason}", path.display())]
     UnknownTensor {
-        /// Where it was found.
+        /// Path of the file.
         path: PathBuf,
         /// The name in the file.
         name: String,
         /// The family that the configuration names.
         family: &'static str,
-        /// Why it matters.
+        /// Consequence of the fault.
         reason: &'static str,
     },
     /// A tensor has another type or shape than the configuration asks for.
@@ -128,7 +128,7 @@ pub enum LoadError {
     Tokenizer {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// Description of the mismatch.
         reason: String,
     },
 }

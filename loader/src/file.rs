@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// Opens a regular file for reading. Returns at once, whatever is at `path`.
 ///
 /// # Errors
-/// What the system says; `InvalidInput`, which says what is there, for anything but a regular
+/// The system's error; `InvalidInput`, which says what is there, for anything but a regular
 /// file.
 pub fn open(path: &Path) -> io::Result<File> {
     // Looked at first, since opening a device can have effects; and again afterwards, since
@@ -101,7 +101,7 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// Of what the system said of a file.
+    /// Identity of a file by its metadata.
     #[cfg(unix)]
     pub(crate) fn of(metadata: &Metadata) -> Self {
         use std::os::unix::fs::MetadataExt as _;
@@ -115,7 +115,7 @@ impl Stamp {
         }
     }
 
-    /// Of what the system said of a file; one without inodes knows size and time alone.
+    /// Identity of a file by its metadata; a system without inodes knows size and time alone.
     #[cfg(not(unix))]
     pub(crate) fn of(metadata: &Metadata) -> Self {
         let since = metadata.modified().ok().and_then(|time| {
@@ -231,7 +231,7 @@ impl NewDirectory {
         Ok(Self { path, _lock: lock })
     }
 
-    /// Where it is now.
+    /// Current path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

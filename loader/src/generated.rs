@@ -26,7 +26,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// What to generate. Fields as in [`LlamaConfig`].
+/// Shape of the model to generate. Fields as in [`LlamaConfig`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct TinyModel {
     /// Biases on q, k and v if [`Family::Qwen2`].

@@ -19,7 +19,7 @@ const HEADER_BYTES_MAX: usize = 100_000_000;
 /// Most dimensions of one tensor.
 const DIMENSIONS_MAX: usize = 8;
 
-/// What is wrong with a safetensors header.
+/// An error in a safetensors header.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
@@ -48,13 +48,13 @@ pub enum HeaderError {
     Dimensions {
         /// The tensor.
         name: String,
-        /// How many it has.
+        /// Number of its dimensions.
         dimensions: usize,
     },
     /// The tensors and the file have different sizes.
     #[error("tensors end at byte {tensors} of the data, the file has {file} bytes of data")]
     DataLength {
-        /// Where the last tensor ends.
+        /// End of the last tensor, in bytes.
         tensors: usize,
         /// Bytes after the header.
         file: usize,

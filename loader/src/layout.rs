@@ -93,7 +93,7 @@ pub fn unpack_row(dtype: DType, k: usize, packed: &[u8], n: usize, out: &mut [u8
     shape.unpack_column(dtype, packed, n, out);
 }
 
-/// Where the blocks of a matrix stand in both orders.
+/// Geometry of a matrix's blocks in both orders.
 struct Shape {
     /// Blocks of one row.
     blocks: usize,
@@ -162,15 +162,15 @@ const Q6K_QH: usize = 128;
 const Q6K_SCALES: usize = 192;
 const Q6K_D: usize = 208;
 
-/// Where weight `i` of a q6_k block stands in row order: byte and shift of its low nibble, byte
-/// and shift of its high bits.
+/// Place of weight `i` of a q6_k block in row order: byte and shift of its low nibble, byte and
+/// shift of its high bits.
 const fn q6k_place(i: usize) -> (usize, usize, usize, usize) {
     let (part, quarter, l) = (i / 128, i % 128 / 32, i % 32);
     let low = part * 64 + quarter % 2 * 32 + l;
     (low, quarter / 2 * 4, Q6K_QH + part * 32 + l, quarter * 2)
 }
 
-/// Where weight `i` stands in a q6_k panel-block, in the terms of [`q6k_place`].
+/// Place of weight `i` in a q6_k panel-block, in the terms of [`q6k_place`].
 const fn q6k_panel_place(i: usize, column: usize) -> (usize, usize, usize, usize) {
     let unit = 2 * PANEL + i / UNIT * Q6K_UNIT_BYTES;
     let (group, l) = (i % UNIT / 16, i % 16);
@@ -178,7 +178,7 @@ const fn q6k_panel_place(i: usize, column: usize) -> (usize, usize, usize, usize
     (low, group * 4, unit + 16 * PANEL + word(group, column) + l % 4, l / 4 * 2)
 }
 
-/// Where scale `s` (of weights `16 s..`) stands in a q6_k panel-block.
+/// Byte of scale `s` (of weights `16 s..`) in a q6_k panel-block.
 const fn q6k_panel_scale(s: usize, column: usize) -> usize {
     2 * PANEL + s / 2 * Q6K_UNIT_BYTES + 24 * PANEL + s % 2 * PANEL + column
 }

@@ -1,4 +1,5 @@
-//! How a model's makers sample from it: `generation_config.json`, or `general.sampling.*` of GGUF.
+//! Sampling settings that a model's makers recommend: `generation_config.json`, or
+//! `general.sampling.*` of GGUF.
 
 use std::fmt;
 

@@ -12,8 +12,8 @@ use crate::split::{self, TensorSpec};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 use crate::{checkpoint, gguf};
 
-/// How text and ids become each other, as far as it is not in `tokenizer.json`. This is the part
-/// of `tokenizer_config.json` that an engine needs, and is written in its form.
+/// Settings of the conversion between text and ids that are not in `tokenizer.json`. This is the
+/// part of `tokenizer_config.json` that an engine needs, and is written in its form.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub struct TokenSettings {
@@ -29,7 +29,7 @@ pub struct TokenSettings {
     /// Text of the padding token; chat templates may name it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pad_token: Option<String>,
-    /// Whether a plain prompt begins with `bos_token`. Informative: the post-processor of
+    /// True if a plain prompt begins with `bos_token`. Informative: the post-processor of
     /// `tokenizer.json` is what puts it there.
     #[serde(default)]
     pub add_bos_token: bool,
@@ -192,7 +192,7 @@ impl SourceModel {
         Ok(())
     }
 
-    /// How the model's makers sample from it.
+    /// Sampling settings that the model's makers recommend.
     #[must_use]
     pub fn sampling(&self) -> SamplingDefaults {
         self.sampling

@@ -1,4 +1,4 @@
-//! Which tensors belong to the input, the middle and the output submodel. Pure: no IO.
+//! Assignment of tensors to the input, the middle and the output submodel. Pure: no IO.
 
 use std::ops::Range;
 
@@ -61,15 +61,15 @@ impl TensorSpec {
         Self { name, shape: vec![n, k] }
     }
 
-    /// Whether it is the embedding or the LM head.
+    /// True for the embedding and the LM head.
     #[must_use]
     pub fn is_vocabulary(&self) -> bool {
         self.name == EMBED_TOKENS || self.name == LM_HEAD
     }
 }
 
-/// Where a model is cut: layers `0..split_layer` are the input submodel, the last `tail_layers`
-/// the output submodel, and the middle has at least one.
+/// Layers at which a model is cut: layers `0..split_layer` are the input submodel, the last
+/// `tail_layers` the output submodel, and the middle has at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Split {
     split_layer: usize,

@@ -1,11 +1,11 @@
-//! What a tensor is: a type, a shape, a layout, and bytes that somebody else keeps alive.
+//! A borrowed tensor: a type, a shape, a layout, and bytes that somebody else keeps alive.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use crate::map::FileMap;
 
-/// How numbers of a tensor are stored. Block types have the GGUF meaning of the same name.
+/// Number format of a tensor. Block types have the GGUF meaning of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DType {
@@ -83,7 +83,7 @@ impl DType {
     }
 }
 
-/// In which order the bytes of a tensor stand. The model id is taken over [`Layout::Rows`].
+/// Order of a tensor's bytes. The model id is taken over [`Layout::Rows`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Layout {
@@ -110,7 +110,7 @@ impl Layout {
     }
 }
 
-/// What bytes are in: a memory map, or memory of our own.
+/// Owner of a tensor's bytes: a memory map, or memory of our own.
 pub type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// Bytes inside something that outlives them.
@@ -165,9 +165,9 @@ impl Deref for TensorBytes {
 pub struct Tensor {
     /// The checkpoint name, for example `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
-    /// How the numbers are stored.
+    /// Number format of the elements.
     pub dtype: DType,
-    /// In which order they stand.
+    /// Order of the elements.
     pub layout: Layout,
     /// `[n]` or `[n, k]`.
     pub shape: Vec<usize>,

@@ -16,7 +16,7 @@ use hat_loader::{
     add_adapter, generated, write_bundles,
 };
 
-/// Far longer than anything here takes; only a hang reaches it.
+/// Limit on a wait that only a hang reaches.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn bundles(directory: &Path) -> PathBuf {

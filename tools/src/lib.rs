@@ -1,5 +1,5 @@
-//! What more than one of the tools needs: chance without state, figures over many values, and one
-//! style of plots. No interface for others.
+//! Parts shared by the tools: chance without state, figures over many values, and one style of
+//! plots. No interface for others.
 
 pub mod plot;
 pub mod random;

@@ -41,11 +41,11 @@ pub struct Captions {
     pub x: &'static str,
     /// Beside the vertical axis.
     pub y: &'static str,
-    /// Whether there is room below the curves on the left; if not, on the right.
+    /// True if there is room below the curves on the left; if not, on the right.
     pub left: bool,
 }
 
-/// What is drawn on.
+/// Area of a plot.
 pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Curves in one frame, whose axes begin at 0.

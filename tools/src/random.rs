@@ -1,36 +1,36 @@
 //! Chance without state: a draw is a hash of what it is for, so it does not depend on what else
 //! was drawn before, and all policies meet the same requests and the same texts.
 
-/// What a draw is for. The order is part of all results: new purposes go to the end.
+/// Purpose of a draw. The order is part of all results: new purposes go to the end.
 #[derive(Clone, Copy, Debug)]
 pub enum Purpose {
-    /// When a request comes.
+    /// Time of a request.
     Arrival,
-    /// Whose it is.
+    /// Device of a request.
     Device,
-    /// Which prompt it has.
+    /// Prompt of a request.
     Prompt,
-    /// How fast a link is.
+    /// Rate of a link.
     Rate,
-    /// How sure a drafter is.
+    /// Confidence of a drafter.
     Confidence,
-    /// Which of its guesses is right.
+    /// Rank of the right one among a drafter's candidates.
     Rank,
-    /// Whether text is copied from the prompt.
+    /// True if text is copied from the prompt.
     Copied,
-    /// Whether a drafter is wrong.
+    /// True if a drafter is wrong.
     Wrong,
-    /// Which cloud serves a device.
+    /// Cloud replica that serves a device.
     Replica,
     /// A point of a space that is searched.
     Point,
-    /// How many tokens a prompt has.
+    /// Number of a prompt's tokens.
     Length,
     /// Words of a prompt.
     Word,
-    /// Whether and when an answer is given up.
+    /// Time at which an answer is given up, if it is.
     Cancel,
-    /// How long a device lives, and how it ends.
+    /// Lifetime of a device, and the kind of its end.
     Life,
 }
 

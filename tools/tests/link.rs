@@ -14,7 +14,7 @@ fn command(args: &[&str]) -> Command {
     command
 }
 
-/// What it says on stderr when it refuses.
+/// Text on stderr when it refuses.
 fn refusal(args: &[&str]) -> String {
     let output = command(args).output().unwrap();
     assert!(!output.status.success(), "{args:?}");

@@ -173,7 +173,7 @@ fn children(parent: u32) -> BTreeSet<u32> {
     std::fs::read_dir("/proc").unwrap().filter_map(|entry| of(entry.unwrap())).collect()
 }
 
-/// Whether a process of this program has this id and has not ended.
+/// True if a process of this program has this id and has not ended.
 fn lives(id: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
     stat.contains("hat-load") && !stat.contains(") Z ")

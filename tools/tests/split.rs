@@ -23,7 +23,7 @@ fn split(out: &Path, blocks: u32) -> Output {
         .unwrap()
 }
 
-/// What can't work is refused before the default model is fetched and before anything is written.
+/// A wrong flag is refused before the default model is fetched and before anything is written.
 #[test]
 fn a_wrong_flag_has_no_effect() {
     let home = tempfile::tempdir().unwrap();

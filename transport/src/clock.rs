@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Where a loop reads the time: once a round, and nowhere else.
+/// Clock of a loop, which reads it once a round, and nowhere else.
 pub trait Clock: Send + Sync {
     /// The present moment; never goes back.
     fn now(&self) -> Instant;

@@ -26,7 +26,7 @@ const BLOCK: usize = 256;
 const INT8_BLOCK: usize = 64;
 const INT4_BLOCK: usize = 32;
 
-/// How the numbers of a row are written. HELLO names a codec by its id.
+/// Format of the numbers of a row. HELLO names a codec by its id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Codec {
@@ -60,7 +60,7 @@ pub enum PackError {
     Length {
         /// `rows * row_bytes`
         expected: usize,
-        /// What came.
+        /// Length found.
         got: usize,
     },
 }

@@ -45,17 +45,17 @@ const HELLO_BYTES_MAX: usize = 1024;
 /// and poll the endpoint after that.
 #[derive(Debug)]
 pub struct Frame {
-    /// What it is.
+    /// Kind of the frame.
     pub kind: Kind,
     /// The session; not 0.
     pub session: u32,
-    /// How urgent the peer found it.
+    /// Urgency, as the peer set it.
     pub priority: Priority,
     /// Its body; [`Message::decode`] reads it.
     pub body: Buf,
 }
 
-/// What a connection has to tell.
+/// Event of a connection.
 #[derive(Debug)]
 pub enum ConnectionEvent {
     /// HELLOs are exchanged. If `resumed` is false everything queued or unacknowledged before is
@@ -63,21 +63,21 @@ pub enum ConnectionEvent {
     Up {
         /// The peer's.
         hello: Hello,
-        /// Whether the link goes on where it was.
+        /// True if the link goes on where it was.
         resumed: bool,
     },
     /// A frame.
     Frame(Frame),
     /// The peer has closed the connection.
     Closed {
-        /// Why, for programs.
+        /// Reason, for programs.
         code: CloseCode,
-        /// Why, for people.
+        /// Reason, for people.
         reason: String,
     },
 }
 
-/// What went over a connection, over all its sockets.
+/// Traffic of a connection, over all its sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes handed to the link, headers and replays included.
@@ -102,7 +102,7 @@ pub struct Traffic {
     pub rtt: Option<Duration>,
     /// Bytes that came while a frame was on its way in, so that the link was at work.
     pub arrived_bytes: u64,
-    /// How long those bytes took.
+    /// Time in which those bytes arrived.
     pub arrived_in: Duration,
 }
 
@@ -128,11 +128,11 @@ pub struct Connection {
     version: u8,
     /// The cloud's name for its memory of this link; 0 before the first HELLO.
     epoch: u64,
-    /// Whether a peer was told of `epoch`.
+    /// True if a peer was told of `epoch`.
     used: bool,
     hello_sent: bool,
     deframer: Deframer,
-    /// When the last bytes came, if a frame is on its way in since then.
+    /// Time of the last bytes, if a frame is on its way in since then.
     in_frame_since: Option<Instant>,
     send: SendState,
     receive: ReceiveState,
@@ -237,7 +237,7 @@ impl Connection {
         self.pong = None;
     }
 
-    /// Bytes came from the socket. Says how many were taken: fewer than all only while the pool
+    /// Bytes came from the socket. Returns how many were taken: fewer than all only while the pool
     /// is empty.
     ///
     /// # Errors
@@ -312,8 +312,8 @@ impl Connection {
         }
     }
 
-    /// When [`Connection::handle_timeout`] and then [`Connection::poll_transmit`] are to be
-    /// called again, if nothing else happens.
+    /// Time at which [`Connection::handle_timeout`] and then [`Connection::poll_transmit`] are to
+    /// be called again, if nothing else happens.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
@@ -353,13 +353,13 @@ impl Connection {
         Some(buf)
     }
 
-    /// Whether frames flow.
+    /// True if frames flow.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.phase == Phase::Up
     }
 
-    /// Whether nothing is queued and everything sent is acknowledged.
+    /// True if nothing is queued and everything sent is acknowledged.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.send.is_drained()
@@ -377,7 +377,7 @@ impl Connection {
         self.config.hello.link_id
     }
 
-    /// What went over the connection so far.
+    /// Traffic of the connection so far.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         let copied_bytes = self.traffic.copied_bytes + self.deframer.copied_bytes();
@@ -480,7 +480,7 @@ fn eight(kind: Kind, body: &[u8]) -> Result<[u8; 8], ProtocolError> {
     })
 }
 
-/// Whether `role` may send frames of `kind`.
+/// True if `role` may send frames of `kind`.
 fn may_send(role: Role, kind: Kind) -> bool {
     let device = matches!(kind, Kind::Open | Kind::Rows | Kind::Commit | Kind::Cancel | Kind::End);
     kind.is_sequenced() && device == (role == Role::Device)

@@ -36,19 +36,19 @@ pub use event::{ConnectionCounters, Event, GoneError};
 const REDIAL_MIN: Duration = Duration::from_millis(50);
 /// Longest pause before a device dials again.
 const REDIAL_MAX: Duration = Duration::from_secs(2);
-/// How long a socket stays after CLOSE, for the peer to read it.
+/// Time that a socket stays after CLOSE, for the peer to read it.
 const LINGER: Duration = Duration::from_secs(1);
-/// How soon an empty pool is looked at again.
+/// Interval at which an empty pool is looked at again.
 const POOL_RETRY: Duration = Duration::from_millis(1);
 /// One buffer in so many of each size is kept for receiving.
 const POOL_RESERVE: usize = 8;
 
-/// How an endpoint behaves.
+/// Settings of an endpoint.
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
-    /// How each connection behaves; the role in its HELLO is the endpoint's.
+    /// Settings of each connection; the role in its HELLO is the endpoint's.
     pub connection: ConnectionConfig,
-    /// How long a cloud keeps a connection whose link broke.
+    /// Time that a cloud keeps a connection whose link broke.
     pub grace: Duration,
     /// Connections, those without a link included.
     pub connections_max: usize,
@@ -106,11 +106,11 @@ pub struct Endpoint {
     completions: Vec<Completion>,
     /// Events that arose outside of a poll, or in it.
     events: Vec<Event>,
-    /// How often each kind of refusal is logged.
+    /// Rate limit of the log lines on each kind of refusal.
     refusals: HashMap<Discriminant<GoneError>, RateLimit>,
     /// A receive waits for a buffer.
     starved: bool,
-    /// When the last poll ended.
+    /// End of the last poll.
     left_at: Instant,
     /// The owner stayed away for long: what the peers said meanwhile was not read yet, so their
     /// silence counts only after a wait that brings nothing.
@@ -152,7 +152,7 @@ impl Endpoint {
         self.link.waker()
     }
 
-    /// Where the link listens.
+    /// Address that the link listens at.
     #[must_use]
     pub fn local_address(&self) -> Option<SocketAddr> {
         self.link.local_address()
@@ -181,7 +181,7 @@ impl Endpoint {
         self.insert(Slot { dial_at: Some(self.left_at), ..Slot::new(connection, address) })
     }
 
-    /// What is said from the next [`Endpoint::dial`] on; connections keep what they have said.
+    /// Sets the HELLO of connections from the next [`Endpoint::dial`] on; others keep theirs.
     ///
     /// # Panics
     /// If the role is another one.
@@ -276,9 +276,9 @@ impl Endpoint {
         Ok(())
     }
 
-    /// When [`Endpoint::poll`] has to be called again, if the link has nothing to tell before: for
-    /// a caller that moves the clock by hand. A frame that was queued since the last call waits for
-    /// the next one; its owner knows.
+    /// Time at which [`Endpoint::poll`] has to be called again, if the link has no completion
+    /// before: for a caller that moves the clock by hand. A frame that was queued since the last
+    /// call waits for the next one; its owner knows.
     #[must_use]
     pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
         if !self.events.is_empty() {
@@ -312,7 +312,7 @@ impl Endpoint {
         self.connections.get(&id).is_some_and(|slot| slot.connection.holds(session))
     }
 
-    /// What went over a connection.
+    /// Traffic of a connection.
     #[must_use]
     pub fn counters(&self, id: ConnectionId) -> Option<ConnectionCounters> {
         let slot = self.connections.get(&id)?;
@@ -410,7 +410,7 @@ impl Endpoint {
         }
     }
 
-    /// Takes over what a connection has to tell.
+    /// Takes over the events of a connection.
     fn drain_events(&mut self, now: Instant, id: ConnectionId) {
         let Some(slot) = self.connections.get_mut(&id) else {
             return;
@@ -546,7 +546,7 @@ impl Slot {
     }
 }
 
-/// Whether what came is no frame at all, so that an answer would not be understood.
+/// True if the bytes are no frame at all, so that an answer would not be understood.
 fn is_stranger(error: &ProtocolError) -> bool {
     let ProtocolError::Frame(FrameError::Header(error)) = error else { return false };
     matches!(error, HeaderError::Checksum { .. } | HeaderError::Http { .. })

@@ -20,7 +20,7 @@ pub const FLAG_IGNORABLE: u8 = 1;
 /// acknowledged, replayed after a reconnect.
 pub const SEQUENCED_FROM: u8 = 16;
 
-/// What a frame is. The numbers are the wire's.
+/// Kind of a frame. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
@@ -112,14 +112,14 @@ impl Kind {
         })
     }
 
-    /// Whether frames of this kind are counted, kept and replayed.
+    /// True if frames of this kind are counted, kept and replayed.
     #[must_use]
     pub const fn is_sequenced(self) -> bool {
         self as u8 >= SEQUENCED_FROM
     }
 }
 
-/// Which frame goes first when several wait. Frames of one session never overtake each other.
+/// Order in which waiting frames go out. Frames of one session never overtake each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Priority {
@@ -129,12 +129,12 @@ pub enum Priority {
     Verify = 1,
     /// Rows of a prompt.
     Prompt = 2,
-    /// Everything that may wait.
+    /// Frames that may wait.
     Bulk = 3,
 }
 
 impl Priority {
-    /// How many there are.
+    /// Number of priorities.
     pub const COUNT: usize = 4;
 
     /// The priority with this number.
@@ -159,7 +159,7 @@ pub struct Header {
     pub kind: u8,
     /// [`FLAG_IGNORABLE`] or 0.
     pub flags: u8,
-    /// How urgent the frame is.
+    /// Urgency of the frame.
     pub priority: Priority,
     /// Wire version that the sender speaks.
     pub version: u8,
@@ -175,7 +175,7 @@ pub struct Header {
     pub credit: u32,
 }
 
-/// How a header can be wrong.
+/// An error in a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
@@ -184,7 +184,7 @@ pub enum HeaderError {
     Checksum {
         /// Computed here.
         expected: u32,
-        /// Found in the header.
+        /// Value in the header.
         got: u32,
     },
     /// As [`HeaderError::Checksum`], and the bytes begin as HTTP does.
@@ -196,7 +196,7 @@ pub enum HeaderError {
     /// The body would be longer than any body may be.
     #[error("body length {len} exceeds {max}")]
     Length {
-        /// Found in the header.
+        /// Value in the header.
         len: u32,
         /// The limit: [`BODY_BYTES_MAX`], or less before HELLO.
         max: u32,
@@ -204,32 +204,32 @@ pub enum HeaderError {
     /// A flag that this version does not know is set.
     #[error("unknown flags {flags:#04x}")]
     Flags {
-        /// Found in the header.
+        /// Value in the header.
         flags: u8,
     },
     /// There are four priorities.
     #[error("unknown priority {priority}")]
     Priority {
-        /// Found in the header.
+        /// Value in the header.
         priority: u8,
     },
     /// A kind that this version does not know, not marked ignorable.
     #[error("unknown frame kind {kind}")]
     Kind {
-        /// Found in the header.
+        /// Value in the header.
         kind: u8,
     },
     /// Session 0 is the connection itself: unsequenced frames name it, and no other do.
     #[error("session {session} does not fit frame kind {kind}")]
     Session {
-        /// Found in the header.
+        /// Value in the header.
         kind: u8,
-        /// Found in the header.
+        /// Value in the header.
         session: u32,
     },
 }
 
-/// What the first bytes of a peer that speaks HTTP do, if it does.
+/// Verb of the error message, `answered` or `asked`, if the first bytes are HTTP.
 fn http_verb(bytes: &[u8; HEADER_BYTES]) -> Option<&'static str> {
     const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT "];
     if bytes.starts_with(b"HTTP/") {

@@ -1,4 +1,4 @@
-//! What logs and errors need around a peer: its words made harmless, and its repetitions counted.
+//! Helpers for logs and errors about a peer: its words made harmless, and its repetitions counted.
 
 use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ fn is_harmless(character: char) -> bool {
             | '\u{e0000}'..='\u{e007f}')
 }
 
-/// Says how often one kind of message may be written: a burst, and then one in each period, with
+/// Rate limit of one kind of message: a burst, and then one in each period, with
 /// the number of those that were left out. It knows no clock.
 #[derive(Debug)]
 pub struct RateLimit {

@@ -1,4 +1,4 @@
-//! What stands in the bodies of frames. Byte tables are in `docs/PROTOCOL.md`.
+//! Bodies of frames. Byte tables are in `docs/PROTOCOL.md`.
 //!
 //! Numbers are little-endian. A body is read through a bounds-checked reader; each way of being
 //! wrong has its own [`MessageError`], and bytes that nobody asked for are refused (HELLO alone
@@ -27,7 +27,7 @@ pub const TEXT_BYTES_MAX: usize = 512;
 /// knows how it is made, and only who knows it can have the page.
 pub type PageId = [u8; PAGE_ID_BYTES];
 
-/// How a body can be wrong.
+/// An error in a frame's body.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MessageError {
@@ -38,13 +38,13 @@ pub enum MessageError {
         field: &'static str,
         /// Its size.
         needed: usize,
-        /// What the body has.
+        /// Bytes left in the body.
         left: usize,
     },
     /// The body goes on after its last field.
     #[error("{bytes} bytes after the last field")]
     Trailing {
-        /// How many.
+        /// Number of bytes.
         bytes: usize,
     },
     /// A field has a value that it can't have.
@@ -52,9 +52,9 @@ pub enum MessageError {
     Value {
         /// The field.
         field: &'static str,
-        /// What would be right.
+        /// Description of valid values.
         expected: &'static str,
-        /// What was found.
+        /// Value found.
         got: u64,
     },
     /// The payload is no whole number of rows.
@@ -86,9 +86,9 @@ pub struct Open<'a> {
     pub entry_layer: u16,
     /// The layer after the last one that the cloud computes.
     pub exit_layer: u16,
-    /// How rows are coded, for the session's life.
+    /// Codec of the rows, for the session's life.
     pub codec: u8,
-    /// How keys and values are stored.
+    /// Number format of keys and values.
     pub kv_type: u8,
     /// Arithmetic that the session's rows are computed in.
     pub arithmetic_id: u32,
@@ -101,8 +101,8 @@ pub struct Open<'a> {
 /// The cloud has opened a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opened {
-    /// So many leading pages of [`Open::pages`] are there already: their rows are committed, and
-    /// the ids from 1 on to the last of them are taken.
+    /// Number of leading pages of [`Open::pages`] that are there already: their rows are committed,
+    /// and the ids from 1 on to the last of them are taken.
     pub pages: u16,
 }
 
@@ -128,7 +128,7 @@ pub struct Commit {
 pub struct Dropped {
     /// Id of the first.
     pub first_id: u32,
-    /// How many consecutive ids; at least 1.
+    /// Number of consecutive ids; at least 1.
     pub count: u16,
 }
 
@@ -137,7 +137,7 @@ pub struct Dropped {
 pub struct Computed {
     /// Id of the first.
     pub first_id: u32,
-    /// How many consecutive ids; at least 1.
+    /// Number of consecutive ids; at least 1.
     pub count: u16,
     /// Microseconds that they waited for their step.
     pub queue_us: u32,
@@ -145,11 +145,11 @@ pub struct Computed {
     pub step_us: u32,
     /// Rows in the step, other sessions' included.
     pub step_rows: u32,
-    /// How fast the device's frames come in.
+    /// Arrival rate of the device's frames.
     pub arrivals: Arrivals,
 }
 
-/// Why a session failed. The numbers are the wire's.
+/// Reason that a session failed. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 #[non_exhaustive]
@@ -202,16 +202,16 @@ impl SessionErrorCode {
 /// A session failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionError<'a> {
-    /// Why, for programs.
+    /// Reason, for programs.
     pub code: SessionErrorCode,
-    /// Why, for people. Longer text is cut at [`TEXT_BYTES_MAX`].
+    /// Reason, for people. Longer text is cut at [`TEXT_BYTES_MAX`].
     pub text: &'a str,
 }
 
 /// The cloud has no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Busy {
-    /// When to try again.
+    /// Time after which to try again.
     pub retry_after_ms: u32,
 }
 
@@ -320,7 +320,7 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Writes the body to the front of `to` and says how many bytes it is.
+    /// Writes the body to the front of `to` and returns how many bytes it is.
     ///
     /// # Panics
     /// If `to` is shorter than [`Message::encoded_len`], or there are more than [`PAGE_IDS_MAX`]

@@ -19,7 +19,7 @@ pub const SMALL_BYTES: usize = 16 << 10;
 pub const LARGE_BYTES: usize = 68 << 10;
 const PAGE_BYTES: usize = 4096;
 
-/// How many buffers a pool has.
+/// Number and size of a pool's buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolConfig {
     /// Buffers of [`SMALL_BYTES`].

@@ -27,9 +27,9 @@ const SESSIONS: u32 = 3;
 /// Number of the epoch, and of the frame in its session.
 const HEAD_BYTES: usize = 12;
 
-/// What an application at one end of a connection knows, since the present epoch began.
+/// State of an application at one end of a connection since the present epoch began.
 struct App {
-    /// Stands in each frame; never used twice.
+    /// Number written into each frame; never used twice.
     tag: u64,
     peer_tag: Option<u64>,
     sent: BTreeMap<u32, u32>,
@@ -69,7 +69,7 @@ impl App {
     }
 }
 
-/// How often what was tried has happened.
+/// Number of times that each tried event has happened.
 #[derive(Debug, Default)]
 struct Seen {
     ups: usize,

@@ -30,7 +30,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::pool::{Buf, Pool, PoolConfig};
 use proptest::prelude::*;
 
-/// What happens to the two ends; `0` is the device.
+/// Event at one of the two ends; `0` is the device.
 #[derive(Clone, Debug)]
 enum Op {
     /// An application sends.

@@ -13,7 +13,8 @@ pub struct CudaMemory {
     allocation: Arc<Allocation>,
 }
 
-/// What a [`CudaMemory`] names. A stream of another GPU that copies from it keeps it, too.
+/// Memory of a GPU, which a [`CudaMemory`] names. A stream of another GPU that copies from it keeps
+/// it, too.
 pub(super) struct Allocation {
     context: Arc<Context>,
     address: sys::CUdeviceptr,
@@ -50,7 +51,7 @@ impl Allocation {
         Self { context, address, bytes, registered }
     }
 
-    /// Whether nobody may write to it.
+    /// True if it is read where it lies, so that nobody may write to it.
     pub(super) fn is_in_place(&self) -> bool {
         self.registered.is_some()
     }

@@ -20,11 +20,12 @@ use crate::gpu::Launch;
 const GRAPHS_MAX: usize = 256;
 /// A shorter run is not worth a graph.
 const GRAPH_LAUNCHES_MIN: usize = 4;
-/// So many go out without being asked for: the GPU begins while the rest of a step is gathered.
+/// Launches in a run after which it goes out unasked: the GPU begins while the rest of a step is
+/// gathered.
 const RUN_LAUNCHES_MAX: usize = 64;
 /// Pinned bytes for each direction.
 const STAGING_BYTES: usize = 8 << 20;
-/// Where copies begin in pinned memory.
+/// Alignment of a copy in pinned memory, in bytes.
 const STAGING_ALIGN: usize = 256;
 /// Copies from other GPUs between two waits, without an allocation here.
 const FETCHES: usize = 8;
@@ -32,7 +33,7 @@ const FETCHES: usize = 8;
 /// A call that the driver refused, or an error of work before it.
 pub(super) type Failed = (&'static str, DriverError);
 
-/// What went to the driver so far.
+/// Counts of the launches and calls that went to the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LaunchCounts {
     /// Kernels launched one by one.
@@ -45,7 +46,7 @@ pub struct LaunchCounts {
     pub captured: u64,
 }
 
-/// What was copied so far.
+/// Counts of copies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CopyCounts {
     /// From the host.
@@ -54,7 +55,7 @@ pub struct CopyCounts {
     pub down_bytes: u64,
     /// Copies from other [`super::Cuda`]s.
     pub fetches: u64,
-    /// What they fetched.
+    /// Bytes that copies from other GPUs fetched.
     pub fetched_bytes: u64,
 }
 
@@ -92,7 +93,7 @@ impl Run {
     }
 }
 
-/// What is known of a run that came before.
+/// A run that was launched before: its launches, and the graph that repeats it.
 struct Known {
     run: Run,
     graph: Graph,
@@ -100,7 +101,7 @@ struct Known {
 }
 
 enum Graph {
-    /// It came once.
+    /// The run came once.
     No,
     Made(sys::CUgraphExec),
     /// The driver would not.
@@ -130,7 +131,7 @@ impl Staging {
     }
 }
 
-/// What waits for a stream, and what is known of what came before.
+/// Launches and copies that wait for a stream, and the runs that were launched before.
 pub(super) struct Queue {
     stream: sys::CUstream,
     pending: Run,
@@ -140,9 +141,9 @@ pub(super) struct Queue {
     down: Option<Staging>,
     counts: LaunchCounts,
     copied: CopyCounts,
-    /// What copies on their way read.
+    /// Memory of other GPUs that copies on their way read.
     fetched: Vec<Arc<Allocation>>,
-    /// What nobody was there to be told.
+    /// Failure that no caller has been told of yet.
     failed: Option<Failed>,
 }
 
@@ -175,7 +176,7 @@ impl Queue {
         self.copied
     }
 
-    /// Whether so many launches wait that they should go out.
+    /// True if enough launches wait for the run to go out.
     pub(super) fn is_long(&self) -> bool {
         self.pending.calls.len() >= RUN_LAUNCHES_MAX
     }

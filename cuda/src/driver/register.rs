@@ -13,7 +13,7 @@ use crate::gpu::HostMap;
 
 /// Bytes of the smallest page; a map begins at one.
 const PAGE: usize = 4096;
-/// What kernels read at a time.
+/// Bytes that kernels read at a time.
 const VECTOR: usize = 16;
 
 /// Every map that is registered now.
@@ -76,18 +76,18 @@ impl Drop for Registered {
     }
 }
 
-/// How a GPU gets at weights.
+/// Way in which a GPU gets at weights.
 pub(super) enum Weights {
-    /// It has memory of its own.
+    /// The GPU has memory of its own.
     Copied,
-    /// It has none but the host's, and reads them there; with these flags of the driver.
+    /// The GPU has none but the host's, and reads weights there; with these flags of the driver.
     InPlace(u32),
-    /// As above, but the driver would not.
+    /// Host memory, which the driver would not map.
     Refused(String),
 }
 
 impl Weights {
-    /// What the driver says of a device.
+    /// Reads the properties that the driver reports for a device.
     pub(super) fn of(device: sys::CUdevice) -> Self {
         use sys::CUdevice_attribute_enum as Attribute;
         // A driver that does not know an attribute has no such thing.
@@ -141,7 +141,7 @@ impl Weights {
         .ok()
     }
 
-    /// In words.
+    /// Description, for people.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Copied => "weights copied".to_owned(),

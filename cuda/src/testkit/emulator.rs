@@ -17,13 +17,13 @@ use crate::gpu::{Gpu, GpuError, Launch, Memory, Number, Reach, bytes, bytes_mut}
 use crate::kernel::Kernel;
 
 const GPU: &str = "emulator";
-/// What memory holds before it is written: NaN as f16 and as f32.
+/// Byte that fills memory before it is written: NaN as f16 and as f32.
 const POISON: u8 = 0xff;
 /// Bytes before and behind an allocation that nobody may write.
 const MARGIN: usize = 4096;
 const ALIGNMENT: usize = 256;
 
-/// Why there is no emulator.
+/// An error in building the emulator.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulatorError {
@@ -33,22 +33,22 @@ pub enum EmulatorError {
     /// The kernels do not compile as host C++.
     #[error("{compiler} failed:\n{log}")]
     Compile {
-        /// Which compiler.
+        /// Path of the compiler.
         compiler: String,
-        /// What it said.
+        /// The compiler's output.
         log: String,
     },
     /// A file can't be read, written or opened.
     #[error("{path}: {reason}")]
     File {
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// What is wrong.
+        /// The system's text.
         reason: String,
     },
 }
 
-/// In which order the threads of a block, and the blocks, run. A right kernel gives the same bits
+/// Order in which the threads of a block, and the blocks, run. A right kernel gives the same bits
 /// under each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
@@ -63,7 +63,7 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// What tests try.
+    /// All thread orders that tests try.
     pub const ALL: [Self; 5] =
         [Self::InOrder, Self::WarpsAhead, Self::WarpsBehind, Self::Shuffled(0), Self::Shuffled(1)];
 
@@ -77,7 +77,7 @@ impl Schedule {
     }
 }
 
-/// What the launches so far have done.
+/// Totals over the launches so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counts {
@@ -118,7 +118,7 @@ pub struct Build {
     pub kernels: PathBuf,
     /// The folder of the emulator.
     pub emulator: PathBuf,
-    /// Where libraries are kept.
+    /// Folder in which compiled libraries are kept.
     pub cache: PathBuf,
 }
 
@@ -251,7 +251,7 @@ pub struct Emulator {
     recorder: Option<Recorder>,
 }
 
-/// Where launches are written down, to be run again by another build (`emu/replay.cpp`).
+/// File of launches, to be run again by another build (`emu/replay.cpp`).
 struct Recorder {
     folder: PathBuf,
     /// Launches so far, by kernel.
@@ -309,7 +309,7 @@ impl Block {
         self.storage.cast::<u8>().wrapping_add(self.begin)
     }
 
-    /// Whether what stands around the content is untouched.
+    /// True if the guard bytes around the content are untouched.
     fn is_whole(&self) -> bool {
         // SAFETY: the storage lives as long as `self`; no kernel runs, see `Send`.
         let all = unsafe { &*self.storage };
@@ -358,7 +358,7 @@ impl Emulator {
         self.schedule = schedule;
     }
 
-    /// What the launches so far have done.
+    /// Totals over the launches so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.counts

@@ -38,7 +38,7 @@ pub enum Rows {
 /// Runs an operation over 32 rows of 4 words; `out` gets 4 words of each lane.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length is not that.
@@ -73,7 +73,7 @@ pub fn rows(
 /// of C, which become those of D; whole numbers for bytes, else f32.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length is not that.

@@ -15,7 +15,7 @@ const PRODUCT_FLOPS: u64 = 2 * 16 * 8 * 16;
 /// Copies bytes; returns what that is.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If the lengths are not the same multiple of 16.
@@ -40,7 +40,7 @@ pub fn copy(
     Ok(Work { bytes: 2 * bytes as u64, flops: 0 })
 }
 
-/// What is multiplied.
+/// Number formats of the products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Numbers {
     /// f16, f32 sums.
@@ -53,7 +53,7 @@ pub enum Numbers {
 /// `from` has 128 words, `out` 256 numbers of each block.
 ///
 /// # Errors
-/// If the GPU says no.
+/// If the GPU fails.
 ///
 /// # Panics
 /// If a length is not that, or there is no block.

@@ -1,4 +1,4 @@
-//! What tests run on: the emulator, or a GPU, chosen when they start.
+//! The bed of kernel tests: the emulator, or a GPU, chosen when they start.
 //!
 //! One type for both, so that a test's body is written once and runs wherever there is a GPU.
 
@@ -12,14 +12,14 @@ use crate::gpu::{Gpu, GpuError, HostMap, Launch, Memory, Number, Reach};
 use crate::kernel::Kernel;
 use crate::testkit::emulator::{Build, Counts, Emulator, EmulatorError, EmulatorMemory, Schedule};
 
-/// In the environment: the number of the GPU that tests run on. Without it, the emulator.
+/// Environment variable with the number of the GPU that tests run on. Without it, the emulator.
 pub const GPU: &str = "HAT_TEST_GPU";
 /// In the environment: `ptx` for PTX through the compiler of that GPU's driver, also where there is
 /// machine code for the GPU.
 const FORM: &str = "HAT_CUDA_FORM";
 
-/// What was made with the C++ compiler; nothing, and a line on standard error that `what` was not
-/// tried, where there is none and `HAT_NO_EMULATOR` was set when this was built.
+/// Result of a build with the C++ compiler; `None`, and a line on standard error that `what` was
+/// not tried, where there is no compiler and `HAT_NO_EMULATOR` was set when this was built.
 ///
 /// # Panics
 /// If there is none and it was not set, and at every other error.
@@ -48,7 +48,7 @@ pub struct TestGpu {
     tally: Arc<Tally>,
 }
 
-/// What a test runs on.
+/// Machine that a test runs on.
 pub enum Kind {
     /// The kernels as host C++.
     Emulator(Emulator),
@@ -85,9 +85,9 @@ impl Tally {
 
 /// Its memory.
 pub enum TestMemory {
-    /// Of the emulator.
+    /// Memory of the emulator.
     Emulator(EmulatorMemory),
-    /// Of a GPU.
+    /// Memory of a GPU.
     Cuda(CudaMemory),
 }
 

@@ -1,4 +1,4 @@
-//! What is committed under `kernels/gen/` belongs to the sources beside it.
+//! Tests that the artefacts committed under `kernels/gen/` belong to the sources beside it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -13,7 +13,7 @@ use crate::stand::{Random, bits, counts, gpu, memory, numbers, room, same_under_
 
 const KINDS: [Numbers; 4] = [Numbers::Q8_0, Numbers::Q4_0, Numbers::Q4_1, Numbers::Q6K];
 
-/// Which launcher multiplies.
+/// Launcher that multiplies.
 #[derive(Clone, Copy, Debug)]
 enum By {
     Gemv,

@@ -7,13 +7,13 @@ pub struct Mutant {
     pub file: String,
     /// Tests that may notice it; fewer take less time.
     pub tests: Vec<String>,
-    /// What is wrong, in words.
+    /// Description of the fault.
     pub what: String,
-    /// Whether it is known to live; docs/KERNELS.md says why.
+    /// True if it is known to live; docs/KERNELS.md says why.
     pub lives: bool,
-    /// What stands there, once.
+    /// Text to replace; it stands there once.
     pub from: String,
-    /// What stands there instead.
+    /// Text that replaces it.
     pub to: String,
 }
 

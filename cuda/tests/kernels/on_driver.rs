@@ -38,7 +38,7 @@ pub fn fake_driver(flags: &[&str]) -> Option<PathBuf> {
     compiled(build().driver(flags), "the driver")
 }
 
-/// In the environment of a process: the body that it runs.
+/// Environment variable of a child process with the body that it runs.
 const BODY: &str = "HAT_TEST_BODY";
 /// The status of a process whose body has ended; no test program ends with it by itself.
 const BODY_ENDED: i32 = 86;

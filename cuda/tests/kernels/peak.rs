@@ -1,4 +1,4 @@
-//! What benches take percents of: the copies are copies, and the products as many as they say.
+//! Tests of the yardsticks of benches: the copies are copies, and the products as many as they say.
 
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::testkit::peak::{Numbers, copy, multiply};

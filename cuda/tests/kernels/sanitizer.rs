@@ -41,7 +41,7 @@ fn tests(names: &[String], environment: &[(&str, &Path)]) -> Option<Output> {
     Some(child.wait_with_output().unwrap())
 }
 
-/// What the launches of all tests are, as files.
+/// Files with the launches of all tests.
 fn recorded() -> Vec<PathBuf> {
     let folder = folder("recorded");
     let output = tests(&[], &[(RECORD, &folder)]);
@@ -96,7 +96,7 @@ fn changed(mutant: &Mutant) -> Build {
     Build { kernels, ..original }
 }
 
-/// How a mutant died.
+/// Verdict of the sanitizer on a mutant.
 fn fate(mutant: &Mutant, launches: &[PathBuf]) -> &'static str {
     let build = changed(mutant);
     let flags = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];

@@ -15,7 +15,7 @@ pub struct Row {
     pub slot: u32,
     /// Slot of each position up to its own.
     pub keys: Vec<u32>,
-    /// How many of those are named by `prefix_len`.
+    /// Number of leading `keys` that the plan names by `prefix_len`.
     pub prefix_len: u32,
 }
 
@@ -142,7 +142,7 @@ impl Store {
         (((layer * pages + page as usize) * kv_heads + head) * PAGE_SIZE + row) * head_dim
     }
 
-    /// Where a slot of a sequence stands.
+    /// Place of a sequence's slot.
     pub fn slot(&self, layer: usize, sequence: &Sequence, slot: u32, head: usize) -> usize {
         let slot = slot as usize;
         self.at(layer, sequence.pages[slot / PAGE_SIZE], slot % PAGE_SIZE, head)
@@ -210,7 +210,7 @@ pub fn expected(
     out
 }
 
-/// What the kernels say: `[rows][heads][head_dim]`.
+/// The kernels' result: `[rows][heads][head_dim]`.
 pub fn attended(
     gpu: &mut TestGpu,
     store: &Store,

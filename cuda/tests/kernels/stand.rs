@@ -1,4 +1,4 @@
-//! What the tests stand on: a GPU, random numbers, comparison.
+//! The bed of the kernel tests: a GPU, random numbers, comparison.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use hat_cuda::gpu::{Gpu as _, Number};
 use hat_cuda::testkit::emulator::{Build, Counts, Schedule};
 use hat_cuda::testkit::test_gpu::{Kind, TestGpu, TestMemory};
 
-/// In the environment: another folder of kernels for the emulator. For tests of the tests.
+/// Environment variable with another folder of kernels for the emulator, for tests of the tests.
 pub const KERNELS: &str = "HAT_TEST_KERNELS";
 
-/// In the environment: where the emulator writes launches down.
+/// Environment variable with the folder into which the emulator writes launches.
 pub const RECORD: &str = "HAT_TEST_RECORD";
 
 /// The folder of what is compiled for tests.
@@ -63,7 +63,7 @@ pub fn room<T: Number>(gpu: &mut TestGpu, count: usize) -> TestMemory {
     gpu.alloc(count * size_of::<T>(), "a test").unwrap()
 }
 
-/// What memory holds, from its begin.
+/// Content of memory, from its begin.
 pub fn numbers<T: Number + Default>(
     gpu: &mut TestGpu,
     memory: &TestMemory,
@@ -91,17 +91,17 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// In `0..limit`.
+    /// A random number in `0..limit`.
     pub fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 
-    /// In `-1..1`.
+    /// A random number in `-1..1`.
     pub fn number(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// So many in `-scale..scale`.
+    /// `count` random numbers in `-scale..scale`.
     pub fn numbers(&mut self, count: usize, scale: f32) -> Vec<f32> {
         (0..count).map(|_| self.number() * scale).collect()
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use hat_loader::Bundle;
 use hat_plan::{BackendError, BackendFault};
 
-/// Why a model could not be loaded.
+/// An error in loading a model.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A field of a configuration is out of range.
@@ -35,7 +35,7 @@ impl LoadError {
     }
 }
 
-/// Why a step of the whole model gave no logits.
+/// An error in a step of the whole model, which gave no logits.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     /// The model computed something that is no number.

@@ -1,4 +1,4 @@
-//! What computes: backends, and the decoder-only models that run on them.
+//! Backends, and the decoder-only models that run on them.
 //!
 //! [`backend`] is the seam under the model, one method for each kernel. [`DeviceModel`],
 //! [`MiddleModel`] and [`DraftModel`] are the submodels over any backend, behind the traits of

@@ -1,4 +1,4 @@
-//! Which backend computes, and the submodels loaded on it.
+//! Choice of a backend, and the submodels loaded on it.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use crate::backend::cpu::{CpuBackend, CpuConfig, Level};
 use crate::backend::cuda::CudaBackend;
 use crate::{DeviceModel, DraftModel, LoadError, MiddleModel};
 
-/// Where a GPU has its weights. One with memory of its own always has them there.
+/// Memory in which a GPU has its weights. A GPU with memory of its own always has them there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GpuWeights {
@@ -39,8 +39,8 @@ impl GpuWeights {
     }
 }
 
-/// Which kernels compute. A GPU is taken only where it is asked for; what has run on which is
-/// in `cuda/HARDWARE.md`.
+/// Processor that computes. A GPU is taken only if it is asked for; `cuda/HARDWARE.md` lists what
+/// has run on which.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Processor {
@@ -81,7 +81,7 @@ impl Processor {
         }
     }
 
-    /// Whether it takes the CPU where there is no GPU.
+    /// True if it takes the CPU where there is no GPU.
     #[must_use]
     pub fn falls_back(self) -> bool {
         match self {
@@ -94,16 +94,16 @@ impl Processor {
     }
 }
 
-/// Where a model computes.
+/// Settings of the backend that a model computes on.
 #[derive(Clone, Copy, Debug)]
 pub struct ComputeConfig {
-    /// Which kernels.
+    /// Processor to use.
     pub processor: Processor,
-    /// Where a GPU has its weights.
+    /// Memory in which a GPU has its weights.
     pub weights: GpuWeights,
     /// Compute threads of a CPU backend, the caller's among them; at least 1.
     pub threads: usize,
-    /// How much nicer these threads are than the process.
+    /// Niceness of these threads, on top of the process's.
     pub nice: u8,
 }
 
@@ -272,7 +272,7 @@ pub fn middle(
     })
 }
 
-/// What `load` makes of a configuration; or of the CPU, if the processor falls back and its GPU is
+/// Result of `load` for a configuration; or for the CPU, if the processor falls back and its GPU is
 /// too small or has no kernel for the model.
 fn or_on_cpu<T>(
     config: &ComputeConfig,

@@ -1,6 +1,6 @@
-//! What of the CUDA backend has the bits of the CPU's arithmetic 1, on the emulator or on the GPU
-//! that `HAT_TEST_GPU` names: all but attention and products of float matrices. These are as near
-//! as activations of 16 bits are.
+//! Tests that parts of the CUDA backend have the bits of the CPU's arithmetic 1, on the emulator or
+//! on the GPU that `HAT_TEST_GPU` names: all but attention and products of float matrices. These
+//! are as near as activations of 16 bits are.
 //!
 //! Without a C++ compiler these tests fail, unless `HAT_NO_EMULATOR` was set when they were built:
 //! then they count as ignored.

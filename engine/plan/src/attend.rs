@@ -1,4 +1,4 @@
-//! Which rows of a batch attend to what, and the sizes of what they attend in.
+//! Attention of a batch's rows: the plan, and the sizes of heads and KV stores.
 
 /// Rows of one KV page, and keys of one attention tile.
 pub const PAGE_SIZE: usize = 32;
@@ -6,7 +6,8 @@ pub const PAGE_SIZE: usize = 32;
 /// Most rows that may pend at once, and so the longest tail of a row.
 pub const PENDING_ROWS_MAX: usize = 64;
 
-/// Which rows attend to what. Ragged, sequence after sequence, in the order of the batch.
+/// Positions, slots and pages that each row attends to. Ragged, sequence after sequence, in the
+/// order of the batch.
 ///
 /// A *slot* counts rows of KV within one sequence: slot `s` is row `s % PAGE_SIZE` of page
 /// `page_indices[page_indptr[i] + s / PAGE_SIZE]`. The first `prefix_len[r]` logical positions of
@@ -21,7 +22,7 @@ pub struct AttendPlan<'a> {
     pub slots: &'a [u32],
     /// Logical positions of each row that stand at the slot of the same number. `[rows]`
     pub prefix_len: &'a [u32],
-    /// Where each row's part of `tail_slots` begins and ends. `[rows + 1]`
+    /// Begin and end of each row's part of `tail_slots`. `[rows + 1]`
     pub tail_indptr: &'a [u32],
     /// Slots of the logical positions `prefix_len..=position`.
     pub tail_slots: &'a [u32],
@@ -42,7 +43,7 @@ impl AttendPlan<'_> {
     }
 }
 
-/// How one model attends; the same for every layer.
+/// Heads of one model's attention; the same for every layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttendShape {
     /// Query heads; a multiple of `kv_heads`.
@@ -108,7 +109,7 @@ pub struct RowMove {
     pub to: (u32, u32),
 }
 
-/// Where one row goes.
+/// Position and slot of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowPlace {
     /// Logical position.

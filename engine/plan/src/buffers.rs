@@ -18,7 +18,7 @@ pub struct PlanBuffers {
 }
 
 impl PlanBuffers {
-    /// Room for so many rows, sequences and pages, so that a step allocates nothing.
+    /// Room for this many rows, sequences and pages, so that a step allocates nothing.
     #[must_use]
     pub fn with_capacity(rows: usize, sequences: usize, pages: usize) -> Self {
         Self {

@@ -1,21 +1,21 @@
-//! What goes wrong below the model: while it starts, and while it runs.
+//! Faults below the model: while it starts, and while it runs.
 
 use std::error::Error;
 use std::fmt;
 
-/// Why a backend did not compute what it was asked to.
+/// A fault of a backend, which did not compute its step.
 ///
 /// The methods of a backend return nothing: a GPU reports a fault in a kernel with a later call, or
 /// a later step. So a backend keeps what went wrong, computes nothing more (what is downloaded is
 /// NaN), and says so when [`crate::Computes::fault`] asks, once after each step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendFault {
-    /// Which backend.
+    /// Name of the backend.
     pub backend: &'static str,
-    /// What happened, in one line.
+    /// Description of the fault, in one line.
     pub reason: String,
-    /// Whether the backend is lost to this process. If not, it goes on with the next step, but
-    /// what KV stores hold is not what the plans before said.
+    /// True if the backend is lost to this process. If not, it goes on with the next step, but the
+    /// content of KV stores is not what the plans before said.
     pub lasts: bool,
 }
 
@@ -27,38 +27,38 @@ impl fmt::Display for BackendFault {
 
 impl Error for BackendFault {}
 
-/// Why a backend can't be started, hold a model, or run it.
+/// An error in starting a backend, in loading a model into it, or in running the model.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum BackendError {
     /// A tensor has a type, layout or shape that this backend has no kernel for.
     Unsupported {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
         /// The tensor's name.
         tensor: String,
-        /// What does not fit.
+        /// Description of the mismatch.
         reason: String,
     },
     /// The backend can't be started as configured.
     Config {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
         /// The field of its configuration.
         field: &'static str,
-        /// What is wrong with it.
+        /// Description of the fault.
         reason: String,
     },
     /// Memory could not be had.
     OutOfMemory {
-        /// Which backend.
+        /// Name of the backend.
         backend: &'static str,
-        /// How many bytes were asked for.
+        /// Bytes that were asked for.
         bytes: usize,
-        /// What for.
+        /// Purpose of the memory.
         purpose: &'static str,
     },
-    /// It did not compute what it was asked to.
+    /// The backend did not compute its step.
     Fault(BackendFault),
 }
 

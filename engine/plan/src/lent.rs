@@ -16,7 +16,7 @@ impl Lent {
         Self(Arc::clone(rows) as _)
     }
 
-    /// What is lent, if it is of this type.
+    /// The lent value, if it is of this type.
     #[must_use]
     pub fn rows<T: Send + Sync + 'static>(&self) -> Option<&T> {
         self.0.downcast_ref()

@@ -49,7 +49,8 @@ pub trait DeviceForward: Computes + Send {
 /// The rows of one step of the middle submodel.
 #[derive(Debug, Default)]
 pub struct MiddleStep {
-    /// Which rows, sequence after sequence; sequences stand in ascending order of entry layer.
+    /// Plan of the rows, sequence after sequence; sequences stand in ascending order of entry
+    /// layer.
     pub plan: PlanBuffers,
     /// Entry layer of each sequence, ascending. `[sequences]`
     pub entry_layers: Vec<u32>,
@@ -79,11 +80,12 @@ pub trait MiddleForward: Computes + Send {
         let _ = (next, steps);
         Ok(())
     }
-    /// How rows get to the stage that this one is linked to, in words; `None` through `hidden`.
+    /// Description of the way in which rows get to the stage that this one is linked to; `None`
+    /// through `hidden`.
     fn hands_over(&self) -> Option<&str> {
         None
     }
-    /// What it is, for the stage before it.
+    /// The model as `Any`, for the stage before it.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }
@@ -101,9 +103,9 @@ pub struct Likely {
 /// A trained drafter's layer and head. The caller keeps the slots: a sequence of the drafter's own,
 /// whose committed rows are decided tokens.
 pub trait DraftForward: Computes + Send {
-    /// Shallow rows are those after so many layers.
+    /// Shallow rows are those after this many layers.
     fn split_layer(&self) -> usize;
-    /// Whether [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
+    /// True if [`DraftForward::remember`] and [`DraftForward::decide`] look at deep rows.
     fn reads_deep(&self) -> bool;
     /// Fills the keys of decided rows from which nothing is drafted. `shallow` and `deep_before`
     /// are `[rows, hidden_size]`; `deep_before` holds what the cloud returned for the token before

@@ -11,13 +11,13 @@ use super::{Ahead, ChunkCosts, FOREVER_S, Limits, equal};
 const CELLS_MAX: u32 = 256;
 /// Ways that are kept for one prefix.
 const WAYS_MAX: usize = 8;
-/// Up to so many cells all sizes are tried, and beyond that four in each doubling.
+/// Number of cells up to which all sizes are tried; beyond that, four in each doubling.
 const CELLS_DENSE: u32 = 24;
 /// Gains below this share of the finish are not looked for.
 const GAIN_MIN: f64 = 2e-3;
 /// Chunks that the last improvements may look at.
 const POLISH_MAX: u64 = 8192;
-/// Of two ways that differ by less than this share of the finish, one is kept.
+/// Share of the finish below which the difference of two ways is ignored: one is kept.
 const ALIKE: f64 = 1e-4;
 
 /// One way to a prefix.
@@ -40,7 +40,7 @@ pub(super) struct Search {
     evaluated: u64,
 }
 
-/// What one search keeps in view.
+/// State of one search.
 struct Task<'a> {
     costs: &'a ChunkCosts,
     held: u32,
@@ -128,7 +128,7 @@ impl Search {
         best_s
     }
 
-    /// When chunks of `size` end, if that is allowed and before `best_s`.
+    /// End of chunks of `size`, if they are allowed and end before `best_s`.
     fn try_size(&mut self, task: &Task<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
         if task.bound_of(&ahead, size) >= best_s {
             return None;
@@ -286,8 +286,7 @@ impl Search {
         best_s
     }
 
-    /// When chunks of `sizes` after `done` rows end; infinite if not before `best_s` or not
-    /// allowed.
+    /// End of chunks of `sizes` after `done` rows; infinite if not before `best_s` or not allowed.
     fn finish(
         &mut self,
         task: &Task<'_>,
@@ -330,7 +329,7 @@ impl Task<'_> {
         ((from + step) * self.cell).min(self.rows) - from * self.cell
     }
 
-    /// Whether a chunk of `rows` rows may run after `done` rows. A cell always may.
+    /// True if a chunk of `rows` rows may run after `done` rows. A cell always may.
     fn allows(&self, rows: u32, done: u32) -> bool {
         let prefix = self.held.saturating_add(done);
         rows <= self.rows_max
@@ -406,7 +405,7 @@ impl Task<'_> {
     }
 }
 
-/// Whether `one` is nowhere later than `other`, but for `alike_s`.
+/// True if `one` is nowhere later than `other`, but for `alike_s`.
 fn beats(one: &Ahead, other: &Ahead, alike_s: f64) -> bool {
     one.device_s <= other.device_s + alike_s
         && one.uplink_s <= other.uplink_s + alike_s

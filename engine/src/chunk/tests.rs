@@ -369,7 +369,7 @@ proptest! {
         prop_assert!(auto.finish_s <= most, "{} {} {:?}", auto.finish_s, best, auto.sizes);
     }
 
-    /// Whatever the estimates: all rows, within the limits, and a number.
+    /// A plan covers all rows within the limits and has a finite time, for any estimates.
     #[test]
     fn any_estimates_give_a_plan(
         numbers in prop::array::uniform9(wild()), stages in 0u32..5, rows in 0u32..5000,

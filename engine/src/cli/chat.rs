@@ -209,7 +209,7 @@ impl Interrupts {
     }
 }
 
-/// The meaning of what came from the prompt.
+/// Input from the prompt.
 #[derive(Debug, PartialEq, Eq)]
 enum Typed {
     Message(String),
@@ -230,7 +230,7 @@ impl Typed {
     }
 }
 
-/// Where messages come from.
+/// Source of messages.
 enum Input {
     /// A terminal.
     Editor(Box<Editor<(), MemHistory>>),

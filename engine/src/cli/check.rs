@@ -6,7 +6,7 @@ use hat_engine::Metrics;
 use hat_engine::options::Codec;
 use serde_json::json;
 
-/// What came of the comparison.
+/// Result of the comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Check {
     wire: Codec,
@@ -45,7 +45,7 @@ impl Check {
         })
     }
 
-    /// For the object of `--json`. Tokens count from 0, as in `token_ids`.
+    /// Fields for the object of `--json`. Tokens count from 0, as in `token_ids`.
     pub(crate) fn json(&self) -> serde_json::Value {
         json!({
             "wire": self.wire.name(),

@@ -88,7 +88,7 @@ impl GenerateArgs {
         check.map_or(Ok(()), |check| check.verdict())
     }
 
-    /// What the whole model answers with rows that go through `wire`.
+    /// Answer of the whole model with rows that go through `wire`.
     fn whole(
         &self,
         cache: &Path,

@@ -104,7 +104,7 @@ struct PullArgs {
     bundle: BundleArgs,
 }
 
-/// How it runs.
+/// Options of a role's process.
 #[derive(Args, Clone)]
 pub(crate) struct RunArgs {
     /// Network backend: mio (epoll), uring (io_uring) or memory (both roles in one process).
@@ -152,7 +152,7 @@ fn parse_processor(text: &str) -> Result<Processor, String> {
     })
 }
 
-/// What the device role asks of its cloud.
+/// Options of the device role about its cloud.
 #[derive(Args, Clone)]
 pub(crate) struct DeviceRunArgs {
     #[command(flatten)]
@@ -323,7 +323,7 @@ impl RunArgs {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
     }
 
-    /// Where the whole model computes.
+    /// Settings of the whole model's backend.
     pub(crate) fn compute(&self) -> ComputeConfig {
         let Self { processor, weights, nice, .. } = *self;
         ComputeConfig { processor, weights, threads: self.threads(), nice }
@@ -360,13 +360,13 @@ pub(crate) struct SamplerArgs {
     /// Divisor of the logits of tokens that occurred; 1 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     repetition_penalty: Option<f32>,
-    /// Subtracted once from the logits of tokens that occurred; 0 changes nothing.
+    /// Penalty subtracted once from the logits of tokens that occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     presence_penalty: Option<f32>,
-    /// Subtracted from the logit of a token for each time it occurred; 0 changes nothing.
+    /// Penalty subtracted from a token's logit for each time it occurred; 0 changes nothing.
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     frequency_penalty: Option<f32>,
-    /// TOKEN=BIAS, added to the token's logit; may be repeated.
+    /// Bias added to the logit of token id TOKEN; may be repeated.
     #[arg(long, value_name = "TOKEN=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
     /// Seed of sampling [default: 0 for generate, a new one for each answer of chat].

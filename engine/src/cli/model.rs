@@ -10,7 +10,7 @@ use hat_loader::{Bundle, Role};
 /// The variable behind `--bundle`.
 const VARIABLE: &str = "HAT_BUNDLE";
 
-/// Which model, cut where.
+/// Options that name a model and its split.
 #[derive(Args, Clone)]
 pub(crate) struct BundleArgs {
     /// Model: a bundle made by hat-split or one half of it, or a GGUF file or a Hugging Face

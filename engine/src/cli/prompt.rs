@@ -80,7 +80,7 @@ pub(super) fn system(given: &str) -> anyhow::Result<String> {
     source.read(&mut io::empty(), false).context("reading the system message")
 }
 
-/// Where a text is.
+/// Place of a text.
 #[derive(Debug, PartialEq, Eq)]
 enum Source<'a> {
     Text(&'a str),

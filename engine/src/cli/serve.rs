@@ -309,7 +309,7 @@ fn local(field: &'static str, text: &str, port: u16) -> Result<SocketAddr, Strin
     address.resolve().map_err(|error| error.to_string())
 }
 
-/// Where secrets of this user's roles are kept.
+/// Folder for the secrets of this user's roles.
 pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|path| !path.is_empty());
     let base = variable("XDG_STATE_HOME")

@@ -48,7 +48,7 @@ pub(super) struct Terminal {
 }
 
 struct Shared {
-    /// Where marks are switched on and off.
+    /// Terminal on which marks are switched on and off.
     control: Option<File>,
     original: Termios,
     /// Settings between prompts; none for a terminal without a line editor.

@@ -113,7 +113,7 @@ impl Address {
         }
     }
 
-    /// Whether [`Address::resolve`] asks nobody.
+    /// True if [`Address::resolve`] needs no name server.
     pub(crate) fn is_ip(&self) -> bool {
         matches!(self.host, Host::Ip(_))
     }

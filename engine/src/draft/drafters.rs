@@ -12,7 +12,7 @@ const BYTES_MAX: u64 = 1 << 30;
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Drafters {
-    /// Those of the program, by name: the contents of files.
+    /// Drafters of the program, by name: the contents of files.
     pub built_in: &'static [(&'static str, &'static [u8])],
     /// A directory of files, `*.safetensors`. One that is not there holds none.
     pub directory: Option<PathBuf>,
@@ -20,7 +20,7 @@ pub struct Drafters {
 
 /// A drafter for a bundle's model and split.
 pub struct Fitting {
-    /// Where it is from, for people.
+    /// Its origin, for people.
     pub origin: String,
     /// The drafter.
     pub adapter: Adapter,

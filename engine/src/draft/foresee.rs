@@ -1,4 +1,5 @@
-//! What a request that samples is likely to choose, before its logits are there.
+//! Prediction of the token that a request that samples is likely to choose, before its logits are
+//! there.
 //!
 //! A token is chosen as the argmax of `logit / temperature + noise`, and the noise is known in
 //! advance: it is a function of seed, answer number, position and token. So a drafter that has an
@@ -21,7 +22,7 @@ pub struct Draw<'a> {
 }
 
 impl<'a> Draw<'a> {
-    /// For answer number `choice` of a request; `None` if it is greedy.
+    /// Prediction for answer number `choice` of a request; `None` if it is greedy.
     #[must_use]
     pub fn new(config: &'a SamplerConfig, choice: u32) -> Option<Self> {
         (config.temperature > 0.0).then_some(Self { config, choice })

@@ -32,7 +32,7 @@ pub struct Lookup {
     /// Index of the last token of each run's latest place. The runs that end at the newest token
     /// are not in it yet: nothing follows them.
     latest: HashMap<[TokenId; NGRAM_MAX], u32>,
-    /// For each token, and each length of the run that ends with it: the place before this one.
+    /// Previous place of each token, and of each length of the run that ends with it.
     before: Vec<[u32; NGRAM_MAX]>,
 }
 
@@ -73,7 +73,7 @@ impl Lookup {
         self.tokens.len()
     }
 
-    /// Whether there are none.
+    /// True if it has no entries.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
@@ -133,7 +133,7 @@ impl Lookup {
         })
     }
 
-    /// How many tokens up to the one at `at` equal those at the end.
+    /// Number of tokens up to the one at `at` that equal those at the end.
     fn matched(&self, at: usize) -> usize {
         let end = self.tokens.iter().rev();
         let here = self.tokens[..=at].iter().rev();
@@ -147,7 +147,7 @@ fn key(run: &[TokenId]) -> [TokenId; NGRAM_MAX] {
     key
 }
 
-/// Guesses are alike by how many tokens match before them, and by whether they are the first
+/// Class of a draft: the number of tokens that match before it, and whether it is the first
 /// choice.
 fn source(rank: usize, matched: usize) -> Source {
     let class = matched.clamp(1, MATCH_MAX) - 1 + if rank == 0 { 0 } else { MATCH_MAX };

@@ -24,7 +24,7 @@ pub use mode::DraftMode;
 pub use policy::{Acceptance, DraftPolicy};
 pub use tree::{Node, Tree};
 
-/// Who proposed a token.
+/// Drafter that proposed a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drafter {
     /// [`Lookup`]: what followed the same words before.
@@ -47,12 +47,12 @@ impl Drafter {
     }
 }
 
-/// Who proposed a token, and how good such proposals are: those of one class are alike.
+/// Drafter of a token, and the class of its confidence: proposals of one class are equally good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source {
-    /// Who.
+    /// The drafter.
     pub drafter: Drafter,
-    /// Which of the drafter's classes, `0..CLASSES`.
+    /// Class of the drafter's confidence, `0..CLASSES`.
     pub class: u8,
 }
 

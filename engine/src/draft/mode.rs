@@ -2,7 +2,7 @@
 
 use crate::Error;
 
-/// How a request is drafted. What is answered does not depend on it.
+/// Drafting mode of a request. The answer does not depend on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DraftMode {
@@ -43,7 +43,7 @@ impl DraftMode {
         }
     }
 
-    /// Whether rows may go up before earlier verdicts are back.
+    /// True if rows may go up before earlier verdicts are back.
     #[must_use]
     pub const fn streams(self) -> bool {
         matches!(self, Self::Auto | Self::Stream | Self::All)
@@ -60,13 +60,13 @@ impl DraftMode {
         }
     }
 
-    /// Whether the trained drafter is asked if there is one.
+    /// True if the trained drafter is asked if there is one.
     #[must_use]
     pub const fn asks_trained(self) -> bool {
         !matches!(self, Self::Off | Self::Lookup)
     }
 
-    /// Whether it asks for a trained drafter by name.
+    /// True if it asks for a trained drafter by name.
     #[must_use]
     pub const fn wants_trained(self) -> bool {
         matches!(self, Self::Chain | Self::Tree | Self::Stream | Self::All)

@@ -105,8 +105,8 @@ pub struct Asking {
 const PAUSE_MAX: u32 = 32;
 
 impl Asking {
-    /// A round in which it was asked has brought so many tokens in so many seconds. `plain` is what
-    /// a second brings without drafts, if that is known.
+    /// A round in which it was asked has brought this many tokens in so many seconds. `plain` is
+    /// what a second brings without drafts, if that is known.
     pub fn note(&mut self, tokens: usize, seconds: f64, plain: Option<f64>) {
         self.tokens.note(tokens as f64);
         self.seconds.note(seconds);
@@ -136,7 +136,7 @@ impl Default for Acceptance {
     }
 }
 
-/// Where lookup begins, by match length 1 to 8: first choices, then the others.
+/// Initial acceptance rates of lookup, by match length 1 to 8: first choices, then the others.
 const LOOKUP_FIRST: [f32; CLASSES] = [
     0.25, 0.4, 0.55, 0.65, 0.72, 0.78, 0.82, 0.85, //
     0.08, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.82,

@@ -47,7 +47,7 @@ pub struct Drafted<'a> {
     pub root_position: u32,
     /// Shallow rows of the new ones. `[nodes.len() - first, hidden_size]`
     pub shallow: &'a [f32],
-    /// How what follows will be drawn; `None` if the likeliest token is taken.
+    /// Sampling of the tokens that follow; `None` if the likeliest token is taken.
     pub draw: Option<Draw<'a>>,
 }
 
@@ -69,7 +69,7 @@ pub trait Trained: Send {
         ARITHMETIC_CPU
     }
 
-    /// Why it did not compute something since the last question; what it keeps means nothing then.
+    /// Fault of the drafter since the last call, if there was one; its state means nothing then.
     /// A fault that lasts is the answer from then on.
     fn fault(&mut self) -> Option<BackendFault> {
         None

@@ -13,7 +13,7 @@ use hat_plan::TokenId;
 
 use super::Source;
 
-/// Most nodes of a tree, its root included: so many rows may pend in the cloud.
+/// Most nodes of a tree, its root included: this many rows may pend in the cloud.
 pub const NODES_MAX: usize = 64;
 
 /// One token of a tree.
@@ -27,7 +27,7 @@ pub struct Node {
     pub depth: u32,
     /// Probability that the walk comes by, as its drafters see it. `0..=1`
     pub probability: f32,
-    /// Who proposed it; `None` for the root, which is decided.
+    /// Drafter that proposed it; `None` for the root, which is decided.
     pub source: Option<Source>,
 }
 
@@ -38,7 +38,7 @@ pub struct Guess {
     pub token: TokenId,
     /// Probability that it follows, given that the token before it is right. `0..=1`
     pub probability: f32,
-    /// Who says so.
+    /// Drafter that proposed it.
     pub source: Source,
 }
 
@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(tree.grow(64, 0.0), 1..1, "no room below");
     }
 
-    /// By brute force: of all prefix-closed sets of that size none has a greater sum.
+    /// No prefix-closed set of that size has a greater sum, by brute force.
     #[test]
     fn no_tree_of_the_size_is_better() {
         let branches: [&[(TokenId, f32)]; 4] = [

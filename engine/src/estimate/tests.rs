@@ -255,7 +255,7 @@ fn hostile_estimates_give_a_plan() {
     }
 }
 
-/// Where the link is taken for slower than it is, nothing seems to be left for the cloud's queue.
+/// If the link's rate is estimated too low, nothing seems to be left for the cloud's queue.
 #[test]
 fn the_cloud_is_believed_that_rows_waited() {
     let mut estimator = Estimator::default();

@@ -67,7 +67,7 @@ impl RowTimes {
         self.cells.iter().filter_map(Cell::means)
     }
 
-    /// Seconds of so many rows; `None` before the first measurement. The line goes on beyond the
+    /// Seconds of this many rows; `None` before the first measurement. The line goes on beyond the
     /// largest size that was measured; one size alone, and one below the smallest, is scaled.
     #[must_use]
     pub fn seconds(&self, rows: usize) -> Option<f64> {
@@ -124,7 +124,7 @@ impl StepTimes {
         cell.note(f64::from(rows), context, seconds);
     }
 
-    /// Seconds of a step of so many rows in the contexts of late: see [`RowTimes::seconds`].
+    /// Seconds of a step of this many rows in the contexts of late: see [`RowTimes::seconds`].
     #[must_use]
     pub fn seconds(&self, rows: usize) -> Option<f64> {
         self.by_rows.seconds(rows)

@@ -49,7 +49,7 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    /// Of a request whose prompts have so many tokens.
+    /// Figures of a request whose prompts have `prompt_tokens` tokens.
     pub(super) fn new(prompt_tokens: usize) -> Self {
         let prompt_tokens = prompt_tokens as u64;
         Self { prompt_tokens, answer_tokens: AtomicU64::new(0), rounds: AtomicU64::new(0) }

@@ -25,7 +25,7 @@ const TOP_LOGPROBS_MAX: u64 = 20;
 /// `max_tokens` has to fit a signed 32-bit number, as elsewhere; the context bounds it anyway.
 const MAX_TOKENS_MAX: u64 = i32::MAX as u64;
 
-/// Which of the two routes is asked, and so the shape of the answer.
+/// Route that is asked, and so the shape of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
     /// `/v1/chat/completions`.
@@ -41,9 +41,9 @@ pub(super) struct Ask {
     pub(super) requests: Vec<Request>,
     /// Answers to each prompt, `1..=CHOICES_MAX`.
     pub(super) choices: u32,
-    /// Whether the answer is streamed.
+    /// True if the answer is streamed.
     pub(super) stream: bool,
-    /// Whether the stream ends with a chunk about usage.
+    /// True if the stream ends with a chunk about usage.
     pub(super) include_usage: bool,
     /// Values that the model's files gave, as the header `x-hat-sampling` has them.
     pub(super) sampling: Option<String>,
@@ -233,7 +233,7 @@ fn chat_logprobs(fields: Fields<'_>) -> Result<Option<u64>, ApiError> {
     }
 }
 
-/// Who drafts: an extension of ours, named as the flag.
+/// Drafting mode: an extension of ours, named as the flag.
 fn draft(fields: Fields<'_>) -> Result<DraftMode, ApiError> {
     match fields.text("draft")? {
         None => Ok(DraftMode::default()),

@@ -33,7 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Time for the error that ends an answer at the end of the drain time.
 const LAST_WORD_TIME: Duration = Duration::from_secs(1);
 
-/// What is taken from a connection after its last response.
+/// Limit on the bytes that are taken from a connection after its last response.
 const LINGER_BYTES_MAX: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_millis(500);
 

@@ -1,4 +1,4 @@
-//! What `/metrics` tells about the API itself.
+//! Counters of the API itself, for `/metrics`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,12 +20,12 @@ impl Counters {
         *lock(&self.responses).entry((route, status)).or_default() += 1;
     }
 
-    /// Something was refused, or failed after the response had begun.
+    /// Counts a refusal, or a failure after the response had begun.
     pub(super) fn refuse(&self, reason: &'static str) {
         *lock(&self.refused).entry(reason).or_default() += 1;
     }
 
-    /// How often something was refused, by reason.
+    /// Number of refusals, by reason.
     pub(super) fn refused(&self) -> Vec<(&'static str, u64)> {
         lock(&self.refused).iter().map(|(reason, count)| (*reason, *count)).collect()
     }
@@ -44,7 +44,7 @@ impl Counters {
     }
 }
 
-/// What computes now, in this process, by role: another line once a GPU is lost.
+/// Present backends of this process, by role: another line once a GPU is lost.
 pub(super) fn backends(each: impl Iterator<Item = (&'static str, String)>, out: &mut String) {
     family(out, "hat_backend_info", "gauge", "1 for the backend that computes now, by role.");
     for (role, backend) in each {

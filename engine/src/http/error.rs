@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::Error;
 use crate::error::ErrorKind;
 
-/// Why a request was not answered.
+/// Error response to a request.
 #[derive(Debug)]
 pub(super) struct ApiError {
     status: StatusCode,
@@ -22,7 +22,7 @@ pub(super) struct ApiError {
     param: Option<Cow<'static, str>>,
     message: String,
     retry_after_s: Option<u64>,
-    /// Whether the connection can't go on: the rest of the request is unread.
+    /// True if the connection can't go on: the rest of the request is unread.
     close: bool,
 }
 
@@ -74,7 +74,7 @@ impl ApiError {
         self
     }
 
-    /// Says when to try again; rounded up to seconds.
+    /// Adds the time after which to try again; rounded up to seconds.
     pub(super) fn retry_after_ms(mut self, retry_after_ms: u64) -> Self {
         self.retry_after_s = Some(retry_after_ms.div_ceil(1000));
         self

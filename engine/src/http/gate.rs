@@ -199,7 +199,7 @@ pub(super) fn let_read(origin: HeaderValue, headers: &mut HeaderMap) {
     headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, ours);
 }
 
-/// Whether `host` or `host:port` is this machine by a name that no DNS server decides.
+/// True if `host` or `host:port` is this machine by a name that no DNS server decides.
 fn is_loopback(authority: &str) -> bool {
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {

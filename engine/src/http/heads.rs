@@ -30,11 +30,11 @@ impl Fault {
 /// The place in the bytes of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// In a head.
+    /// Within a head.
     Head,
-    /// In a body, so many bytes before its end.
+    /// Within a body, this many bytes before its end.
     Body(u64),
-    /// In chunks. The connection is closed after this request, so no head follows.
+    /// Within a chunked body. The connection is closed after this request, so no head follows.
     Chunks,
 }
 

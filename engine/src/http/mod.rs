@@ -62,7 +62,7 @@ pub fn routes() -> Vec<(&'static str, &'static str)> {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct HttpConfig {
-    /// Where to listen: loopback only, as there is no TLS. Port 0 lets the system choose.
+    /// Address to listen at: loopback only, as there is no TLS. Port 0 lets the system choose.
     pub listen: SocketAddr,
     /// A Unix socket to listen at instead, made for its owner alone (mode 0600).
     pub unix: Option<PathBuf>,
@@ -131,19 +131,19 @@ pub struct HttpLimits {
     pub large_bodies_max: usize,
     /// Bytes of events that wait for one reader; beyond it the reader is cut.
     pub queued_bytes_max: usize,
-    /// How long a request's head may take from its first byte.
+    /// Longest time for a request's head, from its first byte.
     pub head_timeout: Duration,
-    /// How long a connection may be idle.
+    /// Longest time that a connection may be idle.
     pub idle_timeout: Duration,
-    /// How long a request's body may take.
+    /// Longest time for a request's body.
     pub body_timeout: Duration,
-    /// How long a reader may take nothing at all.
+    /// Longest time that a reader may take nothing at all.
     pub write_timeout: Duration,
-    /// How long a stream may be silent before a comment is sent.
+    /// Silence of a stream after which a comment is sent.
     pub keep_alive: Duration,
-    /// How long a stream waits for its first event before it answers 200.
+    /// Longest time that a stream waits for its first event before it answers 200.
     pub first_event: Duration,
-    /// How long answers may go on when the server stops.
+    /// Time that answers may go on when the server stops.
     pub drain: Duration,
 }
 
@@ -166,7 +166,7 @@ impl Default for HttpLimits {
     }
 }
 
-/// What all connections share.
+/// State shared by all connections.
 struct Shared {
     engine: Arc<Engine>,
     limits: HttpLimits,
@@ -278,7 +278,7 @@ impl HttpServer {
         drop(self);
     }
 
-    /// Whether it has stopped by itself.
+    /// True if it has stopped by itself.
     #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
@@ -304,5 +304,5 @@ impl Drop for HttpServer {
 
 /// Threads that parse and tokenise.
 const BLOCKING_THREADS: usize = 2;
-/// How long parsing and tokenising may go on when the server stops.
+/// Time that parsing and tokenising may go on when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);

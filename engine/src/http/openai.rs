@@ -15,7 +15,7 @@ use crate::{Event, Metrics};
 /// A token's log-probability and its alternatives.
 pub(super) type Logprobs = (TokenLogprob, Vec<TokenLogprob>);
 
-/// What all chunks of an answer have in common.
+/// Fields that all chunks of an answer have in common.
 #[derive(Debug)]
 pub(super) struct Identity {
     /// Unique name of the answer.
@@ -24,7 +24,7 @@ pub(super) struct Identity {
     pub(super) created: u64,
     /// Name of the model that answers, whatever was asked for.
     pub(super) model: String,
-    /// Which route.
+    /// The route.
     pub(super) shape: Shape,
 }
 
@@ -255,7 +255,7 @@ impl Collected {
         self.timings().map(|timings| (timings.predicted_n, timings.rounds))
     }
 
-    /// Whether the answer is complete.
+    /// True if the answer is complete.
     pub(super) fn is_complete(&self) -> bool {
         self.ended.is_some()
     }

@@ -17,9 +17,9 @@ use crate::{Error, Event, Generation};
 
 /// An event of one choice.
 pub(super) struct Told {
-    /// Which of the request's answers.
+    /// Index among the request's answers.
     pub(super) choice: u32,
-    /// What happened.
+    /// The event.
     pub(super) event: Result<Event, Error>,
     bytes: usize,
 }
@@ -110,7 +110,7 @@ pub(super) struct Answers {
     prompt_tokens: usize,
     orders: Sender<Order>,
     request: u64,
-    /// Held for their drop: the request's share of what may be in flight.
+    /// Guard held for its drop: the request's share of what may be in flight.
     _permits: OwnedSemaphorePermit,
 }
 
@@ -145,7 +145,7 @@ impl Drop for Answers {
     }
 }
 
-/// What became of a generation after its events were passed on.
+/// State of a generation after its events were passed on.
 enum State {
     Going,
     Ended,

@@ -21,7 +21,7 @@ use super::relay::{Answers, Told};
 use super::sse::{EventStream, Wanted};
 use crate::Generation;
 
-/// What the server knows; all else is 404.
+/// Routes of the server; all else is 404.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
     Root,
@@ -312,7 +312,7 @@ fn json(body: String) -> Response<Body> {
 }
 
 impl Shared {
-    /// Room for so many answers in flight.
+    /// Room for this many answers in flight.
     fn permits(&self, count: u32) -> Result<OwnedSemaphorePermit, ApiError> {
         self.in_flight.clone().try_acquire_many_owned(count).map_err(|error| match error {
             TryAcquireError::NoPermits => ApiError::busy("too many answers are in flight already"),

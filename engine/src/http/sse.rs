@@ -32,7 +32,7 @@ use crate::{Error, Event};
 /// Most bytes of one frame of the body, before more events are taken.
 const FRAME_BYTES: usize = 16 << 10;
 
-/// What the caller of a stream wants to know beside the text.
+/// Parts of a stream that its caller wants beside the text.
 pub(super) struct Wanted {
     /// Log-probabilities with each token.
     pub(super) logprobs: bool,

@@ -12,11 +12,11 @@ use super::error::ApiError;
 /// The consequence of a field.
 #[derive(Clone, Copy)]
 enum Verdict {
-    /// It is read.
+    /// The field is read.
     Works,
-    /// It changes no token of the answer.
+    /// The field changes no token of the answer.
     Harmless,
-    /// It would change the answer, unless this holds of its value.
+    /// The field would change the answer, unless this holds of its value.
     Changes(fn(&Value) -> bool),
 }
 

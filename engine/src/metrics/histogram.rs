@@ -83,7 +83,7 @@ impl Histogram {
         self.max
     }
 
-    /// How many numbers were counted.
+    /// Number of samples.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count

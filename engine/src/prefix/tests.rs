@@ -105,7 +105,7 @@ fn names_that_contradict_each_other_break_nothing() {
     assert_eq!((pool.free(), pool.idle()), (2, 2));
 }
 
-/// What sessions do.
+/// Act of a session.
 #[derive(Clone, Debug)]
 enum Act {
     /// Opens with the path `0..pages` of one of a few trunks, and room for `extra` pages more.

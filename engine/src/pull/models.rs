@@ -42,9 +42,9 @@ pub enum Model {
 /// Numbers of layers at the device that were asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cut {
-    /// In front of the cloud's.
+    /// Layers in front of the cloud's.
     pub split_layer: Option<u32>,
-    /// Behind the cloud's.
+    /// Layers behind the cloud's.
     pub tail_layers: Option<u32>,
 }
 
@@ -250,7 +250,7 @@ fn gguf_content(cache: &Path, path: &Path) -> anyhow::Result<blake3::Hash> {
     Reading::spinner(path).hash(cache, path)
 }
 
-/// Of the names and contents of all parts, in the order of the names.
+/// Hash of the names and contents of all parts, in the order of the names.
 fn directory_content(cache: &Path, path: &Path) -> anyhow::Result<blake3::Hash> {
     let reading = || format!("reading {}", path.display());
     let mut names = Vec::new();

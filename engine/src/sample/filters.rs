@@ -17,13 +17,13 @@ pub(super) struct Ranked {
     pub(super) token: TokenId,
 }
 
-/// What the filters keep.
+/// Tokens that the filters keep.
 pub(super) struct Kept {
     /// The last of the ranking that is kept.
     last: Ranked,
     /// `min_p`: logits below are dropped.
     floor: f64,
-    /// Whether all that is kept is among the `ranked` of [`keep`], in no order.
+    /// True if all that is kept is among the `ranked` of [`keep`], in no order.
     pub(super) narrowed: bool,
 }
 
@@ -102,9 +102,9 @@ fn first_k(logits: &[f32], k: usize, ranked: &mut Vec<Ranked>) -> Ranked {
     last
 }
 
-/// How many of the ranking it takes for their shares to add up to `wanted`; all if they never do.
-/// Sorts as many to the front of `ranked`. Goes by ever larger blocks, since a prefix is mostly
-/// short.
+/// Length of the shortest prefix of the ranking whose shares add up to `wanted`; all of it if they
+/// never do. Sorts as many to the front of `ranked`. Goes by ever larger blocks, since a prefix is
+/// mostly short.
 fn shortest_prefix(ranked: &mut [Ranked], wanted: f64, share: impl Fn(f32) -> f64) -> usize {
     let mut sum = 0.0;
     let mut sorted = 0;

@@ -374,8 +374,8 @@ proptest! {
         }
     }
 
-    /// However many sessions a device has: between devices that always have enough to do the
-    /// difference is one work.
+    /// Between devices that always have enough to do, with any number of sessions, the difference
+    /// is one work.
     #[test]
     fn devices_have_equal_shares(
         more_sessions in prop::collection::vec(0..50u64, 2..6),
@@ -392,8 +392,8 @@ proptest! {
         prop_assert!(most - least <= u64::from(rows), "{:?} of {:?}", served, devices);
     }
 
-    /// However large works are: each step begins with the device that had the least. Small works
-    /// of others may fill what large ones leave.
+    /// Each step begins with the device that had the least, however large works are. Small works of
+    /// others may fill what large ones leave.
     #[test]
     fn each_step_begins_with_the_device_that_had_the_least(
         devices in prop::collection::vec((1..=64u32, 1..9u64), 2..6),

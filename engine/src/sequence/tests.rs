@@ -116,7 +116,7 @@ fn a_plan_names_the_ancestors_of_a_tree_row() {
     assert_eq!(plan.page_indices, [7, 3, 9, 1, 5]);
 }
 
-/// What random programs do: grow somewhere, or commit something.
+/// Step of a random program: grow somewhere, or commit something.
 #[derive(Clone, Debug)]
 enum Op {
     Decided(u32),

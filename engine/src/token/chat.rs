@@ -30,7 +30,7 @@ const RECURSION_MAX: usize = 100;
 /// Begins the message of an error that the template itself raised.
 const RAISED: &str = "raise_exception: ";
 
-/// Who speaks.
+/// Author of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Instructions; also what the API calls `developer`.
@@ -73,9 +73,9 @@ impl Role {
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Who speaks.
+    /// Its author.
     pub role: Role,
-    /// What is said.
+    /// Its text.
     pub content: String,
 }
 
@@ -87,10 +87,10 @@ impl Message {
     }
 }
 
-/// How a conversation is rendered.
+/// Options of rendering a conversation.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
-    /// Whether the prompt ends with the beginning of the assistant's answer.
+    /// True if the prompt ends with the beginning of the assistant's answer.
     pub add_generation_prompt: bool,
     /// Seconds since 1970 (UTC), for templates that write the date.
     pub unix_seconds: u64,
@@ -462,7 +462,7 @@ mod tests {
         assert_eq!(render("{{ 'a {% b' }}{%- set x = 1 -%} {{ x }}"), "a {% b1");
     }
 
-    /// What Jinja2 says of each.
+    /// Each test's result is Jinja2's.
     #[test]
     fn tests_of_kinds_are_jinja_s() {
         let render = |source: &str| {

@@ -6,7 +6,7 @@ use hat_plan::TokenId;
 
 use super::pieces::{Pieces, Strip};
 
-/// What stands before the first token that is pushed.
+/// State before the first token that is pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     /// Nothing: the space that SentencePiece models put before the first word is dropped.
@@ -15,7 +15,7 @@ pub enum Start {
     Continue,
 }
 
-/// What becomes of control tokens.
+/// Treatment of control tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialText {
     /// They are not shown.
@@ -38,7 +38,7 @@ pub struct Detokenizer {
     strip: Strip,
     /// The bytes of an unfinished character, and while in `push` the new token's after them.
     bytes: Vec<u8>,
-    /// What the last call returned.
+    /// Text that the last call returned.
     text: String,
 }
 
@@ -104,7 +104,7 @@ impl Detokenizer {
         &self.text
     }
 
-    /// What is left at the end: U+FFFD if the last character is unfinished, else nothing.
+    /// Rest at the end: U+FFFD if the last character is unfinished, else nothing.
     pub fn finish(&mut self) -> &str {
         self.text.clear();
         if !self.bytes.is_empty() {
@@ -114,7 +114,7 @@ impl Detokenizer {
         &self.text
     }
 
-    /// Whether the last character is unfinished.
+    /// True if the last character is unfinished.
     #[must_use]
     pub fn is_pending(&self) -> bool {
         !self.bytes.is_empty()

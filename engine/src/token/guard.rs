@@ -81,8 +81,8 @@ impl Guard {
         Cow::Owned(out)
     }
 
-    /// Whether a control token stands at the front of `text`: narrows the sorted list byte by
-    /// byte, so a long text of `<<<<` costs no more than any other.
+    /// True if a control token stands at the front of `text`: narrows the sorted list byte by byte,
+    /// so a long text of `<<<<` costs no more than any other.
     pub(super) fn starts_control(&self, text: &[u8]) -> bool {
         let mut list = &self.texts[..];
         for (depth, &byte) in text.iter().enumerate() {

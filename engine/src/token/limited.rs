@@ -18,9 +18,9 @@ const RUNNING_MAX: usize = 4;
 /// The reason for which there is no result.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unfinished {
-    /// It is over the limit, or too much work before it is.
+    /// The text is over the limit, or too much work before it is.
     Hangs,
-    /// There was no thread, or the work panicked: what to say.
+    /// There was no thread, or the work panicked; with the message.
     Failed(String),
 }
 
@@ -151,7 +151,8 @@ mod tests {
         assert!(matches!(panics, Err::<(), _>(Unfinished::Failed(_))));
     }
 
-    /// However many call at a time: each of them may come to hang.
+    /// No more threads run than there are places, however many call at a time: each may come to
+    /// hang.
     #[test]
     fn no_more_threads_run_than_there_are_places() {
         let places = Arc::new(Places::default());

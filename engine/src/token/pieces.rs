@@ -1,4 +1,4 @@
-//! What bytes each token id stands for: the `decoder` of `tokenizer.json`, taken apart once.
+//! Bytes of each token id: the `decoder` of `tokenizer.json`, taken apart once.
 //!
 //! Three decoders cover the Llama-shaped families: `ByteLevel` (Llama 3, Qwen, SmolLM), the
 //! sequence `Replace, ByteFallback, Fuse, Strip` (Llama 2, Mistral) and `Metaspace`. In each a
@@ -29,7 +29,7 @@ pub(super) enum Strip {
     FirstToken,
 }
 
-/// How the text of a token becomes bytes.
+/// Conversion of a token's text to bytes.
 #[derive(Default)]
 struct Decoding {
     byte_level: bool,
@@ -162,12 +162,12 @@ fn byte_of(token: &str) -> Option<u8> {
     u8::from_str_radix(hex, 16).ok()
 }
 
-/// Whether a byte is shown as itself in byte-level vocabularies: printable Latin-1.
+/// True if a byte is shown as itself in byte-level vocabularies: printable Latin-1.
 const fn is_printable(byte: u8) -> bool {
     matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)
 }
 
-/// Whether a character stands for a byte: printable ones for themselves, the 68 others in order
+/// True if a character stands for a byte: printable ones for themselves, the 68 others in order
 /// from U+0100.
 fn is_byte_char(c: char) -> bool {
     let code = c as u32;

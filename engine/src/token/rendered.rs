@@ -16,7 +16,7 @@ impl ChatText {
         self.0.len()
     }
 
-    /// Whether it is empty.
+    /// True if it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -60,8 +60,8 @@ impl Tokenizer {
         ChatText([&prompt.0, self.guard.guard(answer).as_ref()].concat())
     }
 
-    /// Whether `text` begins with `start` and goes on with a control token: the ids of the rest
-    /// then don't depend on what is before.
+    /// True if `text` begins with `start` and goes on with a control token: the ids of the rest
+    /// then don't depend on the text before.
     #[must_use]
     pub fn continues(&self, text: &ChatText, start: &ChatText) -> bool {
         let rest = text.0.strip_prefix(&start.0);

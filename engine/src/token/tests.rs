@@ -351,7 +351,7 @@ proptest! {
         prop_assert_eq!(ours.decode(&ids, Start::Text, SpecialText::Skip), text);
     }
 
-    /// However control tokens are nested, no user text yields one, and no character is lost.
+    /// No user text yields a control token, however they are nested, and no character is lost.
     #[test]
     fn no_text_yields_control_tokens(
         parts in prop::collection::vec(

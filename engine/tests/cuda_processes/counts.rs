@@ -1,4 +1,4 @@
-//! What the made-up driver counted, in the order of `Counts` in `cuda/emu/fake_driver.cpp`.
+//! Counts of the emulated driver, in the order of `Counts` in `cuda/emu/fake_driver.cpp`.
 
 use std::path::Path;
 

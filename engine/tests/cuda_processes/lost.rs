@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Bundles, Driver, driver, object, said};
 
-/// How long anything may take.
+/// Longest time for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A device with its HTTP API and a cloud of its own. Killed when dropped.
@@ -81,7 +81,7 @@ impl DeviceProcess {
         panic!("no answer");
     }
 
-    /// What computes, by role.
+    /// Description of a role's backend.
     pub fn backend(&self, role: &str) -> String {
         let (_, metrics) = self.http("GET /metrics", "");
         let begin = format!("hat_backend_info{{role=\"{role}\",backend=\"");
@@ -89,7 +89,7 @@ impl DeviceProcess {
         line.unwrap().split('"').next().unwrap().to_owned()
     }
 
-    /// What it says until it ends by itself, which it does with an error.
+    /// Output until it ends by itself, which it does with an error.
     #[track_caller]
     fn rest(mut self) -> Vec<String> {
         let begin = Instant::now();

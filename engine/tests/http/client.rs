@@ -18,7 +18,7 @@ pub struct Server {
     _directory: tempfile::TempDir,
 }
 
-/// What came back.
+/// A response.
 #[derive(Debug)]
 pub struct Reply {
     pub status: u16,

@@ -14,7 +14,8 @@ use crate::client::{Reply, Server, and, question, request_text};
 use crate::support::proxy::Proxy;
 use crate::support::{PATIENCE, eventually};
 
-/// More than the reader waits for; the context of the generated model is 2048.
+/// Length of an answer that its reader does not wait for; the context of the generated model is
+/// 2048.
 const LONG: u32 = 1900;
 
 /// A server whose cloud is behind a link that stops, and so an answer with it: no test depends on

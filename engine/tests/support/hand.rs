@@ -69,7 +69,7 @@ impl Hand {
         }
     }
 
-    /// Takes turns for so long; counts what comes.
+    /// Polls for the given time; counts the frames that come.
     pub fn turn_for(&mut self, time: Duration, mut count: impl FnMut(&Event)) {
         let start = Instant::now();
         let mut events = Vec::new();
@@ -102,7 +102,7 @@ impl Hand {
         self.endpoint.send(connection, Kind::Rows, session, priority, body).unwrap();
     }
 
-    /// How many pages `session` found.
+    /// Number of pages that `session` found.
     pub fn opened(&mut self, session: u32) -> u16 {
         self.until(|event| {
             let Event::Frame { frame, .. } = event else { return None };

@@ -1,4 +1,4 @@
-//! What several test binaries need: generated bundles, prompts, and answers read to the end.
+//! Support for several test binaries: generated bundles, prompts, and answers read to the end.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod drafter;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_loader::{BundleOptions, DType, TinyModel, Weights, generated, write_bundles};
 
-/// Longer than anything takes that works, on a machine that is busy with other things.
+/// Limit on a wait, longer than anything takes that works on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until something is so.

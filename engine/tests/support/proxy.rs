@@ -77,7 +77,7 @@ impl Proxy {
         self.down_stopped.store(stopped, Ordering::Release);
     }
 
-    /// Lets a device have fewer than so many bytes, and stops both directions then: the answer
+    /// Lets a device have fewer than this many bytes, and stops both directions then: the answer
     /// that it waits for can't end, however fast it is computed and however late a test looks.
     pub fn stop_after(&self, bytes_down: i64) {
         self.down_left.store(bytes_down, Ordering::Relaxed);

@@ -14,7 +14,7 @@ use hat_transport::message::{Hello, Role};
 
 use super::Bundles;
 
-/// How often a cloud to which nothing happens does something of its own.
+/// Interval at which an idle scripted cloud acts.
 const TICK: Duration = Duration::from_millis(5);
 
 /// A cloud on a thread of its own. Dropping it stops it.
@@ -24,7 +24,7 @@ pub struct Script {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What an honest cloud of the generated model says.
+/// HELLO of an honest cloud of the generated model.
 pub fn hello(bundles: &Bundles) -> Hello {
     let half = hat_loader::Bundle::open(&bundles.path.join("cloud")).unwrap();
     Hello {

@@ -24,7 +24,7 @@ pub const ADAPTER_FORMAT_VERSION: u32 = 1;
 /// Largest file that is read, in bytes.
 const BYTES_MAX: u64 = 1 << 30;
 
-/// What a drafter is made of.
+/// Architecture of a drafter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AdapterKind {
@@ -91,7 +91,7 @@ pub struct Adapter {
     split_layer: usize,
     vocabulary: Vec<u32>,
     training: String,
-    /// In row order.
+    /// Tensors in row order, by name.
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -186,7 +186,7 @@ impl Adapter {
         Ok(Self { kind, split_layer, vocabulary, training, tensors })
     }
 
-    /// What it is made of.
+    /// Its architecture.
     #[must_use]
     pub const fn kind(&self) -> AdapterKind {
         self.kind
@@ -205,7 +205,7 @@ impl Adapter {
         &self.vocabulary
     }
 
-    /// How it was trained, a JSON text; for people.
+    /// Description of its training, a JSON text; for people.
     #[must_use]
     pub fn training(&self) -> &str {
         &self.training

@@ -1,4 +1,4 @@
-//! What can be wrong with a bundle, or with writing one.
+//! Errors of reading or writing a bundle.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use super::ModelId;
 use crate::error::{ConfigError, LoadError};
 use crate::header::HeaderError;
 
-/// Why a bundle could not be written, opened or trusted.
+/// An error in writing, opening or verifying a bundle.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BundleError {
@@ -23,7 +23,7 @@ pub enum BundleError {
     NotABundle {
         /// The directory.
         path: PathBuf,
-        /// What was looked for, and where it may be.
+        /// File that was looked for, and where it may be.
         reason: String,
     },
     /// The directory that is to be written exists.
@@ -72,7 +72,7 @@ pub enum BundleError {
     Json {
         /// The file.
         path: PathBuf,
-        /// Where and why.
+        /// The parser's error, with its place.
         error: serde_json::Error,
     },
     /// The bundle is of another format.
@@ -87,7 +87,7 @@ pub enum BundleError {
         oldest: u64,
         /// The newest that we read.
         newest: u64,
-        /// What it is.
+        /// The value found.
         got: String,
     },
     /// The manifest contradicts itself or the model.
@@ -103,7 +103,7 @@ pub enum BundleError {
     Header {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The header's error.
         error: HeaderError,
     },
     /// A tensor is not stored as the manifest says.
@@ -121,7 +121,7 @@ pub enum BundleError {
     /// A tensor that the role needs is not there.
     #[error("{}: tensor {name} is missing", path.display())]
     MissingTensor {
-        /// Where it was looked for.
+        /// Path of the file.
         path: PathBuf,
         /// The checkpoint name.
         name: String,
@@ -129,7 +129,7 @@ pub enum BundleError {
     /// A tensor is there that the manifest doesn't know.
     #[error("{}: tensor {name} is not in the manifest of this {role} bundle", path.display())]
     UnknownTensor {
-        /// Where it was found.
+        /// Path of the file.
         path: PathBuf,
         /// Its name.
         name: String,
@@ -143,7 +143,7 @@ pub enum BundleError {
         name: String,
         /// The type that was asked for.
         dtype: &'static str,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
     /// The file of a trained drafter can't be used.
@@ -151,7 +151,7 @@ pub enum BundleError {
     Adapter {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the fault.
         reason: String,
     },
     /// The two halves are of different models.

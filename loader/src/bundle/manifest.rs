@@ -38,7 +38,7 @@ pub const ALIGNMENT: usize = 64;
 pub struct Manifest {
     /// [`FORMAT_VERSION_OLDEST`] to [`FORMAT_VERSION`].
     pub format_version: u64,
-    /// Whose bundle it is.
+    /// Role that the bundle is for.
     pub role: Role,
     /// The model's name, for people.
     pub model_name: String,
@@ -59,7 +59,7 @@ pub struct Manifest {
     /// Ids that no text of a user may make, ascending; device only, and from format 2 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control_tokens: Option<Vec<u32>>,
-    /// How the model's makers sample from it; in the device's half.
+    /// Sampling settings that the model's makers recommend; in the device's half.
     #[serde(default, skip_serializing_if = "SamplingDefaults::is_empty")]
     pub sampling: SamplingDefaults,
     /// Every other file of the bundle.
@@ -105,7 +105,7 @@ impl TensorEntry {
     }
 }
 
-/// How a tensor stands in the weights file.
+/// Form of a tensor in the weights file.
 #[derive(Debug)]
 pub(super) struct Stored {
     pub(super) dtype: DType,
@@ -119,7 +119,7 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// How an entry is stored: matrices as padded bytes, vectors as padded f32.
+    /// Form in which an entry is stored: matrices as padded bytes, vectors as padded f32.
     pub(super) fn of(entry: &TensorEntry) -> Result<Self, ConfigError> {
         let wrong = |reason: String| ConfigError::new(format!("tensors.{}", entry.name), reason);
         let dtype = DType::from_name(&entry.dtype)

@@ -58,7 +58,7 @@ pub struct Bundle {
     tensors: HashMap<String, Place>,
 }
 
-/// Where a tensor stands in the weights file.
+/// Place of a tensor in the weights file.
 struct Place {
     dtype: DType,
     layout: Layout,
@@ -134,19 +134,19 @@ impl Bundle {
         &self.directory
     }
 
-    /// Everything that `bundle.json` says.
+    /// Content of `bundle.json`.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// How the model's makers sample from it; nothing of a cloud's bundle.
+    /// Sampling settings that the model's makers recommend; default in a cloud's bundle.
     #[must_use]
     pub fn sampling(&self) -> crate::SamplingDefaults {
         self.manifest.sampling
     }
 
-    /// Whose bundle it is.
+    /// Role that the bundle is for.
     #[must_use]
     pub fn role(&self) -> Role {
         self.manifest.role
@@ -164,7 +164,7 @@ impl Bundle {
         &self.manifest.config
     }
 
-    /// Where the model was cut.
+    /// Layers at which the model was cut.
     #[must_use]
     pub fn split(&self) -> Split {
         self.split
@@ -177,7 +177,7 @@ impl Bundle {
         self.manifest.layers.iter().map(|[start, end]| *start..*end).collect()
     }
 
-    /// Whether the bundle holds all of `layers`.
+    /// True if the bundle holds all of `layers`.
     #[must_use]
     pub fn holds(&self, layers: &Range<usize>) -> bool {
         layers.is_empty()

@@ -21,7 +21,7 @@ const HEADER: &str = "hat-engine verified files 1";
 const VERDICTS_MAX: usize = 256;
 /// Longest file of verdicts that is read.
 const BYTES_MAX: u64 = 64 << 10;
-/// How often a file that changes while it is hashed is hashed again.
+/// Attempts at hashing a file that changes meanwhile.
 const TRIES: usize = 3;
 
 /// A file that a bundle has open.
@@ -30,7 +30,7 @@ pub(super) struct OpenFile {
     path: PathBuf,
     file: Arc<File>,
     entry: FileEntry,
-    /// Of the open file, and of what the path leads to.
+    /// Identity of the open file, and of the file that the path leads to.
     stamps: [Stamp; 2],
 }
 
@@ -93,7 +93,7 @@ impl OpenFile {
     }
 }
 
-/// How a bundle's files were verified.
+/// Result of verifying a bundle's files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
     /// Bytes that were hashed.
@@ -261,8 +261,8 @@ fn line(stamp: &Stamp, entry: &FileEntry) -> String {
 }
 
 impl Verdicts {
-    /// Those in `directory`; none if the file is not whole, another program's, or one that others
-    /// can write.
+    /// Reads the hashes noted in `directory`; none if the file is not whole, another program's, or
+    /// one that others can write.
     fn read(directory: &Path) -> Self {
         let path = directory.join(FILE);
         let text = Some(&path).filter(|path| is_private(path));

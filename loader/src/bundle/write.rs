@@ -36,7 +36,7 @@ pub enum Weights {
     Q4,
 }
 
-/// How a model is cut and stored.
+/// Options of cutting and storing a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BundleOptions {
     /// Layers of the input submodel.
@@ -47,7 +47,7 @@ pub struct BundleOptions {
     pub weights: Weights,
 }
 
-/// How far the writing is.
+/// Progress of the writing.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
     /// The tensor that is written next.
@@ -58,12 +58,12 @@ pub struct Progress<'a> {
     pub bytes_total: u64,
 }
 
-/// What was written.
+/// Summary of a bundle that was written.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Report {
     /// The model's name.
     pub model_name: String,
-    /// How the model's makers sample from it.
+    /// Sampling settings that the model's makers recommend.
     pub sampling: SamplingDefaults,
     /// The identity that both halves carry.
     pub model_id: ModelId,
@@ -90,7 +90,7 @@ pub struct Report {
 pub struct RoleReport {
     /// Runs of decoder layers, `[first, one past the last]`.
     pub layers: Vec<[usize; 2]>,
-    /// How many tensors.
+    /// Number of tensors.
     pub tensors: usize,
     /// Bytes of tensors by type, padding left out.
     pub bytes_by_dtype: BTreeMap<String, u64>,
@@ -213,7 +213,7 @@ impl Plan {
     }
 }
 
-/// What goes along from tensor to tensor.
+/// State carried from tensor to tensor.
 struct Writing<'a> {
     model: &'a SourceModel,
     hasher: ModelHasher,

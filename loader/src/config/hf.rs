@@ -76,7 +76,7 @@ fn family(json: &Value) -> Result<Family, ConfigError> {
     })
 }
 
-/// What would change the arithmetic and is not implemented.
+/// Refuses settings that would change the arithmetic and are not implemented.
 fn refuse_foreign(json: &Value) -> Result<(), ConfigError> {
     if let Some(act) = present(json, "hidden_act")
         && act.as_str() != Some("silu")

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::error::ConfigError;
 pub(crate) use hf::{flag, number, token_ids};
 
-/// Limits of what is believed. Far above any model that exists, far below what would hurt.
+/// Limits on a configuration's values: far above any model that exists, far below any harm.
 const LAYERS_MAX: usize = 1024;
 const HEADS_MAX: usize = 1024;
 const HEAD_DIM_MAX: usize = 1024;
@@ -18,7 +18,7 @@ const INTERMEDIATE_MAX: usize = 1 << 20;
 const VOCAB_MAX: usize = 1 << 22;
 const POSITIONS_MAX: usize = 1 << 28;
 
-/// Which model this is, as far as its files differ.
+/// Family of the model, as far as the families' files differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -43,7 +43,7 @@ impl Family {
     }
 }
 
-/// How rotary frequencies differ from `rope_theta^(-2i / head_dim)`.
+/// Scaling of rotary frequencies away from `rope_theta^(-2i / head_dim)`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rope_type", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -56,7 +56,7 @@ pub enum RopeScaling {
     /// Llama 3.1 and later: long wavelengths divided by `factor`, short ones kept, between them a
     /// blend.
     Llama3 {
-        /// What the longest wavelengths are divided by.
+        /// Divisor of the longest wavelengths.
         factor: f32,
         /// `original_max_position_embeddings / low_freq_factor` is the shortest wavelength that is
         /// scaled in full.
@@ -79,7 +79,7 @@ pub enum RopeScaling {
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct LlamaConfig {
-    /// Which family.
+    /// Family of the model.
     pub architecture: Family,
     /// Numbers in one row of hidden state.
     pub hidden_size: usize,
@@ -93,7 +93,7 @@ pub struct LlamaConfig {
     pub num_key_value_heads: usize,
     /// Numbers in one head; even.
     pub head_dim: usize,
-    /// Added to the mean square before its root.
+    /// Term added to the mean square before its root.
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
@@ -105,9 +105,9 @@ pub struct LlamaConfig {
     pub max_position_embeddings: usize,
     /// A row at position `p` sees positions `p - window + 1 ..= p`.
     pub sliding_window: Option<u32>,
-    /// Whether q, k and v have biases.
+    /// True if q, k and v have biases.
     pub attention_bias: bool,
-    /// Whether the LM head is the embedding.
+    /// True if the LM head is the embedding.
     pub tie_word_embeddings: bool,
     /// The token in front of a text, if the model knows one.
     pub bos_token_id: Option<u32>,

@@ -91,7 +91,7 @@ pub(super) fn config(
     Ok(config)
 }
 
-/// What would change the arithmetic and is not implemented.
+/// Refuses settings that would change the arithmetic and are not implemented.
 fn refuse_foreign(keys: &Keys<'_>) -> Result<(), GgufError> {
     if keys.count("expert_count")?.unwrap_or(0) > 0 {
         let key = keys.key("expert_count");

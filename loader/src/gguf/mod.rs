@@ -23,7 +23,7 @@ use crate::tensor::TensorBytes;
 
 use config::Architecture;
 
-/// What is wrong with a GGUF file.
+/// An error in a GGUF file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
@@ -45,15 +45,15 @@ pub enum GgufError {
     /// The file ends before what it announces.
     #[error("file ends within {what} (at byte {at})")]
     Truncated {
-        /// What was being read.
+        /// Item that was being read.
         what: String,
-        /// Where.
+        /// Offset in the file, in bytes.
         at: usize,
     },
     /// A count beyond reason.
     #[error("{what} is {count}, at most {max} are possible")]
     Count {
-        /// Which count.
+        /// Name of the count.
         what: &'static str,
         /// Its value.
         count: u64,
@@ -63,9 +63,9 @@ pub enum GgufError {
     /// A string is not UTF-8.
     #[error("{what} (at byte {at}) is not UTF-8")]
     NotUtf8 {
-        /// Which string.
+        /// Name of the string.
         what: String,
-        /// Where.
+        /// Offset in the file, in bytes.
         at: usize,
     },
     /// A key or a tensor's name is empty or too long.
@@ -91,7 +91,7 @@ pub enum GgufError {
     Metadata {
         /// The key.
         key: String,
-        /// What is wrong.
+        /// Description of the fault.
         reason: String,
     },
     /// A tensor has no dimension or too many.
@@ -99,7 +99,7 @@ pub enum GgufError {
     Dimensions {
         /// The tensor.
         tensor: String,
-        /// How many.
+        /// Number of its dimensions.
         dimensions: u32,
         /// The limit.
         max: u32,
@@ -140,7 +140,7 @@ pub enum GgufError {
         tensor: String,
         /// Its offset.
         offset: u64,
-        /// What the offset has to be a multiple of.
+        /// Alignment of the file's data, in bytes.
         alignment: usize,
     },
     /// A tensor ends behind the file.

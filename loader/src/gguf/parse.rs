@@ -1,7 +1,7 @@
 //! The container: header, metadata, tensor infos. Bytes from outside are hostile. Pure.
 //!
 //! Nothing is allocated from a count or a length before that many bytes are known to be there.
-//! Arrays are walked once to find their end and kept as byte ranges.
+//! Arrays are read once to find their end and kept as byte ranges.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::GgufError;
 use crate::tensor::DType;
 
-/// Limits of what is believed.
+/// Limits on a file's counts and lengths.
 const METADATA_MAX: u64 = 1 << 16;
 const TENSORS_MAX: u64 = 1 << 16;
 const NAME_BYTES_MAX: usize = 256;
@@ -48,7 +48,7 @@ pub(crate) enum Value<'a> {
     Array(Array<'a>),
 }
 
-/// For messages: short, whatever the file holds.
+/// Description for messages: short, whatever the file holds.
 impl fmt::Debug for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const CHARS_MAX: usize = 40;
@@ -66,7 +66,7 @@ impl fmt::Debug for Value<'_> {
     }
 }
 
-/// An array whose elements have been walked once, so that reading them again can't fail.
+/// An array whose elements have been read once, so that reading them again can't fail.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Array<'a> {
     kind: ElementKind,
@@ -82,7 +82,7 @@ impl<'a> Array<'a> {
     /// The elements, one after another.
     pub(crate) fn iter(self) -> impl Iterator<Item = Value<'a>> {
         let mut reader = Reader { bytes: self.bytes, at: 0 };
-        (0..self.len).map(move |_| reader.value(self.kind, "").expect("walked at parsing"))
+        (0..self.len).map(move |_| reader.value(self.kind, "").expect("read at parsing"))
     }
 }
 
@@ -307,7 +307,7 @@ impl<'a> Reader<'a> {
         let len = self.u64(key)?;
         let truncated = |_| GgufError::Truncated { what: key.to_owned(), at: self.at };
         let len = usize::try_from(len).map_err(truncated)?;
-        // However large the length, the walk ends with the file: each element takes a byte.
+        // However large the length, reading ends with the file: each element takes a byte.
         let start = self.at;
         for _ in 0..len {
             self.value(kind, key)?;

@@ -1,4 +1,5 @@
-//! How text is cut into words: the names of `tokenizer.ggml.pre`, and tokenizers known by content.
+//! Rules that cut text into words: the names of `tokenizer.ggml.pre`, and tokenizers known by
+//! content.
 //!
 //! A file without a name, or with `default`, is never guessed at: another pattern gives other ids
 //! in silence. It is recognised by its merges, or refused.
@@ -132,7 +133,7 @@ fn names() -> String {
     names.join(", ")
 }
 
-/// Of the merges as the file lists them.
+/// Hash of the merges as the file lists them.
 fn fingerprint(merges: &[[&str; 2]]) -> String {
     let mut hasher = blake3::Hasher::new();
     for [left, right] in merges {

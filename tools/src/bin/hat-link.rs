@@ -19,29 +19,29 @@ use hat_engine::{note, outln};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-/// How often it looks for the end.
+/// Interval at which it looks for the end.
 const LOOK: Duration = Duration::from_millis(50);
 const DAY_MS: f64 = 86_400_000.0;
 
-/// Relays TCP connections as a slower, longer, worse link would. All connections share one link:
-/// a rate with a bounded queue, then a delay, for each direction. Up is from those who connect.
+/// Relays TCP connections over an emulated slower link. All connections share one link: a rate with
+/// a bounded queue, then a delay, for each direction. Up is the direction of those who connect.
 ///
-/// Before it listens it measures what it adds itself to a round trip, and takes the median off the
-/// delays. It ends on SIGINT or SIGTERM, and says what passed.
+/// Before it listens it measures its own delay over a round trip, and subtracts the median from the
+/// delays. It ends on SIGINT or SIGTERM, and prints the traffic.
 #[derive(Parser)]
 #[command(name = "hat-link", version, allow_negative_numbers = true)]
 struct Args {
-    /// Where to listen on this machine: HOST, HOST:PORT or PORT; port 0 for any free one.
+    /// Address to listen at on this machine: HOST, HOST:PORT or PORT; port 0 for any free one.
     #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
     listen: Option<SocketAddr>,
-    /// Where on this machine connections are relayed to: as --listen, on port 7433 unless it says
+    /// Address on this machine to relay connections to: as --listen, on port 7433 unless it names
     /// another.
     #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
     to: Option<SocketAddr>,
-    /// Rate up, Mbit/s, 0.01 to 100000; no limit without.
+    /// Rate up, Mbit/s, 0.01 to 100000 [default: no limit].
     #[arg(long, value_name = "N", value_parser = mbit)]
     up_mbit: Option<f64>,
-    /// Rate down.
+    /// Rate down, Mbit/s, 0.01 to 100000 [default: no limit].
     #[arg(long, value_name = "N", value_parser = mbit)]
     down_mbit: Option<f64>,
     /// Round trip, ms, 0 to 20000: half of it each way.
@@ -51,10 +51,10 @@ struct Args {
     /// Delay up, ms, 0 to 10000.
     #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
     delay_up_ms: f64,
-    /// Delay down.
+    /// Delay down, ms, 0 to 10000.
     #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
     delay_down_ms: f64,
-    /// Up to this much more delay each way, ms, 0 to 10000; a new draw each 10 ms, no reordering.
+    /// Largest additional delay each way, ms, 0 to 10000; drawn anew each 10 ms, no reordering.
     #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
     jitter_ms: f64,
     /// Nothing leaves the bottleneck for LASTS_MS, once in each period of EVERY_MS (10 to 86400000;
@@ -68,25 +68,25 @@ struct Args {
     /// Reset all connections once in the second half of each period, 10 to 86400000 ms.
     #[arg(long, value_name = "MS", value_parser = every)]
     cut_every: Option<f64>,
-    /// Don't listen for this long after a cut, ms, 0 to 3600000.
+    /// Time after a cut without listening, ms, 0 to 3600000.
     #[arg(long, value_name = "MS", value_parser = away, default_value_t = 0.0)]
     away_ms: f64,
-    /// Of jitter, stalls and cuts.
+    /// Seed of jitter, stalls and cuts.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Bytes that wait for the bottleneck before senders are held back, 4096 to 1073741824.
     #[arg(long, value_name = "N", value_parser = queue, default_value_t = 256 << 10)]
     queue_bytes: usize,
-    /// Measure what the relay itself adds, print it and, without --listen, end.
+    /// Measure and print the delay of the relay itself; without --listen, end.
     #[arg(long, conflicts_with = "no_calibrate")]
     calibrate: bool,
-    /// Don't measure; the delays come out longer by what the relay adds.
+    /// Skip that measurement; delays are longer by the relay's own.
     #[arg(long)]
     no_calibrate: bool,
-    /// End when there were connections and none is open any more.
+    /// End when the last connection has closed.
     #[arg(long)]
     once: bool,
-    /// Print what passed as one line of JSON.
+    /// Print the traffic as one line of JSON.
     #[arg(long)]
     json: bool,
 }

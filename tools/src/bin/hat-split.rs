@@ -36,7 +36,7 @@ struct Args {
     /// Pre-tokenizer of a GGUF file that does not name its own: a value of `tokenizer.ggml.pre`.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
-    /// Print what each side holds.
+    /// Print the content of each half.
     #[arg(long)]
     report: bool,
     /// Print the report as one line of JSON.
@@ -49,11 +49,11 @@ struct Args {
 enum WeightsArg {
     /// As in the model, bit for bit.
     Keep,
-    /// All f16.
+    /// f16 for all.
     F16,
-    /// At most eight bits.
+    /// Eight bits at most.
     Q8,
-    /// At most four bits; embedding and LM head eight.
+    /// Four bits at most; eight for embedding and LM head.
     Q4,
 }
 
@@ -92,7 +92,7 @@ impl Args {
         self.model == "default" && !Path::new(&self.model).exists()
     }
 
-    /// Refuses what can't work, before anything is fetched or written.
+    /// Refuses settings that can't work, before anything is fetched or written.
     fn check(&self) -> anyhow::Result<()> {
         check_free(&self.out).context("--out")?;
         if let Some(path) = &self.adapter {

@@ -1,4 +1,4 @@
-//! How late the emulator itself is: ping-pongs through it beside ping-pongs without it.
+//! Lateness of the emulator itself: ping-pongs through it beside ping-pongs without it.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -30,7 +30,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// 99th percentile of all.
 pub type Latency = Quantiles;
 
-/// What the emulator adds to a round trip, by its own measurement on this machine.
+/// Delay that the emulator adds to a round trip, by its own measurement on this machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Calibration {
@@ -75,7 +75,7 @@ impl Calibration {
         Ok(Self { direct, relayed, delayed, added })
     }
 
-    /// What comes off each of two delays: half, or more where the other is too short.
+    /// Correction of each of two delays: half, or more where the other is too short.
     pub(super) fn corrections(&self, up: Duration, down: Duration) -> [Duration; 2] {
         let first = (self.added / 2).min(up);
         let second = (self.added - first).min(down);

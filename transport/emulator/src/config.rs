@@ -1,4 +1,4 @@
-//! What a link is told to be, and what it can't be told.
+//! Settings of a link, with their limits.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use super::Calibration;
 pub struct DirectionConfig {
     /// Bits a second; `None` for no limit. 10 kbit/s to 100 Gbit/s.
     pub rate_bits_s: Option<u64>,
-    /// How long a byte travels; at most 10 s.
+    /// Travel time of a byte; at most 10 s.
     pub delay: Duration,
     /// A byte travels up to this much longer, in steps of 10 ms; at most 10 s.
     pub jitter: Duration,
@@ -40,11 +40,11 @@ impl Default for DirectionConfig {
 pub struct StallConfig {
     /// The period; 10 ms to 24 h.
     pub every: Duration,
-    /// How long the bottleneck rests; at least 1 ms, at most nine tenths of the period.
+    /// Duration of a stall; at least 1 ms, at most nine tenths of the period.
     pub lasts: Duration,
 }
 
-/// When all connections are reset.
+/// Times at which all connections are reset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CutConfig {
@@ -63,9 +63,9 @@ pub struct CutConfig {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct EmulatorConfig {
-    /// Where to listen; port 0 for any free one.
+    /// Address to listen at; port 0 for any free one.
     pub listen: SocketAddr,
-    /// Where connections are relayed to.
+    /// Address that connections are relayed to.
     pub to: SocketAddr,
     /// From those who connect.
     pub up: DirectionConfig,
@@ -73,9 +73,9 @@ pub struct EmulatorConfig {
     pub down: DirectionConfig,
     /// Cuts of the link.
     pub cut: CutConfig,
-    /// Of jitter, stalls and cuts.
+    /// Seed of jitter, stalls and cuts.
     pub seed: u64,
-    /// What was measured of the emulator itself: it comes off the delays.
+    /// Measured delay of the emulator itself, which is subtracted from the link's delays.
     pub calibration: Option<Calibration>,
 }
 
@@ -110,7 +110,7 @@ impl EmulatorConfig {
         self
     }
 
-    /// Whether all values are in their ranges.
+    /// Checks that all values are in their ranges.
     ///
     /// # Errors
     /// [`EmulatorError::Setting`] names the first that is not.
@@ -151,14 +151,14 @@ pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).expect("checked settings are far below 584 years")
 }
 
-/// Why a link can't be emulated.
+/// An error in emulating a link.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulatorError {
     /// A value of the configuration is out of its range.
     #[error("{name} is out of range: {allowed}")]
     Setting {
-        /// Which field.
+        /// Name of the field.
         name: &'static str,
         /// Its range.
         allowed: &'static str,
@@ -166,9 +166,9 @@ pub enum EmulatorError {
     /// The address can't be listened at.
     #[error("can't listen at {address}: {source}")]
     Listen {
-        /// Which.
+        /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
     /// The relay stopped, or a calibration's own connections failed.

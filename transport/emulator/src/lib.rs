@@ -70,19 +70,19 @@ impl Emulator {
         Ok(Self { address, finished, orders, wake, thread: Some(thread) })
     }
 
-    /// Where it listens.
+    /// Address that it listens at.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Whether there were connections and none is open any more.
+    /// True if there were connections and none is open any more.
     #[must_use]
     pub fn finished(&self) -> bool {
         self.finished.load(Ordering::Relaxed)
     }
 
-    /// What passed up to now.
+    /// Traffic up to now.
     ///
     /// # Errors
     /// If the relay failed.

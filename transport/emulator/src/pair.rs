@@ -30,7 +30,7 @@ pub(super) struct Lane {
     pub(super) tally: Tally,
 }
 
-/// What the link needs to turn a connection.
+/// Context that a connection's relaying needs from the link.
 pub(super) struct Turn<'a> {
     pub(super) clock: LinkClock,
     pub(super) lanes: &'a mut [Lane; 2],
@@ -39,7 +39,7 @@ pub(super) struct Turn<'a> {
     pub(super) scratch: &'a mut [u8],
 }
 
-/// What became of a connection in a turn.
+/// Outcome of a connection's relaying.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
     Alive,
@@ -51,7 +51,7 @@ pub(super) enum Outcome {
     Cut,
 }
 
-/// How far the connection has come.
+/// Progress of a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
     /// The wish to connect travels up.
@@ -63,7 +63,7 @@ enum Stage {
     Open,
 }
 
-/// What travels.
+/// Content of a piece.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Data {
@@ -139,7 +139,7 @@ impl Pair {
         }
     }
 
-    /// Whether the link takes bytes from this end.
+    /// True if the link takes bytes from this end.
     fn may_read(&self, end: usize) -> bool {
         let open = match end {
             UP => self.stage == Stage::Open,
@@ -148,7 +148,7 @@ impl Pair {
         open && !self.flows[end].ended
     }
 
-    /// When this connection has something to do next, and whether it has to be exact.
+    /// Time of this connection's next event, and `true` if it has to be exact.
     pub(super) fn next(&self, now: u64, lanes: &mut [Lane; 2]) -> Option<(u64, bool)> {
         let mut next: Option<(u64, bool)> = None;
         let mut consider = |at: u64, exact: bool| {
@@ -343,7 +343,7 @@ impl Pair {
     }
 }
 
-/// What both sockets of a connection need.
+/// Sets the options that both sockets of a connection need.
 pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     rustix::net::sockopt::set_socket_recv_buffer_size(stream, SOCKET_BUFFER_BYTES)?;

@@ -28,7 +28,7 @@ const CONNECTIONS_MAX: usize = 1024;
 const READ_BYTES: usize = 64 << 10;
 /// After a failure to listen or to accept, the next attempt.
 const RETRY_NS: u64 = 10_000_000;
-/// How long before an exact release the thread wakes: at first, and at most.
+/// Lead with which the thread wakes before an exact release, in ns: at first, and at most.
 const MARGIN_NS_FIRST: u64 = 120_000;
 const MARGIN_NS_MAX: u64 = 300_000;
 /// Streams of draws: the two directions have `UP` and `DOWN`.
@@ -36,7 +36,7 @@ const CUT_DRAWS: u64 = 2;
 /// Above the roles that share the machine: a real link takes no CPU from them, and gives none.
 const PRIORITY: i32 = -10;
 
-/// What the owner of a link wants of its thread.
+/// Order of a link's owner to its thread.
 pub(super) enum Order {
     Report(Sender<Report>),
     Stop,
@@ -58,7 +58,7 @@ pub(super) struct Relay {
     config: EmulatorConfig,
     address: SocketAddr,
     listener: Option<TcpListener>,
-    /// When to listen, or to accept, again.
+    /// Time at which to listen, or to accept, again.
     back_at: Option<u64>,
     inbox: Receiver<Order>,
     woken: PipeReader,
@@ -73,7 +73,7 @@ pub(super) struct Relay {
     finished: Arc<AtomicBool>,
 }
 
-/// What `wait` waits for.
+/// Source of a wake-up.
 enum Source {
     Wake,
     Listener,
@@ -241,7 +241,7 @@ impl Relay {
         }
     }
 
-    /// When there is something to do next, and whether it has to be exact.
+    /// Time of the next event, and `true` if it has to be exact.
     fn next(&mut self, now: u64) -> Option<(u64, bool)> {
         let begun = self.clock.epoch.is_some();
         let cut = if begun { self.cuts.next() } else { None };

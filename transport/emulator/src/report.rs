@@ -1,4 +1,4 @@
-//! What a link did: bytes, rates, and how well releases kept to their plan.
+//! Report on a link: bytes, rates, and how well releases kept to their plan.
 
 use std::cmp::Ordering;
 
@@ -58,7 +58,7 @@ pub struct Quantiles {
     pub p99_us: f64,
 }
 
-/// What passed in one direction.
+/// Traffic in one direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct DirectionReport {
@@ -79,7 +79,7 @@ pub struct DirectionReport {
     pub stalls: u64,
 }
 
-/// What a link did.
+/// Traffic and precision of a link.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
@@ -89,13 +89,13 @@ pub struct Report {
     pub down: DirectionReport,
     /// Connections that were accepted.
     pub connections: u64,
-    /// Of these, those that are open.
+    /// Open connections, of those.
     pub open: usize,
-    /// Of these, those whose other end could not be reached.
+    /// Connections, of those, whose other end could not be reached.
     pub unreachable: u64,
     /// Cuts of the whole link.
     pub cuts: u64,
-    /// What came off the delays.
+    /// Calibration that was subtracted from the delays.
     pub calibration: Option<Calibration>,
 }
 

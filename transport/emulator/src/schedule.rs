@@ -1,12 +1,12 @@
-//! What a seed decides: when a link stalls, when it is cut, and how much later than usual a moment
-//! is. Each is a function of the seed and of link time alone, so traffic doesn't change it.
+//! Moments drawn from a seed: stalls, cuts, and the lateness of each moment. Each is a function of
+//! the seed and of link time alone, so traffic doesn't change it.
 
 use super::{CutConfig, StallConfig, nanos};
 
 /// Jitter changes in steps of this length.
 const JITTER_STEP_NS: u64 = 10_000_000;
 
-/// Which use a draw is for; draws of different uses have nothing to do with each other.
+/// Random numbers for one use; draws of different uses are independent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Draws {
     seed: u64,
@@ -35,7 +35,7 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// How much later than the plain delay, by the moment of leaving the bottleneck.
+/// Delay beyond the plain one, by the moment of leaving the bottleneck.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Jitter {
     draws: Draws,
@@ -71,7 +71,7 @@ impl Stalls {
         period * self.every_ns + (self.draws.at(period) * slack) as u64
     }
 
-    /// When work of `work` ns that could begin at `from` is done, if none is done in a stall.
+    /// End of `work` ns of work that could begin at `from`, if none is done in a stall.
     pub(super) fn finish(self, from: u64, mut work: u64) -> u64 {
         let mut at = from;
         for period in from / self.every_ns.. {
@@ -87,7 +87,7 @@ impl Stalls {
         at + work
     }
 
-    /// How many stalls began up to `now`.
+    /// Number of stalls that began up to `now`.
     pub(super) fn begun(self, now: u64) -> u64 {
         let period = now / self.every_ns;
         period + u64::from(self.start(period) <= now)
@@ -116,7 +116,7 @@ impl Cuts {
         }
     }
 
-    /// When the next cut by time is.
+    /// Time of the next cut by time.
     pub(super) fn next(&self) -> Option<u64> {
         // In the second half of each period: the gap between two is 0.5 to 1.5 periods.
         let periodic = self.every_ns.map(|every| {
@@ -125,7 +125,7 @@ impl Cuts {
         periodic.into_iter().chain(self.after_ns).min()
     }
 
-    /// Whether there is a cut at `now`; it is taken. Several that were missed are one.
+    /// True if there is a cut at `now`; it is taken. Several that were missed are one.
     pub(super) fn take(&mut self, now: u64) -> bool {
         let mut cut = false;
         while self.next().is_some_and(|at| at <= now) {
@@ -139,7 +139,7 @@ impl Cuts {
         cut
     }
 
-    /// How many bytes more may pass before the cut, if there is one by bytes.
+    /// Bytes that may pass before the cut, if there is one by bytes.
     pub(super) fn bytes_left(&self) -> Option<u64> {
         self.after_bytes
     }

@@ -21,17 +21,17 @@ const SECOND_NS: u128 = 1_000_000_000;
 /// Bytes that come out together. Times are nanoseconds of link time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// How many.
+    /// Number of bytes.
     pub bytes: usize,
-    /// The number, from 1, of the time without a rest of the bottleneck that they fall in.
+    /// Number, from 1, of the busy period of the bottleneck that they fall in.
     pub period: u64,
-    /// When the bottleneck begins with them.
+    /// Time at which the bottleneck begins with them.
     pub begun: u64,
-    /// For how long from then on it rests in stalls.
+    /// Time from then on that the bottleneck rests in stalls.
     pub stalled: u64,
-    /// When the last of them has left the bottleneck.
+    /// Time at which the last of them has left the bottleneck.
     pub sent: u64,
-    /// When they come out.
+    /// Time at which they come out.
     pub release: u64,
 }
 
@@ -44,13 +44,14 @@ pub struct Shape {
     stalls: Option<Stalls>,
     queue_bytes: usize,
     piece_bytes: usize,
-    /// Until when the bottleneck is busy, and what of a nanosecond it still owes, in bits times
+    /// End of the bottleneck's work, and the fraction of a nanosecond that it still owes, in bits
+    /// times
     /// nanoseconds a second.
     free_at: u64,
     carry: u128,
     period: u64,
     last_release: u64,
-    /// What has not left the bottleneck: when it will, and how many bytes.
+    /// Pieces that have not left the bottleneck: the time at which each will, and its bytes.
     waiting: VecDeque<(u64, usize)>,
     waiting_bytes: usize,
 }
@@ -81,7 +82,7 @@ impl Shape {
         }
     }
 
-    /// How many bytes may go in at `now`; 0 if the queue is full.
+    /// Number of bytes that may go in at `now`; 0 if the queue is full.
     pub fn room(&mut self, now: u64) -> usize {
         while let Some(&(sent, bytes)) = self.waiting.front()
             && sent <= now
@@ -93,7 +94,7 @@ impl Shape {
         if room < self.room_min() { 0 } else { room }
     }
 
-    /// When a full queue takes bytes again.
+    /// Time at which a full queue takes bytes again.
     #[must_use]
     pub fn room_at(&self) -> u64 {
         let mut room = self.queue_bytes - self.waiting_bytes;
@@ -144,7 +145,7 @@ impl Shape {
         Piece { bytes, period: self.period, begun, stalled: sent - begun - work, sent, release }
     }
 
-    /// How long the bottleneck needs for `bytes`, in ns.
+    /// Time that the bottleneck needs for `bytes`, in ns.
     fn work(&mut self, bytes: usize) -> u64 {
         let Some(rate) = self.rate_bits_s else { return 0 };
         let owed = bytes as u128 * 8 * SECOND_NS + self.carry;
@@ -162,7 +163,7 @@ impl Shape {
         self.last_release = now;
     }
 
-    /// How many stalls began up to `now`.
+    /// Number of stalls that began up to `now`.
     #[must_use]
     pub fn stalls_begun(&self, now: u64) -> u64 {
         self.stalls.map_or(0, |stalls| stalls.begun(now))

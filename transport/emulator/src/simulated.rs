@@ -16,7 +16,7 @@ use hat_transport::link::{Completion, Link, LinkCounters, PeerId, Waker};
 use hat_transport::pool::Buf;
 use hat_transport::random::SeededRandom;
 
-/// What a socket is drawn from.
+/// Ranges from which a socket's properties are drawn.
 #[derive(Clone, Debug)]
 pub struct Conditions {
     /// Microseconds that a byte travels.
@@ -25,12 +25,12 @@ pub struct Conditions {
     pub ns_per_byte: RangeInclusive<u64>,
 }
 
-/// How a socket breaks. Index 0 is the end that connected, 1 the one that accepted.
+/// Kind of a socket's break. Index 0 is the end that connected, 1 the one that accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Break {
     /// Bytes on their way from each end that arrive still; what follows them is lost.
     pub arrive: [usize; 2],
-    /// When each end is told that the socket is gone; `None`: it hears nothing any more.
+    /// Time until each end is told that the socket is gone; `None`: it hears nothing any more.
     pub told: [Option<Duration>; 2],
 }
 
@@ -70,7 +70,7 @@ impl SimNet {
         Ok(SimLink { net: self.clone(), id, listen, waker: Waker::new(|| ()) })
     }
 
-    /// When a link has something to tell next; now or earlier if one has already.
+    /// Time of a link's next completion; now or earlier if it has one already.
     #[must_use]
     pub fn next_at(&self) -> Option<Instant> {
         let state = self.state();
@@ -137,7 +137,7 @@ struct State {
     clock: Arc<ManualClock>,
     conditions: Conditions,
     random: SeededRandom,
-    /// Which link listens where.
+    /// Listening link of each address.
     listeners: BTreeMap<SocketAddr, u64>,
     sockets: BTreeMap<u64, Socket>,
     /// The next link, socket or peer.
@@ -191,14 +191,14 @@ struct Flow {
     /// Bytes on their way, with the time at which they are there.
     pieces: VecDeque<(Instant, Vec<u8>)>,
     last_at: Instant,
-    /// When the reader sees the end, if it has read all that came before.
+    /// Time at which the reader sees the end, if it has read all that came before.
     end_at: Option<Instant>,
-    /// What is sent from now on arrives nowhere.
+    /// True if bytes sent from now on arrive nowhere.
     lost: bool,
 }
 
 impl Socket {
-    /// When this end has something to tell.
+    /// Time of this end's next completion.
     fn next_at(&self, end: usize, now: Instant) -> Option<Instant> {
         let (own, flow) = (&self.ends[end], &self.flows[1 - end]);
         match own.phase {

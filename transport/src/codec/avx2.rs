@@ -2,7 +2,7 @@
 
 use super::block::{Grid, pack_row, unpack_row};
 
-/// As [`pack_row`], for each row; says whether this CPU has AVX2, and if not does nothing.
+/// As [`pack_row`], for each row; returns true if this CPU has AVX2, and if not does nothing.
 pub(super) fn pack<G: Grid, const N: usize>(
     rows: &[f32],
     hidden: usize,
@@ -17,7 +17,7 @@ pub(super) fn pack<G: Grid, const N: usize>(
     true
 }
 
-/// As [`unpack_row`], for each row; says whether this CPU has AVX2, and if not does nothing.
+/// As [`unpack_row`], for each row; returns true if this CPU has AVX2, and if not does nothing.
 pub(super) fn unpack<G: Grid, const N: usize>(
     bytes: &[u8],
     hidden: usize,

@@ -22,7 +22,7 @@ pub(super) trait Grid {
     const MOST: i8;
     /// Bits of a code's magnitude.
     const BITS: i32;
-    /// Stands for the number that is written apart.
+    /// Code of the number that is written apart.
     const MARK: i8 = -Self::MOST - 1;
     /// Bytes of so many codes.
     fn bytes(count: usize) -> usize;

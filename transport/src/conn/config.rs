@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use crate::message::Hello;
 
-/// How a connection behaves.
+/// Settings of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionConfig {
-    /// What is said in HELLO; `link_id`, `link_epoch` and `recv_next` are filled in.
+    /// HELLO to send; `link_id`, `link_epoch` and `recv_next` are filled in.
     pub hello: Hello,
     /// Bytes of received frames that the application may hold. At least the largest chunk, since
     /// credit returns when the frames of a chunk are dropped; at least two whole frames.
@@ -20,9 +20,9 @@ pub struct ConnectionConfig {
     pub ping_after: Duration,
     /// Silence after which the link counts as broken.
     pub dead_after: Duration,
-    /// How long connecting, and then the peer's HELLO, may take.
+    /// Longest time for connecting, and then for the peer's HELLO.
     pub hello_within: Duration,
-    /// How long an acknowledgement may wait for a frame to ride in.
+    /// Longest time that an acknowledgement waits for a frame to ride in.
     pub ack_delay: Duration,
 }
 

@@ -1,11 +1,11 @@
-//! What ends a connection, and what breaks its link.
+//! Errors that end a connection, and errors that break its link.
 
 use std::time::Duration;
 
 use crate::frame::{FrameError, Kind};
 use crate::message::{CloseCode, MessageError, Role};
 
-/// How a peer can break the protocol. The connection ends with it.
+/// A peer's breach of the protocol. The connection ends with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProtocolError {
@@ -15,9 +15,9 @@ pub enum ProtocolError {
     /// A HELLO, CLOSE, PING or PONG has a wrong body.
     #[error("{kind:?}: {error}")]
     Message {
-        /// Of this frame.
+        /// Kind of the frame.
         kind: Kind,
-        /// What is wrong.
+        /// Description of the fault.
         error: MessageError,
     },
     /// The first frame is no HELLO.
@@ -48,7 +48,7 @@ pub enum ProtocolError {
     FrameVersion {
         /// Agreed on.
         expected: u8,
-        /// In the header.
+        /// Value in the header.
         got: u8,
     },
     /// The cloud answered for another link.
@@ -57,7 +57,7 @@ pub enum ProtocolError {
     /// The peer wants a replay from a frame that is not kept, or was never sent.
     #[error("the peer wants a replay from {recv_next}, kept are {oldest}..{next}")]
     Replay {
-        /// What it asked for.
+        /// Sequence number that it asked for.
         recv_next: u32,
         /// Oldest frame kept.
         oldest: u32,
@@ -67,7 +67,7 @@ pub enum ProtocolError {
     /// An acknowledgement of a frame that was never sent.
     #[error("ack {ack}, but {next} was not sent yet")]
     AckAhead {
-        /// In the header.
+        /// Value in the header.
         ack: u32,
         /// Next frame to be sent.
         next: u32,
@@ -77,15 +77,15 @@ pub enum ProtocolError {
     Gap {
         /// The next in sequence.
         expected: u32,
-        /// In the header.
+        /// Value in the header.
         got: u32,
     },
-    /// More bytes than the credit that was given.
+    /// The peer sent more bytes than its credit.
     #[error("frames up to byte {offset} came, credit ends at {credit}")]
     Credit {
-        /// Where the frame ends.
+        /// End of the frame in the stream.
         offset: u32,
-        /// What was granted.
+        /// Credit that was granted.
         credit: u32,
     },
     /// A frame that only the other role sends.
@@ -107,7 +107,7 @@ impl ProtocolError {
     }
 }
 
-/// Why a link counts as broken though its socket is open.
+/// Reason that a link counts as broken though its socket is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Expired {
     /// HELLO did not come.

@@ -57,7 +57,7 @@ impl Greeting {
         if now < self.deadline { Ok(()) } else { Err(Expired::Hello(self.hello_within)) }
     }
 
-    /// When HELLO is late.
+    /// Deadline of HELLO.
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
         self.deadline

@@ -19,7 +19,7 @@ pub(super) struct ReceiveState {
     next: u32,
     /// Bytes of sequenced frames that came, wrapping.
     offset: u32,
-    /// Of these, bytes whose buffers were dropped since; wrapping.
+    /// Bytes, of those, whose buffers were dropped since; wrapping.
     released: Arc<AtomicU32>,
     /// The credit in the last header that went out.
     granted: u32,
@@ -63,12 +63,12 @@ impl ReceiveState {
         self.ack_at = Some(now);
     }
 
-    /// When an acknowledgement is to go out alone, if no frame carries it before.
+    /// Time at which an acknowledgement is to go out alone, if no frame carries it before.
     pub(super) fn ack_at(&self) -> Option<Instant> {
         self.ack_at
     }
 
-    /// Whether an acknowledgement, or news about the credit, is to go out by itself.
+    /// True if an acknowledgement, or news about the credit, is to go out by itself.
     pub(super) fn ack_is_due(&self, now: Instant) -> bool {
         let news = self.credit().wrapping_sub(self.granted);
         news >= self.window_bytes / 4 || self.ack_at.is_some_and(|ack_at| ack_at <= now)

@@ -20,7 +20,7 @@ const CONTROL_RESERVE: usize = 64;
 /// room there whatever is uploaded.
 const VERIFY_RESERVE: usize = 8;
 
-/// Why a frame was not taken.
+/// An error in sending a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -45,7 +45,7 @@ pub enum Refusal {
 #[derive(thiserror::Error)]
 #[error("{refusal}")]
 pub struct SendError {
-    /// Why.
+    /// The protocol error.
     pub refusal: Refusal,
     /// The body; `None` only if there was no buffer to begin with.
     pub body: Option<Buf>,
@@ -263,7 +263,7 @@ impl Connection {
         Err(SendError { refusal, body: Some(body) })
     }
 
-    /// Drops the frames of `session` that have not been sent, and says how many. A cancelled
+    /// Drops the frames of `session` that have not been sent, and returns how many. A cancelled
     /// prompt needs no upload.
     pub fn discard(&mut self, session: u32) -> usize {
         let state = &mut self.send;

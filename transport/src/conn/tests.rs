@@ -67,7 +67,7 @@ impl Pair {
         }
     }
 
-    /// Whether the latest HELLOs resumed, device first.
+    /// True for each end whose latest HELLO resumed, device first.
     fn ups(&mut self) -> [bool; 2] {
         [&mut self.device, &mut self.cloud].map(|end| match end.poll_event() {
             Some(ConnectionEvent::Up { resumed, .. }) => resumed,

@@ -6,11 +6,11 @@ use super::Expired;
 
 #[derive(Debug, Default)]
 pub(super) struct Timers {
-    /// When the socket came up.
+    /// Time at which the socket came up.
     connected: Option<Instant>,
-    /// When bytes came last.
+    /// Time of the last bytes.
     heard: Option<Instant>,
-    /// When the last ping went out.
+    /// Time of the last ping sent.
     pinged: Option<Instant>,
     ping_due: bool,
     /// Number of the last ping.
@@ -66,7 +66,7 @@ impl Timers {
         self.rtt
     }
 
-    /// When HELLO is late.
+    /// Deadline of HELLO.
     pub(super) fn hello_deadline(&self, within: Duration) -> Option<Instant> {
         self.connected.map(|connected| connected + within)
     }
@@ -92,12 +92,12 @@ impl Timers {
         Ok(())
     }
 
-    /// When the link counts as broken.
+    /// Time at which the link counts as broken.
     pub(super) fn dead_at(&self, dead_after: Duration) -> Option<Instant> {
         self.heard.map(|heard| heard + dead_after)
     }
 
-    /// When the next ping is due.
+    /// Time at which the next ping is due.
     pub(super) fn ping_at(&self, ping_after: Duration) -> Option<Instant> {
         self.heard.max(self.pinged).map(|last| last + ping_after)
     }

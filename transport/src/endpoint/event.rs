@@ -1,4 +1,4 @@
-//! What an endpoint tells.
+//! Events of an endpoint.
 
 use std::net::SocketAddr;
 
@@ -6,18 +6,18 @@ use crate::conn::{ConnectionId, Frame, ProtocolError, Traffic};
 use crate::log::Untrusted;
 use crate::message::{CloseCode, Hello};
 
-/// What has happened.
+/// Event of an endpoint.
 #[derive(Debug)]
 pub enum Event {
     /// Frames flow. If `resumed` is false, everything queued or unacknowledged before is gone,
     /// and all sessions of the connection are: the device opens them again and replays, the cloud
     /// frees them.
     Up {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionId,
         /// The peer's HELLO.
         hello: Hello,
-        /// Whether everything goes on where it was.
+        /// True if everything goes on where it was.
         resumed: bool,
         /// The peer's address.
         address: SocketAddr,
@@ -31,23 +31,23 @@ pub enum Event {
     },
     /// The link broke, or could not be made. It is tried again (device) or waited for (cloud).
     Down {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionId,
-        /// What happened, for people.
+        /// Description of the event, for people.
         reason: String,
     },
     /// The connection is over, and its id means nothing any more.
     Gone {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionId,
-        /// Why.
+        /// Reason.
         error: GoneError,
     },
     /// A socket was closed before it became a connection.
     Refused {
-        /// Where it came from.
+        /// Address of the peer.
         address: SocketAddr,
-        /// Why.
+        /// Reason.
         error: GoneError,
     },
     /// [`crate::link::Waker::wake`] was called.
@@ -55,7 +55,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Which connection it is about, if it is about one.
+    /// The connection that it is about, if it is about one.
     #[must_use]
     pub fn connection(&self) -> Option<ConnectionId> {
         match self {
@@ -68,7 +68,7 @@ impl Event {
     }
 }
 
-/// Why a connection is over.
+/// Reason that a connection is over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GoneError {
@@ -80,9 +80,9 @@ pub enum GoneError {
     ClosedByPeer {
         /// The peer.
         address: SocketAddr,
-        /// Why, for programs.
+        /// Reason, for programs.
         code: CloseCode,
-        /// Why, as the peer worded it: show it as [`Untrusted`] text.
+        /// Reason in the peer's words: show it as [`Untrusted`] text.
         reason: String,
     },
     /// The first bytes were no frame.
@@ -90,7 +90,7 @@ pub enum GoneError {
     NotHat {
         /// The peer.
         address: SocketAddr,
-        /// What was wrong.
+        /// The peer's breach of the protocol.
         error: ProtocolError,
     },
     /// The peer broke the protocol.
@@ -98,7 +98,7 @@ pub enum GoneError {
     Protocol {
         /// The peer.
         address: SocketAddr,
-        /// How.
+        /// The peer's breach of the protocol.
         error: ProtocolError,
     },
     /// The device did not come back in time, or before its place was needed for another.
@@ -149,7 +149,7 @@ impl GoneError {
     }
 }
 
-/// What went over a connection so far.
+/// Traffic and state of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionCounters {
     /// Bytes from device to cloud, headers and replays included.

@@ -14,7 +14,8 @@ use crate::pool::Buf;
 pub(super) struct Peer {
     pub(super) address: SocketAddr,
     pub(super) state: State,
-    /// Whose buffers the link has; also when the connection goes on over another socket.
+    /// Owner of the buffers that the link has; also when the connection goes on over another
+    /// socket.
     owner: Option<ConnectionId>,
     pub(super) sending: bool,
     pub(super) receiving: bool,
@@ -23,13 +24,13 @@ pub(super) struct Peer {
 }
 
 pub(super) enum State {
-    /// It connects, and has until then.
+    /// The socket connects, and has until then.
     Dialling { until: Instant },
-    /// It was accepted, and has not said HELLO yet.
+    /// The socket was accepted, and its HELLO has not come yet.
     Greeting(Box<Greeting>),
-    /// It carries its owner's frames.
+    /// The socket carries its owner's frames.
     Attached,
-    /// It is on its way out: the farewell is sent, and the peer has until then to close.
+    /// The socket is closing: the close frame is sent, and the peer has until then to close.
     Leaving { farewell: Option<Buf>, until: Instant, closed: bool },
 }
 

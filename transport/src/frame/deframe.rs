@@ -16,7 +16,7 @@ pub struct RawFrame {
     pub body: Buf,
 }
 
-/// How a frame can be wrong.
+/// An error in a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -30,12 +30,12 @@ pub enum FrameError {
         kind: u8,
         /// Computed here.
         expected: u32,
-        /// Found in the header.
+        /// Value in the header.
         got: u32,
     },
 }
 
-/// What a deframer can say.
+/// Result of a deframer.
 #[derive(Debug)]
 pub enum Deframed {
     /// The next frame.
@@ -101,7 +101,7 @@ impl Deframer {
         self.room = Some(buf);
     }
 
-    /// Copies from the front of `bytes` and says how many; 0 if the pool is empty or a frame has
+    /// Copies from the front of `bytes` and returns how many; 0 if the pool is empty or a frame has
     /// to be taken out first.
     pub fn push(&mut self, bytes: &[u8]) -> usize {
         let Some(mut buf) = self.take_room() else {
@@ -151,7 +151,7 @@ impl Deframer {
         Ok(Deframed::Frame(RawFrame { header, body }))
     }
 
-    /// Whether a frame has come in part; `None` while its buffer is lent out.
+    /// True if a frame has come in part; `None` while its buffer is lent out.
     #[must_use]
     pub fn is_mid_frame(&self) -> Option<bool> {
         let in_part = self.room.as_ref().is_some_and(|room| room.wire().len() > self.start);

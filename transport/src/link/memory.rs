@@ -81,7 +81,7 @@ pub struct MemoryLink {
     next_peer: u64,
 }
 
-/// What the other side of a link rings when there may be something to do.
+/// Signal to the other side of a link that there may be something to do.
 #[derive(Default)]
 struct Bell {
     rung: Mutex<bool>,
@@ -305,7 +305,7 @@ impl Peer {
     }
 }
 
-/// Appends bytes of `bufs` from `through` on, as many as fit, and says how many.
+/// Appends bytes of `bufs` from `through` on, as many as fit, and returns how many.
 fn push(flow: &mut Flow, bufs: &[Buf], through: usize) -> usize {
     let (mut skip, mut count) = (through, 0);
     for bytes in bufs.iter().map(Buf::wire) {
@@ -319,7 +319,7 @@ fn push(flow: &mut Flow, bufs: &[Buf], through: usize) -> usize {
     count
 }
 
-/// Moves bytes to the room of `buf`, as many as there are, and says how many.
+/// Moves bytes to the room of `buf`, as many as there are, and returns how many.
 fn pull(flow: &mut Flow, buf: &mut Buf) -> usize {
     let room = buf.spare_mut();
     let count = room.len().min(flow.bytes.len());

@@ -52,7 +52,7 @@ struct Peer {
     /// Buffers to send; the first `.1` bytes of them are through.
     sending: Option<(Vec<Buf>, usize)>,
     receiving: Option<Buf>,
-    /// In `active`.
+    /// Index in `active`.
     active: bool,
 }
 
@@ -390,7 +390,7 @@ fn write(mut stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     io::Write::write_vectored(&mut stream, slices)
 }
 
-/// Lists the parts of `bufs` from `through` on, and says how many parts and bytes.
+/// Lists the parts of `bufs` from `through` on, and returns how many parts and bytes.
 fn fill<'a>(slices: &mut [IoSlice<'a>], bufs: &'a [Buf], through: usize) -> (usize, usize) {
     let (mut skip, mut count, mut total) = (through, 0, 0);
     for bytes in bufs.iter().map(Buf::wire) {

@@ -1,4 +1,4 @@
-//! What moves bytes: one completion-style trait, three links behind it.
+//! Links, which move bytes: one completion-style trait, and three implementations.
 //!
 //! A buffer that is given in is given back by [`Link::wait`], exactly once, also when the peer is
 //! closed or breaks; [`Completion::Closed`] is a peer's last. At most one send and one receive are
@@ -30,7 +30,7 @@ use crate::pool::Buf;
 #[cfg(feature = "links")]
 pub use socket::{Opened, open, open_probed, probe_uring};
 
-/// Which link.
+/// Kind of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LinkKind {
@@ -56,14 +56,14 @@ impl fmt::Display for LinkKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId(pub u64);
 
-/// Something that a link has done.
+/// A completion of a link.
 #[derive(Debug)]
 pub enum Completion {
     /// A peer has dialled in.
     Accepted {
         /// The new peer.
         peer: PeerId,
-        /// Where it comes from.
+        /// Address of the peer.
         address: SocketAddr,
     },
     /// [`Link::connect`] has succeeded.
@@ -84,21 +84,21 @@ pub enum Completion {
         peer: PeerId,
         /// The buffer of [`Link::receive`]; what came is counted in already.
         buf: Buf,
-        /// How many bytes came; 0 only if the peer is about to be closed.
+        /// Number of bytes that came; 0 only if the peer is about to be closed.
         bytes: usize,
     },
     /// The peer is gone; nothing more comes from it.
     Closed {
         /// The peer.
         peer: PeerId,
-        /// What broke; `None` if either side closed in peace.
+        /// Error that broke it; `None` if either side closed in peace.
         error: Option<io::Error>,
     },
     /// [`Waker::wake`] was called.
     Woken,
 }
 
-/// What a link has asked of the operating system.
+/// Counts of a link's requests to the operating system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
     /// System calls made for waiting, accepting, sending and receiving.
@@ -140,10 +140,10 @@ pub trait Link: Send {
     /// If the operating system fails; the link is of no use then.
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) -> io::Result<()>;
 
-    /// Where the link listens.
+    /// Address that the link listens at.
     fn local_address(&self) -> Option<SocketAddr>;
 
-    /// What the link has asked of the operating system so far.
+    /// Counts of the link's requests to the operating system so far.
     fn counters(&self) -> LinkCounters;
 }
 
@@ -174,7 +174,7 @@ impl Waker {
         }
     }
 
-    /// Whether there were wakes since the last call.
+    /// True if there were wakes since the last call.
     pub fn take(&self) -> bool {
         self.inner.pending.swap(false, Ordering::AcqRel)
     }

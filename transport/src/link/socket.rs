@@ -46,9 +46,9 @@ pub(super) fn limit_unsent<S>(_socket: &S) -> io::Result<()> {
 pub struct Opened {
     /// The link.
     pub link: Box<dyn Link>,
-    /// What runs.
+    /// Kind that runs.
     pub kind: LinkKind,
-    /// Why something else runs than was asked for.
+    /// Reason that another link runs than was asked for.
     pub fallback: Option<String>,
 }
 
@@ -91,7 +91,7 @@ pub fn open_probed(
     }
 }
 
-/// Whether io_uring can run here, or why not.
+/// Probes io_uring on this machine.
 ///
 /// # Errors
 /// The reason, with the setting to change where there is one.

@@ -30,10 +30,10 @@ pub use setup::probe;
 
 /// Parts of one send.
 const SLICES: usize = 64;
-/// How long a dropped link waits for the kernel to let go.
+/// Time that a dropped link waits for the kernel to let go.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What an operation is for; the low bits of its user data, the peer's number above.
+/// Purpose of an operation; the low bits of its user data, the peer's number above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 enum Op {
@@ -62,7 +62,7 @@ pub struct UringLink {
     accept_multi: bool,
     accepting: Accepting,
     wake_event: Arc<OwnedFd>,
-    /// Where the kernel puts the count of `wake_event`.
+    /// Memory in which the kernel puts the count of `wake_event`.
     wake_count: Box<u64>,
     wake_armed: bool,
     waker: Waker,
@@ -77,7 +77,7 @@ pub struct UringLink {
 
 struct Peer {
     socket: OwnedFd,
-    /// Where a connect goes; read by the kernel while `connecting`.
+    /// Address of a connect; read by the kernel while `connecting`.
     address: Option<Box<SocketAddrAny>>,
     connecting: bool,
     closing: bool,
@@ -447,7 +447,7 @@ impl UringLink {
     }
 }
 
-/// Whether an operation has only to be tried again.
+/// True if an operation has only to be tried again.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }

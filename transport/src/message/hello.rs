@@ -9,7 +9,7 @@ use crate::frame::FRAME_BYTES_MAX;
 /// First bytes of a HELLO body.
 pub const HELLO_MAGIC: [u8; 4] = *b"hat\0";
 
-/// Which end of the link speaks.
+/// End of the link that speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Role {
@@ -28,7 +28,7 @@ pub struct Hello {
     pub max_version: u16,
     /// Bits of optional features; none are defined yet.
     pub features: u64,
-    /// Who speaks.
+    /// End that speaks.
     pub role: Role,
     /// The device's random name for this link; a cloud repeats it.
     pub link_id: [u8; 16],
@@ -57,7 +57,7 @@ pub struct Hello {
     pub rows_pending_max: u16,
     /// Rows of one KV page.
     pub page_size: u16,
-    /// How keys and values are stored.
+    /// Number format of keys and values.
     pub kv_type: u8,
     /// Cloud: pipeline stages of its middle layers, from 1 on. Device: 0.
     pub stages: u16,
@@ -177,7 +177,7 @@ impl Hello {
     }
 }
 
-/// Why a connection was closed. Numbers are the wire's; an unknown one is kept.
+/// Reason that a connection was closed. Numbers are the wire's; an unknown one is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CloseCode {
@@ -241,9 +241,9 @@ impl CloseCode {
 /// The last frame of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Close<'a> {
-    /// Why, for programs.
+    /// Reason, for programs.
     pub code: CloseCode,
-    /// Why, for people. Longer text is cut at [`super::TEXT_BYTES_MAX`].
+    /// Reason, for people. Longer text is cut at [`super::TEXT_BYTES_MAX`].
     pub reason: &'a str,
 }
 

@@ -7,7 +7,7 @@ const FLAG_TREE: u8 = 1;
 const FLAG_MORE: u8 = 2;
 const FLAG_DECIDED: u8 = 4;
 
-/// Which rows of a ROWS frame are to come back.
+/// Rows of a ROWS frame that are to come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Want {
@@ -19,7 +19,7 @@ pub enum Want {
     All = 2,
 }
 
-/// What precedes the payload of a ROWS frame.
+/// Head of a ROWS frame, before its payload.
 ///
 /// Ids are unique in a session and increase. Rows `first_id..first_id + count` form a chain below
 /// `parent`, or a tree whose parent ids follow this head.
@@ -36,7 +36,7 @@ pub struct RowsHead {
     /// The rows are committed as they arrive: rows of a prompt, and of plain decoding. They form a
     /// chain below the last committed row, so this goes without [`RowsHead::tree`].
     pub decided: bool,
-    /// Which rows are to come back.
+    /// Rows that are to come back.
     pub want: Want,
     /// Parent of the first row; 0 is the session's root.
     pub parent: u32,
@@ -54,7 +54,7 @@ impl RowsHead {
         Self::BYTES + if self.tree { 4 * self.count as usize } else { 0 }
     }
 
-    /// Writes the head, and `parents` if this is a tree, and says where the payload starts. The
+    /// Writes the head, and `parents` if this is a tree, and returns the start of the payload. The
     /// caller writes the payload there, in place.
     ///
     /// # Panics
@@ -116,13 +116,13 @@ pub struct Ids<'a> {
 }
 
 impl<'a> Ids<'a> {
-    /// How many.
+    /// Number of ids.
     #[must_use]
     pub fn len(&self) -> usize {
         self.bytes.len() / 4
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
@@ -180,22 +180,22 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// What precedes the row ids and the payload of an OUTPUT frame.
+/// Head of an OUTPUT frame, before the row ids and the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutputHead {
     /// Rows in this frame; at least 1.
     pub count: u16,
-    /// How long the rows waited for their step.
+    /// Time that the rows waited for their step.
     pub queue_us: u32,
-    /// How long the step took.
+    /// Duration of the step.
     pub step_us: u32,
     /// Rows in the step, other sessions' included.
     pub step_rows: u32,
-    /// How fast the device's frames come in.
+    /// Arrival rate of the device's frames.
     pub arrivals: Arrivals,
 }
 
-/// What a cloud saw of a connection's frames on their way in since it last said so.
+/// Arrivals of a connection's frames at a cloud since its last report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arrivals {
     /// Bytes that came while a frame was on its way in, so that the link was at work.
@@ -225,7 +225,7 @@ impl OutputHead {
         Self::BYTES + 4 * self.count as usize
     }
 
-    /// Writes the head and `ids`, and says where the payload starts. The caller writes the
+    /// Writes the head and `ids`, and returns the start of the payload. The caller writes the
     /// payload there, in place.
     ///
     /// # Panics
@@ -253,7 +253,7 @@ impl OutputHead {
 pub struct Output<'a> {
     /// The fixed part.
     pub head: OutputHead,
-    /// Which row each row of the payload answers.
+    /// Row that each row of the payload answers.
     pub ids: Ids<'a>,
     /// `count` rows of equal size, in the session's codec.
     pub payload: &'a [u8],

@@ -1,4 +1,4 @@
-//! What a frame costs: system calls, copied bytes, memory. Counts, not times.
+//! Costs of a frame: system calls, copied bytes, memory. Counts, not times.
 
 use std::time::Duration;
 

@@ -36,7 +36,7 @@ const SPLIT: usize = 256;
 /// A GPU as a backend.
 pub struct CudaBackend<G: Gpu> {
     gpu: G,
-    /// What nobody has asked for yet, or what lasts.
+    /// A fault that no caller has been told of yet, or one that lasts.
     fault: Option<BackendFault>,
     /// Activations as products take them.
     prepared: Prepared<G::Memory>,
@@ -105,7 +105,7 @@ fn start_error(error: GpuError) -> BackendError {
     }
 }
 
-/// Memory of at least so many bytes in a place; what was there goes if it is too small.
+/// Memory of at least this many bytes in a place; what was there goes if it is too small.
 fn room<'a, G: Gpu>(
     gpu: &mut G,
     place: &'a mut Option<G::Memory>,

@@ -16,12 +16,13 @@ use hat_plan::{
     RowMove, TokenId,
 };
 
-/// What happens to the old content of a `linear`'s output.
+/// Treatment of the old content of a `linear`'s output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
-    /// Overwritten.
+    /// The output is overwritten.
     Store,
-    /// Added to (the residual stream): `out = out + result`, one rounding after the sum over K.
+    /// The result is added to it (the residual stream): `out = out + result`, one rounding after
+    /// the sum over K.
     Add,
 }
 
@@ -38,7 +39,7 @@ impl Top {
     /// Below every finite number.
     pub const NONE: Self = Self { value: f32::NEG_INFINITY, column: u32::MAX };
 
-    /// Whether it comes before another.
+    /// True if it comes before another.
     #[must_use]
     pub fn is_before(&self, other: &Self) -> bool {
         self.value > other.value || (self.value == other.value && self.column < other.column)
@@ -78,7 +79,7 @@ impl<'a, B: Backend + ?Sized> LinearArgs<'a, B> {
 pub struct RopeArgs<'a, B: Backend + ?Sized> {
     /// The layer's number in the KV store.
     pub layer: usize,
-    /// As [`Backend::rope_angles`] made them. `[rows, head_dim]`
+    /// Angles as [`Backend::rope_angles`] made them. `[rows, head_dim]`
     pub angles: &'a B::Buffer,
     /// Rotated in place. `[rows, heads * head_dim]`
     pub q: &'a mut B::Buffer,

@@ -76,7 +76,7 @@ impl Kv {
     }
 }
 
-/// Where a slot of the sequence that `row` belongs to stands in the KV store.
+/// Place in the KV store of a slot of the sequence that `row` belongs to.
 fn place(plan: &AttendPlan<'_>, row: usize, slot: u32) -> (u32, u32) {
     let ends = plan.q_indptr.iter().skip(1);
     let sequence = ends.take_while(|end| **end as usize <= row).count();

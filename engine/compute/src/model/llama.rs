@@ -17,7 +17,7 @@ pub struct ModelShape {
     pub intermediate_size: usize,
     /// Heads and window.
     pub attend: AttendShape,
-    /// Added to the mean square in the norms.
+    /// Term added to the mean square in the norms.
     pub rms_norm_eps: f32,
     /// Inverse frequencies of rotary position embedding, scaling included. `[head_dim / 2]`
     pub inv_freq: Vec<f32>,
@@ -76,9 +76,9 @@ impl<B: Backend> Projection<B> {
 /// Takes a tensor of a layer, by its name within the layer.
 pub(super) type Take<'a, B> = dyn FnMut(&str) -> Result<<B as Backend>::Weight, LoadError> + 'a;
 
-/// Where layers come from: a bundle, or (in benches) somebody who makes them up.
+/// Source of a layer's tensors: a bundle, or (in benches) a generator.
 pub trait Tensors {
-    /// What the tensors are of.
+    /// Configuration of the model that the tensors are of.
     fn config(&self) -> &LlamaConfig;
     /// One of them, by its checkpoint name.
     ///

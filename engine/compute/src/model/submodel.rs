@@ -146,7 +146,8 @@ pub struct MiddleModel<B: Backend> {
     scratch: Scratch<B>,
     x: B::Buffer, // [capacity, hidden_size]
     capacity: usize,
-    /// How the next stage takes rows from where this one leaves them, if it does.
+    /// Description of the way in which the next stage takes rows from this one's memory, if it
+    /// does.
     hands_over: Option<String>,
 }
 
@@ -184,7 +185,7 @@ impl<B: Backend> MiddleModel<B> {
         &mut self.backend
     }
 
-    /// Whether no row of a step is computed here.
+    /// True if no row of a step is computed here.
     fn is_passed(&self, step: &MiddleStep) -> bool {
         let end = self.first_layer + self.layers.len();
         let enters_later = step.entry_layers.first().is_none_or(|entry| *entry as usize >= end);

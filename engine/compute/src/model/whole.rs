@@ -13,7 +13,7 @@ use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
 use crate::backend::{Backend, LinearArgs, Write};
 use crate::{LoadError, StepError};
 
-/// Where a row would cross the link.
+/// Direction in which a row would cross the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crossing {
     /// To the cloud.
@@ -22,8 +22,8 @@ pub enum Crossing {
     Down,
 }
 
-/// What the link does to a row, in place; `false` if it can't take it, since some number is not
-/// finite.
+/// Effect of the link on a row, in place; `false` if it can't take the row, since some number is
+/// not finite.
 pub type Cross = dyn FnMut(Crossing, &mut [f32]) -> bool + Send;
 
 /// All layers, embedding and head on one backend.

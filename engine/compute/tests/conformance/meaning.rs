@@ -8,7 +8,7 @@ use hat_plan::{AttendShape, BackendError, KvShape, RowMove};
 
 use crate::cases::*;
 
-/// How far a number may be from the reference: `of_terms` times the sum of the magnitudes that
+/// Allowed distance of a number from the reference: `of_terms` times the sum of the magnitudes that
 /// make it, plus `of_result` times itself, plus `absolute`.
 struct Tolerance {
     op: &'static str,

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::TokenError;
 
-/// What a field may be. A field that is null counts as absent.
+/// Type of a field. A field that is null counts as absent.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Rule {
     /// True or false, and the value of an absent one.
@@ -40,7 +40,7 @@ impl<'a> Fields<'a> {
         Self { path, object, taken: Vec::new() }
     }
 
-    /// Those of a value that must be an object.
+    /// Fields of a value that must be an object.
     pub(super) fn of(path: &'a str, value: &'a Value) -> Result<Self, TokenError> {
         let object = value.as_object().ok_or_else(|| wrong(path, "not an object"))?;
         Ok(Self::new(path, object))

@@ -90,8 +90,8 @@ fn a_field_that_is_not_known_is_refused_with_its_path() {
     }
 }
 
-/// Where in the good file, what instead, and what is said of it. `LONG` stands for 200,000 bytes.
-/// Most of these once ended the process or its memory, hung it, or made other ids.
+/// Place in the good file, its replacement, and the error. `LONG` stands for 200,000 bytes. Most of
+/// these once ended the process or its memory, hung it, or made other ids.
 const HOSTILE: &[(&str, &str, &str)] = &[
     ("/version", r#""2.0""#, "version: not one of 1.0"),
     (
@@ -281,7 +281,7 @@ fn pre_tokenizer() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-    /// Whatever steps pass, no text grows by more than the bound that was computed from them.
+    /// No text grows by more than the bound computed from its steps, for any steps.
     #[test]
     fn no_text_grows_by_more_than_its_bound(
         normalizers in prop::collection::vec(normalizer(), 0..4),

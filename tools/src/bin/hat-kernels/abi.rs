@@ -21,7 +21,7 @@ pub(crate) fn rust(header: &Path, libclang: &Path) -> anyhow::Result<String> {
     String::from_utf8(output.stdout).context("bindgen's text")
 }
 
-/// What that process does.
+/// Text that the process prints.
 pub(crate) fn text(header: &Path) -> anyhow::Result<String> {
     let path = header.to_str().context("the header's path is no UTF-8")?;
     let bindings = bindgen::Builder::default()

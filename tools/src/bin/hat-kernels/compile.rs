@@ -31,12 +31,12 @@ const FLAGS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 /// Artefacts by file name; `manifest.json` is one of them.
 pub(crate) type Artefacts = BTreeMap<String, Vec<u8>>;
 
-/// What `manifest.json` says.
+/// Content of `manifest.json`.
 #[derive(Serialize)]
 struct Manifest<'a> {
     compiler: String,
     compiler_sha256: [&'static str; 2],
-    /// What the instructions were counted with.
+    /// Disassembler that counted the instructions.
     disassembler: &'static str,
     flags: Vec<&'static str>,
     /// BLAKE3 of each source and header.
@@ -45,13 +45,13 @@ struct Manifest<'a> {
     artefacts: &'a Described,
 }
 
-/// What is known of each artefact, by its file's name.
+/// Facts of each artefact, by its file's name.
 pub(crate) type Described = BTreeMap<String, Artefact>;
 
-/// What was made of a source for a target.
+/// Artefact of a source for a target.
 pub(crate) struct Artefact {
     blake3: String,
-    /// Of the file.
+    /// Size of the file.
     pub(crate) bytes: usize,
     /// `sm_86`, `compute_80`.
     pub(crate) target: String,
@@ -122,7 +122,7 @@ pub(crate) fn all(kernels: &Path, tools: &Tools<'_>) -> anyhow::Result<(Artefact
     Ok((out, described))
 }
 
-/// What a cubin says of its kernels.
+/// Resources of a cubin's kernels.
 fn usage(cubin: &[u8], target: Target) -> anyhow::Result<Vec<Usage>> {
     let mut kernels = cubin::usage(cubin)?;
     if target == Target::Cubin(90) {

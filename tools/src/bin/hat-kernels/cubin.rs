@@ -1,4 +1,4 @@
-//! What a cubin says about its kernels: registers, stack, shared memory.
+//! Resources that a cubin states of its kernels: registers, stack, shared memory.
 //!
 //! A cubin is an ELF file. Section `.nv.info` is a list of attributes, each a format byte, a kind
 //! byte and 16 bits that are a value or the length of what follows; the ones that matter name a
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::mix::Counts;
 
-/// What one kernel takes.
+/// Resources of one kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
     /// The name by which it is launched.
@@ -25,7 +25,7 @@ pub(crate) struct Usage {
     pub(crate) shared_bytes: u64,
     /// Its instructions by kind.
     pub(crate) mix: Counts,
-    /// Those of the loop that does the work.
+    /// Counts in the loop that does the work.
     #[serde(rename = "loop", skip_serializing_if = "Counts::is_empty")]
     pub(crate) body: Counts,
 }

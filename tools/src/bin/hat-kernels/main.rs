@@ -29,17 +29,17 @@ use hat_engine::{out, outln, pull};
 
 use compile::Artefacts;
 
-/// Compiles the CUDA kernels and writes what is committed of them.
+/// Compiles the CUDA kernels and writes the committed artefacts.
 #[derive(Parser)]
 #[command(name = "hat-kernels")]
 struct Arguments {
-    /// Write nothing; fail if a committed file differs from what its sources give.
+    /// Write nothing; fail if a committed file differs from its sources' output.
     #[arg(long)]
     check: bool,
     /// The crate hat-cuda [default: beside this program's sources].
     #[arg(long, value_name = "DIR")]
     cuda: Option<PathBuf>,
-    /// Where the compilers are kept [default: the user's cache].
+    /// Folder of the compilers [default: the user's cache].
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
     /// Print the Rust text of a header and end.

@@ -1,4 +1,4 @@
-//! What a kernel is made of: its machine code as nvdisasm writes it, counted by kinds of
+//! Instruction mix of a kernel: its machine code as nvdisasm writes it, counted by kinds of
 //! instructions, all of it and the loop that does the work.
 //!
 //! A kind is the operation, with the width in bits for what moves memory: `LDG.128` is a load of 16
@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 
-/// How many of each kind; `all` is every instruction.
+/// Number of instructions of each kind; `all` is every instruction.
 pub(crate) type Counts = BTreeMap<String, u32>;
 /// For each instruction whether it is meant.
 type Marks = Vec<bool>;
@@ -21,9 +21,9 @@ type Marks = Vec<bool>;
 /// A kernel's instructions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Mix {
-    /// Of the whole kernel, routines that the compiler added included.
+    /// Counts of the whole kernel, routines that the compiler added included.
     pub(crate) kernel: Counts,
-    /// Of the loop; empty if there is none with such work.
+    /// Counts of the loop; empty if there is none with such work.
     pub(crate) body: Counts,
 }
 
@@ -36,7 +36,7 @@ const PLAIN: [&str; 14] = [
 const MOVING: [&str; 13] = [
     "ATOM", "ATOMG", "ATOMS", "LD", "LDG", "LDGSTS", "LDL", "LDS", "RED", "ST", "STG", "STL", "STS",
 ];
-/// What a loop is for, the first that a kernel has.
+/// Work of a loop; the first that a kernel has counts.
 const WORK: [&[&str]; 3] = [&["HMMA", "IMMA"], &["IDP"], &["LDG", "LDGSTS"]];
 
 /// One line of a listing.
@@ -144,7 +144,7 @@ fn counts(instructions: &[Instruction<'_>], which: &Marks) -> Counts {
     counts
 }
 
-/// How many of a family, `LDG` or `LDG.128`.
+/// Number of instructions of a family, `LDG` or `LDG.128`.
 pub(crate) fn family(counts: &Counts, name: &str) -> u32 {
     let within = |kind: &str| {
         kind.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
@@ -152,7 +152,7 @@ pub(crate) fn family(counts: &Counts, name: &str) -> u32 {
     counts.iter().filter(|(kind, _)| within(kind)).map(|(_, count)| count).sum()
 }
 
-/// Where control may go after each instruction.
+/// Instructions that may follow each instruction.
 fn next(
     instructions: &[Instruction<'_>],
     labels: &BTreeMap<&str, usize>,
@@ -169,7 +169,7 @@ fn next(
     target.filter(|target| *target < instructions.len()).into_iter().chain(after)
 }
 
-/// What is reached from `from` without touching `without`.
+/// Blocks that are reached from `from` without touching `without`.
 fn reached(edges: &[Vec<usize>], from: usize, without: usize) -> Marks {
     let (mut found, mut open) = (vec![false; edges.len()], vec![from]);
     while let Some(at) = open.pop() {

@@ -1,4 +1,4 @@
-//! What the instructions of kernels have to be, `mix.json`: so that a kernel which lost its matrix
+//! Rules on the instructions of kernels, `mix.json`: so that a kernel which lost its matrix
 //! products or its wide loads, and is right and slow, is noticed where no GPU is.
 //!
 //! A rule names kernels (`gemv_*`), says in words what it is for, and has counts that the whole
@@ -20,7 +20,7 @@ use crate::mix::{Counts, family};
 struct Rule {
     /// Names, `*` for any end.
     kernels: Vec<String>,
-    /// What is held, in words.
+    /// Description of the rule.
     what: String,
     #[serde(default)]
     kernel: Limits,

@@ -13,7 +13,7 @@ const END: &str = "<!-- made by hat-kernels: to here -->\n";
 
 /// The architecture whose warps and instructions the tables show.
 const SHOWN: &str = "sm_86";
-/// What an SM of it has: registers, bytes of shared memory, warps, blocks.
+/// Resources of an SM: registers, bytes of shared memory, warps, blocks.
 const REGISTERS: u32 = 65_536;
 const SHARED_BYTES: u64 = 100 << 10;
 const WARPS: u32 = 48;
@@ -71,7 +71,7 @@ fn tables(artefacts: &Artefacts, described: &Described) -> anyhow::Result<String
     Ok(text)
 }
 
-/// How many kernels and bytes there are.
+/// Number of kernels, and their bytes.
 fn sizes(artefacts: &Artefacts, rows: &[Row<'_>]) -> anyhow::Result<String> {
     let sum = |end: &str| {
         let files = artefacts.iter().filter(|(name, _)| name.ends_with(end));
@@ -84,7 +84,7 @@ fn sizes(artefacts: &Artefacts, rows: &[Row<'_>]) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// How many warps an SM holds, by registers, shared memory and blocks.
+/// Warps that an SM holds, by registers, shared memory and blocks.
 fn warps(usage: &Usage) -> u32 {
     let of_block = usage.threads.div_ceil(32).max(1);
     // A warp's registers are handed out by 256, warps by 4; a block's first KB is the system's.

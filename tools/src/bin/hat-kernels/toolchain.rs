@@ -12,9 +12,9 @@ use hat_engine::note;
 pub(crate) struct Tool {
     /// `package==version`
     pub(crate) package: &'static str,
-    /// Of the wheels for x86-64 and for aarch64.
+    /// Hashes of the wheels for x86-64 and for aarch64.
     pub(crate) sha256: [&'static str; 2],
-    /// The file within.
+    /// Path of the file within the wheel.
     member: &'static str,
 }
 
@@ -28,7 +28,7 @@ pub(crate) const NVRTC: Tool = Tool {
     member: "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
 };
 
-/// What bindgen reads C with.
+/// Library with which bindgen reads C.
 pub(crate) const LIBCLANG: Tool = Tool {
     package: "libclang==18.1.1",
     sha256: [
@@ -38,7 +38,7 @@ pub(crate) const LIBCLANG: Tool = Tool {
     member: "libclang-18.1.1.data/platlib/clang/native/libclang.so",
 };
 
-/// What machine code is read with; it reads that of 12.6 too.
+/// Disassembler of machine code; it reads that of 12.6 too.
 pub(crate) const NVDISASM: Tool = Tool {
     package: "nvidia-cuda-nvdisasm==13.2.86",
     sha256: [

@@ -12,7 +12,7 @@ use crate::child::Child;
 use crate::speech::{CloudSaid, CloudSetup, Counters};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the parts of a run are whose memory is compared.
+/// Length of the parts of a run whose memory is compared, in seconds.
 const PART_S: f64 = 60.0;
 
 pub(crate) struct CloudProcess {
@@ -28,7 +28,7 @@ pub(crate) struct Memory {
     pub(crate) at_s: f64,
     /// All, files included.
     pub(crate) all_mb: f64,
-    /// What is not in files: KV, activations, buffers.
+    /// Memory that is not in files: KV, activations, buffers.
     pub(crate) own_mb: f64,
 }
 
@@ -115,7 +115,7 @@ pub(crate) fn parts(memory: &[Memory]) -> Vec<Memory> {
     (0..count as u32).map(|index| part(f64::from(index))).collect()
 }
 
-/// What a cloud did in a run.
+/// Totals of a cloud over a run.
 #[derive(Clone, Debug)]
 pub(crate) struct CloudFigures {
     /// After the run.

@@ -21,14 +21,14 @@ use crate::whole::Kept;
 
 /// The longest that the loop sleeps.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often the cloud's memory is looked at.
+/// Interval at which the cloud's memory is read.
 const MEMORY: Duration = Duration::from_secs(1);
-/// How long devices may take to start, beside the time to connect.
+/// Time that devices may take to start, beside the time to connect.
 const START: Duration = Duration::from_secs(60);
-/// How long it waits at the end while no answer comes.
+/// Time to wait at the end while no answer comes.
 const DRAIN: Duration = Duration::from_secs(300);
 
-/// What a device says, with its number and which life of it.
+/// Report of a device, with its number and generation.
 struct Note {
     device: usize,
     life: u64,
@@ -121,7 +121,7 @@ pub(crate) struct Crowd<'a> {
     say: Sender<Note>,
     begun: Instant,
     next_id: u64,
-    /// When the next request is due, seconds from the beginning.
+    /// Time at which the next request is due, in seconds from the beginning.
     due_s: f64,
     kept: Vec<Kept>,
     ending: Vec<JoinHandle<()>>,
@@ -131,7 +131,7 @@ pub(crate) struct Crowd<'a> {
     bar: ProgressBar,
 }
 
-/// What a run leaves.
+/// Result of a run.
 pub(crate) struct Ended {
     pub(crate) figures: Figures,
     pub(crate) kept: Vec<Kept>,

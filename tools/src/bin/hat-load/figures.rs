@@ -1,4 +1,4 @@
-//! What a run showed: for each device, and over all.
+//! Figures of a run: for each device, and over all.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::cloud::CloudFigures;
 use crate::speech::{End, Outcome};
 use crate::whole::Compared;
 
-/// More devices than these are not all printed, only those with the slowest tokens.
+/// Number of devices up to which all are printed, and not only those with the slowest tokens.
 const LINES_MAX: usize = 40;
 
 /// Sums and values of one device, or of all.
@@ -32,7 +32,7 @@ pub(crate) struct Tally {
     gap_ms: Vec<f64>,
     /// Means of the gaps of each complete answer.
     tbt_ms: Vec<f64>,
-    /// Of complete answers: tokens after the first, waits for the cloud, bytes, pages.
+    /// Sums over complete answers: tokens after the first, round trips, bytes, pages.
     after_first: u64,
     rounds: u64,
     bytes_up: u64,

@@ -31,8 +31,8 @@ use crate::plan::Plan;
 use crate::prompts::{Lengths, Prompts};
 use crate::speech::{CloudSetup, DeviceSetup, Link};
 
-/// Many devices at once against one cloud: what they wait for, whether one of them starves, and
-/// what the cloud holds in memory.
+/// Measures many devices against one cloud: latencies, fairness between devices, and the cloud's
+/// memory.
 ///
 /// Each device is the engine's own device role, in a process of its own unless --threads-only.
 /// Without --rate each device asks again as soon as it has its answer. Without --requests and
@@ -49,32 +49,32 @@ struct Args {
     /// the cache on first use.
     #[arg(short = 'm', long, value_name = "MODEL", conflicts_with = "model")]
     bundle: Option<PathBuf>,
-    /// Which model without --bundle.
+    /// Generated model to use without --bundle.
     #[arg(long, value_enum, default_value_t = Made::Tiny)]
     model: Made,
-    /// How many devices, 1 to 10000.
+    /// Number of devices, 1 to 10000.
     #[arg(long, value_name = "N", default_value_t = 30)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     devices: u32,
-    /// All devices in this process, with threads of their own.
+    /// Run all devices in this process, on threads.
     #[arg(long)]
     threads_only: bool,
     /// Requests a second over all devices, 0.001 to 100000, arriving as a Poisson process.
     #[arg(long, value_name = "R", value_parser = rate)]
     rate: Option<f64>,
-    /// Stop asking after so many requests, 1 and more.
+    /// Number of requests after which to stop, 1 and more.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     requests: Option<u64>,
-    /// Stop asking after so many seconds, 0.1 to 1000000.
+    /// Seconds after which to stop, 0.1 to 1000000.
     #[arg(long, value_name = "S", value_parser = seconds)]
     seconds: Option<f64>,
-    /// Prompts to take in turn: a line of JSON each, with `prompt` or `turns`.
+    /// File of prompts, used in rotation: a line of JSON each, with `prompt` or `turns`.
     #[arg(long, value_name = "FILE.jsonl")]
     prompts: Option<PathBuf>,
-    /// Tokens of made prompts: N, or FROM..TO, both included.
+    /// Tokens of generated prompts: N, or FROM..TO, both included.
     #[arg(long, value_name = "LENGTHS", default_value = "16..256", conflicts_with = "prompts")]
     prompt_tokens: Lengths,
-    /// So many different made prompts in turn; without, each request has its own.
+    /// Number of different generated prompts, used in turn; by default each request has its own.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     #[arg(conflicts_with = "prompts")]
     distinct: Option<u64>,
@@ -82,25 +82,25 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_tokens: u32,
-    /// An end-of-sequence token ends an answer; without, each goes on to --max-tokens.
+    /// End answers at an end-of-sequence token [default: at --max-tokens alone].
     #[arg(long)]
     eos: bool,
-    /// Who drafts: auto, off, chain, tree, lookup, stream or all.
+    /// Drafter: auto, off, chain, tree, lookup, stream or all.
     #[arg(long, value_name = "MODE", default_value = "auto")]
     draft: DraftMode,
-    /// How prompts are cut: off, rows of a chunk, paper or auto.
+    /// Sizes of prompt chunks: off, rows of a chunk, paper or auto.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     chunks: ChunkPolicy,
-    /// How rows are coded on the wire: f32, f16, int8 or int4.
+    /// Codec of rows on the wire: f32, f16, int8 or int4.
     #[arg(long, value_name = "CODEC", default_value = "int8", value_parser = codec)]
     wire: Codec,
-    /// What moves bytes.
+    /// Kind of the link.
     #[arg(long, value_enum, default_value_t = Link::Mio)]
     link: Link,
     /// Compute threads of a device.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = threads)]
     threads: usize,
-    /// Compute threads of the cloud that is started; one for each core without.
+    /// Compute threads of the cloud that is started [default: one for each core].
     #[arg(long, value_name = "N", value_parser = threads)]
     cloud_threads: Option<usize>,
     /// Sessions of the cloud that is started.
@@ -109,17 +109,17 @@ struct Args {
     /// Positions of all sessions together in the cloud that is started.
     #[arg(long, value_name = "N")]
     kv_rows_max: Option<u32>,
-    /// Share of the answers that are given up before their end, 0 to 1.
+    /// Share of the answers that are cancelled before their end, 0 to 1.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     cancel: f64,
     /// Devices come and go: mean life of one, seconds, 0.1 to 1000000. One half ends with a
     /// goodbye, the other half is killed (not with --threads-only).
     #[arg(long, value_name = "S", value_parser = seconds)]
     life_s: Option<f64>,
-    /// How long devices try to connect at first, seconds, 0.1 to 1000000.
+    /// Longest time to connect at first, in seconds, 0.1 to 1000000.
     #[arg(long, value_name = "S", default_value_t = 20.0, value_parser = seconds)]
     connect_s: f64,
-    /// Of arrivals, prompts, lives and answers that are given up.
+    /// Seed of arrivals, prompts, lifetimes and cancelled answers.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Compare the tokens of all answers with those of the whole model in one process.
@@ -131,7 +131,7 @@ struct Args {
     /// Write plots (SVG) into this folder.
     #[arg(long, value_name = "DIR")]
     plot: Option<PathBuf>,
-    /// What a child process of this tool is.
+    /// Role of a child process of this tool.
     #[arg(long, hide = true, value_enum)]
     role: Option<Role>,
 }

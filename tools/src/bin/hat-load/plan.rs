@@ -1,4 +1,4 @@
-//! What is asked, when, and of how many devices. All of it follows from the seed.
+//! Requests, their times, and their devices. All of it follows from the seed.
 
 use hat_tools::random::{Purpose, exponential, unit};
 
@@ -7,7 +7,7 @@ use crate::speech::Ask;
 
 pub(crate) struct Plan {
     pub(crate) devices: usize,
-    /// Whether each device is a process of its own.
+    /// True if each device is a process of its own.
     pub(crate) processes: bool,
     /// Requests a second; `None` asks each device again when it has answered.
     pub(crate) rate: Option<f64>,

@@ -1,4 +1,4 @@
-//! What is asked: lines of a file, or words in an order by the seed.
+//! Prompts: lines of a file, or words in an order by the seed.
 
 use std::path::Path;
 
@@ -104,7 +104,7 @@ impl Prompts {
         }
     }
 
-    /// Which prompt request `id` has: requests with one number have one prompt.
+    /// Number of the prompt of request `id`: requests with one number have one prompt.
     pub(crate) fn number(&self, id: u64) -> u64 {
         match self {
             Self::Given(prompts) => id % prompts.len() as u64,

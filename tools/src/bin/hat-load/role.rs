@@ -14,9 +14,9 @@ use signal_hook::consts::SIGINT;
 
 use crate::speech::{Ask, CloudSaid, CloudSetup, Counters, DeviceSetup, End, Outcome, Said};
 
-/// How often an answer's reader looks whether it is still wanted.
+/// Interval at which an answer's reader looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often a request is tried again after `Busy`.
+/// Limit on the tries of a request after `Busy`.
 const RETRIES_MAX: u32 = 20;
 
 /// The cloud role of a child process: its setup is the first line of stdin, each other line asks

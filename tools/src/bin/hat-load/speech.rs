@@ -1,5 +1,5 @@
-//! What the tool and its devices and cloud say to each other: lines of JSON over pipes, or the
-//! same values over channels where a device is a thread.
+//! Messages between the tool and its devices and cloud: lines of JSON over pipes, or the same
+//! values over channels where a device is a thread.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use hat_engine::options::{ChunkPolicy, Codec, DraftMode, LinkKind};
 use hat_engine::{CloudConfig, EngineConfig, Request};
 use serde::{Deserialize, Serialize};
 
-/// What moves bytes.
+/// Kind of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 pub(crate) enum Link {
     /// epoll.
@@ -28,7 +28,7 @@ impl From<Link> for LinkKind {
     }
 }
 
-/// How a device runs.
+/// Settings of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct DeviceSetup {
     pub(crate) bundle: PathBuf,
@@ -39,7 +39,7 @@ pub(crate) struct DeviceSetup {
     pub(crate) chunks: String,
     pub(crate) link: Link,
     pub(crate) threads: usize,
-    /// How long it tries to connect before it gives up.
+    /// Longest time to connect before it gives up, in ms.
     pub(crate) connect_ms: u64,
 }
 
@@ -56,7 +56,7 @@ impl DeviceSetup {
     }
 }
 
-/// How a cloud runs.
+/// Settings of a cloud.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CloudSetup {
     pub(crate) bundle: PathBuf,
@@ -81,14 +81,14 @@ impl CloudSetup {
     }
 }
 
-/// What a cloud says when it listens.
+/// Report of a cloud.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum CloudSaid {
-    /// Where, and one line about its backend.
+    /// Address at which it listens, and one line about its backend.
     Listening(String, String),
-    /// Why it can't.
+    /// Reason that it can't listen.
     Failed(String),
-    /// What it has done so far.
+    /// Totals so far.
     Counters(Counters),
 }
 
@@ -104,10 +104,10 @@ pub(crate) struct Counters {
     pub(crate) pages_free: u64,
 }
 
-/// What a device is asked.
+/// Prompt of a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Prompt {
-    /// As it is.
+    /// Text of the prompt as it is.
     Tokens(Vec<u32>),
     /// A user's message, through the chat template.
     Chat(String),
@@ -119,13 +119,13 @@ pub(crate) struct Ask {
     pub(crate) id: u64,
     pub(crate) prompt: Prompt,
     pub(crate) max_tokens: u32,
-    /// Whether an end-of-sequence token ends the answer.
+    /// True if an end-of-sequence token ends the answer.
     pub(crate) eos: bool,
     /// A name of [`DraftMode`].
     pub(crate) draft: String,
-    /// Give the answer up after so many tokens.
+    /// Give the answer up after this many tokens.
     pub(crate) cancel_after: Option<u32>,
-    /// Whether the answer's tokens are wanted.
+    /// True if the answer's tokens are wanted.
     pub(crate) keep: bool,
 }
 
@@ -141,34 +141,34 @@ impl Ask {
     }
 }
 
-/// What a device says.
+/// Report of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Said {
-    /// It is connected.
+    /// The device is connected.
     Ready,
-    /// It could not begin.
+    /// The device could not begin.
     Failed(String),
     /// A request is over.
     Ended(Outcome),
-    /// It will say nothing more.
+    /// The device will report nothing more.
     Gone,
 }
 
-/// How a request ended.
+/// End of a request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) enum End {
-    /// With its answer.
+    /// The request ended with its answer.
     Done,
-    /// It was given up, as it was meant to be.
+    /// The request was cancelled, as planned.
     #[default]
     Cancelled,
-    /// There was no room, however often it was tried.
+    /// The cloud had no room at any try.
     Refused(String),
-    /// In an error.
+    /// The request ended in an error.
     Failed(String),
 }
 
-/// What one request showed. Times are what a caller sees, from its call on.
+/// Measurements of one request. Times are a caller's, from its call on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) ask: u64,
@@ -178,9 +178,9 @@ pub(crate) struct Outcome {
     pub(crate) gaps_us: Vec<u32>,
     /// If they were wanted.
     pub(crate) token_ids: Vec<u32>,
-    /// How often it was tried again after `Busy`.
+    /// Number of tries after `Busy`.
     pub(crate) retries: u32,
-    /// Of an answer that is done; of others 0.
+    /// Figures of a complete answer; of others 0.
     pub(crate) prompt_n: u32,
     pub(crate) predicted_n: u32,
     pub(crate) rounds: u32,

@@ -29,16 +29,16 @@ impl Kept {
     }
 }
 
-/// What a comparison found.
+/// Result of a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Compared {
     /// Complete answers.
     pub(crate) answers: usize,
     /// Beginnings of answers that were given up.
     pub(crate) beginnings: usize,
-    /// Tokens of both.
+    /// Tokens compared.
     pub(crate) tokens: usize,
-    /// Requests with another text than the whole model's, the first of them first.
+    /// Number of requests with another text than the whole model's.
     pub(crate) different: usize,
     pub(crate) first_different: Option<u64>,
 }

@@ -26,9 +26,9 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Let the model answer prompts, and keep the rows.
+    /// Record the rows of the model's answers to prompts.
     Collect(collect::CollectArgs),
-    /// Train a drafter on what was gathered.
+    /// Train a drafter on recorded rows.
     Fit(fit::FitArgs),
     /// Measure a drafter.
     Eval(eval::EvalArgs),

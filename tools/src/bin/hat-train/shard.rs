@@ -15,7 +15,7 @@ use half::f16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
-/// Where a sequence comes from.
+/// Origin of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SequenceFacts {
     /// Number of the job in the seeded order.
@@ -28,7 +28,7 @@ pub(crate) struct SequenceFacts {
     pub(crate) tokens: usize,
     /// Position of the first deep row that is kept.
     pub(crate) deep_first: usize,
-    /// Whether the answer was sampled.
+    /// True if the answer was sampled.
     pub(crate) sampled: bool,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct Recording {
     pub(crate) deep: Vec<f16>,
 }
 
-/// What all shards of a directory share.
+/// Facts shared by all shards of a directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Collection {
     pub(crate) format_version: u32,
@@ -54,7 +54,7 @@ pub(crate) struct Collection {
     pub(crate) max_tokens: usize,
     /// Name and BLAKE3 of each prompt file, in the order given.
     pub(crate) prompts: Vec<(String, String)>,
-    /// Whether these are answers to measure with.
+    /// True if these are answers to measure with.
     #[serde(default)]
     pub(crate) evaluation: bool,
 }
@@ -82,7 +82,7 @@ impl Collection {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// What a directory says of itself.
+    /// Reads the facts of a directory.
     pub(crate) fn read(directory: &Path) -> anyhow::Result<Self> {
         let path = directory.join(COLLECTION);
         let text = fs::read_to_string(&path)
@@ -153,7 +153,7 @@ pub(crate) struct Shard {
     path: PathBuf,
     file: fs::File,
     header: HashMap<String, Entry>,
-    /// Where the tensors begin, in bytes.
+    /// Begin of the tensors, in bytes.
     start: u64,
     hidden_size: usize,
     pub(crate) facts: Vec<SequenceFacts>,
@@ -168,7 +168,7 @@ struct Entry {
     shape: Vec<usize>,
     #[serde(default)]
     data_offsets: [u64; 2],
-    /// Of `__metadata__` alone.
+    /// Hash of `__metadata__` alone.
     #[serde(flatten)]
     other: HashMap<String, serde_json::Value>,
 }

@@ -18,7 +18,7 @@ use hat_engine::options::{Processor, TokenId};
 use hat_loader::{Bundle, ModelId, check_same_model};
 use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
 
-/// How a [`Target`] is set up.
+/// Settings of a [`Target`].
 pub(crate) struct TargetConfig<'a> {
     /// Directory with `device/` and `cloud/`.
     pub(crate) bundle: &'a Path,
@@ -36,13 +36,13 @@ pub(crate) struct TargetConfig<'a> {
 
 /// Some rows of one sequence that run in the next step.
 pub(crate) struct Work {
-    /// Which slot.
+    /// Number of the slot.
     pub(crate) slot: usize,
     /// Their tokens, in order.
     pub(crate) tokens: Vec<TokenId>,
 }
 
-/// What one step computes.
+/// Rows that one step computes.
 #[derive(Default)]
 pub(crate) struct StepRows {
     /// The rows before each tapped layer. `[taps][rows * hidden_size]`

@@ -27,7 +27,7 @@ use hat_engine::{note, outln};
 /// All text files of the tree, by path from its root with `/` between names.
 type Tree = BTreeMap<String, String>;
 
-/// Something that is not as it should be.
+/// A breach of a rule.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Finding {
     file: String,

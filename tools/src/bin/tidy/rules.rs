@@ -58,7 +58,7 @@ pub(crate) struct Ban {
     pub(crate) except: &'static [&'static str],
     /// Whether tests are let off.
     pub(crate) except_tests: bool,
-    /// Why, and what to do instead.
+    /// Reason, and the remedy.
     pub(crate) reason: &'static str,
 }
 

@@ -1,5 +1,7 @@
 //! Each rule on a small tree that breaks it, and a good tree that it leaves alone.
 
+mod documents;
+
 use super::*;
 use crate::source::Source;
 
@@ -213,7 +215,6 @@ fn hosts_and_machine_paths() {
     assert!(said(&[("engine/tests/data.json", path)]).is_empty(), "data is not ours");
 }
 
-/// What `main` does, on the tree that this stands in: it can be read, and tidy itself is tidy.
 #[test]
 fn a_rule_for_a_file_that_is_gone_is_found() {
     const RULES: &str = "tools/src/bin/tidy/rules.rs";
@@ -222,9 +223,15 @@ fn a_rule_for_a_file_that_is_gone_is_found() {
     assert!(said.contains(&map), "{said:#?}");
 }
 
+/// The tools' manifest stands one below the root.
+fn this_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The whole check on the tree that this stands in: it can be read, and tidy itself is tidy.
 #[test]
 fn this_tree_is_tidy() {
-    let tree = read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..")).unwrap();
+    let tree = read(&this_root()).unwrap();
     assert!(tree.contains_key("tools/src/bin/tidy/rules.rs"));
     let said: Vec<String> =
         check(&tree).iter().map(|f| format!("{}:{}: {}", f.file, f.line, f.reason)).collect();

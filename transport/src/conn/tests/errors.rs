@@ -3,13 +3,13 @@
 use super::*;
 use crate::frame::HeaderError;
 
-/// What a cloud that is up says to bytes of its device.
+/// Error of a cloud that is up on bytes of its device.
 fn error(bytes: &[u8]) -> ProtocolError {
     let mut pair = Pair::up();
     pair.cloud.handle_bytes(pair.now, bytes).unwrap_err()
 }
 
-/// What a cloud says to the first bytes of a socket.
+/// Error of a cloud on the first bytes of a socket.
 fn hello_error(bytes: &[u8]) -> ProtocolError {
     let mut cloud = cloud(EPOCH);
     let now = Instant::now();

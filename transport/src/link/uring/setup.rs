@@ -10,7 +10,7 @@ const ENTRIES: u32 = 256;
 /// Completions that fit without overflowing into the kernel's memory.
 const COMPLETIONS: u32 = 2048;
 
-/// Whether io_uring can run here, or why not.
+/// Probes io_uring on this machine.
 ///
 /// # Errors
 /// The reason, with the setting to change where there is one.

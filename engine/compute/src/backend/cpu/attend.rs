@@ -51,20 +51,20 @@ pub(super) struct AttendTask<'a> {
     pub(super) rows: &'a [Row<'a>],
 }
 
-/// How many rows a task takes together.
+/// Number of rows that a task takes together.
 pub(super) fn rows_together(group: usize) -> usize {
     (QUERIES / group).clamp(1, ROWS_MAX)
 }
 
 impl Row<'_> {
-    /// Which keys of the tile that begins at `start` it sees.
+    /// Keys that it sees of the tile that begins at `start`.
     fn part_of(&self, start: usize) -> Range<usize> {
         let from = self.first.saturating_sub(start).min(PAGE_SIZE);
         let end = (self.position + 1).saturating_sub(start).min(PAGE_SIZE);
         from..end.max(from)
     }
 
-    /// Whether the keys `part` of the tile stand in one page, in order.
+    /// True if the keys `part` of the tile stand in one page, in order.
     fn is_plain(&self, start: usize, part: &Range<usize>) -> bool {
         part.is_empty() || start + part.end <= self.prefix_len
     }
@@ -367,7 +367,7 @@ fn weigh<const Q: usize>(
     fades
 }
 
-/// What a level does by its own instructions.
+/// Operations that a level does by its own instructions.
 pub(super) trait TileOps: Copy {
     /// Queries at a time: 2 to 4, as the registers allow.
     const TOGETHER: usize;

@@ -11,7 +11,7 @@ pub(super) fn sequence_of(plan: &AttendPlan<'_>, row: usize) -> usize {
     plan.q_indptr.partition_point(|first| *first as usize <= row) - 1
 }
 
-/// What `attend` is called with.
+/// Operands of `attend`.
 pub(super) struct Batch<'a> {
     pub(super) plan: &'a AttendPlan<'a>,
     pub(super) shape: &'a AttendShape,
@@ -21,8 +21,8 @@ pub(super) struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// Where a run of parts that can be one task ends: rows of one sequence, the same
-    /// key/value head. `of` tells row and first head of a part.
+    /// End of a run of parts that can be one task: rows of one sequence, the same key/value head.
+    /// `of` tells row and first head of a part.
     pub(super) fn together(
         &self,
         parts: Range<usize>,

@@ -1,4 +1,4 @@
-//! What a level of the instruction set supplies: one table of functions.
+//! Table of the functions that a level of the instruction set supplies.
 //!
 //! A level other than the portable one gives its table away only on a CPU that has its
 //! instructions, so holding a table is the proof that its functions may be called.
@@ -12,7 +12,7 @@ use super::threads::Part;
 
 /// The kernels of one level; same bits in each. Formulas are in `math.rs`.
 pub(super) struct Kernels {
-    /// For messages.
+    /// Name of the level, for messages.
     pub(super) name: &'static str,
     pub(super) quantise_row: fn(x: &[f32], out: &mut [Block]),
     pub(super) rms_norm_row: fn(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]),

@@ -84,7 +84,7 @@ impl CpuWeight {
     }
 }
 
-/// What happens to a sum.
+/// Operation on a finished sum.
 #[derive(Clone, Copy)]
 pub(super) enum Finish {
     /// Overwrites the old content.
@@ -129,8 +129,8 @@ pub(super) trait Tiles<T>: Copy {
     fn tile<const R: usize>(self, panel: &[u8], rows: [&[T]; R]) -> Sums<R>;
 }
 
-/// What a level makes of its kernels: a [`Tiles`] for each type of weight, and `linear`, which
-/// chooses among them. `$call!` wraps each call of a kernel; `$rows` is [`Tiles::ROWS`].
+/// Makes a level's kernels usable: a [`Tiles`] for each type of weight, and `linear`, which chooses
+/// among them. `$call!` wraps each call of a kernel; `$rows` is [`Tiles::ROWS`].
 macro_rules! weight_types {
     ($call:ident, $rows:literal) => {
         $crate::backend::cpu::matrix::weight_types! { @types $call, $rows,

@@ -54,7 +54,7 @@ const NUMBERS_MIN: usize = 16_384;
 /// Columns of a gate that wait in the cache for the other factor.
 const COLUMNS_IN_CACHE: usize = 4 * layout::PANEL;
 
-/// Which instructions the kernels use.
+/// Instruction set that the kernels use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Level {
@@ -71,12 +71,12 @@ pub enum Level {
     Neon,
 }
 
-/// How the CPU backend runs. No field changes a result.
+/// Settings of the CPU backend. No field changes a result.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuConfig {
     /// Compute threads, the caller's among them; at least 1.
     pub threads: usize,
-    /// Which instructions.
+    /// Instruction set of the kernels.
     pub level: Level,
 }
 
@@ -173,7 +173,7 @@ impl CpuBackend {
         self.fault = Some(Fault { op, element, every_time });
     }
 
-    /// Plants the fault in what `op` has written, if there is one; says whether it did.
+    /// Plants the fault in what `op` has written, if there is one; returns true if it did.
     fn strike(&mut self, op: Op, written: &mut [f32]) -> bool {
         let Some(fault) = self.fault.filter(|fault| fault.op == op && !written.is_empty()) else {
             return false;
@@ -234,7 +234,8 @@ impl Quantised {
     }
 }
 
-/// Where threads may cut the columns of these matrices: nowhere if there is little to do.
+/// Multiple of columns at which threads may cut these matrices; `usize::MAX` if there is little to
+/// do.
 fn grain<const N: usize>(rows: usize, weights: [&CpuWeight; N]) -> usize {
     let all: usize = weights.iter().map(|weight| rows * weight.n * weight.k).sum();
     if all < MULTIPLICATIONS_MIN { usize::MAX } else { layout::PANEL }

@@ -28,10 +28,10 @@ const PIECE_ROWS: usize = 8;
 /// A job: `job(thread, piece)`.
 type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
-    /// Which job, how many pieces it has, and which is next: 32, 16 and 16 bits. A change of the
-    /// first starts a job; a piece belongs to whoever raises the last.
+    /// Number of the job, its pieces, and the next piece: 32, 16 and 16 bits. A change of the first
+    /// starts a job; a piece belongs to the thread that raises the last.
     state: AtomicU64,
     /// Points at the current `Job`; valid while one of its pieces is claimed and not done.
     job: AtomicPtr<()>,
@@ -45,7 +45,7 @@ struct Shared {
     started: AtomicUsize,
     /// The threads end.
     stop: AtomicBool,
-    /// Turns in which a caller found that pieces of others had not ended.
+    /// Number of times that a caller found pieces of others unfinished.
     #[cfg(test)]
     waits: AtomicUsize,
 }
@@ -101,7 +101,7 @@ impl Threads {
         Ok(threads)
     }
 
-    /// How many threads run a job.
+    /// Number of threads that run a job.
     pub(super) fn count(&self) -> usize {
         self.workers.len() + 1
     }
@@ -346,7 +346,7 @@ fn run_piece(shared: &Shared, index: usize, piece: usize) {
     shared.done.fetch_add(1, Ordering::Release);
 }
 
-/// Which rows [`Threads::rows`] dealt to a part.
+/// Rows that [`Threads::rows`] dealt to a part.
 #[derive(Clone, Copy)]
 pub(super) struct Deal {
     /// The thread that has it.
@@ -394,12 +394,12 @@ impl<'a, T> Part<'a, T> {
         Part { start, stride, rows, columns, matrix: PhantomData }
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub(super) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Some of its columns.
+    /// A range of its columns.
     ///
     /// # Panics
     /// If it has not so many.

@@ -12,14 +12,14 @@ use super::threads::Part;
 /// Columns that a thread computes before it looks at them.
 const COLUMNS: usize = 8 * PANEL;
 
-/// One thread's room.
+/// Scratch memory of one thread.
 #[derive(Default)]
 pub(super) struct TopScratch {
     /// `[rows][COLUMNS]`
     sums: Vec<f32>,
     /// The largest that this thread has seen. `[rows][k]`
     top: Vec<Top>,
-    /// Whether all of them are finite.
+    /// True if all of them are finite.
     finite: bool,
 }
 
@@ -59,7 +59,7 @@ impl TopScratch {
         }
     }
 
-    /// Merges the lists of this thread, of `k` each, into `top`; says whether all was finite.
+    /// Merges the lists of this thread, of `k` each, into `top`; returns true if all was finite.
     pub(super) fn merge_into(&self, top: &mut [Top], k: usize) -> bool {
         for (mine, all) in self.top.chunks_exact(k).zip(top.chunks_exact_mut(k)) {
             for one in mine {

@@ -14,7 +14,7 @@ use crate::backend::{BackendError, Lent};
 /// The buffers of one backend, and what it has of its neighbour.
 pub(super) struct Lanes<M> {
     pool: Vec<Arc<M>>,
-    /// Whose copy may be on its way. At most one for each step since the last wait.
+    /// Rows whose copy may be on its way. At most one for each step since the last wait.
     borrowed: Vec<Lent>,
 }
 

@@ -11,9 +11,9 @@ use super::{CudaBackend, Weight, Write, room};
 
 /// Activations as products take them.
 pub(super) struct Prepared<M> {
-    /// As int8 blocks: q, d, s.
+    /// Activations as int8 blocks: q, d, s.
     blocks: Option<[M; 3]>,
-    /// In a float matrix's type.
+    /// Activations in a float matrix's type.
     rounded: Option<M>,
 }
 
@@ -29,7 +29,7 @@ impl<M> Weight<M> {
         (self.numbers.block() == 1).then_some(self.numbers)
     }
 
-    /// Whether what was prepared for another weight serves this one.
+    /// True if operands prepared for another weight serve this one.
     pub(super) fn takes_what(&self, other: &Self) -> bool {
         (self.rounds_to(), self.k) == (other.rounds_to(), other.k)
     }

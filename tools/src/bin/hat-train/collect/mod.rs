@@ -25,35 +25,35 @@ pub(crate) struct CollectArgs {
     /// Files of prompts: JSON lines with `question` (GSM8K) or `instruction` (self-instruct), or
     /// an array of dialogues (Taskmaster).
     prompts: Vec<PathBuf>,
-    /// Where shards go. What is there already is kept and not gathered again.
+    /// Folder for shards. Shards that are there already are kept and not gathered again.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
-    /// Keep the rows before these layers.
+    /// Layers whose input rows are recorded.
     #[arg(long, value_delimiter = ',', default_value = "2,4,8")]
     split_layers: Vec<usize>,
-    /// Stop after so many answer tokens, those of earlier runs included.
+    /// Answer tokens after which to stop, those of earlier runs included.
     #[arg(long, default_value_t = 1_000_000)]
     positions: u64,
     /// Longest answer.
     #[arg(long, default_value_t = 192)]
     max_tokens: usize,
-    /// Do not let the model write prompts of its own.
+    /// Take prompts from the files alone, none written by the model.
     #[arg(long)]
     no_written: bool,
     /// The files are evaluation sets (`turns`, `category`): answer each prompt's first turn once,
     /// greedily, for `eval`.
     #[arg(long)]
     evaluation: bool,
-    /// Prompts have at most so many tokens; longer ones are passed over.
+    /// Most tokens of a prompt; longer ones are skipped.
     #[arg(long, default_value_t = 560)]
     prompt_max: usize,
-    /// Deep rows of so many tokens at the end of the prompt are kept too.
+    /// Tokens at the end of the prompt whose deep rows are recorded, too.
     #[arg(long, default_value_t = 128)]
     prompt_tail: usize,
-    /// Sequences at once.
+    /// Number of sequences at once.
     #[arg(long, default_value_t = 48)]
     sequences: usize,
     /// Rows of one step.
@@ -62,7 +62,7 @@ pub(crate) struct CollectArgs {
     /// Sequences in one shard.
     #[arg(long, default_value_t = 48)]
     shard_sequences: usize,
-    /// Stop when the disk has less than this left.
+    /// Free disk space below which to stop.
     #[arg(long, default_value_t = 4096, value_name = "MIB")]
     disk_free_min: u64,
     /// Compute threads.

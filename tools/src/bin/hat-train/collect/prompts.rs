@@ -12,12 +12,12 @@ use hat_engine::sample::SamplerConfig;
 use hat_engine::sample::noise::philox;
 use serde_json::Value;
 
-/// What the user says.
+/// Text of the user.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Prompt {
     /// This text, as one user turn.
     Text(String),
-    /// Whatever the model itself puts after this beginning of a user turn, sampled.
+    /// The model's own continuation of this beginning of a user turn, sampled.
     Written {
         /// The first words.
         start: &'static str,
@@ -26,12 +26,12 @@ pub(crate) enum Prompt {
     },
 }
 
-/// What the prompts are for.
+/// Purpose of the prompts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// To learn from.
     Training {
-        /// Whether the model writes prompts of its own.
+        /// True if the model writes prompts of its own.
         written: bool,
     },
     /// To measure with.
@@ -44,7 +44,7 @@ pub(crate) struct Job {
     pub(crate) number: u64,
     pub(crate) source: String,
     pub(crate) prompt: Prompt,
-    /// How the answer is chosen.
+    /// Rule that chooses the answer's tokens.
     pub(crate) sampler: SamplerConfig,
 }
 
@@ -75,12 +75,12 @@ const TURNS: [Kind; 20] = {
     ]
 };
 
-/// Of a prompt's first round so many in ten answers are greedy.
+/// Greedy answers to a prompt's first round, in ten.
 const GREEDY_IN_TEN: u32 = 7;
 /// Longest prompt in characters; longer ones are cut at a line's end.
 const CHARACTERS_MAX: usize = 2400;
 
-/// How the model's own prompts begin. The empty one comes most often.
+/// Beginnings of the model's own prompts. The empty one comes most often.
 const STARTS: [&str; 32] = [
     "",
     "Translate German to English: ",
@@ -205,7 +205,7 @@ impl Prompts {
         Ok((prompts, names))
     }
 
-    /// How many prompts of each kind there are.
+    /// Number of prompts of each kind, as text.
     pub(crate) fn describe(&self) -> String {
         let Self { questions, instructions, dialogues, tasks, evaluation, .. } = self;
         if !evaluation.is_empty() {

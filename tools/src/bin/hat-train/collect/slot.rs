@@ -34,7 +34,7 @@ impl Template {
     }
 }
 
-/// What a slot waits for.
+/// Phase of a slot.
 enum Phase {
     /// The model writes its prompt.
     Writing(Box<Sampler>),
@@ -63,7 +63,7 @@ pub(crate) struct Limits {
     pub(crate) prompt_max: usize,
     /// Tokens of the answer.
     pub(crate) tokens_max: usize,
-    /// Whether an answer that goes round in circles ends.
+    /// True if an answer that goes round in circles ends.
     pub(crate) cut_loops: bool,
 }
 
@@ -198,8 +198,8 @@ const LOOP_PERIOD_MAX: usize = 24;
 /// Shortest run that counts as a loop.
 const LOOP_TOKENS_MIN: usize = 40;
 
-/// Whether a text ends in at least three and a third times the same words. Small models run into
-/// that; prompt lookup guesses it for nothing, and a drafter learns nothing more from it.
+/// True if a text ends in at least three and a third times the same words. Small models run into
+/// that; prompt lookup drafts it for nothing, and a drafter learns nothing more from it.
 fn is_loop(tokens: &[TokenId]) -> bool {
     (1..=LOOP_PERIOD_MAX).any(|period| {
         let run = LOOP_TOKENS_MIN.max(period * 10 / 3);

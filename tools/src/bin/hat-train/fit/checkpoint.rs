@@ -12,7 +12,7 @@ use super::Recipe;
 use super::optimiser::AdamW;
 use crate::drafter::{Dims, Kind, Params, write_tensors};
 
-/// Where a run started from: the checkpoint of another one.
+/// Origin of a run: the checkpoint of another one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Origin {
     blake3: String,
@@ -54,7 +54,7 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), bytes, recipe, step })
     }
 
-    /// Whether it is of the run `wanted`, however many shards that began with.
+    /// Checks that it is of the run `wanted`, for any number of shards that the run began with.
     pub(super) fn ensure_is_of(&self, wanted: &Recipe) -> anyhow::Result<()> {
         let (path, found) = (self.path.display(), &self.recipe);
         let wanted = Recipe { shards: found.shards, ..wanted.clone() };
@@ -62,7 +62,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// What a run of `wanted` says of starting here; it has to be of the same drafter.
+    /// Origin of a run of `wanted` that starts here; it has to be of the same drafter.
     pub(super) fn origin(&self, wanted: &Recipe) -> anyhow::Result<Origin> {
         let (path, found) = (self.path.display(), &self.recipe);
         let facts =

@@ -17,7 +17,7 @@ const POOL_SHARDS: usize = 8;
 /// One job in so many is never trained on; a prime, so that each kind of prompt has its share.
 const HELD_OUT_EVERY: u64 = 53;
 
-/// Whether a job is kept for `eval`.
+/// True if a job is kept for `eval`.
 pub(crate) const fn is_held_out(job: u64) -> bool {
     job % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 }
@@ -25,7 +25,7 @@ pub(crate) const fn is_held_out(job: u64) -> bool {
 /// A sequence by shard and number in it.
 type Place = (usize, usize);
 
-/// Which sequences go into which step. Made from the shards' headers and the seed alone.
+/// Sequences of each step. Made from the shards' headers and the seed alone.
 pub(super) struct Plan {
     paths: Vec<PathBuf>,
     collection: Collection,

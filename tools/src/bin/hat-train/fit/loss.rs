@@ -1,4 +1,4 @@
-//! What a drafter is held to: the target's distribution and its deep row.
+//! Loss of a drafter: against the target's distribution and its deep row.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Axis, s};

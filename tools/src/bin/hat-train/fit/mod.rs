@@ -32,22 +32,23 @@ pub(crate) use self::data::{FinalNorm, batch_of, is_held_out};
 pub(crate) struct FitArgs {
     /// A directory that `collect` wrote.
     collection: PathBuf,
-    /// Where the drafter and its checkpoint go. A checkpoint that is there is gone on from.
+    /// Folder for the drafter and its checkpoint. Training continues from a checkpoint that is
+    /// there.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
-    /// Which drafter.
+    /// Kind of the drafter.
     #[arg(long, value_enum, default_value_t = Kind::Deep)]
     drafter: Kind,
     /// The device's layers; the drafter reads the rows after them.
     #[arg(long, default_value_t = 2)]
     split_layer: usize,
-    /// How often each answer is seen.
+    /// Number of times that each answer is seen.
     #[arg(long, default_value_t = 1)]
     epochs: u32,
-    /// Use at most so many shards.
+    /// Most shards to use.
     #[arg(long)]
     shards: Option<usize>,
     /// Draft steps that are unrolled (`deep` alone).
@@ -56,16 +57,16 @@ pub(crate) struct FitArgs {
     /// Draft positions of one optimiser step.
     #[arg(long, default_value_t = 512)]
     batch: usize,
-    /// Also draft in so many tokens at the end of each prompt.
+    /// Tokens at the end of each prompt in which drafts are trained, too.
     #[arg(long, default_value_t = 0)]
     prompt_tail: usize,
-    /// Tokens that the drafter may guess.
+    /// Size of the draft vocabulary, in tokens.
     #[arg(long, default_value_t = 8192)]
     vocabulary: usize,
-    /// Of these, so many of the most frequent are in each step's loss ..
+    /// Number of its most frequent tokens in each step's loss.
     #[arg(long, default_value_t = 2048)]
     frequent: usize,
-    /// .. and so many of the others, drawn anew each step.
+    /// Number of its other tokens in each step's loss, drawn anew each step.
     #[arg(long, default_value_t = 512)]
     drawn: usize,
     /// Highest learning rate.

@@ -1,4 +1,4 @@
-//! Where the output matrices start: the least squares fit of the deep row from what they read.
+//! Initial output matrices: the least squares fit of the deep row from their inputs.
 
 use anyhow::Context as _;
 use ndarray::Axis;

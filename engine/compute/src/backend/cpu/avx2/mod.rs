@@ -25,7 +25,7 @@ use super::threads::Part;
 type Word = [u8; 32];
 /// Registers of 8 columns in a panel.
 const HALVES: usize = 2;
-/// How far ahead of its use a panel is asked for, in [`Word`]s. It runs on into the next panel.
+/// Distance of the prefetch, in [`Word`]s. It runs on into the next panel.
 const AHEAD: usize = 128;
 
 /// The kernels of this level, or the instruction set that this CPU lacks.

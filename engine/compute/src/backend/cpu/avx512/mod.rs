@@ -26,7 +26,7 @@ use super::threads::Part;
 type Word = [u8; 64];
 /// 16 f16 numbers.
 type Halves = [u8; 32];
-/// How far ahead of its use a panel is asked for, in bytes. It runs on into the next panel.
+/// Distance of the prefetch, in bytes. It runs on into the next panel.
 const AHEAD: usize = 4096;
 
 /// The kernels of this level, or the instruction set that this CPU lacks.
@@ -216,7 +216,7 @@ fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     sums(acc)
 }
 
-/// What `offset` too much in each of 32 weights adds to a sum, negated.
+/// The excess of a sum whose 32 weights are each `offset` too large, negated.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn offset(a: &Block, offset: i32) -> __m512i {

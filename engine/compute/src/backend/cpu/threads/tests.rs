@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 
-/// Longer than any machine keeps a thread from a core.
+/// Limit that is longer than any machine keeps a thread from a core.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs a test on a thread of its own, and does not wait for ever.
@@ -22,7 +22,7 @@ fn bounded(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Waits for a condition; says whether it came.
+/// Waits for a condition; returns true if it came.
 fn came(condition: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     while !condition() {
