@@ -195,7 +195,7 @@ impl Answer {
         &self.tokens
     }
 
-    /// What it cost, and the answer itself as a whole. `logits_blake3` is over the little-endian
+    /// Its costs, and the answer itself as a whole. `logits_blake3` is over the little-endian
     /// f32 logits of each position so far.
     #[must_use]
     pub fn metrics(&self, meter: &Meter) -> Metrics {

@@ -34,7 +34,7 @@ impl InputError {
     }
 }
 
-/// Why a request that runs has ended without an answer.
+/// Reason that a running request ended without an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RequestError {
     /// The device's model computed something that is no number.
@@ -46,12 +46,12 @@ pub enum RequestError {
     Peer {
         /// Its address.
         peer: String,
-        /// What happened and what to do.
+        /// The event, and the remedy.
         reason: String,
     },
     /// The cloud has no room.
     Busy {
-        /// What is full.
+        /// The full place.
         reason: String,
         /// When it is worth trying again.
         retry_after_ms: u64,

@@ -14,7 +14,7 @@ use crate::token::{
 };
 use crate::turns::Turns;
 
-/// Why a request can't be prepared.
+/// Reason to refuse a request before it is tokenised or while it is.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
     /// The request is wrong.
@@ -62,7 +62,7 @@ pub fn prepare(
     Ok((Prepared::new(request, prompt, vocab_size, context)?, rendered))
 }
 
-/// Why a bundle has no usable tokenizer.
+/// Reason that a bundle has no usable tokenizer.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleTextError {
     /// Its files can't be read.

@@ -71,7 +71,7 @@ pub struct CloudCoreConfig {
 pub enum LinkEvent {
     /// Frames flow. Unless it is `resumed`, the sessions of before are over.
     Up {
-        /// What the device says of itself.
+        /// The HELLO of the device.
         hello: Hello,
         /// True if its sessions are those of before.
         resumed: bool,

@@ -66,11 +66,11 @@ pub enum RequestEvent {
 
 /// A request with its answer.
 pub struct Done {
-    /// What was asked.
+    /// The request.
     pub prepared: Prepared,
     /// Text that was held back until the end.
     pub text: String,
-    /// Why it ended.
+    /// Reason of its end.
     pub finish_reason: FinishReason,
     /// The figures of this request.
     pub metrics: Metrics,
@@ -85,7 +85,7 @@ pub enum Inbound {
     /// The link is up, to a cloud that this device can work with; sessions are there still if it is
     /// `resumed`.
     Up {
-        /// What the cloud says of itself.
+        /// The HELLO of the cloud.
         hello: Hello,
         /// True if sessions are there still.
         resumed: bool,
@@ -115,11 +115,11 @@ pub struct DeviceConfig {
     pub kv_rows_max: usize,
     /// Rows of one step of the device's layers.
     pub step_rows_max: u32,
-    /// How prompts are cut.
+    /// Rule by which prompts are cut.
     pub chunks: ChunkPolicy,
     /// The codec of rows on the wire.
     pub codec: Codec,
-    /// How long a request bears with a cloud that is away.
+    /// Time for which a request waits for a cloud that is away.
     pub reconnect: Duration,
     /// The cloud's address, for people.
     pub cloud: String,

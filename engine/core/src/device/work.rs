@@ -24,7 +24,7 @@ pub enum DeviceWork<'a> {
     Input {
         /// Moves that come first; they are taken.
         moves: &'a mut Vec<RowMove>,
-        /// What the rows attend to.
+        /// Rows and the keys that they attend to.
         plan: AttendPlan<'a>,
         /// Their tokens.
         tokens: &'a [TokenId],
@@ -35,7 +35,7 @@ pub enum DeviceWork<'a> {
     Tail {
         /// Moves that come first; they are taken.
         moves: &'a mut Vec<RowMove>,
-        /// What the rows attend to.
+        /// Rows and the keys that they attend to.
         plan: AttendPlan<'a>,
         /// The rows, in and out. `[rows, hidden_size]`
         hidden: &'a mut [f32],
@@ -44,7 +44,7 @@ pub enum DeviceWork<'a> {
     Head {
         /// Moves that come before the tail layers; they are taken with them.
         moves: &'a mut Vec<RowMove>,
-        /// What the row attends to in the tail layers, if these are due.
+        /// The row and its keys in the tail layers, if these are due.
         tail: Option<AttendPlan<'a>>,
         /// The row. `[hidden_size]`
         hidden: &'a mut [f32],
