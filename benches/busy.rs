@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 
 use hat_compute::backend::cpu::compute_priority;
 use hat_compute::open::{self, Chosen, ComputeConfig};
-use hat_engine::internal::Whole;
 use hat_engine::options::{CloudAddress, Codec, GpuWeights, Processor};
-use hat_engine::{Engine, EngineConfig, Event, Request, pull};
+use hat_engine::whole::Whole;
+use hat_engine::{Engine, EngineConfig, Event, Request};
+use hat_program::pull;
 
 /// A verify row at hidden 576 in f16, with its head and the frame's.
 const ROW_BYTES: usize = 1200;

@@ -16,12 +16,14 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use hat_core::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
-use hat_engine::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
-use hat_engine::internal::{open_cloud_bundle, pool_pages, tiny_bundle};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+use hat_engine::testkit::{open_cloud_bundle, pool_pages};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
+use hat_loader::tiny_bundle;
 use hat_plan::{Computes, MiddleForward, MiddleStep};
+use hat_program::pull;
 
 /// Arguments of the command line.
 struct Args {

@@ -19,12 +19,13 @@ use std::time::Instant;
 use hat_compute::backend::cpu::CpuBackend;
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
-use hat_engine::internal::{Sequence, Tokenizer, token_settings};
+use hat_core::sequence::Sequence;
 use hat_engine::options::{Codec, Message, Processor, Role, TokenId};
-use hat_engine::pull;
-use hat_engine::token::ChatOptions;
 use hat_loader::Bundle;
 use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
+use hat_program::pull;
+use hat_text::ChatOptions;
+use hat_text::{Tokenizer, token_settings};
 
 const SPLIT_LAYER: usize = 2;
 const ANSWER_TOKENS: usize = 64;

@@ -7,10 +7,11 @@
 
 use hat_benches::read_bandwidth;
 use hat_compute::open;
-use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, LinkKind, Processor};
-use hat_engine::{Engine, EngineConfig, Event, Metrics, Request, pull};
+use hat_engine::whole::Whole;
+use hat_engine::{Engine, EngineConfig, Event, Metrics, Request};
 use hat_loader::Bundle;
+use hat_program::pull;
 
 const ROUNDS: usize = 5;
 const TOKENS: u32 = 96;

@@ -16,8 +16,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hat_engine::chunk::ChunkPolicy;
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+use hat_core::chunk::ChunkPolicy;
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
+use hat_program::pull;
 
 struct Args {
     rounds: usize,

@@ -11,10 +11,10 @@ use std::io::{BufRead as _, BufWriter, Write as _};
 
 use hat_compute::WholeModel;
 use hat_compute::open;
-use hat_engine::internal::through_codec;
 use hat_engine::options::{Codec, Processor, TokenId};
-use hat_engine::pull;
+use hat_engine::whole::through_codec;
 use hat_loader::Bundle;
+use hat_program::pull;
 
 const USAGE: &str = "faithful CODEC OUT < TOKENS";
 const CONTEXT_MAX: usize = 1024;

@@ -24,12 +24,14 @@ use hat_compute::backend::cpu::CpuBackend;
 use hat_compute::backend::{Backend, LinearArgs, Write};
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel, WholeModel};
-use hat_engine::internal::{Sequence, pages_for, through_codec};
+use hat_core::page::pages_for;
+use hat_core::sample::Sampler;
+use hat_core::sequence::Sequence;
 use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
-use hat_engine::pull;
-use hat_engine::sample::Sampler;
+use hat_engine::whole::through_codec;
 use hat_loader::Bundle;
 use hat_plan::{Computes as _, DeviceForward as _, MiddleForward as _, MiddleStep};
+use hat_program::pull;
 
 /// Rows of one step at most: a prefill.
 const STEP_ROWS_MAX: usize = 512;

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use hat_compute::backend::cuda::CudaBackend;
 use hat_compute::{LoadError, MiddleModel, Tensors};
+use hat_core::page::pages_for;
+use hat_core::sequence::Sequence;
 use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
-use hat_engine::internal::{Sequence, pages_for};
 use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
 use hat_plan::{Computes as _, MiddleForward as _, MiddleStep};
 use serde_json::json;

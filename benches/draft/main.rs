@@ -26,10 +26,11 @@ use std::time::Duration;
 use hat_compute::MiddleModel;
 use hat_compute::open;
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
-use hat_engine::internal::{open_cloud_bundle, pool_pages};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Processor, SamplerConfig, Timings};
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request, pull};
+use hat_engine::testkit::{open_cloud_bundle, pool_pages};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
 use hat_loader::{Bundle, Submodel};
+use hat_program::pull;
 
 use crate::memory::{FromMemory, Learning};
 

@@ -5,18 +5,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use hat_compute::open::{GpuWeights, Processor};
+pub use hat_core::chunk::ChunkPolicy;
+use hat_core::page::pages_for;
+pub use hat_core::prefix::PrefixSecret;
+use hat_core::sequence::PENDING_ROWS_MAX;
+use hat_loader::Drafters;
 use hat_plan::PAGE_SIZE;
+pub use hat_transport::codec::Codec;
 pub use hat_transport::link::LinkKind;
 use hat_transport::link::memory::MemoryNet;
 
 use crate::Error;
-pub use crate::chunk::ChunkPolicy;
-use crate::draft::drafters::Drafters;
-use crate::page::pages_for;
-pub use crate::prefix::PrefixSecret;
-use crate::sequence::PENDING_ROWS_MAX;
 use crate::verify::Verify;
-pub use hat_transport::codec::Codec;
 
 mod address;
 

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use hat_compute::{LoadError, StepError, bundle_text};
-use hat_plan::{BackendError, BackendFault};
+use hat_core::{InputError, RequestError};
+use hat_plan::BackendError;
 
 /// Remedy for an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and [`ErrorKind::Peer`]
 /// alone.
@@ -116,19 +117,15 @@ impl From<StepError> for Error {
     }
 }
 
-/// Reason that a running request ended without an answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RequestError {
-    /// The device's model computed something that is no number at this position.
-    NotFinite { position: u32 },
-    /// The cloud is away, or does not keep to the protocol.
-    Peer { peer: String, reason: String },
-    /// The cloud has no room.
-    Busy { reason: String, retry_after_ms: u64 },
-    /// The device's backend did not compute.
-    Backend(BackendFault),
-    /// The device stops.
-    Stopped(String),
+impl From<InputError> for Error {
+    fn from(error: InputError) -> Self {
+        match error {
+            InputError::Field { field, reason } => Self::Field { field, reason },
+            InputError::ContextLength { prompt, context } => {
+                Self::ContextLength { prompt, context }
+            }
+        }
+    }
 }
 
 impl From<RequestError> for Error {

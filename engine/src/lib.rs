@@ -10,7 +10,7 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
-//! # let model = hat_engine::internal::tiny_bundle(directory.path())?;
+//! # let model = hat_loader::tiny_bundle(directory.path())?;
 //! // A bundle's device half, with a cloud of the half beside it; `.cloud(ADDRESS)` takes another.
 //! let engine = Engine::open(EngineConfig::new(model.join("device")))?;
 //! let mut generation = engine.generate(Request::chat("Why is the sky blue?").max_tokens(16))?;
@@ -30,70 +30,56 @@
 //! # }
 //! ```
 //!
-//! Nine names are the interface; what their fields and methods speak of is in [`options`].
+//! Nine names are the interface; what their fields and methods speak of is in [`options`]. The
+//! feature `http` adds the HTTP API; [`whole`] is the yardstick.
 //!
-//! Map of the crate, upper rooms call lower ones only:
+//! What the two roles decide is in `hat-core`, what they compute in `hat-compute`; here are links,
+//! threads, clocks and loading. Map of the crate:
 //!
-//! | room | what |
+//! | room | content |
 //! |---|---|
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
-//! | [`Engine`], [`Cloud`] | `device`, `cloud`: the only rooms with a loop, a thread or a link |
-//! | `answer`, `turns`, `sample`, `stop`, `token`, `metrics` | from logits to text |
-//! | `draft` | guesses at the tokens to come |
-//! | `chunk`, `estimate` | how a prompt is cut; estimates of device, link and cloud |
-//! | `sched`, `sequence`, `page`, `prefix`, `wire` | rows: which run, where, how they go |
-//! | `processor` | the models of `hat-compute`, loaded as a configuration says |
+//! | [`Engine`], [`Cloud`] | `device`, `cloud`: the shells of the two cores |
+//! | `text` | the tokenizer and its conversations; without the feature, `ids` |
+//! | `endpoint`, `processor`, `verify`, `watch` | links, models and files as configured |
 
-mod answer;
-#[doc(hidden)]
-pub mod chunk;
 mod cloud;
 mod config;
 mod device;
-#[doc(hidden)]
-pub mod draft;
+mod endpoint;
 mod error;
-#[doc(hidden)]
-pub mod estimate;
+mod generation;
 #[cfg(feature = "http")]
 pub mod http;
-mod metrics;
-#[cfg(feature = "daemon")]
-#[doc(hidden)]
-pub mod out;
-mod page;
-mod prefix;
+#[cfg(not(feature = "text"))]
+mod ids;
 mod processor;
-#[cfg(feature = "daemon")]
-#[doc(hidden)]
-pub mod pull;
-mod request;
-#[doc(hidden)]
-pub mod sample;
-#[doc(hidden)]
-pub mod sched;
-mod sequence;
-#[cfg(all(feature = "daemon", target_os = "linux"))]
-#[doc(hidden)]
-#[expect(unsafe_code, reason = "a signal's action; see the module")]
-pub mod shrunk;
-mod stop;
-#[doc(hidden)]
-pub mod token;
-mod turns;
+#[cfg(feature = "testkit")]
+pub mod testkit;
+#[cfg(feature = "text")]
+mod text;
 mod verify;
 mod watch;
-mod whole;
-mod wire;
+pub mod whole;
 
-use hat_plan as backend;
-use hat_plan as model;
+#[cfg(not(feature = "text"))]
+use ids as text;
 
 pub use cloud::Cloud;
 pub use config::{CloudConfig, EngineConfig};
 pub use device::Engine;
 pub use error::Error;
-pub use request::{Event, Generation, Metrics, Request};
+pub use generation::Generation;
+pub use hat_core::request::{Event, Metrics, Request};
+
+#[doc(hidden)]
+pub use hat_core::{chunk, draft, estimate, sample, sched};
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
+pub use hat_program::{note, out, outln, pull, shrunk};
+#[cfg(feature = "text")]
+#[doc(hidden)]
+pub use hat_text as token;
 
 /// Types of the fields of configurations, requests and events.
 pub mod options {
@@ -102,41 +88,26 @@ pub mod options {
         Address, ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret,
         Processor,
     };
-    pub use crate::draft::{DraftMode, drafters::Drafters};
     pub use crate::error::ErrorKind;
-    pub use crate::estimate::Estimates;
-    pub use crate::metrics::{DraftCounts, EngineMetrics, Timings};
-    pub use crate::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
-    pub use crate::sample::SamplerConfig;
     pub use crate::verify::Verify;
+    pub use hat_core::InputError;
+    pub use hat_core::draft::DraftMode;
+    pub use hat_core::estimate::Estimates;
+    pub use hat_core::metrics::{DraftCounts, EngineMetrics, Timings};
+    pub use hat_core::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
+    pub use hat_core::sample::SamplerConfig;
+    pub use hat_loader::Drafters;
     pub use hat_plan::TokenId;
 }
 
-/// Items for our own tests, tools and benches; no part of the interface.
+/// For tools that have not moved yet.
 #[doc(hidden)]
 pub mod internal {
-    pub use crate::cloud::{open_bundle as open_cloud_bundle, pool_pages};
-    pub use crate::page::pages_for;
-    pub use crate::processor::token_settings;
-    pub use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-    pub use crate::token::Tokenizer;
     pub use crate::whole::{Whole, through_codec, whole_answer};
-    pub use crate::wire::{ARITHMETIC_ID, short as short_model_id};
-    use std::path::{Path, PathBuf};
-
-    /// A generated 4-layer model, split after its first layer, below `directory`.
-    ///
-    /// # Errors
-    /// What writing files says.
-    pub fn tiny_bundle(directory: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
-        let model = hat_loader::generated(&hat_loader::TinyModel::default());
-        let out = directory.join("tiny");
-        let options = hat_loader::BundleOptions {
-            split_layer: 1,
-            tail_layers: 0,
-            weights: hat_loader::Weights::Keep,
-        };
-        hat_loader::write_bundles(&model, options, &out, &mut |_| {})?;
-        Ok(out)
-    }
+    pub use hat_core::page::pages_for;
+    pub use hat_core::sequence::{PENDING_ROWS_MAX, Sequence};
+    pub use hat_core::wire::{ARITHMETIC_ID, short as short_model_id};
+    pub use hat_loader::tiny_bundle;
+    #[cfg(feature = "text")]
+    pub use hat_text::{Tokenizer, token_settings};
 }

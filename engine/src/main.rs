@@ -4,7 +4,7 @@ mod cli;
 
 use std::process::ExitCode;
 
-use hat_engine::out;
+use hat_program::out;
 
 fn main() -> ExitCode {
     let cli: cli::Cli = match out::parse() {

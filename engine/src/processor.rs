@@ -1,4 +1,4 @@
-//! A role's models, loaded as its configuration says; and what a bundle says about its tokenizer.
+//! A role's models, loaded as its configuration says.
 
 use std::ops::Range;
 
@@ -8,7 +8,6 @@ use hat_plan::{DeviceForward, DraftForward, MiddleForward};
 
 use crate::Error;
 use crate::config::{CloudConfig, EngineConfig};
-use crate::token::TokenSettings;
 
 /// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
 /// queue between them, one that the next stage computes; and one to spare.
@@ -63,20 +62,4 @@ pub fn middle(
     let CloudConfig { processor, weights, nice, .. } = *config;
     let place = ComputeConfig { processor, weights, threads, nice };
     Ok(open::middle(&place, &config.gpus, bundle, runs, rows, pages, LENT_MAX)?)
-}
-
-/// Tokenizer settings of a device's bundle.
-#[must_use]
-pub fn token_settings(bundle: &Bundle) -> TokenSettings {
-    let text = bundle.token_settings().cloned().unwrap_or_default();
-    TokenSettings {
-        vocab_size: bundle.config().vocab_size,
-        chat_template: text.chat_template,
-        bos_token: text.bos_token,
-        eos_token: text.eos_token,
-        eos_token_ids: bundle.config().eos_token_ids.clone(),
-        template_limit: None,
-        control_tokens: bundle.manifest().control_tokens.clone(),
-        add_bos: None, // tokenizer.json's post-processor knows
-    }
 }

@@ -5,15 +5,15 @@ use std::path::Path;
 use hat_compute::backend::Backend;
 use hat_compute::open::Chosen;
 use hat_compute::{Cross, Crossing, WholeModel, with_backend};
+use hat_core::answer::Answer;
+use hat_core::metrics::Meter;
+use hat_core::request::FinishReason;
 use hat_loader::Bundle;
 use hat_plan::Computes as _;
 
-use crate::answer::{Answer, Prepared};
 use crate::config::Codec;
-use crate::device::{bundle_error, open_bundle, tokenizer};
-use crate::metrics::Meter;
-use crate::request::FinishReason;
-use crate::token::Tokenizer;
+use crate::device::{bundle_error, open_bundle};
+use crate::text::Text;
 use crate::verify::Verify;
 use crate::{Error, Event, Metrics, Request};
 use hat_transport::clock::{Clock, SystemClock};
@@ -21,7 +21,7 @@ use hat_transport::clock::{Clock, SystemClock};
 /// The whole model with its tokenizer. One answer at a time.
 pub struct Whole<B: Backend> {
     device: Bundle,
-    tokenizer: Tokenizer,
+    text: Text,
     model: WholeModel<B>,
     context: u32,
     logits: Vec<f32>, // [vocab_size]
@@ -76,7 +76,7 @@ impl<B: Backend> Whole<B> {
         let model =
             WholeModel::load(backend, &device, &cloud, split..exit, through_codec(wire), context)?;
         Ok(Self {
-            tokenizer: tokenizer(&device)?,
+            text: Text::open(&device)?,
             logits: vec![0.0; device.config().vocab_size],
             context: u32::try_from(context).expect("at most context_max"),
             clock: SystemClock,
@@ -95,10 +95,10 @@ impl<B: Backend> Whole<B> {
         mut on_event: impl FnMut(&Event),
     ) -> Result<(FinishReason, Box<Metrics>), Error> {
         let vocab_size = self.device.config().vocab_size;
-        let prepared = Prepared::new(request, &self.tokenizer, vocab_size, self.context)?;
+        let (prepared, _) = self.text.prepare(request, self.context)?;
         let mut meter = Meter::new(self.clock.now(), prepared.prompt_n());
         meter.computed_in(self.model.arithmetic_id());
-        let mut answer = Answer::new(&prepared, &self.tokenizer, self.device.config());
+        let mut answer = Answer::new(&prepared, self.text.vocabulary(), vocab_size);
         self.model.reset();
         let (last, prompt) = prepared.prompt.split_last().expect("a prompt has a token");
         for token in prompt {
@@ -108,7 +108,7 @@ impl<B: Backend> Whole<B> {
         let finish_reason = loop {
             let position = self.model.position();
             self.model.step(token, Some(&mut self.logits))?;
-            let emitted = answer.take(&self.logits, position, &self.tokenizer)?;
+            let emitted = answer.take(&self.logits, position, self.text.vocabulary())?;
             if let Some(next) = emitted.token {
                 meter.token(self.clock.now());
                 token = next;
@@ -121,12 +121,7 @@ impl<B: Backend> Whole<B> {
             }
         };
         let text = answer.finish();
-        let metrics = Box::new(Metrics {
-            timings: meter.timings(),
-            token_ids: answer.tokens().to_vec(),
-            text: answer.text().to_owned(),
-            logits_blake3: answer.logits_blake3(),
-        });
+        let metrics = Box::new(answer.metrics(&meter));
         on_event(&Event::Done { text, finish_reason, metrics: metrics.clone() });
         Ok((finish_reason, metrics))
     }

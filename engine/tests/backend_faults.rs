@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use hat_compute::backend::cpu::CpuBackend;
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
-use hat_engine::internal::{Whole, pages_for, pool_pages};
+use hat_core::page::pages_for;
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind, Processor};
+use hat_engine::testkit::pool_pages;
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{

@@ -21,8 +21,10 @@ use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::cuda::CudaBackend;
 use hat_compute::backend::reference::Reference;
 use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
+use hat_core::page::pages_for;
+use hat_core::sequence::Sequence;
 use hat_cuda::testkit::test_gpu::TestGpu;
-use hat_engine::internal::{Sequence, pages_for, through_codec};
+use hat_engine::whole::through_codec;
 use hat_loader::{AdapterKind, Bundle, DType};
 use hat_plan::{
     BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,

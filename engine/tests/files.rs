@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig};
-use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, Verify};
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use support::{Bundles, collect, long_prompt};
 

@@ -11,8 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hat_engine::{EngineConfig, pull};
+use hat_engine::EngineConfig;
 use hat_loader::{BundleOptions, Weights};
+use hat_program::pull;
 use serde_json::{Value, json};
 
 use client::Server;

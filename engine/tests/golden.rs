@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use hat_compute::WholeModel;
 use hat_compute::open;
-use hat_engine::internal::through_codec;
 use hat_engine::options::{Codec, Processor};
-use hat_engine::{Engine, EngineConfig, Request, pull};
+use hat_engine::whole::through_codec;
+use hat_engine::{Engine, EngineConfig, Request};
 use hat_loader::{Bundle, BundleOptions, SourceModel, Submodel, Weights, write_bundles};
+use hat_program::pull;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use support::collect;

@@ -24,8 +24,10 @@ use std::sync::Arc;
 use hat_compute::backend::cpu::Op;
 use hat_compute::open as processor;
 use hat_compute::{DeviceModel, MiddleModel};
-use hat_engine::internal::{Whole, pages_for, pool_pages};
+use hat_core::page::pages_for;
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
+use hat_engine::testkit::pool_pages;
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use support::{Bundles, collect, long_prompt};
 

@@ -14,10 +14,11 @@ use std::process::{Child, Command, Stdio};
 
 use files::gguf::Gguf;
 use hat_engine::options::Drafters;
-use hat_engine::pull::models::{Cut, Model};
-use hat_engine::{Engine, EngineConfig, out};
+use hat_engine::{Engine, EngineConfig};
 use hat_loader::bundle::{MANIFEST, TOKENIZER, TOKENIZER_CONFIG};
 use hat_loader::{AdapterKind, DType, Role, SourceModel, TinyModel, generated};
+use hat_program::out;
+use hat_program::pull::models::{Cut, Model};
 use support::drafter::write_noise;
 use support::{Bundles, names_once, said};
 

@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hat_engine::pull;
+use hat_program::pull;
 
 /// Every command that prints and ends by itself.
 const COMMANDS: &[&[&str]] = &[

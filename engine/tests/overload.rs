@@ -9,8 +9,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use hat_compute::open;
-use hat_engine::internal::{Whole, pool_pages};
 use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Limits, Processor};
+use hat_engine::testkit::pool_pages;
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
 use hat_transport::endpoint::Event as LinkEvent;

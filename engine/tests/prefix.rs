@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use hat_compute::backend::Backend;
 use hat_compute::open;
-use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, DraftMode, ErrorKind, Message as Says, Processor, Role};
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hat_engine::pull;
+use hat_program::pull;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
 
-use hat_engine::pull;
+use hat_program::pull;
 
 const TEXT: &str = "- Name a colour,\n- and say why.";
 

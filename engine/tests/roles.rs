@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use hat_engine::internal::pool_pages;
 use hat_engine::options::{ChunkPolicy, Codec, ErrorKind, SamplerConfig};
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_plan::{Computes, MiddleForward, MiddleStep};

@@ -8,8 +8,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hat_engine::internal::pool_pages;
 use hat_engine::options::ErrorKind;
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Request};
 use hat_loader::Bundle;
 use hat_plan::{Computes, MiddleForward, MiddleStep};

@@ -4,11 +4,12 @@
 //! hidden states stay near one and logits differ by several units: greedy text varies.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde_json::json;
 
+use crate::bundle::{BundleError, BundleOptions, Weights, write_bundles};
 use crate::config::{Family, LlamaConfig, RopeScaling};
 use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
@@ -143,6 +144,17 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
     };
     model.derive_control().expect("our own JSON");
     model
+}
+
+/// A generated 4-layer model, split after its first layer, below `directory`.
+///
+/// # Errors
+/// What writing files says.
+pub fn tiny_bundle(directory: &Path) -> Result<PathBuf, BundleError> {
+    let out = directory.join("tiny");
+    let options = BundleOptions { split_layer: 1, tail_layers: 0, weights: Weights::Keep };
+    write_bundles(&generated(&TinyModel::default()), options, &out, &mut |_| {})?;
+    Ok(out)
 }
 
 /// Random numbers of one tensor.

@@ -31,6 +31,7 @@ pub mod bundle;
 mod checkpoint;
 pub mod config;
 mod control;
+mod drafters;
 mod error;
 pub mod file;
 mod fuzz;
@@ -53,10 +54,11 @@ pub use bundle::{
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
 pub use control::{ControlTokens, TextFacts};
+pub use drafters::{Drafters, Fitting};
 pub use error::{ConfigError, LoadError};
 #[doc(hidden)]
 pub use fuzz::{fuzz_gguf, fuzz_safetensors_header};
-pub use generated::{TinyModel, generated};
+pub use generated::{TinyModel, generated, tiny_bundle};
 pub use gguf::GgufError;
 pub use header::HeaderError;
 pub use sampling::SamplingDefaults;

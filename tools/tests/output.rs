@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use hat_engine::pull;
+use hat_program::pull;
 
 const LINK: &str = env!("CARGO_BIN_EXE_hat-link");
 const LOAD: &str = env!("CARGO_BIN_EXE_hat-load");

@@ -5,15 +5,16 @@ use std::time::Instant;
 
 use clap::Args;
 use hat_compute::open;
-use hat_engine::chunk::{self, Planner};
-use hat_engine::internal::short_model_id;
+use hat_core::chunk::{self, Planner};
+use hat_core::wire::short;
 use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
-use hat_engine::out::OutError;
-use hat_engine::token::Special;
-use hat_engine::{Engine, Error, Event, Request, pull};
-use hat_engine::{out, outln};
+use hat_engine::{Engine, Error, Event, Request};
 use hat_loader::{Bundle, Role};
 use hat_plan::Computes as _;
+use hat_program::out::OutError;
+use hat_program::pull;
+use hat_program::{out, outln};
+use hat_text::Special;
 
 use super::{DeviceRunArgs, ModelArg, words};
 
@@ -90,7 +91,7 @@ impl DoctorArgs {
                     if self.verbose {
                         outln!(
                             "    model id {}, opened in {:.1} ms, hashed in {:.0} ms",
-                            short_model_id(bundle.model_id().as_bytes()),
+                            short(bundle.model_id().as_bytes()),
                             opened.as_secs_f64() * 1e3,
                             took.as_secs_f64() * 1e3,
                         )?;

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use clap::Args;
 use hat_compute::open;
-use hat_engine::internal::whole_answer;
 use hat_engine::options::{Codec, FinishReason, Limits, Message, Role, SamplerConfig};
-use hat_engine::out::OutError;
+use hat_engine::whole::whole_answer;
 use hat_engine::{Engine, Event, Metrics, Request};
-use hat_engine::{note, out, outln};
+use hat_program::out::OutError;
+use hat_program::{note, out, outln};
 use serde_json::json;
 
 use super::check::Check;
@@ -57,7 +57,7 @@ pub(crate) struct GenerateArgs {
 impl GenerateArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let request = self.request()?;
-        request.check().map_err(flagged)?;
+        request.check().map_err(|error| flagged(error.into()))?;
         self.device.check(cache)?;
         let mut check = None;
         let (reason, metrics) = if self.whole {
@@ -192,7 +192,7 @@ impl DemoArgs {
     pub(crate) fn run(self, cache: &Path) -> anyhow::Result<()> {
         let prompt = prompt::text(&self.prompt)?;
         let request = Request::chat(&prompt).max_tokens(self.max_tokens).draft(self.draft.draft);
-        request.check().map_err(flagged)?;
+        request.check().map_err(|error| flagged(error.into()))?;
         let engine = Engine::open(self.device.config(cache)?)?;
         note!("device: {}; {}", engine.model_name(), engine.describe());
         note!("{}", words::drafter(&engine));

@@ -24,9 +24,10 @@ use hat_engine::options::{
     Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor,
     SamplerConfig, Verify,
 };
-use hat_engine::outln;
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, pull};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error};
 use hat_loader::Role;
+use hat_program::outln;
+use hat_program::pull;
 
 use self::model::{BundleArgs, ModelArg};
 
@@ -71,7 +72,7 @@ impl Cli {
         }
         self.log.install(matches!(self.command, Command::Cloud(_) | Command::Device(_)));
         #[cfg(target_os = "linux")]
-        if let Err(error) = hat_engine::shrunk::install("hat-engine") {
+        if let Err(error) = hat_program::shrunk::install("hat-engine") {
             tracing::warn!(%error, "a mapped file that becomes shorter will not be named");
         }
         let cache = match self.cache_dir {

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::Args;
-use hat_engine::pull::models::{Cut, Model};
 use hat_loader::{Bundle, Role};
+use hat_program::pull::models::{Cut, Model};
 
 /// The variable behind `--bundle`.
 const VARIABLE: &str = "HAT_BUNDLE";

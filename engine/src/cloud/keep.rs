@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 use hat_loader::{Bundle, ModelId};
+use hat_plan::{BackendFault, MiddleForward};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 
@@ -17,9 +18,7 @@ use super::{
     shell, spawn, step,
 };
 use crate::Error;
-use crate::backend::BackendFault;
 use crate::config::Processor;
-use crate::model::MiddleForward;
 
 /// What the owner of a cloud and its threads both see, whichever run it is.
 #[derive(Default)]
@@ -94,7 +93,7 @@ impl Run {
         let (ready, is_ready) = bounded(1);
         let start = shell::Start {
             config: config.clone(),
-            bundle: crate::wire::BundleFacts::for_cloud(bundle),
+            bundle: crate::endpoint::cloud_facts(bundle),
             watch: crate::watch::Start::new(bundle, &config.verify),
             pages,
             stages: stages.len(),

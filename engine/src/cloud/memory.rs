@@ -1,14 +1,14 @@
 //! What a cloud may come to hold, owner by owner.
 
+use hat_core::cloud::OUTBOX_BYTES_MAX;
+use hat_core::page::pages_for;
+use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Submodel};
+use hat_plan::{KvShape, PAGE_SIZE};
 use hat_transport::endpoint::EndpointConfig;
 use hat_transport::message::{Hello, Role};
 
-use super::core::OUTBOX_BYTES_MAX;
-use crate::backend::{KvShape, PAGE_SIZE};
 use crate::config::Limits;
-use crate::page::pages_for;
-use crate::sequence::PENDING_ROWS_MAX;
 
 /// Bytes of a session beside its pages; `engine/tests/sessions.rs` holds them to it.
 const SESSION_BYTES: u64 = 1024;

@@ -1,9 +1,7 @@
-//! The cloud role. Its `core` is a state machine without IO: sessions, scheduler, pages and frames.
-//! Around it stand an io thread, the `shell`, which owns link and clock; a thread for each pipeline
+//! The cloud role: around a [`hat_core::cloud::CloudCore`] stand an io thread, the `shell`, which owns link and clock; a thread for each pipeline
 //! stage (`step`), which owns a backend and a run of layers, with bounded queues between them; and
 //! a thread that waits for their end, and begins anew on the CPU where it may (`keep`).
 
-mod core;
 mod keep;
 mod memory;
 mod shell;
@@ -15,15 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use hat_core::cloud::CloudFigures;
+use hat_core::page::pages_for;
+use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Role, Submodel};
+use hat_plan::{BackendFault, MiddleForward};
 
-use self::core::CloudFigures;
 use self::keep::{Keeper, Run, Seen};
-use crate::backend::BackendFault;
 use crate::config::CloudConfig;
-use crate::model::MiddleForward;
-use crate::page::pages_for;
-use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
 
 /// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
@@ -116,24 +113,11 @@ impl Cloud {
         let bundle = open_bundle(&config)?;
         let pages = pool_pages(&config);
         let stages = load(&config, &bundle, pages)?;
-        Self::serve_stages(config, &bundle, stages, pages)
+        Self::serve_loaded(config, &bundle, stages, pages)
     }
 
-    /// Serves a model that is already loaded (tests that plant faults in its backend).
-    #[doc(hidden)]
-    pub fn serve(
-        config: CloudConfig,
-        bundle: &Bundle,
-        model: Box<dyn MiddleForward>,
-        pages: u32,
-    ) -> Result<Self, Error> {
-        Self::serve_stages(config, bundle, vec![model], pages)
-    }
-
-    /// As [`Cloud::serve`], for a model whose runs of layers, in order, are each a stage of a
-    /// pipeline.
-    #[doc(hidden)]
-    pub fn serve_stages(
+    /// Serves a model that is loaded: its runs of layers, in order, are the stages of a pipeline.
+    pub(crate) fn serve_loaded(
         config: CloudConfig,
         bundle: &Bundle,
         stages: Vec<Box<dyn MiddleForward>>,
@@ -200,7 +184,6 @@ impl Drop for Cloud {
 ///
 /// # Errors
 /// [`Error::Bundle`].
-#[doc(hidden)]
 pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
     let mut bundle = Bundle::open(&config.bundle).map_err(|error| Error::Bundle {
         path: config.bundle.clone(),
@@ -215,7 +198,6 @@ pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
 }
 
 /// Pages of the KV store: the configured rows, and room for pending rows.
-#[doc(hidden)]
 #[must_use]
 pub fn pool_pages(config: &CloudConfig) -> u32 {
     let rows = config.limits.kv_rows_max as usize + PENDING_ROWS_MAX;

@@ -7,17 +7,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
+use hat_core::cloud::{CloudCore, CloudCoreConfig, LinkEvent, StepBatch};
+use hat_core::wire::{self, BundleFacts};
 use hat_plan::BackendFault;
 use hat_transport::clock::Clock;
 use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello};
 
-use super::core::{CloudCore, CloudCoreConfig, LinkEvent, StepBatch};
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
-use crate::watch;
-use crate::wire::{self, BundleFacts};
+use crate::{endpoint, watch};
 
 /// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
 const LAST_TURNS: usize = 10;
@@ -75,7 +75,7 @@ impl Start {
 
     fn listen(self) -> Result<(Shell, SocketAddr), Error> {
         let hello = self.hello();
-        let (endpoint, address) = wire::listen(&self.config, self.clock.clone(), hello)?;
+        let (endpoint, address) = endpoint::listen(&self.config, self.clock.clone(), hello)?;
         let limits = self.config.limits;
         let config = CloudCoreConfig {
             sessions_max: limits.sessions_max,

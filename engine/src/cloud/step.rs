@@ -6,12 +6,12 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded, never};
 use hat_compute::backend::cpu::compute_priority;
+use hat_core::cloud::StepBatch;
+use hat_plan::MiddleForward;
 use hat_transport::clock::Clock;
 use hat_transport::link::Waker;
 
-use super::core::StepBatch;
 use crate::Error;
-use crate::model::MiddleForward;
 
 /// Wakes the io thread when a step thread ends, however it ends.
 struct WakeAtEnd(Waker, #[expect(dead_code, reason = "held for its drop")] Sender<()>);

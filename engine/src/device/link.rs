@@ -7,15 +7,15 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hat_core::device::Inbound;
+use hat_core::wire;
 use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::Event as LinkEvent;
 use hat_transport::message::{CloseCode, Hello};
 
-use super::core::Inbound;
 use super::resolve::Resolver;
 use super::run::Device;
 use crate::config::Address;
-use crate::wire;
 
 /// The first pause.
 const FIRST: Duration = Duration::from_millis(100);

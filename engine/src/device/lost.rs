@@ -4,16 +4,16 @@
 use std::io;
 use std::time::Duration;
 
+use hat_core::device::Inbound;
+use hat_core::draft::trained::Trained;
+use hat_core::page::pages_for;
+use hat_core::sequence::PENDING_ROWS_MAX;
+use hat_plan::{ARITHMETIC_CPU, BackendFault};
 use hat_transport::message::CloseCode;
 
-use super::core::Inbound;
 use super::run::{Device, Start};
 use super::{bundle_error, open_bundle, trained};
-use crate::backend::{ARITHMETIC_CPU, BackendFault};
 use crate::config::Processor;
-use crate::draft::trained::Trained;
-use crate::page::pages_for;
-use crate::sequence::PENDING_ROWS_MAX;
 use crate::{Error, processor};
 
 impl Device {

@@ -1,11 +1,9 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
-mod core;
 mod link;
 mod lost;
 mod resolve;
 mod run;
-mod trained;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -14,32 +12,30 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, TrySendError, bounded, unbounded};
-use hat_loader::{Bundle, LlamaConfig, Role, SamplingDefaults};
+use hat_loader::{Bundle, Fitting, LlamaConfig, Role, SamplingDefaults};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::memory::MemoryNet;
 use hat_transport::link::{LinkKind, Waker};
 
-use self::trained::DraftSessions;
-use crate::answer::Prepared;
 use crate::cloud::Cloud;
 use crate::config::{CloudAddress, Codec, EngineConfig};
-use crate::draft::drafters::Fitting;
-use crate::draft::trained::Trained;
-use crate::metrics::EngineMetrics;
-use crate::model::DeviceForward;
-use crate::page::pages_for;
-use crate::request::CancelOnDrop;
-use crate::sample::SamplerConfig;
-use crate::sequence::PENDING_ROWS_MAX;
-use crate::token::Tokenizer;
-use crate::turns::Turns;
+use crate::generation::CancelOnDrop;
+use crate::text::{Rendered, Text};
 use crate::verify::Verify;
-use crate::wire::BundleFacts;
-use crate::{Error, Event, Generation, Request, processor, watch};
+use crate::{Error, Event, Generation, Request, endpoint, processor, watch};
+use hat_core::answer::Prepared;
+use hat_core::draft::DraftSessions;
+use hat_core::draft::trained::Trained;
+use hat_core::metrics::EngineMetrics;
+use hat_core::page::pages_for;
+use hat_core::sample::SamplerConfig;
+use hat_core::sequence::PENDING_ROWS_MAX;
+use hat_plan::DeviceForward;
 
 /// A request on its way to the engine thread.
 pub(crate) struct Job {
     pub(crate) prepared: Prepared,
+    pub(crate) rendered: Rendered,
     pub(crate) events: Sender<Result<Event, Error>>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) asked: std::time::Instant,
@@ -65,7 +61,7 @@ impl Drop for Waits {
 
 /// What callers and the engine thread both see.
 pub(crate) struct Shared {
-    pub(crate) tokenizer: Tokenizer,
+    pub(crate) text: Text,
     pub(crate) config: LlamaConfig,
     pub(crate) context: u32,
     pub(crate) sessions_max: u32,
@@ -78,8 +74,6 @@ pub(crate) struct Shared {
     metrics: Mutex<EngineMetrics>,
     /// What computes now.
     describe: Mutex<Described>,
-    /// Conversations whose ids are known. Locked twice a request.
-    turns: Mutex<Turns>,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
@@ -91,11 +85,6 @@ pub(crate) struct Described {
 }
 
 impl Shared {
-    /// Locked once an answer.
-    fn turns(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Locked once a look, and when another backend takes over.
     fn describe(&self) -> MutexGuard<'_, Described> {
         self.describe.lock().unwrap_or_else(PoisonError::into_inner)
@@ -142,26 +131,14 @@ impl Engine {
         let model = processor::device(&config, &bundle, split_layer, pages)?;
         let drafter = trained(&config, &bundle, split_layer, model.arithmetic_id())?;
         let (trained, origin) = drafter.unzip();
-        let mut engine = Self::serve_drafting(config, &bundle, model, trained)?;
+        let mut engine = Self::serve_loaded(config, &bundle, model, trained)?;
         engine.drafter = origin;
         engine.split_layer = split_layer;
         Ok(engine)
     }
 
-    /// Serves a model that is already loaded (tests that plant faults in its backend). Its KV
-    /// store holds the pages that `config.limits` asks for.
-    #[doc(hidden)]
-    pub fn serve(
-        config: EngineConfig,
-        bundle: &Bundle,
-        model: Box<dyn DeviceForward>,
-    ) -> Result<Self, Error> {
-        Self::serve_drafting(config, bundle, model, None)
-    }
-
-    /// As [`Engine::serve`], with a trained drafter.
-    #[doc(hidden)]
-    pub fn serve_drafting(
+    /// Serves a model that is loaded.
+    pub(crate) fn serve_loaded(
         mut config: EngineConfig,
         bundle: &Bundle,
         model: Box<dyn DeviceForward>,
@@ -186,7 +163,7 @@ impl Engine {
             .unwrap_or(usize::MAX)
             .min(model_config.max_position_embeddings);
         let shared = Arc::new(Shared {
-            tokenizer: tokenizer(bundle)?,
+            text: Text::open(bundle)?,
             context: u32::try_from(context).unwrap_or(u32::MAX),
             sessions_max: config.limits.sessions_max,
             config: model_config,
@@ -196,13 +173,12 @@ impl Engine {
             ended: AtomicBool::new(false),
             metrics: Mutex::new(EngineMetrics::default()),
             describe: Mutex::default(),
-            turns: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
         let (jobs, incoming) = bounded(config.limits.queue_max as usize);
         let (ready, is_ready) = bounded(1);
         let queue_max = config.limits.queue_max;
-        let facts = BundleFacts::for_device(bundle, split_layer);
+        let facts = endpoint::device_facts(bundle, split_layer);
         let watch = watch::Start::new(bundle, &config.verify);
         let shared_too = shared.clone();
         let start =
@@ -237,13 +213,13 @@ impl Engine {
     /// [`Error::Busy`] if too many wait already, [`Error::Stopped`].
     pub fn generate(&self, request: Request) -> Result<Generation, Error> {
         let asked = self.shared.clock.now();
-        let prepared = self.prepare(request)?;
+        let (prepared, rendered) = self.prepare(request)?;
         let prompt_tokens = prepared.prompt.len();
         // Bounded by the answer: one event a token, one a prompt chunk, one at the end.
         let (events, receiver) = unbounded();
         let cancelled = Arc::new(AtomicBool::new(false));
         let waits = Some(Waits::new(&self.shared));
-        let job = Job { prepared, events, cancelled: cancelled.clone(), asked, waits };
+        let job = Job { prepared, rendered, events, cancelled: cancelled.clone(), asked, waits };
         match self.jobs.try_send(job) {
             Ok(()) => {
                 fence(Ordering::SeqCst);
@@ -264,18 +240,8 @@ impl Engine {
         Ok(Generation { events: receiver, prompt_tokens, _cancel: cancel, finished: false })
     }
 
-    fn prepare(&self, request: Request) -> Result<Prepared, Error> {
-        let Shared { tokenizer, config, context, turns, .. } = self.shared.as_ref();
-        Prepared::following(request, tokenizer, config.vocab_size, *context, turns)
-    }
-
-    /// The ids that a request's prompt has now (tests that ask another model the same).
-    ///
-    /// # Errors
-    /// As [`Engine::generate`].
-    #[doc(hidden)]
-    pub fn prompt_ids(&self, request: Request) -> Result<Vec<crate::backend::TokenId>, Error> {
-        Ok(self.prepare(request)?.prompt)
+    pub(crate) fn prepare(&self, request: Request) -> Result<(Prepared, Rendered), Error> {
+        self.shared.text.prepare(request, self.shared.context)
     }
 
     /// The name of the model, as its checkpoint gives it.
@@ -289,7 +255,16 @@ impl Engine {
     /// the HTTP API does where a request is silent.
     #[must_use]
     pub fn sampling(&self) -> SamplerConfig {
-        SamplerConfig::of_model(&self.sampling)
+        let (model, off) = (&self.sampling, SamplerConfig::default());
+        SamplerConfig {
+            temperature: model.temperature.unwrap_or(off.temperature),
+            top_k: model.top_k.unwrap_or(off.top_k),
+            top_p: model.top_p.unwrap_or(off.top_p),
+            min_p: model.min_p.unwrap_or(off.min_p),
+            repetition_penalty: model.repetition_penalty.unwrap_or(off.repetition_penalty),
+            penalty_last_n: model.repeat_last_n.unwrap_or(off.penalty_last_n),
+            ..off
+        }
     }
 
     /// The same for people: `temperature 0.6, top_p 0.95`, or `greedy`.
@@ -389,10 +364,11 @@ impl Engine {
     }
 
     /// The tokenizer, for callers that count or show tokens.
+    #[cfg(feature = "text")]
     #[doc(hidden)]
     #[must_use]
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.shared.tokenizer
+    pub fn tokenizer(&self) -> &hat_text::Tokenizer {
+        &self.shared.text.tokenizer
     }
 }
 
@@ -446,19 +422,6 @@ pub(crate) fn open_bundle(
     }
     verify.check(&mut bundle, threads)?;
     Ok(bundle)
-}
-
-/// The tokenizer of a device's bundle.
-///
-/// # Errors
-/// [`Error::Bundle`].
-pub(crate) fn tokenizer(bundle: &Bundle) -> Result<Tokenizer, Error> {
-    let json = bundle
-        .tokenizer_json()
-        .map_err(|error| bundle_error(bundle.directory(), error.to_string()))?
-        .ok_or_else(|| bundle_error(bundle.directory(), "it has no tokenizer"))?;
-    Tokenizer::from_json(json.as_bytes(), &processor::token_settings(bundle))
-        .map_err(|error| bundle_error(bundle.directory(), error.to_string()))
 }
 
 /// The configured split, checked against what the bundle holds.

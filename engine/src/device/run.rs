@@ -6,22 +6,22 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
+use hat_core::answer::Answer;
+use hat_core::device::{DeviceConfig, DeviceCore, PageNamer, RequestEvent, RequestId};
+use hat_core::draft::trained::Trained;
+use hat_core::wire::{self, BundleFacts};
+use hat_plan::{BackendFault, DeviceForward};
 use hat_transport::endpoint::{Endpoint, Event as LinkEvent};
 use hat_transport::link::Waker;
 use hat_transport::message::{Hello, Role};
 
-use super::core::{DeviceCore, PageNamer, RequestEvent, RequestId};
 use super::link::Link;
 use super::resolve::Resolver;
 use super::{Described, Job, Shared, Waits};
-use crate::answer::{Answer, Prepared};
-use crate::backend::BackendFault;
 use crate::config::{self, CloudAddress, EngineConfig};
-use crate::draft::trained::Trained;
-use crate::model::DeviceForward;
+use crate::text::Rendered;
 use crate::watch;
-use crate::wire::{self, BundleFacts};
-use crate::{Error, Event};
+use crate::{Error, Event, endpoint};
 
 /// What the engine thread starts with.
 pub(super) struct Start {
@@ -101,12 +101,22 @@ impl Start {
                 secret.into()
             }
         };
-        let namer = PageNamer::new(config, facts, self.model.arithmetic_id(), secret);
+        let arithmetic_id = self.model.arithmetic_id();
+        let namer = || PageNamer::new(config.codec(), facts, arithmetic_id, secret);
+        let namer = config.prefix.then(namer).flatten();
         let clock = self.shared.clock.clone();
-        let (now, cloud) = (clock.now(), address.to_string());
+        let core_config = DeviceConfig {
+            sessions_max: config.limits.sessions_max as usize,
+            kv_rows_max: config.limits.kv_rows_max as usize,
+            step_rows_max: config.limits.step_rows_max,
+            chunks: config.chunks,
+            codec: config.codec(),
+            reconnect: config.reconnect,
+            cloud: address.to_string(),
+        };
         let vocab_size = self.shared.config.vocab_size;
-        let core = DeviceCore::new(now, (config, cloud), facts, vocab_size, namer, drafter);
-        let endpoint = wire::dialler(config, clock, self.hello())?;
+        let core = DeviceCore::new(clock.now(), core_config, facts, vocab_size, namer, drafter);
+        let endpoint = endpoint::dialler(config, clock, self.hello())?;
         let waker = endpoint.waker();
         let guard = self.watch.start(endpoint.waker())?;
         Ok(Device {
@@ -127,6 +137,7 @@ struct Call {
     events: Sender<Result<Event, Error>>,
     cancelled: Arc<AtomicBool>,
     waits: Option<Waits>,
+    rendered: Rendered,
 }
 
 /// The engine thread's own: a core, and everything that it does not know of.
@@ -201,10 +212,11 @@ impl Device {
         let room = config.limits.queue_max as usize - self.core.waiting();
         for job in incoming.try_iter().take(room) {
             self.link.redial.hurry();
-            let Job { prepared, events, cancelled, asked, waits } = job;
-            let answer = Answer::new(&prepared, &shared.tokenizer, &shared.config);
+            let Job { prepared, rendered, events, cancelled, asked, waits } = job;
+            let vocab_size = shared.config.vocab_size;
+            let answer = Answer::new(&prepared, shared.text.vocabulary(), vocab_size);
             let id = self.core.submit(asked, prepared, answer);
-            self.calls.insert(id, Call { events, cancelled, waits });
+            self.calls.insert(id, Call { events, cancelled, waits, rendered });
         }
     }
 
@@ -228,7 +240,7 @@ impl Device {
         work.run(&mut **model);
         let ended = shared.clock.now();
         let (took, fault) = (ended.duration_since(began), model.fault());
-        self.core.handle_work(ended, took, fault.as_ref(), &shared.tokenizer);
+        self.core.handle_work(ended, took, fault.as_ref(), shared.text.vocabulary());
         self.lost = fault.filter(|fault| fault.lasts);
         if self.core.drafter.is_none() && shared.describe().drafter.is_some() {
             shared.describe().drafter = None;
@@ -254,11 +266,7 @@ impl Device {
                     continue;
                 }
                 RequestEvent::Done(done) => {
-                    let metrics = &done.metrics;
-                    if let Prepared { rendered: Some(rendered), prompt, .. } = &done.prepared {
-                        let (ids, text) = (&metrics.token_ids, &metrics.text);
-                        shared.turns().note(rendered, prompt, ids, text, &shared.tokenizer);
-                    }
+                    shared.text.note(&call.rendered, &done.prepared, &done.metrics);
                     let mut sums = shared.metrics();
                     sums.add(&done.meter);
                     sums.estimates = done.estimates;

@@ -10,9 +10,10 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::json;
 use super::verdict;
-use crate::draft::DraftMode;
-use crate::request::{Message, Request, Role};
-use crate::sample::SamplerConfig;
+use hat_core::InputError;
+use hat_core::draft::DraftMode;
+use hat_core::request::{Message, Request, Role};
+use hat_core::sample::SamplerConfig;
 
 /// Most answers to one request.
 pub(super) const CHOICES_MAX: u64 = 4;
@@ -238,7 +239,7 @@ fn draft(fields: Fields<'_>) -> Result<DraftMode, ApiError> {
     match fields.text("draft")? {
         None => Ok(DraftMode::default()),
         Some(name) => {
-            name.parse().map_err(|error: crate::Error| ApiError::field("draft", error.to_string()))
+            name.parse().map_err(|error: InputError| ApiError::field("draft", error.to_string()))
         }
     }
 }
@@ -352,7 +353,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::request::Prompt;
+    use hat_core::request::Prompt;
 
     fn chat(mut extra: Value) -> Result<Ask, ApiError> {
         let fields = extra.as_object_mut().unwrap();

@@ -7,10 +7,10 @@ use hat_plan::PAGE_SIZE;
 use serde::Serialize;
 
 use super::ask::Shape;
-use crate::metrics::Timings;
-use crate::request::{FinishReason, TokenLogprob};
-use crate::token::Tokenizer;
 use crate::{Event, Metrics};
+use hat_core::metrics::Timings;
+use hat_core::request::{FinishReason, TokenLogprob};
+use hat_text::Tokenizer;
 
 /// A token's log-probability and its alternatives.
 pub(super) type Logprobs = (TokenLogprob, Vec<TokenLogprob>);
@@ -238,7 +238,6 @@ impl Collected {
     /// Adds an event.
     pub(super) fn add(&mut self, event: Event) {
         match event {
-            Event::Prefill { .. } => {}
             Event::Token { text, logprobs, .. } => {
                 self.text.push_str(&text);
                 self.logprobs.extend(logprobs);
@@ -247,6 +246,7 @@ impl Collected {
                 self.text.push_str(&text);
                 self.ended = Some((finish_reason, metrics));
             }
+            _ => {}
         }
     }
 

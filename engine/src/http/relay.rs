@@ -206,7 +206,7 @@ fn bytes_of(event: &Result<Event, Error>) -> usize {
     match event {
         Ok(Event::Token { text, logprobs, .. }) => {
             let top = logprobs.as_ref().map_or(0, |(_, top)| 1 + top.len());
-            own + text.len() + top * (size_of::<crate::request::TokenLogprob>() + 8)
+            own + text.len() + top * (size_of::<hat_core::request::TokenLogprob>() + 8)
         }
         Ok(Event::Done { text, .. }) => own + text.len(),
         Ok(_) | Err(_) => own,

@@ -25,9 +25,9 @@ use super::openai::{
     cached_tokens,
 };
 use super::relay::{Answers, Told};
-use crate::metrics::Timings;
-use crate::request::FinishReason;
 use crate::{Error, Event};
+use hat_core::metrics::Timings;
+use hat_core::request::FinishReason;
 
 /// Most bytes of one frame of the body, before more events are taken.
 const FRAME_BYTES: usize = 16 << 10;
@@ -199,6 +199,7 @@ impl Chunks {
                 }
                 self.finish(index, finish_reason, &metrics.timings, out);
             }
+            _ => {}
         }
     }
 

@@ -37,7 +37,7 @@ impl Server {
         change_engine: impl FnOnce(&mut EngineConfig),
     ) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let bundle = hat_engine::internal::tiny_bundle(directory.path()).unwrap();
+        let bundle = hat_loader::tiny_bundle(directory.path()).unwrap();
         let mut config = EngineConfig::new(bundle.join("device")).threads(1);
         change_engine(&mut config);
         let engine = Arc::new(Engine::open(config).unwrap());

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hat_compute::open as processor;
-use hat_engine::internal::Whole;
 use hat_engine::options::{ChunkPolicy, Codec, Processor};
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_transport::endpoint::Event;
 use hat_transport::message::{Computed, Message, RowsHead, Want};

@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use hat_compute::open as processor;
-use hat_engine::internal::Whole;
 use hat_engine::options::{
     ChunkPolicy, CloudAddress, Codec, DraftMode, FinishReason, LinkKind, Processor, SamplerConfig,
     Timings,
 };
+use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 
 use super::support::{Bundles, collect, collect_with, long_prompt};

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use hat_compute::DeviceModel;
 use hat_compute::open as processor;
-use hat_engine::draft::Source;
-use hat_engine::draft::trained::{Decided, Drafted, SessionId, Trained};
-use hat_engine::draft::tree::Guess;
-use hat_engine::internal::pages_for;
+use hat_core::draft::Source;
+use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::tree::Guess;
+use hat_core::page::pages_for;
 use hat_engine::options::{Codec, DraftMode, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::AdapterKind;

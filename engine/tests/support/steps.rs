@@ -2,8 +2,8 @@
 
 use hat_compute::MiddleModel;
 use hat_compute::open;
-use hat_engine::internal::pool_pages;
 use hat_engine::options::Processor;
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
 

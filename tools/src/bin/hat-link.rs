@@ -14,8 +14,8 @@ use hat_emulator::{
     Report, StallConfig,
 };
 use hat_engine::options::Address;
-use hat_engine::out::{self, OutError};
-use hat_engine::{note, outln};
+use hat_program::out::{self, OutError};
+use hat_program::{note, outln};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 

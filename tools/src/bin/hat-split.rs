@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
-use hat_engine::out::{self, OutError};
-use hat_engine::{note, outln, pull};
 use hat_loader::bundle::check_free;
 use hat_loader::{Adapter, BundleError, BundleOptions, Report, RoleReport, Weights, file};
+use hat_program::out::{self, OutError};
+use hat_program::{note, outln, pull};
 
 /// Cuts a model: OUT/device gets the embedding, the first and last layers, the LM head and the
 /// tokenizer; OUT/cloud gets the layers between.
@@ -70,7 +70,7 @@ impl From<WeightsArg> for Weights {
 
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
-    let _ = hat_engine::shrunk::install("hat-split");
+    let _ = hat_program::shrunk::install("hat-split");
     let args = match out::parse::<Args>() {
         Ok(args) => args,
         Err(ended) => return ended,

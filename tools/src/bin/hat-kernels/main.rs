@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
-use hat_engine::{out, outln, pull};
+use hat_program::{out, outln, pull};
 
 use compile::Artefacts;
 

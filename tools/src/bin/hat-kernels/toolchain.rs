@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
-use hat_engine::note;
+use hat_program::note;
 
 /// A wheel, and the one file of it that is opened.
 pub(crate) struct Tool {

@@ -4,7 +4,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use hat_engine::{note, out::OutError, outln};
+use hat_program::out::OutError;
+use hat_program::{note, outln};
 use hat_tools::statistics::quantile;
 use serde_json::{Value, json};
 

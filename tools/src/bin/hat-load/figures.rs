@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use hat_engine::{out::OutError, outln};
+use hat_program::out::OutError;
+use hat_program::outln;
 use hat_tools::plot::{Captions, Curve, curves, histogram};
 use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};

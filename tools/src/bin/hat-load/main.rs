@@ -18,9 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::{Address, ChunkPolicy, Codec, DraftMode};
-use hat_engine::pull;
-use hat_engine::pull::models::{Cut, Model};
-use hat_engine::{note, out, outln};
+use hat_program::pull;
+use hat_program::pull::models::{Cut, Model};
+use hat_program::{note, out, outln};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tempfile::TempDir;
 use tracing_subscriber::EnvFilter;
@@ -266,7 +266,7 @@ impl Args {
             }
             Made::Tiny => {
                 let folder = tempfile::tempdir().context("a folder for the tiny model")?;
-                let bundle = hat_engine::internal::tiny_bundle(folder.path());
+                let bundle = hat_loader::tiny_bundle(folder.path());
                 let bundle = bundle.map_err(|error| anyhow::anyhow!("the tiny model: {error}"))?;
                 Ok((bundle, Some(folder)))
             }

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use hat_engine::internal::{Tokenizer, token_settings};
-use hat_engine::token::Special;
 use hat_loader::Bundle;
+use hat_text::Special;
+use hat_text::{Tokenizer, token_settings};
 use hat_tools::random::{Purpose, unit};
 use serde_json::Value;
 
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn made_prompts_have_the_lengths_and_depend_on_the_seed() {
         let directory = tempfile::tempdir().unwrap();
-        let bundle = hat_engine::internal::tiny_bundle(directory.path()).unwrap();
+        let bundle = hat_loader::tiny_bundle(directory.path()).unwrap();
         let make = |seed| {
             let lengths = Lengths { from: 5, to: 40 };
             Prompts::make(&bundle.join("device"), lengths, Some(50), seed).unwrap()

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hat_engine::note;
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, Engine, Error, Event, Request};
+use hat_program::note;
 use serde::Serialize;
 use signal_hook::consts::SIGINT;
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use hat_compute::open;
-use hat_engine::internal::Whole;
 use hat_engine::options::{Codec, Limits, Processor};
+use hat_engine::whole::Whole;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 

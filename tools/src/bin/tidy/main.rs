@@ -21,8 +21,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use hat_engine::out::{self, OutError};
-use hat_engine::{note, outln};
+use hat_program::out::{self, OutError};
+use hat_program::{note, outln};
 
 /// All text files of the tree, by path from its root with `/` between names.
 type Tree = BTreeMap<String, String>;

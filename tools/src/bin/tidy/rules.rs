@@ -24,7 +24,7 @@ pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "engine/compute/src/backend/cpu/avx512/",
     "engine/compute/src/backend/cpu/neon.rs",
     "engine/compute/src/backend/cpu/threads.rs",
-    "engine/src/shrunk.rs",
+    "engine/program/src/shrunk.rs",
     "engine/compute/tests/allocations.rs",
     "engine/tests/chat.rs",
     "engine/tests/sessions.rs",
@@ -64,23 +64,6 @@ pub(crate) struct Ban {
 
 /// Policy and protocol: no IO, no clock, no thread, no backend.
 const PURE: &[&str] = &[
-    "engine/src/sched.rs",
-    "engine/src/sched/",
-    "engine/src/chunk.rs",
-    "engine/src/chunk/",
-    "engine/src/estimate.rs",
-    "engine/src/estimate/",
-    "engine/src/page.rs",
-    "engine/src/prefix.rs",
-    "engine/src/prefix/",
-    "engine/src/sequence.rs",
-    "engine/src/sample.rs",
-    "engine/src/sample/",
-    "engine/src/stop.rs",
-    "engine/src/draft/lookup.rs",
-    "engine/src/draft/policy.rs",
-    "engine/src/draft/tree.rs",
-    "engine/src/device/core/walk.rs",
     "transport/src/codec.rs",
     "transport/src/codec/",
     "transport/src/frame.rs",
@@ -107,7 +90,7 @@ pub(crate) const BANS: &[Ban] = &[
         // They talk to cargo.
         except: &["cuda/build.rs", "engine/build.rs", "engine/compute/build.rs"],
         except_tests: true,
-        reason: "it panics when nobody reads: a program uses outln!, out! and note! of hat_engine, \
+        reason: "it panics when nobody reads: a program uses outln!, out! and note! of hat_program, \
                  and a library does not print",
     },
     Ban {
@@ -129,7 +112,7 @@ pub(crate) const BANS: &[Ban] = &[
         except: &[
             "engine/src/device/",
             "engine/src/cloud/",
-            "engine/src/token/limited.rs",
+            "engine/text/src/token/limited.rs",
             "engine/src/http/",
             "engine/compute/src/backend/cpu/threads.rs",
             "engine/src/watch.rs",
@@ -159,27 +142,6 @@ pub(crate) const BANS: &[Ban] = &[
         reason: "this module is pure: the caller supplies time, bytes and pages",
     },
     Ban {
-        words: &[
-            "crossbeam",
-            "Endpoint",
-            "Waker",
-            "Clock",
-            "Arc",
-            "atomic",
-            "CloudConfig",
-            "getrandom",
-            "std::net",
-            "std::thread",
-            "std::fs",
-            "std::io",
-            "std::sync",
-        ],
-        scope: Scope::Paths(&["engine/src/cloud/core/", "engine/src/device/core/"]),
-        except: &[],
-        except_tests: false,
-        reason: "a role's core is told what happened, and when, and says what is to be done",
-    },
-    Ban {
         words: &["tokio", "axum"],
         scope: Scope::Rust,
         except: &["engine/src/http/"],
@@ -189,13 +151,7 @@ pub(crate) const BANS: &[Ban] = &[
     Ban {
         words: &["anyhow"],
         scope: Scope::Library,
-        except: &[
-            "benches/",
-            "tools/",
-            "engine/src/pull.rs",
-            "engine/src/pull/",
-            "engine/src/out.rs",
-        ],
+        except: &["benches/", "tools/", "engine/program/"],
         except_tests: true,
         reason: "libraries have typed errors; anyhow is for binaries",
     },

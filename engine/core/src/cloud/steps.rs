@@ -1,0 +1,177 @@
+//! What runs next, and what comes of it.
+
+use std::time::Instant;
+
+use hat_plan::BackendFault;
+use hat_transport::conn::FrameSink;
+use hat_transport::frame::{Kind, Priority};
+
+use super::CloudCore;
+use super::batch::StepBatch;
+use super::guests::Reply;
+use super::output::Outputs;
+use super::violation::SessionEnd;
+use crate::sched::{SessionKey, Work};
+use hat_transport::codec::PackError;
+
+impl CloudCore {
+    /// Steps that the first stage may have, the one that it runs included, when another one is
+    /// asked for.
+    pub fn steps_ahead(&mut self, now: Instant) -> u64 {
+        self.planner.ahead(now)
+    }
+
+    /// The next step, if there are rows for one and a batch to put them into. To be asked when the
+    /// first stage has fewer than [`Self::steps_ahead`].
+    pub fn poll_step(&mut self, now: Instant) -> Option<StepBatch> {
+        let mut works = std::mem::take(&mut self.works);
+        let batch = self.planner.begin(now, &mut works);
+        let batch = batch.map(|batch| self.fill(now, batch, &mut works));
+        self.works = works;
+        batch
+    }
+
+    fn fill(&mut self, now: Instant, mut batch: StepBatch, works: &mut [Work]) -> StepBatch {
+        works.sort_by_key(|work| self.sessions.session(work.session).entry_layer());
+        for work in works.iter() {
+            batch.step.exit_layer = work.class;
+            let hidden_size = self.hidden_size();
+            let session = self.sessions.session(work.session);
+            // The scheduler keeps the rest of a chunk that it has cut.
+            session.is_queued = session.next().is_some_and(|next| work.rows < next.rows);
+            session.in_flight += 1;
+            match batch.put(work, session, hidden_size) {
+                Ok(()) => self.name_prompt(work.session),
+                Err(violation) => self.end_for(now, work.session, violation),
+            }
+        }
+        works.iter().for_each(|work| self.enqueue_next(now, work.session));
+        self.planner.hand_out(now, &batch);
+        batch
+    }
+
+    /// Tells the scheduler of a session's first chunk, if it does not know one.
+    pub(super) fn enqueue_next(&mut self, now: Instant, key: SessionKey) {
+        let Some(session) = self.sessions.find(key).filter(|session| !session.is_queued) else {
+            return;
+        };
+        let Some(next) = session.next() else { return };
+        session.is_queued = true;
+        let work = Work {
+            session: key,
+            device: self.guests.device(session.connection).expect("a session has a connection"),
+            rows: next.rows,
+            context: session.sequence.committed(),
+            urgent: next.urgent,
+            divisible: next.divisible,
+            class: session.exit_layer(),
+        };
+        self.planner.enqueue(now, work);
+    }
+
+    /// Names the pages of a session's prompt that its planned rows fill. Others may have them from
+    /// now on: the rows of whoever asks run in a later step.
+    fn name_prompt(&mut self, key: SessionKey) {
+        let session = self.sessions.session(key);
+        let Some(names) = session.names_to_keep() else { return };
+        self.pages.keep(session.scope, names, session.sequence.pages());
+        session.names_were_kept();
+    }
+
+    /// A step has ended: sends back what it computed. [`Self::handle_traffic`] of its connections
+    /// goes before.
+    pub fn handle_step(&mut self, now: Instant, mut batch: StepBatch, sink: &mut dyn FrameSink) {
+        // What was answered before goes before these outputs.
+        self.guests.send_answers(sink);
+        if let Some(fault) = batch.fault.take() {
+            self.close_all(now, fault);
+        }
+        let rows = batch.step.plan.rows();
+        self.figures.steps += 1;
+        self.figures.rows += rows as u64;
+        self.figures.step_us += u64::from(batch.took_us());
+        self.planner.note_step(&batch);
+        for index in 0..batch.sessions.len() {
+            let (key, _) = batch.sessions[index];
+            if let Some(session) = self.sessions.find(key) {
+                session.in_flight -= 1;
+                session.active_at = now;
+            }
+            if let Err(error) = self.send_outputs(now, &batch, index, sink) {
+                // Its rows may be no numbers from an early page on: nobody shall go on from them.
+                self.pages.forget(self.sessions.session(key).sequence.pages());
+                self.end_for(now, key, SessionEnd::Output(error));
+            }
+        }
+        self.planner.take_back(now, batch);
+    }
+
+    /// Sends what one session gets out of a finished step.
+    fn send_outputs(
+        &mut self,
+        now: Instant,
+        batch: &StepBatch,
+        index: usize,
+        sink: &mut dyn FrameSink,
+    ) -> Result<(), PackError> {
+        let hidden_size = self.hidden_size();
+        let (key, to) = batch.sessions[index];
+        let Some(session) = self.sessions.find(key) else { return Ok(()) };
+        let (wire_id, codec) = (session.wire_id, session.codec);
+        let rows = &batch.rows[index];
+        let of_step = u32::try_from(batch.step.plan.rows()).expect("within the row budget");
+        let goes_back = !rows.wanted.is_empty();
+        if goes_back {
+            self.planner.note_decoder(now, key);
+        }
+        let queue_us = batch.queue_us(index);
+        let spent =
+            session.note_ran(&rows.planned, goes_back, queue_us, (batch.took_us(), of_step));
+        let Some(spent) = spent else { return Ok(()) };
+        let arrivals = self.guests.arrivals(to);
+        let sizes = (hidden_size, self.guests.frame_bytes_max(to));
+        let mut outputs = Outputs::of(batch, index, codec, sizes, spent, arrivals);
+        if let Some(computed) = outputs.computed() {
+            self.guests.answer(to, wire_id, Reply::Computed(computed));
+            return Ok(());
+        }
+        while let Some(bytes) = outputs.next_bytes() {
+            let waiting = match self.guests.output_buffer(to, bytes, sink) {
+                Some(mut body) => {
+                    outputs.encode(body.body_mut())?;
+                    sink.send(to, Kind::Output, wire_id, Priority::Verify, body)
+                        .err()
+                        .and_then(|refused| refused.body)
+                        .map(|body| body.to_vec())
+                }
+                None => {
+                    let mut body = vec![0; bytes];
+                    outputs.encode(&mut body)?;
+                    Some(body)
+                }
+            };
+            if let Some(body) = waiting {
+                self.guests.keep_output(to, wire_id, body);
+            }
+            outputs.advance();
+        }
+        Ok(())
+    }
+
+    /// Ends every session: what the KV store holds is not what the plans before said, also for
+    /// sessions that had no row in the step. Their devices replay them.
+    fn close_all(&mut self, now: Instant, fault: BackendFault) {
+        let sessions = self.sessions.len();
+        tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
+        self.figures.faults += 1;
+        self.planner.moves().clear();
+        // Pages have their names from when their rows are planned.
+        self.pages.clear();
+        for key in self.sessions.keys() {
+            self.end_for(now, key, SessionEnd::Fault(fault.clone()));
+        }
+        if fault.lasts {
+            self.fault = Some(fault);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What the trained drafter is told and asked: decided rows in order, each once, and the nodes of
+//! a tree.
+
+use std::ops::Range;
+
+use super::lent::Common;
+use super::request::Request;
+use crate::draft::DraftMode;
+use crate::draft::foresee::Draw;
+use crate::draft::policy::Asking;
+use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
+use crate::sequence::PENDING_ROWS_MAX;
+use hat_plan::BackendFault;
+
+/// A request's dealings with the trained drafter: they outlive its sessions in the cloud, since the
+/// drafter takes each row once.
+#[derive(Default)]
+pub(super) struct Drafting {
+    /// Its session with the drafter.
+    pub(super) session: Option<SessionId>,
+    /// Whether the drafter holds rows of a tree.
+    pub(super) has_rows: bool,
+    /// Positions that the drafter has taken.
+    pub(super) fed: u32,
+    /// Tokens and time that asking it has brought.
+    pub(super) asking: Asking,
+    /// Rows of a tree that turned out right, for the drafter to take.
+    right: RightRows,
+}
+
+impl Drafting {
+    /// A request that has a session with the drafter, or none.
+    pub(super) fn new(session: Option<SessionId>) -> Self {
+        Self { session, ..Self::default() }
+    }
+}
+
+/// Drafted rows that were decided, copied when the walk passed them.
+#[derive(Default)]
+struct RightRows {
+    /// Whether there is a verdict on a tree of which the drafter has not heard.
+    is_new: bool,
+    positions: Range<usize>,
+    shallow: Vec<f32>, // [positions, hidden_size]
+    /// The deep rows of the positions before.
+    deep: Vec<f32>, // [positions, hidden_size]
+}
+
+impl Request {
+    /// True if the trained drafter is asked in this round.
+    pub(super) fn asks(&self) -> bool {
+        self.session.open().and_then(|open| open.round).is_some_and(|round| round.asked)
+    }
+
+    /// True if there are decided rows that the drafter has not taken, and all rows at hand are
+    /// sent.
+    pub(super) fn has_unfed(&self) -> bool {
+        self.is_unfed() && self.session.open().is_some_and(|open| open.outgoing.is_sent())
+    }
+
+    /// True if there are decided rows that the drafter has not taken.
+    pub(super) fn is_unfed(&self) -> bool {
+        self.drafting.session.is_some()
+            && (self.drafting.right.is_new
+                || self.session.open().is_some_and(|open| !open.unfed.is_empty()))
+    }
+
+    /// Lets the trained drafter take the decided rows that it has not: the tree's that were right,
+    /// then those at the front of the rows at hand. Says whether there were any.
+    pub(super) fn feed(&mut self, drafter: Option<&mut Box<dyn Trained>>, cx: &Common) -> bool {
+        let hidden_size = cx.facts.hidden_size;
+        let Self { path, drafting, session, .. } = self;
+        let Some(open) = session.open_mut() else { return false };
+        let unfed = std::mem::take(&mut open.unfed);
+        let (Some(drafter), Some(session)) = (drafter, drafting.session) else { return false };
+        let right = &mut drafting.right;
+        let has_right = std::mem::take(&mut right.is_new);
+        if has_right {
+            if std::mem::take(&mut drafting.has_rows) {
+                drafter.rollback(session);
+            }
+            let positions = std::mem::take(&mut right.positions);
+            if !positions.is_empty() {
+                let rows = Decided {
+                    first: u32::try_from(positions.start).expect("within the context"),
+                    tokens: &path.tokens[positions.clone()],
+                    shallow: &right.shallow,
+                    deep_before: Some(&right.deep),
+                };
+                drafter.commit(session, &rows);
+                drafting.fed = u32::try_from(positions.end).expect("within the context");
+            }
+        }
+        // A replay brings rows again that it has.
+        let first = unfed.start.max(drafting.fed);
+        if first >= unfed.end {
+            return has_right;
+        }
+        if std::mem::take(&mut drafting.has_rows) {
+            drafter.rollback(session);
+        }
+        let skip = (first - unfed.start) as usize * hidden_size;
+        let end = unfed.len() * hidden_size;
+        let rows = Decided {
+            first,
+            tokens: &path.tokens[first as usize..unfed.end as usize],
+            shallow: &open.outgoing.hidden[skip..end],
+            deep_before: (end - skip == open.deep.len()).then_some(&open.deep),
+        };
+        drafter.commit(session, &rows);
+        drafting.fed = unfed.end;
+        true
+    }
+
+    /// Offers what the trained drafter guesses below the nodes that it has not been asked about,
+    /// and whose rows are computed.
+    ///
+    /// # Errors
+    /// The drafter's backend did not compute.
+    pub(super) fn propose(
+        &mut self,
+        drafter: Option<&mut Box<dyn Trained>>,
+        cx: &mut Common,
+    ) -> Result<(), BackendFault> {
+        let Some(drafter) = drafter.filter(|_| self.asks()) else { return Ok(()) };
+        self.feed(Some(&mut *drafter), cx);
+        let Self { drafting, session, kv, prepared, .. } = self;
+        let (Some(open), Some(session)) = (session.open_mut(), drafting.session) else {
+            return Ok(());
+        };
+        let hidden_size = cx.facts.hidden_size;
+        let drafts = &mut open.drafts;
+        let (first, end) = (drafts.asked, drafts.ids.len());
+        if first == end {
+            return Ok(());
+        }
+        let request = &prepared.request;
+        let is_chain = request.draft == DraftMode::Chain;
+        let rows = Drafted {
+            draw: Draw::new(&request.sampler, request.choice),
+            nodes: &drafts.tree.nodes()[..end],
+            first,
+            root_position: kv.committed() - 1,
+            shallow: &open.outgoing.hidden[first * hidden_size..end * hidden_size],
+        };
+        let guesses = &mut cx.scratch.guesses;
+        guesses.clear();
+        let width = if is_chain { 1 } else { cx.policy.width };
+        drafter.propose(session, &rows, width, guesses);
+        if let Some(fault) = drafter.fault() {
+            guesses.clear();
+            return Err(fault);
+        }
+        drafting.has_rows = true;
+        drafts.asked = end;
+        for (node, mut guess) in guesses.drain(..) {
+            assert!((first..end).contains(&node), "guesses are for nodes that were asked about");
+            if is_chain {
+                // The paper's rule: the first guess that is not sure enough is the last.
+                if drafts.is_unsure {
+                    continue;
+                }
+                drafts.is_unsure = guess.probability < cx.policy.chain_probability_min;
+            } else {
+                guess.probability = cx.learned.acceptance.corrected(&guess);
+            }
+            drafts.tree.offer(node, [guess]);
+        }
+        Ok(())
+    }
+
+    /// The walk has moved: copies the rows of the tree that were right, up to the row before which
+    /// the walk stands, or that it has visited last, whose position is `end - 1`. Keeps the deep
+    /// row that the next guesses may read.
+    ///
+    /// The drafter has taken the root before: [`Request::feed`] runs before heads do.
+    pub(super) fn keep_right_rows(&mut self, end: usize, cx: &Common) {
+        let hidden_size = cx.facts.hidden_size;
+        let Some(open) = self.session.open_mut() else { return };
+        if self.drafting.session.is_none() {
+            return;
+        }
+        debug_assert!(open.unfed.is_empty(), "the root comes before what hangs below it");
+        let right = &mut self.drafting.right;
+        debug_assert!(!right.is_new, "rows of one verdict are fed before the next");
+        right.is_new = true;
+        right.shallow.clear();
+        right.deep.clear();
+        let mut ids = [0; PENDING_ROWS_MAX];
+        let mut count = 0;
+        for row in open.walk.path().filter(|row| row.source.is_some()) {
+            (ids[count], count) = (row.id, count + 1);
+        }
+        let rows = open.walk.path().map(|row| row.output());
+        open.deep.clear();
+        open.deep.extend(rows.clone().next().into_iter().flatten().flatten());
+        right.positions = end - count..end;
+        for id in ids[..count].iter().rev() {
+            let node = open.drafts.ids.binary_search(id).expect("the walk is in the tree");
+            let at = node * hidden_size;
+            right.shallow.extend_from_slice(&open.outgoing.hidden[at..at + hidden_size]);
+        }
+        // The rows before them: the first of the walk comes first, the last one is left out.
+        for back in (1..=count).rev() {
+            let before = rows.clone().nth(back).flatten();
+            right.deep.extend_from_slice(before.expect("the walk has been there"));
+        }
+    }
+}

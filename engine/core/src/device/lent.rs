@@ -1,0 +1,269 @@
+//! Things that all requests of a device share, lent to one of them at a time.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use hat_plan::{RowMove, TokenId};
+use hat_transport::codec::Codec;
+use hat_transport::conn::Traffic;
+use hat_transport::frame::FRAME_BYTES_MAX;
+use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
+
+use super::request::RequestId;
+use super::session::Timed;
+use super::turn;
+use super::{DeviceConfig, RequestEvent};
+use crate::chunk::{ChunkPolicy, Planner};
+use crate::draft::tree::Guess;
+use crate::draft::{Acceptance, DraftPolicy};
+use crate::estimate::{Estimates, Estimator, Returned};
+use crate::page::pages_for;
+use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers};
+use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
+
+/// Facts of this device's model and configuration that requests compute by.
+#[derive(Clone, Copy)]
+pub(super) struct Facts {
+    pub(super) hidden_size: usize,
+    pub(super) has_tail: bool,
+    pub(super) codec: Codec,
+    pub(super) chunks: ChunkPolicy,
+    /// Rows of one step of the device.
+    pub(super) step_rows_max: u32,
+    /// Layers here before the cloud's, and the cloud's.
+    pub(super) layers: (u32, u32),
+}
+
+impl Facts {
+    pub(super) fn row_bytes(&self) -> usize {
+        self.codec.row_bytes(self.hidden_size)
+    }
+}
+
+/// Facts of the cloud, by its HELLO.
+#[derive(Clone, Copy)]
+pub(super) struct CloudFacts {
+    /// Row budget of one chunk.
+    pub(super) rows_max: u32,
+    /// Longest frame that it takes, header included.
+    pub(super) frame_max: usize,
+    /// Pipeline stages.
+    pub(super) stages: u32,
+    /// Rows of one session that may pend.
+    pub(super) pending_max: usize,
+    /// Arithmetic of its layers.
+    pub(super) arithmetic: u32,
+}
+
+impl From<&Hello> for CloudFacts {
+    fn from(hello: &Hello) -> Self {
+        Self {
+            rows_max: hello.row_budget,
+            frame_max: wire::frame_bytes_max(hello),
+            stages: u32::from(hello.stages.max(1)),
+            pending_max: usize::from(hello.rows_pending_max),
+            arithmetic: hello.arithmetic_id,
+        }
+    }
+}
+
+/// Buffers that all requests use in turn.
+pub(super) struct Scratch {
+    pub(super) plan: PlanBuffers,
+    /// Of the rows that are computed next.
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) kept: Vec<usize>, // nodes of a tree
+    pub(super) guesses: Vec<(usize, Guess)>,
+    pub(super) pruned: Vec<u32>,
+    pub(super) logits: Vec<f32>, // [vocab_size]
+    /// The token with the greatest logit, and that logit.
+    pub(super) greatest: Option<(TokenId, f32)>,
+    pub(super) rows: Vec<f32>, // [rows of one OUTPUT frame, hidden_size]
+}
+
+/// Everything that was measured, over all requests.
+#[derive(Default)]
+pub(super) struct Learned {
+    /// How good guesses were.
+    pub(super) acceptance: Acceptance,
+    /// Times of rounds and of chunks.
+    pub(super) estimator: Estimator,
+    planner: Planner,
+    /// The link's counters at the last look; `None` without a connection.
+    pub(super) traffic: Option<Traffic>,
+    /// Bytes from the cloud, and how long they took, that the estimator knows of.
+    arrived: (u64, Duration),
+}
+
+impl Learned {
+    /// Another processor computes from now on: times of the one before say nothing of it.
+    pub(super) fn forget_times(&mut self) {
+        self.estimator = Estimator::default();
+    }
+
+    /// The device's layers took so long for so many rows behind `prefix` others.
+    pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
+        let rows = u32::try_from(rows).expect("a piece or a level is small");
+        self.estimator.note_device(rows, prefix, took.as_secs_f64());
+    }
+
+    /// Tail layers and LM head of one row took so long.
+    pub(super) fn note_head(&mut self, took: Duration) {
+        self.estimator.note_head(took.as_secs_f64());
+    }
+
+    /// How fast the cloud saw this device's frames come in.
+    fn note_arrivals(&mut self, arrivals: Arrivals) {
+        self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
+    }
+
+    /// A chunk of a prompt has been computed, long before the prompt's first output.
+    pub(super) fn note_computed(&mut self, computed: &Computed) {
+        self.note_arrivals(computed.arrivals);
+        // Ids count the positions of a prompt from 1 on; later rows all come back.
+        let step_s = f64::from(computed.step_us) * 1e-6;
+        self.estimator.note_step(computed.step_rows, computed.first_id - 1, step_s);
+    }
+
+    /// The first output came for rows that were `timed`, which were `away` so long; rows of a
+    /// prompt with others before them have no such time. `prefix` rows were computed here.
+    pub(super) fn note_output(
+        &mut self,
+        head: &OutputHead,
+        rows: usize,
+        away: Option<Duration>,
+        prefix: u32,
+        facts: &Facts,
+    ) {
+        self.note_link();
+        self.estimator.note_returned(&Returned {
+            rows,
+            sent_bytes: (rows * facts.row_bytes()) as u64,
+            prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
+            step_rows: head.step_rows,
+            step_s: f64::from(head.step_us) * 1e-6,
+            queue_s: f64::from(head.queue_us) * 1e-6,
+            away_s: away.map(|away| away.as_secs_f64()),
+        });
+    }
+
+    /// An output came, with news of this device's frames.
+    pub(super) fn note_output_arrivals(&mut self, head: &OutputHead) {
+        self.note_arrivals(head.arrivals);
+    }
+
+    /// Looks at what the link counts; returns the bytes that are not acknowledged.
+    pub(super) fn note_link(&mut self) -> u64 {
+        let Some(traffic) = self.traffic else { return 0 };
+        let arrived = (traffic.arrived_bytes, traffic.arrived_in);
+        let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
+        let took = arrived.1.saturating_sub(time).as_secs_f64();
+        self.estimator.note_downlink(arrived.0.saturating_sub(bytes), took);
+        if let Some(rtt) = traffic.rtt {
+            self.estimator.note_rtt(rtt.as_secs_f64());
+        }
+        traffic.unacked_bytes
+    }
+
+    /// Seconds for which bytes that are not acknowledged keep the uplink busy.
+    pub(super) fn uplink_busy_s(&self, unacked: u64) -> f64 {
+        self.estimator.uplink_busy_s(unacked).unwrap_or(0.0)
+    }
+
+    /// For how long no more of a prompt is computed, since the uplink has enough; `None` if it may
+    /// go on.
+    pub(super) fn upload_pause(&self) -> Option<Duration> {
+        let unacked = self.traffic?.unacked_bytes;
+        turn::upload_pause(unacked, |bytes| self.estimator.uplink_busy_s(bytes))
+    }
+
+    /// Rows of the next piece, at most `rows`, behind `prefix` others.
+    pub(super) fn piece_rows(&self, prefix: u32, rows: u32) -> u32 {
+        turn::piece_rows(self.estimator.device_cost(), prefix, rows)
+    }
+
+    /// The planner of chunks, with what it plans by; `None` if too little is known.
+    pub(super) fn planner(
+        &mut self,
+        facts: &Facts,
+        stages: u32,
+    ) -> Option<(&mut Planner, crate::chunk::ChunkCosts)> {
+        let costs = self.estimator.chunk_costs(facts.row_bytes(), facts.layers, stages)?;
+        Some((&mut self.planner, costs))
+    }
+
+    /// Everything that is known now.
+    pub(super) fn estimates(&self, facts: &Facts, stages: u32) -> Estimates {
+        self.estimator.estimates(facts.row_bytes(), facts.layers, stages)
+    }
+
+    /// Whether rows that were sent will be back before another wave of drafts could be made.
+    pub(super) fn is_due(&self, now: std::time::Instant, timed: Option<Timed>) -> bool {
+        timed.is_some_and(|timed| self.estimator.is_due(now, timed.at, timed.rows))
+    }
+}
+
+/// What a request borrows of its device for one call.
+pub(super) struct Common {
+    pub(super) facts: Facts,
+    pub(super) cloud: CloudFacts,
+    pub(super) policy: DraftPolicy,
+    pub(super) learned: Learned,
+    pub(super) scratch: Scratch,
+    /// Moves in the KV store that run, in order, before any row is computed.
+    pub(super) moves: Vec<RowMove>,
+    /// News for those who asked.
+    pub(super) events: VecDeque<(RequestId, RequestEvent)>,
+}
+
+impl Common {
+    pub(super) fn new(config: &DeviceConfig, bundle: &BundleFacts, vocab_size: usize) -> Self {
+        let pages = pages_for(config.kv_rows_max + PENDING_ROWS_MAX);
+        let layers = &bundle.layers;
+        Self {
+            facts: Facts {
+                hidden_size: bundle.hidden_size,
+                has_tail: bundle.has_tail,
+                codec: config.codec,
+                chunks: config.chunks,
+                step_rows_max: config.step_rows_max,
+                layers: (layers.start, layers.end - layers.start),
+            },
+            cloud: CloudFacts {
+                rows_max: config.step_rows_max,
+                frame_max: FRAME_BYTES_MAX,
+                stages: 1,
+                pending_max: PENDING_ROWS_MAX,
+                arithmetic: ARITHMETIC_ID,
+            },
+            policy: DraftPolicy::default(),
+            learned: Learned::default(),
+            scratch: Scratch {
+                plan: PlanBuffers::with_capacity(config.step_rows_max as usize, 1, pages),
+                tokens: Vec::with_capacity(PENDING_ROWS_MAX),
+                kept: Vec::with_capacity(PENDING_ROWS_MAX),
+                guesses: Vec::with_capacity(PENDING_ROWS_MAX),
+                pruned: Vec::with_capacity(PENDING_ROWS_MAX),
+                logits: vec![0.0; vocab_size],
+                greatest: None,
+                rows: vec![0.0; bundle.hidden_size],
+            },
+            moves: Vec::with_capacity(PENDING_ROWS_MAX),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Tells who asked.
+    pub(super) fn tell(&mut self, id: RequestId, event: RequestEvent) {
+        self.events.push_back((id, event));
+    }
+
+    /// Rows that may pend in the cloud, or run in one step there.
+    pub(super) fn pending_max(&self) -> usize {
+        self.policy
+            .pending_max
+            .min(self.cloud.pending_max)
+            .min(self.cloud.rows_max as usize)
+            .min(self.facts.step_rows_max as usize)
+    }
+}

@@ -1,0 +1,359 @@
+//! The device without IO: what happened goes in by `handle_*`, what is to be done comes out by
+//! `poll_*`. Link, threads, clock and model are its owner's.
+
+mod feed;
+mod lent;
+mod link;
+mod outgoing;
+mod pages;
+mod patience;
+mod prompt;
+mod request;
+mod send;
+mod session;
+mod tree;
+mod turn;
+mod verify;
+mod violation;
+mod walk;
+mod work;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use hat_plan::BackendFault;
+use hat_transport::codec::Codec;
+use hat_transport::conn::{Frame, Traffic};
+use hat_transport::message::Hello;
+
+use self::feed::Drafting;
+use self::lent::Common;
+use self::link::Cloud;
+pub use self::pages::PageNamer;
+use self::pages::Pages;
+use self::patience::Patience;
+pub use self::request::RequestId;
+use self::request::{Path, Request, Session};
+use self::send::Leaving;
+use self::work::Work;
+pub use self::work::{DeviceWork, DraftWork, Verdict};
+use crate::answer::{Answer, Prepared};
+use crate::chunk::ChunkPolicy;
+use crate::draft::DraftMode;
+use crate::draft::trained::Trained;
+use crate::error::RequestError;
+use crate::estimate::Estimates;
+use crate::metrics::Meter;
+use crate::page::pages_for;
+use crate::request::{Event, FinishReason, Metrics};
+use crate::sequence::{PENDING_ROWS_MAX, Sequence};
+use crate::wire::BundleFacts;
+
+/// News of one request.
+pub enum RequestEvent {
+    /// It runs: until then it waited.
+    Runs,
+    /// Something to report.
+    Said(Event),
+    /// It has its answer.
+    Done(Box<Done>),
+    /// It ends without one.
+    Failed(RequestError),
+}
+
+/// A request with its answer.
+pub struct Done {
+    /// The request.
+    pub prepared: Prepared,
+    /// Text that was held back until the end.
+    pub text: String,
+    /// Reason of its end.
+    pub finish_reason: FinishReason,
+    /// The figures of this request.
+    pub metrics: Metrics,
+    /// The same, for sums over requests.
+    pub meter: Meter,
+    /// What is known of link and cloud.
+    pub estimates: Estimates,
+}
+
+/// Something that came over the link.
+pub enum Inbound {
+    /// The link is up, to a cloud that this device can work with; sessions are there still if it is
+    /// `resumed`.
+    Up {
+        /// The HELLO of the cloud.
+        hello: Hello,
+        /// True if sessions are there still.
+        resumed: bool,
+    },
+    /// The link is down; it comes back, or is gone.
+    Down {
+        /// The reason, for people.
+        reason: String,
+    },
+    /// The connection is over, and with it all sessions. Waiting does not help if `is_final`.
+    Gone {
+        /// The reason, for people.
+        reason: String,
+        /// True if the cloud will not be another one later.
+        is_final: bool,
+    },
+    /// A frame of a session.
+    Frame(Frame),
+}
+
+/// Settings of a device.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    /// Requests that run at once.
+    pub sessions_max: usize,
+    /// Positions of all requests together.
+    pub kv_rows_max: usize,
+    /// Rows of one step of the device's layers.
+    pub step_rows_max: u32,
+    /// Rule by which prompts are cut.
+    pub chunks: ChunkPolicy,
+    /// The codec of rows on the wire.
+    pub codec: Codec,
+    /// Time for which a request waits for a cloud that is away.
+    pub reconnect: Duration,
+    /// The cloud's address, for people.
+    pub cloud: String,
+}
+
+/// A request that has no pages so far.
+struct Waiting {
+    id: RequestId,
+    prepared: Prepared,
+    answer: Answer,
+    asked: Instant,
+}
+
+/// A device: requests, their rows, and what is known of the cloud.
+pub struct DeviceCore {
+    config: DeviceConfig,
+    /// Requests that run, by age.
+    requests: BTreeMap<RequestId, Request>,
+    waiting: VecDeque<Waiting>,
+    next_request: RequestId,
+    next_wire_id: u32,
+    /// The request whose prompt is sent first.
+    first_to_send: RequestId,
+    pages: Pages,
+    /// The trained drafter; it computes only within [`work::DeviceWork::run`].
+    pub drafter: Option<Box<dyn Trained>>,
+    cx: Common,
+    cloud: Cloud,
+    work: Work,
+    /// What came over the link and has not been looked at, in order.
+    inbox: VecDeque<Inbound>,
+    leaving: VecDeque<Leaving>,
+    /// Whether a missing drafter was told of.
+    missed_drafter: bool,
+}
+
+impl DeviceCore {
+    /// A device that has heard of no cloud so far.
+    pub fn new(
+        now: Instant,
+        config: DeviceConfig,
+        bundle: &BundleFacts,
+        vocab_size: usize,
+        namer: Option<PageNamer>,
+        drafter: Option<Box<dyn Trained>>,
+    ) -> Self {
+        Self {
+            requests: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            next_request: 1,
+            next_wire_id: 1,
+            first_to_send: 0,
+            pages: Pages::new(pages_for(config.kv_rows_max + PENDING_ROWS_MAX), namer),
+            drafter,
+            cx: Common::new(&config, bundle, vocab_size),
+            cloud: Cloud::new(now),
+            work: Work::default(),
+            inbox: VecDeque::new(),
+            leaving: VecDeque::new(),
+            missed_drafter: false,
+            config,
+        }
+    }
+
+    /// Takes a request. It runs as soon as there is room.
+    pub fn submit(&mut self, asked: Instant, prepared: Prepared, answer: Answer) -> RequestId {
+        let id = self.next_request;
+        self.next_request += 1;
+        self.waiting.push_back(Waiting { id, prepared, answer, asked });
+        id
+    }
+
+    /// Requests that wait for room.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// Nobody wants a request's answer any more. No computation may be out.
+    pub fn cancel(&mut self, id: RequestId) {
+        debug_assert!(self.work.is_idle(), "a request is cancelled under its computation");
+        self.waiting.retain(|waiting| waiting.id != id);
+        self.retire(id, false);
+    }
+
+    /// Something came over the link. It is looked at when nothing before it has to be computed.
+    pub fn handle_inbound(&mut self, inbound: Inbound) {
+        self.inbox.push_back(inbound);
+    }
+
+    /// The link's counters now; `None` without a connection.
+    pub fn handle_traffic(&mut self, traffic: Option<Traffic>) {
+        self.cx.learned.traffic = traffic;
+    }
+
+    /// Other layers compute from now on, in another arithmetic, and maybe another drafter.
+    pub fn handle_model(&mut self, arithmetic_id: u32, drafter: Option<Box<dyn Trained>>) {
+        self.pages.computes_in(arithmetic_id);
+        // Times of one processor say nothing of another's.
+        self.cx.learned.forget_times();
+        self.drafter = drafter;
+    }
+
+    /// News for those who asked, in order.
+    pub fn poll_event(&mut self) -> Option<(RequestId, RequestEvent)> {
+        self.cx.events.pop_front()
+    }
+
+    /// How long the owner may wait: until the next deadline, or until something happens (`None`).
+    pub fn poll_timeout(&self, now: Instant) -> Option<Duration> {
+        if self.is_at_work() || !self.inbox.is_empty() || !self.cx.events.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let mut open = self.requests.values().filter_map(|request| request.session.open());
+        if open.any(|open| open.outgoing.has_released()) || !self.leaving.is_empty() {
+            return Some(Duration::from_millis(1));
+        }
+        let pause = self.cx.learned.upload_pause();
+        let pause = pause.filter(|_| self.requests.values().any(Request::wants_compute));
+        let until = self.next_time().map(|time| time.saturating_duration_since(now));
+        until.into_iter().chain(pause).min()
+    }
+
+    /// Gives waiting requests pages while there is room.
+    fn admit(&mut self, now: Instant) {
+        while self.requests.len() < self.config.sessions_max {
+            let Some(waiting) = self.waiting.front() else { return };
+            let Some(kv) = self.pages.reserve(waiting.prepared.rows_max()) else { return };
+            let waiting = self.waiting.pop_front().expect("looked at above");
+            let id = waiting.id;
+            let request = self.begin(now, waiting, kv);
+            self.requests.insert(id, request);
+            self.cx.tell(id, RequestEvent::Runs);
+        }
+    }
+
+    /// A request that runs from now on, on reserved pages.
+    fn begin(&mut self, now: Instant, waiting: Waiting, kv: Sequence) -> Request {
+        let Waiting { id, prepared, answer, asked } = waiting;
+        let draft = prepared.request.draft;
+        self.tell_missing(draft);
+        let has_drafter = self.drafter.is_some();
+        let prompt = &prepared.prompt;
+        let lookup = draft.looks_up(has_drafter).then(|| prompt.iter().copied().collect());
+        let drafter = self.drafter.as_mut().filter(|_| draft.asks_trained());
+        Request {
+            id,
+            asked,
+            answer,
+            meter: Meter::new(asked, prepared.prompt_n()),
+            path: Path { tokens: prompt.clone(), names: None, names_max: 0, lookup },
+            drafting: Drafting::new(drafter.and_then(|drafter| drafter.open(kv.rows_max()))),
+            kv,
+            patience: Patience::new(now),
+            passed: 0,
+            round: 0,
+            session: Session::Closed { not_before: None },
+            prepared,
+        }
+    }
+
+    fn tell_missing(&mut self, draft: DraftMode) {
+        let mode = draft.name();
+        let is_missing = draft.wants_trained() && self.drafter.is_none();
+        if is_missing && !std::mem::replace(&mut self.missed_drafter, true) {
+            tracing::warn!(
+                mode,
+                "no trained drafter for this model and split: lookup drafts alone"
+            );
+        }
+    }
+
+    /// A request has its answer.
+    fn finish(&mut self, id: RequestId, finish_reason: FinishReason) {
+        self.keep_pages(id);
+        let estimates = self.cx.learned.estimates(&self.cx.facts, self.cx.cloud.stages);
+        let Some(request) = self.retire(id, true) else { return };
+        let Request { mut answer, meter, prepared, .. } = request;
+        let text = answer.finish();
+        let metrics = answer.metrics(&meter);
+        let done = Done { prepared, text, finish_reason, metrics, meter, estimates };
+        self.cx.tell(id, RequestEvent::Done(Box::new(done)));
+    }
+
+    /// Ends a request with an error.
+    fn fail(&mut self, id: RequestId, error: RequestError) {
+        if self.retire(id, false).is_some() {
+            self.cx.tell(id, RequestEvent::Failed(error));
+        }
+    }
+
+    /// Ends all requests that run.
+    pub fn fail_each(&mut self, error: &RequestError) {
+        while let Some(id) = self.requests.keys().next().copied() {
+            self.fail(id, error.clone());
+        }
+    }
+
+    /// The backend did not compute what it was asked to, and its KV store means nothing now.
+    fn fail_all(&mut self, fault: &BackendFault) {
+        tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
+        self.fail_each(&RequestError::Backend(fault.clone()));
+        self.forget_pages();
+    }
+
+    /// The trained drafter's backend did not compute: what it keeps and what it has just said mean
+    /// nothing. Requests that run go on without it; if the fault lasts, so do all others.
+    fn draft_without(&mut self, fault: &BackendFault) {
+        tracing::warn!(%fault, lasts = fault.lasts, "requests go on without the trained drafter");
+        let Some(drafter) = &mut self.drafter else { return };
+        for request in self.requests.values_mut() {
+            request.drafting.has_rows = false;
+            if let Some(session) = request.drafting.session.take() {
+                drafter.close(session);
+            }
+        }
+        drafter.forget();
+        if fault.lasts {
+            self.drafter = None;
+        }
+    }
+
+    /// Forgets a request; the cloud is told if it has a session. `is_whole` if it has its answer.
+    fn retire(&mut self, id: RequestId, is_whole: bool) -> Option<Request> {
+        let mut request = self.requests.remove(&id)?;
+        self.leaving.extend(Leaving::of(&mut request, is_whole));
+        if let (Some(drafter), Some(session)) = (&mut self.drafter, request.drafting.session) {
+            drafter.close(session);
+        }
+        self.pages.give_back(std::mem::replace(&mut request.kv, Sequence::new(Vec::new(), 0)));
+        Some(request)
+    }
+}

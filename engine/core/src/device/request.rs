@@ -1,0 +1,293 @@
+//! One request: what survives a lost session, and the session itself.
+//!
+//! The line between [`Request`] and [`OpenSession`] is the line of a replay: a session that is lost
+//! is replaced by [`Session::Closed`], and everything that died with it is gone.
+
+use std::time::{Duration, Instant};
+
+use hat_transport::frame::{HEADER_BYTES, Kind};
+
+use super::feed::Drafting;
+use super::lent::Common;
+use super::patience::Patience;
+use super::session::OpenSession;
+use super::turn::Ask;
+use super::violation::CloudViolation;
+use crate::answer::{Answer, Prepared};
+use crate::chunk::CHUNK_ROWS_DEFAULT;
+use crate::draft::{DraftMode, Lookup};
+use crate::error::RequestError;
+use crate::metrics::Meter;
+use crate::prefix::{PageId, PageNames};
+use crate::request::FinishReason;
+use crate::sequence::Sequence;
+use hat_plan::{PAGE_SIZE, TokenId};
+
+/// Number of a request: in the order in which they began to run, and never used again.
+pub type RequestId = u64;
+
+/// Prompt and answer so far, and what grows with them.
+#[derive(Default)]
+pub(super) struct Path {
+    pub(super) tokens: Vec<TokenId>,
+    /// Names of the pages that `tokens` fill; `None` if the cloud is asked for none.
+    pub(super) names: Option<PageNames>,
+    /// Most names of pages in a frame to the cloud.
+    pub(super) names_max: usize,
+    /// Runs of tokens that stood in prompt and answer; `None` if this request has no drafts.
+    pub(super) lookup: Option<Lookup>,
+}
+
+impl Path {
+    /// A token was decided.
+    fn push(&mut self, token: TokenId) {
+        self.tokens.push(token);
+        if let Some(names) = &mut self.names {
+            names.push(token);
+        }
+        if let Some(lookup) = &mut self.lookup {
+            lookup.push(token);
+        }
+    }
+
+    /// Rows that there are.
+    pub(super) fn rows(&self) -> u32 {
+        u32::try_from(self.tokens.len()).expect("within the context")
+    }
+
+    /// Names of the full pages of the first `rows` rows.
+    pub(super) fn pages_of(&self, rows: usize) -> &[PageId] {
+        self.names.as_ref().map_or(&[], |names| names.of_rows(rows, self.names_max))
+    }
+
+    /// Names of the pages that a session may find: all that are full without the last row, which
+    /// decides a token and is always computed.
+    pub(super) fn pages_to_find(&self) -> &[PageId] {
+        self.pages_of(self.tokens.len() - 1)
+    }
+}
+
+/// A request's session in the cloud.
+pub(super) enum Session {
+    /// There is none; it is opened as soon as the cloud is connected and `not_before` has passed.
+    Closed { not_before: Option<Instant> },
+    /// `OPEN` is on its way.
+    Opening { wire_id: u32 },
+    /// Rows go up, outputs come back.
+    Open(Box<OpenSession>),
+}
+
+impl Session {
+    /// Id on the wire; `None` if the cloud knows of no session.
+    pub(super) fn wire_id(&self) -> Option<u32> {
+        match self {
+            Self::Closed { .. } => None,
+            Self::Opening { wire_id } => Some(*wire_id),
+            Self::Open(open) => Some(open.wire_id),
+        }
+    }
+
+    pub(super) fn open(&self) -> Option<&OpenSession> {
+        match self {
+            Self::Open(open) => Some(open),
+            _ => None,
+        }
+    }
+
+    pub(super) fn open_mut(&mut self) -> Option<&mut OpenSession> {
+        match self {
+            Self::Open(open) => Some(open),
+            _ => None,
+        }
+    }
+
+    /// Finds frames of this kind that may not come now.
+    pub(super) fn expects(&self, kind: Kind) -> Result<(), CloudViolation> {
+        let answers_open = matches!(kind, Kind::Opened | Kind::Busy);
+        match self {
+            Self::Opening { .. } if !answers_open && kind != Kind::SessionError => {
+                Err(CloudViolation::BeforeOpened { kind })
+            }
+            Self::Open(_) if answers_open => Err(CloudViolation::AfterOpened { kind }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One request that runs.
+pub(super) struct Request {
+    pub(super) id: RequestId,
+    pub(super) prepared: Prepared,
+    /// When it was asked for.
+    pub(super) asked: Instant,
+    pub(super) answer: Answer,
+    pub(super) meter: Meter,
+    pub(super) path: Path,
+    /// KV of the device's own layers.
+    pub(super) kv: Sequence,
+    pub(super) drafting: Drafting,
+    pub(super) patience: Patience,
+    /// Pieces of others that were computed while one of its own could have been.
+    pub(super) passed: u32,
+    /// Round trips completed.
+    pub(super) round: u32,
+    pub(super) session: Session,
+}
+
+/// A request after a computation.
+pub(super) enum Outcome {
+    /// It goes on.
+    Goes,
+    /// The answer is whole.
+    Finished(FinishReason),
+    /// It ends without an answer.
+    Failed(RequestError),
+}
+
+impl From<Result<(), RequestError>> for Outcome {
+    fn from(result: Result<(), RequestError>) -> Self {
+        result.map_or_else(Self::Failed, |()| Self::Goes)
+    }
+}
+
+impl Request {
+    /// Rows of the decided path that the device's own layers have computed and committed.
+    pub(super) fn computed(&self) -> u32 {
+        self.kv.committed()
+    }
+
+    pub(super) fn draft_mode(&self) -> DraftMode {
+        self.prepared.request.draft
+    }
+
+    /// True until the first token of the answer is decided.
+    pub(super) fn in_prefill(&self) -> bool {
+        self.answer.tokens().is_empty()
+    }
+
+    /// True if there is something to compute now.
+    pub(super) fn wants_compute(&self) -> bool {
+        self.session.open().is_some_and(|open| open.outgoing.is_sent() && open.walk.is_over())
+            && self.computed() < self.path.rows()
+    }
+
+    /// Its demand on the processor now, if there is one; `may_upload` says whether the uplink takes
+    /// more of prompts.
+    pub(super) fn ask(&self, may_upload: bool) -> Option<Ask> {
+        let goes_up = self.is_decoding() || self.held_left() > 0 || may_upload;
+        (self.wants_compute() && goes_up)
+            .then(|| Ask { rows: self.path.rows() - self.computed(), passed: self.passed })
+    }
+
+    /// True if there may be drafts to add to a tree whose rows are away.
+    pub(super) fn wants_more_drafts(&self) -> bool {
+        self.session.open().is_some_and(|open| {
+            open.outgoing.is_sent()
+                && !open.walk.is_over()
+                && !open.drafts.is_full
+                && !open.drafts.tree.nodes().is_empty()
+        }) && self.draft_mode().streams()
+    }
+
+    /// True if somebody waits for a token of what it has to send: its rows are a verify.
+    pub(super) fn is_urgent(&self) -> bool {
+        !self.in_prefill() && self.session.open().is_some_and(|open| open.outgoing.decided <= 1)
+    }
+
+    /// Tokens that a tree below the last decided one may reach down: the last token of the answer
+    /// needs no row, and so no row may lead beyond it.
+    pub(super) fn depth_max(&self) -> u32 {
+        self.prepared.rows_max().saturating_sub(self.path.rows() + 1)
+    }
+
+    /// True if all that is to be computed is the last decided token: drafts may hang below it.
+    pub(super) fn is_decoding(&self) -> bool {
+        !self.in_prefill() && self.computed() + 1 == self.path.rows()
+    }
+
+    /// Rows that the cloud holds and that are to be computed next; 0 if there are none left. Others
+    /// are not kept waiting by all of them.
+    pub(super) fn held_left(&self) -> u32 {
+        let held = self.session.open().map_or(0, |open| open.held);
+        held.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
+    }
+
+    /// True if nothing goes on before the cloud has answered.
+    pub(super) fn awaits_cloud(&self) -> bool {
+        match &self.session {
+            Session::Closed { .. } => false,
+            Session::Opening { .. } => true,
+            Session::Open(open) => open.outgoing.is_sent() && !self.wants_compute(),
+        }
+    }
+
+    /// A token was decided.
+    pub(super) fn push_token(&mut self, token: TokenId) {
+        self.path.push(token);
+        self.patience.token();
+    }
+
+    /// Begins again from the tokens: the cloud no longer knows the session. What was emitted
+    /// stays; the rows go up once more and the answer goes on after its last token.
+    pub(super) fn restart(&mut self, not_before: Option<Instant>) {
+        self.kv.begin_anew();
+        self.meter.rows_lost();
+        self.session = Session::Closed { not_before };
+        self.check();
+    }
+
+    /// The cloud holds so many of the pages that were named.
+    pub(super) fn opened(&mut self, pages: u16, now: Instant) -> Result<(), CloudViolation> {
+        let named = self.path.pages_to_find().len();
+        let held = usize::from(pages);
+        if held > named {
+            return Err(CloudViolation::PagesBeyond { held, named });
+        }
+        let Session::Opening { wire_id } = self.session else { return Ok(()) };
+        let rows = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");
+        self.session = Session::Open(Box::new(OpenSession::new(wire_id, rows)));
+        self.patience.opened(now);
+        self.meter.counts.pages_reused += u32::from(pages);
+        Ok(())
+    }
+
+    /// A message of `bytes` bytes went up.
+    pub(super) fn note_message(&mut self, bytes: usize) {
+        self.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
+    }
+
+    /// Since `began` drafts were made.
+    pub(super) fn note_drafting(&mut self, took: Duration) {
+        self.meter.counts.drafting_ms += took.as_secs_f64() * 1e3;
+        if let Some(round) = self.session.open_mut().and_then(|open| open.round.as_mut()) {
+            round.drafting += took.as_secs_f64();
+        }
+    }
+
+    /// Keeps the path to row `id`, which pends, here now and in the cloud with the next rows. The
+    /// moves in the KV store run before any other row is computed.
+    pub(super) fn commit(&mut self, id: u32, cx: &mut Common) {
+        let Some(open) = self.session.open_mut() else { return };
+        cx.scratch.pruned.clear();
+        self.kv
+            .commit(id, &mut cx.moves, &mut cx.scratch.pruned)
+            .expect("the walk stands on rows that pend");
+        open.outgoing.commit = id;
+    }
+
+    /// The invariants of its states.
+    ///
+    /// # Panics
+    /// If one does not hold, in debug builds.
+    pub(super) fn check(&self) {
+        if cfg!(debug_assertions) {
+            match &self.session {
+                Session::Closed { .. } | Session::Opening { .. } => {
+                    assert_eq!(self.kv.committed(), 0, "rows without a session");
+                    assert_eq!(self.kv.pending(), 0, "drafts without a session");
+                }
+                Session::Open(open) => open.check(&self.kv, &self.path),
+            }
+        }
+    }
+}

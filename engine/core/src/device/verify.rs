@@ -1,0 +1,302 @@
+//! Outputs that come back, and the walk that turns them into tokens.
+
+use std::time::{Duration, Instant};
+
+use hat_transport::frame::HEADER_BYTES;
+use hat_transport::message::{Computed, Dropped, Output};
+
+use super::RequestEvent;
+use super::lent::Common;
+use super::request::{Outcome, Request};
+use super::session::Timed;
+use super::violation::CloudViolation;
+use super::walk::Taken;
+use crate::answer::Vocabulary;
+use crate::error::RequestError;
+use crate::sequence::RowPlace;
+use hat_plan::TokenId;
+
+/// Decided rows that came back, in `scratch.rows`, and have to go through the tail layers.
+#[derive(Debug)]
+pub(super) struct TailRows {
+    /// Id of the last.
+    last_id: u32,
+    pub(super) count: usize,
+}
+
+/// A row that is back and decides the next token: `scratch.greatest` or `scratch.logits` say which,
+/// as the answer wants it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head {
+    id: u32,
+    /// Round trips completed with it.
+    round: u32,
+    /// Whether the tail layers have to see it first, by `scratch.plan`.
+    pub(super) needs_tail: bool,
+}
+
+impl Request {
+    /// Takes rows that came back. Those that are decided are returned if there are tail layers:
+    /// these take all of them, in order, and then [`Request::end_tail`] does.
+    pub(super) fn handle_output(
+        &mut self,
+        now: Instant,
+        output: &Output<'_>,
+        bytes: usize,
+        cx: &mut Common,
+    ) -> Result<Option<TailRows>, CloudViolation> {
+        let hidden_size = cx.facts.hidden_size;
+        self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        self.meter.computed_in(cx.cloud.arithmetic);
+        self.patience.deadline = None;
+        let count = usize::from(output.head.count);
+        let codec = cx.facts.codec.down();
+        if output.payload.len() != count * codec.row_bytes(hidden_size) {
+            return Err(CloudViolation::Payload { bytes: output.payload.len(), rows: count });
+        }
+        cx.scratch.rows.resize(count * hidden_size, 0.0);
+        codec.unpack(output.payload, hidden_size, &mut cx.scratch.rows)?;
+        let Some(open) = self.session.open() else { return Ok(None) };
+        if let Some(row) = output.ids.iter().find(|id| *id > open.outgoing.sent_id) {
+            return Err(CloudViolation::NotSent { row });
+        }
+        // Decided rows come before those that pend below them.
+        let decided = output.ids.iter().take_while(|id| open.due.contains(id)).count();
+        self.note_costs(now, output, cx);
+        let tail = self.take_decided(output, decided, cx)?;
+        if self.take_pending(output, decided, cx)? || decided > 0 {
+            self.patience.heard = now;
+        }
+        Ok(tail)
+    }
+
+    /// Times of the first output after rows were sent, which tell of link and cloud.
+    fn note_costs(&mut self, now: Instant, output: &Output<'_>, cx: &mut Common) {
+        let (in_prefill, computed) = (self.in_prefill(), self.computed());
+        let Some(open) = self.session.open_mut() else { return };
+        cx.learned.note_output_arrivals(&output.head);
+        let is_first = |timed: &mut Timed| output.ids.iter().any(|id| id >= timed.first_id);
+        let (rows, away) = match open.timed.take_if(is_first) {
+            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at))),
+            None if in_prefill => (open.outgoing.computed, None),
+            None => return,
+        };
+        cx.learned.note_output(&output.head, rows, away, computed, &cx.facts);
+    }
+
+    /// Takes the first `count` of `scratch.rows`, which are decided. Such rows come back in order:
+    /// the last one, or, for the tail layers, all.
+    fn take_decided(
+        &mut self,
+        output: &Output<'_>,
+        count: usize,
+        cx: &mut Common,
+    ) -> Result<Option<TailRows>, CloudViolation> {
+        let Some(open) = self.session.open_mut().filter(|_| count > 0) else { return Ok(None) };
+        let expected = if cx.facts.has_tail { open.due.start } else { open.due.end - 1 };
+        if let Some((row, expected)) =
+            output.ids.iter().take(count).zip(expected..).find(|(id, expected)| id != expected)
+        {
+            return Err(CloudViolation::OutOfTurn { row, expected });
+        }
+        let rows = u32::try_from(count).expect("a frame holds few rows");
+        let end = expected + rows;
+        let first = self.kv.committed() - (open.due.end - expected);
+        self.meter.rows_settled(end - open.due.start);
+        open.due.start = end;
+        if !cx.facts.has_tail {
+            let row = &cx.scratch.rows[(count - 1) * cx.facts.hidden_size..];
+            open.walk.take(end - 1, &row[..cx.facts.hidden_size]);
+            return Ok(None);
+        }
+        let plan = &mut cx.scratch.plan;
+        plan.clear();
+        plan.push_committed(RowPlace { position: first, slot: first }, rows);
+        plan.end_sequence(self.kv.pages());
+        Ok(Some(TailRows { last_id: end - 1, count }))
+    }
+
+    /// The tail layers have seen decided rows. The last of all leads to a token; the walk doesn't
+    /// know the others.
+    pub(super) fn end_tail(&mut self, tail: &TailRows, cx: &Common) {
+        let Some(open) = self.session.open_mut() else { return };
+        let hidden_size = cx.facts.hidden_size;
+        let row = &cx.scratch.rows[(tail.count - 1) * hidden_size..][..hidden_size];
+        open.walk.take(tail.last_id, row);
+    }
+
+    /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Says if any was
+    /// waited for; those that have become void are let go.
+    fn take_pending(
+        &mut self,
+        output: &Output<'_>,
+        first: usize,
+        cx: &Common,
+    ) -> Result<bool, CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(false) };
+        let mut has_news = false;
+        let rows = cx.scratch.rows.chunks_exact(cx.facts.hidden_size);
+        for (row, output) in output.ids.iter().zip(rows).skip(first) {
+            self.meter.rows_settled(1);
+            match open.walk.take(row, output) {
+                Taken::Awaited => has_news = true,
+                Taken::Unknown => {}
+                Taken::Twice => return Err(CloudViolation::Twice { row }),
+            }
+        }
+        Ok(has_news)
+    }
+
+    /// Takes the news that rows will not come back. They were void before the cloud was told so,
+    /// and nobody here waits for them.
+    pub(super) fn handle_dropped(&mut self, dropped: &Dropped) -> Result<(), CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
+        let ids = dropped.first_id..=dropped.first_id + u32::from(dropped.count - 1);
+        if *ids.end() > open.outgoing.sent_id {
+            return Err(CloudViolation::DroppedUnsent { row: *ids.end() });
+        }
+        if let Some(row) = ids.clone().find(|id| open.walk.awaits(*id)) {
+            return Err(CloudViolation::DroppedAwaited { row });
+        }
+        self.meter.rows_settled(u32::from(dropped.count));
+        // The output that would have told how long they were away does not come.
+        open.timed = open.timed.filter(|timed| !ids.contains(&timed.first_id));
+        Ok(())
+    }
+
+    /// A chunk of a prompt has been computed, long before the prompt's first output.
+    pub(super) fn handle_computed(
+        &mut self,
+        now: Instant,
+        computed: &Computed,
+        bytes: usize,
+        cx: &mut Common,
+    ) -> Result<(), CloudViolation> {
+        let Some(open) = self.session.open_mut() else { return Ok(()) };
+        let row = computed.first_id + u32::from(computed.count) - 1;
+        self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
+        self.patience.deadline = None;
+        if row > open.outgoing.sent_id {
+            return Err(CloudViolation::NotSent { row });
+        }
+        // Said once more it is no news.
+        if row > open.told_id {
+            open.told_id = row;
+            self.patience.heard = now;
+        }
+        cx.learned.note_computed(computed);
+        Ok(())
+    }
+
+    /// The row before which the walk stands, if it is back. The LM head runs for such rows alone.
+    pub(super) fn begin_head(&mut self, cx: &mut Common) -> Option<Head> {
+        let open = self.session.open_mut()?;
+        let visit = open.walk.next()?;
+        let (id, round) = (visit.id, visit.round);
+        // Drafted rows have not been through the tail layers; their ancestors have.
+        let needs_tail = cx.facts.has_tail && visit.was_drafted;
+        if needs_tail {
+            let plan = &mut cx.scratch.plan;
+            plan.clear();
+            if !self.kv.push_row(id, plan) {
+                // Its token was decided before it came back: it is the last of the path.
+                let last = self.kv.committed() - 1;
+                plan.push_committed(RowPlace { position: last, slot: last }, 1);
+            }
+            plan.end_sequence(self.kv.pages());
+        }
+        Some(Head { id, round, needs_tail })
+    }
+
+    /// That row, for tail layers and LM head to work on in place. `[hidden_size]`
+    pub(super) fn head_row(&mut self) -> &mut [f32] {
+        let visit = self.session.open_mut().and_then(|open| open.walk.next());
+        visit.map_or(&mut [], |visit| visit.output)
+    }
+
+    /// The LM head has seen a row: decides the next token.
+    pub(super) fn end_head(
+        &mut self,
+        now: Instant,
+        head: Head,
+        took: Duration,
+        vocabulary: &dyn Vocabulary,
+        cx: &mut Common,
+    ) -> Outcome {
+        self.round = head.round;
+        self.meter.counts.rounds = head.round;
+        self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
+        cx.learned.note_head(took);
+        let position = self.path.rows() - 1;
+        let emitted = if self.answer.wants_greatest() {
+            let greatest = cx.scratch.greatest.take();
+            let emitted = greatest.map(|(token, _)| self.answer.take_greatest(token, vocabulary));
+            emitted.ok_or(RequestError::NotFinite { position })
+        } else {
+            self.answer.take(&cx.scratch.logits, position, vocabulary)
+        };
+        let emitted = match emitted {
+            Ok(emitted) => emitted,
+            Err(error) => return Outcome::Failed(error),
+        };
+        if let Some(token) = emitted.token {
+            self.meter.token(now);
+            self.note_guesses(token, cx);
+            self.push_token(token);
+        }
+        if let Some(event) = emitted.event {
+            cx.tell(self.id, RequestEvent::Said(event));
+        }
+        if let Some(reason) = emitted.finish {
+            if self.kv.place(head.id).is_some() {
+                self.commit(head.id, cx);
+            }
+            return Outcome::Finished(reason);
+        }
+        let Some(open) = self.session.open_mut() else { return Outcome::Goes };
+        if let Some(step) = emitted.token.and_then(|token| open.walk.step(token)) {
+            self.meter.counts.predraft_hits += u32::from(step.into_next_wave);
+            // Where the walk stands now, more may be drafted.
+            open.drafts.is_full = false;
+        } else {
+            self.leave_tree(now, head.id, cx);
+        }
+        self.check();
+        Outcome::Goes
+    }
+
+    /// Guesses at `token`, which is decided, are right or wrong.
+    fn note_guesses(&mut self, token: TokenId, cx: &mut Common) {
+        let Some(open) = self.session.open_mut() else { return };
+        for (guess, source) in open.drafts.held_back.drain(..) {
+            cx.learned.acceptance.note(source, guess == token);
+        }
+        for (guess, source) in open.walk.drafts() {
+            self.meter.tested(source.drafter.name(), guess == token);
+            cx.learned.acceptance.note(source, guess == token);
+        }
+    }
+
+    /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
+    /// with the next rows, and forgets the rest.
+    fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
+        // The last decided token has no row yet.
+        self.keep_right_rows(self.path.tokens.len() - 1, cx);
+        let tokens = self.answer.tokens().len();
+        let Some(open) = self.session.open_mut() else { return };
+        open.walk.clear();
+        open.drafts.clear();
+        open.outgoing.drop_unheard();
+        if let Some(round) = open.round.take() {
+            let took = now.duration_since(round.began).as_secs_f64();
+            let estimator = &mut cx.learned.estimator;
+            estimator.note_round(tokens - round.tokens);
+            if round.asked {
+                self.drafting.asking.note(tokens - round.tokens, took, estimator.plain_rate());
+            }
+        }
+        if self.kv.place(id).is_some() {
+            self.commit(id, cx);
+        }
+    }
+}

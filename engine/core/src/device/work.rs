@@ -1,0 +1,343 @@
+//! Computations, handed out one at a time: which is next, and what follows from it.
+//!
+//! The link is looked after between any two of them, so the rows of one level are on their way
+//! while the next one is computed. What arrives waits as long as a tree grows, and frames are taken
+//! one at a time until a head is due: nothing changes under a computation.
+
+use std::time::{Duration, Instant};
+
+use super::DeviceCore;
+use super::lent::Common;
+use super::prompt::Piece;
+use super::request::{Outcome, Request, RequestId};
+use super::tree::{Bounds, Level, Stage};
+use super::turn;
+use super::verify::{Head, TailRows};
+use crate::answer::Vocabulary;
+use crate::draft::trained::Trained;
+use hat_plan::DeviceForward;
+use hat_plan::{AttendPlan, BackendFault, RowMove, TokenId};
+
+/// A computation for the owner of the model, in place.
+pub enum DeviceWork<'a> {
+    /// Moves in the KV store, then the device's first layers.
+    Input {
+        /// Moves that come first; they are taken.
+        moves: &'a mut Vec<RowMove>,
+        /// Rows and the keys that they attend to.
+        plan: AttendPlan<'a>,
+        /// Their tokens.
+        tokens: &'a [TokenId],
+        /// The rows, out. `[tokens, hidden_size]`
+        hidden: &'a mut [f32],
+    },
+    /// Moves in the KV store, then the tail layers.
+    Tail {
+        /// Moves that come first; they are taken.
+        moves: &'a mut Vec<RowMove>,
+        /// Rows and the keys that they attend to.
+        plan: AttendPlan<'a>,
+        /// The rows, in and out. `[rows, hidden_size]`
+        hidden: &'a mut [f32],
+    },
+    /// The tail layers where there is a plan for them, then the LM head.
+    Head {
+        /// Moves that come before the tail layers; they are taken with them.
+        moves: &'a mut Vec<RowMove>,
+        /// The row and its keys in the tail layers, if these are due.
+        tail: Option<AttendPlan<'a>>,
+        /// The row. `[hidden_size]`
+        hidden: &'a mut [f32],
+        /// The part of its logits that is asked for, out.
+        verdict: Verdict<'a>,
+    },
+    /// The trained drafter.
+    Draft(DraftWork<'a>),
+}
+
+/// The part of a row's logits that an answer wants to know.
+pub enum Verdict<'a> {
+    /// The token with the greatest one, and that one; `None` if some are no numbers.
+    Greatest(&'a mut Option<(TokenId, f32)>),
+    /// All of them. `[vocab_size]`
+    Logits(&'a mut [f32]),
+}
+
+/// Decided rows for the trained drafter to take, or nodes below which it guesses.
+pub struct DraftWork<'a> {
+    drafter: Option<&'a mut Box<dyn Trained>>,
+    request: &'a mut Request,
+    cx: &'a mut Common,
+    guesses: bool,
+    fault: &'a mut Option<BackendFault>,
+}
+
+impl DeviceWork<'_> {
+    /// Computes.
+    pub fn run(self, model: &mut dyn DeviceForward) {
+        match self {
+            Self::Input { moves, plan, tokens, hidden } => {
+                compact(model, moves);
+                model.input(&plan, tokens, hidden);
+            }
+            Self::Tail { moves, plan, hidden } => {
+                compact(model, moves);
+                model.tail(&plan, hidden);
+            }
+            Self::Head { moves, tail, hidden, verdict } => {
+                if let Some(plan) = tail {
+                    compact(model, moves);
+                    model.tail(&plan, hidden);
+                }
+                match verdict {
+                    Verdict::Greatest(greatest) => *greatest = model.greatest(hidden),
+                    Verdict::Logits(logits) => model.head(hidden, logits),
+                }
+            }
+            Self::Draft(work) => work.run(),
+        }
+    }
+}
+
+impl DraftWork<'_> {
+    /// Computes.
+    pub fn run(self) {
+        if self.guesses {
+            *self.fault = self.request.propose(self.drafter, self.cx).err();
+        } else {
+            self.request.feed(self.drafter, self.cx);
+        }
+    }
+}
+
+/// Moves come before any row, also those of other requests: pages may have changed hands.
+fn compact(model: &mut dyn DeviceForward, moves: &mut Vec<RowMove>) {
+    if !moves.is_empty() {
+        model.compact(moves);
+        moves.clear();
+    }
+}
+
+/// One computation of one request.
+#[derive(Debug)]
+enum Step {
+    /// Decided rows, by the device's layers.
+    Piece(Piece),
+    /// A level of a draft tree, by the device's layers.
+    Level(Level),
+    /// Decided rows that came back, by the tail layers.
+    Tail(TailRows),
+    /// A row that came back, by the LM head, and by the tail layers first if it was drafted.
+    Head(Head),
+    /// Decided rows, by the trained drafter.
+    Feed,
+    /// Guesses of the trained drafter below a level.
+    Guess(Level),
+    /// Guesses of the trained drafter below a tree that is away.
+    Wave(Bounds),
+}
+
+/// The computation that is out, and the requests that go before all others.
+#[derive(Default)]
+pub(super) struct Work {
+    out: Option<(RequestId, Step)>,
+    /// Its tree grows, level by level.
+    growing: Option<RequestId>,
+    /// Rows came back for it: heads may be due.
+    pub(super) heading: Option<RequestId>,
+    /// Rows that came back for it have to go through the tail layers first.
+    pub(super) tail: Option<TailRows>,
+    /// The trained drafter did not compute.
+    draft_fault: Option<BackendFault>,
+}
+
+impl Work {
+    /// Whether no computation is out.
+    pub(super) fn is_idle(&self) -> bool {
+        self.out.is_none()
+    }
+}
+
+impl DeviceCore {
+    /// The next computation, if none is out: of the tree that grows; of rows that are back, in the
+    /// order in which they came; of the request whose turn it is, see [`turn::choose`]; of the
+    /// trained drafter over rows that are away; of drafts to add to a tree that is away. Unless
+    /// `begins`, nothing but the first two.
+    pub fn poll_work(&mut self, now: Instant, begins: bool) -> Option<DeviceWork<'_>> {
+        if self.work.out.is_some() {
+            return None;
+        }
+        let next = self.poll_tree().or_else(|| self.poll_head(now));
+        let next = next.or_else(|| if begins { self.poll_input(now) } else { None });
+        let next = next.or_else(|| if begins { self.poll_draft(now) } else { None });
+        self.work.out = next;
+        self.lend()
+    }
+
+    /// Buffers and drafter for the computation that is out.
+    fn lend(&mut self) -> Option<DeviceWork<'_>> {
+        let (id, step) = self.work.out.as_ref()?;
+        let request = self.requests.get_mut(id)?;
+        let cx = &mut self.cx;
+        if let Step::Feed | Step::Guess(_) | Step::Wave(_) = step {
+            let (drafter, fault) = (self.drafter.as_mut(), &mut self.work.draft_fault);
+            let guesses = !matches!(step, Step::Feed);
+            return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, guesses, fault }));
+        }
+        let Common { scratch, facts, moves, .. } = cx;
+        let plan = scratch.plan.plan();
+        Some(match step {
+            Step::Tail(tail) => {
+                let hidden = &mut scratch.rows[..tail.count * facts.hidden_size];
+                DeviceWork::Tail { moves, plan, hidden }
+            }
+            Step::Head(head) => {
+                let verdict = match request.answer.wants_greatest() {
+                    true => Verdict::Greatest(&mut scratch.greatest),
+                    false => Verdict::Logits(&mut scratch.logits),
+                };
+                let tail = head.needs_tail.then_some(plan);
+                DeviceWork::Head { moves, tail, hidden: request.head_row(), verdict }
+            }
+            _ => {
+                let (tokens, count) = (&scratch.tokens[..], scratch.tokens.len());
+                let hidden = request.rows_mut(count, facts);
+                DeviceWork::Input { moves, plan, tokens, hidden }
+            }
+        })
+    }
+
+    /// The computation that was out is done: it took so long, or was not computed.
+    pub fn handle_work(
+        &mut self,
+        now: Instant,
+        took: Duration,
+        fault: Option<&BackendFault>,
+        vocabulary: &dyn Vocabulary,
+    ) {
+        let Some((id, step)) = self.work.out.take() else { return };
+        if let Some(fault) = fault {
+            return self.fail_all(fault);
+        }
+        if let Some(fault) = self.work.draft_fault.take() {
+            self.draft_without(&fault);
+        }
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let cx = &mut self.cx;
+        let outcome = match step {
+            Step::Piece(piece) => request.end_piece(piece, took, cx).into(),
+            Step::Level(level) => request.end_level(now, level, took, cx).into(),
+            Step::Head(head) => request.end_head(now, head, took, vocabulary, cx),
+            Step::Tail(tail) => {
+                request.end_tail(&tail, cx);
+                Outcome::Goes
+            }
+            Step::Guess(level) => {
+                request.grow_level(now, &level, cx);
+                Outcome::Goes
+            }
+            Step::Wave(bounds) => {
+                request.grow_wave(now, bounds, cx);
+                Outcome::Goes
+            }
+            Step::Feed => Outcome::Goes,
+        };
+        match outcome {
+            Outcome::Goes => {}
+            Outcome::Finished(reason) => self.finish(id, reason),
+            Outcome::Failed(error) => self.fail(id, error),
+        }
+    }
+
+    /// Whether a computation is due that waits for nothing.
+    pub(super) fn is_at_work(&self) -> bool {
+        self.work.growing.is_some() || self.work.heading.is_some()
+    }
+
+    /// The next step of the tree that grows.
+    fn poll_tree(&mut self) -> Option<(RequestId, Step)> {
+        let id = self.work.growing?;
+        let request = self.requests.get_mut(&id);
+        let stage = request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.stage)));
+        let step = match stage.unwrap_or_default() {
+            Stage::Idle => {
+                self.work.growing = None;
+                return None;
+            }
+            Stage::Level(level) => {
+                self.requests.get_mut(&id)?.begin_level(&level, &mut self.cx);
+                Step::Level(level)
+            }
+            Stage::Guess(level) => Step::Guess(level),
+            Stage::Wave(bounds) => Step::Wave(bounds),
+        };
+        Some((id, step))
+    }
+
+    /// Rows that are back, and the verdicts that they lead to. Frames are taken one at a time: the
+    /// next one may end a session of which rows are still to be decided.
+    fn poll_head(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+        loop {
+            if let Some(id) = self.work.heading
+                && let Some(request) = self.requests.get_mut(&id)
+            {
+                if let Some(tail) = self.work.tail.take() {
+                    return Some((id, Step::Tail(tail)));
+                }
+                // The drafter takes the root before what the walk finds right below it.
+                if request.is_unfed() {
+                    return Some((id, Step::Feed));
+                }
+                if let Some(head) = request.begin_head(&mut self.cx) {
+                    return Some((id, Step::Head(head)));
+                }
+            }
+            (self.work.heading, self.work.tail) = (None, None);
+            let inbound = self.inbox.pop_front()?;
+            self.take(now, inbound);
+        }
+    }
+
+    /// A piece of a prompt, or the last decided token with drafts below it.
+    fn poll_input(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+        let may_upload = self.cx.learned.upload_pause().is_none();
+        let asks = self.requests.iter();
+        let asks = asks.filter_map(|(id, request)| Some((*id, request.ask(may_upload)?)));
+        let next = turn::choose(asks)?;
+        if self.requests.get(&next)?.is_unfed() {
+            return Some((next, Step::Feed));
+        }
+        for (id, request) in &mut self.requests {
+            let is_passed = *id != next && request.ask(may_upload).is_some();
+            request.passed = if *id == next { 0 } else { request.passed + u32::from(is_passed) };
+        }
+        let has_drafter = self.drafter.is_some();
+        let request = self.requests.get_mut(&next)?;
+        if request.is_decoding() && request.begin_tree(now, has_drafter, &self.cx) {
+            self.work.growing = Some(next);
+            return self.poll_tree();
+        }
+        let piece = request.begin_piece(now, &mut self.cx)?;
+        Some((next, Step::Piece(piece)))
+    }
+
+    /// Decided rows that are away, for the trained drafter, or drafts to add to a tree that is.
+    fn poll_draft(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+        loop {
+            if let Some(id) = self.first(Request::has_unfed) {
+                return Some((id, Step::Feed));
+            }
+            let id = self.first(Request::wants_more_drafts)?;
+            self.requests.get_mut(&id)?.begin_wave(now, &mut self.cx);
+            self.work.growing = Some(id);
+            if let Some(next) = self.poll_tree() {
+                return Some(next);
+            }
+        }
+    }
+
+    /// The oldest request of which something is true.
+    fn first(&self, is_wanted: fn(&Request) -> bool) -> Option<RequestId> {
+        self.requests.iter().find_map(|(id, request)| is_wanted(request).then_some(*id))
+    }
+}

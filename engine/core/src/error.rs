@@ -1,0 +1,63 @@
+//! Why a request is refused, and why one that runs ends without an answer.
+
+use hat_plan::BackendFault;
+
+/// A request that no model could answer, or not this one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InputError {
+    /// A field is out of range.
+    #[error("{field}: {reason}")]
+    Field {
+        /// The field, as flags, JSON and configuration call it.
+        field: &'static str,
+        /// The fault, and what would be right.
+        reason: String,
+    },
+    /// The prompt does not fit the model's context.
+    #[error(
+        "the prompt has {prompt} tokens, but the context holds {context} \
+         and at least one is needed for the answer: shorten the prompt"
+    )]
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Positions of the model or of the session limit, whichever is less.
+        context: usize,
+    },
+}
+
+impl InputError {
+    /// A field that is out of range.
+    #[must_use]
+    pub fn field(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Field { field, reason: reason.into() }
+    }
+}
+
+/// Reason that a running request ended without an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RequestError {
+    /// The device's model computed something that is no number.
+    NotFinite {
+        /// Position of the row.
+        position: u32,
+    },
+    /// The cloud is away, or does not keep to the protocol.
+    Peer {
+        /// Its address.
+        peer: String,
+        /// The event, and the remedy.
+        reason: String,
+    },
+    /// The cloud has no room.
+    Busy {
+        /// The full place.
+        reason: String,
+        /// When it is worth trying again.
+        retry_after_ms: u64,
+    },
+    /// The device's backend did not compute.
+    Backend(BackendFault),
+    /// The device stops.
+    Stopped(String),
+}

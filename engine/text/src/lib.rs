@@ -1,0 +1,14 @@
+//! Text to token ids and back: tokenizer, chat template, streaming detokenizer, and the
+//! conversations whose ids are known.
+//!
+//! [`prepare`] makes a request ready for a core; a [`Tokenizer`] is the vocabulary of its answer.
+
+#![forbid(unsafe_code)]
+
+mod prepare;
+mod token;
+mod turns;
+
+pub use prepare::{BundleTextError, PrepareError, prepare, token_settings};
+pub use token::*;
+pub use turns::Turns;
