@@ -1,21 +1,22 @@
 //! Plots as SVG files, in one style.
 
+use std::error::Error;
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
-use plotters::coord::Shift;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use crate::statistics::quantile;
 
 /// Pixels.
-pub const SIZE: (u32, u32) = (860, 480);
+const SIZE: (u32, u32) = (860, 480);
 /// Font and size of what stands at axes.
-pub const TEXT: (&str, i32) = ("sans-serif", 15);
+const TEXT: (&str, i32) = ("sans-serif", 15);
 /// Font and size of the title.
-pub const TITLE: (&str, i32) = ("sans-serif", 19);
+const TITLE: (&str, i32) = ("sans-serif", 19);
 /// Colours that also differ for those who see fewer.
-pub const COLOURS: [RGBColor; 7] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 86, 86),
     RGBColor(230, 159, 0),
     RGBColor(0, 114, 178),
@@ -45,61 +46,83 @@ pub struct Captions {
     pub left: bool,
 }
 
-/// Area of a plot.
-pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+/// A bar of a plot with lanes.
+pub struct Bar {
+    /// Its lane, from 0 at the bottom.
+    pub lane: usize,
+    /// Its begin and its end.
+    pub ends: (f64, f64),
+    /// True if it is darker than the others.
+    pub dark: bool,
+}
+
+type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+/// True if there are names for a legend.
+type Drawn = Result<bool, Box<dyn Error>>;
+
+/// A frame whose axes begin at 0 and end at `most`, and what `draw` puts into it. Lanes, if there
+/// are any, have names.
+fn plot(
+    path: &Path,
+    captions: &Captions,
+    most: (f64, f64),
+    lanes: &[String],
+    draw: impl FnOnce(&mut Chart<'_, '_>) -> Drawn,
+) -> anyhow::Result<()> {
+    let draw_all = || -> Result<(), Box<dyn Error>> {
+        let area = SVGBackend::new(path, SIZE).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(&captions.title, TITLE)
+            .margin(12)
+            .x_label_area_size(42)
+            .y_label_area_size(if lanes.is_empty() { 62 } else { 82 })
+            .build_cartesian_2d(0.0..most.0.max(1e-9), 0.0..most.1.max(1e-9))?;
+        let lane = |at: &f64| lanes.get(at.floor() as usize).cloned().unwrap_or_default();
+        let mut mesh = chart.configure_mesh();
+        mesh.x_desc(captions.x).y_desc(captions.y).label_style(TEXT).light_line_style(TRANSPARENT);
+        if !lanes.is_empty() {
+            mesh.disable_y_mesh().y_labels(lanes.len() + 1).y_label_formatter(&lane);
+        }
+        mesh.draw()?;
+        if draw(&mut chart)? {
+            let place = match captions.left {
+                true => SeriesLabelPosition::LowerLeft,
+                false => SeriesLabelPosition::LowerRight,
+            };
+            chart
+                .configure_series_labels()
+                .position(place)
+                .label_font(TEXT)
+                .background_style(WHITE.mix(0.8))
+                .border_style(BLACK.mix(0.3))
+                .draw()?;
+        }
+        area.present()?;
+        Ok(())
+    };
+    draw_all()
+        .map_err(|error| anyhow!("{error}"))
+        .with_context(|| format!("plot {}", path.display()))
+}
 
 /// Curves in one frame, whose axes begin at 0.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn curves(path: &Path, captions: &Captions, curves: &[Curve]) -> anyhow::Result<()> {
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    draw_curves(&area, captions, curves)
-        .map_err(|error| anyhow!("{error}"))
-        .with_context(|| format!("plot {}", path.display()))
-}
-
-fn draw_curves(
-    area: &Area<'_>,
-    captions: &Captions,
-    curves: &[Curve],
-) -> Result<(), Box<dyn std::error::Error>> {
-    let most = |of: &dyn Fn(&(f64, f64)) -> f64| {
-        let points = curves.iter().flat_map(|curve| &curve.points);
-        points.map(of).fold(0.0, f64::max).max(1e-9)
-    };
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
-        .caption(&captions.title, TITLE)
-        .margin(12)
-        .x_label_area_size(42)
-        .y_label_area_size(62)
-        .build_cartesian_2d(0.0..most(&|point| point.0), 0.0..1.05 * most(&|point| point.1))?;
-    chart
-        .configure_mesh()
-        .x_desc(captions.x)
-        .y_desc(captions.y)
-        .label_style(TEXT)
-        .light_line_style(TRANSPARENT)
-        .draw()?;
-    for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
-        let style = colour.stroke_width(2);
-        chart
-            .draw_series(LineSeries::new(curve.points.iter().copied(), style))?
-            .label(curve.name.as_str())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-    }
-    let left = captions.left;
-    let place = if left { SeriesLabelPosition::LowerLeft } else { SeriesLabelPosition::LowerRight };
-    chart
-        .configure_series_labels()
-        .position(place)
-        .label_font(TEXT)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .draw()?;
-    area.present()?;
-    Ok(())
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let most = points().fold((0.0f64, 0.0f64), |most, at| (most.0.max(at.0), most.1.max(at.1)));
+    plot(path, captions, (most.0, 1.05 * most.1), &[], |chart| {
+        for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+            let style = colour.stroke_width(2);
+            chart
+                .draw_series(LineSeries::new(curve.points.iter().copied(), style))?
+                .label(curve.name.as_str())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+        }
+        Ok(true)
+    })
 }
 
 /// Bars: how many of `values` (in rising order, not negative) are how large. Those beyond nine
@@ -109,10 +132,40 @@ fn draw_curves(
 /// # Errors
 /// The file cannot be written.
 pub fn histogram(path: &Path, captions: &Captions, values: &[f64]) -> anyhow::Result<()> {
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    draw_histogram(&area, captions, values)
-        .map_err(|error| anyhow!("{error}"))
-        .with_context(|| format!("plot {}", path.display()))
+    let (counts, width) = bars(values);
+    let most = f64::from(counts.iter().copied().max().unwrap_or(0).max(1));
+    plot(path, captions, (width * BARS as f64, 1.05 * most), &[], |chart| {
+        let bars = counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        chart.draw_series(bars.map(|(index, count)| {
+            let left = index as f64 * width;
+            let colour = COLOURS[if index + 1 == BARS { 3 } else { 2 }];
+            let corners = [(left, 0.0), (left + 0.9 * width, f64::from(*count))];
+            Rectangle::new(corners, colour.filled())
+        }))?;
+        Ok(false)
+    })
+}
+
+/// Bars in lanes of these names, the lowest first.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn lanes(
+    path: &Path,
+    captions: &Captions,
+    names: &[String],
+    bars: &[Bar],
+) -> anyhow::Result<()> {
+    let end = bars.iter().map(|bar| bar.ends.1).fold(1.0, f64::max);
+    plot(path, captions, (end, names.len() as f64), names, |chart| {
+        chart.draw_series(bars.iter().map(|bar| {
+            let low = bar.lane as f64;
+            let colour = COLOURS[if bar.dark { 2 } else { 6 }];
+            let corners = [(bar.ends.0, low + 0.15), (bar.ends.1, low + 0.85)];
+            Rectangle::new(corners, colour.filled())
+        }))?;
+        Ok(false)
+    })
 }
 
 /// Bars of a histogram.
@@ -126,40 +179,6 @@ fn bars(values: &[f64]) -> ([u32; BARS], f64) {
         counts[((value / width) as usize).min(BARS - 1)] += 1;
     }
     (counts, width)
-}
-
-fn draw_histogram(
-    area: &Area<'_>,
-    captions: &Captions,
-    values: &[f64],
-) -> Result<(), Box<dyn std::error::Error>> {
-    let (counts, width) = bars(values);
-    let most = counts.iter().copied().max().unwrap_or(0).max(1);
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
-        .caption(&captions.title, TITLE)
-        .margin(12)
-        .x_label_area_size(42)
-        .y_label_area_size(62)
-        .build_cartesian_2d(0.0..width * BARS as f64, 0.0..1.05 * f64::from(most))?;
-    chart
-        .configure_mesh()
-        .x_desc(captions.x)
-        .y_desc(captions.y)
-        .label_style(TEXT)
-        .light_line_style(TRANSPARENT)
-        .disable_x_mesh()
-        .draw()?;
-    chart.draw_series(counts.iter().enumerate().filter(|(_, count)| **count > 0).map(
-        |(index, count)| {
-            let left = index as f64 * width;
-            let colour = COLOURS[if index + 1 == BARS { 3 } else { 2 }];
-            let corners = [(left, 0.0), (left + 0.9 * width, f64::from(*count))];
-            Rectangle::new(corners, colour.filled())
-        },
-    ))?;
-    area.present()?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -176,5 +195,45 @@ mod tests {
         assert!((width * (BARS - 1) as f64 / 99.0 / 1.125 - 1.0).abs() < 0.01, "{width}");
         assert_eq!(bars(&[]).0, [0; BARS]);
         assert_eq!(bars(&[0.0, 0.0]).0[0], 2);
+    }
+
+    fn attribute<'a>(line: &'a str, name: &str) -> &'a str {
+        let start = line.find(&format!("{name}=\"")).unwrap() + name.len() + 2;
+        line[start..].split('"').next().unwrap()
+    }
+
+    /// The corners of each drawn line of several, in pixels, and its colour.
+    fn lines(svg: &str) -> Vec<(&str, Vec<(f64, f64)>)> {
+        let is_line =
+            |line: &&str| line.contains("stroke-width=\"2\"") && line.matches(',').count() > 2;
+        let corner = |corner: &str| {
+            let (x, y) = corner.split_once(',').unwrap();
+            (x.parse().unwrap(), y.parse().unwrap())
+        };
+        let points = |line| attribute(line, "points").split_whitespace().map(corner).collect();
+        let lines = svg.lines().filter(is_line);
+        lines.map(|line| (attribute(line, "stroke"), points(line))).collect()
+    }
+
+    #[test]
+    fn each_curve_is_a_line_through_its_points() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("curves.svg");
+        let curve = |slope: u32| {
+            let points = (0..=10).map(|x| (f64::from(x), f64::from(slope * x))).collect();
+            Curve { name: format!("slope {slope}"), points }
+        };
+        let captions = Captions { title: "slopes".to_owned(), x: "x", y: "y", left: true };
+        curves(&path, &captions, &[curve(1), curve(2), curve(4)]).unwrap();
+        let svg = std::fs::read_to_string(&path).unwrap();
+        let lines = lines(&svg);
+        assert_eq!(lines.len(), 3);
+        let rise = |line: &[(f64, f64)]| line[0].1 - line[10].1;
+        for ((colour, line), slope) in lines.iter().zip([1.0, 2.0, 4.0]) {
+            assert_eq!(line.len(), 11);
+            assert!(line.windows(2).all(|two| two[0].0 < two[1].0), "{line:?}");
+            assert!((rise(line) - slope * rise(&lines[0].1)).abs() <= 2.0 * slope, "{lines:?}");
+            assert_eq!(lines.iter().filter(|other| other.0 == *colour).count(), 1);
+        }
     }
 }

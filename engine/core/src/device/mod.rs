@@ -42,8 +42,8 @@ use self::work::Work;
 pub use self::work::{DeviceWork, DraftWork, Verdict};
 use crate::answer::{Answer, Prepared};
 use crate::chunk::ChunkPolicy;
-use crate::draft::DraftMode;
 use crate::draft::trained::Trained;
+use crate::draft::{DraftMode, DraftPolicy};
 use crate::error::RequestError;
 use crate::estimate::Estimates;
 use crate::metrics::Meter;
@@ -182,6 +182,11 @@ impl DeviceCore {
             missed_drafter: false,
             config,
         }
+    }
+
+    /// Drafts by another policy than the default one: for comparisons.
+    pub fn draft_by(&mut self, drafts: DraftPolicy) {
+        self.cx.policy = drafts;
     }
 
     /// Takes a request. It runs as soon as there is room.

@@ -51,7 +51,7 @@ impl DraftPolicy {
     /// Nodes of the next level of a tree that has `nodes` nodes: a small tree chooses more often.
     #[must_use]
     pub const fn level(&self, nodes: usize) -> usize {
-        if nodes < self.level_nodes { self.level_nodes / 2 } else { self.level_nodes }
+        if nodes < self.level_nodes { self.level_nodes.div_ceil(2) } else { self.level_nodes }
     }
 }
 

@@ -3,10 +3,9 @@
 //! `collect` lets the target model answer prompts and keeps the rows that a device would see;
 //! `fit` trains a drafter on them; `eval` says how many tokens a round trip it is worth.
 
-mod adapter;
 mod collect;
-mod drafter;
 mod eval;
+#[cfg(feature = "train")]
 mod fit;
 mod shard;
 mod target;
@@ -28,8 +27,16 @@ struct Args {
 enum Command {
     /// Record the rows of the model's answers to prompts.
     Collect(collect::CollectArgs),
-    /// Train a drafter on recorded rows.
+    /// Train a drafter on what was gathered.
+    #[cfg(feature = "train")]
     Fit(fit::FitArgs),
+    /// Train a drafter: a build with the feature `train` does that.
+    #[cfg(not(feature = "train"))]
+    Fit {
+        /// Its flags.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        _flags: Vec<std::ffi::OsString>,
+    },
     /// Measure a drafter.
     Eval(eval::EvalArgs),
 }
@@ -41,7 +48,12 @@ fn main() -> ExitCode {
     };
     let done = match args.command {
         Command::Collect(args) => collect::run(&args),
+        #[cfg(feature = "train")]
         Command::Fit(args) => fit::run(&args),
+        #[cfg(not(feature = "train"))]
+        Command::Fit { .. } => Err(anyhow::anyhow!(
+            "fit is not in this build; `cargo build --release -p hat-tools --features train` has it"
+        )),
         Command::Eval(args) => eval::run(&args),
     };
     out::finish("hat-train", done)

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use half::f16;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, Metadata, TensorView, View};
 use serde::{Deserialize, Serialize};
 
 /// Origin of a sequence.
@@ -30,6 +30,16 @@ pub(crate) struct SequenceFacts {
     pub(crate) deep_first: usize,
     /// True if the answer was sampled.
     pub(crate) sampled: bool,
+}
+
+/// One job in so many is never trained on; a prime, so that each kind of prompt has its share.
+const HELD_OUT_EVERY: u64 = 53;
+
+impl SequenceFacts {
+    /// True if the sequence is kept for `eval`.
+    pub(crate) const fn is_held_out(&self) -> bool {
+        self.job % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    }
 }
 
 /// One prompt and its answer.
@@ -142,35 +152,30 @@ pub(crate) fn write(
         let shape = vec![rows.len() / hidden, hidden];
         views.push((name.clone(), TensorView::new(Dtype::F16, shape, bytemuck::cast_slice(rows))?));
     }
+    write_tensors(path, views, metadata)
+}
+
+/// Writes tensors and texts to `path`, under another name first.
+pub(crate) fn write_tensors(
+    path: &Path,
+    tensors: Vec<(String, impl View)>,
+    texts: HashMap<String, String>,
+) -> anyhow::Result<()> {
     let partial = path.with_extension("partial");
-    safetensors::serialize_to_file(views, Some(metadata), &partial)
+    safetensors::serialize_to_file(tensors, Some(texts), &partial)
         .with_context(|| format!("writing {}", partial.display()))?;
-    fs::rename(&partial, path).with_context(|| format!("renaming {}", partial.display()))
+    fs::rename(&partial, path).with_context(|| format!("renaming to {}", path.display()))
 }
 
 /// A shard that is open for reading.
 pub(crate) struct Shard {
     path: PathBuf,
     file: fs::File,
-    header: HashMap<String, Entry>,
+    header: Metadata,
     /// Begin of the tensors, in bytes.
     start: u64,
     hidden_size: usize,
     pub(crate) facts: Vec<SequenceFacts>,
-}
-
-/// A tensor's line in the header.
-#[derive(Deserialize)]
-struct Entry {
-    #[serde(default)]
-    dtype: String,
-    #[serde(default)]
-    shape: Vec<usize>,
-    #[serde(default)]
-    data_offsets: [u64; 2],
-    /// Hash of `__metadata__` alone.
-    #[serde(flatten)]
-    other: HashMap<String, serde_json::Value>,
 }
 
 /// Largest header that is read, in bytes.
@@ -187,11 +192,10 @@ impl Shard {
         ensure!(length <= HEADER_BYTES_MAX, "{}: a header of {length} bytes", path.display());
         let mut text = vec![0; usize::try_from(length)?];
         file.read_exact(&mut text).with_context(at)?;
-        let mut header: HashMap<String, Entry> =
+        let header: Metadata =
             serde_json::from_slice(&text).with_context(|| format!("in {}", path.display()))?;
-        let metadata = header.remove("__metadata__").map(|entry| entry.other).unwrap_or_default();
         let field = |name: &str| {
-            let value = metadata.get(name).and_then(serde_json::Value::as_str);
+            let value = header.metadata().as_ref().and_then(|texts| texts.get(name));
             value.with_context(|| format!("{}: no {name} in its metadata", path.display()))
         };
         let version = field("format_version")?;
@@ -213,8 +217,8 @@ impl Shard {
                 facts.job
             );
         }
-        let end = header.values().map(|entry| entry.data_offsets[1]).max().unwrap_or(0);
-        let (wanted, bytes) = ((8 + length).saturating_add(end), file.metadata()?.len());
+        let wanted = (8 + length).saturating_add(header.data_len() as u64);
+        let bytes = file.metadata()?.len();
         ensure!(bytes == wanted, "{}: {bytes} bytes of {wanted}", path.display());
         let hidden_size = collection.hidden_size;
         let path = path.to_owned();
@@ -224,7 +228,7 @@ impl Shard {
     /// All tokens, sequence after sequence.
     pub(crate) fn tokens(&mut self) -> anyhow::Result<Vec<u32>> {
         let count = self.facts.iter().map(|facts| facts.tokens).sum();
-        Ok(bytemuck::pod_collect_to_vec(&self.tensor("tokens", "U32", 4, &[count])?))
+        Ok(bytemuck::pod_collect_to_vec(&self.tensor("tokens", Dtype::U32, &[count])?))
     }
 
     /// The sequences, with the shallow rows of one split layer alone.
@@ -235,9 +239,9 @@ impl Shard {
         let tokens = self.tokens()?;
         let name = format!("shallow.{split_layer}");
         let shallow: Vec<f16> =
-            bytemuck::pod_collect_to_vec(&self.tensor(&name, "F16", 2, &[rows, hidden])?);
+            bytemuck::pod_collect_to_vec(&self.tensor(&name, Dtype::F16, &[rows, hidden])?);
         let deep: Vec<f16> =
-            bytemuck::pod_collect_to_vec(&self.tensor("deep", "F16", 2, &[deep_rows, hidden])?);
+            bytemuck::pod_collect_to_vec(&self.tensor("deep", Dtype::F16, &[deep_rows, hidden])?);
         let (mut tokens, mut shallow, mut deep) = (&tokens[..], &shallow[..], &deep[..]);
         let mut recordings = Vec::with_capacity(self.facts.len());
         for facts in &self.facts {
@@ -252,30 +256,18 @@ impl Shard {
         Ok(recordings)
     }
 
-    fn tensor(
-        &mut self,
-        name: &str,
-        dtype: &str,
-        element: usize,
-        shape: &[usize],
-    ) -> anyhow::Result<Vec<u8>> {
+    fn tensor(&mut self, name: &str, dtype: Dtype, shape: &[usize]) -> anyhow::Result<Vec<u8>> {
         let path = self.path.display();
-        let entry = self.header.get(name).with_context(|| format!("{path}: no {name} in it"))?;
+        let entry = self.header.info(name).with_context(|| format!("{path}: no {name} in it"))?;
         ensure!(
             entry.dtype == dtype && entry.shape == shape,
-            "{path}: {name} is {} {:?}, expected {dtype} {shape:?}",
+            "{path}: {name} is {:?} {:?}, expected {dtype:?} {shape:?}",
             entry.dtype,
             entry.shape
         );
-        let bytes = shape.iter().product::<usize>() * element;
-        let [begin, end] = entry.data_offsets;
-        let held = self.file.metadata()?.len().saturating_sub(self.start);
-        ensure!(
-            end.checked_sub(begin) == Some(bytes as u64) && end <= held,
-            "{path}: {name} at bytes {begin}..{end} of {held}, expected {bytes} bytes"
-        );
-        self.file.seek(SeekFrom::Start(self.start + begin))?;
-        let mut data = vec![0; bytes];
+        let (begin, end) = entry.data_offsets;
+        self.file.seek(SeekFrom::Start(self.start + begin as u64))?;
+        let mut data = vec![0; end - begin];
         self.file.read_exact(&mut data).with_context(|| format!("reading {path}"))?;
         Ok(data)
     }

@@ -4,7 +4,7 @@
 //! are rounded to f16 where they would cross the link, before the first tapped layer and at the
 //! end, so the rows that are kept are those that a device has.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use half::f16;
@@ -15,6 +15,7 @@ use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
 use hat_engine::internal::{Sequence, Tokenizer, token_settings};
 use hat_engine::options::{Processor, TokenId};
+use hat_engine::pull;
 use hat_loader::{Bundle, ModelId, check_same_model};
 use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
 
@@ -169,6 +170,20 @@ impl Target {
     }
 }
 
+/// The name of the LM head's matrix.
+pub(crate) fn head_name(device: &Bundle) -> &'static str {
+    let tied = device.config().tie_word_embeddings;
+    if tied { "model.embed_tokens.weight" } else { "lm_head.weight" }
+}
+
+/// The directory with `device/` and `cloud/`: the default model's if none is named.
+pub(crate) fn bundle_or_default(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    match named {
+        Some(bundle) => Ok(bundle.to_owned()),
+        None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0),
+    }
+}
+
 fn to_f16(rows: &[f32], out: &mut Vec<f16>) {
     out.resize(rows.len(), f16::ZERO);
     out.as_mut_slice().convert_from_f32_slice(rows);
@@ -193,11 +208,9 @@ impl Head {
     fn load(mut backend: CpuBackend, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
         let config = device.config();
         let (hidden_size, vocab_size) = (config.hidden_size, config.vocab_size);
-        let tied = config.tie_word_embeddings;
-        let name = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok(Self {
             norm: backend.weight(&device.tensor("model.norm.weight")?)?,
-            weight: backend.weight(&device.tensor(name)?)?,
+            weight: backend.weight(&device.tensor(head_name(device))?)?,
             eps: config.rms_norm_eps,
             x: backend.alloc(rows, hidden_size)?,
             normed: backend.alloc(rows, hidden_size)?,

@@ -11,13 +11,14 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use hat_engine::note;
-use hat_engine::pull;
 use indicatif::{ProgressBar, ProgressStyle};
 
+#[cfg(feature = "train")]
+pub(crate) use self::prompts::shuffle;
 use self::prompts::{Mode, Prompts};
 use self::slot::{Limits, Slot, Template};
 use crate::shard::{self, Collection, FORMAT_VERSION, Recording, Shard};
-use crate::target::{StepRows, Target, TargetConfig, Work};
+use crate::target::{StepRows, Target, TargetConfig, Work, bundle_or_default};
 
 /// Flags of `hat-train collect`.
 #[derive(Args)]
@@ -83,10 +84,7 @@ pub(crate) fn run(args: &CollectArgs) -> anyhow::Result<()> {
         false => Mode::Training { written: !args.no_written },
     };
     let (prompts, files) = Prompts::read(&args.prompts, mode, args.seed)?;
-    let bundle = match &args.bundle {
-        Some(bundle) => bundle.clone(),
-        None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
-    };
+    let bundle = bundle_or_default(args.bundle.as_deref())?;
     let target = Target::open(&TargetConfig {
         bundle: &bundle,
         taps: &args.split_layers,

@@ -50,29 +50,8 @@ pub(crate) struct Job {
 
 /// Kinds of prompts in the order in which they take turns; those without a file are skipped.
 const TURNS: [Kind; 20] = {
-    use Kind::{Dialogue, Instruction, Question, Task, Written};
-    [
-        Written,
-        Question,
-        Instruction,
-        Written,
-        Task,
-        Question,
-        Written,
-        Instruction,
-        Written,
-        Dialogue,
-        Question,
-        Written,
-        Task,
-        Instruction,
-        Written,
-        Question,
-        Task,
-        Written,
-        Instruction,
-        Question,
-    ]
+    use Kind::{Dialogue as D, Instruction as I, Question as Q, Task as T, Written as W};
+    [W, Q, I, W, T, Q, W, I, W, D, Q, W, T, I, W, Q, T, W, I, Q]
 };
 
 /// Greedy answers to a prompt's first round, in ten.
@@ -80,46 +59,28 @@ const GREEDY_IN_TEN: u32 = 7;
 /// Longest prompt in characters; longer ones are cut at a line's end.
 const CHARACTERS_MAX: usize = 2400;
 
-/// Beginnings of the model's own prompts. The empty one comes most often.
-const STARTS: [&str; 32] = [
-    "",
+/// Beginnings of every other prompt of the model's own; the rest begin with nothing.
+const STARTS: [&str; 16] = [
     "Translate German to English: ",
-    "",
     "Summarize: ",
-    "",
     "Write ",
-    "",
     "What ",
-    "",
     "Explain ",
-    "",
     "Who ",
-    "",
     "Translate German to English: Die ",
-    "",
     "How ",
-    "",
     "Where ",
-    "",
     "When ",
-    "",
     "Write a Python ",
-    "",
     "Which ",
-    "",
     "Give ",
-    "",
     "Describe ",
-    "",
     "Imagine you are ",
-    "",
     "Summarize the following article:\n\n",
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// The model writes the prompt itself.
-    Written,
     /// GSM8K: `question`.
     Question,
     /// Self-instruct: `instruction` and `instances`.
@@ -128,17 +89,13 @@ enum Kind {
     Dialogue,
     /// Something to do with a text of Taskmaster or GSM8K.
     Task,
+    /// The model writes the prompt itself.
+    Written,
 }
 
 impl Kind {
     const fn name(self) -> &'static str {
-        match self {
-            Self::Written => "written",
-            Self::Question => "question",
-            Self::Instruction => "instruction",
-            Self::Dialogue => "dialogue",
-            Self::Task => "task",
-        }
+        ["question", "instruction", "dialogue", "task", "written"][self as usize]
     }
 }
 
@@ -146,10 +103,8 @@ impl Kind {
 pub(crate) struct Prompts {
     /// Prompts of an evaluation set with their categories; then nothing else is there.
     evaluation: Vec<(String, String)>,
-    questions: Vec<String>,
-    instructions: Vec<String>,
-    dialogues: Vec<String>,
-    tasks: Vec<String>,
+    /// Prompts by kind; the last has none.
+    lists: [Vec<String>; 5],
     turns: Vec<Kind>,
     seed: u64,
 }
@@ -162,15 +117,8 @@ impl Prompts {
         mode: Mode,
         seed: u64,
     ) -> anyhow::Result<(Self, Vec<(String, String)>)> {
-        let mut prompts = Self {
-            evaluation: Vec::new(),
-            questions: Vec::new(),
-            instructions: Vec::new(),
-            dialogues: Vec::new(),
-            tasks: Vec::new(),
-            turns: Vec::new(),
-            seed,
-        };
+        let (evaluation, lists, turns) = (Vec::new(), Default::default(), Vec::new());
+        let mut prompts = Self { evaluation, lists, turns, seed };
         let mut names = Vec::new();
         for path in files {
             let text = fs::read_to_string(path)
@@ -183,21 +131,14 @@ impl Prompts {
             let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
             names.push((name, blake3::hash(text.as_bytes()).to_hex().to_string()));
         }
-        for (stream, list) in (1..).zip([
-            &mut prompts.questions,
-            &mut prompts.instructions,
-            &mut prompts.dialogues,
-            &mut prompts.tasks,
-        ]) {
-            shuffle(list, seed, stream);
+        for (stream, list) in (1..).zip(&mut prompts.lists) {
+            shuffle(list, |last| words(seed, last as u64, stream)[0]);
         }
-        prompts.turns = TURNS
-            .into_iter()
-            .filter(|kind| match kind {
-                Kind::Written => mode == Mode::Training { written: true },
-                kind => !prompts.of(*kind).is_empty(),
-            })
-            .collect();
+        let has = |kind: &Kind| match kind {
+            Kind::Written => mode == Mode::Training { written: true },
+            kind => !prompts.lists[*kind as usize].is_empty(),
+        };
+        prompts.turns = TURNS.into_iter().filter(has).collect();
         ensure!(
             !prompts.turns.is_empty() || !prompts.evaluation.is_empty(),
             "no prompts: give files of them"
@@ -207,26 +148,12 @@ impl Prompts {
 
     /// Number of prompts of each kind, as text.
     pub(crate) fn describe(&self) -> String {
-        let Self { questions, instructions, dialogues, tasks, evaluation, .. } = self;
-        if !evaluation.is_empty() {
-            return format!("{} prompts of an evaluation set", evaluation.len());
-        }
-        format!(
-            "{} questions, {} instructions, {} dialogues, {} tasks",
-            questions.len(),
-            instructions.len(),
-            dialogues.len(),
-            tasks.len()
-        )
-    }
-
-    fn of(&self, kind: Kind) -> &[String] {
-        match kind {
-            Kind::Written => &[],
-            Kind::Question => &self.questions,
-            Kind::Instruction => &self.instructions,
-            Kind::Dialogue => &self.dialogues,
-            Kind::Task => &self.tasks,
+        let [questions, instructions, dialogues, tasks, _] = self.lists.each_ref().map(Vec::len);
+        match self.evaluation.len() {
+            0 => format!(
+                "{questions} questions, {instructions} instructions, {dialogues} dialogues, {tasks} tasks"
+            ),
+            count => format!("{count} prompts of an evaluation set"),
         }
     }
 
@@ -245,9 +172,10 @@ impl Prompts {
         let before = self.turns[..turn].iter().filter(|other| **other == kind).count() as u64;
         let occurrence = round * a_round + before;
         let [dice, heat, low, high] = words(self.seed, number, 0);
-        let list = self.of(kind);
+        let list = &self.lists[kind as usize];
         let (prompt, again) = if kind == Kind::Written {
-            let start = STARTS[(occurrence % STARTS.len() as u64) as usize];
+            let start = (occurrence / 2 % STARTS.len() as u64) as usize;
+            let start = if occurrence.is_multiple_of(2) { "" } else { STARTS[start] };
             (Prompt::Written { start, seed: u64::from(low) << 32 | u64::from(high) }, false)
         } else {
             let index = (occurrence % list.len() as u64) as usize;
@@ -299,11 +227,13 @@ impl Prompts {
 
     fn take_line(&mut self, value: &Value) -> anyhow::Result<()> {
         if let Some(question) = value["question"].as_str() {
-            self.questions.push(question.to_owned());
-            let n = self.questions.len();
+            let questions = &mut self.lists[Kind::Question as usize];
+            questions.push(question.to_owned());
+            let n = questions.len();
             if n.is_multiple_of(16) {
                 let language = ["German", "French", "Spanish", "Italian"][n / 16 % 4];
-                self.tasks.push(format!("Translate English to {language}: {question}"));
+                self.lists[Kind::Task as usize]
+                    .push(format!("Translate English to {language}: {question}"));
             }
             return Ok(());
         }
@@ -319,7 +249,7 @@ impl Prompts {
             } else {
                 format!("{instruction}\n\n{input}")
             };
-            self.instructions.push(cut(text));
+            self.lists[Kind::Instruction as usize].push(cut(text));
         }
         Ok(())
     }
@@ -338,11 +268,11 @@ impl Prompts {
         let said = |turns: &[(&str, &str)]| {
             turns.iter().map(|(who, text)| format!("{who}: {text}\n")).collect::<String>()
         };
-        let n = self.dialogues.len();
+        let n = self.lists[Kind::Dialogue as usize].len();
         let customer: Vec<usize> =
             (0..turns.len()).filter(|turn| turns[*turn].0 == "Customer").collect();
         let Some(last) = customer.get(n % customer.len().max(1)) else { return Ok(()) };
-        self.dialogues.push(if *last == 0 {
+        self.lists[Kind::Dialogue as usize].push(if *last == 0 {
             turns[0].1.to_owned()
         } else {
             let so_far = said(&turns[..=*last]);
@@ -350,7 +280,7 @@ impl Prompts {
         });
         let whole = cut(said(&turns));
         let whole = whole.trim_end();
-        self.tasks.push(match n % 6 {
+        self.lists[Kind::Task as usize].push(match n % 6 {
             0 => format!("Summarize: {whole}"),
             1 => format!("Summarize the following conversation.\n\n{whole}"),
             2 => format!("{whole}\n\nWhat did the customer order, and what did the clerk ask?"),
@@ -374,11 +304,10 @@ fn words(seed: u64, number: u64, stream: u32) -> [u32; 4] {
     philox([number as u32, (number >> 32) as u32, stream, 0xC0], [seed as u32, (seed >> 32) as u32])
 }
 
-/// Fisher and Yates, seeded.
-fn shuffle<T>(list: &mut [T], seed: u64, stream: u32) {
+/// Fisher and Yates, by a word of chance for each place.
+pub(crate) fn shuffle<T>(list: &mut [T], word: impl Fn(usize) -> u32) {
     for last in (1..list.len()).rev() {
-        let [word, ..] = words(seed, last as u64, stream);
-        list.swap(last, word as usize % (last + 1));
+        list.swap(last, word(last) as usize % (last + 1));
     }
 }
 

@@ -1,7 +1,8 @@
 //! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
 
-mod plot;
-mod simulate;
+mod curves;
+mod guesses;
+mod play;
 mod table;
 mod time;
 
@@ -11,19 +12,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use hat_engine::draft::DraftPolicy;
+use hat_core::draft::DraftPolicy;
 use hat_engine::outln;
-use hat_engine::pull;
-use hat_loader::Bundle;
+use hat_loader::{Adapter, Bundle};
+use hat_tools::plot::{self, Captions};
 use indicatif::ProgressBar;
 
-use self::plot::Curves;
-use self::simulate::{Growth, Guess, Guesses, Trial};
+use self::curves::Curves;
+use self::guesses::{DEPTH_MAX, GUESSES_MAX, Guesser};
+use self::play::Trial;
 use self::table::Table;
-use crate::adapter::Adapter;
-use crate::drafter::{Dims, Rows, Unroll, WeightReader, linear};
-use crate::fit::{FinalNorm, batch_of, head_name, is_held_out};
 use crate::shard::{self, Collection, Recording, Shard};
+use crate::target::bundle_or_default;
 
 /// Flags of `hat-train eval`.
 #[derive(Args)]
@@ -64,29 +64,20 @@ pub(crate) struct EvalArgs {
     json: Option<PathBuf>,
 }
 
-/// Draft steps that are computed.
-const DEPTH_MAX: usize = 8;
-/// Guesses that are kept of each draft step.
-const GUESSES_MAX: usize = 16;
-
 /// Prints a table for each directory.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(args.every > 0, "--every: at least 1");
     ensure!((1..=GUESSES_MAX).contains(&args.width), "--width: 1 to {GUESSES_MAX}");
     ensure!(args.level > 0, "--level: at least 1");
     ensure!(args.temperature > 0.0, "--temperature: above 0");
-    let tree = Growth::Tree { width: args.width, level: args.level };
-    let path = match &args.bundle {
-        Some(bundle) => bundle.clone(),
-        None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
-    };
-    let device = Bundle::open(&path.join("device"))?;
-    let drafter = args.adapter.as_deref().map(|adapter| Drafter::open(adapter, &device));
-    let drafter = drafter.transpose()?;
-    if let (Some(path), Some(threads)) = (&args.adapter, args.time) {
-        time::print(path, &device, threads)?;
+    let shape = DraftPolicy { width: args.width, level_nodes: args.level, ..DraftPolicy::DEFAULT };
+    let device = Bundle::open(&bundle_or_default(args.bundle.as_deref())?.join("device"))?;
+    let vocab_size = device.config().vocab_size;
+    let adapter = args.adapter.as_deref().map(|path| Adapter::read(path, &device)).transpose()?;
+    if let (Some(adapter), Some(threads)) = (&adapter, args.time) {
+        time::print(adapter, &device, threads)?;
     }
-    let mut curves = args.plot.as_ref().map(|_| Curves::new(tree));
+    let mut curves = args.plot.as_ref().map(|_| Curves::new(shape, vocab_size));
     let mut tables = Vec::new();
     for directory in &args.recordings {
         let collection = Collection::read(directory)?;
@@ -97,17 +88,20 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             collection.model_id,
             device.model_id()
         );
-        let recordings = answers(directory, &collection, drafter.as_ref(), args)?;
+        let layer = adapter.as_ref().map_or(collection.split_layers[0], Adapter::split_layer);
+        let recordings = answers(directory, &collection, layer, args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
+        let rows = recordings.iter().map(|recording| recording.tokens.len()).max().unwrap_or(0);
+        let guesser = adapter.as_ref().map(|adapter| Guesser::new(adapter, &device, rows));
+        let mut guesser = guesser.transpose()?;
         let bar = ProgressBar::new(recordings.len() as u64);
-        let mut table = Table::new(&recordings, drafter.is_some(), tree);
+        let mut table = Table::new(&recordings, adapter.is_some(), shape, vocab_size);
         for recording in &recordings {
-            let guesses =
-                drafter.as_ref().map(|drafter| drafter.guesses(recording, args.temperature));
-            let trial = Trial::new(recording, guesses);
-            table.take(&trial);
+            let guesses = guesser.as_mut().map(|it| it.guess(recording, args.temperature));
+            let trial = Trial::new(recording, guesses.transpose()?);
+            table.take(&trial)?;
             if let Some(curves) = &mut curves {
-                curves.take(&trial);
+                curves.take(&trial)?;
             }
             bar.inc(1);
         }
@@ -117,13 +111,20 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     }
     if let (Some(path), Some(curves)) = (&args.plot, &curves) {
         outln!("{curves}")?;
-        curves.draw(path)?;
+        let captions = Captions {
+            title: "Tokens a round trip against the node budget".to_owned(),
+            x: "nodes of a draft tree at most",
+            y: "tokens a round trip",
+            left: false,
+        };
+        plot::curves(path, &captions, &curves.curves())?;
     }
     if let Some(path) = &args.json {
-        let adapter = args.adapter.as_ref().map(|path| path.display().to_string());
-        let training = drafter.as_ref().map(|drafter| drafter.adapter.training.clone());
+        let file = args.adapter.as_ref().map(|path| path.display().to_string());
+        let training = adapter.as_ref().map(|adapter| serde_json::from_str(adapter.training()));
+        let training: Option<serde_json::Value> = training.transpose().context("training")?;
         let all = serde_json::json!({
-            "adapter": adapter,
+            "adapter": file,
             "training": training,
             "depth_max": DEPTH_MAX,
             "tables": tables,
@@ -139,16 +140,15 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 fn answers(
     directory: &Path,
     collection: &Collection,
-    drafter: Option<&Drafter>,
+    layer: usize,
     args: &EvalArgs,
 ) -> anyhow::Result<Vec<Recording>> {
-    let layer = drafter.map_or(collection.split_layers[0], |drafter| drafter.adapter.split_layer);
     let mut found = Vec::new();
     let mut jobs = HashSet::new();
     for path in shard::list(directory)? {
         let mut shard = Shard::open(&path, collection)?;
         let wanted = |facts: &shard::SequenceFacts| {
-            !facts.sampled && (collection.evaluation || is_held_out(facts.job))
+            !facts.sampled && (collection.evaluation || facts.is_held_out())
         };
         if !shard.facts.iter().any(wanted) {
             continue;
@@ -163,56 +163,4 @@ fn answers(
     found.sort_by_key(|recording| recording.facts.job);
     let found = found.into_iter().step_by(args.every);
     Ok(found.take(args.answers.unwrap_or(usize::MAX)).collect())
-}
-
-/// A drafter and the parts of the model that it guesses with.
-struct Drafter {
-    adapter: Adapter,
-    dims: Dims,
-    norm: FinalNorm,
-    head: Rows,
-}
-
-impl Drafter {
-    fn open(path: &Path, device: &Bundle) -> anyhow::Result<Self> {
-        let dims = Dims::new(device.config());
-        let adapter = Adapter::read(path, &dims, device)?;
-        let mut reader = WeightReader::new()?;
-        let weight = reader.read(device, "model.norm.weight", None)?;
-        Ok(Self {
-            norm: FinalNorm { weight, eps: dims.eps },
-            head: reader.read(device, head_name(device), Some(&adapter.vocabulary))?,
-            adapter,
-            dims,
-        })
-    }
-
-    /// What the drafter guesses at each position and depth, on the way of the answer.
-    fn guesses(&self, recording: &Recording, temperature: f32) -> Guesses {
-        let (batch, _) = batch_of(&[recording], self.dims.hidden, 0, &self.norm);
-        let unroll = Unroll::forward(&self.adapter.params, &self.dims, &batch, DEPTH_MAX);
-        let mut steps = Vec::with_capacity(unroll.len());
-        for step in 1..=unroll.len() {
-            let logits = linear(unroll.y(step), &self.head) / temperature;
-            steps.push(logits.rows().into_iter().map(|row| self.best(row)).collect());
-        }
-        Guesses { steps }
-    }
-
-    /// The most likely tokens, best first.
-    fn best(&self, logits: ndarray::ArrayView1<'_, f32>) -> Vec<Guess> {
-        let top = logits.fold(f32::NEG_INFINITY, |top, logit| top.max(*logit));
-        let sum: f32 = logits.iter().map(|logit| (logit - top).exp()).sum();
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-        let most = GUESSES_MAX.min(order.len());
-        order.select_nth_unstable_by(most - 1, by_logit);
-        order.truncate(most);
-        order.sort_unstable_by(by_logit);
-        let guess = |index: usize| Guess {
-            token: self.adapter.vocabulary[index],
-            probability: (logits[index] - top).exp() / sum,
-        };
-        order.into_iter().map(guess).collect()
-    }
 }

@@ -2,27 +2,25 @@
 
 use std::fmt;
 
-use hat_engine::draft::Acceptance;
-use hat_engine::draft::lookup::BRANCHES_MAX;
+use hat_core::draft::DraftPolicy;
 use serde_json::{Value, json};
 
-use super::simulate::{Growth, Rule, Trial};
+use super::play::{Player, Rule, Trial};
 use crate::shard::Recording;
 
 /// Ways of drafting that are compared. Trees count the nodes of the lookup in.
 const RULES: usize = 8;
 
-fn rules(tree: Growth) -> [(&'static str, Rule); RULES] {
-    let rule = |nodes, growth, lookup| Rule { nodes, growth, lookup };
+fn rules(shape: DraftPolicy) -> [(&'static str, Rule); RULES] {
     [
-        ("lookup", rule(32, Growth::None, 1)),
-        ("chain 4", rule(4, Growth::Chain, 0)),
-        ("tree 8", rule(8, tree, 0)),
-        ("tree 16", rule(16, tree, 0)),
-        ("tree 32", rule(32, tree, 0)),
-        ("tree 8 with lookup", rule(8, tree, BRANCHES_MAX)),
-        ("tree 16 with lookup", rule(16, tree, BRANCHES_MAX)),
-        ("tree 32 with lookup", rule(32, tree, BRANCHES_MAX)),
+        ("lookup", Rule::lookup(32)),
+        ("chain 4", Rule::chain(4)),
+        ("tree 8", Rule::tree(8, false, shape)),
+        ("tree 16", Rule::tree(16, false, shape)),
+        ("tree 32", Rule::tree(32, false, shape)),
+        ("tree 8 with lookup", Rule::tree(8, true, shape)),
+        ("tree 16 with lookup", Rule::tree(16, true, shape)),
+        ("tree 32 with lookup", Rule::tree(32, true, shape)),
     ]
 }
 
@@ -51,8 +49,8 @@ pub(super) struct Table {
     categories: Vec<(String, Sums)>,
     has_drafter: bool,
     rules: [(&'static str, Rule); RULES],
-    /// What each rule has learned of lookup so far.
-    acceptance: Vec<Acceptance>,
+    /// A device for each rule.
+    players: Vec<Player>,
 }
 
 fn category(source: &str) -> &str {
@@ -60,7 +58,12 @@ fn category(source: &str) -> &str {
 }
 
 impl Table {
-    pub(super) fn new(recordings: &[Recording], has_drafter: bool, tree: Growth) -> Self {
+    pub(super) fn new(
+        recordings: &[Recording],
+        has_drafter: bool,
+        shape: DraftPolicy,
+        vocab_size: usize,
+    ) -> Self {
         let mut categories = vec![("all".to_owned(), Sums::default())];
         for recording in recordings {
             let name = category(&recording.facts.source);
@@ -68,14 +71,14 @@ impl Table {
                 categories.push((name.to_owned(), Sums::default()));
             }
         }
-        let acceptance = vec![Acceptance::default(); RULES];
-        Self { categories, has_drafter, rules: rules(tree), acceptance }
+        let rules = rules(shape);
+        let players = rules.iter().map(|(_, rule)| Player::new(*rule, vocab_size)).collect();
+        Self { categories, has_drafter, rules, players }
     }
 
-    pub(super) fn take(&mut self, trial: &Trial<'_>) {
-        let taught = self.rules.iter().zip(&mut self.acceptance);
+    pub(super) fn take(&mut self, trial: &Trial<'_>) -> anyhow::Result<()> {
         let scores: Vec<_> =
-            taught.map(|((_, rule), acceptance)| trial.play(rule, acceptance)).collect();
+            self.players.iter_mut().map(|player| player.play(trial)).collect::<Result<_, _>>()?;
         let name = category(trial.source);
         for (_, sums) in self.categories.iter_mut().filter(|(n, _)| n == "all" || n == name) {
             sums.answers += 1;
@@ -89,6 +92,7 @@ impl Table {
                 sums.ratios[index] += score.tokens as f64 / score.rounds.max(1) as f64;
             }
         }
+        Ok(())
     }
 
     /// The rules that there is a drafter for, by number and name.
@@ -96,7 +100,7 @@ impl Table {
         let has_drafter = self.has_drafter;
         let rules = self.rules.iter().enumerate();
         rules
-            .filter(move |(_, (_, rule))| has_drafter || rule.growth == Growth::None)
+            .filter(move |(_, (_, rule))| has_drafter || !rule.needs_drafter())
             .map(|(index, (name, _))| (index, *name))
     }
 
@@ -139,28 +143,25 @@ fn share(part: usize, whole: usize) -> f64 {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = |name: &str, cell: &dyn Fn(&Sums) -> String| {
-            let cells: Vec<String> = self.categories.iter().map(|(_, sums)| cell(sums)).collect();
+        let mut line = |name: &str, cell: &dyn Fn(&str, &Sums) -> String| {
+            let cells: Vec<String> =
+                self.categories.iter().map(|(name, sums)| cell(name, sums)).collect();
             writeln!(f, "| {name} | {} |", cells.join(" | "))
         };
-        let mut names = self.categories.iter().map(|(name, _)| name.clone());
-        let head: Vec<String> = names.by_ref().collect();
-        let mut head = head.into_iter();
-        let next = std::cell::RefCell::new(&mut head);
-        line("", &|_| next.borrow_mut().next().unwrap_or_default())?;
-        line("---", &|_| "---".to_owned())?;
-        line("answers", &|sums| sums.answers.to_string())?;
+        line("", &|name, _| name.to_owned())?;
+        line("---", &|_, _| "---".to_owned())?;
+        line("answers", &|_, sums| sums.answers.to_string())?;
         for step in 0..if self.has_drafter { STEPS } else { 0 } {
             for (name, hit) in [("top-1", 1), ("top-5", 2)] {
-                let cell =
-                    |sums: &Sums| format!("{:.3}", share(sums.hits[step][hit], sums.hits[step][0]));
-                line(&format!("step {} {name}", step + 1), &cell)?;
+                line(&format!("step {} {name}", step + 1), &|_, Sums { hits, .. }| {
+                    format!("{:.3}", share(hits[step][hit], hits[step][0]))
+                })?;
             }
         }
         for (index, name) in self.rules() {
-            let cell =
-                |sums: &Sums| format!("{:.2}", share(sums.scores[index][0], sums.scores[index][1]));
-            line(name, &cell)?;
+            line(name, &|_, Sums { scores, .. }| {
+                format!("{:.2}", share(scores[index][0], scores[index][1]))
+            })?;
         }
         Ok(())
     }

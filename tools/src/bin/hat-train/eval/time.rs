@@ -1,6 +1,5 @@
-//! What a draft step of the engine costs, beside the bytes that it has to read.
+//! Time of a draft step of the engine, beside the bytes that it has to read.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hat_compute::DraftModel;
@@ -19,13 +18,12 @@ const RUNS: usize = 41;
 const GUESSES: usize = 8;
 
 /// Prints times of one and of eight rows, with the head.
-pub(super) fn print(path: &Path, device: &Bundle, threads: usize) -> anyhow::Result<()> {
-    let adapter = Adapter::read(path, device)?;
-    let bytes = bytes(&adapter, device)?;
+pub(super) fn print(adapter: &Adapter, device: &Bundle, threads: usize) -> anyhow::Result<()> {
+    let bytes = bytes(adapter, device)?;
     let rows_max = CONTEXT.max(8);
     let pages = rows_max.div_ceil(PAGE_SIZE) + 1;
     let backend = open::cpu(Processor::Auto, threads)?;
-    let mut drafter = DraftModel::new(backend, device, &adapter, rows_max, pages)?;
+    let mut drafter = DraftModel::new(backend, device, adapter, rows_max, pages)?;
     let hidden = device.config().hidden_size;
     let row: Vec<f32> = (0..hidden * rows_max).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
     let pages = (0..u32::try_from(pages)?).collect();
@@ -80,7 +78,7 @@ fn bytes(adapter: &Adapter, device: &Bundle) -> anyhow::Result<usize> {
     for (name, _) in adapter.kind().tensors(device.config()) {
         bytes += adapter.rows(name).map_err(anyhow::Error::msg)?.bytes.len();
     }
-    let head = device.tensor(crate::fit::head_name(device))?;
+    let head = device.tensor(crate::target::head_name(device))?;
     let row = head.dtype.row_bytes(device.config().hidden_size).unwrap_or_default();
     Ok(bytes + adapter.vocabulary().len() * row)
 }

@@ -1,16 +1,19 @@
 //! Checkpoints: what a run of `fit` needs to go on, and what another one may start from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use candle_core::{DType, Device, Tensor};
+use hat_loader::{AdapterKind, LlamaConfig};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use super::Recipe;
+use super::drafter::Drafter;
 use super::optimiser::AdamW;
-use crate::drafter::{Dims, Kind, Params, write_tensors};
+use crate::shard::write_tensors;
 
 /// Origin of a run: the checkpoint of another one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,47 +86,60 @@ impl Checkpoint {
     }
 
     /// The drafter and the optimiser's memory.
-    pub(super) fn restore(&self, kind: Kind, dims: &Dims) -> anyhow::Result<(Params, AdamW)> {
-        let file = SafeTensors::deserialize(&self.bytes)
-            .with_context(|| format!("in {}", self.path.display()))?;
-        let read = |prefix| Params::from_tensors(kind, dims, &file, prefix, &self.path);
-        let step = self.step + self.recipe.steps_before();
-        Ok((read("")?, AdamW { first: read("first.")?, second: read("second.")?, step }))
+    pub(super) fn restore(
+        &self,
+        kind: AdapterKind,
+        config: &LlamaConfig,
+    ) -> anyhow::Result<(Drafter, AdamW)> {
+        let path = self.path.display();
+        let file = candle_core::safetensors::load_buffer(&self.bytes, &Device::Cpu)
+            .with_context(|| format!("in {path}"))?;
+        let read = |name: String| -> anyhow::Result<Tensor> {
+            let found = file.get(&name).with_context(|| format!("{path}: no {name} in it"))?;
+            let dtype = found.dtype();
+            ensure!(dtype == DType::F32, "{path}: {name} is {dtype:?}, expected F32");
+            Ok(found.clone())
+        };
+        let drafter = Drafter::new(kind, config, |name, _| read(name.to_owned()))
+            .with_context(|| format!("in {path}"))?;
+        let mut moments = BTreeMap::new();
+        for (name, value) in &drafter.params {
+            let of = |which: &str| -> anyhow::Result<Tensor> {
+                Ok(read(format!("{which}.{name}"))?.reshape(value.shape())?)
+            };
+            moments.insert(*name, [of("first")?, of("second")?]);
+        }
+        Ok((drafter, AdamW { moments, step: self.step + self.recipe.steps_before() }))
     }
 }
 
 /// Writes a checkpoint after `step` steps of the run `recipe`.
 pub(super) fn write(
     path: &Path,
-    params: &Params,
+    drafter: &Drafter,
     optimiser: &AdamW,
     step: usize,
     recipe: &Recipe,
 ) -> anyhow::Result<()> {
-    let mut tensors = params.tensors("");
-    tensors.extend(optimiser.first.tensors("first."));
-    tensors.extend(optimiser.second.tensors("second."));
-    let metadata = BTreeMap::from([
+    let mut tensors = Vec::new();
+    for ((name, value), [first, second]) in drafter.params.iter().zip(optimiser.moments.values()) {
+        tensors.push(((*name).to_owned(), value.as_tensor()));
+        tensors.push((format!("first.{name}"), first));
+        tensors.push((format!("second.{name}"), second));
+    }
+    let metadata = HashMap::from([
         ("step".to_owned(), step.to_string()),
         ("recipe".to_owned(), serde_json::to_string(recipe)?),
     ]);
-    write_tensors(path, &tensors, metadata)
+    write_tensors(path, tensors, metadata)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn dims() -> Dims {
-        Dims {
-            hidden: 4,
-            intermediate: 6,
-            heads: 2,
-            kv_heads: 1,
-            head_dim: 2,
-            eps: 1e-5,
-            inv_freq: vec![1.0],
-        }
+    fn config() -> LlamaConfig {
+        hat_loader::generated(&hat_loader::TinyModel::default()).config().clone()
     }
 
     fn recipe() -> Recipe {
@@ -147,31 +163,41 @@ mod tests {
         }
     }
 
-    /// A checkpoint after 7 steps, in which each number says where it belongs.
-    fn written(path: &Path, recipe: &Recipe) -> (Params, AdamW) {
-        let filled = |number: f32| {
-            let mut params = Params::zeros(Kind::Paper, &dims());
-            params.values.iter_mut().for_each(|values| values.fill(number));
-            params
-        };
-        let (params, step) = (filled(1.0), 7 + recipe.steps_before());
-        let optimiser = AdamW { first: filled(2.0), second: filled(3.0), step };
-        write(path, &params, &optimiser, 7, recipe).unwrap();
-        (params, optimiser)
+    fn filled(number: f64) -> Drafter {
+        let value =
+            |_: &str, shape: &[usize]| Ok(Tensor::full(number as f32, shape, &Device::Cpu)?);
+        Drafter::new(AdapterKind::Paper, &config(), value).unwrap()
+    }
+
+    /// Writes a checkpoint after 7 steps, in which each number says where it belongs.
+    fn written(path: &Path, recipe: &Recipe) {
+        let drafter = filled(1.0);
+        let mut optimiser = AdamW::new(&drafter.params).unwrap();
+        for [first, second] in optimiser.moments.values_mut() {
+            *first = first.affine(0.0, 2.0).unwrap();
+            *second = second.affine(0.0, 3.0).unwrap();
+        }
+        write(path, &drafter, &optimiser, 7, recipe).unwrap();
+    }
+
+    /// True if a tensor holds nothing but `number`.
+    fn is_all(tensor: &Tensor, number: f32) -> bool {
+        let numbers = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        !numbers.is_empty() && numbers.into_iter().all(|found| found == number)
     }
 
     #[test]
     fn a_run_goes_on_and_another_one_starts_from_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("checkpoint.safetensors");
-        let (params, optimiser) = written(&path, &recipe());
+        written(&path, &recipe());
         let read = Checkpoint::read(&path).unwrap();
         assert_eq!(read.step, 7);
         read.ensure_is_of(&Recipe { shards: 9, ..recipe() }).unwrap();
-        let (found, memory) = read.restore(Kind::Paper, &dims()).unwrap();
-        assert_eq!(found.values, params.values);
-        assert_eq!(memory.first.values, optimiser.first.values);
-        assert_eq!(memory.second.values, optimiser.second.values);
+        let (found, memory) = read.restore(AdapterKind::Paper, &config()).unwrap();
+        assert!(found.params.values().all(|value| is_all(value, 1.0)));
+        let mut moments = memory.moments.values();
+        assert!(moments.all(|[first, second]| is_all(first, 2.0) && is_all(second, 3.0)));
         assert_eq!(memory.step, 7);
 
         let later = Recipe { seed: 2, shards: 5, ..recipe() };
@@ -183,7 +209,7 @@ mod tests {
         written(&path, &later);
         let read = Checkpoint::read(&path).unwrap();
         read.ensure_is_of(&later).unwrap();
-        assert_eq!(read.restore(Kind::Paper, &dims()).unwrap().1.step, 14);
+        assert_eq!(read.restore(AdapterKind::Paper, &config()).unwrap().1.step, 14);
         assert_eq!(read.origin(&recipe()).unwrap().steps(), 14);
     }
 
@@ -202,7 +228,8 @@ mod tests {
             let error = read.origin(&other).unwrap_err().to_string();
             assert!(error.contains("holds a paper drafter after layer 2"), "{error}");
         }
-        let error = read.restore(Kind::Layer, &dims()).map(|_| ()).unwrap_err().to_string();
+        let error = read.restore(AdapterKind::Layer, &config()).map(|_| ()).unwrap_err();
+        let error = format!("{error:#}");
         assert!(error.contains("shallow_proj.weight"), "{error}");
         let bytes = fs::read(&path).unwrap();
         for keep in [0, 7, 100] {
@@ -210,7 +237,8 @@ mod tests {
             assert!(Checkpoint::read(&path).is_err(), "{keep} bytes");
         }
         fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
-        let read = Checkpoint::read(&path).and_then(|read| read.restore(Kind::Paper, &dims()));
+        let read =
+            Checkpoint::read(&path).and_then(|read| read.restore(AdapterKind::Paper, &config()));
         assert!(read.is_err());
     }
 }

@@ -5,22 +5,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use candle_core::{Device, Result, Tensor};
 use half::f16;
 use hat_engine::sample::noise::philox;
 
 use super::Recipe;
-use crate::drafter::{Batch, Rows, Span, rms_norm};
+use super::drafter::{Example, rms_norm};
+use crate::collect::shuffle;
 use crate::shard::{self, Collection, Recording, SequenceFacts, Shard};
 
 /// Shards whose sequences are mixed.
 const POOL_SHARDS: usize = 8;
-/// One job in so many is never trained on; a prime, so that each kind of prompt has its share.
-const HELD_OUT_EVERY: u64 = 53;
-
-/// True if a job is kept for `eval`.
-pub(crate) const fn is_held_out(job: u64) -> bool {
-    job % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-}
 
 /// A sequence by shard and number in it.
 type Place = (usize, usize);
@@ -34,6 +29,7 @@ pub(super) struct Plan {
     split_layer: usize,
     prompt_tail: usize,
     epochs: u32,
+    norm: FinalNorm,
     /// Shards in memory.
     loaded: RefCell<HashMap<usize, Vec<Recording>>>,
 }
@@ -44,6 +40,7 @@ impl Plan {
         directory: &Path,
         collection: &Collection,
         recipe: &mut Recipe,
+        norm: FinalNorm,
     ) -> anyhow::Result<Self> {
         let mut paths = shard::list(directory)?;
         paths.truncate(recipe.shards);
@@ -61,6 +58,7 @@ impl Plan {
             split_layer: recipe.split_layer,
             prompt_tail: recipe.prompt_tail,
             epochs: recipe.epochs,
+            norm,
             loaded: RefCell::new(HashMap::new()),
         };
         for epoch in 0..recipe.epochs {
@@ -72,15 +70,15 @@ impl Plan {
     /// One epoch: shards in random order, sequences in random order within some shards.
     fn deal(&mut self, batch: usize, seed: u64, epoch: u32) {
         let mut shards: Vec<usize> = (0..self.facts.len()).collect();
-        shuffle(&mut shards, seed, [epoch, 0]);
+        shuffle(&mut shards, |last| word([last as u32, epoch, 0, 0xF1], seed));
         for (pool, shards) in (1..).zip(shards.chunks(POOL_SHARDS)) {
             let places = shards.iter().flat_map(|shard| {
-                let trained = |(_, facts): &(usize, &SequenceFacts)| !is_held_out(facts.job);
+                let trained = |(_, facts): &(usize, &SequenceFacts)| !facts.is_held_out();
                 let places = self.facts[*shard].iter().enumerate().filter(trained);
                 places.map(|(index, _)| (*shard, index))
             });
             let mut places: Vec<Place> = places.collect();
-            shuffle(&mut places, seed, [epoch, pool]);
+            shuffle(&mut places, |last| word([last as u32, epoch, pool, 0xF1], seed));
             let (mut current, mut queries) = (Vec::new(), 0);
             for place in places {
                 current.push(place);
@@ -127,7 +125,7 @@ impl Plan {
     }
 
     /// The `count` most frequent tokens of the answers that are trained on, of `vocab_size`.
-    /// Where these are equally frequent: those more frequent in prompts, then the lower ids,
+    /// Of equally frequent ones those come first that are more frequent in prompts, then the lower ids,
     /// which byte pair encoding found first and so more often.
     pub(super) fn frequent_tokens(
         &self,
@@ -145,7 +143,7 @@ impl Plan {
                     let seen = seen.with_context(|| {
                         format!("{}: token {token} of {vocab_size}", path.display())
                     })?;
-                    if is_held_out(facts.job) {
+                    if facts.is_held_out() {
                         continue;
                     }
                     if position >= facts.prompt {
@@ -178,14 +176,15 @@ impl Plan {
         Ok((sum / count as f64 / (self.collection.hidden_size as f64).sqrt()) as f32)
     }
 
-    /// The rows of optimiser step `step`, and the deep rows that its queries should say.
-    pub(super) fn batch(&self, step: usize, norm: &FinalNorm) -> anyhow::Result<(Batch, Rows)> {
+    /// The sequences of optimiser step `step`.
+    pub(super) fn batch(&self, step: usize) -> anyhow::Result<Vec<Example>> {
         let places = &self.batches[step];
         self.load(places)?;
         let loaded = self.loaded.borrow();
-        let recordings: Vec<&Recording> =
-            places.iter().map(|(shard, index)| &loaded[shard][*index]).collect();
-        Ok(batch_of(&recordings, self.collection.hidden_size, self.prompt_tail, norm))
+        let examples = places
+            .iter()
+            .map(|(shard, index)| self.norm.example(&loaded[shard][*index], self.prompt_tail));
+        Ok(examples.collect::<Result<_>>()?)
     }
 
     /// Loads the shards of a batch, and forgets others when there are too many.
@@ -210,58 +209,36 @@ fn first_query(facts: &SequenceFacts, prompt_tail: usize) -> usize {
     facts.prompt.saturating_sub(prompt_tail).max(facts.deep_first + 1)
 }
 
-/// Sequences as a batch, and the deep rows that its queries should say, after the final norm.
-pub(crate) fn batch_of(
-    recordings: &[&Recording],
-    hidden: usize,
-    prompt_tail: usize,
-    norm: &FinalNorm,
-) -> (Batch, Rows) {
-    let (mut shallow, mut before, mut target) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut spans, mut positions) = (Vec::new(), Vec::new());
-    let (mut all, mut queries) = (0, 0);
-    for recording in recordings {
-        let facts = &recording.facts;
-        let (rows, first) = (facts.tokens - 1, first_query(facts, prompt_tail));
-        shallow.extend(recording.shallow[0].iter().map(|v| v.to_f32()));
-        positions.extend(0..u32::try_from(rows).expect("a context fits u32"));
-        let deep = |from: usize, to: usize| {
-            &recording.deep[(from - facts.deep_first) * hidden..(to - facts.deep_first) * hidden]
-        };
-        before.extend_from_slice(deep(first - 1, rows - 1));
-        target.extend_from_slice(deep(first, rows));
-        spans.push(Span { all: all..all + rows, queries: queries..queries + rows - first });
-        all += rows;
-        queries += rows - first;
-    }
-    let shallow = Rows::from_shape_vec((all, hidden), shallow).expect("rows of one width");
-    let batch = Batch { spans, shallow, positions, deep_before: norm.apply(&before, hidden) };
-    (batch, norm.apply(&target, hidden))
-}
-
 /// The model's final norm.
-pub(crate) struct FinalNorm {
-    /// `[1, hidden]`
-    pub(crate) weight: Rows,
-    pub(crate) eps: f32,
+pub(super) struct FinalNorm {
+    /// `[hidden_size]`
+    pub(super) weight: Tensor,
+    pub(super) eps: f32,
 }
 
 impl FinalNorm {
-    /// Deep rows after the norm.
-    fn apply(&self, deep: &[f16], hidden: usize) -> Rows {
-        let numbers = deep.iter().map(|v| v.to_f32()).collect();
-        let rows = Rows::from_shape_vec((deep.len() / hidden, hidden), numbers);
-        rms_norm(&rows.expect("whole rows"), Some(&self.weight), self.eps).0
+    /// A recording as the drafter learns from it.
+    pub(super) fn example(&self, recording: &Recording, prompt_tail: usize) -> Result<Example> {
+        let (facts, hidden) = (&recording.facts, self.weight.elem_count());
+        let (rows, first) = (facts.tokens - 1, first_query(facts, prompt_tail));
+        let numbers = |rows: &[f16]| {
+            Tensor::from_iter(rows.iter().map(|v| v.to_f32()), &Device::Cpu)?.reshape(((), hidden))
+        };
+        let deep = |from: usize, to: usize| {
+            let range = (from - facts.deep_first) * hidden..(to - facts.deep_first) * hidden;
+            rms_norm(&numbers(&recording.deep[range])?, Some(&self.weight), self.eps)
+        };
+        Ok(Example {
+            shallow: numbers(&recording.shallow[0])?,
+            deep_before: deep(first - 1, rows - 1)?,
+            target: deep(first, rows)?,
+        })
     }
 }
 
-/// Fisher and Yates, seeded.
-fn shuffle<T>(list: &mut [T], seed: u64, stream: [u32; 2]) {
-    for last in (1..list.len()).rev() {
-        let counter = [last as u32, stream[0], stream[1], 0xF1];
-        let [word, ..] = philox(counter, [seed as u32, (seed >> 32) as u32]);
-        list.swap(last, word as usize % (last + 1));
-    }
+/// A word of chance.
+fn word(counter: [u32; 4], seed: u64) -> u32 {
+    philox(counter, [seed as u32, (seed >> 32) as u32])[0]
 }
 
 /// `count` different numbers below `below`: one from each of as many equal parts.
@@ -273,8 +250,6 @@ pub(super) fn draw(
 ) -> impl Iterator<Item = usize> {
     (0..count).map(move |part| {
         let (start, end) = (below * part / count, below * (part + 1) / count);
-        let counter = [part as u32, batch as u32, 0, 0xF2];
-        let [word, ..] = philox(counter, [seed as u32, (seed >> 32) as u32]);
-        start + word as usize % (end - start)
+        start + word([part as u32, batch as u32, 0, 0xF2], seed) as usize % (end - start)
     })
 }

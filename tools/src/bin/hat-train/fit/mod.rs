@@ -1,10 +1,12 @@
 //! `fit`: trains a drafter on what `collect` gathered.
 
+mod adapter;
 mod checkpoint;
 mod data;
+mod drafter;
 mod loss;
 mod optimiser;
-mod ridge;
+mod start;
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,20 +14,19 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use hat_engine::note;
-use hat_engine::pull;
-use hat_loader::Bundle;
+use hat_loader::{AdapterKind, Bundle};
 use serde::{Deserialize, Serialize};
 
+use self::adapter::TrainingFacts;
 use self::checkpoint::{Checkpoint, Origin};
-use self::data::Plan;
-use self::loss::{Loss, LossWeights, StepLoss};
+use self::data::{FinalNorm, Plan};
+use self::drafter::{Drafter, weight};
+use self::loss::{Loss, STEP_WEIGHTS, StepLoss};
 use self::optimiser::{AdamW, Schedule};
-use crate::adapter::{Adapter, TrainingFacts};
-use crate::drafter::{Dims, Kind, Params, Unroll, WeightReader};
 use crate::shard::Collection;
-
-pub(crate) use self::data::{FinalNorm, batch_of, is_held_out};
+use crate::target::{bundle_or_default, head_name};
 
 /// Flags of `hat-train fit`.
 #[derive(Args)]
@@ -39,9 +40,14 @@ pub(crate) struct FitArgs {
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
-    /// Kind of the drafter.
-    #[arg(long, value_enum, default_value_t = Kind::Deep)]
-    drafter: Kind,
+    /// A decoder layer that reads shallow rows and the deep rows of tokens before, one that reads
+    /// shallow rows alone, or the paper's attention and two norms.
+    #[arg(
+        long,
+        default_value = AdapterKind::Deep.name(),
+        value_parser = PossibleValuesParser::new(AdapterKind::ALL.map(AdapterKind::name)).map(kind)
+    )]
+    drafter: AdapterKind,
     /// The device's layers; the drafter reads the rows after them.
     #[arg(long, default_value_t = 2)]
     split_layer: usize,
@@ -92,8 +98,11 @@ pub(crate) struct FitArgs {
     from: Option<PathBuf>,
 }
 
-/// Weights of the draft steps in the loss.
-const STEP_WEIGHTS: [f32; 6] = [1.0, 0.8, 0.64, 0.512, 0.41, 0.328];
+/// The kind of drafter of this name.
+fn kind(name: String) -> AdapterKind {
+    let named = AdapterKind::ALL.into_iter().find(|kind| kind.name() == name);
+    named.expect("one of the possible values")
+}
 
 /// Everything that a run of `fit` depends on; a checkpoint of another one is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -153,10 +162,9 @@ pub(crate) fn run(args: &FitArgs) -> anyhow::Result<()> {
 struct Trainer<'a> {
     args: &'a FitArgs,
     recipe: Recipe,
-    dims: Dims,
     plan: Plan,
     loss: Loss,
-    params: Params,
+    drafter: Drafter,
     optimiser: AdamW,
     /// Steps that are done.
     step: usize,
@@ -167,10 +175,7 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(args: &'a FitArgs, collection: Collection) -> anyhow::Result<Self> {
-        let path = match &args.bundle {
-            Some(bundle) => bundle.clone(),
-            None => pull::default_bundle(&pull::cache_dir()?, pull::SPLIT_LAYER_DEFAULT, 0)?,
-        };
+        let path = bundle_or_default(args.bundle.as_deref())?;
         let device = Bundle::open(&path.join("device"))?;
         let cloud = Bundle::open(&path.join("cloud"))?;
         let model_id = device.model_id().to_string();
@@ -192,33 +197,31 @@ impl<'a> Trainer<'a> {
             own.ensure_is_of(&recipe)?;
             recipe.shards = own.recipe.shards;
         }
-        let plan = Plan::new(&args.collection, &collection, &mut recipe)?;
-        let dims = Dims::new(device.config());
-        let mut reader = WeightReader::new()?;
+        let norm = FinalNorm {
+            weight: weight(&device, "model.norm.weight", None)?,
+            eps: device.config().rms_norm_eps,
+        };
+        let plan = Plan::new(&args.collection, &collection, &mut recipe, norm)?;
         let vocabulary = plan.frequent_tokens(recipe.vocabulary, device.config().vocab_size)?;
         let loss = Loss {
-            weights: LossWeights::of(args.drafter),
-            norm: FinalNorm {
-                weight: reader.read(&device, "model.norm.weight", None)?,
-                eps: dims.eps,
-            },
-            head: reader.read(&device, head_name(&device), Some(&vocabulary))?,
+            head: weight(&device, head_name(&device), Some(&vocabulary))?,
             frequent: recipe.frequent,
             drawn: recipe.drawn,
             seed: recipe.seed,
         };
-        let kind = args.drafter;
         let step = own.as_ref().map_or(0, |own| own.step);
-        let (params, optimiser) = match own.or(origin) {
-            Some(checkpoint) => checkpoint.restore(kind, &dims)?,
+        let (drafter, optimiser) = match own.or(origin) {
+            Some(checkpoint) => checkpoint.restore(args.drafter, device.config())?,
             None => {
                 let (layer, scale) = (args.split_layer, plan.shallow_scale()?);
-                let mut params = Params::from_model(kind, &dims, &[&device, &cloud], layer, scale)?;
-                ridge::start_outputs(&mut params, &dims, &plan, &loss)?;
-                (params, AdamW::new(kind, &dims))
+                let bundles = [&device, &cloud];
+                let drafter = Drafter::of_model(args.drafter, &bundles, layer, scale)?;
+                start::start_outputs(&drafter, &plan)?;
+                let optimiser = AdamW::new(&drafter.params)?;
+                (drafter, optimiser)
             }
         };
-        Ok(Self { args, recipe, dims, plan, loss, params, optimiser, step, vocabulary, collection })
+        Ok(Self { args, recipe, plan, loss, drafter, optimiser, step, vocabulary, collection })
     }
 
     fn run(mut self) -> anyhow::Result<()> {
@@ -226,7 +229,7 @@ impl<'a> Trainer<'a> {
         note!(
             "{} drafter, {} numbers; {} positions in {} shards, {steps} steps{}",
             self.args.drafter.name(),
-            self.params.len(),
+            self.drafter.params.values().map(|value| value.elem_count()).sum::<usize>(),
             self.plan.positions(),
             self.recipe.shards,
             if self.step > 0 {
@@ -239,16 +242,16 @@ impl<'a> Trainer<'a> {
             Schedule { highest: self.recipe.learning_rate, warmup: self.recipe.warmup, steps };
         let (start, mut seen, mut recent) = (Instant::now(), 0, Vec::new());
         while self.step < steps {
-            let (batch, target) = self.plan.batch(self.step, &self.loss.norm)?;
-            let unroll = Unroll::forward(&self.params, &self.dims, &batch, self.recipe.unroll);
-            let (losses, dy) = self.loss.of(&unroll, &batch.spans, &target, self.step);
-            let mut grads = Params::zeros(self.params.kind, &self.dims);
-            unroll.backward(dy, &mut grads);
-            drop(unroll);
-            let rate = schedule.rate(self.step);
-            self.optimiser.update(&mut self.params, &mut grads, rate, self.recipe.decay);
+            let examples = self.plan.batch(self.step)?;
+            let (losses, loss) =
+                self.loss.of(&self.drafter, &examples, self.recipe.unroll, self.step)?;
+            let rate = f64::from(schedule.rate(self.step));
+            let (params, decay) = (&self.drafter.params, f64::from(self.recipe.decay));
+            self.optimiser.update(params, &loss.backward()?, rate, decay)?;
             self.step += 1;
-            seen += target.nrows();
+            for example in &examples {
+                seen += example.target.dim(0)?;
+            }
             recent.push(losses);
             if self.step.is_multiple_of(20) || self.step == steps {
                 let speed = seen as f64 / start.elapsed().as_secs_f64();
@@ -260,33 +263,24 @@ impl<'a> Trainer<'a> {
             }
         }
         let path = self.args.out.join("adapter.safetensors");
-        let half = self.args.f16;
-        self.adapter().write(&path, half)?;
-        note!("{} is trained", path.display());
-        Ok(())
-    }
-
-    fn adapter(self) -> Adapter {
         let training = TrainingFacts {
             positions: self.plan.positions(),
             sequences: self.plan.sequences(),
             sources: self.plan.sources(),
             steps: self.step,
-            recipe: serde_json::to_value(&self.recipe).expect("numbers and texts"),
-            prompts: self.collection.prompts.clone(),
+            recipe: serde_json::to_value(&self.recipe)?,
+            prompts: self.collection.prompts,
         };
-        Adapter {
-            params: self.params,
-            model_id: self.recipe.model_id,
-            split_layer: self.recipe.split_layer,
-            vocabulary: self.vocabulary,
-            training,
-        }
+        let Recipe { model_id, split_layer, .. } = &self.recipe;
+        let of = (model_id.as_str(), *split_layer);
+        adapter::write(&path, &self.drafter, of, &self.vocabulary, &training, self.args.f16)?;
+        note!("{} is trained", path.display());
+        Ok(())
     }
 
     fn write_checkpoint(&self) -> anyhow::Result<()> {
         let path = self.args.out.join(CHECKPOINT);
-        checkpoint::write(&path, &self.params, &self.optimiser, self.step, &self.recipe)
+        checkpoint::write(&path, &self.drafter, &self.optimiser, self.step, &self.recipe)
     }
 }
 
@@ -309,12 +303,6 @@ fn recipe_of(args: &FitArgs, model_id: String) -> Recipe {
         seed: args.seed,
         from: None,
     }
-}
-
-/// The name of the LM head's matrix.
-pub(crate) fn head_name(device: &Bundle) -> &'static str {
-    let tied = device.config().tie_word_embeddings;
-    if tied { "model.embed_tokens.weight" } else { "lm_head.weight" }
 }
 
 /// The mean of some steps' losses, as a text.
