@@ -1,10 +1,10 @@
 //! One error for the library, and what an embedder should do about it.
 
-use std::path::PathBuf;
+use std::path::Path;
 
-use hat_compute::{LoadError, StepError, bundle_text};
+use hat_compute::{LoadError, StepError};
 use hat_core::{InputError, RequestError};
-use hat_plan::BackendError;
+use hat_plan::BackendFault;
 
 /// Remedy for an [`Error`]. Retrying is right for [`ErrorKind::Busy`] and [`ErrorKind::Peer`]
 /// alone.
@@ -68,17 +68,12 @@ pub enum Error {
         /// Description of the event, and the remedy.
         reason: String,
     },
-    /// A bundle cannot be used.
-    #[error("bundle {}", bundle_text(path, reason))]
-    Bundle {
-        /// The bundle's directory.
-        path: PathBuf,
-        /// Description of the fault, naming the file and the field.
-        reason: String,
-    },
-    /// A backend cannot hold or run this model.
+    /// A bundle cannot be used, or a backend cannot hold its model.
     #[error(transparent)]
-    Backend(#[from] BackendError),
+    Load(LoadError),
+    /// A backend did not compute.
+    #[error(transparent)]
+    Backend(#[from] BackendFault),
     /// The operating system said no.
     #[error("{action}: {source}")]
     Io {
@@ -102,8 +97,7 @@ impl From<LoadError> for Error {
     fn from(error: LoadError) -> Self {
         match error {
             LoadError::Field { field, reason } => Self::Field { field, reason },
-            LoadError::Bundle { path, reason } => Self::Bundle { path, reason },
-            LoadError::Backend(error) => Self::Backend(error),
+            error => Self::Load(error),
         }
     }
 }
@@ -112,7 +106,7 @@ impl From<StepError> for Error {
     fn from(error: StepError) -> Self {
         match error {
             StepError::NotFinite { position } => Self::NotFinite { position },
-            StepError::Fault(fault) => Self::Backend(fault.into()),
+            StepError::Fault(fault) => Self::Backend(fault),
         }
     }
 }
@@ -134,7 +128,7 @@ impl From<RequestError> for Error {
             RequestError::NotFinite { position } => Self::NotFinite { position },
             RequestError::Peer { peer, reason } => Self::Peer { peer, reason },
             RequestError::Busy { reason, retry_after_ms } => Self::Busy { reason, retry_after_ms },
-            RequestError::Backend(fault) => Self::Backend(BackendError::Fault(fault)),
+            RequestError::Backend(fault) => Self::Backend(fault),
             RequestError::Stopped(reason) => Self::Stopped(reason),
         }
     }
@@ -148,7 +142,7 @@ impl Error {
             Self::Field { .. } | Self::ContextLength { .. } | Self::Template(_) => ErrorKind::Input,
             Self::Busy { .. } => ErrorKind::Busy,
             Self::Peer { .. } => ErrorKind::Peer,
-            Self::Bundle { .. } | Self::Backend(_) | Self::Io { .. } | Self::TemplateHangs(_) => {
+            Self::Load(_) | Self::Backend(_) | Self::Io { .. } | Self::TemplateHangs(_) => {
                 ErrorKind::Resource
             }
             Self::NotFinite { .. } | Self::Stopped(_) => ErrorKind::Broken,
@@ -166,6 +160,10 @@ impl Error {
 
     pub(crate) fn field(field: &'static str, reason: impl Into<String>) -> Self {
         Self::Field { field, reason: reason.into() }
+    }
+
+    pub(crate) fn bundle(path: &Path, reason: impl ToString) -> Self {
+        Self::Load(LoadError::Bundle { path: path.to_owned(), reason: reason.to_string() })
     }
 
     pub(crate) fn io(action: impl Into<String>, source: std::io::Error) -> Self {

@@ -90,6 +90,7 @@ pub mod options {
     };
     pub use crate::error::ErrorKind;
     pub use crate::verify::Verify;
+    pub use hat_compute::LoadError;
     pub use hat_core::InputError;
     pub use hat_core::draft::DraftMode;
     pub use hat_core::estimate::Estimates;

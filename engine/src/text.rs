@@ -9,7 +9,6 @@ use hat_text::{ChatText, PrepareError, TokenError, Tokenizer, Turns};
 use hat_transport::clock::unix_seconds;
 
 use crate::Error;
-use crate::device::bundle_error;
 
 /// The text of a conversation that is answered.
 pub(crate) type Rendered = Option<ChatText>;
@@ -26,10 +25,10 @@ impl Text {
     /// The tokenizer of a device's bundle.
     ///
     /// # Errors
-    /// [`Error::Bundle`].
+    /// [`Error::Load`].
     pub(crate) fn open(bundle: &Bundle) -> Result<Self, Error> {
         let tokenizer = Tokenizer::of_bundle(bundle)
-            .map_err(|error| bundle_error(bundle.directory(), error.to_string()))?;
+            .map_err(|error| Error::bundle(bundle.directory(), error))?;
         let vocab_size = bundle.config().vocab_size;
         Ok(Self { tokenizer, turns: Mutex::default(), vocab_size })
     }

@@ -36,7 +36,7 @@ impl Verify {
     /// Verifies an open bundle on up to `threads` threads.
     ///
     /// # Errors
-    /// [`Error::Bundle`] with the file that differs or can't be read.
+    /// [`Error::Load`] with the file that differs or can't be read.
     pub(crate) fn check(&self, bundle: &mut Bundle, threads: usize) -> Result<(), Error> {
         let path = bundle.directory().to_owned();
         let directory = path.display();
@@ -58,7 +58,7 @@ impl Verify {
         let now = UNIX_EPOCH + Duration::from_secs(unix_seconds());
         let verified = bundle
             .verify_remembered(memory, now, threads, &mut on_piece)
-            .map_err(|error| crate::device::bundle_error(&path, error.to_string()))?;
+            .map_err(|error| Error::bundle(&path, error))?;
         let ms = (SystemClock.now() - start).as_millis();
         let (hashed, remembered) = (verified.hashed, verified.remembered);
         tracing::info!(%directory, hashed, remembered, ms, "the bundle's files are verified");

@@ -12,7 +12,7 @@ use hat_loader::Bundle;
 use hat_plan::Computes as _;
 
 use crate::config::Codec;
-use crate::device::{bundle_error, open_bundle};
+use crate::device::open_bundle;
 use crate::text::Text;
 use crate::verify::Verify;
 use crate::{Error, Event, Metrics, Request};
@@ -33,7 +33,7 @@ impl<B: Backend> Whole<B> {
     /// they would cross the link if the device ran `split_layer` layers.
     ///
     /// # Errors
-    /// [`Error::Bundle`], [`Error::Field`] or [`Error::Backend`].
+    /// [`Error::Load`] or [`Error::Field`].
     pub fn open(
         backend: B,
         bundle: &Path,
@@ -59,11 +59,11 @@ impl<B: Backend> Whole<B> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let device = open_bundle(&bundle.join("device"), verify, threads)?;
         let cloud_path = bundle.join("cloud");
-        let mut cloud = Bundle::open(&cloud_path)
-            .map_err(|error| bundle_error(&cloud_path, error.to_string()))?;
+        let mut cloud =
+            Bundle::open(&cloud_path).map_err(|error| Error::bundle(&cloud_path, error))?;
         verify.check(&mut cloud, threads)?;
         if device.model_id() != cloud.model_id() {
-            return Err(bundle_error(bundle, "device/ and cloud/ hold two different models"));
+            return Err(Error::bundle(bundle, "device/ and cloud/ hold two different models"));
         }
         let layers = device.config().num_hidden_layers;
         let exit = layers - device.manifest().tail_layers;

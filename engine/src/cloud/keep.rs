@@ -169,8 +169,7 @@ impl Keeper {
     fn start_again(&self) -> Result<Run, Error> {
         let bundle = open_bundle(&self.config)?;
         if bundle.model_id() != self.model_id {
-            let reason = "it holds another model than at start".to_owned();
-            return Err(Error::Bundle { path: self.config.bundle.clone(), reason });
+            return Err(Error::bundle(&self.config.bundle, "it holds another model than at start"));
         }
         let pages = pool_pages(&self.config);
         let stages = load(&self.config, &bundle, pages)?;

@@ -106,8 +106,8 @@ impl Cloud {
     /// the CPU, at the same address: its devices come back and replay.
     ///
     /// # Errors
-    /// [`Error::Field`] for a listen address that other machines can reach, [`Error::Bundle`],
-    /// [`Error::Backend`], [`Error::Io`] if the address cannot be had.
+    /// [`Error::Field`] for a listen address that other machines can reach, [`Error::Load`],
+    /// [`Error::Io`] if the address cannot be had.
     pub fn start(config: CloudConfig) -> Result<Self, Error> {
         config.check()?;
         let bundle = open_bundle(&config)?;
@@ -183,15 +183,13 @@ impl Drop for Cloud {
 /// Opens a cloud's bundle and verifies its files.
 ///
 /// # Errors
-/// [`Error::Bundle`].
+/// [`Error::Load`].
 pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
-    let mut bundle = Bundle::open(&config.bundle).map_err(|error| Error::Bundle {
-        path: config.bundle.clone(),
-        reason: error.to_string(),
-    })?;
+    let path = &config.bundle;
+    let mut bundle = Bundle::open(path).map_err(|error| Error::bundle(path, error))?;
     if bundle.role() != Role::Cloud {
-        let reason = "it holds no middle layers; a cloud needs the cloud half".to_owned();
-        return Err(Error::Bundle { path: config.bundle.clone(), reason });
+        let reason = "it holds no middle layers; a cloud needs the cloud half";
+        return Err(Error::bundle(path, reason));
     }
     config.verify.check(&mut bundle, config.threads)?;
     Ok(bundle)
@@ -207,7 +205,7 @@ pub fn pool_pages(config: &CloudConfig) -> u32 {
 /// The middle submodel as `config.stages` runs of layers, the compute threads shared among them.
 ///
 /// # Errors
-/// [`Error::Field`] if there are more stages than layers, [`Error::Bundle`], [`Error::Backend`].
+/// [`Error::Field`] if there are more stages than layers, [`Error::Load`].
 fn load(
     config: &CloudConfig,
     bundle: &Bundle,

@@ -12,7 +12,7 @@ use hat_plan::{ARITHMETIC_CPU, BackendFault};
 use hat_transport::message::CloseCode;
 
 use super::run::{Device, Start};
-use super::{bundle_error, open_bundle, trained};
+use super::{open_bundle, trained};
 use crate::config::Processor;
 use crate::{Error, processor};
 
@@ -59,7 +59,7 @@ impl Start {
         let config = &self.config;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         if *bundle.model_id().as_bytes() != self.facts.model_id {
-            return Err(bundle_error(&config.bundle, "it holds another model than at start"));
+            return Err(Error::bundle(&config.bundle, "it holds another model than at start"));
         }
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let split_layer = self.facts.layers.start as usize;

@@ -5,7 +5,6 @@ mod lost;
 mod resolve;
 mod run;
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -121,7 +120,7 @@ impl Engine {
     /// loses its GPU ends the requests that run, and serves the next ones from the CPU.
     ///
     /// # Errors
-    /// [`Error::Bundle`], [`Error::Field`], [`Error::Backend`], [`Error::Io`]; and what
+    /// [`Error::Load`], [`Error::Field`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
         config.check()?;
@@ -389,7 +388,7 @@ type Drafter = (Box<dyn Trained>, String);
 /// the GPU where the device's layers compute in CUDA's arithmetic.
 ///
 /// # Errors
-/// [`Error::Bundle`] if the bundle's own is bad, [`Error::Backend`].
+/// [`Error::Load`].
 fn trained(
     config: &EngineConfig,
     bundle: &Bundle,
@@ -399,7 +398,7 @@ fn trained(
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
     let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
     let found = config.drafters.find(bundle, split_layer);
-    let found = found.map_err(|error| bundle_error(bundle.directory(), error.to_string()))?;
+    let found = found.map_err(|error| Error::bundle(bundle.directory(), error))?;
     let Some(Fitting { origin, adapter }) = found else { return Ok(None) };
     let model = processor::drafter(config, bundle, &adapter, arithmetic_id, rows, pages)?;
     let hidden_size = bundle.config().hidden_size;
@@ -410,15 +409,15 @@ fn trained(
 /// Opens a device's bundle and verifies its files.
 ///
 /// # Errors
-/// [`Error::Bundle`].
+/// [`Error::Load`].
 pub(crate) fn open_bundle(
     path: &std::path::Path,
     verify: &Verify,
     threads: usize,
 ) -> Result<Bundle, Error> {
-    let mut bundle = Bundle::open(path).map_err(|error| bundle_error(path, error.to_string()))?;
+    let mut bundle = Bundle::open(path).map_err(|error| Error::bundle(path, error))?;
     if bundle.role() != Role::Device {
-        return Err(bundle_error(path, "it is the cloud half; a device needs the device half"));
+        return Err(Error::bundle(path, "it is the cloud half; a device needs the device half"));
     }
     verify.check(&mut bundle, threads)?;
     Ok(bundle)
@@ -440,8 +439,4 @@ pub(crate) fn split_layer(config: &EngineConfig, bundle: &Bundle) -> Result<usiz
         return Err(Error::field("split_layer", reason));
     }
     Ok(split_layer)
-}
-
-pub(crate) fn bundle_error(path: &std::path::Path, reason: impl Into<String>) -> Error {
-    Error::Bundle { path: PathBuf::from(path), reason: reason.into() }
 }
