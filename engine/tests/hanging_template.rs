@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 #[allow(dead_code, reason = "the client serves the tests of HTTP too")]
-#[path = "http/client.rs"]
+#[path = "all/http/client.rs"]
 mod client;
 mod support;
 

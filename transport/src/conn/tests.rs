@@ -1,4 +1,4 @@
-//! Rules of the connection, one by one; `tests/pair.rs` has them all at once.
+//! Rules of the connection, one by one; `tests/all/pair.rs` has them all at once.
 
 mod errors;
 

@@ -1,0 +1,16 @@
+//! The loader from outside: files that are good, and each way of being bad.
+
+mod adapter;
+mod bundle;
+mod bundle_lies;
+mod checkpoint;
+#[path = "../files/mod.rs"]
+mod files;
+mod fuzz;
+mod generated;
+mod gguf;
+mod gguf_lies;
+mod layout;
+mod sampling;
+mod start_up;
+mod verify;

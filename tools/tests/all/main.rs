@@ -1,0 +1,6 @@
+//! The tools as processes.
+
+mod link;
+mod load;
+mod output;
+mod split;
