@@ -169,7 +169,7 @@ impl Player {
             drafter
         });
         let (before, said) = tokens.split_at(prompt);
-        let request = Request::tokens(before).max_tokens(u32::try_from(said.len())?);
+        let request = Request::tokens(before.to_vec()).max_tokens(u32::try_from(said.len())?);
         let request = request.draft(self.rule.mode);
         let prepared = Prepared::new(request, before.to_vec(), self.vocab_size, POSITIONS_MAX)?;
         let answer = Answer::new(&prepared, &EndTokens::default(), self.vocab_size);
@@ -196,10 +196,8 @@ impl Player {
             self.core.poll_transmit(self.now, CLOUD, &mut self.frames, true);
             while let Some((_, event)) = self.core.poll_event() {
                 match event {
-                    RequestEvent::Done(done) => {
-                        return Ok(Metrics { timings: done.meter.timings(), ..done.metrics });
-                    }
-                    RequestEvent::Failed(error) => bail!("the device ends the answer: {error}"),
+                    RequestEvent::Done(done) => return Ok(done.metrics),
+                    RequestEvent::Failed(error) => bail!("the device ends the answer: {error:?}"),
                     _ => {}
                 }
             }
@@ -401,10 +399,12 @@ mod tests {
         ]];
         let trial = trial(&tokens, 1, Some(Guesses { steps }));
         // The first level takes both guesses for 5. Below 9 stands what follows 6, so that its
-        // path is worth .54, below 6 it is worth .27: with two nodes 6 is right, with four 7 is.
-        let rounds = |nodes| play(&trial, tree(nodes, false)).rounds;
-        assert_eq!([rounds(1), rounds(2), rounds(4)], [3, 2, 2]);
-        assert_eq!(play(&trial, tree(4, false)).nodes, 4 + 1);
+        // path is worth .54, below 6 it is worth .27: the third node is wrong, the fourth right.
+        let score = |nodes| {
+            let score = play(&trial, tree(nodes, false));
+            (score.rounds, score.nodes)
+        };
+        assert_eq!([1, 2, 3, 4].map(score), [(3, 2), (2, 2 + 2), (2, 3 + 2), (2, 4)]);
     }
 
     #[test]
