@@ -1,4 +1,4 @@
-//! How the roles open a link, and what of their bundles the protocol speaks about.
+//! Opening of links, and the facts of bundles that the protocol speaks about.
 
 use std::net::SocketAddr;
 use std::ops::Range;

@@ -1,4 +1,5 @@
-//! From logits to tokens and text: what happens to one answer, on the device and by the whole model.
+//! From logits to tokens and text: what happens to one answer, on the device and by the whole
+//! model.
 
 use hat_plan::TokenId;
 

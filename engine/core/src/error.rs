@@ -53,7 +53,7 @@ pub enum RequestError {
     Busy {
         /// The full place.
         reason: String,
-        /// When it is worth trying again.
+        /// Time after which to try again.
         retry_after_ms: u64,
     },
     /// The device's backend did not compute.

@@ -1,6 +1,7 @@
-//! The cloud role: around a [`hat_core::cloud::CloudCore`] stand an io thread, the `shell`, which owns link and clock; a thread for each pipeline
-//! stage (`step`), which owns a backend and a run of layers, with bounded queues between them; and
-//! a thread that waits for their end, and begins anew on the CPU where it may (`keep`).
+//! The cloud role: around a [`hat_core::cloud::CloudCore`] stand an io thread, the `shell`, which
+//! owns link and clock; a thread for each pipeline stage (`step`), which owns a backend and a run
+//! of layers, with bounded queues between them; and a thread that waits for their end, and begins
+//! anew on the CPU where it may (`keep`).
 
 mod keep;
 mod memory;

@@ -114,7 +114,7 @@ fn word_after(code: &str, offset: usize) -> &str {
     &rest[..rest.find(|c: char| !is_word_char(c)).unwrap_or(rest.len())]
 }
 
-/// Where a word stands by itself. Ends that are no word characters need no boundary.
+/// Offsets at which a word stands by itself. Ends that are no word characters need no boundary.
 pub(crate) fn occurrences<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     let whole = move |at: usize| {
         let before = text[..at].chars().next_back();

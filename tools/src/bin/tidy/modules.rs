@@ -1,12 +1,12 @@
-//! Which file is a module of which crate, from the roots that cargo finds by itself down through
-//! each `mod name;`. A file that no root reaches is dead.
+//! Modules of each crate, from the roots that cargo finds by itself down through each `mod name;`.
+//! A file that no root reaches is dead.
 
 use std::collections::BTreeMap;
 
 use crate::source::Source;
 use crate::{Finding, Tree};
 
-/// What is known of each Rust file that is reached.
+/// Facts of each Rust file that is reached.
 pub(crate) struct Modules {
     files: BTreeMap<String, Kind>,
 }
@@ -79,7 +79,7 @@ impl Modules {
     }
 }
 
-/// Whether cargo takes this file for the root of a crate.
+/// Kind of the crate whose root cargo takes this file for.
 fn root_kind(file: &str, tree: &Tree) -> Option<Kind> {
     let (folder, name) = file.rsplit_once('/')?;
     let is_crate = |folder: &str| tree.contains_key(&format!("{folder}/Cargo.toml"));
@@ -101,13 +101,13 @@ fn root_kind(file: &str, tree: &Tree) -> Option<Kind> {
     }
 }
 
-/// Whether the manifest in `folder` gives `path` to a target.
+/// Kind of the target that the manifest in `folder` gives `path` to.
 fn is_named(folder: &str, path: &str, tree: &Tree) -> Option<Kind> {
     let manifest = &tree[&format!("{folder}/Cargo.toml")];
     manifest.contains(&format!("path = \"{path}\"")).then_some(Kind::Test)
 }
 
-/// Where the file of a module may be.
+/// Possible paths of a module's file.
 fn candidates(file: &str, root: bool, path: &[String], attributes: &str) -> Vec<String> {
     let (folder, name) = file.rsplit_once('/').unwrap_or(("", file));
     if let Some(named) =

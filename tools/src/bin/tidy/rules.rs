@@ -13,7 +13,7 @@ pub(crate) const COLUMNS_MAX: usize = 100;
 /// Files that a tool writes: no rule on size or words.
 pub(crate) const GENERATED: &[&str] = &["cuda/src/abi.rs", "cuda/kernels/gen/"];
 
-/// Where unsafe code may stand.
+/// Paths in which unsafe code may stand.
 pub(crate) const UNSAFE_ROOMS: &[&str] = &[
     "loader/src/map.rs",
     "transport/src/codec/avx2.rs",
@@ -40,11 +40,11 @@ pub(crate) const EMPTY_NAMES: &[&str] =
 pub(crate) const EMPTY_TYPES: &[&str] =
     &["Utils", "Util", "Helper", "Helpers", "Manager", "Handler"];
 
-/// Where a rule looks.
+/// Part of the tree that a rule applies to.
 pub(crate) enum Scope {
     /// All Rust code.
     Rust,
-    /// What a library crate is made of: not binaries, tests, benches.
+    /// Library crates: not binaries, tests, benches.
     Library,
     /// These paths.
     Paths(&'static [&'static str]),
@@ -56,7 +56,7 @@ pub(crate) struct Ban {
     pub(crate) scope: Scope,
     /// Paths that are let off.
     pub(crate) except: &'static [&'static str],
-    /// Whether tests are let off.
+    /// True if tests are let off.
     pub(crate) except_tests: bool,
     /// Reason, and the remedy.
     pub(crate) reason: &'static str,

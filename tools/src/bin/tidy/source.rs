@@ -44,7 +44,7 @@ impl Source {
         source
     }
 
-    /// Whether an offset lies in an inline module of tests.
+    /// True if an offset lies in an inline module of tests.
     pub(crate) fn is_test(&self, offset: usize) -> bool {
         self.tests.iter().any(|span| span.contains(&offset))
     }

@@ -15,7 +15,7 @@ const BUDGETS: [usize; 9] = [1, 2, 4, 8, 16, 24, 32, 48, NODES_MAX - 1];
 /// Ways of drafting.
 const WAYS: [&str; 4] = ["tree with lookup", "tree", "lookup", "chain"];
 
-/// Rules of [`WAYS`] with so many nodes.
+/// Rules of [`WAYS`] with this many nodes.
 fn rules(nodes: usize, shape: DraftPolicy) -> [Rule; WAYS.len()] {
     let trees = [Rule::tree(nodes, true, shape), Rule::tree(nodes, false, shape)];
     [trees[0], trees[1], Rule::lookup(nodes), Rule::chain(nodes)]

@@ -1,5 +1,5 @@
-//! Guesses of a trained drafter along recorded answers: the engine's own drafter, with the rows that
-//! a device has.
+//! Guesses of a trained drafter along recorded answers: the engine's own drafter, with the rows
+//! that a device has.
 
 use anyhow::Context as _;
 use half::f16;

@@ -44,7 +44,7 @@ pub(crate) struct EvalArgs {
     /// Use every Nth answer of each directory alone.
     #[arg(long, value_name = "N", default_value_t = 1)]
     every: usize,
-    /// Use at most so many answers of each directory.
+    /// Use at most this many answers of each directory.
     #[arg(long)]
     answers: Option<usize>,
     /// Draw tokens a round against the node budget, of all answers together, as SVG.

@@ -125,8 +125,8 @@ impl Plan {
     }
 
     /// The `count` most frequent tokens of the answers that are trained on, of `vocab_size`.
-    /// Of equally frequent ones those come first that are more frequent in prompts, then the lower ids,
-    /// which byte pair encoding found first and so more often.
+    /// Of equally frequent ones those come first that are more frequent in prompts, then the lower
+    /// ids, which byte pair encoding found first and so more often.
     pub(super) fn frequent_tokens(
         &self,
         count: usize,
