@@ -60,6 +60,7 @@ pub mod frame;
 pub mod link;
 pub mod log;
 pub mod message;
+pub mod planted;
 #[expect(unsafe_code, reason = "page-aligned buffers, each reached through one slot")]
 pub mod pool;
 pub mod random;

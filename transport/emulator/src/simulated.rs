@@ -4,7 +4,7 @@
 //! returns. Whoever drives it moves the clock to [`SimNet::next_at`], or to a moment of its own.
 //! Each socket has a latency and a rate; what arrives is cut and joined anywhere.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -21,8 +21,11 @@ use hat_transport::random::SeededRandom;
 pub struct Conditions {
     /// Microseconds that a byte travels.
     pub latency_us: RangeInclusive<u64>,
-    /// Nanoseconds that a byte takes of a socket's direction.
-    pub ns_per_byte: RangeInclusive<u64>,
+    /// Nanoseconds that a byte takes of a socket's directions: from the end that connects, and to
+    /// it.
+    pub ns_per_byte: [RangeInclusive<u64>; 2],
+    /// True if what arrives is cut anywhere.
+    pub cuts: bool,
 }
 
 /// Kind of a socket's break. Index 0 is the end that connected, 1 the one that accepted.
@@ -50,6 +53,9 @@ impl SimNet {
             random: SeededRandom::new(seed),
             listeners: BTreeMap::new(),
             sockets: BTreeMap::new(),
+            of_link: BTreeMap::new(),
+            of_peer: BTreeMap::new(),
+            touched: BTreeSet::new(),
             next: 1,
         };
         Self { state: Arc::new(Mutex::new(state)) }
@@ -67,7 +73,25 @@ impl SimNet {
         {
             return Err(io::ErrorKind::AddrInUse.into());
         }
-        Ok(SimLink { net: self.clone(), id, listen, waker: Waker::new(|| ()) })
+        let conditions = state.conditions.clone();
+        Ok(SimLink { net: self.clone(), id, listen, conditions, waker: Waker::new(|| ()) })
+    }
+
+    /// When the link of this number has something to tell next; now or earlier if it has already.
+    #[must_use]
+    pub fn next_of(&self, link: u64) -> Option<Instant> {
+        let state = self.state();
+        let now = state.clock.now();
+        let sockets = state.of_link.get(&link).into_iter().flatten();
+        let ends = sockets.flat_map(|id| [0, 1].map(|end| (&state.sockets[id], end)));
+        let own = ends.filter(|(socket, end)| socket.ends[*end].link == link);
+        own.filter_map(|(socket, end)| socket.next_at(end, now)).min()
+    }
+
+    /// Numbers of the links for which something has changed since this was last asked.
+    #[must_use]
+    pub fn take_touched(&self) -> BTreeSet<u64> {
+        std::mem::take(&mut self.state().touched)
     }
 
     /// Time of a link's next completion; now or earlier if it has one already.
@@ -104,6 +128,7 @@ impl SimNet {
     pub fn break_socket(&self, socket: u64, how: Break) {
         let mut state = self.state();
         let now = state.clock.now();
+        state.touch(socket);
         let Some(socket) = state.sockets.get_mut(&socket) else { return };
         for (end, flow) in socket.flows.iter_mut().enumerate() {
             let mut left = how.arrive[end];
@@ -121,6 +146,7 @@ impl SimNet {
     pub fn stall(&self, socket: u64, lasts: Duration) {
         let mut state = self.state();
         let until = state.clock.now() + lasts;
+        state.touch(socket);
         let Some(socket) = state.sockets.get_mut(&socket) else { return };
         for flow in &mut socket.flows {
             flow.pieces.iter_mut().for_each(|piece| piece.0 = piece.0.max(until));
@@ -140,6 +166,12 @@ struct State {
     /// Listening link of each address.
     listeners: BTreeMap<SocketAddr, u64>,
     sockets: BTreeMap<u64, Socket>,
+    /// Sockets of each link.
+    of_link: BTreeMap<u64, BTreeSet<u64>>,
+    /// Socket and end of each peer.
+    of_peer: BTreeMap<PeerId, (u64, usize)>,
+    /// Links for which something has changed.
+    touched: BTreeSet<u64>,
     /// The next link, socket or peer.
     next: u64,
 }
@@ -150,12 +182,32 @@ impl State {
         self.next - 1
     }
 
-    /// The socket and the end of a peer.
+    /// The socket and the end of a peer; whoever has the other end may have something to tell.
     fn end_of(&mut self, peer: PeerId) -> Option<(&mut Socket, usize)> {
-        self.sockets.values_mut().find_map(|socket| {
-            let end = socket.ends.iter().position(|end| end.peer == peer)?;
-            Some((socket, end))
-        })
+        let (id, end) = *self.of_peer.get(&peer)?;
+        let socket = self.sockets.get_mut(&id)?;
+        self.touched.insert(socket.ends[1 - end].link);
+        Some((socket, end))
+    }
+
+    fn touch(&mut self, socket: u64) {
+        let ends = self.sockets.get(&socket).into_iter().flat_map(|socket| &socket.ends);
+        self.touched.extend(ends.map(|end| end.link));
+    }
+
+    /// Forgets a socket that neither end has.
+    fn forget(&mut self, id: u64) {
+        let is_gone = |socket: &Socket| socket.ends.iter().all(|end| end.phase == Phase::Gone);
+        if self.sockets.get(&id).is_some_and(is_gone)
+            && let Some(socket) = self.sockets.remove(&id)
+        {
+            for end in &socket.ends {
+                self.of_peer.remove(&end.peer);
+                if let Some(sockets) = self.of_link.get_mut(&end.link) {
+                    sockets.remove(&id);
+                }
+            }
+        }
     }
 }
 
@@ -164,7 +216,10 @@ struct Socket {
     /// Bytes from each end.
     flows: [Flow; 2],
     latency: Duration,
-    ns_per_byte: u64,
+    /// Of bytes from each end.
+    ns_per_byte: [u64; 2],
+    /// What arrives is cut anywhere.
+    cuts: bool,
     /// Nobody listened there.
     refused: bool,
 }
@@ -222,8 +277,9 @@ impl Socket {
         if own.phase != Phase::Open {
             return;
         }
-        let bytes: Vec<u8> = bufs.iter().flat_map(|buf| buf.wire()).copied().collect();
-        let sent_at = now + Duration::from_nanos(self.ns_per_byte * bytes.len() as u64);
+        let mut bytes = Vec::with_capacity(bufs.iter().map(|buf| buf.wire().len()).sum());
+        bufs.iter().for_each(|buf| bytes.extend_from_slice(buf.wire()));
+        let sent_at = now + Duration::from_nanos(self.ns_per_byte[end] * bytes.len() as u64);
         own.sending = Some((sent_at, bufs));
         let flow = &mut self.flows[end];
         if !flow.lost {
@@ -267,8 +323,8 @@ impl Socket {
             && let Some(mut buf) = own.receiving.take()
         {
             let most = piece.len().min(buf.spare_mut().len());
-            let bytes =
-                if random.below(4) == 0 { most.min(1 + random.below(64) as usize) } else { most };
+            let is_cut = self.cuts && random.below(4) == 0;
+            let bytes = if is_cut { most.min(1 + random.below(64) as usize) } else { most };
             buf.spare_mut()[..bytes].copy_from_slice(&piece[..bytes]);
             buf.advance(bytes);
             piece.drain(..bytes);
@@ -312,16 +368,35 @@ pub struct SimLink {
     net: SimNet,
     id: u64,
     listen: Option<SocketAddr>,
+    /// Of the sockets that it makes.
+    conditions: Conditions,
     waker: Waker,
+}
+
+impl SimLink {
+    /// Its number in [`SimNet::next_of`].
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.id
+    }
+
+    /// Draws the sockets that it makes from these conditions.
+    #[must_use]
+    pub fn with_conditions(mut self, conditions: Conditions) -> Self {
+        self.conditions = conditions;
+        self
+    }
 }
 
 impl Link for SimLink {
     fn connect(&mut self, address: SocketAddr) -> io::Result<PeerId> {
         let mut state = self.net.state();
         let now = state.clock.now();
-        let conditions = state.conditions.clone();
-        let latency = Duration::from_micros(state.random.within(conditions.latency_us));
-        let ns_per_byte = state.random.within(conditions.ns_per_byte);
+        let Conditions { latency_us, ns_per_byte, cuts } = self.conditions.clone();
+        let latency = Duration::from_micros(state.random.within(latency_us));
+        let drawn = state.random.next_u64();
+        let ns_per_byte =
+            ns_per_byte.map(|range| range.start() + drawn % (range.end() - range.start() + 1));
         let listener = state.listeners.get(&address).copied();
         let id = state.number();
         let peers = [0, 1].map(|_| PeerId(state.number()));
@@ -346,7 +421,12 @@ impl Link for SimLink {
             lost: false,
         });
         let refused = listener.is_none();
-        state.sockets.insert(id, Socket { ends, flows, latency, ns_per_byte, refused });
+        for (number, end) in ends.iter().enumerate() {
+            state.of_peer.insert(end.peer, (id, number));
+            state.of_link.entry(end.link).or_default().insert(id);
+        }
+        state.sockets.insert(id, Socket { ends, flows, latency, ns_per_byte, cuts, refused });
+        state.touch(id);
         Ok(peers[0])
     }
 
@@ -387,16 +467,22 @@ impl Link for SimLink {
             done.push(Completion::Woken);
         }
         let mut state = self.net.state();
-        let State { clock, random, sockets, .. } = &mut *state;
-        let now = clock.now();
-        for socket in sockets.values_mut() {
+        let now = state.clock.now();
+        let own: Vec<u64> = state.of_link.get(&self.id).into_iter().flatten().copied().collect();
+        for id in own {
+            let State { random, sockets, touched, .. } = &mut *state;
+            let Some(socket) = sockets.get_mut(&id) else { continue };
             for end in 0..2 {
                 if socket.ends[end].link == self.id {
+                    let was_gone = socket.ends[end].phase == Phase::Gone;
                     socket.progress(end, now, random, done);
+                    if !was_gone && socket.ends[end].phase == Phase::Gone {
+                        touched.insert(socket.ends[1 - end].link);
+                    }
                 }
             }
+            state.forget(id);
         }
-        sockets.retain(|_, socket| socket.ends.iter().any(|end| end.phase != Phase::Gone));
         Ok(())
     }
 
@@ -417,12 +503,15 @@ impl Drop for SimLink {
         if let Some(address) = self.listen {
             state.listeners.remove(&address);
         }
-        for socket in state.sockets.values_mut() {
+        for id in state.of_link.remove(&self.id).unwrap_or_default() {
+            state.touch(id);
+            let Some(socket) = state.sockets.get_mut(&id) else { continue };
             for end in 0..2 {
                 if socket.ends[end].link == self.id && socket.ends[end].phase != Phase::Gone {
                     socket.finish(end, now, None, &mut Vec::new());
                 }
             }
+            state.forget(id);
         }
     }
 }

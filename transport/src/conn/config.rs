@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::message::Hello;
+use crate::planted::Planted;
 
 /// Settings of a connection.
 #[derive(Clone, Debug)]
@@ -24,6 +25,8 @@ pub struct ConnectionConfig {
     pub hello_within: Duration,
     /// Longest time that an acknowledgement waits for a frame to ride in.
     pub ack_delay: Duration,
+    /// A fault, in tests.
+    pub planted: Planted,
 }
 
 impl ConnectionConfig {
@@ -39,6 +42,7 @@ impl ConnectionConfig {
             dead_after: Duration::from_secs(3),
             hello_within: Duration::from_secs(5),
             ack_delay: Duration::from_millis(10),
+            planted: Planted::default(),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Connection, ConnectionEvent, Frame, ProtocolError, may_send};
 use crate::frame::{HEADER_BYTES, Header, Kind, before};
 use crate::message::Role;
+use crate::planted::Fault;
 use crate::pool::{Buf, Charge};
 
 /// Frames after which an acknowledgement waits no longer.
@@ -130,7 +131,8 @@ impl Connection {
             self.traffic.duplicate_frames += 1;
             return Ok(());
         }
-        body.set_charge(Some(self.receive.charge(bytes)));
+        let has_charge = !self.config.planted.is(Fault::KeptCredit);
+        body.set_charge(has_charge.then(|| self.receive.charge(bytes)));
         // An ignorable frame of an unknown kind is counted, and its buffer dropped here.
         if let Some(kind) = kind {
             let Header { session, priority, .. } = *header;

@@ -6,6 +6,7 @@ use super::receive::ReceiveState;
 use super::{Connection, ConnectionEvent, Phase, ProtocolError};
 use crate::frame::{BODY_BYTES_MAX, Header, Kind};
 use crate::message::{Hello, Role};
+use crate::planted::Fault;
 
 impl Connection {
     pub(super) fn handle_hello(
@@ -31,9 +32,11 @@ impl Connection {
         if hello.link_id != ours.link_id {
             return Err(ProtocolError::Link);
         }
-        let resumed = hello.link_epoch == self.epoch && self.epoch != 0;
+        let planted = self.config.planted;
+        let is_ours = hello.link_epoch == self.epoch || planted.is(Fault::StaleEpoch);
+        let resumed = is_ours && self.epoch != 0;
         if resumed {
-            self.send.resume(hello.recv_next)?;
+            self.send.resume(hello.recv_next, usize::from(planted.is(Fault::LateReplay)))?;
             self.send.grant(header.credit);
         } else {
             self.forget(header, &hello)?;

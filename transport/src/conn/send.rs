@@ -159,14 +159,14 @@ impl SendState {
         before(seq, self.oldest)
     }
 
-    /// The link goes on: frames from `recv_next` on are sent again.
-    pub(super) fn resume(&mut self, recv_next: u32) -> Result<(), ProtocolError> {
+    /// The link goes on: frames from `recv_next` on are sent again, but `without` so many.
+    pub(super) fn resume(&mut self, recv_next: u32, without: usize) -> Result<(), ProtocolError> {
         let (oldest, next) = (self.oldest, self.next_seq());
         if self.has_forgotten(recv_next) || before(next, recv_next) {
             return Err(ProtocolError::Replay { recv_next, oldest, next });
         }
         self.acknowledge(recv_next)?;
-        self.replay = 0;
+        self.replay = without.min(self.sent.len());
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use super::{Endpoint, LINGER, Slot, is_stranger};
 use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
 use crate::link::{Completion, Link, PeerId};
 use crate::message::{CloseCode, Hello, Role};
+use crate::planted::Fault;
 use crate::pool::Buf;
 
 /// One socket.
@@ -260,7 +261,9 @@ impl Endpoint {
         }
         // The device has given the old socket up, whatever it looks like from here.
         if let Some(old) = slot.peer.replace(id) {
-            self.leave(now, old, None);
+            if !self.config.connection.planted.is(Fault::NoFence) {
+                self.leave(now, old, None);
+            }
             self.events.push(Event::Down {
                 connection: owner,
                 reason: "the device came back over another socket".to_owned(),

@@ -121,8 +121,12 @@ impl World {
         let mut random = SeededRandom::new(seed);
         let clock = Arc::new(ManualClock::new());
         let slowest = 1 << random.below(18);
-        let conditions =
-            Conditions { latency_us: 10..=10 + slowest, ns_per_byte: 0..=1 << random.below(14) };
+        let rate = 0..=1 << random.below(14);
+        let conditions = Conditions {
+            latency_us: 10..=10 + slowest,
+            ns_per_byte: [rate.clone(), rate],
+            cuts: true,
+        };
         let net = SimNet::new(Arc::clone(&clock), conditions, random.next_u64());
         let body_max = [64, 1000, 8 << 10, BODY_BYTES_MAX][random.below(4) as usize];
         let window_bytes = 2 * FRAME_BYTES_MAX as u32 + random.below(300_000) as u32;

@@ -29,6 +29,7 @@ use hat_plan::BackendFault;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
 use hat_transport::frame::Kind;
 use hat_transport::message::{Busy, CloseCode, Dropped, End, Hello, Message, Open, Opened};
+use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
 pub use self::batch::StepBatch;
@@ -126,6 +127,8 @@ pub struct CloudCore {
     figures: CloudFigures,
     /// A fault that lasts, until it is told.
     fault: Option<BackendFault>,
+    /// A fault, in tests.
+    planted: Planted,
     /// Reused from frame to frame.
     dropped: Vec<Dropped>,
     /// Reused from step to step.
@@ -146,9 +149,15 @@ impl CloudCore {
             planner: Planner::new(&hello),
             figures,
             fault: None,
+            planted: Planted::default(),
             dropped: Vec::new(),
             works: Vec::new(),
         }
+    }
+
+    /// Does this wrong from now on, in tests.
+    pub fn plant(&mut self, planted: Planted) {
+        self.planted = planted;
     }
 
     /// A connection came up, broke, or is over.
@@ -360,11 +369,15 @@ impl CloudCore {
         &mut self,
         now: Instant,
         key: SessionKey,
-        rows: RowsFrame,
+        mut rows: RowsFrame,
     ) -> Result<(), SessionViolation> {
         let (hidden_size, rows_max) = (self.hidden_size(), self.hello.row_budget);
         let session = self.sessions.session(key);
         let (from, wire_id, begins) = (session.connection, session.wire_id, rows.head.more);
+        if self.planted.is(Fault::EarlyCommit) && rows.head.commit != 0 {
+            let commit = std::mem::take(&mut rows.head.commit);
+            session.sequence.commit(commit, self.planner.moves(), &mut Vec::new())?;
+        }
         let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.dropped);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
@@ -477,6 +490,9 @@ impl CloudCore {
         let session = self.sessions.remove(key)?;
         self.planner.forget(key);
         self.admission.note_life(now.saturating_duration_since(session.opened_at));
+        if self.planted.is(Fault::PagesTwice) {
+            self.pages.give_back(session.sequence.pages().to_vec());
+        }
         self.pages.give_back(session.sequence.into_pages());
         Some((session.connection, session.wire_id))
     }

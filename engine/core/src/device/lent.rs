@@ -8,6 +8,7 @@ use hat_transport::codec::Codec;
 use hat_transport::conn::Traffic;
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
+use hat_transport::planted::Planted;
 
 use super::request::RequestId;
 use super::session::Timed;
@@ -214,6 +215,8 @@ pub(super) struct Common {
     pub(super) moves: Vec<RowMove>,
     /// News for those who asked.
     pub(super) events: VecDeque<(RequestId, RequestEvent)>,
+    /// A fault, in tests.
+    pub(super) planted: Planted,
 }
 
 impl Common {
@@ -250,6 +253,7 @@ impl Common {
             },
             moves: Vec::with_capacity(PENDING_ROWS_MAX),
             events: VecDeque::new(),
+            planted: Planted::default(),
         }
     }
 

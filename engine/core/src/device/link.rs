@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use hat_transport::conn::Frame;
 use hat_transport::message::{Message, SessionError, SessionErrorCode};
+use hat_transport::planted::Fault;
 
 use super::patience::Patience;
 use super::request::{Request, RequestId, Session};
@@ -129,6 +130,8 @@ impl DeviceCore {
                 request.patience.start(now, reconnect);
                 request.restart(Some(at));
             }
+            Message::SessionError(SessionError { code: SessionErrorCode::Evicted, .. })
+                if self.cx.planted.is(Fault::IgnoredEviction) => {}
             Message::SessionError(SessionError { code, text }) => {
                 let ended = || CloudViolation::Ended { code, text: text.to_owned() };
                 let at = match code {

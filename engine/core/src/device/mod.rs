@@ -28,6 +28,7 @@ use hat_plan::BackendFault;
 use hat_transport::codec::Codec;
 use hat_transport::conn::{Frame, Traffic};
 use hat_transport::message::Hello;
+use hat_transport::planted::Planted;
 
 use self::feed::Drafting;
 use self::lent::Common;
@@ -189,6 +190,11 @@ impl DeviceCore {
         self.cx.policy = drafts;
     }
 
+    /// Does this wrong from now on, in tests.
+    pub fn plant(&mut self, planted: Planted) {
+        self.cx.planted = planted;
+    }
+
     /// Takes a request. It runs as soon as there is room.
     pub fn submit(&mut self, asked: Instant, prepared: Prepared, answer: Answer) -> RequestId {
         let id = self.next_request;
@@ -205,6 +211,11 @@ impl DeviceCore {
     /// Requests that run.
     pub fn running(&self) -> usize {
         self.requests.len()
+    }
+
+    /// Pages that a request can have now, those that are kept for others included.
+    pub fn pages_free(&self) -> usize {
+        self.pages.available()
     }
 
     /// Nobody wants a request's answer any more. No computation may be out.

@@ -80,6 +80,11 @@ impl Pages {
         }
     }
 
+    /// Pages that are free, and those that are kept and give way.
+    pub(super) fn available(&self) -> usize {
+        self.pool.available()
+    }
+
     /// A request is done with its pages.
     pub(super) fn give_back(&mut self, kv: Sequence) {
         self.pool.give_back(kv.into_pages());

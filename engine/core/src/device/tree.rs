@@ -7,6 +7,8 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use hat_transport::planted::Fault;
+
 use super::lent::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
@@ -59,7 +61,8 @@ impl Request {
     }
 
     fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
-        let (mode, depth_max) = (self.draft_mode(), self.depth_max());
+        let mode = self.draft_mode();
+        let depth_max = self.depth_max() + u32::from(cx.planted.is(Fault::RowBeyond));
         let tokens = self.answer.tokens().len();
         let root = *self.path.tokens.last().expect("a prompt has a token");
         let open = self.session.open_mut()?;

@@ -1,8 +1,10 @@
 //! `hat-sim`: many devices and a cloud in virtual time, under the engine's own scheduler, chunk
 //! sizer and draft policy.
 
+mod bed;
 mod calibrate;
 mod costs;
+mod faults;
 mod figures;
 mod fleet;
 mod load;
@@ -45,6 +47,8 @@ enum Command {
     Ablation(Load),
     /// Find what the paper does not state from its U-shape rows alone.
     Calibrate(CalibrateArgs),
+    /// Devices and clouds whose links, processes and backends fail: what must hold, from a seed.
+    Faults(faults::FaultsArgs),
     /// Very many devices on a few clouds, and what the scheduler itself takes.
     Fleet(fleet::FleetArgs),
 }
@@ -125,6 +129,7 @@ fn main() -> ExitCode {
     let done = match args.command {
         Command::Paper(args) => paper(&args),
         Command::Ablation(args) => ablation(&args),
+        Command::Faults(args) => faults::faults(&args),
         Command::Fleet(args) => fleet::fleet(&args),
         Command::Calibrate(args) => calibrate(&args),
     };

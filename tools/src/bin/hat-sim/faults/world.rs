@@ -1,0 +1,658 @@
+//! One seed's world from its first request to the silence after the last, and what must hold in it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use hat_core::RequestError;
+use hat_core::answer::Prepared;
+use hat_core::cloud::{CloudCore, CloudCoreConfig, CloudFigures};
+use hat_core::device::{
+    DeviceConfig, DeviceCore, DeviceWork, Done, PageNamer, RequestEvent, RequestId,
+};
+use hat_core::page::pages_for;
+use hat_core::request::{Event, Request};
+use hat_core::sequence::PENDING_ROWS_MAX;
+use hat_core::wire::{BundleFacts, hello};
+use hat_emulator::simulated::Break;
+use hat_plan::{DeviceForward, MiddleForward, MiddleStep, TokenId};
+use hat_transport::conn::{ConnectionId, Frame};
+use hat_transport::endpoint::{Endpoint, EndpointConfig};
+use hat_transport::frame::Kind;
+use hat_transport::message::{Busy, Hello, Message, Role, SessionError, SessionErrorCode};
+use hat_transport::pool::PoolConfig;
+use hat_transport::random::SeededRandom;
+
+use super::guesser::Guesser;
+use super::ledger::{self, DeviceLedger, LAYERS, Ledger};
+use super::real::Real;
+use super::setting::{Act, Asked, CloudSetting, DeviceSetting, Manner, Setting};
+use crate::bed::{Bed, Compute, Happened, Node, Ran, VOCAB};
+
+/// Pause between two looks at a world that is to be quiet.
+const LOOK: Duration = Duration::from_millis(500);
+/// Time after the last trouble in which every request ends, and after that everything is given
+/// back.
+const ENDS_WITHIN: Duration = Duration::from_secs(1200);
+const QUIET_WITHIN: Duration = Duration::from_secs(120);
+
+/// How often what was tried has happened, and a digest of what happened when.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    pub times: BTreeMap<&'static str, u64>,
+    pub digest: u64,
+}
+
+impl Seen {
+    fn note(&mut self, what: &'static str, times: u64) {
+        *self.times.entry(what).or_default() += times;
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        other.times.iter().for_each(|(what, times)| self.note(what, *times));
+        self.digest = self.digest.wrapping_add(other.digest);
+    }
+
+    pub fn of(&self, what: &str) -> u64 {
+        self.times.get(what).copied().unwrap_or_default()
+    }
+}
+
+/// Layers of a device, and of a stage.
+enum DeviceModel {
+    Ledger(DeviceLedger),
+    Real(Box<dyn DeviceForward>),
+}
+
+enum StageModel {
+    Ledger(Ledger),
+    Real(Box<dyn MiddleForward>),
+}
+
+impl DeviceModel {
+    fn forward(&mut self) -> &mut dyn DeviceForward {
+        match self {
+            Self::Ledger(ledger) => ledger,
+            Self::Real(model) => &mut **model,
+        }
+    }
+
+    /// What a fault leaves.
+    fn garble(&mut self) {
+        if let Self::Ledger(ledger) = self {
+            ledger.input.garble();
+            ledger.tail.iter_mut().for_each(Ledger::garble);
+        }
+    }
+}
+
+/// The models of all processes, what they cost, and the faults that are planted in them.
+struct Models {
+    devices: Vec<(DeviceModel, DeviceSetting)>,
+    clouds: Vec<Vec<StageModel>>,
+    manner: Manner,
+    random: SeededRandom,
+    /// Costs of a step: of a row, and beside it.
+    costs: [Duration; 2],
+    /// Faults of the next computation: whether they last.
+    device_faults: Vec<Option<bool>>,
+    stage_faults: Vec<Option<bool>>,
+    hangs: Vec<bool>,
+    seen: Seen,
+    /// What an honest peer must not cause.
+    wrong: Option<String>,
+}
+
+impl Models {
+    fn note(&mut self, what: u64) {
+        let digest = &mut self.seen.digest;
+        *digest = (*digest ^ what).wrapping_mul(0x0100_0000_01B3).rotate_left(23);
+    }
+}
+
+impl Compute for Models {
+    fn device(&mut self, device: usize, work: DeviceWork<'_>) -> Ran {
+        self.seen.note("computations", 1);
+        let rows = match &work {
+            DeviceWork::Input { tokens, .. } => tokens.len(),
+            DeviceWork::Tail { plan, .. } => plan.rows(),
+            DeviceWork::Head { .. } | DeviceWork::Draft(_) => 1,
+        };
+        let (model, setting) = &mut self.devices[device];
+        work.run(model.forward());
+        let fault = self.device_faults[device].take().map(ledger::fault);
+        if fault.is_some() {
+            model.garble();
+        }
+        let took = setting.call + setting.row * u32::try_from(rows).expect("a chunk is small");
+        self.note(rows as u64);
+        Ran { took: Some(took), fault }
+    }
+
+    fn stage(&mut self, (cloud, stage): (usize, usize), step: &mut MiddleStep) -> Ran {
+        self.seen.note("steps", 1);
+        match &mut self.clouds[cloud][stage] {
+            StageModel::Ledger(ledger) => MiddleForward::forward(ledger, step),
+            StageModel::Real(model) => model.forward(step),
+        }
+        let fault = self.stage_faults[cloud].take().map(ledger::fault);
+        if fault.is_some() {
+            for stage in &mut self.clouds[cloud] {
+                if let StageModel::Ledger(ledger) = stage {
+                    ledger.garble();
+                }
+            }
+        }
+        if std::mem::take(&mut self.hangs[cloud]) {
+            return Ran { took: None, fault };
+        }
+        let rows = u32::try_from(step.plan.rows()).expect("within the row budget");
+        self.note(u64::from(rows) << 32);
+        Ran { took: Some(self.costs[1] + self.costs[0] * rows), fault }
+    }
+
+    fn overhears(
+        &mut self,
+        cloud: usize,
+        endpoint: &mut Endpoint,
+        from: ConnectionId,
+        frame: &Frame,
+    ) -> bool {
+        let manner = match self.manner {
+            Manner::Honest => return true,
+            _ if cloud != 0 => return true,
+            Manner::Fickle => {
+                let all = [Manner::Honest, Manner::Evicts, Manner::Refuses, Manner::Mute];
+                all[self.random.below(4) as usize]
+            }
+            other => other,
+        };
+        let retry_after_ms = [0, 1, 500, u32::MAX][self.random.below(4) as usize];
+        let code = match self.random.below(3) {
+            0 => SessionErrorCode::Resource,
+            1 => SessionErrorCode::NoSuchSession,
+            _ => SessionErrorCode::Evicted,
+        };
+        let answer = match (manner, frame.kind) {
+            (Manner::Refuses, Kind::Open) => Message::Busy(Busy { retry_after_ms }),
+            (Manner::Evicts, Kind::Rows) => {
+                Message::SessionError(SessionError { code, text: "as I like" })
+            }
+            (Manner::Mute, _) => return false,
+            _ => return true,
+        };
+        let _ = endpoint.send_message(from, frame.session, &answer);
+        false
+    }
+
+    fn hears(&mut self, device: usize, frame: &Frame) {
+        self.note(frame.body.len() as u64 ^ (u64::from(frame.session) << 40));
+        let is_honest = is_honest(self.manner, &self.devices[device].1);
+        if frame.kind != Kind::SessionError || !is_honest {
+            return;
+        }
+        if let Ok(Message::SessionError(SessionError { code, text })) =
+            Message::decode(frame.kind, &frame.body)
+        {
+            use SessionErrorCode::{Evicted, NoSuchSession, Resource};
+            if !matches!(code, Evicted | NoSuchSession | Resource) {
+                self.wrong = Some(format!("device {device} is told {code:?}: {text}"));
+            }
+        }
+    }
+}
+
+/// An answer on its way, and the one that is right.
+struct Answered {
+    id: Option<RequestId>,
+    right: Vec<TokenId>,
+    got: Vec<TokenId>,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nobody asks for it.
+    Never,
+    /// It will be asked for.
+    Later,
+    Runs,
+    Done,
+    Failed,
+    /// Its device has ended.
+    Lost,
+    Cancelled,
+}
+
+/// The world of a seed.
+pub struct World<'a> {
+    setting: &'a Setting,
+    bed: Bed<Act>,
+    models: Models,
+    answers: Vec<Answered>,
+    /// Whether somebody may stand still for long.
+    stalls: bool,
+    /// When the last request had ended, as far as it was seen.
+    ended_at: Duration,
+    /// Each device's backend was lost, or did not compute.
+    faulted: Vec<bool>,
+}
+
+fn is_honest(manner: Manner, device: &DeviceSetting) -> bool {
+    manner == Manner::Honest || device.cloud != 0
+}
+
+fn device_pages(device: &DeviceSetting) -> usize {
+    pages_for(device.kv_rows_max + PENDING_ROWS_MAX)
+}
+
+/// Runs a seed's world through a schedule.
+///
+/// # Errors
+/// What did not hold.
+pub fn live(
+    setting: &Setting,
+    schedule: &[(Duration, Act)],
+    real: Option<&Real>,
+) -> Result<Seen, String> {
+    let mut world = World::new(setting, real).map_err(|error| error.to_string())?;
+    for (at, act) in schedule {
+        world.bed.act_in(*at, *act);
+        world.stalls |=
+            matches!(act, Act::Stop(..) | Act::Stall(..) | Act::Jump(_) | Act::StageHangs(_));
+        if let Act::Ask(number) = act {
+            world.answers[*number].state = State::Later;
+        }
+    }
+    world.bed.act_in(setting.quiet_at, Act::Quiet);
+    world.live()?;
+    Ok(world.seen())
+}
+
+impl<'a> World<'a> {
+    fn new(setting: &'a Setting, real: Option<&Real>) -> anyhow::Result<Self> {
+        let (width, alphabet) = (setting.width, setting.alphabet);
+        let device_model = |device: &DeviceSetting| -> anyhow::Result<_> {
+            if let Some(real) = real {
+                return Ok(DeviceModel::Real(real.device(device.has_tail)?));
+            }
+            let pages = device_pages(device);
+            let input = Ledger::new(0..device.split, pages, width);
+            let tail = device.has_tail.then(|| Ledger::new(device.exit()..LAYERS, pages, width));
+            Ok(DeviceModel::Ledger(DeviceLedger { input, tail, alphabet }))
+        };
+        let cuts: &[Range<usize>] = match setting.cloud.stages {
+            1 => &[1..LAYERS],
+            _ => &[1..2, 2..LAYERS],
+        };
+        let cloud_model = || -> anyhow::Result<Vec<_>> {
+            Ok(match real {
+                Some(real) => real.cloud(cuts)?.into_iter().map(StageModel::Real).collect(),
+                None => {
+                    let ledger = |cut: &Range<usize>| {
+                        Ledger::new(cut.clone(), setting.cloud.pages as usize, width)
+                    };
+                    cuts.iter().map(ledger).map(StageModel::Ledger).collect()
+                }
+            })
+        };
+        let right = |asked: &Asked| match real {
+            Some(real) => real.answer(asked, &setting.devices[asked.device]),
+            None => Ok(ledger::answer(&asked.prompt, asked.tokens, alphabet)),
+        };
+        let devices = setting.devices.iter();
+        let devices = devices.map(|device| Ok((device_model(device)?, device.clone())));
+        let models = Models {
+            devices: devices.collect::<anyhow::Result<_>>()?,
+            clouds: (0..setting.clouds).map(|_| cloud_model()).collect::<anyhow::Result<_>>()?,
+            manner: setting.cloud.manner,
+            random: SeededRandom::new(setting.seed ^ 7),
+            costs: [setting.cloud.row, setting.cloud.step],
+            device_faults: vec![None; setting.devices.len()],
+            stage_faults: vec![None; setting.clouds],
+            hangs: vec![false; setting.clouds],
+            seen: Seen::default(),
+            wrong: None,
+        };
+        let answers = setting.asked.iter().map(|asked| {
+            let (id, got, state) = (None, Vec::new(), State::Never);
+            Ok(Answered { id, right: right(asked)?, got, state })
+        });
+        let mut world = Self {
+            setting,
+            bed: Bed::new(setting.conditions.clone(), setting.seed),
+            models,
+            answers: answers.collect::<anyhow::Result<_>>()?,
+            stalls: false,
+            ended_at: Duration::ZERO,
+            faulted: vec![false; setting.devices.len()],
+        };
+        (0..setting.clouds).for_each(|cloud| world.begin_cloud(cloud));
+        (0..setting.devices.len()).for_each(|device| world.begin_device(device));
+        Ok(world)
+    }
+
+    fn begin_cloud(&mut self, cloud: usize) {
+        let Setting { width, planted, cloud: ref setting, .. } = *self.setting;
+        let CloudSetting { row_budget, sessions_max, idle_after, step_within, .. } = *setting;
+        let own = Hello {
+            row_budget,
+            stages: u16::try_from(self.setting.cloud.stages).expect("few"),
+            ..hello(Role::Cloud, [7; 32], width, 1..LAYERS as u32)
+        };
+        let config = CloudCoreConfig {
+            sessions_max,
+            sessions_per_device_max: sessions_max,
+            context_max: 2000,
+            idle_after,
+            step_within,
+        };
+        let mut core = CloudCore::new(config, own, setting.pages, CloudFigures::default());
+        let mut config = EndpointConfig::new(own);
+        config.connection.window_bytes =
+            u32::try_from(self.setting.window_bytes()).expect("rows are narrow");
+        config.connection.planted = planted;
+        config.grace = setting.grace;
+        config.pool = self.setting.cloud_pool();
+        core.plant(planted);
+        self.bed.begin_cloud(cloud, core, config, self.setting.cloud.stages);
+    }
+
+    fn begin_device(&mut self, device: usize) {
+        let setting = &self.setting.devices[device];
+        let width = self.setting.width;
+        let config = DeviceConfig {
+            sessions_max: setting.sessions_max,
+            kv_rows_max: setting.kv_rows_max,
+            step_rows_max: setting.step_rows_max,
+            chunks: setting.chunks,
+            codec: setting.codec,
+            reconnect: setting.reconnect,
+            cloud: "the cloud".to_owned(),
+        };
+        let facts = BundleFacts {
+            hidden_size: width,
+            context: 2000,
+            layers: setting.split as u32..setting.exit() as u32,
+            model_id: [7; 32],
+            has_tail: setting.has_tail,
+        };
+        let now = self.bed.now();
+        let arithmetic = hat_plan::ARITHMETIC_CPU;
+        let namer = PageNamer::new(setting.codec, &facts, arithmetic, [9; 32].into());
+        let namer = namer.filter(|_| setting.prefix);
+        let drafter = setting.drafter.then(|| {
+            let random = SeededRandom::new(self.models.random.next_u64());
+            let fails = !self.setting.calm;
+            let facts = (width, setting.split, self.setting.alphabet);
+            Box::new(Guesser::new(random, facts, fails)) as _
+        });
+        let mut core = DeviceCore::new(now, config, &facts, VOCAB, namer, drafter);
+        core.plant(self.setting.planted);
+        let own = hello(Role::Device, [7; 32], width, facts.layers);
+        let mut config = EndpointConfig::new(own);
+        config.connection.planted = self.setting.planted;
+        config.pool = setting.pool();
+        self.bed.begin_device(device, core, config, (setting.cloud, None));
+    }
+
+    /// What has happened.
+    fn seen(&self) -> Seen {
+        let mut seen = self.models.seen.clone();
+        for cloud in &self.bed.clouds {
+            let figures = cloud.core.figures();
+            let CloudFigures { evicted, busy, dropped, pages_reused, .. } = figures;
+            let times = [evicted, busy, dropped, pages_reused];
+            let names = ["evicted", "busy", "dropped", "pages reused"];
+            names.into_iter().zip(times).for_each(|(name, times)| seen.note(name, times));
+        }
+        seen
+    }
+
+    fn live(&mut self) -> Result<(), String> {
+        while let Some(happened) = self.bed.next(&mut self.models) {
+            if let Some(wrong) = self.models.wrong.take() {
+                return Err(wrong);
+            }
+            match happened {
+                Happened::Act(Act::Look) => {
+                    if self.look()? {
+                        return Ok(());
+                    }
+                }
+                Happened::Act(act) => self.act(act),
+                Happened::News { device, id, event } => self.hear(device, id, event)?,
+                Happened::Ended { cloud } => {
+                    let after = Duration::from_millis(200);
+                    self.bed.act_in(after, Act::Begin(Node::Cloud(cloud)));
+                }
+            }
+        }
+        Err("nothing happens any more".to_owned())
+    }
+
+    fn act(&mut self, act: Act) {
+        match act {
+            Act::Ask(number) => self.ask(number),
+            Act::Cancel(number) => {
+                let answer = &mut self.answers[number];
+                if let (State::Runs, Some(id)) = (answer.state, answer.id) {
+                    answer.state = State::Cancelled;
+                    self.models.seen.note("cancelled", 1);
+                    self.bed.cancel(self.setting.asked[number].device, id);
+                }
+            }
+            Act::Break(chance) => self.break_one(&mut SeededRandom::new(chance)),
+            Act::Stall(chance, time) => {
+                let sockets = self.bed.net.sockets();
+                if let Some(socket) = sockets.get(chance as usize % sockets.len().max(1)) {
+                    self.bed.net.stall(*socket, time);
+                }
+            }
+            Act::Stop(node, time) => self.bed.stop_for(node, time),
+            Act::Jump(time) => self.bed.jump(time),
+            Act::End(node, time) => {
+                match node {
+                    Node::Device(device) => self.end_device(device),
+                    Node::Cloud(cloud) => self.bed.end_cloud(cloud),
+                }
+                self.bed.act_in(time, Act::Begin(node));
+            }
+            Act::Begin(Node::Device(device)) => {
+                if self.bed.devices[device].endpoint.is_none() {
+                    self.begin_device(device);
+                }
+            }
+            Act::Begin(Node::Cloud(cloud)) => {
+                if self.bed.clouds[cloud].endpoint.is_none() {
+                    self.begin_cloud(cloud);
+                }
+            }
+            Act::DeviceFault(device, lasts) => {
+                self.models.device_faults[device] = Some(lasts);
+                self.faulted[device] = true;
+            }
+            Act::StageFault(cloud, lasts) => self.models.stage_faults[cloud] = Some(lasts),
+            Act::StageHangs(cloud) => self.models.hangs[cloud] = true,
+            Act::Quiet => {
+                self.models.device_faults.fill(None);
+                self.models.stage_faults.fill(None);
+                self.models.hangs.fill(false);
+                self.bed.act_in(LOOK, Act::Look);
+            }
+            Act::Look => {}
+        }
+    }
+
+    fn ask(&mut self, number: usize) {
+        let asked = &self.setting.asked[number];
+        let request = Request::tokens(asked.prompt.clone()).max_tokens(asked.tokens);
+        let mut request = request.draft(asked.draft);
+        request.hash_logits = asked.hashes;
+        let prepared = Prepared::new(request, asked.prompt.clone(), VOCAB, 2000);
+        let prepared = prepared.expect("a request as it should be");
+        if self.bed.devices[asked.device].endpoint.is_none() {
+            // It is asked again when there is a device.
+            return self.bed.act_in(LOOK, Act::Ask(number));
+        }
+        let answer = &mut self.answers[number];
+        answer.state = State::Runs;
+        answer.id = Some(self.bed.submit(asked.device, prepared));
+    }
+
+    fn end_device(&mut self, device: usize) {
+        self.bed.end_device(device);
+        for (answer, asked) in self.answers.iter_mut().zip(&self.setting.asked) {
+            if asked.device == device && answer.state == State::Runs {
+                answer.state = State::Lost;
+                self.models.seen.note("lost", 1);
+            }
+        }
+    }
+
+    fn break_one(&mut self, random: &mut SeededRandom) {
+        let net = &self.bed.net;
+        let sockets = net.sockets();
+        let Some(&socket) = sockets.get(random.below(sockets.len().max(1) as u64) as usize) else {
+            return;
+        };
+        let arrive = net.under_way(socket).map(|all| random.below(all as u64 + 1) as usize);
+        let mut told = |most| Some(Duration::from_millis(random.below(most)));
+        let (early, soon, late) = (told(500), told(500), told(20_000));
+        let now = Some(Duration::ZERO);
+        let how = match random.below(5) {
+            0 => Break { arrive, told: [early, soon] },
+            1 => Break { arrive: [usize::MAX, 0], told: [now, late] },
+            2 => Break { arrive: [usize::MAX, 0], told: [now, None] },
+            3 => Break { arrive: [0, usize::MAX], told: [late, now] },
+            _ => Break { arrive, told: [None; 2] },
+        };
+        net.break_socket(socket, how);
+    }
+
+    fn hear(&mut self, device: usize, id: RequestId, event: RequestEvent) -> Result<(), String> {
+        let is_it = |number: &usize| {
+            self.setting.asked[*number].device == device && self.answers[*number].id == Some(id)
+        };
+        let Some(number) = (0..self.answers.len()).find(is_it) else { return Ok(()) };
+        let answer = &mut self.answers[number];
+        if answer.state != State::Runs {
+            return Ok(());
+        }
+        let seen = &mut self.models.seen;
+        match event {
+            RequestEvent::Said(Event::Token { token, .. }) => {
+                seen.note("tokens", 1);
+                answer.got.push(token);
+                if !answer.right.starts_with(&answer.got) {
+                    let Answered { right, got, .. } = answer;
+                    return Err(format!("request {number}: {right:?} is right, not {got:?}"));
+                }
+            }
+            RequestEvent::Done(done) => {
+                answer.state = State::Done;
+                seen.note("done", 1);
+                let Done { metrics, .. } = &*done;
+                if metrics.token_ids != answer.right || answer.got != answer.right {
+                    let Answered { right, got, .. } = answer;
+                    return Err(format!(
+                        "request {number}: {right:?} is right, not all of {got:?}"
+                    ));
+                }
+            }
+            RequestEvent::Failed(error) => {
+                answer.state = State::Failed;
+                seen.note("failed", 1);
+                if !self.may_fail(device, &error) {
+                    return Err(format!("request {number}: {error:?}"));
+                }
+            }
+            RequestEvent::Runs | RequestEvent::Said(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether an error may come of what was done to this world.
+    fn may_fail(&self, device: usize, error: &RequestError) -> bool {
+        if self.setting.calm {
+            return false;
+        }
+        match error {
+            RequestError::Backend(_) => self.faulted[device],
+            RequestError::Busy { .. } => true,
+            RequestError::NotFinite { .. } | RequestError::Stopped(_) => false,
+            RequestError::Peer { .. }
+                if !is_honest(self.setting.cloud.manner, &self.setting.devices[device]) =>
+            {
+                true
+            }
+            // The cloud is away too long, or lost the session too often.
+            RequestError::Peer { reason, .. } if reason.contains("said nothing new") => self.stalls,
+            RequestError::Peer { reason, .. } => {
+                let known = ["(waited", "forgot the session", "ended the session"];
+                known.iter().any(|known| reason.contains(known))
+            }
+        }
+    }
+
+    /// Looks at a world in which nothing goes wrong any more; true if everything is given back.
+    fn look(&mut self) -> Result<bool, String> {
+        self.bed.act_in(LOOK, Act::Look);
+        let now = self.bed.elapsed();
+        let is_open = |it: &Answered| matches!(it.state, State::Runs | State::Later);
+        if let Some(number) = self.answers.iter().position(is_open) {
+            self.ended_at = now;
+            let (got, waited) = (&self.answers[number].got, now - self.setting.quiet_at);
+            return match waited > ENDS_WITHIN {
+                true => Err(format!("request {number} does not end: {got:?} in {waited:?}")),
+                false => Ok(false),
+            };
+        }
+        let kept = self.kept();
+        match now - self.ended_at > QUIET_WITHIN {
+            true if !kept.is_empty() => Err(format!("not given back: {}", kept.join("; "))),
+            _ => Ok(kept.is_empty()),
+        }
+    }
+
+    /// What is held that nobody needs.
+    fn kept(&self) -> Vec<String> {
+        let mut kept = Vec::new();
+        let buffers = |endpoint: &Endpoint, config: PoolConfig, connections: usize| {
+            let (small, large) = endpoint.pool().free();
+            let held = (config.small as usize - small) + (config.large as usize - large);
+            // A connection has one for PING and its like, and its socket one to receive into.
+            held.saturating_sub(2 * connections)
+        };
+        for (number, device) in self.bed.devices.iter().enumerate() {
+            let Some(endpoint) = &device.endpoint else { continue };
+            let setting = &self.setting.devices[number];
+            let (core, pages) = (&device.core, device_pages(setting));
+            let held = buffers(endpoint, setting.pool(), 1);
+            if (core.running(), core.waiting(), core.pages_free(), held) != (0, 0, pages, 0) {
+                let (runs, free) = (core.running(), core.pages_free());
+                kept.push(format!(
+                    "device {number}: {runs} requests, {free} of {pages} pages, {held} buffers"
+                ));
+            }
+        }
+        for (number, cloud) in self.bed.clouds.iter().enumerate() {
+            let Some(endpoint) = &cloud.endpoint else { continue };
+            if number == 0 && self.setting.cloud.manner != Manner::Honest {
+                continue;
+            }
+            let CloudFigures { sessions, pages_free, .. } = cloud.core.figures();
+            let connections = cloud.core.connections().count();
+            let held = buffers(endpoint, self.setting.cloud_pool(), connections);
+            let pages = u64::from(self.setting.cloud.pages);
+            if (sessions, pages_free, held) != (0, pages, 0) || !cloud.is_idle() {
+                kept.push(format!(
+                    "cloud {number}: {sessions} sessions, {pages_free} of {pages} pages, {held} \
+                     buffers, idle {}",
+                    cloud.is_idle()
+                ));
+            }
+        }
+        kept
+    }
+}
