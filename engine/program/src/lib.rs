@@ -1,6 +1,6 @@
 //! Things that our programs share, and no library needs: standard output and command lines
-//! ([`out`]), models by name or path ([`pull`]), and the end of a process whose mapped file became
-//! shorter ([`shrunk`]).
+//! ([`mod@out`]), models by name or path ([`pull`]), and the end of a process whose mapped file
+//! became shorter ([`shrunk`]).
 
 pub mod out;
 pub mod pull;

@@ -1,6 +1,6 @@
 //! Standard output and command lines of our programs.
 //!
-//! All output passes [`write`], through [`out!`](crate::out!) and [`outln!`](crate::outln!), so
+//! All output passes [`write()`], through [`out!`](crate::out!) and [`outln!`](crate::outln!), so
 //! that each program treats a reader that is gone and a full disk alike: a closed pipe ends the
 //! program quietly with exit code 0, as a reader like `head` wants it, and any other failure is
 //! one line on standard error that names standard output, with exit code 1.

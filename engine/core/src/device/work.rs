@@ -160,7 +160,7 @@ impl Work {
 
 impl DeviceCore {
     /// The next computation, if none is out: of the tree that grows; of rows that are back, in the
-    /// order in which they came; of the request whose turn it is, see [`turn::choose`]; of the
+    /// order in which they came; of the request whose turn it is, see `turn::choose`; of the
     /// trained drafter over rows that are away; of drafts to add to a tree that is away. Unless
     /// `begins`, nothing but the first two.
     pub fn poll_work(&mut self, now: Instant, begins: bool) -> Option<DeviceWork<'_>> {
