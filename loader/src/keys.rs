@@ -34,7 +34,7 @@ impl std::fmt::Display for Plain<'_> {
 pub(crate) struct KnownKeys {
     /// Read where the configuration is made.
     pub(crate) read: &'static [&'static str],
-    /// They change no number and no token, whatever they say.
+    /// Keys that change no number and no token, whatever their values.
     pub(crate) harmless: &'static [&'static str],
     /// Harmless with one of these values; with another they ask for what is not computed.
     pub(crate) neutral: &'static [(&'static [&'static str], &'static [Plain<'static>])],

@@ -81,7 +81,7 @@ impl Split {
     /// A cut of a model of `num_hidden_layers`.
     ///
     /// # Errors
-    /// Names the number that leaves no layer to the cloud.
+    /// Error that names the number which leaves no layer to the cloud.
     pub fn new(
         num_hidden_layers: usize,
         split_layer: usize,

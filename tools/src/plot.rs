@@ -11,7 +11,7 @@ use crate::statistics::quantile;
 
 /// Pixels.
 const SIZE: (u32, u32) = (860, 480);
-/// Font and size of what stands at axes.
+/// Font and size of the labels at axes.
 const TEXT: (&str, i32) = ("sans-serif", 15);
 /// Font and size of the title.
 const TITLE: (&str, i32) = ("sans-serif", 19);

@@ -78,7 +78,7 @@ impl Request {
         self.check_for(usize::MAX)
     }
 
-    /// As [`Request::check`], for a model of so many tokens.
+    /// As [`Request::check`], for a model of `vocab_size` tokens.
     ///
     /// # Errors
     /// [`InputError::Field`].

@@ -62,7 +62,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     }
 }
 
-/// Names the file that is mapped at `address`; whether there is one.
+/// Names the file that is mapped at `address`; true if there is one.
 fn say(address: u64) -> bool {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let Ok(maps) = rustix::fs::open(c"/proc/self/maps", flags, Mode::empty()) else { return false };

@@ -180,9 +180,10 @@ pub struct TokenSettings {
 /// Treatment of a control token's name in a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Special {
-    /// As the characters they are made of: text of a user.
+    /// Names are the characters they are made of, in the text of a user.
     AsText,
-    /// As control tokens: prompts that the user renders by hand (`--raw`, `/v1/completions`).
+    /// Names are control tokens, in prompts that the user renders by hand (`--raw`,
+    /// `/v1/completions`).
     Parse,
 }
 

@@ -16,7 +16,8 @@ const BATCH_BYTES: usize = 16 << 10;
 const BATCH_FRAMES: usize = 32;
 /// Control frames that may stand in a full queue.
 const CONTROL_RESERVE: usize = 64;
-/// One part in so many of the queue, in frames and in bytes, is not for prompts: a verify finds
+/// Divisor of the queue, in frames and in bytes, for the part that is not for prompts: a verify
+/// finds
 /// room there whatever is uploaded.
 const VERIFY_RESERVE: usize = 8;
 

@@ -193,7 +193,7 @@ impl Guests {
         self.answers.push_back((to, session, reply));
     }
 
-    /// Sends what was answered. A device whose queue is full of answers does not read them, and is
+    /// Sends the queued answers. A device whose queue is full of answers does not read them, and is
     /// not waited for.
     pub(super) fn send_answers(&mut self, sink: &mut dyn FrameSink) {
         while let Some((to, session, reply)) = self.answers.pop_front() {

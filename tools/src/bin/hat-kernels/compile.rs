@@ -77,7 +77,7 @@ pub(crate) struct Tools<'a> {
     pub(crate) nvdisasm: &'a Path,
 }
 
-/// Compiles all of `kernels`, and says what it found of each artefact.
+/// Compiles all of `kernels`, and returns the facts of each artefact.
 pub(crate) fn all(kernels: &Path, tools: &Tools<'_>) -> anyhow::Result<(Artefacts, Described)> {
     let nvrtc = Nvrtc::open(tools.nvrtc)?;
     let (major, minor) = nvrtc.version()?;

@@ -263,7 +263,7 @@ impl<'a> Crowd<'a> {
         Ok(())
     }
 
-    /// Asks what is due: by the clock, or of each device that has nothing to do.
+    /// Sends the requests that are due: by the clock, or to each device that has nothing to do.
     fn ask_due(&mut self, at_s: f64) -> anyhow::Result<()> {
         if self.plan.rate.is_none() {
             for device in 0..self.places.len() {

@@ -155,7 +155,7 @@ impl Uplink {
         self.queues[usize::from(!message.urgent)].push_back(message);
     }
 
-    /// Drops what a request has not begun to send; returns its rows and bytes.
+    /// Drops the messages of a request that are not begun; returns their rows and bytes.
     pub(crate) fn forget(&mut self, request: usize) -> (u64, u64) {
         let (mut rows, mut bytes) = (0, 0);
         let mut stays = |message: &Message| {
