@@ -16,6 +16,9 @@ use super::{Compute, Ran};
 /// Pauses before another connection is made, as the engine has them.
 const REDIAL: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
+/// A turn in which there was nothing to do is followed by the next after so long.
+const TURN: Duration = Duration::from_millis(1);
+
 /// A device.
 pub struct Device {
     pub core: DeviceCore,
@@ -88,6 +91,7 @@ impl Device {
             }
             self.exchange(now, number, compute);
         }
+        let mut idle = 0;
         loop {
             for id in std::mem::take(&mut self.cancelled) {
                 self.core.cancel(id);
@@ -104,8 +108,8 @@ impl Device {
                 self.out = Some((ran.took.and_then(|took| now.checked_add(took)), ran));
                 return;
             }
-            let went_on = self.exchange(now, number, compute);
-            if !went_on && self.core.poll_timeout(now) != Some(Duration::ZERO) {
+            idle = if self.exchange(now, number, compute) { 0 } else { idle + 1 };
+            if idle > 1 || (idle > 0 && self.core.poll_timeout(now) != Some(Duration::ZERO)) {
                 return;
             }
         }
@@ -177,7 +181,7 @@ impl Device {
         if let Some((end, _)) = &self.out {
             return *end;
         }
-        let core = self.core.poll_timeout(now).map(|after| now + after);
+        let core = self.core.poll_timeout(now).map(|after| now + after.max(TURN));
         let dial = self.dial_at.filter(|_| self.connection.is_none());
         let own = [core, dial, endpoint.poll_timeout(now), net.next_of(self.link)];
         own.into_iter().flatten().min()

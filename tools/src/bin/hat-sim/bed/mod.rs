@@ -32,7 +32,7 @@ pub use self::device::Device;
 /// A turn of a process takes so long at least.
 const TURN: Duration = Duration::from_micros(1);
 /// Turns of all processes in a second: more are a loop.
-const TURNS_MAX: u32 = 1_000_000;
+const TURNS_MAX: u32 = 200_000;
 
 /// A computation that was run.
 #[derive(Clone, Debug, Default)]

@@ -30,12 +30,12 @@ fn a_seed_repeats_its_world() {
 
 /// What is planted, and a seed that finds it.
 const PLANTED: [(Fault, u64); 8] = [
-    (Fault::NoFence, 0),
+    (Fault::NoFence, 2),
     (Fault::StaleEpoch, 0),
-    (Fault::LateReplay, 0),
-    (Fault::KeptCredit, 0),
-    (Fault::PagesTwice, 0),
-    (Fault::EarlyCommit, 0),
+    (Fault::LateReplay, 4),
+    (Fault::KeptCredit, 6),
+    (Fault::PagesTwice, 1),
+    (Fault::EarlyCommit, 425),
     (Fault::IgnoredEviction, 0),
     (Fault::RowBeyond, 0),
 ];

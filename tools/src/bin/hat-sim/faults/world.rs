@@ -53,6 +53,7 @@ impl Seen {
         self.digest = self.digest.wrapping_add(other.digest);
     }
 
+    #[cfg(test)]
     pub fn of(&self, what: &str) -> u64 {
         self.times.get(what).copied().unwrap_or_default()
     }
@@ -136,12 +137,10 @@ impl Compute for Models {
             StageModel::Real(model) => model.forward(step),
         }
         let fault = self.stage_faults[cloud].take().map(ledger::fault);
-        if fault.is_some() {
-            for stage in &mut self.clouds[cloud] {
-                if let StageModel::Ledger(ledger) = stage {
-                    ledger.garble();
-                }
-            }
+        if fault.is_some()
+            && let StageModel::Ledger(ledger) = &mut self.clouds[cloud][stage]
+        {
+            ledger.garble();
         }
         if std::mem::take(&mut self.hangs[cloud]) {
             return Ran { took: None, fault };
@@ -503,6 +502,8 @@ impl<'a> World<'a> {
     fn end_device(&mut self, device: usize) {
         self.bed.end_device(device);
         for (answer, asked) in self.answers.iter_mut().zip(&self.setting.asked) {
+            // The next core counts from the first number again.
+            answer.id = answer.id.filter(|_| asked.device != device);
             if asked.device == device && answer.state == State::Runs {
                 answer.state = State::Lost;
                 self.models.seen.note("lost", 1);
