@@ -90,8 +90,8 @@ pub(crate) const BANS: &[Ban] = &[
         // They talk to cargo.
         except: &["cuda/build.rs", "engine/build.rs", "engine/compute/build.rs"],
         except_tests: true,
-        reason: "it panics when nobody reads: a program uses outln!, out! and note! of hat_program, \
-                 and a library does not print",
+        reason: "it panics when nobody reads: a program uses outln!, out! and note! of \
+                 hat_program, and a library does not print",
     },
     Ban {
         words: &["Instant::now", "SystemTime::now"],
