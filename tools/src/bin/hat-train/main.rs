@@ -27,7 +27,7 @@ struct Args {
 enum Command {
     /// Record the rows of the model's answers to prompts.
     Collect(collect::CollectArgs),
-    /// Train a drafter on what was gathered.
+    /// Train a drafter on recorded rows.
     #[cfg(feature = "train")]
     Fit(fit::FitArgs),
     /// Train a drafter: a build with the feature `train` does that.

@@ -24,7 +24,7 @@ pub(super) const GUESSES_MAX: usize = 16;
 const ROWS_MAX: usize = 256;
 
 /// A trained drafter over recordings.
-pub(super) struct Guesser {
+pub(crate) struct Guesser {
     drafter: DraftSessions,
     hidden_size: usize,
     vocabulary: usize,
@@ -34,7 +34,7 @@ pub(super) struct Guesser {
 
 impl Guesser {
     /// The drafter of a file, for recordings of at most `rows` positions.
-    pub(super) fn new(adapter: &Adapter, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
+    pub(crate) fn new(adapter: &Adapter, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
         let pages = pages_for(rows + PENDING_ROWS_MAX);
         let model =
             DraftModel::new(open::cpu(Processor::Auto, 1)?, device, adapter, ROWS_MAX, pages)?;
@@ -48,7 +48,7 @@ impl Guesser {
     }
 
     /// Guesses at each position and depth; logits are divided by `temperature`.
-    pub(super) fn guess(
+    pub(crate) fn guess(
         &mut self,
         recording: &Recording,
         temperature: f32,

@@ -1,7 +1,7 @@
 //! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
 
 mod curves;
-mod guesses;
+pub(crate) mod guesses;
 mod play;
 mod table;
 mod time;

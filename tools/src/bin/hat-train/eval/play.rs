@@ -30,9 +30,9 @@ use crate::shard::Recording;
 
 /// Guesses by draft step and position of the answer; a drafter that reads no deep rows has one
 /// step for all.
-pub(super) struct Guesses {
+pub(crate) struct Guesses {
     /// `[steps][positions]`, best first.
-    pub(super) steps: Vec<Vec<Vec<Guess>>>,
+    pub(crate) steps: Vec<Vec<Vec<Guess>>>,
 }
 
 impl Guesses {

@@ -69,6 +69,7 @@ pub(super) fn write(
 
 #[cfg(test)]
 pub(super) mod tests {
+    use half::f16;
     use hat_compute::backend::cpu::CpuBackend;
     use hat_compute::{DraftModel, open};
     use hat_engine::internal::{Sequence, tiny_bundle};
@@ -77,8 +78,11 @@ pub(super) mod tests {
     use hat_loader::{AdapterKind, Bundle};
     use hat_plan::{DraftForward as _, PlanBuffers};
 
-    use super::super::drafter::{Example, linear, rms_norm, weight};
+    use super::super::data::FinalNorm;
+    use super::super::drafter::{Example, linear, log_softmax, rms_norm, weight};
     use super::*;
+    use crate::eval::guesses::Guesser;
+    use crate::shard::{Recording, SequenceFacts};
 
     /// Numbers that look random, of about the size that weights have.
     pub(in crate::fit) fn noise(shape: &[usize], stream: u32, size: f32) -> Tensor {
@@ -227,6 +231,51 @@ pub(super) mod tests {
         for kind in AdapterKind::ALL {
             same_forward(kind, true, 0.01);
             same_forward(kind, false, 0.12);
+        }
+    }
+
+    /// Guesses at each position and depth, as `eval` asks for them, against what is unrolled here.
+    #[test]
+    fn eval_asks_for_what_training_unrolls() {
+        for kind in AdapterKind::ALL {
+            let directory = tempfile::tempdir().unwrap();
+            let (device, trained) = bundle(directory.path(), kind, true);
+            let config = device.config();
+            let f16s = |count: usize, stream, size| -> Vec<f16> {
+                let numbers =
+                    rows(&noise(&[count, config.hidden_size], stream, size), 0, count - 1);
+                numbers.into_iter().map(f16::from_f32).collect()
+            };
+            let (source, prompt, tokens, deep_first) = ("test".to_owned(), 4, 15, 2);
+            let facts =
+                SequenceFacts { job: 0, source, prompt, tokens, deep_first, sampled: false };
+            let (shallow, deep) = (vec![f16s(14, 60, 3.0)], f16s(12, 61, 40.0));
+            let recording = Recording { facts, tokens: (0..15).collect(), shallow, deep };
+            let norm = weight(&device, "model.norm.weight", None).unwrap();
+            let norm = FinalNorm { weight: norm, eps: config.rms_norm_eps };
+            let steps = trained.unroll(&norm.example(&recording, 0).unwrap(), 8).unwrap();
+            let head =
+                weight(&device, crate::target::head_name(&device), Some(&VOCABULARY)).unwrap();
+            let path = directory.path().join("adapter.safetensors");
+            let adapter = hat_loader::Adapter::read(&path, &device).unwrap();
+            let mut guesser = Guesser::new(&adapter, &device, 15).unwrap();
+            for temperature in [1.0, 2.0] {
+                let guesses = guesser.guess(&recording, temperature).unwrap();
+                assert_eq!(guesses.steps.len(), steps.len());
+                for (step, (said, wanted)) in guesses.steps.iter().zip(&steps).enumerate() {
+                    let logits =
+                        (linear(&wanted.y, &head).unwrap() / f64::from(temperature)).unwrap();
+                    let wanted = log_softmax(&logits).unwrap().exp().unwrap().to_vec2::<f32>();
+                    for (said, wanted) in said.iter().zip(wanted.unwrap()).skip(step) {
+                        assert_eq!(said.len(), VOCABULARY.len());
+                        for guess in said {
+                            let at = VOCABULARY.iter().position(|token| *token == guess.token);
+                            let wanted = wanted[at.unwrap()];
+                            assert!((guess.probability - wanted).abs() < 0.03, "{step}: {guess:?}");
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+use clap::builder::PossibleValuesParser;
 use hat_engine::note;
 use hat_loader::{AdapterKind, Bundle};
 use serde::{Deserialize, Serialize};
@@ -40,23 +40,41 @@ pub(crate) struct FitArgs {
     /// Directory with device/ and cloud/; the default model's otherwise.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// Steps from one checkpoint to the next.
+    #[arg(long, default_value_t = 50)]
+    checkpoint: usize,
+    /// Write matrices as f16 instead of q8_0.
+    #[arg(long)]
+    f16: bool,
+    /// Start from this checkpoint of another run of the same drafter, not from the model's layer.
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+}
+
+/// Everything that a run of `fit` depends on; a checkpoint of another one is refused.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Recipe {
     /// A decoder layer that reads shallow rows and the deep rows of tokens before, one that reads
     /// shallow rows alone, or the paper's attention and two norms.
     #[arg(
         long,
         default_value = AdapterKind::Deep.name(),
-        value_parser = PossibleValuesParser::new(AdapterKind::ALL.map(AdapterKind::name)).map(kind)
+        value_parser = PossibleValuesParser::new(AdapterKind::ALL.map(AdapterKind::name))
     )]
-    drafter: AdapterKind,
+    drafter: String,
+    #[arg(skip)]
+    model_id: String,
     /// The device's layers; the drafter reads the rows after them.
     #[arg(long, default_value_t = 2)]
     split_layer: usize,
     /// Number of times that each answer is seen.
     #[arg(long, default_value_t = 1)]
     epochs: u32,
-    /// Most shards to use.
-    #[arg(long)]
-    shards: Option<usize>,
+    /// Most shards to use. Later runs keep to those of the first.
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
+    shards: usize,
     /// Draft steps that are unrolled (`deep` alone).
     #[arg(long, default_value_t = 3)]
     unroll: usize,
@@ -84,50 +102,20 @@ pub(crate) struct FitArgs {
     /// Steps of rising learning rate.
     #[arg(long, default_value_t = 40)]
     warmup: usize,
-    /// Steps from one checkpoint to the next.
-    #[arg(long, default_value_t = 50)]
-    checkpoint: usize,
-    /// Write matrices as f16 instead of q8_0.
-    #[arg(long)]
-    f16: bool,
     /// Seed of order and draws.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Start from this checkpoint of another run of the same drafter, not from the model's layer.
-    #[arg(long, value_name = "FILE")]
-    from: Option<PathBuf>,
-}
-
-/// The kind of drafter of this name.
-fn kind(name: String) -> AdapterKind {
-    let named = AdapterKind::ALL.into_iter().find(|kind| kind.name() == name);
-    named.expect("one of the possible values")
-}
-
-/// Everything that a run of `fit` depends on; a checkpoint of another one is refused.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Recipe {
-    drafter: String,
-    model_id: String,
-    split_layer: usize,
-    epochs: u32,
-    /// Shards of the first run, which later ones keep to.
-    shards: usize,
-    unroll: usize,
-    batch: usize,
-    prompt_tail: usize,
-    vocabulary: usize,
-    frequent: usize,
-    drawn: usize,
-    learning_rate: f32,
-    decay: f32,
-    warmup: usize,
-    seed: u64,
+    #[arg(skip)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     from: Option<Box<Origin>>,
 }
 
 impl Recipe {
+    fn kind(&self) -> AdapterKind {
+        let named = AdapterKind::ALL.into_iter().find(|kind| kind.name() == self.drafter);
+        named.expect("one of the possible values")
+    }
+
     /// Optimiser steps that the numbers have seen before this run.
     fn steps_before(&self) -> usize {
         self.from.as_ref().map_or(0, |origin| origin.steps())
@@ -138,21 +126,22 @@ const CHECKPOINT: &str = "checkpoint.safetensors";
 
 /// Trains to the end of the last epoch.
 pub(crate) fn run(args: &FitArgs) -> anyhow::Result<()> {
+    let recipe = &args.recipe;
     ensure!(
-        (1..=STEP_WEIGHTS.len()).contains(&args.unroll),
+        (1..=STEP_WEIGHTS.len()).contains(&recipe.unroll),
         "--unroll: 1 to {}",
         STEP_WEIGHTS.len()
     );
-    ensure!(args.batch > 0 && args.epochs > 0, "--batch, --epochs: at least 1");
+    ensure!(recipe.batch > 0 && recipe.epochs > 0, "--batch, --epochs: at least 1");
     ensure!(
-        args.frequent + args.drawn <= args.vocabulary,
+        recipe.frequent + recipe.drawn <= recipe.vocabulary,
         "--vocabulary: at least --frequent + --drawn"
     );
     let collection = Collection::read(&args.collection)?;
     ensure!(
-        collection.split_layers.contains(&args.split_layer),
+        collection.split_layers.contains(&recipe.split_layer),
         "--split-layer {}: the collection has {:?}",
-        args.split_layer,
+        recipe.split_layer,
         collection.split_layers
     );
     fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
@@ -186,7 +175,7 @@ impl<'a> Trainer<'a> {
             collection.model_id,
             path.display()
         );
-        let mut recipe = recipe_of(args, model_id);
+        let mut recipe = Recipe { model_id, ..args.recipe.clone() };
         let origin = args.from.as_deref().map(Checkpoint::read).transpose()?;
         if let Some(origin) = &origin {
             recipe.from = Some(Box::new(origin.origin(&recipe)?));
@@ -211,11 +200,11 @@ impl<'a> Trainer<'a> {
         };
         let step = own.as_ref().map_or(0, |own| own.step);
         let (drafter, optimiser) = match own.or(origin) {
-            Some(checkpoint) => checkpoint.restore(args.drafter, device.config())?,
+            Some(checkpoint) => checkpoint.restore(recipe.kind(), device.config())?,
             None => {
-                let (layer, scale) = (args.split_layer, plan.shallow_scale()?);
+                let (layer, scale) = (recipe.split_layer, plan.shallow_scale()?);
                 let bundles = [&device, &cloud];
-                let drafter = Drafter::of_model(args.drafter, &bundles, layer, scale)?;
+                let drafter = Drafter::of_model(recipe.kind(), &bundles, layer, scale)?;
                 start::start_outputs(&drafter, &plan)?;
                 let optimiser = AdamW::new(&drafter.params)?;
                 (drafter, optimiser)
@@ -228,7 +217,7 @@ impl<'a> Trainer<'a> {
         let steps = self.plan.steps();
         note!(
             "{} drafter, {} numbers; {} positions in {} shards, {steps} steps{}",
-            self.args.drafter.name(),
+            self.recipe.drafter,
             self.drafter.params.values().map(|value| value.elem_count()).sum::<usize>(),
             self.plan.positions(),
             self.recipe.shards,
@@ -281,27 +270,6 @@ impl<'a> Trainer<'a> {
     fn write_checkpoint(&self) -> anyhow::Result<()> {
         let path = self.args.out.join(CHECKPOINT);
         checkpoint::write(&path, &self.drafter, &self.optimiser, self.step, &self.recipe)
-    }
-}
-
-fn recipe_of(args: &FitArgs, model_id: String) -> Recipe {
-    Recipe {
-        drafter: args.drafter.name().to_owned(),
-        model_id,
-        split_layer: args.split_layer,
-        epochs: args.epochs,
-        shards: args.shards.unwrap_or(usize::MAX),
-        unroll: args.unroll,
-        batch: args.batch,
-        prompt_tail: args.prompt_tail,
-        vocabulary: args.vocabulary,
-        frequent: args.frequent,
-        drawn: args.drawn,
-        learning_rate: args.learning_rate,
-        decay: args.decay,
-        warmup: args.warmup,
-        seed: args.seed,
-        from: None,
     }
 }
 
