@@ -73,13 +73,10 @@ pub use generation::Generation;
 pub use hat_core::request::{Event, Metrics, Request};
 
 #[doc(hidden)]
-pub use hat_core::{chunk, draft, estimate, sample, sched};
+pub use hat_core::{chunk, draft, estimate, sched};
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
-pub use hat_program::{note, out, outln, pull, shrunk};
-#[cfg(feature = "text")]
-#[doc(hidden)]
-pub use hat_text as token;
+pub use hat_program::{out, outln};
 
 /// Types of the fields of configurations, requests and events.
 pub mod options {
@@ -99,16 +96,4 @@ pub mod options {
     pub use hat_core::sample::SamplerConfig;
     pub use hat_loader::Drafters;
     pub use hat_plan::TokenId;
-}
-
-/// For tools that have not moved yet.
-#[doc(hidden)]
-pub mod internal {
-    pub use crate::whole::{Whole, through_codec, whole_answer};
-    pub use hat_core::page::pages_for;
-    pub use hat_core::sequence::{PENDING_ROWS_MAX, Sequence};
-    pub use hat_core::wire::{ARITHMETIC_ID, short as short_model_id};
-    pub use hat_loader::tiny_bundle;
-    #[cfg(feature = "text")]
-    pub use hat_text::{Tokenizer, token_settings};
 }

@@ -13,7 +13,7 @@ mod target;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use hat_engine::out;
+use hat_program::out;
 
 /// Trains the drafter of a model: collect, fit, eval.
 #[derive(Parser)]

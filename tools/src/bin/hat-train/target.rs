@@ -13,11 +13,12 @@ use hat_compute::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
 use hat_compute::backend::{Backend as _, LinearArgs, Write};
 use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
-use hat_engine::internal::{Sequence, Tokenizer, token_settings};
+use hat_core::sequence::Sequence;
 use hat_engine::options::{Processor, TokenId};
-use hat_engine::pull;
 use hat_loader::{Bundle, ModelId, check_same_model};
 use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
+use hat_program::pull;
+use hat_text::{Tokenizer, token_settings};
 
 /// Settings of a [`Target`].
 pub(crate) struct TargetConfig<'a> {

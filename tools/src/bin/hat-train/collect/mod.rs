@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use hat_engine::note;
+use hat_program::note;
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[cfg(feature = "train")]

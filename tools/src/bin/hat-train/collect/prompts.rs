@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use hat_engine::sample::SamplerConfig;
-use hat_engine::sample::noise::philox;
+use hat_core::sample::SamplerConfig;
+use hat_core::sample::noise::philox;
 use serde_json::Value;
 
 /// Text of the user.

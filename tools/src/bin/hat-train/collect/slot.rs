@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use anyhow::{Context as _, ensure};
 use half::f16;
-use hat_engine::internal::Tokenizer;
+use hat_core::sample::{Sampler, SamplerConfig};
 use hat_engine::options::{Message, Role, TokenId};
-use hat_engine::sample::{Sampler, SamplerConfig};
-use hat_engine::token::{ChatOptions, Special};
+use hat_text::Tokenizer;
+use hat_text::{ChatOptions, Special};
 
 use super::prompts::{Job, Prompt};
 use crate::shard::{Recording, SequenceFacts};

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use hat_core::draft::DraftPolicy;
-use hat_engine::outln;
 use hat_loader::{Adapter, Bundle};
+use hat_program::outln;
 use hat_tools::plot::{self, Captions};
 use indicatif::ProgressBar;
 

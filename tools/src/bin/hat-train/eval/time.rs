@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use hat_compute::DraftModel;
 use hat_compute::open;
-use hat_engine::internal::Sequence;
+use hat_core::sequence::Sequence;
 use hat_engine::options::Processor;
-use hat_engine::outln;
 use hat_loader::{Adapter, Bundle};
 use hat_plan::{AttendPlan, DraftForward as _, PAGE_SIZE, PlanBuffers};
+use hat_program::outln;
 
 /// Positions before the draft.
 const CONTEXT: usize = 256;

@@ -72,9 +72,10 @@ pub(super) mod tests {
     use half::f16;
     use hat_compute::backend::cpu::CpuBackend;
     use hat_compute::{DraftModel, open};
-    use hat_engine::internal::{Sequence, tiny_bundle};
+    use hat_core::sample::noise::philox;
+    use hat_core::sequence::Sequence;
     use hat_engine::options::Processor;
-    use hat_engine::sample::noise::philox;
+    use hat_loader::tiny_bundle;
     use hat_loader::{AdapterKind, Bundle};
     use hat_plan::{DraftForward as _, PlanBuffers};
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use candle_core::{Device, Result, Tensor};
 use half::f16;
-use hat_engine::sample::noise::philox;
+use hat_core::sample::noise::philox;
 
 use super::Recipe;
 use super::drafter::{Example, rms_norm};

@@ -15,8 +15,8 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use hat_engine::note;
 use hat_loader::{AdapterKind, Bundle};
+use hat_program::note;
 use serde::{Deserialize, Serialize};
 
 use self::adapter::TrainingFacts;
