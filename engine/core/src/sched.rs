@@ -71,11 +71,26 @@ pub struct Bound {
     pub row: u64,
     /// A row, for each row that it attends to.
     pub row_context: u64,
+    /// Rows of one prompt in a step at most, whatever they take.
+    pub piece: u32,
 }
 
 impl Bound {
     /// No bound but the row budget; nothing is cut.
-    pub const NONE: Self = Self { step: u64::MAX, fixed: 0, row: 0, row_context: 0 };
+    pub const NONE: Self =
+        Self { step: u64::MAX, fixed: 0, row: 0, row_context: 0, piece: u32::MAX };
+
+    /// A step may take any time, but no more than so many rows of one prompt (Sarathi-Serve, arXiv
+    /// 2403.02310).
+    #[must_use]
+    pub const fn of_rows(piece: u32) -> Self {
+        Self { piece, ..Self::NONE }
+    }
+
+    /// Whether a step with prompts may not take as long as it likes.
+    fn is_timed(&self) -> bool {
+        self.step < u64::MAX
+    }
 
     /// `rows` rows behind `context` rows; a row sees half of the others as well.
     fn cost(&self, rows: u32, context: u32) -> u64 {
@@ -111,8 +126,10 @@ impl Room {
 
     /// Rows of `work` that fit; 0 if it has to wait.
     fn fits(&self, work: &Work) -> u32 {
-        if work.urgent || self.bound == Bound::NONE {
-            return if work.rows <= self.rows { work.rows } else { 0 };
+        if work.urgent || !self.bound.is_timed() {
+            let piece = if work.divisible { self.bound.piece } else { u32::MAX };
+            let rows = work.rows.min(piece);
+            return if rows <= self.rows { rows } else { 0 };
         }
         let most = self.rows.min(work.rows);
         let in_time = self.bound.rows_within(self.time, most, work.context);
@@ -216,7 +233,7 @@ impl Scheduler {
     pub fn plan(&mut self, bound: Bound, step: &mut Vec<Work>) {
         step.clear();
         let prompt = self.prompts.next();
-        let is_bounded = bound != Bound::NONE;
+        let is_bounded = bound.is_timed();
         let patience = if is_bounded { 1 } else { PROMPT_PATIENCE };
         let is_due = prompt.is_some() && self.passed_over >= patience;
         let leader = match (prompt.filter(|_| is_due), self.verifies.next()) {

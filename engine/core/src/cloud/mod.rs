@@ -124,6 +124,7 @@ pub struct CloudCore {
     pages: Pages,
     admission: Admission,
     planner: Planner,
+    begun_frames_max: usize,
     figures: CloudFigures,
     /// A fault that lasts, until it is told.
     fault: Option<BackendFault>,
@@ -147,6 +148,7 @@ impl CloudCore {
             pages: Pages::new(pages),
             admission: Admission::default(),
             planner: Planner::new(&hello),
+            begun_frames_max: BEGUN_FRAMES_MAX,
             figures,
             fault: None,
             planted: Planted::default(),
@@ -389,8 +391,8 @@ impl CloudCore {
             self.guests.answer(from, wire_id, Reply::Dropped(rows));
         }
         taken?;
-        if begins && self.sessions.begun_frames(from) > BEGUN_FRAMES_MAX {
-            return Err(SessionViolation::Begun { frames_max: BEGUN_FRAMES_MAX });
+        if begins && self.sessions.begun_frames(from) > self.begun_frames_max {
+            return Err(SessionViolation::Begun { frames_max: self.begun_frames_max });
         }
         self.enqueue_next(now, key);
         Ok(())

@@ -120,6 +120,7 @@ fn bound_of(cost: &CloudCost, step_s: f64) -> Bound {
         fixed: picoseconds(cost.fixed),
         row: picoseconds(cost.per_row),
         row_context: picoseconds(cost.per_row_context),
+        piece: u32::MAX,
     }
 }
 

@@ -7,12 +7,14 @@ use hat_transport::message::Hello;
 
 use super::batch::StepBatch;
 use super::pace::Pace;
-use crate::sched::{Scheduler, SessionKey, Work};
+use crate::sched::{Bound, Scheduler, SessionKey, Work};
 
 /// What runs next.
 pub(super) struct Planner {
     scheduler: Scheduler,
     pace: Pace,
+    /// The bound of every step, if it is not measured.
+    bound: Option<Bound>,
     /// Moves of commits that came on their own, for the next step.
     moves: Vec<RowMove>,
     /// Batches to be filled.
@@ -33,12 +35,23 @@ impl Planner {
         Self {
             scheduler: Scheduler::new(hello.row_budget),
             pace: Pace::default(),
+            bound: None,
             moves: Vec::new(),
             idle: std::iter::repeat_with(StepBatch::default).take(batches).collect(),
             out: 0,
             moved_at: None,
             is_long: false,
         }
+    }
+
+    /// Bounds every step so, instead of by what steps took.
+    pub(super) fn bound_by(&mut self, bound: Bound) {
+        self.bound = Some(bound);
+    }
+
+    /// Works that wait.
+    pub(super) fn queued(&self) -> usize {
+        self.scheduler.queued()
     }
 
     /// Where moves go that ride with the next step.
@@ -87,7 +100,8 @@ impl Planner {
         batch.clear();
         batch.step.moves.append(&mut self.moves);
         let is_decoding = self.pace.is_decoding(now);
-        self.scheduler.plan(self.pace.bound(is_decoding), works);
+        let bound = self.bound.unwrap_or_else(|| self.pace.bound(is_decoding));
+        self.scheduler.plan(bound, works);
         Some(batch)
     }
 

@@ -11,10 +11,23 @@ use super::batch::StepBatch;
 use super::guests::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
-use crate::sched::{SessionKey, Work};
+use crate::sched::{Bound, SessionKey, Work};
 use hat_transport::codec::PackError;
 
 impl CloudCore {
+    /// Bounds every step so, instead of by what steps took, and lets chunks of prompts be as long
+    /// as the row budget: for comparisons.
+    pub fn bound_by(&mut self, bound: Bound) {
+        self.planner.bound_by(bound);
+        self.begun_frames_max = usize::MAX;
+    }
+
+    /// Works that wait for a step.
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.planner.queued()
+    }
+
     /// Steps that the first stage may have, the one that it runs included, when another one is
     /// asked for.
     pub fn steps_ahead(&mut self, now: Instant) -> u64 {

@@ -161,6 +161,9 @@ impl Request {
                     continue;
                 }
                 drafts.is_unsure = guess.probability < cx.policy.chain_probability_min;
+                if drafts.is_unsure && !cx.policy.sends_unsure {
+                    continue;
+                }
             } else {
                 guess.probability = cx.learned.acceptance.corrected(&guess);
             }

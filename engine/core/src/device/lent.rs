@@ -31,6 +31,8 @@ pub(super) struct Facts {
     pub(super) chunks: ChunkPolicy,
     /// Rows of one step of the device.
     pub(super) step_rows_max: u32,
+    /// Whether a chunk is computed as a whole before any of it leaves.
+    pub(super) whole_chunks: bool,
     /// Layers here before the cloud's, and the cloud's.
     pub(super) layers: (u32, u32),
 }
@@ -230,6 +232,7 @@ impl Common {
                 codec: config.codec,
                 chunks: config.chunks,
                 step_rows_max: config.step_rows_max,
+                whole_chunks: false,
                 layers: (layers.start, layers.end - layers.start),
             },
             cloud: CloudFacts {

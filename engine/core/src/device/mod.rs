@@ -195,6 +195,13 @@ impl DeviceCore {
         self.cx.planted = planted;
     }
 
+    /// Drafts by another policy than the engine's own, and computes chunks of prompts as a whole
+    /// before any of their rows leave, if `whole_chunks`: for comparisons.
+    pub fn work_by(&mut self, drafts: DraftPolicy, whole_chunks: bool) {
+        self.cx.policy = drafts;
+        self.cx.facts.whole_chunks = whole_chunks;
+    }
+
     /// Takes a request. It runs as soon as there is room.
     pub fn submit(&mut self, asked: Instant, prepared: Prepared, answer: Answer) -> RequestId {
         let id = self.next_request;

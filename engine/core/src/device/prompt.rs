@@ -53,12 +53,12 @@ impl Request {
             self.session.open_mut()?.chunk = Chunk { rows, left: rows };
         }
         let open = self.session.open_mut()?;
-        let count = match held {
-            0 => open.chunk.left.min(PIECE_ROWS),
-            _ => held.min(cx.facts.step_rows_max),
-        };
         let first = self.kv.committed();
-        let count = cx.learned.piece_rows(first, count);
+        let count = match held {
+            0 if cx.facts.whole_chunks => open.chunk.left,
+            0 => cx.learned.piece_rows(first, open.chunk.left.min(PIECE_ROWS)),
+            _ => cx.learned.piece_rows(first, held.min(cx.facts.step_rows_max)),
+        };
         open.drafts.clear();
         let (first_id, parent) = (self.kv.last_id() + 1, self.kv.tip());
         let place = self

@@ -311,7 +311,7 @@ impl Request {
             return self.end_tree(now, bounds, cx);
         }
         let Some(open) = self.session.open_mut() else { return };
-        if !bounds.is_wave {
+        if !bounds.is_wave && cx.policy.sends_levels {
             open.outgoing.release(true);
         }
         open.stage = Stage::Level(Level { nodes, bounds });

@@ -22,6 +22,8 @@ use hat_plan::{AttendPlan, BackendFault, RowMove, TokenId};
 pub enum DeviceWork<'a> {
     /// Moves in the KV store, then the device's first layers.
     Input {
+        /// The request of the rows.
+        request: RequestId,
         /// Moves that come first; they are taken.
         moves: &'a mut Vec<RowMove>,
         /// Rows and the keys that they attend to.
@@ -42,6 +44,10 @@ pub enum DeviceWork<'a> {
     },
     /// The tail layers where there is a plan for them, then the LM head.
     Head {
+        /// The request of the row.
+        request: RequestId,
+        /// Position of the row.
+        position: u32,
         /// Moves that come before the tail layers; they are taken with them.
         moves: &'a mut Vec<RowMove>,
         /// The row and its keys in the tail layers, if these are due.
@@ -76,7 +82,7 @@ impl DeviceWork<'_> {
     /// Computes.
     pub fn run(self, model: &mut dyn DeviceForward) {
         match self {
-            Self::Input { moves, plan, tokens, hidden } => {
+            Self::Input { moves, plan, tokens, hidden, .. } => {
                 compact(model, moves);
                 model.input(&plan, tokens, hidden);
             }
@@ -84,7 +90,7 @@ impl DeviceWork<'_> {
                 compact(model, moves);
                 model.tail(&plan, hidden);
             }
-            Self::Head { moves, tail, hidden, verdict } => {
+            Self::Head { moves, tail, hidden, verdict, .. } => {
                 if let Some(plan) = tail {
                     compact(model, moves);
                     model.tail(&plan, hidden);
@@ -100,6 +106,12 @@ impl DeviceWork<'_> {
 }
 
 impl DraftWork<'_> {
+    /// The request whose drafts they are.
+    #[must_use]
+    pub fn request(&self) -> RequestId {
+        self.request.id
+    }
+
     /// Computes.
     pub fn run(self) {
         if self.guesses {
@@ -196,13 +208,14 @@ impl DeviceCore {
                     true => Verdict::Greatest(&mut scratch.greatest),
                     false => Verdict::Logits(&mut scratch.logits),
                 };
-                let tail = head.needs_tail.then_some(plan);
-                DeviceWork::Head { moves, tail, hidden: request.head_row(), verdict }
+                let (tail, position) = (head.needs_tail.then_some(plan), request.path.rows() - 1);
+                let (request, hidden) = (*id, request.head_row());
+                DeviceWork::Head { request, position, moves, tail, hidden, verdict }
             }
             _ => {
                 let (tokens, count) = (&scratch.tokens[..], scratch.tokens.len());
                 let hidden = request.rows_mut(count, facts);
-                DeviceWork::Input { moves, plan, tokens, hidden }
+                DeviceWork::Input { request: *id, moves, plan, tokens, hidden }
             }
         })
     }

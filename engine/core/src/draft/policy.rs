@@ -33,6 +33,10 @@ pub struct DraftPolicy {
     /// Probability of a chain's guesses: the first that is less probable is the last, as in HAT
     /// (arXiv 2503.18989).
     pub chain_probability_min: f32,
+    /// True if that last guess goes up, too. (HAT keeps it to draft on from.)
+    pub sends_unsure: bool,
+    /// True if each level of a tree leaves while the next is computed; otherwise all leave together.
+    pub sends_levels: bool,
 }
 
 impl DraftPolicy {
@@ -46,6 +50,8 @@ impl DraftPolicy {
         pending_max: PENDING_ROWS_MAX,
         chain_max: 6,
         chain_probability_min: 0.6,
+        sends_unsure: true,
+        sends_levels: true,
     };
 
     /// Nodes of the next level of a tree that has `nodes` nodes: a small tree chooses more often.

@@ -202,7 +202,7 @@ fn check_step(scheduler: &mut Scheduler, waiting: &mut Queues) -> usize {
 
 /// A step of 40 units: 10 whatever is in it, 1 a row, and 1 more for each 100 rows behind which it
 /// comes.
-const BOUND: Bound = Bound { step: 4000, fixed: 1000, row: 100, row_context: 1 };
+const BOUND: Bound = Bound { step: 4000, fixed: 1000, row: 100, row_context: 1, ..Bound::NONE };
 
 fn bounded(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32, u32)> {
     let mut step = vec![];
@@ -305,7 +305,7 @@ proptest! {
         works in prop::collection::vec((0..6u64, 1..=64u32, any::<bool>()), 1..60),
         (step, fixed, row, row_context) in (0..9000u64, 0..2000u64, 1..200u64, 0..4u64),
     ) {
-        let bound = Bound { step, fixed, row, row_context };
+        let bound = Bound { step, fixed, row, row_context, ..Bound::NONE };
         let mut scheduler = Scheduler::new(64);
         let mut next = [0; 6];
         let mut ends = [0; 6];

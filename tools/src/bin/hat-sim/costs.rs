@@ -1,8 +1,12 @@
 //! Cost files: a model cut in two, machines, a link, requests. They say what things cost, never
-//! who pays: policies differ by switches alone ([`crate::policy`]).
+//! who pays: policies differ by values of the engine's cores alone ([`crate::policy`]).
 
 use anyhow::{Context as _, bail, ensure};
+use hat_core::draft::DraftPolicy;
+use hat_plan::AttendPlan;
 use serde::Deserialize;
+
+use crate::policy::{Place, Policy};
 
 /// Cost files that come with the tool, by name.
 pub(crate) const BUILT_IN: [(&str, &str); 4] = [
@@ -242,6 +246,10 @@ impl CostFile {
             (2..=4096).contains(&self.workload.new_tokens),
             "new_tokens: allowed are 2 to 4096"
         );
+        ensure!(
+            (self.workload.new_tokens + 2..=8192).contains(&self.workload.context_max),
+            "context_max: allowed are new_tokens + 2 to 8192"
+        );
         let devices: usize = self.devices.iter().map(|kind| kind.count).sum();
         ensure!((1..=10_000_000).contains(&devices), "devices: 1 to 10000000 are allowed");
         for (name, number) in self.positive() {
@@ -314,23 +322,43 @@ impl CostFile {
         self
     }
 
-    /// What one stage of the cloud takes.
-    pub(crate) fn stage(&self) -> Stage {
-        let layers = f64::from(self.model.cloud_layers) / f64::from(self.cloud.stages);
+    /// What one stage of the cloud takes, of its equal share of the layers; if the cloud has the
+    /// whole model, with embedding, head and drafter beside the layers.
+    pub(crate) fn server(&self, policy: &Policy) -> Server {
+        let (model, drafter) = (&self.model, &self.drafters.adapter);
         let (read, compute) = (self.calibrated.cloud_read, self.calibrated.cloud_compute);
-        let read_s = 1.0 / (self.cloud.read_gb_s * 1e9 * read.value);
-        Stage {
-            work: Roofline {
-                read_s: layers * self.model.layer_bytes * read_s,
-                row_s: layers * self.model.layer_params * 2.0
-                    / (self.cloud.tera_flop_s * 1e12 * compute.value),
-            },
-            context_s: layers * self.model.kv_bytes * read_s,
+        let stages = f64::from(self.cloud.stages);
+        let byte_s = 1.0 / (self.cloud.read_gb_s * 1e9 * read.value * stages);
+        let param_s = 2.0 / (self.cloud.tera_flop_s * 1e12 * compute.value * stages);
+        let part =
+            |params: f64, bytes: f64| Roofline { read_s: bytes * byte_s, row_s: params * param_s };
+        let whole = f64::from(u8::from(policy.place == Place::Cloud));
+        let layers = f64::from(model.cloud_layers) + whole * f64::from(model.device_layers);
+        let short = if policy.short_head { self.short_share() } else { 1.0 };
+        Server {
+            work: part(
+                layers * model.layer_params + whole * model.head_params,
+                layers * model.layer_bytes + whole * model.head_bytes,
+            ),
+            draft: part(
+                whole * (drafter.params + short * model.head_params),
+                whole * (drafter.bytes + short * model.head_bytes),
+            ),
+            context_s: layers * model.kv_bytes * byte_s,
+            drafts: policy.drafts,
         }
     }
 
-    /// What the parts of the model take on a device of this kind.
-    pub(crate) fn device(&self, kind: &DeviceKind) -> DeviceCosts {
+    /// Share of the vocabulary that a short draft head tells apart.
+    fn short_share(&self) -> f64 {
+        (f64::from(self.drafters.short_vocab) / f64::from(self.model.vocab_size)).min(1.0)
+    }
+
+    /// What the parts of the model take on a device of this kind: nothing, if the cloud has them.
+    pub(crate) fn device(&self, kind: &DeviceKind, place: Place) -> DeviceCosts {
+        if place == Place::Cloud {
+            return DeviceCosts::default();
+        }
         let Calibrated { device_read, device_compute, .. } = self.calibrated;
         let roofline = |params: f64, bytes: f64| Roofline {
             read_s: bytes / (kind.read_gb_s * 1e9 * device_read.value),
@@ -338,8 +366,7 @@ impl CostFile {
         };
         let Model { layer_params, layer_bytes, head_params, head_bytes, .. } = self.model;
         let layers = f64::from(self.model.device_layers);
-        let short = f64::from(self.drafters.short_vocab) / f64::from(self.model.vocab_size);
-        let short = short.min(1.0);
+        let short = self.short_share();
         DeviceCosts {
             layers: roofline(layers * layer_params, layers * layer_bytes),
             head: roofline(head_params, head_bytes),
@@ -352,7 +379,7 @@ impl CostFile {
 
 /// Seconds of a pass over some weights: reading them, or the arithmetic of the rows, whichever is
 /// longer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Roofline {
     pub(crate) read_s: f64,
     pub(crate) row_s: f64,
@@ -366,22 +393,45 @@ impl Roofline {
 
 /// One stage of the cloud.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Stage {
+pub(crate) struct Server {
     pub(crate) work: Roofline,
+    /// A level of guesses for all sessions at once.
+    pub(crate) draft: Roofline,
     /// Reading the KV of one row that came before.
     pub(crate) context_s: f64,
+    /// How trees grow.
+    drafts: DraftPolicy,
 }
 
-impl Stage {
+impl Server {
+    /// A step of these rows.
+    pub(crate) fn seconds(&self, plan: &AttendPlan<'_>) -> f64 {
+        let ends = plan.q_indptr.windows(2).map(|ends| ends[0] as usize..ends[1] as usize);
+        let ends = ends.filter(|rows| !rows.is_empty());
+        let before = |rows: std::ops::Range<usize>| plan.positions[rows.start] as usize;
+        let is_tree = |rows: &usize| (2..=self.drafts.nodes_max + 1).contains(rows);
+        let trees = ends.clone().map(|rows| rows.len()).filter(is_tree);
+        let levels = trees.clone().map(|rows| self.levels(rows)).max().unwrap_or(0) as f64;
+        let drafted: usize = trees.map(|rows| rows - 1).sum();
+        let draft_s = (levels * self.draft.read_s).max(self.draft.row_s * drafted as f64);
+        self.rows_seconds(plan.rows(), ends.map(before).sum()) + draft_s
+    }
+
     /// A step of so many rows whose sessions have `context` rows in all.
-    pub(crate) fn seconds(self, rows: usize, context: usize) -> f64 {
+    pub(crate) fn rows_seconds(&self, rows: usize, context: usize) -> f64 {
         let read_s = self.work.read_s + self.context_s * context as f64;
         read_s.max(self.work.row_s * rows as f64)
+    }
+
+    /// Levels in which a tree of so many rows has grown below its root.
+    pub(crate) fn levels(&self, rows: usize) -> usize {
+        let next = |nodes: &usize| Some(nodes + self.drafts.level(*nodes));
+        std::iter::successors(Some(1), next).take_while(|nodes| *nodes < rows).count()
     }
 }
 
 /// Parts of the model on one kind of device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DeviceCosts {
     /// The input submodel.
     pub(crate) layers: Roofline,
@@ -424,8 +474,11 @@ mod tests {
     fn the_longer_of_reading_and_arithmetic_counts() {
         let roofline = Roofline { read_s: 6.0, row_s: 0.5 };
         assert_eq!([1, 12, 20].map(|rows| roofline.seconds(rows)), [6.0, 6.0, 10.0]);
-        let stage = Stage { work: roofline, context_s: 0.01 };
-        assert_eq!(stage.seconds(1, 100), 7.0);
-        assert_eq!(stage.seconds(20, 100), 10.0);
+        let draft = Roofline { read_s: 2.0, row_s: 0.1 };
+        let server =
+            Server { work: roofline, draft, context_s: 0.01, drafts: DraftPolicy::DEFAULT };
+        assert_eq!(server.rows_seconds(1, 100), 7.0);
+        assert_eq!(server.rows_seconds(20, 100), 10.0);
+        assert_eq!([2, 5, 6, 9, 10].map(|rows| server.levels(rows)), [1, 1, 2, 2, 3]);
     }
 }

@@ -1,9 +1,10 @@
 //! Figures of a run.
 
+use hat_core::metrics::Timings;
 use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
-use crate::world::World;
+use crate::world::{Request, World};
 
 /// Share of the requests at either end of a run that is not counted: the load is not there yet,
 /// or not any more.
@@ -18,7 +19,7 @@ pub(crate) struct Figures {
     pub(crate) tbt_ms: Vec<f64>,
     /// Tokens a round.
     pub(crate) accept_len: f64,
-    /// Rows sent after the prompt, for each token.
+    /// Rows computed after the prompt, for each token.
     pub(crate) rows_a_token: f64,
     /// Of a request.
     pub(crate) bytes_up: f64,
@@ -33,32 +34,37 @@ impl Figures {
     pub(crate) fn of(policy: &str, world: &World<'_>) -> Self {
         let count = world.requests.len();
         let edge = if count >= 20 { (count as f64 * EDGE) as usize } else { 0 };
-        let counted = &world.requests[edge..count - edge];
-        let sum = |of: &dyn Fn(&crate::world::Request) -> f64| counted.iter().map(of).sum::<f64>();
-        let sorted = |of: &dyn Fn(&crate::world::Request) -> f64| {
-            let mut values: Vec<f64> = counted.iter().map(of).collect();
+        let counted = world.requests[edge..count - edge].iter();
+        let counted: Vec<(&Request, &Timings)> =
+            counted.filter_map(|request| Some((request, request.timings.as_ref()?))).collect();
+        let sum = |of: &dyn Fn(&Request, &Timings) -> f64| {
+            counted.iter().map(|(request, timings)| of(request, timings)).sum::<f64>()
+        };
+        let sorted = |of: &dyn Fn(&Request) -> f64| {
+            let mut values: Vec<f64> = counted.iter().map(|(request, _)| of(request)).collect();
             values.sort_by(f64::total_cmp);
             values
         };
         let requests = counted.len() as f64;
-        let tokens = sum(&|request| f64::from(request.emitted - 1));
-        let rounds = sum(&|request| f64::from(request.rounds));
-        let prompt = sum(&|request| request.sizes.iter().map(|rows| f64::from(*rows)).sum());
-        let steps = world.step_s.len().max(1) as f64;
-        let step = world.step_s.iter().sum::<f64>() / steps;
-        let square = world.step_s.iter().map(|s| (s - step) * (s - step)).sum::<f64>() / steps;
+        let tokens = sum(&|request, _| f64::from(request.emitted - 1));
+        let step_s: Vec<f64> =
+            world.clouds.iter().flat_map(|cloud| cloud.step_s.iter().copied()).collect();
+        let steps = step_s.len().max(1) as f64;
+        let step = step_s.iter().sum::<f64>() / steps;
+        let square = step_s.iter().map(|s| (s - step) * (s - step)).sum::<f64>() / steps;
+        let way_s = 2.0 * world.one_way_s();
         Self {
             policy: policy.to_owned(),
-            ttft_ms: sorted(&|request| 1e3 * (request.first_s - request.ask.at_s)),
+            ttft_ms: sorted(&|request| 1e3 * (way_s + request.first_s - request.ask.at_s)),
             tbt_ms: sorted(&|request| {
                 1e3 * (request.last_s - request.first_s) / f64::from(request.emitted - 1)
             }),
-            accept_len: tokens / rounds,
-            rows_a_token: (sum(&|request| request.rows_up as f64) - prompt) / tokens,
-            bytes_up: sum(&|request| request.bytes_up as f64) / requests,
-            bytes_down: sum(&|request| request.bytes_down as f64) / requests,
+            accept_len: tokens / sum(&|_, timings| f64::from(timings.rounds)),
+            rows_a_token: sum(&|request, _| request.rows_up as f64) / tokens,
+            bytes_up: sum(&|_, timings| timings.bytes_up as f64) / requests,
+            bytes_down: sum(&|_, timings| timings.bytes_down as f64) / requests,
             step_ms: [1e3 * step, 1e3 * square.sqrt()],
-            chunks: sum(&|request| request.sizes.len() as f64) / requests,
+            chunks: sum(&|_, timings| timings.chunks.len() as f64) / requests,
         }
     }
 

@@ -4,15 +4,15 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Args;
+use hat_core::sched::{Bound, Scheduler, Work};
 use hat_engine::outln;
-use hat_engine::sched::{Bound, Scheduler, Work};
 use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::costs::CostFile;
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Guessing;
+use crate::text::{Guessing, REQUESTS_MAX};
 use crate::world::{Run, World};
 
 /// A step that the scheduler's time is held against.
@@ -54,28 +54,32 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
     ensure!((1..=10_000).contains(&args.replicas), "--replicas: allowed are 1 to 10000");
     let rate = args.devices as f64 * args.hourly / 3600.0;
     let requests = rate * args.seconds;
-    ensure!((1.0..=2e6).contains(&requests), "--hourly, --seconds: {requests} requests");
+    ensure!(
+        (1.0..=REQUESTS_MAX as f64).contains(&requests),
+        "--hourly, --seconds: {requests} requests; allowed are 1 to {REQUESTS_MAX}"
+    );
     let file = CostFile::open(&args.workload)?.with_devices(args.devices);
     let policy = Policy::named(&args.policy)?;
     let guessing = Guessing::fit(&file.drafters);
     let (replicas, requests) = (args.replicas, requests as usize);
-    let run = Run { rate, requests, replicas, timed: true, ..Run::of(&policy, args.seed) };
+    let run = Run { rate, requests, replicas, ..Run::of(&policy, args.seed) };
     let mut world = World::new(&file, &guessing, run);
     let bar = ProgressBar::new(requests as u64);
     let began = Instant::now();
     world.live(&mut |finished| bar.set_position(finished as u64));
     bar.finish_and_clear();
     let took_s = began.elapsed().as_secs_f64();
+    ensure!(world.failed.is_empty(), "{}", world.failed.join(", "));
     let figures = Figures::of(&policy.name, &world);
     outln!("{} devices, {replicas} clouds, {rate:.0} requests / s\n", args.devices)?;
     outln!("{}\n|---|---|---|---|---|---|---|---|---|\n{}", Figures::HEAD, figures.row())?;
-    outln!("\n{} requests simulated in {took_s:.1} s of real time", world.finished)?;
-    let clocks = || world.replicas.iter().map(|replica| &replica.clock);
+    outln!("\n{} requests simulated in {took_s:.1} s of real time", world.over)?;
+    let clocks = || world.clouds.iter().map(|cloud| &cloud.clock);
     let plans: u64 = clocks().map(|clock| clock.plans).sum();
     let spent_us: f64 = clocks().map(|clock| clock.took.as_secs_f64() * 1e6).sum();
     let queued = clocks().map(|clock| clock.queued_max).max().unwrap_or(0);
     let plan_us = spent_us / plans.max(1) as f64;
-    outln!("{plans} steps; the scheduler took {plan_us:.2} us of each, {queued} works waited")?;
+    outln!("{plans} steps; to plan one and fill it took {plan_us:.2} us, {queued} works waited")?;
     let mut costs = vec![];
     for (sessions, rows) in TIMED {
         let us = scheduler_us(sessions, rows);

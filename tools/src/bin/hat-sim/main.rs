@@ -1,17 +1,20 @@
-//! `hat-sim`: many devices and a cloud in virtual time, under the engine's own scheduler, chunk
-//! sizer and draft policy.
+//! `hat-sim`: many devices and clouds in virtual time: the engine's own cores over its own
+//! connections, with costs for models, links and machines.
 
 mod bed;
 mod calibrate;
+mod capacity;
+mod cloud;
 mod costs;
+mod device;
+mod drafter;
+mod end;
 mod faults;
 mod figures;
 mod fleet;
 mod load;
-mod machine;
-mod plot;
 mod policy;
-mod round;
+mod queue;
 mod show;
 mod text;
 mod trial;
@@ -49,6 +52,9 @@ enum Command {
     Calibrate(CalibrateArgs),
     /// Devices and clouds whose links, processes and backends fail: what must hold, from a seed.
     Faults(faults::FaultsArgs),
+    /// Clients that a cloud serves within a time between tokens, beside a server that holds the whole
+    /// model.
+    Capacity(capacity::CapacityArgs),
     /// Very many devices on a few clouds, and what the scheduler itself takes.
     Fleet(fleet::FleetArgs),
 }
@@ -130,6 +136,7 @@ fn main() -> ExitCode {
         Command::Paper(args) => paper(&args),
         Command::Ablation(args) => ablation(&args),
         Command::Faults(args) => faults::faults(&args),
+        Command::Capacity(args) => capacity::capacity(&args),
         Command::Fleet(args) => fleet::fleet(&args),
         Command::Calibrate(args) => calibrate(&args),
     };

@@ -1,185 +1,258 @@
-//! Policies: switches over one cost file, and nothing else.
+//! Policies: values that the engine's cores work by, and costs that the simulator leaves out.
 
 use anyhow::bail;
+use hat_core::draft::DraftPolicy;
+use hat_core::sched::Bound;
 use hat_engine::EngineConfig;
-use hat_engine::draft::DraftPolicy;
 use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
 
-/// How a prompt goes up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Chunking {
-    /// In one piece; the cloud runs it in one step.
-    Off,
-    /// In one piece; the cloud cuts it into steps of so many rows.
-    Cloud(u32),
-    /// In chunks, as the engine's planner cuts it.
-    Device(ChunkPolicy),
-}
+use crate::costs::DeviceCosts;
 
 /// Who guesses by computing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Trained {
+pub(crate) enum Guesser {
     Nobody,
     /// An adapter behind the input submodel.
     Adapter,
-    /// Heads over the last deep row.
+    /// Heads over the last deep row: what follows the root is computed once, and the rows of all
+    /// levels together.
     Heads,
 }
 
-/// How guesses grow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Shape {
-    /// One below the other, until the drafter's confidence is below a threshold.
-    Chain,
-    /// The most probable first, as many as pay.
-    Tree,
+/// How a cloud cuts prompts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Cut {
+    /// As the engine's cloud does: a step takes as long as others bear.
+    ByTime,
+    /// Not at all: a chunk runs in one step.
+    Whole,
+    /// Into steps of so many rows of each.
+    Rows(u32),
 }
 
-/// The switches.
+/// Who computes the layers that a device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Switches {
-    pub(crate) chunking: Chunking,
-    pub(crate) trained: Trained,
-    pub(crate) shape: Shape,
-    /// Prompt lookup guesses too.
-    pub(crate) lookup: bool,
-    /// Drafting goes on below the likeliest tail while rows are away.
-    pub(crate) parallel: bool,
-    /// Each level of a tree is on its way while the next is computed.
-    pub(crate) levels: bool,
-    /// More drafts go up while rows are away, where the engine finds that they pay.
-    pub(crate) streaming: bool,
+pub(crate) enum Place {
+    /// The device.
+    Device,
+    /// The cloud, which holds the whole model: text goes up and comes down.
+    Cloud,
+}
+
+/// A policy with a name.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Policy {
+    pub(crate) name: String,
+    /// How a device cuts prompts.
+    pub(crate) chunks: ChunkPolicy,
+    pub(crate) cut: Cut,
+    /// A chunk is computed as a whole before any of it goes up.
+    pub(crate) whole_chunks: bool,
+    pub(crate) guesser: Guesser,
+    pub(crate) draft: DraftMode,
+    pub(crate) drafts: DraftPolicy,
+    /// Drafting goes on below the likeliest tails while rows are away, as far as the device has
+    /// nothing else to do, and what was right of it takes no time in the round that follows.
+    pub(crate) ahead: bool,
+    /// Rows that are back go through the head together.
+    pub(crate) heads_together: bool,
     /// The draft head tells fewer tokens apart.
     pub(crate) short_head: bool,
     /// How the numbers of a row cross the link.
     pub(crate) codec: Codec,
     /// Rows that the cloud holds already do not go up again.
     pub(crate) prefix: bool,
+    pub(crate) place: Place,
 }
 
-/// Switches with a name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Policy {
-    pub(crate) name: String,
-    pub(crate) switches: Switches,
-}
-
-/// Sizes and thresholds of every policy: the engine's. The guess with which a chain ends is not
-/// sent, drafting ahead begins with it and its siblings. (Kangaroo and the engine send it.)
-pub(crate) const DRAFTS: DraftPolicy = DraftPolicy::DEFAULT;
 /// Nodes of the tree that heads grow.
 pub(crate) const HEADS_NODES: usize = 8;
-/// Branches that are drafted ahead below a chain's tail.
+/// Branches that are drafted ahead below the likeliest tails.
 pub(crate) const AHEAD_WIDTH: usize = 4;
 /// Rows of a step where the cloud alone cuts prompts.
 const CLOUD_CHUNK_ROWS: u32 = 128;
-
-/// A hidden layer cut in two and nothing more.
-pub(crate) const U_SHAPE: Switches = Switches {
-    chunking: Chunking::Off,
-    trained: Trained::Nobody,
-    shape: Shape::Chain,
-    lookup: false,
-    parallel: false,
-    levels: false,
-    streaming: false,
-    short_head: false,
-    codec: Codec::F16,
-    prefix: false,
-};
-
-/// HAT as published.
-pub(crate) const HAT: Switches = Switches {
-    chunking: Chunking::Device(ChunkPolicy::Paper),
-    trained: Trained::Adapter,
-    parallel: true,
-    ..U_SHAPE
-};
-
-/// The engine with a trained drafter, as a command starts it: the defaults of its configuration,
-/// and the row codec that `hat-split` writes into a bundle.
-pub(crate) fn ours() -> Switches {
-    let config = EngineConfig::new("device");
-    let draft = DraftMode::default();
-    Switches {
-        chunking: Chunking::Device(config.chunks),
-        trained: if draft.asks_trained() { Trained::Adapter } else { Trained::Nobody },
-        shape: if draft == DraftMode::Chain { Shape::Chain } else { Shape::Tree },
-        lookup: draft.looks_up(true),
-        parallel: false,
-        levels: true,
-        streaming: draft.streams(),
-        short_head: true,
-        codec: config.wire.unwrap_or_default(),
-        prefix: config.prefix,
-    }
-}
 
 /// Policies that are compared unless others are named.
 pub(crate) const COMPARED: [&str; 5] = ["u-shape", "u-sarathi", "u-medusa", "hat", "ours"];
 
 /// The published ablation, then our causes one by one on top of HAT, then together.
-pub(crate) const ABLATION: [&str; 15] = [
+pub(crate) const ABLATION: [&str; 18] = [
     "u-shape",
     "pc",
     "sd",
     "sd+pc",
     "hat",
     "hat+auto",
+    "hat+pieces",
+    "hat+cut",
+    "hat+heads",
     "hat+int8",
     "hat+prefix",
     "hat+short-head",
-    "hat+tree",
     "hat+levels",
-    "hat+lookup",
+    "hat+tree",
+    "hat+tree+lookup",
     "hat+streaming",
     "ours",
     "ours+ahead",
 ];
+/// Policies beside these.
+const OTHERS: [&str; 6] =
+    ["u-sarathi", "u-medusa", "lookup", "auto", "cloud-only", "cloud-only+drafts"];
 
 impl Policy {
+    /// A hidden layer cut in two and nothing more.
+    pub(crate) fn u_shape() -> Self {
+        Self {
+            name: "u-shape".to_owned(),
+            chunks: ChunkPolicy::Off,
+            cut: Cut::Whole,
+            whole_chunks: true,
+            guesser: Guesser::Nobody,
+            draft: DraftMode::Off,
+            drafts: DraftPolicy {
+                sends_unsure: false,
+                sends_levels: false,
+                branches_max: 0,
+                wave_nodes: 0,
+                ..DraftPolicy::DEFAULT
+            },
+            ahead: false,
+            heads_together: true,
+            short_head: false,
+            codec: Codec::F16,
+            prefix: false,
+            place: Place::Device,
+        }
+    }
+
+    /// HAT as published. The guess with which a chain ends is not sent: drafting ahead begins with
+    /// it and its siblings.
+    fn hat() -> Self {
+        Self {
+            chunks: ChunkPolicy::Paper,
+            guesser: Guesser::Adapter,
+            draft: DraftMode::Chain,
+            ahead: true,
+            ..Self::u_shape()
+        }
+    }
+
+    /// The engine with a trained drafter, as a command starts it: the defaults of its
+    /// configuration, and the row codec that `hat-split` writes into a bundle.
+    pub(crate) fn ours() -> Self {
+        let config = EngineConfig::new("device");
+        let draft = DraftMode::default();
+        Self {
+            chunks: config.chunks,
+            cut: Cut::ByTime,
+            whole_chunks: false,
+            guesser: if draft.asks_trained() { Guesser::Adapter } else { Guesser::Nobody },
+            draft,
+            drafts: DraftPolicy::DEFAULT,
+            heads_together: false,
+            short_head: true,
+            codec: config.wire.unwrap_or_default(),
+            prefix: config.prefix,
+            ..Self::u_shape()
+        }
+    }
+
+    /// A server that holds the whole model, and streams text.
+    fn cloud_only() -> Self {
+        Self {
+            draft: DraftMode::Off,
+            guesser: Guesser::Nobody,
+            place: Place::Cloud,
+            ..Self::ours()
+        }
+    }
+
     /// The policy of a name.
     pub(crate) fn named(name: &str) -> anyhow::Result<Self> {
-        let paper = Switches { chunking: Chunking::Device(ChunkPolicy::Paper), ..U_SHAPE };
-        let drafts = Switches { trained: Trained::Adapter, ..U_SHAPE };
-        let switches = match name {
-            "u-shape" => U_SHAPE,
-            "u-sarathi" => Switches { chunking: Chunking::Cloud(CLOUD_CHUNK_ROWS), ..U_SHAPE },
-            "u-medusa" => Switches { trained: Trained::Heads, shape: Shape::Tree, ..U_SHAPE },
-            "pc" => paper,
-            "sd" => drafts,
-            "sd+pc" => Switches { chunking: paper.chunking, ..drafts },
-            "hat" => HAT,
-            "hat+auto" => Switches { chunking: Chunking::Device(ChunkPolicy::Auto), ..HAT },
-            "hat+int8" => Switches { codec: Codec::Int8, ..HAT },
-            "hat+prefix" => Switches { prefix: true, ..HAT },
-            "hat+short-head" => Switches { short_head: true, ..HAT },
-            "hat+tree" => Switches { shape: Shape::Tree, ..HAT },
-            "hat+lookup" => Switches { lookup: true, ..HAT },
-            "hat+levels" => Switches { levels: true, ..HAT },
-            "hat+streaming" => Switches { streaming: true, ..HAT },
-            "ours" => ours(),
-            "ours+ahead" => Switches { parallel: true, ..ours() },
-            "auto" => Switches { streaming: false, codec: Codec::F16, prefix: false, ..ours() },
-            "lookup" => Switches { lookup: true, shape: Shape::Tree, ..U_SHAPE },
-            _ => bail!(
-                "policy {name:?} is none of u-sarathi, u-medusa, lookup, auto, {}",
-                ABLATION.join(", ")
-            ),
+        let (u_shape, hat, ours) = (Self::u_shape(), Self::hat(), Self::ours());
+        let tree = |lookup: bool| {
+            let (branches_max, draft) = (DraftPolicy::DEFAULT.branches_max, DraftMode::Auto);
+            let branches_max = if lookup { branches_max } else { 0 };
+            Self { draft, drafts: DraftPolicy { branches_max, ..hat.drafts }, ..hat.clone() }
         };
-        Ok(Self { name: name.to_owned(), switches })
+        let wave_nodes = DraftPolicy::DEFAULT.wave_nodes;
+        let policy = match name {
+            "u-shape" => u_shape,
+            "u-sarathi" => Self { cut: Cut::Rows(CLOUD_CHUNK_ROWS), ..u_shape },
+            "u-medusa" => Self {
+                guesser: Guesser::Heads,
+                draft: DraftMode::Tree,
+                drafts: DraftPolicy { nodes_max: HEADS_NODES, ..u_shape.drafts },
+                ..u_shape
+            },
+            "pc" => Self { chunks: ChunkPolicy::Paper, ..u_shape },
+            "sd" => Self { ahead: false, chunks: ChunkPolicy::Off, ..hat },
+            "sd+pc" => Self { ahead: false, ..hat },
+            "hat" => hat,
+            "hat+auto" => Self { chunks: ChunkPolicy::Auto, ..hat },
+            "hat+pieces" => Self { whole_chunks: false, ..hat },
+            "hat+cut" => Self { cut: Cut::ByTime, ..hat },
+            "hat+heads" => Self { heads_together: false, ..hat },
+            "hat+int8" => Self { codec: Codec::Int8, ..hat },
+            "hat+prefix" => Self { prefix: true, ..hat },
+            "hat+short-head" => Self { short_head: true, ..hat },
+            "hat+levels" => {
+                Self { drafts: DraftPolicy { sends_levels: true, ..hat.drafts }, ..hat }
+            }
+            "hat+tree" => tree(false),
+            "hat+tree+lookup" => tree(true),
+            "hat+streaming" => {
+                let tree = tree(false);
+                Self { drafts: DraftPolicy { wave_nodes, ..tree.drafts }, ..tree }
+            }
+            "ours" => ours,
+            "ours+ahead" => Self { ahead: true, ..ours },
+            "auto" => {
+                let drafts = DraftPolicy { wave_nodes: 0, ..ours.drafts };
+                Self { drafts, codec: Codec::F16, prefix: false, ..ours }
+            }
+            "lookup" => Self {
+                draft: DraftMode::Lookup,
+                guesser: Guesser::Nobody,
+                codec: Codec::F16,
+                prefix: false,
+                ..ours
+            },
+            "cloud-only" => Self::cloud_only(),
+            "cloud-only+drafts" => Self {
+                draft: DraftMode::default(),
+                guesser: Guesser::Adapter,
+                ..Self::cloud_only()
+            },
+            _ => bail!("policy {name:?} is none of {}, {}", OTHERS.join(", "), ABLATION.join(", ")),
+        };
+        Ok(Self { name: name.to_owned(), ..policy })
     }
-}
 
-impl Switches {
-    /// Bytes of a row of `hidden` numbers.
-    pub(crate) fn row_bytes(&self, hidden: usize) -> u64 {
-        self.codec.row_bytes(hidden) as u64
+    /// The bound of the cloud's steps; `None` if it is measured.
+    pub(crate) fn bound(&self) -> Option<Bound> {
+        match self.cut {
+            Cut::ByTime => None,
+            Cut::Whole => Some(Bound::NONE),
+            Cut::Rows(rows) => Some(Bound::of_rows(rows)),
+        }
     }
 
-    /// Whether there is anything to draft with.
-    pub(crate) fn drafts(&self) -> bool {
-        self.lookup || self.trained != Trained::Nobody
+    /// Whether a prompt may go up in one piece, however long it is.
+    pub(crate) fn is_uncut(&self) -> bool {
+        self.chunks == ChunkPolicy::Off
+    }
+
+    /// Seconds of asking the adapter about so many nodes.
+    pub(crate) fn proposal_seconds(&self, device: &DeviceCosts, nodes: usize) -> f64 {
+        let head = if self.short_head { device.short_head } else { device.head };
+        device.adapter.seconds(nodes) + head.seconds(nodes)
+    }
+
+    /// Seconds of one step of drafting ahead.
+    pub(crate) fn ahead_seconds(&self, device: &DeviceCosts) -> f64 {
+        device.layers.seconds(AHEAD_WIDTH) + self.proposal_seconds(device, AHEAD_WIDTH)
     }
 }
 
@@ -189,17 +262,19 @@ mod tests {
 
     #[test]
     fn each_name_is_a_policy_and_differs_from_the_others() {
-        let names: Vec<&str> =
-            ABLATION.into_iter().chain(["u-sarathi", "u-medusa", "lookup", "auto"]).collect();
+        let names: Vec<&str> = ABLATION.into_iter().chain(OTHERS).collect();
         let policies: Vec<Policy> = names.iter().map(|name| Policy::named(name).unwrap()).collect();
         for (index, policy) in policies.iter().enumerate() {
             for other in &policies[..index] {
-                assert_ne!(policy.switches, other.switches, "{} and {}", policy.name, other.name);
+                let renamed = Policy { name: other.name.clone(), ..policy.clone() };
+                assert_ne!(renamed, *other, "{} and {}", policy.name, other.name);
             }
         }
         // What a reader takes for the engine is what a command starts.
-        assert_eq!(ours().chunking, Chunking::Device(ChunkPolicy::default()));
-        assert_eq!((ours().codec, ours().prefix), (Codec::default(), true));
+        let ours = Policy::ours();
+        assert_eq!((ours.chunks, ours.drafts), (ChunkPolicy::default(), DraftPolicy::default()));
+        assert_eq!((ours.codec, ours.prefix), (Codec::default(), true));
+        assert_eq!(ours.draft, DraftMode::default());
         assert!(Policy::named("best").unwrap_err().to_string().contains("ours"));
     }
 }

@@ -7,15 +7,10 @@ use hat_tools::plot::{Captions, Curve, curves};
 
 use crate::costs::CostFile;
 use crate::figures::Figures;
-use crate::plot::{distribution, timeline};
-use crate::policy::Policy;
 use crate::trial::Trials;
-use crate::world::{Run, Span, World};
 
 /// Requests a second of the plots against the rate, as shares of the workload's own.
 const RATES: [f64; 6] = [0.17, 0.33, 0.5, 0.67, 0.83, 1.0];
-/// Rounds that a timeline shows after the first token.
-const ROUNDS: u32 = 3;
 
 /// Writes all plots of `names` below `out`; returns how many.
 pub(crate) fn plots(
@@ -28,12 +23,7 @@ pub(crate) fn plots(
     std::fs::create_dir_all(out).with_context(|| format!("folder {}", out.display()))?;
     against_rate(out, file, trials, names, rate)?;
     distributions(out, file, trials, names, rate)?;
-    for name in names {
-        let path = out.join(format!("timeline-{name}.svg"));
-        let spans = one_request(file, trials, name)?;
-        timeline(&path, &format!("{name}: one request alone, {}", file.name), &spans)?;
-    }
-    Ok(4 + names.len())
+    Ok(4)
 }
 
 fn against_rate(
@@ -85,21 +75,10 @@ fn distributions(
     Ok(())
 }
 
-/// What all machines do for the first request of a world in which there is one.
-fn one_request(file: &CostFile, trials: &Trials<'_>, name: &str) -> anyhow::Result<Vec<Span>> {
-    let run = Run { traced: true, ..Run::of(&Policy::named(name)?, 1) };
-    let mut world = World::new(file, trials.guessing(), run);
-    world.live(&mut |_| {});
-    let request = &world.requests[0];
-    let start_s = request.ask.at_s;
-    let round_s = (request.last_s - request.first_s) / f64::from(request.rounds);
-    let end_s = request.first_s + f64::from(ROUNDS) * round_s;
-    let shown = world.spans.iter().filter(|span| span.from_s < end_s);
-    Ok(shown
-        .map(|span| Span {
-            from_s: span.from_s - start_s,
-            to_s: span.to_s.min(end_s) - start_s,
-            ..*span
-        })
-        .collect())
+/// Shares of the requests below each value.
+fn distribution(figures: &Figures, values: &[f64]) -> Curve {
+    let count = values.len() as f64;
+    let points =
+        values.iter().enumerate().map(|(index, value)| (*value, (index + 1) as f64 / count));
+    Curve { name: figures.policy.clone(), points: points.collect() }
 }

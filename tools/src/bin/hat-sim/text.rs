@@ -7,25 +7,35 @@
 //! measured drafter. Prompt lookup is right in runs: a copied run begins now and then, and goes on
 //! with one probability. Both are functions of the seed, the request and the position, so all
 //! policies meet the same texts.
+//!
+//! Tokens are numbers. A prompt's are all different; each of an answer's stood before. Within a run
+//! it is the one that followed the last token where that stood last, so that the engine's own
+//! lookup finds as much as was stated; otherwise it is any other.
 
-use hat_engine::draft::tree::Guess;
-use hat_engine::draft::{Drafter as Who, Source};
+use std::collections::HashMap;
+
+use hat_core::draft::tree::Guess;
+use hat_core::draft::{DraftPolicy, Source};
+use hat_plan::TokenId;
 use hat_tools::random::{Purpose, unit};
 
 use crate::costs::Drafters;
-use crate::policy::{DRAFTS, HEADS_NODES};
+use crate::policy::HEADS_NODES;
 
 /// Guesses of one drafter for one position that are modelled. (The engine takes up to
 /// `DraftPolicy::width` of them, 8.)
 pub(crate) const WIDTH_MAX: usize = 5;
 /// Drafts of prompt lookup at most.
 pub(crate) const LOOKUP_MAX: usize = 10;
+/// Tokens of a prompt that its device has sent before are numbered from here.
+const KNOWN_FIRST: TokenId = 1 << 12;
+/// Tokens of the first request's prompt are numbered from here, of each further one so many later.
+const PROMPT_FIRST: TokenId = 1 << 16;
+const PROMPT_STRIDE: TokenId = 1 << 13;
 /// Tokens that are wrong are numbered from here.
-const WRONG_FIRST: u32 = 1 << 20;
-/// Lookup's wrong tokens are numbered as if they were guesses of this rank.
-const LOOKUP_RANK: usize = 100;
-/// Lookup's classes: within a copied run, and outside one.
-const CLASSES: [u8; 2] = [5, 0];
+const WRONG_FIRST: TokenId = 1 << 31;
+/// Requests whose tokens can be told apart.
+pub(crate) const REQUESTS_MAX: usize = 1 << 17;
 
 /// How well texts can be guessed.
 #[derive(Clone, Debug)]
@@ -50,6 +60,19 @@ pub(crate) struct Text<'a> {
     pub(crate) request: u64,
 }
 
+/// Prompt and answer of a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Tokens {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) prompt_rows: usize,
+}
+
+/// The request whose prompt a token is of; `None` if it is of many.
+pub(crate) fn request_of(token: TokenId) -> Option<usize> {
+    let of_prompt = (PROMPT_FIRST..WRONG_FIRST).contains(&token);
+    of_prompt.then(|| ((token - PROMPT_FIRST) / PROMPT_STRIDE) as usize)
+}
+
 /// What a trained drafter says of one position: probabilities, best first, and which is right.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Opinion {
@@ -63,31 +86,21 @@ impl Opinion {
         self.probabilities[0]
     }
 
-    /// Of the guess of this rank.
-    pub(crate) fn probability(&self, rank: usize) -> f64 {
-        self.probabilities.get(rank).copied().unwrap_or(0.0)
-    }
-
-    /// Which guess is right.
-    pub(crate) fn right(&self) -> Option<usize> {
-        self.right
-    }
-
     /// Whether the right token is among the first `width` guesses.
     pub(crate) fn holds(&self, width: usize) -> bool {
         self.right.is_some_and(|rank| rank < width)
     }
 
-    /// The first `width` guesses for answer position `position`, below token `parent`.
+    /// The first `width` guesses where `right_token` is right, below token `parent`.
     pub(crate) fn guesses(
         &self,
-        position: u32,
-        parent: u32,
+        right_token: TokenId,
+        parent: TokenId,
         width: usize,
-    ) -> impl Iterator<Item = Guess> {
+    ) -> impl Iterator<Item = Guess> + use<> {
         let Self { right, probabilities, .. } = *self;
         (0..self.width.min(width)).map(move |rank| Guess {
-            token: if right == Some(rank) { position } else { wrong(parent, rank) },
+            token: if right == Some(rank) { right_token } else { wrong(parent, rank) },
             probability: probabilities[rank] as f32,
             source: Source::adapter(rank, probabilities[rank] as f32),
         })
@@ -155,18 +168,20 @@ impl Guessing {
 
 /// Drafts of an adapter's chain that are right.
 fn chain(text: &Text<'_>, last: u32) -> u32 {
-    for step in 1..=DRAFTS.chain_max as u32 {
+    for step in 1..=DraftPolicy::DEFAULT.chain_max as u32 {
         let opinion = text.opinion(last + step, step, false);
-        if opinion.confidence() < f64::from(DRAFTS.chain_probability_min) || !opinion.holds(1) {
+        if opinion.confidence() < f64::from(DraftPolicy::DEFAULT.chain_probability_min)
+            || !opinion.holds(1)
+        {
             return step - 1;
         }
     }
-    DRAFTS.chain_max as u32
+    DraftPolicy::DEFAULT.chain_max as u32
 }
 
 /// Drafts of a tree of so many nodes that are right.
 fn tree(text: &Text<'_>, last: u32, nodes: usize) -> u32 {
-    let mut tree = hat_engine::draft::Tree::default();
+    let mut tree = hat_core::draft::Tree::default();
     tree.reset(last, 16);
     let mut right = 0u32;
     let mut node = 0;
@@ -222,33 +237,51 @@ impl Text<'_> {
         self.guessing.opinion(quantile, step, heads)
     }
 
+    /// A prompt of which `known_rows` rows are like all others', and an answer of `count` tokens.
+    pub(crate) fn tokens(&self, prompt_rows: u32, known_rows: u32, count: u32) -> Tokens {
+        let request = u32::try_from(self.request).expect("requests are few");
+        let own = PROMPT_FIRST + request * PROMPT_STRIDE;
+        let of_prompt = |at| if at < known_rows { KNOWN_FIRST + at } else { own + at };
+        let mut tokens: Vec<TokenId> = (0..prompt_rows).map(of_prompt).collect();
+        // Where each token stood last; the newest is not in it.
+        let mut latest: HashMap<TokenId, usize> = HashMap::new();
+        for (at, token) in tokens[..tokens.len() - 1].iter().enumerate() {
+            latest.insert(*token, at);
+        }
+        // Where the last token of a run was copied from.
+        let (mut copied, mut source) = (false, None);
+        for position in 0..count {
+            let last = tokens.len() - 1;
+            let place = source.filter(|_| copied).or_else(|| latest.get(&tokens[last]).copied());
+            copied = self.goes_on(copied, position);
+            source = place.map(|at| at + 1);
+            let follows = source.map(|at| tokens[at]);
+            let next = follows.filter(|_| copied).unwrap_or_else(|| {
+                let share = unit(self.seed, Purpose::Word, self.request, u64::from(position));
+                let from = (share * last as f64) as usize;
+                let others = tokens[from..last].iter().chain(&tokens[..from]);
+                let mut others = others.filter(|token| Some(**token) != follows);
+                *others.next().unwrap_or(&own)
+            });
+            latest.insert(tokens[last], last);
+            tokens.push(next);
+        }
+        Tokens { tokens, prompt_rows: prompt_rows as usize }
+    }
+
+    /// Whether the token at answer position `position` is of a run, the one before of one or not.
+    fn goes_on(&self, copied: bool, position: u32) -> bool {
+        let Guessing { begins, goes_on, .. } = *self.guessing;
+        let draw = unit(self.seed, Purpose::Copied, self.request, u64::from(position));
+        draw < if copied { goes_on } else { begins }
+    }
+
     /// Whether prompt lookup, asked at the position before, has the token at `position`.
     pub(crate) fn is_copied(&self, position: u32) -> bool {
         // A run that goes on is older than it is long only rarely: look back far enough.
         const BACK: u32 = 48;
-        let Guessing { begins, goes_on, .. } = *self.guessing;
-        let mut copied = false;
-        for at in position.saturating_sub(BACK)..=position {
-            let draw = unit(self.seed, Purpose::Copied, self.request, u64::from(at));
-            copied = draw < if copied { goes_on } else { begins };
-        }
-        copied
-    }
-
-    /// What prompt lookup proposes after answer position `last`: a branch of tokens.
-    /// `rate` is how often guesses of a source are right.
-    pub(crate) fn copy(&self, last: u32, rate: impl Fn(Source) -> f32) -> Vec<Guess> {
-        let source =
-            |within: bool| Source { drafter: Who::Lookup, class: CLASSES[usize::from(!within)] };
-        let within = self.is_copied(last);
-        let (mut right, mut guesses) = (true, Vec::with_capacity(LOOKUP_MAX));
-        for step in 1..=LOOKUP_MAX as u32 {
-            let source = source(within || step > 1);
-            right = right && self.is_copied(last + step);
-            let token = if right { last + step } else { wrong(last + step, LOOKUP_RANK) };
-            guesses.push(Guess { token, probability: rate(source), source });
-        }
-        guesses
+        (position.saturating_sub(BACK)..=position)
+            .fold(false, |copied, at| self.goes_on(copied, at))
     }
 }
 
@@ -286,6 +319,8 @@ fn bisect(mut low: f64, mut high: f64, value: f64, function: impl Fn(f64) -> f64
 
 #[cfg(test)]
 mod tests {
+    use hat_core::draft::Lookup;
+
     use super::*;
     use crate::costs::CostFile;
 
@@ -346,14 +381,35 @@ mod tests {
         }
     }
 
+    /// The engine's lookup finds in the tokens what the rates say.
     #[test]
-    fn a_text_is_the_same_whenever_it_is_asked_about() {
-        let guessing = Guessing::fit(&drafters());
-        let text = Text { guessing: &guessing, seed: 3, request: 5 };
-        let copied: Vec<u32> = text.copy(7, |_| 0.5).iter().map(|guess| guess.token).collect();
-        let right = (8..).take_while(|position| text.is_copied(*position)).count();
-        let right = right.min(LOOKUP_MAX);
-        assert!(copied[..right].iter().copied().eq(8..8 + right as u32));
-        assert!(copied[right..].iter().all(|token| *token >= WRONG_FIRST));
+    fn lookup_finds_the_stated_tokens_a_round() {
+        let drafters = drafters();
+        let guessing = Guessing::fit(&drafters);
+        let (mut decided, mut rounds, mut stated) = (0, 0, 0);
+        for request in 0..40 {
+            let text = Text { guessing: &guessing, seed: 2, request };
+            let Tokens { tokens, prompt_rows } = text.tokens(300, 32, 128);
+            assert_eq!((tokens.len(), request_of(tokens[0])), (428, None));
+            assert_eq!(request_of(tokens[299]), Some(request as usize));
+            let mut at = prompt_rows;
+            while at + 1 < tokens.len() {
+                let lookup: Lookup = tokens[..=at].iter().copied().collect();
+                let mut right = 0;
+                lookup.propose(
+                    1,
+                    |_| 0.5,
+                    |branch| {
+                        let pairs = branch.iter().zip(&tokens[at + 1..]);
+                        right = pairs.take_while(|(guess, token)| guess.token == **token).count();
+                    },
+                );
+                stated += super::lookup(&text, (at - prompt_rows) as u32);
+                let next = (at + 1 + right).min(tokens.len() - 1);
+                (at, rounds, decided) = (next, rounds + 1, decided + next - at);
+            }
+        }
+        let found = decided as f64 - f64::from(rounds);
+        assert!((found / f64::from(stated) - 1.0).abs() < 0.05, "{found} of {stated}");
     }
 }

@@ -1,10 +1,12 @@
 //! Runs of policies on a cost file, each done once, pooled over seeds.
 
+use anyhow::ensure;
+use hat_core::draft::DraftPolicy;
 use indicatif::ProgressBar;
 
 use crate::costs::{CostFile, Published};
 use crate::figures::Figures;
-use crate::policy::{DRAFTS, Policy};
+use crate::policy::Policy;
 use crate::text::Guessing;
 use crate::world::{Run, World};
 
@@ -35,11 +37,7 @@ impl<'a> Trials<'a> {
 
     /// What if the adapter's tree of 32 nodes gave so many tokens a round?
     pub(crate) fn what_if(&mut self, tree_tokens: f64) {
-        self.guessing = self.guessing.with_tree(DRAFTS.nodes_max, tree_tokens);
-    }
-
-    pub(crate) fn guessing(&self) -> &Guessing {
-        &self.guessing
+        self.guessing = self.guessing.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
     }
 
     /// Figures of a policy at a rate.
@@ -58,6 +56,7 @@ impl<'a> Trials<'a> {
             let mut world = World::new(self.file, &self.guessing, run);
             let before = index * requests as u64;
             world.live(&mut |finished| self.bar.set_position(before + finished as u64));
+            ensure!(world.failed.is_empty(), "{name}: {}", world.failed.join(", "));
             parts.push(Figures::of(name, &world));
         }
         self.bar.finish_and_clear();

@@ -1,11 +1,11 @@
-//! What must hold in any world, and what one device alone must take to the microsecond.
+//! What must hold in any world, and what one device alone must take.
 
 use super::*;
 use crate::figures::Figures;
-use crate::machine::bytes;
-use crate::policy::{ABLATION, Policy, Switches, U_SHAPE, ours};
+use crate::policy::{ABLATION, Guesser};
 
-const ALL: [&str; 3] = ["u-sarathi", "u-medusa", "lookup"];
+const ALL: [&str; 6] =
+    ["u-sarathi", "u-medusa", "lookup", "auto", "cloud-only", "cloud-only+drafts"];
 
 fn file(name: &str) -> CostFile {
     CostFile::open(name).unwrap()
@@ -15,9 +15,10 @@ fn run(policy: &str, seed: u64, rate: f64, requests: usize) -> Run {
     Run { rate, requests, ..Run::of(&Policy::named(policy).unwrap(), seed) }
 }
 
-fn lived<'a>(file: &'a CostFile, guessing: &'a Guessing, run: Run) -> World<'a> {
+fn lived<'a>(file: &'a CostFile, guessing: &Guessing, run: Run) -> World<'a> {
     let mut world = World::new(file, guessing, run);
     world.live(&mut |_| {});
+    assert_eq!(world.failed, [""; 0]);
     world
 }
 
@@ -37,37 +38,40 @@ fn alone() -> CostFile {
 }
 
 #[test]
-fn every_request_ends_with_all_its_tokens_under_every_policy() {
-    let file = file("specbench-7b");
+fn every_request_ends_with_its_text_under_every_policy() {
+    let mut file = file("specbench-7b");
+    file.workload.new_tokens = 40;
     let guessing = Guessing::fit(&file.drafters);
     for policy in ABLATION.into_iter().chain(ALL) {
-        let world = lived(&file, &guessing, run(policy, 3, 6.0, 60));
-        assert_eq!(world.finished, 60, "{policy}");
+        let world = lived(&file, &guessing, run(policy, 3, 6.0, 40));
+        assert_eq!(world.over, 40, "{policy}");
         for request in &world.requests {
-            assert_eq!(request.emitted, 128, "{policy}");
-            let known = if world.run.switches.prefix { 32 } else { 0 };
-            let sent: u32 = request.sizes.iter().sum();
+            let timings = request.timings.as_ref().unwrap();
+            assert_eq!((request.emitted, timings.predicted_n), (40, 40), "{policy}");
+            let sent: u32 = timings.chunks.iter().sum();
+            let known = timings.pages_reused * 32;
             assert_eq!(sent + known, request.ask.prompt_rows, "{policy}");
-            let after = request.rows_up - u64::from(sent);
-            assert!(after >= u64::from(request.rounds), "{policy}: a round has a row");
-            if !world.run.switches.drafts() {
-                assert_eq!((after, request.rounds), (127, 127), "{policy}: a row for each token");
+            assert!(known == 0 || world.run.policy.prefix, "{policy}");
+            if world.run.policy.draft == hat_engine::options::DraftMode::Off {
+                assert_eq!((request.rows_up, timings.rounds), (39, 39), "{policy}");
             }
+            assert!(timings.rounds <= 39, "{policy}");
             assert!(request.ask.at_s < request.first_s && request.first_s < request.last_s);
         }
-        for device in &world.devices {
-            assert_eq!((device.open, device.away), (0, 0), "{policy}");
-            assert!(device.processor.running.is_none() && device.up.sending.is_none());
-        }
+        let reused = world.requests.iter().filter_map(|request| request.timings.as_ref());
+        let reused: u32 = reused.map(|timings| timings.pages_reused).sum();
+        assert_eq!(reused > 0, world.run.policy.prefix, "{policy}");
+        assert!(world.devices.values().all(Device::is_quiet), "{policy}");
+        assert!(world.clouds.iter().all(Cloud::is_quiet), "{policy}");
     }
 }
 
 #[test]
 fn a_seed_fixes_everything_and_another_changes_it() {
     let file = file("specbench-7b");
-    let first = figures(&file, "ours", 1, 6.0, 60);
-    assert_eq!(first, figures(&file, "ours", 1, 6.0, 60));
-    assert_ne!(first.ttft_ms, figures(&file, "ours", 2, 6.0, 60).ttft_ms);
+    let first = figures(&file, "ours", 1, 6.0, 40);
+    assert_eq!(first, figures(&file, "ours", 1, 6.0, 40));
+    assert_ne!(first.ttft_ms, figures(&file, "ours", 2, 6.0, 40).ttft_ms);
 }
 
 #[test]
@@ -78,30 +82,32 @@ fn one_device_alone_takes_the_sum_of_its_parts() {
     file.link.one_way_ms = 3.0;
     let guessing = Guessing::fit(&file.drafters);
     let world = lived(&file, &guessing, run("u-shape", 1, 0.01, 3));
-    let device = file.device(&file.devices[0]);
-    let row_bytes = U_SHAPE.row_bytes(file.model.hidden_size);
-    assert_eq!(row_bytes, 8193);
+    let device = file.device(&file.devices[0], Place::Device);
+    let row_bytes = world.run.policy.codec.row_bytes(file.model.hidden_size) as f64;
     let stages = f64::from(file.cloud.stages);
+    let server = file.server(&world.run.policy);
+    // A frame has 56 bytes beside its rows, seven of which fit one.
     let trip = |rows: u32, context: u32| {
         device.layers.seconds(rows as usize)
-            + file.calibrated.message_ms.value * 1e-3
-            + bytes(rows, row_bytes) as f64 / 6e6
-            + stages * file.stage().seconds(rows as usize, context as usize)
-            + bytes(1, row_bytes) as f64 / 12e6
+            + (f64::from(rows) * row_bytes + 56.0 * (f64::from(rows) / 7.0).ceil()) / 6e6
+            + stages * server.rows_seconds(rows as usize, context as usize)
+            + (row_bytes + 56.0) / 12e6
             + 2.0 * 3e-3
             + device.head.seconds(1)
     };
+    // A session is opened first.
+    let open_s = 2.0 * 3e-3 + 150.0 / 6e6;
     for request in &world.requests {
         let rows = request.ask.prompt_rows;
-        let ttft_s = request.first_s - request.ask.at_s;
-        assert!((ttft_s - trip(rows, 0)).abs() < 1e-6, "{ttft_s} s, {} s expected", trip(rows, 0));
-        let decode_s: f64 = (0..127).map(|token| trip(1, rows + token)).sum();
+        let (took_s, expected_s) = (request.first_s - request.ask.at_s, open_s + trip(rows, 0));
+        assert!((took_s / expected_s - 1.0).abs() < 1e-3, "{took_s} s, {expected_s} s expected");
+        let expected_s: f64 = (0..127).map(|token| trip(1, rows + token)).sum();
         let took_s = request.last_s - request.first_s;
-        assert!((took_s - decode_s).abs() < 1e-5, "{took_s} s, {decode_s} s expected");
+        assert!((took_s / expected_s - 1.0).abs() < 1e-3, "{took_s} s, {expected_s} s expected");
     }
 }
 
-/// The chunk sizer's recurrence and the world agree, where a line is all there is to know.
+/// The chunk sizer's recurrence and the world agree, once a device has measured its world.
 #[test]
 fn a_prompt_in_chunks_takes_what_the_planner_says() {
     let mut file = alone();
@@ -111,17 +117,14 @@ fn a_prompt_in_chunks_takes_what_the_planner_says() {
     file.link.up_mb_s = [7.5, 7.5];
     file.link.down_mb_s = [12.5, 12.5];
     file.workload.prompts[0].mean_rows = 1000.0;
+    file.workload.new_tokens = 4;
     let guessing = Guessing::fit(&file.drafters);
     for policy in ["hat+auto", "hat"] {
-        let mut world = World::new(&file, &guessing, run(policy, 1, 0.01, 1));
-        let costs = world.chunk_costs(0);
-        world.live(&mut |_| {});
-        let request = &world.requests[0];
-        let planned_s = hat_engine::chunk::finish_s(&costs, 0, &request.sizes);
-        let took_s = request.first_s - request.ask.at_s;
-        assert!(request.sizes.len() > 2, "{policy}: {:?}", request.sizes);
-        // Frame heads are on top.
-        assert!((took_s / planned_s - 1.0).abs() < 0.01, "{policy}: {took_s} s, {planned_s} s");
+        let world = lived(&file, &guessing, run(policy, 1, 0.01, 8));
+        let timings = world.requests[7].timings.as_ref().unwrap();
+        let ratio = timings.ttft_ms / timings.ttft_predicted_ms;
+        assert!(timings.chunks.len() > 2, "{policy}: {:?}", timings.chunks);
+        assert!((ratio - 1.0).abs() < 0.05, "{policy}: {ratio}, {:?}", timings.chunks);
     }
 }
 
@@ -136,8 +139,7 @@ fn better_machines_and_links_never_take_longer() {
         let figures = figures(&file, policy, 1, 0.01, 24);
         (figures.ttft(), figures.tbt())
     };
-    // What adapts tries the worse way too, and learns by what it happens to see: up to 6 % were
-    // lost to a faster uplink, 7 % to a better drafter.
+    // What adapts tries the worse way too, and learns by what it happens to see.
     for (policy, slack) in [("u-shape", 1.001), ("hat", 1.001), ("ours", 1.1)] {
         let (ttft, tbt) = at(policy, &|_| {});
         let better: [(&str, Change<'_>); 4] = [
@@ -162,14 +164,14 @@ fn better_machines_and_links_never_take_longer() {
 #[test]
 fn more_load_takes_longer_where_prompts_are_not_cut() {
     let file = file("specbench-7b");
-    let tbt = [1.0, 3.0, 6.0].map(|rate| figures(&file, "u-shape", 1, rate, 150).tbt());
+    let tbt = [1.0, 3.0, 6.0].map(|rate| figures(&file, "u-shape", 1, rate, 100).tbt());
     assert!(tbt[0] < tbt[1] && tbt[1] < tbt[2], "{tbt:?}");
 }
 
 #[test]
 fn each_switch_does_what_it_says() {
     let file = file("specbench-7b");
-    let of = |policy: &str| figures(&file, policy, 1, 3.0, 120);
+    let of = |policy: &str| figures(&file, policy, 1, 3.0, 80);
     let [plain, chunks, hat] = ["u-shape", "pc", "hat"].map(of);
     assert_eq!(plain.accept_len, 1.0);
     assert!(chunks.ttft() < plain.ttft() && chunks.chunks > plain.chunks);
@@ -178,12 +180,13 @@ fn each_switch_does_what_it_says() {
     let short = of("hat+int8");
     let ratio = short.bytes_up / hat.bytes_up;
     assert!((ratio - 34.0 / 64.0).abs() < 0.01, "{ratio}");
-    assert!(of("hat+prefix").bytes_up < hat.bytes_up - 30.0 * 8192.0);
-    assert!(of("hat+lookup").accept_len > hat.accept_len + 0.2);
+    assert!(of("hat+prefix").bytes_up < hat.bytes_up - 10.0 * 8192.0);
+    assert!(of("hat+tree+lookup").accept_len > of("hat+tree").accept_len + 0.2);
     assert!(of("sd+pc").tbt() > hat.tbt(), "drafting ahead saves time");
     let levels = of("hat+levels");
-    assert_eq!(levels.accept_len, hat.accept_len);
-    assert!(levels.tbt() < 0.99 * hat.tbt(), "a level on its way is not waited for");
+    assert!((levels.accept_len / hat.accept_len - 1.0).abs() < 1e-3);
+    assert!(levels.tbt() < 0.995 * hat.tbt(), "a level on its way is not waited for");
+    assert!(of("hat+heads").tbt() > hat.tbt(), "rows go through the head one by one");
     assert!(of("ours+ahead").tbt() < of("ours").tbt());
 }
 
@@ -192,8 +195,8 @@ fn each_switch_does_what_it_says() {
 #[test]
 fn a_wave_is_sent_where_the_link_is_long_and_nowhere_else() {
     let mut file = alone();
-    let without = Policy::named("ours").unwrap();
-    let without = Policy { switches: Switches { streaming: false, ..ours() }, ..without };
+    let mut without = Policy::named("ours").unwrap();
+    without.drafts.wave_nodes = 0;
     let guessing = Guessing::fit(&file.drafters);
     let mut both = |one_way_ms: f64| {
         file.link.one_way_ms = one_way_ms;
@@ -204,9 +207,27 @@ fn a_wave_is_sent_where_the_link_is_long_and_nowhere_else() {
     let (with, without) = both(1.0);
     assert_eq!(with, without, "steps of 26 ms, and 3 ms of link");
     let (with, without) = both(60.0);
-    // Figures would be the same if no wave were sent. One waits for the step of the root before it,
-    // which its price counts.
     assert_ne!(with.rows_a_token, without.rows_a_token);
     let ratio = with.tbt() / without.tbt();
-    assert!(ratio < 1.03, "{ratio}");
+    assert!(ratio < 1.0, "{ratio}");
+}
+
+/// A server that streams text: the link is in the time to the first token and in no other.
+#[test]
+fn text_from_a_server_does_not_wait_for_the_link() {
+    let mut file = alone();
+    let at = |file: &CostFile, policy: &str| figures(file, policy, 1, 0.01, 8);
+    for policy in ["cloud-only", "cloud-only+drafts"] {
+        let near = at(&file, policy);
+        file.link.one_way_ms = 40.0;
+        let far = at(&file, policy);
+        assert!((far.tbt() / near.tbt() - 1.0).abs() < 1e-6, "{policy}");
+        assert!((far.ttft() - near.ttft() - 78.0).abs() < 0.1, "{policy}");
+        file.link.one_way_ms = 1.0;
+        assert!(Policy::named(policy).unwrap().guesser != Guesser::Heads);
+    }
+    let plain = at(&file, "cloud-only");
+    let stage_s = file.server(&Policy::named("cloud-only").unwrap()).rows_seconds(1, 200);
+    assert!((plain.tbt() / (4e3 * stage_s) - 1.0).abs() < 0.02, "{}", plain.tbt());
+    assert!(at(&file, "cloud-only+drafts").tbt() < 0.6 * plain.tbt());
 }
