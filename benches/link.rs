@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hat_transport::clock::SystemClock;
-use hat_transport::conn::ConnectionId;
+use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::{BODY_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, Kind, Priority};
 use hat_transport::link::memory::MemoryNet;

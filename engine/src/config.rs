@@ -23,23 +23,37 @@ mod address;
 pub use address::Address;
 pub(crate) use address::{Unresolved, check_loopback};
 
-/// The bounds of a role. Each queue and store has one.
+/// The bounds of a device. Each queue and store has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Limits {
+pub struct DeviceLimits {
+    /// Requests that run at once.
+    pub sessions_max: u32,
+    /// Rows of one step, and so of one chunk.
+    pub step_rows_max: u32,
+    /// Requests that wait for a session.
+    pub queue_max: u32,
+    /// Positions of one request, prompt and answer together; the model's context bounds it too.
+    pub context_max: u32,
+    /// Positions of all requests together, rounded up to pages.
+    pub kv_rows_max: u32,
+}
+
+/// The bounds of a cloud. Each queue and store has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CloudLimits {
     /// Sessions open at once.
     pub sessions_max: u32,
     /// Rows of one step, and so of one chunk.
     pub step_rows_max: u32,
-    /// Requests waiting for a session (device).
-    pub queue_max: u32,
     /// Positions of one session, prompt and answer together; the model's context bounds it too.
     pub context_max: u32,
     /// Positions of all sessions together, rounded up to pages.
     pub kv_rows_max: u32,
-    /// Connections at once (cloud).
+    /// Connections at once.
     pub connections_max: u32,
-    /// Sessions of one connection at once (cloud): one device can't shut others out.
+    /// Sessions of one connection at once: one device can't shut others out.
     pub sessions_per_device_max: u32,
 }
 
@@ -48,69 +62,90 @@ const SESSIONS: u32 = 4;
 /// Positions of one session by default.
 const CONTEXT_MAX: u32 = 8192;
 
-impl Limits {
-    /// Positions of a KV store for so many sessions of `context` positions each: a session has room
-    /// for the rows that pend beside its own, in whole pages.
-    #[must_use]
-    pub const fn kv_rows(sessions: u32, context: u32) -> u32 {
-        let pending = PENDING_ROWS_MAX as u32;
-        let page = PAGE_SIZE as u32;
-        let rows = context.saturating_add(pending).div_ceil(page).saturating_mul(page);
-        sessions.saturating_mul(rows)
-    }
-
-    /// Limits of a device: a few sessions of one user.
-    #[must_use]
-    pub const fn device() -> Self {
+/// Bounds for a few sessions of one user.
+impl Default for DeviceLimits {
+    fn default() -> Self {
         Self {
             sessions_max: SESSIONS,
             step_rows_max: 512,
             queue_max: 32,
             context_max: CONTEXT_MAX,
-            kv_rows_max: Self::kv_rows(SESSIONS, CONTEXT_MAX),
-            connections_max: 1,
-            sessions_per_device_max: SESSIONS,
+            kv_rows_max: kv_rows(SESSIONS, CONTEXT_MAX),
         }
     }
+}
 
-    /// Limits of a cloud on a small machine.
-    #[must_use]
-    pub const fn cloud() -> Self {
+/// Bounds for a small machine.
+impl Default for CloudLimits {
+    fn default() -> Self {
         Self {
             sessions_max: 1024,
             step_rows_max: 512,
-            queue_max: 1024,
             context_max: CONTEXT_MAX,
-            kv_rows_max: Self::kv_rows(SESSIONS, CONTEXT_MAX),
+            kv_rows_max: kv_rows(SESSIONS, CONTEXT_MAX),
             connections_max: 256,
             sessions_per_device_max: 256,
         }
     }
+}
 
-    /// Sessions of `context` positions each that there is room for at once, in a device and in a
-    /// cloud.
+impl DeviceLimits {
+    /// Requests of `context` positions each that there is room for at once.
     #[must_use]
     pub fn sessions_of(&self, context: u32) -> u32 {
-        let pages = pages_for(self.kv_rows_max as usize + PENDING_ROWS_MAX);
-        let held = pages / pages_for(context as usize + PENDING_ROWS_MAX);
-        u32::try_from(held).unwrap_or(u32::MAX).min(self.sessions_max)
+        sessions_in(self.kv_rows_max, context).min(self.sessions_max)
     }
 
     /// Refuses bounds under which nothing could ever run.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let fields = [
+        check_bounds(&[
             ("sessions_max", self.sessions_max),
             ("step_rows_max", self.step_rows_max),
             ("queue_max", self.queue_max),
             ("context_max", self.context_max),
             ("kv_rows_max", self.kv_rows_max),
+        ])
+    }
+}
+
+impl CloudLimits {
+    /// Sessions of `context` positions each that there is room for at once.
+    #[must_use]
+    pub fn sessions_of(&self, context: u32) -> u32 {
+        sessions_in(self.kv_rows_max, context).min(self.sessions_max)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        check_bounds(&[
+            ("sessions_max", self.sessions_max),
+            ("step_rows_max", self.step_rows_max),
+            ("context_max", self.context_max),
+            ("kv_rows_max", self.kv_rows_max),
             ("connections_max", self.connections_max),
             ("sessions_per_device_max", self.sessions_per_device_max),
-        ];
-        match fields.into_iter().find(|(_, value)| *value == 0) {
-            Some((field, _)) => Err(Error::field(field, "0 leaves room for nothing: at least 1")),
-            None => Ok(()),
-        }
+        ])
+    }
+}
+
+/// Positions of a KV store for so many sessions of `context` positions each: a session has room
+/// for the rows that pend beside its own, in whole pages.
+#[must_use]
+pub fn kv_rows(sessions: u32, context: u32) -> u32 {
+    let rows = pages_for(context as usize + PENDING_ROWS_MAX) * PAGE_SIZE;
+    sessions.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX))
+}
+
+/// Sessions of `context` positions each that a KV store of so many positions holds.
+fn sessions_in(kv_rows_max: u32, context: u32) -> u32 {
+    let held = pages_for(kv_rows_max as usize + PENDING_ROWS_MAX)
+        / pages_for(context as usize + PENDING_ROWS_MAX);
+    u32::try_from(held).unwrap_or(u32::MAX)
+}
+
+fn check_bounds(bounds: &[(&'static str, u32)]) -> Result<(), Error> {
+    match bounds.iter().find(|(_, value)| *value == 0) {
+        Some((field, _)) => Err(Error::field(field, "0 leaves room for nothing: at least 1")),
+        None => Ok(()),
     }
 }
 
@@ -151,7 +186,7 @@ pub struct EngineConfig {
     /// Memory in which a GPU has its weights.
     pub weights: GpuWeights,
     /// Bounds.
-    pub limits: Limits,
+    pub limits: DeviceLimits,
     /// The only arithmetic that the cloud's layers may compute in; any that is known without.
     /// 1 is that of the CPUs, 2 that of CUDA (`docs/ARITHMETIC.md`, `docs/KERNELS.md`).
     pub cloud_arithmetic: Option<u32>,
@@ -195,7 +230,7 @@ impl EngineConfig {
             nice: 0,
             processor: Processor::Auto,
             weights: GpuWeights::InPlace,
-            limits: Limits::device(),
+            limits: DeviceLimits::default(),
             cloud_arithmetic: None,
             reconnect: Duration::from_secs(30),
             memory: None,
@@ -346,7 +381,7 @@ pub struct CloudConfig {
     /// Memory in which a GPU has its weights.
     pub weights: GpuWeights,
     /// Bounds.
-    pub limits: Limits,
+    pub limits: CloudLimits,
     /// A session of which nothing was heard for so long gives its pages up when others need them,
     /// and a device that has taken nothing for so long, though its queue is full, is sent away.
     pub idle_after: Duration,
@@ -371,7 +406,7 @@ impl CloudConfig {
             processor: Processor::Auto,
             gpus: Vec::new(),
             weights: GpuWeights::InPlace,
-            limits: Limits::cloud(),
+            limits: CloudLimits::default(),
             idle_after: Duration::from_secs(10),
             step_within: Duration::from_secs(300),
             memory: None,
@@ -434,17 +469,19 @@ mod tests {
     /// as many, whatever the contexts.
     #[test]
     fn both_roles_hold_what_they_say() {
-        let (device, cloud) = (Limits::device(), Limits::cloud());
+        let (device, cloud) = (DeviceLimits::default(), CloudLimits::default());
         assert_eq!(device.sessions_of(device.context_max), device.sessions_max);
         assert_eq!(cloud.sessions_of(cloud.context_max), device.sessions_max);
         for context in [2, 31, 32, 33, 100, 2048, 8191, 8192, 131_072] {
             for sessions in [1, 2, 3, 4, 7, 64] {
-                let mut limits = Limits::device();
-                limits.sessions_max = sessions;
-                limits.kv_rows_max = Limits::kv_rows(sessions, context);
-                assert_eq!(limits.sessions_of(context), sessions, "{sessions} of {context}");
-                limits.sessions_max = 1024;
-                assert_eq!(limits.sessions_of(context), sessions, "no more either");
+                let limits = |sessions_max| DeviceLimits {
+                    sessions_max,
+                    kv_rows_max: kv_rows(sessions, context),
+                    ..DeviceLimits::default()
+                };
+                let held = limits(sessions).sessions_of(context);
+                assert_eq!(held, sessions, "{sessions} of {context}");
+                assert_eq!(limits(1024).sessions_of(context), sessions, "no more either");
             }
         }
     }

@@ -82,8 +82,8 @@ pub use hat_program::{out, outln};
 pub mod options {
     pub use crate::cloud::CloudCounters;
     pub use crate::config::{
-        Address, ChunkPolicy, CloudAddress, Codec, GpuWeights, Limits, LinkKind, PrefixSecret,
-        Processor,
+        Address, ChunkPolicy, CloudAddress, CloudLimits, Codec, DeviceLimits, GpuWeights, LinkKind,
+        PrefixSecret, Processor, kv_rows,
     };
     pub use crate::error::ErrorKind;
     pub use crate::verify::Verify;

@@ -149,7 +149,7 @@ impl Split {
     /// Keeps the path to row `row` (from 1) of the last `count` rows.
     fn commit(&mut self, count: u32, row: u32) {
         let mut moves = Vec::new();
-        self.sequence.commit(self.next_id - count + row - 1, &mut moves, &mut Vec::new()).unwrap();
+        self.sequence.commit(self.next_id - count + row - 1, &mut moves).unwrap();
         assert!(!moves.is_empty(), "a commit that moves nothing shows nothing");
         self.device.compact(&moves);
         let (plan, entry_layers) = (PlanBuffers::default(), Vec::new());
@@ -232,7 +232,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
             _ => model.decide(&plan.plan(), &shallow, &deep, &mut said),
         }
     }
-    sequence.append_pending(41, &[40, 40]).unwrap();
+    sequence.append_pending(41, [40, 40]).unwrap();
     plan.clear();
     assert!([41, 42].into_iter().all(|id| sequence.push_row(id, &mut plan)));
     plan.end_sequence(sequence.pages());

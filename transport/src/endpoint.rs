@@ -25,7 +25,7 @@ use crate::conn::{
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
 use crate::log::RateLimit;
-use crate::message::{CloseCode, Hello, Message, Role};
+use crate::message::{CloseCode, Hello, Role};
 use crate::pool::{Buf, Pool, PoolConfig};
 use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
@@ -158,7 +158,7 @@ impl Endpoint {
         self.link.local_address()
     }
 
-    /// The pool that [`Endpoint::buffer`] takes from.
+    /// The pool that [`FrameSink::buffer`] takes from.
     #[must_use]
     pub fn pool(&self) -> &Pool {
         &self.pool
@@ -188,52 +188,6 @@ impl Endpoint {
     pub fn set_hello(&mut self, hello: Hello) {
         assert_eq!(self.config.connection.hello.role, hello.role, "an endpoint keeps its role");
         self.config.connection.hello = hello;
-    }
-
-    /// As [`FrameSink::buffer`].
-    #[must_use]
-    pub fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        FrameSink::buffer(self, body_bytes)
-    }
-
-    /// As [`FrameSink::buffer_for`].
-    #[must_use]
-    pub fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
-        FrameSink::buffer_for(self, priority, body_bytes)
-    }
-
-    /// As [`FrameSink::send`].
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Panics
-    /// As there.
-    pub fn send(
-        &mut self,
-        to: ConnectionId,
-        kind: Kind,
-        session: u32,
-        priority: Priority,
-        body: Buf,
-    ) -> Result<(), SendError> {
-        FrameSink::send(self, to, kind, session, priority, body)
-    }
-
-    /// As [`FrameSink::send_message`].
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Panics
-    /// As there.
-    pub fn send_message(
-        &mut self,
-        to: ConnectionId,
-        session: u32,
-        message: &Message<'_>,
-    ) -> Result<(), SendError> {
-        FrameSink::send_message(self, to, session, message)
     }
 
     /// One wait, at most `timeout` long (`None`: until something happens), and all the work that

@@ -1,41 +1,13 @@
 //! Once a step of some size has run, steps of that size or smaller allocate nothing.
 
-use std::alloc::{GlobalAlloc, Layout as Memory, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod counting;
 
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 use hat_plan::{AttendPlan, AttendShape, KvShape, RowMove};
 
-/// Counts what goes to the system.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-#[expect(unsafe_code, reason = "a global allocator; it only counts")]
-// SAFETY: every call goes to the system's allocator as it is.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Memory) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Memory) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Memory, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+use counting::allocations;
 
 fn matrix(dtype: DType, n: usize, k: usize) -> Tensor {
     Tensor {
@@ -146,13 +118,13 @@ fn steps_allocate_nothing_after_the_first() {
     for (threads, level) in [(1, Level::Portable), (1, Level::Auto), (3, Level::Auto)] {
         let mut model = Model::new(threads, level);
         model.step(&plan, &tokens);
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = allocations();
         assert!(before > 0, "nothing is counted");
         for _ in 0..10 {
             model.step(&plan, &tokens);
             model.step(&one, &tokens);
         }
-        let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        let count = allocations() - before;
         assert_eq!(count, 0, "allocations at {threads} threads, {level:?}");
     }
 }

@@ -141,6 +141,9 @@ impl Prepared {
     }
 }
 
+/// Bytes of text that a token has in the mean: room for an answer's.
+const TOKEN_BYTES: usize = 4;
+
 /// Most alternatives that a request may ask for with each token.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 
@@ -182,7 +185,7 @@ impl Answer {
             ignore_eos: request.ignore_eos,
             top_logprobs: request.top_logprobs,
             tokens: Vec::with_capacity(prepared.max_tokens as usize),
-            text: String::new(),
+            text: String::with_capacity(TOKEN_BYTES * prepared.max_tokens as usize),
             sampler,
             spelling: vocabulary.spelling(&request.prompt),
             stop: StopStrings::new(request.stop.clone()).expect("checked when it was prepared"),

@@ -35,6 +35,8 @@ pub mod sample;
 pub mod sched;
 pub mod sequence;
 pub mod stop;
+#[cfg(test)]
+mod testkit;
 pub mod wire;
 
 pub use error::{InputError, RequestError};

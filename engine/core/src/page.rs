@@ -7,18 +7,6 @@ use std::collections::VecDeque;
 
 use hat_plan::PAGE_SIZE;
 
-/// There are not enough free pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{wanted} pages wanted, {free} of {total} free")]
-pub struct NoPages {
-    /// Pages asked for.
-    pub wanted: usize,
-    /// Pages that were free.
-    pub free: usize,
-    /// Pages of the pool.
-    pub total: usize,
-}
-
 /// State of one page.
 #[derive(Clone, Copy, Debug, Default)]
 struct Page {
@@ -82,18 +70,14 @@ impl PagePool {
 
     /// Takes `pages` pages out of the pool, for one holder each.
     ///
-    /// # Errors
-    /// [`NoPages`] if fewer are free; the pool is unchanged then.
-    pub fn take(&mut self, pages: usize) -> Result<Vec<u32>, NoPages> {
-        if pages > self.free.len() {
-            let (free, total) = (self.free.len(), self.pages.len());
-            return Err(NoPages { wanted: pages, free, total });
-        }
+    /// # Panics
+    /// If fewer are free.
+    pub fn take(&mut self, pages: usize) -> Vec<u32> {
         let taken: Vec<u32> = self.free.drain(..pages).collect();
         for page in &taken {
             self.pages[*page as usize].holders = 1;
         }
-        Ok(taken)
+        taken
     }
 
     /// One holder more for a page that is held or kept.
@@ -158,21 +142,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_all_or_nothing_and_gets_them_back() {
+    fn pages_that_are_given_back_are_handed_out_last() {
         let mut pool = PagePool::new(4);
-        let first = pool.take(3).unwrap();
+        let first = pool.take(3);
         assert_eq!(first, [0, 1, 2]);
-        assert_eq!(pool.take(2), Err(NoPages { wanted: 2, free: 1, total: 4 }));
         assert_eq!(pool.free(), 1);
         pool.give_back(first);
-        assert_eq!(pool.take(4).unwrap(), [3, 0, 1, 2]);
+        assert_eq!(pool.take(4), [3, 0, 1, 2]);
     }
 
     #[test]
     #[should_panic(expected = "given back twice")]
     fn a_page_given_back_twice_is_noticed() {
         let mut pool = PagePool::new(1);
-        let pages = pool.take(1).unwrap();
+        let pages = pool.take(1);
         pool.give_back(pages.clone());
         pool.give_back(pages);
     }
@@ -180,7 +163,7 @@ mod tests {
     #[test]
     fn a_page_is_free_when_nobody_holds_or_keeps_it() {
         let mut pool = PagePool::new(2);
-        let held = pool.take(1).unwrap();
+        let held = pool.take(1);
         pool.hold(0);
         pool.give_back(held.clone());
         assert_eq!((pool.free(), pool.idle(), pool.holders(0)), (1, 0, 1));
@@ -192,7 +175,7 @@ mod tests {
         pool.release(0);
         assert_eq!((pool.free(), pool.idle()), (1, 0));
         pool.give_back(held);
-        assert_eq!(pool.take(2).unwrap(), [1, 0]);
+        assert_eq!(pool.take(2), [1, 0]);
     }
 
     #[test]

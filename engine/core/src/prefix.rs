@@ -90,6 +90,11 @@ impl PageNames {
         Self { hasher, rows: 0, ids: Vec::new() }
     }
 
+    /// Room for the names of a path of so many rows in all.
+    pub fn reserve(&mut self, rows: usize) {
+        self.ids.reserve((rows / PAGE_SIZE).saturating_sub(self.ids.len()));
+    }
+
     /// The path goes on with `token`.
     pub fn push(&mut self, token: TokenId) {
         self.hasher.update(&token.to_le_bytes());
@@ -158,7 +163,7 @@ impl PrefixCache {
         }
         self.make_room(pool, fresh);
         self.touch(scope, &ids[..held]);
-        pages.extend(pool.take(fresh).expect("idle pages have made room"));
+        pages.extend(pool.take(fresh));
         Some((pages, held))
     }
 

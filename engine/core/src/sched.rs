@@ -195,12 +195,6 @@ impl Scheduler {
         }
     }
 
-    /// The row budget of a step.
-    #[must_use]
-    pub fn rows_max(&self) -> u32 {
-        self.rows_max
-    }
-
     /// Works that wait.
     #[must_use]
     pub fn queued(&self) -> usize {
@@ -320,6 +314,8 @@ struct Tier {
     ready: BTreeMap<u32, BTreeSet<(u64, u64, DeviceKey)>>,
     /// Devices without works that were served more than the level; they are not forgotten yet.
     ahead: BTreeSet<(u64, DeviceKey)>,
+    /// Shares of devices that were forgotten, for newcomers.
+    spare: Vec<Share>,
     /// Rows that the device chosen last had been served before: where newcomers start.
     level: u64,
 }
@@ -397,7 +393,7 @@ impl Tier {
             && served <= self.level
         {
             self.ahead.pop_first();
-            self.shares.remove(&device);
+            self.spare.extend(self.shares.remove(&device));
         }
     }
 
@@ -413,8 +409,9 @@ impl Tier {
 
     /// Changes what a device has, and keeps its places in order.
     fn edit(&mut self, device: DeviceKey, edit: impl FnOnce(&mut Share)) {
-        let Self { shares, ready, ahead, level } = self;
-        let share = shares.entry(device).or_default();
+        let Self { shares, ready, ahead, spare, level } = self;
+        let newcomer = || Share { served: 0, ..spare.pop().unwrap_or_default() };
+        let share = shares.entry(device).or_insert_with(newcomer);
         if share.works.is_empty() {
             ahead.remove(&(share.served, device));
             share.served = share.served.max(*level);
@@ -431,7 +428,7 @@ impl Tier {
             if share.served > *level {
                 ahead.insert((share.served, device));
             } else {
-                shares.remove(&device);
+                spare.extend(shares.remove(&device));
             }
         }
     }

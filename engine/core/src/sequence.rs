@@ -9,6 +9,8 @@
 //! - Decided rows (of a prompt, of plain decoding, at the root of a draft tree) never pend. They
 //!   follow the committed tip, so whatever pended is void.
 
+use std::borrow::Borrow;
+
 use hat_plan::{PAGE_SIZE, RowMove};
 pub use hat_plan::{PENDING_ROWS_MAX, PlanBuffers, RowPlace};
 
@@ -193,20 +195,26 @@ impl Sequence {
     ///
     /// # Errors
     /// [`SequenceError`]; the sequence is unchanged then.
-    pub fn append_pending(&mut self, first_id: u32, parents: &[u32]) -> Result<(), SequenceError> {
-        let count = u32::try_from(parents.len()).expect("a frame holds at most 2^16 rows");
-        let last_new = self.check_ids(first_id, count)?;
-        let pending = self.pending.len() + parents.len();
+    pub fn append_pending<P>(&mut self, first_id: u32, parents: P) -> Result<(), SequenceError>
+    where
+        P: IntoIterator<Item: Borrow<u32>, IntoIter: Clone>,
+    {
+        let parents = parents.into_iter();
+        let count = parents.clone().count();
+        let rows = u32::try_from(count).expect("a frame holds at most 2^16 rows");
+        let last_new = self.check_ids(first_id, rows)?;
+        let pending = self.pending.len() + count;
         if pending > PENDING_ROWS_MAX {
             return Err(SequenceError::TooManyPending { pending });
         }
-        let slots_end = self.next_slot() as usize + parents.len();
+        let slots_end = self.next_slot() as usize + count;
         if slots_end > self.pages.len() * PAGE_SIZE {
             let reserved = self.pages.len() * PAGE_SIZE;
             return Err(SequenceError::Full { rows: slots_end, reserved });
         }
         let before = self.pending.len();
-        for (id, &parent) in (first_id..).zip(parents) {
+        for (id, parent) in (first_id..).zip(parents) {
+            let parent: u32 = *parent.borrow();
             let Some(parent_position) = self.position_of(parent) else {
                 self.pending.truncate(before);
                 return Err(SequenceError::BadParent { id, parent, tip: self.tip });
@@ -236,16 +244,11 @@ impl Sequence {
     }
 
     /// Keeps the path to `row`, prunes what does not descend from it, and appends to `moves`
-    /// what has to move in the KV store. Ids that were pruned go to `pruned`.
+    /// what has to move in the KV store.
     ///
     /// # Errors
     /// [`SequenceError::BadCommit`] if `row` is neither the tip nor pending.
-    pub fn commit(
-        &mut self,
-        row: u32,
-        moves: &mut Vec<RowMove>,
-        pruned: &mut Vec<u32>,
-    ) -> Result<(), SequenceError> {
+    pub fn commit(&mut self, row: u32, moves: &mut Vec<RowMove>) -> Result<(), SequenceError> {
         if self.position_of(row).is_none() {
             return Err(SequenceError::BadCommit { row, tip: self.tip });
         }
@@ -263,36 +266,30 @@ impl Sequence {
                 keep[index] = Fate::Survives;
             }
         }
-        self.apply(&keep, moves, pruned);
+        self.apply(&keep, moves);
         self.tip = row;
         Ok(())
     }
 
     /// Slots were given out in order of arrival, so each target is at or before its source, and
     /// moving in order of arrival never overwrites a row that still has to move.
-    fn apply(
-        &mut self,
-        keep: &[Fate; PENDING_ROWS_MAX],
-        moves: &mut Vec<RowMove>,
-        pruned: &mut Vec<u32>,
-    ) {
-        let rows = std::mem::take(&mut self.pending);
-        for (row, _) in rows.iter().zip(keep).filter(|(_, fate)| **fate == Fate::Committed) {
+    fn apply(&mut self, keep: &[Fate; PENDING_ROWS_MAX], moves: &mut Vec<RowMove>) {
+        let count = self.pending.len();
+        for index in (0..count).filter(|index| keep[*index] == Fate::Committed) {
+            let row = self.pending[index];
             self.move_row(row.slot, self.committed, moves);
             debug_assert_eq!(row.position, self.committed);
             self.committed += 1;
         }
-        for (row, fate) in rows.iter().zip(keep) {
-            match fate {
-                Fate::Committed => {}
-                Fate::Pruned => pruned.push(row.id),
-                Fate::Survives => {
-                    let slot = self.next_slot();
-                    self.move_row(row.slot, slot, moves);
-                    self.pending.push(Pending { slot, ..*row });
-                }
-            }
+        let mut survive = 0;
+        for index in (0..count).filter(|index| keep[*index] == Fate::Survives) {
+            let row = self.pending[index];
+            let slot = self.committed + u32::try_from(survive).expect("at most 64 rows pend");
+            self.move_row(row.slot, slot, moves);
+            self.pending[survive] = Pending { slot, ..row };
+            survive += 1;
         }
+        self.pending.truncate(survive);
     }
 
     /// Place of row `id`, if it is pending.

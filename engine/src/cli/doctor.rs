@@ -7,7 +7,7 @@ use clap::Args;
 use hat_compute::open;
 use hat_core::chunk::{self, Planner};
 use hat_core::wire::short;
-use hat_engine::options::{ChunkPolicy, ErrorKind, Limits, Processor};
+use hat_engine::options::{ChunkPolicy, CloudLimits, ErrorKind, Processor};
 use hat_engine::{Engine, Error, Event, Request};
 use hat_loader::{Bundle, Role};
 use hat_plan::Computes as _;
@@ -225,7 +225,7 @@ fn memory(bundle: &Bundle) -> Result<(), OutError> {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     out!("    memory: {:.1} MB of files, mapped", files_mb(bundle))?;
     if bundle.role() == Role::Cloud {
-        let needed = Limits::cloud().bytes_needed(bundle);
+        let needed = CloudLimits::default().bytes_needed(bundle);
         let all: u64 = needed.iter().map(|(_, bytes)| bytes).sum();
         out!("; beside them at most {:.1} MB", megabytes(all))?;
         for (index, (owner, bytes)) in needed.iter().enumerate() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Args;
 use hat_compute::open;
-use hat_engine::options::{Codec, FinishReason, Limits, Message, Role, SamplerConfig};
+use hat_engine::options::{Codec, DeviceLimits, FinishReason, Message, Role, SamplerConfig};
 use hat_engine::whole::whole_answer;
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_program::out::OutError;
@@ -100,7 +100,7 @@ impl GenerateArgs {
         let split_layer = self.device.bundle.split_layer();
         let run = &self.device.run;
         let chosen = open::choose(&run.compute())?;
-        let context = Limits::device().context_max;
+        let context = DeviceLimits::default().context_max;
         let verify = run.verify(cache);
         self.prompt.refuse_two()?;
         let mut printed = Ok(());

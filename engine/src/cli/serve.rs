@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hat_engine::http::{HttpConfig, HttpServer};
-use hat_engine::options::{Address, CloudAddress, Limits, LinkKind};
+use hat_engine::options::{Address, CloudAddress, LinkKind, kv_rows};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig};
 use hat_loader::{Bundle, Role};
 
@@ -93,7 +93,7 @@ impl CloudArgs {
         let longest = u32::try_from(bundle.config().max_position_embeddings).unwrap_or(u32::MAX);
         let context = config.limits.context_max.min(longest);
         let mut text = format!("cloud: {model}, {layers}; {}\n", cloud.describe());
-        text += &format!("room for {}\n", words::room(&config.limits, context));
+        text += &format!("room for {}\n", words::room(config.limits.sessions_of(context), context));
         if self.verbose {
             for (owner, bytes) in config.limits.bytes_needed(&bundle) {
                 text += &format!("at most {:.1} MB for {owner}\n", bytes as f64 / 1e6);
@@ -215,7 +215,8 @@ impl DeviceArgs {
         tell(&format!("device: {}, {half}; {}", engine.model_name(), engine.describe()));
         tell(&words::drafter(&engine));
         tell(&self.device.cloud_words(&engine));
-        tell(&format!("{}; more of them wait", words::room(&limits, engine.context())));
+        let context = engine.context();
+        tell(&format!("{}; more of them wait", words::room(limits.sessions_of(context), context)));
         config.api_key = key_file.as_deref().map(secret::api_key).transpose()?;
         let server = HttpServer::start(engine.clone(), config)?;
         if let Some(path) = &key_file {
@@ -244,7 +245,7 @@ impl DeviceArgs {
         let mut limits = config.limits;
         limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
         limits.context_max = self.context.unwrap_or(limits.context_max);
-        limits.kv_rows_max = Limits::kv_rows(limits.sessions_max, limits.context_max);
+        limits.kv_rows_max = kv_rows(limits.sessions_max, limits.context_max);
         config.limits = limits;
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
             cloud.limits.context_max = limits.context_max;
@@ -338,7 +339,7 @@ mod tests {
         let config = args.limit(args.device.flags(PathBuf::new(), Path::new("")));
         let CloudAddress::InProcess(cloud) = &config.cloud else { panic!("another process") };
         assert_eq!((config.limits.sessions_max, config.limits.context_max), (9, 5000));
-        assert_eq!(config.limits.kv_rows_max, Limits::kv_rows(9, 5000));
+        assert_eq!(config.limits.kv_rows_max, kv_rows(9, 5000));
         assert_eq!(cloud.limits.context_max, 5000);
         assert_eq!(cloud.limits.kv_rows_max, config.limits.kv_rows_max);
         assert!(cloud.limits.sessions_max >= 9);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use hat_engine::Engine;
-use hat_engine::options::{Limits, Timings};
+use hat_engine::options::Timings;
 use hat_loader::Bundle;
 
 /// The layers that a half of a model holds: `layers 0 to 1 of 30`.
@@ -22,9 +22,9 @@ fn runs(runs: &[Range<usize>]) -> Option<String> {
     (!words.is_empty()).then(|| words.join(" and "))
 }
 
-/// The answers that a role has room for at once.
-pub(crate) fn room(limits: &Limits, context: u32) -> String {
-    match limits.sessions_of(context) {
+/// The answers of so many tokens that a role has room for at once.
+pub(crate) fn room(answers: u32, context: u32) -> String {
+    match answers {
         1 => format!("1 answer at once, of {context} tokens with its prompt"),
         count => format!("{count} answers at once, of {context} tokens each with its prompt"),
     }
@@ -72,6 +72,8 @@ pub(crate) fn link(uplink_bytes_s: Option<f64>, rtt_s: Option<f64>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use hat_engine::options::{CloudLimits, DeviceLimits};
+
     use super::*;
 
     #[test]
@@ -91,11 +93,9 @@ mod tests {
 
     #[test]
     fn the_room_of_both_roles_is_the_same_by_default() {
-        let device = room(&Limits::device(), 8192);
+        let device = room(DeviceLimits::default().sessions_of(8192), 8192);
         assert_eq!(device, "4 answers at once, of 8192 tokens each with its prompt");
-        assert_eq!(room(&Limits::cloud(), 8192), device);
-        let mut one = Limits::device();
-        one.sessions_max = 1;
-        assert_eq!(room(&one, 100), "1 answer at once, of 100 tokens with its prompt");
+        assert_eq!(room(CloudLimits::default().sessions_of(8192), 8192), device);
+        assert_eq!(room(1, 100), "1 answer at once, of 100 tokens with its prompt");
     }
 }

@@ -2,23 +2,28 @@
 //! falls back and its GPU is lost, another run on the CPU.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
+use hat_core::cloud::{CloudCore, CloudCoreConfig};
+use hat_core::wire::{self, BundleFacts};
 use hat_loader::{Bundle, ModelId};
 use hat_plan::{BackendFault, MiddleForward};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
+use hat_transport::message::{Hello, Role};
 
+use super::step::Stages;
 use super::{
-    CloudConfig, CloudCounters, arithmetic_of, describe, jobs_of, load, open_bundle, pool_pages,
-    shell, spawn, step,
+    CloudConfig, CloudCounters, arithmetic_of, describe, load, open_bundle, pool_pages, shell,
+    spawn, step,
 };
 use crate::Error;
 use crate::config::Processor;
+use crate::{endpoint, watch};
 
 /// What the owner of a cloud and its threads both see, whichever run it is.
 #[derive(Default)]
@@ -87,35 +92,35 @@ impl Run {
     ) -> Result<Self, Error> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let fault = Arc::new(OnceLock::new());
-        let (to_step, jobs) = bounded(jobs_of(stages.len()));
-        let first_done = Arc::new(AtomicU64::new(0));
-        let (done, from_step) = bounded(jobs_of(stages.len()));
-        let (ready, is_ready) = bounded(1);
+        let facts = endpoint::cloud_facts(bundle);
+        let (hello, limits) = (hello(config, &facts, &stages)?, config.limits);
+        let core = CloudCoreConfig {
+            sessions_max: limits.sessions_max,
+            sessions_per_device_max: limits.sessions_per_device_max,
+            context_max: facts.context.min(limits.context_max),
+            idle_after: config.idle_after,
+            step_within: config.step_within,
+        };
+        let (to_stages, queues) = Stages::new(stages.len());
         let start = shell::Start {
             config: config.clone(),
-            bundle: crate::endpoint::cloud_facts(bundle),
-            watch: crate::watch::Start::new(bundle, &config.verify),
-            pages,
-            stages: stages.len(),
-            arithmetic_id: arithmetic_of(&stages)?,
-            fault: fault.clone(),
-            clock: clock.clone(),
+            hello,
+            core: CloudCore::new(core, hello, pages, seen.counters.figures()),
+            watch: watch::Start::new(bundle, &config.verify),
             counters: seen.counters.clone(),
             stop: seen.stop.clone(),
-            to_step,
-            first_done: first_done.clone(),
-            from_step,
+            stages: to_stages,
+            fault: fault.clone(),
+            clock: clock.clone(),
         };
         let describe = describe(&stages);
+        let (ready, is_ready) = bounded(1);
         let io = spawn("hat-cloud-io", move || start.run(&ready))?;
         let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
-            Ok(Ok(ready)) => ready,
-            Ok(Err(error)) => return Err(error),
+            Ok(ready) => ready?,
             Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
         };
-        let (is_alive, alive) = bounded(0);
-        let ends = step::Ends { done, waker: waker.clone(), first_done, alive: is_alive };
-        let stages = step::spawn_stages(stages, jobs, ends, config.nice, &clock)?;
+        let (stages, alive) = step::spawn_stages(stages, queues, &waker, config.nice, &clock)?;
         seen.begin(describe, &waker);
         Ok(Self { address, fault, io, stages, alive, step_within: config.step_within })
     }
@@ -133,6 +138,21 @@ impl Run {
         }
         self.fault.get().cloned()
     }
+}
+
+/// What a cloud says of itself.
+fn hello(
+    config: &CloudConfig,
+    facts: &BundleFacts,
+    stages: &[Box<dyn MiddleForward>],
+) -> Result<Hello, Error> {
+    let BundleFacts { hidden_size, layers, model_id, .. } = facts;
+    Ok(Hello {
+        row_budget: config.limits.step_rows_max,
+        arithmetic_id: arithmetic_of(stages)?,
+        stages: u16::try_from(stages.len()).unwrap_or(u16::MAX),
+        ..wire::hello(Role::Cloud, *model_id, *hidden_size, layers.clone())
+    })
 }
 
 /// Who waits for the end of a run.

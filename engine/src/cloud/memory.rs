@@ -8,14 +8,14 @@ use hat_plan::{KvShape, PAGE_SIZE};
 use hat_transport::endpoint::EndpointConfig;
 use hat_transport::message::{Hello, Role};
 
-use crate::config::Limits;
+use crate::config::CloudLimits;
 
 /// Bytes of a session beside its pages; `engine/tests/sessions.rs` holds them to it.
 const SESSION_BYTES: u64 = 1024;
 /// Steps that are planned or run at once, a pipeline's further ones not counted.
 const STEPS: u64 = 2;
 
-impl Limits {
+impl CloudLimits {
     /// Bytes that a cloud with these bounds may come to hold of `bundle`'s model, one line for
     /// each owner. Weights stay in the bundle's file; what a kernel needs beside its rows is not
     /// in here.

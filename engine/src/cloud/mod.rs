@@ -229,11 +229,6 @@ fn runs_of_layers(layers: Range<usize>, stages: usize) -> Result<Vec<Range<usize
     Ok((0..stages).map(|stage| cut(stage)..cut(stage + 1)).collect())
 }
 
-/// Steps that circulate: one in each stage, and one that is planned meanwhile.
-fn jobs_of(stages: usize) -> usize {
-    stages + 1
-}
-
 /// The one arithmetic of all stages.
 fn arithmetic_of(stages: &[Box<dyn MiddleForward>]) -> Result<u32, Error> {
     let mut ids: Vec<u32> = stages.iter().map(|stage| stage.arithmetic_id()).collect();

@@ -2,19 +2,19 @@
 //! stages, says to the core what happened, and does what the core says.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, TryRecvError};
-use hat_core::cloud::{CloudCore, CloudCoreConfig, LinkEvent, StepBatch};
-use hat_core::wire::{self, BundleFacts};
+use crossbeam::channel::Sender;
+use hat_core::cloud::{CloudCore, LinkEvent};
 use hat_plan::BackendFault;
 use hat_transport::clock::Clock;
 use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::link::Waker;
 use hat_transport::message::{CloseCode, Hello};
 
+use super::step::Stages;
 use super::{CloudConfig, CloudCounters};
 use crate::Error;
 use crate::{endpoint, watch};
@@ -28,22 +28,16 @@ const FAREWELL_TURN_TIME: Duration = Duration::from_millis(5);
 /// What the io thread starts with.
 pub(super) struct Start {
     pub(super) config: CloudConfig,
-    pub(super) bundle: BundleFacts,
+    /// What the cloud says of itself.
+    pub(super) hello: Hello,
+    pub(super) core: CloudCore,
     pub(super) watch: watch::Start,
-    pub(super) pages: u32,
-    /// Pipeline stages.
-    pub(super) stages: usize,
-    /// What the stages compute in.
-    pub(super) arithmetic_id: u32,
-    /// What a fault that lasts is told to.
-    pub(super) fault: Arc<OnceLock<BackendFault>>,
-    pub(super) clock: Arc<dyn Clock>,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
-    pub(super) to_step: Sender<StepBatch>,
-    /// Steps that the first stage is done with.
-    pub(super) first_done: Arc<AtomicU64>,
-    pub(super) from_step: Receiver<StepBatch>,
+    pub(super) stages: Stages,
+    /// Where a fault that lasts is put.
+    pub(super) fault: Arc<OnceLock<BackendFault>>,
+    pub(super) clock: Arc<dyn Clock>,
 }
 
 type Ready = Result<(SocketAddr, Waker), Error>;
@@ -74,41 +68,10 @@ impl Start {
     }
 
     fn listen(self) -> Result<(Shell, SocketAddr), Error> {
-        let hello = self.hello();
-        let (endpoint, address) = endpoint::listen(&self.config, self.clock.clone(), hello)?;
-        let limits = self.config.limits;
-        let config = CloudCoreConfig {
-            sessions_max: limits.sessions_max,
-            sessions_per_device_max: limits.sessions_per_device_max,
-            context_max: self.bundle.context.min(limits.context_max),
-            idle_after: self.config.idle_after,
-            step_within: self.config.step_within,
-        };
-        let shell = Shell {
-            guard: self.watch.start(endpoint.waker())?,
-            endpoint,
-            core: CloudCore::new(config, hello, self.pages, self.counters.figures()),
-            now: self.clock.now(),
-            clock: self.clock,
-            counters: self.counters,
-            stop: self.stop,
-            fault: self.fault,
-            to_step: self.to_step,
-            sent_steps: 0,
-            first_done: self.first_done,
-            from_step: self.from_step,
-        };
-        Ok((shell, address))
-    }
-
-    fn hello(&self) -> Hello {
-        let BundleFacts { hidden_size, layers, model_id, .. } = &self.bundle;
-        Hello {
-            row_budget: self.config.limits.step_rows_max,
-            arithmetic_id: self.arithmetic_id,
-            stages: u16::try_from(self.stages).unwrap_or(u16::MAX),
-            ..wire::hello(wire::Role::Cloud, *model_id, *hidden_size, layers.clone())
-        }
+        let Self { config, hello, core, watch, counters, stop, stages, fault, clock } = self;
+        let (endpoint, address) = endpoint::listen(&config, clock.clone(), hello)?;
+        let (guard, now) = (watch.start(endpoint.waker())?, clock.now());
+        Ok((Shell { endpoint, guard, core, now, clock, counters, stop, fault, stages }, address))
     }
 }
 
@@ -123,12 +86,7 @@ struct Shell {
     counters: Arc<CloudCounters>,
     stop: Arc<AtomicBool>,
     fault: Arc<OnceLock<BackendFault>>,
-    to_step: Sender<StepBatch>,
-    /// Steps that went to the first stage.
-    sent_steps: u64,
-    /// Steps that it is done with.
-    first_done: Arc<AtomicU64>,
-    from_step: Receiver<StepBatch>,
+    stages: Stages,
 }
 
 impl Shell {
@@ -182,14 +140,7 @@ impl Shell {
 
     /// Takes back the steps that have ended.
     fn take_steps(&mut self) -> std::io::Result<()> {
-        loop {
-            let batch = match self.from_step.try_recv() {
-                Ok(batch) => batch,
-                Err(TryRecvError::Empty) => return Ok(()),
-                Err(TryRecvError::Disconnected) => {
-                    return Err(std::io::Error::other("the step thread has ended"));
-                }
-            };
+        while let Some(batch) = self.stages.take()? {
             for connection in batch.connections() {
                 if let Some(counters) = self.endpoint.counters(connection) {
                     self.core.handle_traffic(connection, &counters.traffic);
@@ -197,22 +148,16 @@ impl Shell {
             }
             self.core.handle_step(self.now, batch, &mut self.endpoint);
         }
+        Ok(())
     }
 
     /// Hands out steps while the first stage has room for one.
     fn plan(&mut self) {
-        while self.at_first() < self.core.steps_ahead(self.now) {
-            let Some(batch) = self.core.poll_step(self.now) else { return };
-            self.sent_steps += 1;
-            if self.to_step.send(batch).is_err() {
-                return; // the step thread has ended, and its other queue says so
-            }
+        while self.stages.at_first() < self.core.steps_ahead(self.now)
+            && let Some(batch) = self.core.poll_step(self.now)
+        {
+            self.stages.give(batch);
         }
-    }
-
-    /// Steps that the first stage has.
-    fn at_first(&self) -> u64 {
-        self.sent_steps - self.first_done.load(Ordering::Acquire)
     }
 
     /// Queues what is to go out at the next turn of the link. Whoever reads it finds it counted.

@@ -1,10 +1,11 @@
 //! The stages: threads that take steps from the io thread, one after the other, and give them back.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, bounded, never};
+use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, never};
 use hat_compute::backend::cpu::compute_priority;
 use hat_core::cloud::StepBatch;
 use hat_plan::MiddleForward;
@@ -22,42 +23,87 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// The other ends of what the step threads speak into.
-pub(super) struct Ends {
-    /// Steps whose last stage is done.
-    pub(super) done: Sender<StepBatch>,
-    /// The io thread's.
-    pub(super) waker: Waker,
-    /// Steps that the first stage is done with.
-    pub(super) first_done: Arc<AtomicU64>,
-    /// Closed when the last step thread has ended.
-    pub(super) alive: Sender<()>,
+/// The io thread's ends of the queues to the stages and back.
+pub(super) struct Stages {
+    to_first: Sender<StepBatch>,
+    from_last: Receiver<StepBatch>,
+    /// Steps that went to the first stage.
+    sent: u64,
+    /// Steps that it is done with.
+    first_done: Arc<AtomicU64>,
 }
 
-/// Starts a thread for each of `stages`: steps come from `jobs`, go from stage to stage, and end
-/// in `done`. A queue between two stages holds one step (`processor::LENT_MAX` counts on it).
-/// When one thread ends, so do the others: their queues close.
+impl Stages {
+    /// Queues to so many stages, and the ends of their threads, which speak into them and wake the
+    /// io thread by `waker`.
+    pub(super) fn new(count: usize) -> (Self, Queues) {
+        // One step in each stage, and one that is planned meanwhile.
+        let (to_first, jobs) = bounded(count + 1);
+        let (done, from_last) = bounded(count + 1);
+        let first_done = Arc::new(AtomicU64::new(0));
+        let queues = Queues { jobs, done, first_done: first_done.clone() };
+        (Self { to_first, from_last, sent: 0, first_done }, queues)
+    }
+
+    /// Steps that the first stage has.
+    pub(super) fn at_first(&self) -> u64 {
+        self.sent - self.first_done.load(Ordering::Acquire)
+    }
+
+    /// Gives a step to the first stage. One whose thread has ended takes none, and
+    /// [`Stages::take`] says so.
+    pub(super) fn give(&mut self, batch: StepBatch) {
+        self.sent += 1;
+        let _ = self.to_first.send(batch);
+    }
+
+    /// A step that has ended.
+    ///
+    /// # Errors
+    /// If no more will come.
+    pub(super) fn take(&self) -> io::Result<Option<StepBatch>> {
+        match self.from_last.try_recv() {
+            Ok(batch) => Ok(Some(batch)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(io::Error::other("the step thread has ended")),
+        }
+    }
+}
+
+/// The stages' ends of the queues.
+pub(super) struct Queues {
+    jobs: Receiver<StepBatch>,
+    done: Sender<StepBatch>,
+    first_done: Arc<AtomicU64>,
+}
+
+/// Starts a thread for each of `stages`: steps go from stage to stage, and back to the io thread,
+/// which is woken by `waker`. A queue between two stages holds one step (`processor::LENT_MAX`
+/// counts on it). When one thread ends, so do the others: their queues close, and with the last of
+/// them so does the queue that is returned.
 ///
 /// # Errors
 /// [`Error::Io`] if a thread cannot be had.
 pub(super) fn spawn_stages(
     stages: Vec<Box<dyn MiddleForward>>,
-    jobs: Receiver<StepBatch>,
-    ends: Ends,
+    queues: Queues,
+    waker: &Waker,
     nice: u8,
     clock: &Arc<dyn Clock>,
-) -> Result<Vec<JoinHandle<()>>, Error> {
+) -> Result<(Vec<JoinHandle<()>>, Receiver<()>), Error> {
+    let Queues { jobs, done, first_done } = queues;
+    let (is_alive, alive) = bounded(0);
     let (mut threads, mut incoming) = (Vec::new(), jobs);
     let last = stages.len() - 1;
     for (number, model) in stages.into_iter().enumerate() {
         let (sender, next) = match number == last {
-            true => (ends.done.clone(), never()),
+            true => (done.clone(), never()),
             false => bounded(1),
         };
         let (jobs, clock) = (std::mem::replace(&mut incoming, next), clock.clone());
-        let wakes = (number == 0 || number == last).then(|| ends.waker.clone());
-        let first = (number == 0).then(|| ends.first_done.clone());
-        let at_end = WakeAtEnd(ends.waker.clone(), ends.alive.clone());
+        let wakes = (number == 0 || number == last).then(|| waker.clone());
+        let first = (number == 0).then(|| first_done.clone());
+        let at_end = WakeAtEnd(waker.clone(), is_alive.clone());
         let stage = Stage { model, jobs, next: sender, wakes, first, clock };
         threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
             // Dropped in this order: the queues first, so that the io thread wakes to their end.
@@ -67,7 +113,7 @@ pub(super) fn spawn_stages(
             stage.run();
         })?);
     }
-    Ok(threads)
+    Ok((threads, alive))
 }
 
 /// A run of layers on a thread of its own.

@@ -480,6 +480,7 @@ fn a_device_that_falls_back_serves_what_waits() {
 #[cfg(feature = "cuda")]
 #[test]
 fn a_device_that_falls_back_says_what_it_computes_in() {
+    use hat_transport::conn::FrameSink;
     use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
     use hat_transport::message::{Message, Opened};
 

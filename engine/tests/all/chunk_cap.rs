@@ -9,6 +9,7 @@ use crate::support::script::{self, Script};
 use crate::support::{Bundles, long_prompt};
 use hat_engine::options::{ChunkPolicy, Codec};
 use hat_engine::{Engine, EngineConfig, Request};
+use hat_transport::conn::FrameSink;
 use hat_transport::endpoint::Event;
 use hat_transport::message::{
     Arrivals, Computed, Message, Opened, SessionError, SessionErrorCode, Want,

@@ -8,6 +8,7 @@ use crate::support::script::{self, Script};
 use crate::support::{Bundles, long_prompt};
 use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Engine, EngineConfig, Error, Generation, Request};
+use hat_transport::conn::FrameSink;
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::message::{Busy, Computed, Dropped, Message, Opened};

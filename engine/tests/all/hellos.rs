@@ -12,6 +12,7 @@ use hat_engine::options::{Codec, ErrorKind};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::FrameSink;
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Kind};
 use hat_transport::link::LinkKind;

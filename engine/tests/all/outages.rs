@@ -11,7 +11,7 @@ use crate::support::{Bundles, collect, long_prompt, script};
 use hat_engine::options::ErrorKind;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Request};
 use hat_transport::clock::SystemClock;
-use hat_transport::conn::ConnectionId;
+use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{Busy, CloseCode, Message, Opened, SessionError, SessionErrorCode};

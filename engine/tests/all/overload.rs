@@ -10,7 +10,9 @@ use crate::support::hand::{HIDDEN, Hand, chain};
 use crate::support::proxy::Proxy;
 use crate::support::{Bundles, PATIENCE, collect, collect_with, long_prompt, steps};
 use hat_compute::open;
-use hat_engine::options::{ChunkPolicy, CloudCounters, Codec, ErrorKind, Limits, Processor};
+use hat_engine::options::{
+    ChunkPolicy, CloudCounters, CloudLimits, Codec, DeviceLimits, ErrorKind, Processor,
+};
 use hat_engine::testkit::pool_pages;
 use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
@@ -54,29 +56,40 @@ fn wait_until(what: &str, cloud: &Cloud, is_so: impl Fn(&CloudCounters) -> bool)
     }
 }
 
-type FieldOf = fn(&mut Limits) -> &mut u32;
+type FieldOf<L> = fn(&mut L) -> &mut u32;
 
 #[test]
 fn bounds_of_zero_are_refused_by_name() {
     let bundles = Bundles::generated(1, 0);
-    let fields: [(&str, FieldOf); 7] = [
+    let refuses = |error: Option<hat_engine::Error>, field: &str| {
+        let error = error.unwrap_or_else(|| panic!("{field} may be 0"));
+        assert_eq!(error.kind(), ErrorKind::Input);
+        assert!(error.to_string().starts_with(field), "{error}");
+    };
+    let of_cloud: [(&str, FieldOf<CloudLimits>); 6] = [
         ("sessions_max", |limits| &mut limits.sessions_max),
         ("step_rows_max", |limits| &mut limits.step_rows_max),
-        ("queue_max", |limits| &mut limits.queue_max),
         ("context_max", |limits| &mut limits.context_max),
         ("kv_rows_max", |limits| &mut limits.kv_rows_max),
         ("connections_max", |limits| &mut limits.connections_max),
         ("sessions_per_device_max", |limits| &mut limits.sessions_per_device_max),
     ];
-    for (field, of) in fields {
+    for (field, of) in of_cloud {
         let mut cloud = config(&bundles);
         *of(&mut cloud.limits) = 0;
+        refuses(Cloud::start(cloud).err(), field);
+    }
+    let of_device: [(&str, FieldOf<DeviceLimits>); 5] = [
+        ("sessions_max", |limits| &mut limits.sessions_max),
+        ("step_rows_max", |limits| &mut limits.step_rows_max),
+        ("queue_max", |limits| &mut limits.queue_max),
+        ("context_max", |limits| &mut limits.context_max),
+        ("kv_rows_max", |limits| &mut limits.kv_rows_max),
+    ];
+    for (field, of) in of_device {
         let mut device = EngineConfig::new(bundles.path.join("device"));
         *of(&mut device.limits) = 0;
-        for error in [Cloud::start(cloud).err().unwrap(), Engine::open(device).err().unwrap()] {
-            assert_eq!(error.kind(), ErrorKind::Input);
-            assert!(error.to_string().starts_with(field), "{error}");
-        }
+        refuses(Engine::open(device).err(), field);
     }
 }
 

@@ -15,6 +15,7 @@ use hat_engine::whole::Whole;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
+use hat_transport::conn::FrameSink;
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::link::LinkKind;
 use hat_transport::message::{End, Message, Opened, PageId, RowsHead, SessionErrorCode};

@@ -16,6 +16,7 @@ use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_plan::{Computes, MiddleForward, MiddleStep};
+use hat_transport::conn::FrameSink;
 use hat_transport::endpoint::{EndpointConfig, Event as LinkEvent};
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{

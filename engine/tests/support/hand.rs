@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hat_engine::Cloud;
 use hat_transport::clock::SystemClock;
-use hat_transport::conn::ConnectionId;
+use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use hat_plan::BackendFault;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
 use hat_transport::frame::Kind;
-use hat_transport::message::{Busy, CloseCode, Dropped, End, Hello, Message, Open, Opened};
+use hat_transport::message::{Busy, CloseCode, End, Hello, Message, Open, Opened};
 use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
@@ -41,6 +41,7 @@ use self::rows::RowsFrame;
 use self::session::{Session, check_names, scope_of};
 use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
+use self::void::Void;
 use crate::page::pages_for;
 use crate::sched::{SessionKey, Work};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
@@ -130,8 +131,7 @@ pub struct CloudCore {
     fault: Option<BackendFault>,
     /// A fault, in tests.
     planted: Planted,
-    /// Reused from frame to frame.
-    dropped: Vec<Dropped>,
+    void: Void,
     /// Reused from step to step.
     works: Vec<Work>,
 }
@@ -152,7 +152,7 @@ impl CloudCore {
             figures,
             fault: None,
             planted: Planted::default(),
-            dropped: Vec::new(),
+            void: Void::default(),
             works: Vec::new(),
         }
     }
@@ -378,15 +378,14 @@ impl CloudCore {
         let (from, wire_id, begins) = (session.connection, session.wire_id, rows.head.more);
         if self.planted.is(Fault::EarlyCommit) && rows.head.commit != 0 {
             let commit = std::mem::take(&mut rows.head.commit);
-            session.sequence.commit(commit, self.planner.moves(), &mut Vec::new())?;
+            session.sequence.commit(commit, self.planner.moves())?;
         }
-        let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.dropped);
+        let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.void);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
-            session.is_queued = false;
             self.planner.forget_work(key);
         }
-        for rows in self.dropped.drain(..) {
+        for rows in self.void.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
             self.guests.answer(from, wire_id, Reply::Dropped(rows));
         }

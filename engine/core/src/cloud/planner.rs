@@ -59,6 +59,11 @@ impl Planner {
         &mut self.moves
     }
 
+    /// True if a work of the session waits.
+    pub(super) fn holds(&self, session: SessionKey) -> bool {
+        self.scheduler.holds(session)
+    }
+
     /// A work waits.
     pub(super) fn enqueue(&mut self, now: Instant, work: Work) {
         if work.urgent {

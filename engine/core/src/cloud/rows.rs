@@ -46,7 +46,7 @@ impl RowsFrame {
     }
 
     /// Parent of each row, of a chain and of a tree.
-    pub(super) fn parents(&self) -> impl Iterator<Item = u32> {
+    pub(super) fn parents(&self) -> impl Iterator<Item = u32> + Clone {
         let RowsHead { first_id, parent, .. } = self.head;
         let of_tree = self.body[self.parents.clone()]
             .chunks_exact(4)

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use hat_plan::{PAGE_SIZE, RowMove};
 use hat_transport::conn::ConnectionId;
 use hat_transport::frame::Priority;
-use hat_transport::message::{Dropped, Open, RowsHead, Want};
+use hat_transport::message::{Open, RowsHead, Want};
 
 use super::rows::RowsFrame;
 use super::violation::SessionViolation;
+use super::void::Void;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sequence::{PlanBuffers, Sequence};
 use hat_transport::codec::Codec;
@@ -36,6 +37,7 @@ pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
 }
 
 /// What waits to be applied, in order of arrival.
+#[derive(Clone, Copy)]
 pub(super) enum Item {
     Chunk(Chunk),
     Commit(u32),
@@ -43,10 +45,10 @@ pub(super) enum Item {
 
 /// Rows of one frame, or of several joined by `MORE`. A verify runs in one step; decided rows may
 /// run in several.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Chunk {
-    /// Frames of which not all rows are planned.
-    pub(super) frames: VecDeque<RowsFrame>,
+    /// Frames of which not all rows are planned; they stand in [`Session::frames`].
+    pub(super) frames: usize,
     /// Rows of the first of them that are planned.
     skip: u32,
     /// Rows that are not planned.
@@ -120,10 +122,10 @@ pub(super) struct Session {
     /// So many of them are known.
     named: usize,
     pub(super) items: VecDeque<Item>,
+    /// The chunk whose end has not come.
     pub(super) gathering: Chunk,
-    /// Whether the scheduler knows of the first chunk. It hears of the next one when that has
-    /// run, so what a session may have waiting is bounded by its device's credit alone.
-    pub(super) is_queued: bool,
+    /// Frames of the chunks that wait, in order, then those of the chunk whose end has not come.
+    pub(super) frames: VecDeque<RowsFrame>,
     /// Steps on their way that have rows of this session.
     pub(super) in_flight: u32,
     spent: Spent,
@@ -170,7 +172,7 @@ impl Session {
             names: open.pages.to_vec(),
             items: VecDeque::new(),
             gathering: Chunk::default(),
-            is_queued: false,
+            frames: VecDeque::new(),
             in_flight: 0,
             spent: Spent::default(),
             opened_at: now,
@@ -216,15 +218,15 @@ impl Session {
         })
     }
 
-    /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `dropped`. Says
-    /// whether chunks were taken out of the queue.
+    /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `void.dropped`.
+    /// Says whether chunks were taken out of the queue.
     pub(super) fn take_rows(
         &mut self,
         now: Instant,
         rows: RowsFrame,
         hidden_size: usize,
         rows_max: u32,
-        dropped: &mut Vec<Dropped>,
+        void: &mut Void,
     ) -> Result<bool, SessionViolation> {
         let RowsHead { first_id, count, more, decided, commit, .. } = rows.head;
         let (expected, got) =
@@ -247,11 +249,12 @@ impl Session {
         if of_chunk > rows_max {
             return Err(SessionViolation::Budget { rows: of_chunk, rows_max });
         }
-        let any_void = decided && self.drop_void(commit, dropped);
+        let any_void = decided && self.drop_void(commit, void);
         self.gathering.rows = of_chunk;
         self.gathering.urgent = rows.priority == Priority::Verify;
         self.gathering.decided += if decided { count } else { 0 };
-        self.gathering.frames.push_back(rows);
+        self.gathering.frames += 1;
+        self.frames.push_back(rows);
         if !more {
             self.gathering.complete_at = Some(now);
             self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
@@ -266,7 +269,7 @@ impl Session {
         moves: &mut Vec<RowMove>,
     ) -> Result<(), SessionViolation> {
         if self.items.is_empty() {
-            self.sequence.commit(row, moves, &mut Vec::new())?;
+            self.sequence.commit(row, moves)?;
         } else {
             self.items.push_back(Item::Commit(row));
         }
@@ -276,8 +279,8 @@ impl Session {
     /// Forgets all rows that wait. Rows that were computed stay.
     pub(super) fn cancel(&mut self) {
         self.items.clear();
+        self.frames.clear();
         self.gathering = Chunk::default();
-        self.is_queued = false;
     }
 
     /// Puts the next `count` rows of the oldest chunk into a step: their places into `plan`, their
@@ -293,16 +296,17 @@ impl Session {
     ) -> Result<(), SessionViolation> {
         let mut chunk = loop {
             match self.items.pop_front().expect("the scheduler counts the chunks") {
-                Item::Commit(row) => self.sequence.commit(row, moves, &mut Vec::new())?,
+                Item::Commit(row) => self.sequence.commit(row, moves)?,
                 Item::Chunk(chunk) => break chunk,
             }
         };
         rows.complete_at = chunk.complete_at;
         let mut left = count;
-        while let Some(frame) = chunk.frames.front().filter(|_| left > 0) {
+        while left > 0 && chunk.frames > 0 {
+            let frame = self.frames.pop_front().expect("those of the chunks that wait");
             let part = frame.part(chunk.skip, left);
             let first = rows.ids.len();
-            self.put_part(frame, &part.head, plan, moves, rows)?;
+            self.put_part(&frame, &part.head, plan, moves, rows)?;
             self.unpack(frame.payload_of(&part), hidden_size, hidden)?;
             let end = rows.ids.len();
             let wanted = match part.head.want {
@@ -315,8 +319,9 @@ impl Session {
             let put = u32::from(part.head.count);
             (left, chunk.skip) = (left - put, chunk.skip + put);
             if chunk.skip == u32::from(frame.head.count) {
-                chunk.skip = 0;
-                chunk.frames.pop_front();
+                (chunk.skip, chunk.frames) = (0, chunk.frames - 1);
+            } else {
+                self.frames.push_front(frame);
             }
         }
         plan.end_sequence(self.sequence.pages());
@@ -364,14 +369,13 @@ impl Session {
         let count = u32::from(head.count);
         if head.commit != 0 {
             // What it prunes and is still here has run, or runs now, and is answered by OUTPUT.
-            self.sequence.commit(head.commit, moves, &mut Vec::new())?;
+            self.sequence.commit(head.commit, moves)?;
         }
         if head.decided {
             let first = self.sequence.append_committed(head.first_id, count, head.parent)?;
             plan.push_committed(first, count);
         } else {
-            let parents: Vec<u32> = frame.parents().collect();
-            self.sequence.append_pending(head.first_id, &parents)?;
+            self.sequence.append_pending(head.first_id, frame.parents())?;
             for id in frame.ids() {
                 let known = self.sequence.push_row(id, plan);
                 debug_assert!(known, "it was appended above");

@@ -74,7 +74,7 @@ impl Sessions {
     /// Frames of a connection that are in chunks whose end has not come: nothing but its device
     /// frees their buffers.
     pub(super) fn begun_frames(&self, connection: ConnectionId) -> usize {
-        self.of(connection).map(|key| self.by_key[&key].gathering.frames.len()).sum()
+        self.of(connection).map(|key| self.by_key[&key].gathering.frames).sum()
     }
 
     fn of(&self, connection: ConnectionId) -> impl Iterator<Item = SessionKey> {

@@ -50,8 +50,6 @@ impl CloudCore {
             batch.step.exit_layer = work.class;
             let hidden_size = self.hidden_size();
             let session = self.sessions.session(work.session);
-            // The scheduler keeps the rest of a chunk that it has cut.
-            session.is_queued = session.next().is_some_and(|next| work.rows < next.rows);
             session.in_flight += 1;
             match batch.put(work, session, hidden_size) {
                 Ok(()) => self.name_prompt(work.session),
@@ -63,13 +61,13 @@ impl CloudCore {
         batch
     }
 
-    /// Tells the scheduler of a session's first chunk, if it does not know one.
+    /// Tells the scheduler of a session's first chunk, unless it holds one, or the rest of one that
+    /// it has cut. It hears of the next one when that has run, so what a session may have waiting
+    /// is bounded by its device's credit alone.
     pub(super) fn enqueue_next(&mut self, now: Instant, key: SessionKey) {
-        let Some(session) = self.sessions.find(key).filter(|session| !session.is_queued) else {
-            return;
-        };
+        let is_new = !self.planner.holds(key);
+        let Some(session) = self.sessions.find(key).filter(|_| is_new) else { return };
         let Some(next) = session.next() else { return };
-        session.is_queued = true;
         let work = Work {
             session: key,
             device: self.guests.device(session.connection).expect("a session has a connection"),

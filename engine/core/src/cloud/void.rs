@@ -5,48 +5,74 @@
 //! are applied. Chunks of pending rows that still wait then are not computed at all. A chunk is
 //! kept whole if anything that stays names a row of it: a commit, or a row that hangs below.
 
-use std::collections::BTreeSet;
+use std::collections::BinaryHeap;
+use std::ops::RangeInclusive;
 
 use hat_transport::message::Dropped;
 
 use super::session::{Item, Session};
 
+/// Rows that became void, and the ids by which others stay. Reused from frame to frame.
+#[derive(Default)]
+pub(super) struct Void {
+    /// Rows that were to come back, those of the latest chunk first.
+    pub(super) dropped: Vec<Dropped>,
+    /// Ids that are named by something that stays, the greatest first.
+    needed: BinaryHeap<u32>,
+}
+
+impl Void {
+    /// True if one of these rows is needed. To be asked from the last rows to the first: those that
+    /// come later are forgotten.
+    fn needs(&mut self, ids: RangeInclusive<u32>) -> bool {
+        while self.needed.peek().is_some_and(|id| id > ids.end()) {
+            self.needed.pop();
+        }
+        self.needed.peek().is_some_and(|id| id >= ids.start())
+    }
+}
+
 impl Session {
     /// A frame of decided rows has come, and with it the order to keep the path to row `commit`
     /// (0: nothing): takes the chunks out of the queue that are void by that. Rows of them that
-    /// were to come back are put to the end of `dropped`. Says whether there were any chunks.
-    pub(super) fn drop_void(&mut self, commit: u32, dropped: &mut Vec<Dropped>) -> bool {
+    /// were to come back are put to the end of `void.dropped`. Says whether there were any chunks.
+    pub(super) fn drop_void(&mut self, commit: u32, void: &mut Void) -> bool {
         // What stands before the last decided chunk was looked at when that came.
         let decided = |item: &Item| matches!(item, Item::Chunk(chunk) if chunk.decided > 0);
         let start = self.items.iter().rposition(decided).map_or(0, |index| index + 1);
-        if !self.items.range(start..).any(|item| matches!(item, Item::Chunk(_))) {
-            return false;
-        }
-        let mut needed = BTreeSet::from([commit]);
+        void.needed.clear();
+        void.needed.push(commit);
+        let mut frames = 0;
         for item in self.items.range(start..) {
             match item {
-                Item::Commit(row) => needed.extend([*row]),
-                Item::Chunk(chunk) => {
-                    needed.extend(chunk.frames.iter().map(|rows| rows.head.commit))
-                }
+                Item::Commit(row) => void.needed.push(*row),
+                Item::Chunk(chunk) => frames += chunk.frames,
             }
         }
-        for rows in &self.gathering.frames {
-            needed.insert(rows.head.commit);
-            needed.extend(rows.parents());
+        if frames == 0 {
+            return false;
         }
+        let mut end = self.frames.len() - self.gathering.frames;
+        void.needed.extend(self.frames.range(end - frames..).map(|rows| rows.head.commit));
+        void.needed.extend(self.frames.range(end..).flat_map(|rows| rows.parents()));
         let mut any = false;
         // Rows come after their parents: what a chunk needs is known when its turn comes.
         for index in (start..self.items.len()).rev() {
-            let Item::Chunk(chunk) = &self.items[index] else { continue };
-            if chunk.frames.iter().any(|rows| rows.ids().any(|id| needed.contains(&id))) {
-                needed.extend(chunk.frames.iter().flat_map(|rows| rows.parents()));
+            let Item::Chunk(chunk) = self.items[index] else { continue };
+            let of_chunk = end - chunk.frames..end;
+            end = of_chunk.start;
+            let rows = || self.frames.range(of_chunk.clone());
+            let first = rows().next().map_or(0, |rows| rows.head.first_id);
+            let last = rows().next_back().map_or(0, |rows| rows.ids().end - 1);
+            if void.needs(first..=last) {
+                void.needed.extend(rows().flat_map(|rows| rows.parents()));
                 continue;
             }
-            dropped.extend(chunk.frames.iter().filter_map(|rows| rows.awaited()));
+            void.dropped.extend(rows().filter_map(|rows| rows.awaited()));
             // What the chunk committed stays committed.
-            let commit = chunk.frames.iter().map(|rows| rows.head.commit).max().unwrap_or(0);
+            let commit = rows().map(|rows| rows.head.commit).max().unwrap_or(0);
             self.items[index] = Item::Commit(commit);
+            self.frames.drain(of_chunk);
             any = true;
         }
         self.items.retain(|item| !matches!(item, Item::Commit(0)));

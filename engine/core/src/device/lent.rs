@@ -77,7 +77,6 @@ pub(super) struct Scratch {
     pub(super) tokens: Vec<TokenId>,
     pub(super) kept: Vec<usize>, // nodes of a tree
     pub(super) guesses: Vec<(usize, Guess)>,
-    pub(super) pruned: Vec<u32>,
     pub(super) logits: Vec<f32>, // [vocab_size]
     /// The token with the greatest logit, and that logit.
     pub(super) greatest: Option<(TokenId, f32)>,
@@ -249,7 +248,6 @@ impl Common {
                 tokens: Vec::with_capacity(PENDING_ROWS_MAX),
                 kept: Vec::with_capacity(PENDING_ROWS_MAX),
                 guesses: Vec::with_capacity(PENDING_ROWS_MAX),
-                pruned: Vec::with_capacity(PENDING_ROWS_MAX),
                 logits: vec![0.0; vocab_size],
                 greatest: None,
                 rows: vec![0.0; bundle.hidden_size],

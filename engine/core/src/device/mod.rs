@@ -44,7 +44,7 @@ pub use self::work::{DeviceWork, DraftWork, Verdict};
 use crate::answer::{Answer, Prepared};
 use crate::chunk::ChunkPolicy;
 use crate::draft::trained::Trained;
-use crate::draft::{DraftMode, DraftPolicy};
+use crate::draft::{DraftMode, DraftPolicy, Lookup};
 use crate::error::RequestError;
 use crate::estimate::Estimates;
 use crate::metrics::Meter;
@@ -289,15 +289,22 @@ impl DeviceCore {
         let draft = prepared.request.draft;
         self.tell_missing(draft);
         let has_drafter = self.drafter.is_some();
-        let prompt = &prepared.prompt;
-        let lookup = draft.looks_up(has_drafter).then(|| prompt.iter().copied().collect());
+        // All that grows with the answer has its room now: a round allocates nothing.
+        let rows_max = kv.rows_max() as usize;
+        let mut tokens = Vec::with_capacity(rows_max);
+        tokens.extend_from_slice(&prepared.prompt);
+        let lookup = draft.looks_up(has_drafter).then(|| {
+            let mut lookup = Lookup::with_room(rows_max);
+            tokens.iter().for_each(|token| lookup.push(*token));
+            lookup
+        });
         let drafter = self.drafter.as_mut().filter(|_| draft.asks_trained());
         Request {
             id,
             asked,
             answer,
             meter: Meter::new(asked, prepared.prompt_n()),
-            path: Path { tokens: prompt.clone(), names: None, names_max: 0, lookup },
+            path: Path { tokens, names: None, names_max: 0, lookup },
             drafting: Drafting::new(drafter.and_then(|drafter| drafter.open(kv.rows_max()))),
             kv,
             patience: Patience::new(now),

@@ -42,10 +42,17 @@ impl PageNamer {
         Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope })
     }
 
-    /// Names of the pages of `tokens` where the cloud computes in `cloud_arithmetic_id`.
-    pub(super) fn names(&self, cloud_arithmetic_id: u32, tokens: &[TokenId]) -> PageNames {
+    /// Names of the pages of `tokens`, which become at most `rows_max`, where the cloud computes in
+    /// `cloud_arithmetic_id`.
+    pub(super) fn names(
+        &self,
+        cloud_arithmetic_id: u32,
+        tokens: &[TokenId],
+        rows_max: u32,
+    ) -> PageNames {
         let scope = PrefixScope { arithmetic_id: cloud_arithmetic_id, ..self.scope };
         let mut names = PageNames::new(&self.secret, &self.model_id, self.arithmetic_id, scope);
+        names.reserve(rows_max as usize);
         names.extend(tokens);
         names
     }

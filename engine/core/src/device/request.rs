@@ -268,10 +268,7 @@ impl Request {
     /// moves in the KV store run before any other row is computed.
     pub(super) fn commit(&mut self, id: u32, cx: &mut Common) {
         let Some(open) = self.session.open_mut() else { return };
-        cx.scratch.pruned.clear();
-        self.kv
-            .commit(id, &mut cx.moves, &mut cx.scratch.pruned)
-            .expect("the walk stands on rows that pend");
+        self.kv.commit(id, &mut cx.moves).expect("the walk stands on rows that pend");
         open.outgoing.commit = id;
     }
 

@@ -114,14 +114,15 @@ impl DeviceCore {
             let path = &mut request.path;
             path.names_max = wire::pages_per_frame(cloud.frame_max);
             let namer = self.pages.namer.as_ref();
-            path.names = namer.map(|namer| namer.names(cloud.arithmetic, &path.tokens));
+            let rows_max = request.prepared.rows_max();
+            path.names = namer.map(|namer| namer.names(cloud.arithmetic, &path.tokens, rows_max));
             let open = Message::Open(Open {
                 entry_layer: layer(first),
                 exit_layer: layer(first + count),
                 codec: self.cx.facts.codec.id(),
                 kv_type: KV_TYPE_F16,
                 arithmetic_id: cloud.arithmetic,
-                rows_max: request.prepared.rows_max(),
+                rows_max,
                 pages: path.pages_to_find(),
             });
             let bytes = open.encoded_len();

@@ -167,10 +167,10 @@ mod tests {
     fn end_names_no_row_that_may_never_have_left() {
         let mut kv = Sequence::new(vec![0, 1, 2, 3], 64);
         kv.append_committed(1, 1, 0).unwrap();
-        kv.append_pending(2, &[1]).unwrap();
+        kv.append_pending(2, [1]).unwrap();
         let mut open = OpenSession::new(7, 0);
         open.outgoing.commit = 2;
-        kv.commit(2, &mut Vec::new(), &mut Vec::new()).unwrap();
+        kv.commit(2, &mut Vec::new()).unwrap();
         assert_eq!(open.last_commit(kv.tip(), false, false), 2, "all of it is on its way");
         assert_eq!(open.last_commit(kv.tip(), true, false), 0, "row 2 may have been dropped");
         open.outgoing.commit = 0;

@@ -1,59 +1,28 @@
 //! Requests through the core: rows from a table, and no model, link or clock.
 
 use hat_plan::TokenId;
-use hat_transport::conn::{ConnectionId, FrameSink, SendError};
+use hat_transport::conn::ConnectionId;
 use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::message::{
     Arrivals, Message, Opened, OutputHead, Role, SessionError, SessionErrorCode, Want,
 };
-use hat_transport::pool::{Buf, Pool, PoolConfig};
 
 use super::work::{DeviceWork, Verdict};
 use super::*;
 use crate::answer::EndTokens;
 use crate::request::Request as Asked;
+use crate::testkit::TestSink;
 
 const TO: ConnectionId = ConnectionId(7);
 const HIDDEN: usize = 8;
 const VOCAB: usize = 400;
 const MS: Duration = Duration::from_millis(1);
 
-/// Frames that have not left.
-struct Queue {
-    pool: Pool,
-    frames: Vec<Frame>,
-}
-
-impl FrameSink for Queue {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.pool.take(body_bytes)
-    }
-
-    fn send(
-        &mut self,
-        to: ConnectionId,
-        kind: Kind,
-        session: u32,
-        priority: Priority,
-        body: Buf,
-    ) -> Result<(), SendError> {
-        assert_eq!(to, TO);
-        self.frames.push(Frame { kind, session, priority, body });
-        Ok(())
-    }
-
-    fn discard(&mut self, _: ConnectionId, session: u32) -> usize {
-        let before = self.frames.len();
-        self.frames.retain(|frame| frame.session != session);
-        before - self.frames.len()
-    }
-}
-
 /// A core, and a cloud whose rows come back as they went up.
 struct Bed {
     core: DeviceCore,
     now: Instant,
-    queue: Queue,
+    sink: TestSink,
     /// Computations until one is not done.
     fails_in: Option<u32>,
     opens: u32,
@@ -103,9 +72,8 @@ impl Bed {
         };
         let now = Instant::now();
         let core = DeviceCore::new(now, config, &facts, VOCAB, None, None);
-        let pool = Pool::new(PoolConfig { small: 64, large: 16 });
-        let queue = Queue { pool, frames: Vec::new() };
-        Self { core, now, queue, fails_in: None, opens: 0, ends: 0, rows: 0 }
+        let sink = TestSink::new();
+        Self { core, now, sink, fails_in: None, opens: 0, ends: 0, rows: 0 }
     }
 
     fn up(&mut self, resumed: bool) {
@@ -138,20 +106,17 @@ impl Bed {
         let fails = has_work && self.fails_in == Some(0);
         self.fails_in = self.fails_in.map(|left| left.saturating_sub(u32::from(has_work)));
         self.core.handle_work(self.now, MS, fails.then_some(&fault), &EndTokens::default());
-        self.core.poll_transmit(self.now, TO, &mut self.queue, true);
+        self.core.poll_transmit(self.now, TO, &mut self.sink, true);
         has_work
     }
 
     fn say(&mut self, session: u32, message: &Message<'_>) {
-        let mut body = self.queue.pool.take(message.encoded_len()).unwrap();
-        message.encode(body.body_mut());
-        let (kind, priority) = (message.kind(), Priority::Control);
-        self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+        self.core.handle_inbound(Inbound::Frame(self.sink.message(session, message)));
     }
 
     /// The cloud answers all that has left.
     fn answer(&mut self) {
-        for frame in std::mem::take(&mut self.queue.frames) {
+        for (_, frame) in std::mem::take(&mut self.sink.sent) {
             let session = frame.session;
             let rows = match Message::decode(frame.kind, frame.body.body()).unwrap() {
                 Message::Open(_) => {
@@ -178,11 +143,11 @@ impl Bed {
             let arrivals = Arrivals::default();
             let head = OutputHead { count, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
             let payload = &rows.payload[skip * HIDDEN * 4..];
-            let mut body = self.queue.pool.take(head.payload_start() + payload.len()).unwrap();
-            let start = head.encode(&ids, body.body_mut());
-            body.body_mut()[start..].copy_from_slice(payload);
-            let (kind, priority) = (Kind::Output, Priority::Verify);
-            self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+            let mut body = vec![0; head.payload_start() + payload.len()];
+            let start = head.encode(&ids, &mut body);
+            body[start..].copy_from_slice(payload);
+            let frame = self.sink.frame(Kind::Output, session, Priority::Verify, &body);
+            self.core.handle_inbound(Inbound::Frame(frame));
         }
     }
 
@@ -295,12 +260,12 @@ fn a_cancelled_request_takes_its_frames_along() {
     bed.step();
     bed.answer();
     while bed.step() {}
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
+    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
     bed.core.cancel(id);
     bed.step();
-    let kinds: Vec<Kind> = bed.queue.frames.iter().map(|frame| frame.kind).collect();
+    let kinds: Vec<Kind> = bed.sink.sent.iter().map(|(_, frame)| frame.kind).collect();
     assert_eq!(kinds, [Kind::End]);
-    let message = Message::decode(Kind::End, bed.queue.frames[0].body.body()).unwrap();
+    let message = Message::decode(Kind::End, bed.sink.sent[0].1.body.body()).unwrap();
     assert!(matches!(message, Message::End(end) if end.commit == 0), "{message:?}");
     assert_eq!(bed.core.running(), 0);
 }

@@ -54,6 +54,16 @@ struct Place {
 }
 
 impl Lookup {
+    /// An index with room for so many tokens.
+    #[must_use]
+    pub fn with_room(tokens: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(tokens),
+            latest: HashMap::with_capacity(NGRAM_MAX * tokens),
+            before: Vec::with_capacity(tokens),
+        }
+    }
+
     /// Appends a token.
     pub fn push(&mut self, token: TokenId) {
         if let Some(last) = self.tokens.len().checked_sub(1) {

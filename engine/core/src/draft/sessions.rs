@@ -122,7 +122,7 @@ impl DraftSessions {
             y_before.extend_from_slice(&said[row(parent)]);
         }
         sequence
-            .append_pending(first_id, parents)
+            .append_pending(first_id, &*parents)
             .expect("ids go on after the last one, and a tree fits what was reserved for it");
         plan.clear();
         for id in (first_id..).take(nodes.len()) {

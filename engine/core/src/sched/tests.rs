@@ -186,7 +186,7 @@ fn check_step(scheduler: &mut Scheduler, waiting: &mut Queues) -> usize {
     feed(scheduler, waiting);
     let mut step = vec![];
     scheduler.plan(Bound::NONE, &mut step);
-    assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max());
+    assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max);
     for (index, work) in step.iter().enumerate() {
         assert_eq!(work.class, step[0].class);
         let is_first = step[..index].iter().all(|other| other.session != work.session);

@@ -26,11 +26,11 @@ fn a_pending_row_needs_a_reserved_position() {
     rows.append_committed(1, 94, 0).unwrap();
     let full = SequenceError::Full { rows: 97, reserved: 96 };
     // Positions 94 and 95 are the last; there are slots behind them.
-    assert_eq!(rows.append_pending(95, &[94, 95, 96]), Err(full));
+    assert_eq!(rows.append_pending(95, [94, 95, 96]), Err(full));
     assert_eq!(rows.pending(), 0);
-    rows.append_pending(95, &[94, 95, 94, 97]).unwrap();
+    rows.append_pending(95, [94, 95, 94, 97]).unwrap();
     assert_eq!(rows.place(96).map(|place| place.position), Some(95));
-    assert_eq!(rows.append_pending(99, &[96]), Err(full));
+    assert_eq!(rows.append_pending(99, [96]), Err(full));
     assert_eq!((rows.pending(), rows.last_id()), (4, 98));
 }
 
@@ -45,12 +45,10 @@ fn ids_and_parents_are_checked() {
     );
     let bad = SequenceError::BadParent { id: 4, parent: 2, tip: 3 };
     assert_eq!(rows.append_committed(4, 1, 2), Err(bad));
-    assert_eq!(rows.append_pending(4, &[2]), Err(bad));
-    rows.append_pending(4, &[3, 4, 3]).unwrap();
-    assert_eq!(
-        rows.commit(99, &mut vec![], &mut vec![]),
-        Err(SequenceError::BadCommit { row: 99, tip: 3 })
-    );
+    assert_eq!(rows.append_pending(4, [2]), Err(bad));
+    rows.append_pending(4, [3, 4, 3]).unwrap();
+    let bad = SequenceError::BadCommit { row: 99, tip: 3 };
+    assert_eq!(rows.commit(99, &mut vec![]), Err(bad));
     let many = vec![3; 62];
     assert_eq!(rows.append_pending(7, &many), Err(SequenceError::TooManyPending { pending: 65 }));
     assert_eq!(rows.pending(), 3);
@@ -61,12 +59,12 @@ fn commit_moves_the_path_and_keeps_the_branch_below() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
     // 11 and 12 hang off the tip, 13 below 12, 14 below 13, 15 below 11.
-    rows.append_pending(11, &[10, 10, 12, 13, 11]).unwrap();
-    let (mut moves, mut pruned) = (vec![], vec![]);
-    rows.commit(13, &mut moves, &mut pruned).unwrap();
+    rows.append_pending(11, [10, 10, 12, 13, 11]).unwrap();
+    let mut moves = vec![];
+    rows.commit(13, &mut moves).unwrap();
     let to = |slot: u32| RowMove { from: (7, slot + 1), to: (7, slot) };
     assert_eq!(moves, [to(10), to(11), to(12)]);
-    assert_eq!(pruned, [11, 15]);
+    assert_eq!([11, 15].map(|id| rows.place(id)), [None; 2], "they are pruned");
     assert_eq!((rows.committed(), rows.tip(), rows.pending()), (12, 13, 1));
     assert_eq!(rows.place(14), Some(RowPlace { position: 12, slot: 12 }));
 }
@@ -75,8 +73,8 @@ fn commit_moves_the_path_and_keeps_the_branch_below() {
 fn a_decided_row_voids_what_pended() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
-    rows.append_pending(11, &[10, 11, 10]).unwrap();
-    rows.commit(11, &mut vec![], &mut vec![]).unwrap();
+    rows.append_pending(11, [10, 11, 10]).unwrap();
+    rows.commit(11, &mut vec![]).unwrap();
     assert_eq!(rows.pending(), 1, "12 is below 11");
     assert_eq!(rows.append_committed(14, 1, 11), Ok(RowPlace { position: 11, slot: 11 }));
     assert_eq!((rows.committed(), rows.tip(), rows.pending()), (12, 14, 0));
@@ -87,12 +85,12 @@ fn a_decided_row_voids_what_pended() {
 fn retracted_rows_never_were() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
-    rows.append_pending(11, &[10, 11, 12]).unwrap();
+    rows.append_pending(11, [10, 11, 12]).unwrap();
     rows.retract(14);
     assert_eq!((rows.pending(), rows.last_id()), (3, 13));
     rows.retract(12);
     assert_eq!((rows.pending(), rows.last_id()), (1, 11));
-    rows.append_pending(12, &[11]).unwrap();
+    rows.append_pending(12, [11]).unwrap();
     assert_eq!(rows.place(12), Some(RowPlace { position: 11, slot: 11 }));
 }
 
@@ -100,7 +98,7 @@ fn retracted_rows_never_were() {
 fn a_plan_names_the_ancestors_of_a_tree_row() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
-    rows.append_pending(11, &[10, 10, 12, 11]).unwrap();
+    rows.append_pending(11, [10, 10, 12, 11]).unwrap();
     let mut plan = PlanBuffers::default();
     plan.clear();
     for id in 11..=14 {
@@ -203,14 +201,12 @@ proptest! {
                     }
                 }
                 Op::Commit(pick) => {
-                    let (mut moves, mut pruned) = (vec![], vec![]);
-                    rows.commit(known[usize::from(pick) % known.len()], &mut moves, &mut pruned)
-                        .unwrap();
+                    let mut moves = vec![];
+                    rows.commit(known[usize::from(pick) % known.len()], &mut moves).unwrap();
                     for step in moves {
                         let moved = model.kv[&step.from];
                         model.kv.insert(step.to, moved);
                     }
-                    prop_assert!(pruned.iter().all(|id| rows.place(*id).is_none()));
                 }
             }
             model.check(&rows);
@@ -226,9 +222,9 @@ fn rows_behind_a_held_prefix_go_on_from_its_last_id() {
     assert!(sequence.append_committed(65, 1, 0).is_err());
     let place = sequence.append_committed(65, 3, 64).unwrap();
     assert_eq!(place, RowPlace { position: 64, slot: 64 });
-    sequence.append_pending(68, &[67, 67]).unwrap();
-    let (mut moves, mut pruned) = (Vec::new(), Vec::new());
-    sequence.commit(69, &mut moves, &mut pruned).unwrap();
+    sequence.append_pending(68, [67, 67]).unwrap();
+    let mut moves = Vec::new();
+    sequence.commit(69, &mut moves).unwrap();
     assert_eq!(moves, [RowMove { from: (9, 4), to: (9, 3) }]);
     assert_eq!(
         sequence.append_committed(70, 23, 69),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hat_transport::conn::ConnectionId;
+use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::frame::{BODY_BYTES_MAX, FRAME_BYTES_MAX, Kind, Priority};
 use hat_transport::link::LinkKind;

@@ -7,7 +7,7 @@ mod reconnect;
 mod repeat;
 mod strangers;
 
-use hat_transport::conn::ConnectionId;
+use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::GoneError;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;

@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hat_transport::conn::ConnectionId;
-use hat_transport::conn::Frame;
+use hat_transport::conn::{ConnectionId, Frame, FrameSink};
 use hat_transport::endpoint::{Endpoint, GoneError};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::{Completion, Link, LinkCounters, LinkKind, PeerId, Waker};

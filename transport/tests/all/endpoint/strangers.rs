@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use hat_transport::conn::{ProtocolError, Refusal};
+use hat_transport::conn::{FrameSink, ProtocolError, Refusal};
 use hat_transport::endpoint::{Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::link::LinkKind;

@@ -1,71 +1,21 @@
-//! A cloud core, a sink that keeps what is sent, and hands that move time and steps.
+//! A cloud core, and hands that move time, frames and steps.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use hat_plan::BackendFault;
-use hat_transport::conn::{ConnectionId, Frame, FrameSink, Refusal, SendError, Traffic};
+use hat_transport::conn::{ConnectionId, Frame, Traffic};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::message::{
     Hello, Message, Open, PageId, Role, RowsHead, SessionErrorCode, Want,
 };
-use hat_transport::pool::{Buf, Pool, PoolConfig};
 
 use super::super::{CloudCore, CloudCoreConfig, CloudFigures, LinkEvent, StepBatch};
 use super::ledger::{HIDDEN, Ledger};
+use crate::testkit::TestSink;
 use crate::wire;
 
 pub(super) const MS: Duration = Duration::from_millis(1);
-
-/// A frame that was sent.
-pub(super) struct Sent {
-    pub(super) to: ConnectionId,
-    pub(super) kind: Kind,
-    pub(super) session: u32,
-    pub(super) body: Vec<u8>,
-}
-
-/// A sink that has no link: frames stay in it.
-pub(super) struct Sink {
-    pool: Pool,
-    pub(super) sent: Vec<Sent>,
-    /// The pool keeps what is left in reserve.
-    pub(super) has_buffers: bool,
-    /// Connections whose queues are full, and those that take no more control frames either.
-    pub(super) full: BTreeSet<ConnectionId>,
-    pub(super) deaf: BTreeSet<ConnectionId>,
-}
-
-impl FrameSink for Sink {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.buffer_for(Priority::Verify, body_bytes)
-    }
-
-    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
-        let may = self.has_buffers || priority == Priority::Control;
-        if may { self.pool.take(body_bytes) } else { None }
-    }
-
-    fn send(
-        &mut self,
-        to: ConnectionId,
-        kind: Kind,
-        session: u32,
-        priority: Priority,
-        body: Buf,
-    ) -> Result<(), SendError> {
-        let is_control = priority == Priority::Control;
-        if self.deaf.contains(&to) || (self.full.contains(&to) && !is_control) {
-            return Err(SendError { refusal: Refusal::Full, body: Some(body) });
-        }
-        self.sent.push(Sent { to, kind, session, body: body.to_vec() });
-        Ok(())
-    }
-
-    fn discard(&mut self, _: ConnectionId, _: u32) -> usize {
-        0
-    }
-}
 
 /// What a device hears.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +32,7 @@ pub(super) enum Heard {
 }
 
 impl Heard {
-    fn of(frame: &Sent) -> Self {
+    fn of(frame: &Frame) -> Self {
         match Message::decode(frame.kind, &frame.body).unwrap() {
             Message::Opened(opened) => Self::Opened(opened.pages),
             Message::Busy(busy) => Self::Busy(busy.retry_after_ms),
@@ -104,13 +54,12 @@ impl Heard {
 /// Everything that a history needs.
 pub(super) struct Bed {
     pub(super) core: CloudCore,
-    pub(super) sink: Sink,
+    pub(super) sink: TestSink,
     pub(super) out: VecDeque<StepBatch>,
     /// Of these, steps that the first stage is not done with.
     pub(super) at_first: u64,
     start: Instant,
     pub(super) now: Duration,
-    pool: Pool,
     /// None where nobody reads what comes back.
     pub(super) model: Option<Ledger>,
     connections: u64,
@@ -139,21 +88,13 @@ impl Bed {
             step_within: 60_000 * MS,
         };
         edit(&mut config);
-        let sink = Sink {
-            pool: Pool::new(PoolConfig { small: 64, large: 16 }),
-            sent: Vec::new(),
-            has_buffers: true,
-            full: BTreeSet::new(),
-            deaf: BTreeSet::new(),
-        };
         Self {
             core: CloudCore::new(config, hello(Role::Cloud), pages, CloudFigures::default()),
-            sink,
+            sink: TestSink::new(),
             out: VecDeque::new(),
             at_first: 0,
             start: Instant::now(),
             now: Duration::ZERO,
-            pool: Pool::new(PoolConfig { small: 16_000, large: 16 }),
             model: Some(Ledger::default()),
             connections: 0,
         }
@@ -187,16 +128,13 @@ impl Bed {
         priority: Priority,
         bytes: &[u8],
     ) {
-        let mut body = self.pool.take(bytes.len()).expect("the pool is large");
-        body.body_mut().copy_from_slice(bytes);
-        let frame = Frame { kind, session, priority, body };
+        let frame = self.sink.frame(kind, session, priority, bytes);
         self.core.handle_frame(self.now(), from, frame);
     }
 
     pub(super) fn message(&mut self, from: ConnectionId, session: u32, message: &Message<'_>) {
-        let mut body = vec![0; message.encoded_len()];
-        message.encode(&mut body);
-        self.frame(from, message.kind(), session, Priority::Control, &body);
+        let frame = self.sink.message(session, message);
+        self.core.handle_frame(self.now(), from, frame);
     }
 
     /// Opens a session of 64 positions whose prompt's full pages have these names.
@@ -271,10 +209,8 @@ impl Bed {
     /// What a device has heard in a session since it was last asked.
     pub(super) fn heard(&mut self, by: ConnectionId, session: u32) -> Vec<Heard> {
         self.transmit();
-        let is_for = |frame: &Sent| (frame.to, frame.session) == (by, session);
-        let heard = self.sink.sent.iter().filter(|frame| is_for(frame)).map(Heard::of).collect();
-        self.sink.sent.retain(|frame| !is_for(frame));
-        heard
+        let is_for = |(to, frame): &mut (_, Frame)| (*to, frame.session) == (by, session);
+        self.sink.sent.extract_if(.., is_for).map(|(_, frame)| Heard::of(&frame)).collect()
     }
 
     pub(super) fn bytes_arrived(&mut self, from: ConnectionId, bytes: u64, time: Duration) {

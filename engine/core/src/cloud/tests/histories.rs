@@ -112,6 +112,56 @@ fn void_waves_are_dropped_and_what_they_committed_stays() {
     assert_eq!(bed.heard(device, 1), [Heard::Rows(vec![(7, digest([1, 2, 7]))])]);
 }
 
+/// A wave stays whole if its device goes on behind any row of it, and so does what leads there.
+#[test]
+fn waves_that_lead_to_the_row_that_is_kept_stay_whole() {
+    let mut bed = Bed::new();
+    let (device, other) = (bed.connect(), bed.connect());
+    bed.open(device, 1, &[]);
+    bed.open(other, 1, &[]);
+    bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
+    bed.settle();
+    bed.heard(device, 1);
+    // A step of another session keeps the first stage busy.
+    bed.rows(other, 1, RowsHead { want: Want::All, ..prompt(1, 1) }, &[], &[1]);
+    assert_eq!(bed.plan(), 1);
+    bed.rows(device, 1, wave(2, 2, 1), &[], &[2, 3]);
+    bed.rows(device, 1, wave(4, 2, 2), &[], &[4, 5]);
+    bed.rows(device, 1, wave(6, 2, 3), &[], &[6, 7]);
+    let head = RowsHead { commit: 5, parent: 5, want: Want::All, ..prompt(8, 1) };
+    bed.rows(device, 1, head, &[], &[8]);
+    assert_eq!(bed.heard(device, 1), [Heard::Dropped(6, 2)]);
+    bed.settle();
+    let rows = |rows: &[(u32, &[u32])]| {
+        Heard::Rows(rows.iter().map(|(id, path)| (*id, digest(path.iter().copied()))).collect())
+    };
+    let first = rows(&[(2, &[1, 2]), (3, &[1, 2, 3])]);
+    let second = rows(&[(4, &[1, 2, 4]), (5, &[1, 2, 4, 5])]);
+    assert_eq!(bed.heard(device, 1), [first, second, rows(&[(8, &[1, 2, 4, 5, 8])])]);
+}
+
+/// A chunk that is begun names rows as well: the wave below which it hangs is needed.
+#[test]
+fn a_wave_below_which_a_chunk_is_begun_stays() {
+    let mut bed = Bed::new();
+    let (device, other) = (bed.connect(), bed.connect());
+    bed.open(device, 1, &[]);
+    bed.open(other, 1, &[]);
+    bed.rows(other, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
+    bed.settle();
+    bed.rows(other, 1, RowsHead { want: Want::All, ..prompt(2, 1) }, &[], &[1]);
+    assert_eq!(bed.plan(), 1);
+    bed.rows(device, 1, prompt(1, 1), &[], &[1]);
+    bed.rows(device, 1, wave(2, 1, 1), &[], &[2]);
+    bed.rows(device, 1, wave(3, 1, 1), &[], &[3]);
+    bed.rows(device, 1, RowsHead { more: true, ..wave(4, 1, 2) }, &[], &[4]);
+    // Decided rows end the chunk that hangs below row 2.
+    let head = RowsHead { parent: 1, want: Want::All, ..prompt(5, 1) };
+    bed.rows(device, 1, head, &[], &[5]);
+    let dropped = [Heard::Opened(0), Heard::Dropped(3, 1)];
+    assert_eq!(bed.heard(device, 1), dropped);
+}
+
 /// Rows that wait are forgotten by CANCEL; those that have run stay.
 #[test]
 fn a_cancelled_session_goes_on_behind_the_rows_that_ran() {
@@ -167,6 +217,26 @@ fn the_pages_that_an_end_names_are_found() {
     bed.open(device, 2, &[[1; 16]]);
     assert_eq!(bed.heard(device, 2), [Heard::Opened(1)], "one page is full");
     bed.rows(device, 2, RowsHead { want: Want::Last, ..prompt(33, 1) }, &[], &[33]);
+    bed.settle();
+    assert_eq!(bed.heard(device, 2), [Heard::Rows(vec![(33, digest(1..=33))])]);
+}
+
+/// Pages may change hands with the commit of an END: its moves run before any row of the step, so
+/// whoever has the pages next sees them as they are to be.
+#[test]
+fn moves_run_before_the_rows_of_whoever_has_the_pages_next() {
+    let mut bed = Bed::new();
+    let device = bed.connect();
+    bed.open(device, 1, &[]);
+    bed.rows(device, 1, prompt(1, 31), &[], &(1..=31).collect::<Vec<_>>());
+    bed.rows(device, 1, RowsHead { tree: true, ..wave(32, 2, 31) }, &[31, 31], &[77, 32]);
+    bed.settle();
+    bed.message(device, 1, &Message::End(End { commit: 33, pages: &[[1; 16]] }));
+    bed.open(device, 2, &[[1; 16]]);
+    assert_eq!(bed.heard(device, 2), [Heard::Opened(1)]);
+    bed.rows(device, 2, RowsHead { want: Want::Last, ..prompt(33, 1) }, &[], &[33]);
+    assert_eq!(bed.plan(), 1);
+    assert_eq!(bed.out[0].step.moves.len(), 1);
     bed.settle();
     assert_eq!(bed.heard(device, 2), [Heard::Rows(vec![(33, digest(1..=33))])]);
 }
@@ -296,7 +366,7 @@ fn arrivals_are_told_once() {
         bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(id, 1) }, &[], &[id]);
         bed.bytes_arrived(device, bytes, u32::try_from(bytes).unwrap() * MS);
         bed.settle();
-        let frame = bed.sink.sent.pop().unwrap();
+        let (_, frame) = bed.sink.sent.pop().unwrap();
         let Ok(Message::Output(output)) = Message::decode(frame.kind, &frame.body) else {
             panic!("{:?} came", frame.kind);
         };

@@ -16,7 +16,7 @@ use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_core::wire::{BundleFacts, hello};
 use hat_emulator::simulated::Break;
 use hat_plan::{DeviceForward, MiddleForward, MiddleStep, TokenId};
-use hat_transport::conn::{ConnectionId, Frame};
+use hat_transport::conn::{ConnectionId, Frame, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig};
 use hat_transport::frame::Kind;
 use hat_transport::message::{Busy, Hello, Message, Role, SessionError, SessionErrorCode};

@@ -44,7 +44,7 @@ pub(super) fn print(adapter: &Adapter, device: &Bundle, threads: usize) -> anyho
         }
         plan.end_sequence(sequence.pages());
         let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
-        sequence.commit(tip, &mut Vec::new(), &mut Vec::new())?;
+        sequence.commit(tip, &mut Vec::new())?;
         outln!(
             "a draft step of {rows} rows with its head: {:.2} ms, reading {:.1} MB of weights",
             took.as_secs_f64() * 1e3,
