@@ -15,6 +15,7 @@ use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use hat_compute::backend::cpu::compute_priority;
 use hat_compute::open::{self, Chosen, ComputeConfig};
 use hat_engine::options::{CloudAddress, Codec, GpuWeights, Processor};
@@ -29,40 +30,21 @@ const ROUND_TRIPS: usize = 2000;
 const PAUSE: Duration = Duration::from_micros(500);
 const TOKENS: u32 = 48;
 
+#[derive(Parser)]
 struct Args {
+    #[arg(long, default_value_t = 5)]
     rounds: usize,
+    #[arg(long, default_value_t = 2)]
     processes: usize,
+    #[arg(long, value_delimiter = ',', default_value = "0,19")]
     nice: Vec<u8>,
-}
-
-impl Args {
-    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
-        let mut parsed = Self { rounds: 5, processes: 2, nice: vec![0, 19] };
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                "--bench" => {}
-                "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
-                "--processes" => parsed.processes = args.next()?.parse().ok()?,
-                "--nice" => {
-                    let list = args.next()?;
-                    parsed.nice =
-                        list.split(',').map(|nice| nice.parse().ok()).collect::<Option<_>>()?;
-                }
-                _ => return None,
-            }
-        }
-        Some(parsed)
-    }
 }
 
 fn main() {
     if std::env::args().nth(1).is_some_and(|arg| arg == "--spin") {
         spin(&AtomicBool::new(false));
     }
-    let Some(args) = Args::parse(std::env::args().skip(1)) else {
-        println!("busy: an argument is not understood; see the top of benches/busy.rs");
-        return;
-    };
+    let args: Args = hat_benches::arguments();
     let cache = pull::cache_dir().expect("a cache directory");
     let bundle = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
     round_trips(&bundle, &args);
@@ -260,8 +242,7 @@ fn answer(engine: &Engine) -> (f64, f64) {
     unreachable!("an answer ends with Done")
 }
 
-fn spread(mut values: Vec<f64>) -> String {
-    values.sort_by(f64::total_cmp);
-    let [least, .., greatest] = values[..] else { return format!("{values:.3?}") };
-    format!("{:.3} ({least:.3} - {greatest:.3})", values[values.len() / 2])
+fn spread(values: Vec<f64>) -> String {
+    let (median, least, greatest) = hat_benches::spread(values);
+    format!("{median:.3} ({least:.3} - {greatest:.3})")
 }

@@ -16,6 +16,8 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use clap::Parser;
+use hat_benches::{millis, pair, spread};
 use hat_core::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
@@ -26,66 +28,32 @@ use hat_plan::{Computes, MiddleForward, MiddleStep};
 use hat_program::pull;
 
 /// Arguments of the command line.
+#[derive(Parser)]
 struct Args {
+    #[arg(long)]
     measure: bool,
+    #[arg(long)]
     tiny: bool,
+    #[arg(long, default_value_t = 1000)]
     rows: usize,
+    #[arg(long, default_value_t = 7)]
     rounds: usize,
-    wires: Vec<Codec>,
-    policies: Vec<ChunkPolicy>,
+    #[arg(long, value_delimiter = ',', value_parser = codec, default_value = "f16,int8")]
+    wire: Vec<Codec>,
+    #[arg(long, value_delimiter = ',', default_value = "auto,32,64,128,256,off,paper")]
+    chunks: Vec<ChunkPolicy>,
+    #[arg(long, value_parser = pair, default_value = "60,100")]
     mbit: (f64, f64),
-    rtt: Duration,
+    #[arg(long, value_parser = millis, default_value = "10")]
+    rtt_ms: Duration,
+    #[arg(long, default_value_t = 1)]
     stages: usize,
+    #[arg(long, value_parser = pair)]
     cloud_us: Option<(f64, f64)>,
 }
 
-impl Args {
-    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
-        use ChunkPolicy::{Auto, Fixed, Off, Paper};
-        let sizes = [32, 64, 128, 256].map(Fixed);
-        let mut parsed = Self {
-            measure: false,
-            tiny: false,
-            rows: 1000,
-            rounds: 7,
-            wires: vec![Codec::F16, Codec::Int8],
-            policies: [&[Auto][..], &sizes, &[Off, Paper]].concat(),
-            mbit: (60.0, 100.0),
-            rtt: Duration::from_millis(10),
-            stages: 1,
-            cloud_us: None,
-        };
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                "--bench" => {}
-                "--measure" => parsed.measure = true,
-                "--tiny" => parsed.tiny = true,
-                "--rows" => parsed.rows = args.next()?.parse().ok()?,
-                "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
-                "--rtt-ms" => parsed.rtt = Duration::from_millis(args.next()?.parse().ok()?),
-                "--stages" => parsed.stages = args.next()?.parse().ok()?,
-                "--mbit" => parsed.mbit = pair(&args.next()?)?,
-                "--cloud-us" => parsed.cloud_us = Some(pair(&args.next()?)?),
-                "--wire" => {
-                    let names = args.next()?;
-                    parsed.wires = names.split(',').map(Codec::from_name).collect::<Option<_>>()?;
-                }
-                "--chunks" => {
-                    let names = args.next()?;
-                    parsed.policies =
-                        names.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
-                }
-                _ => return None,
-            }
-        }
-        Some(parsed)
-    }
-}
-
-/// Two numbers with a comma between them.
-fn pair(text: &str) -> Option<(f64, f64)> {
-    let (first, second) = text.split_once(',')?;
-    Some((first.parse().ok()?, second.parse().ok()?))
+fn codec(name: &str) -> Result<Codec, String> {
+    Codec::from_name(name).ok_or_else(|| format!("{name} is no codec"))
 }
 
 /// A run of layers that takes its time and computes nothing.
@@ -121,13 +89,10 @@ fn cloud(args: &Args, config: CloudConfig) -> Result<Cloud, hat_engine::Error> {
 }
 
 fn main() {
-    let Some(args) = Args::parse(std::env::args().skip(1)) else {
-        println!("chunk: an argument is not understood; see the top of benches/chunk.rs");
-        return;
-    };
+    let args: Args = hat_benches::arguments();
     planning();
     if args.measure {
-        args.wires.iter().for_each(|wire| measure(&args, *wire));
+        args.wire.iter().for_each(|wire| measure(&args, *wire));
     }
 }
 
@@ -206,8 +171,8 @@ fn measure(args: &Args, wire: Codec) {
     let cloud = self::cloud(args, cloud).expect("the cloud starts");
     let mut links = Vec::new();
     let mut engines = Vec::new();
-    for policy in &args.policies {
-        let config = EmulatorConfig::new(cloud.address()).rtt(args.rtt);
+    for policy in &args.chunks {
+        let config = EmulatorConfig::new(cloud.address()).rtt(args.rtt_ms);
         let mut config = config.mbit(args.mbit.0, args.mbit.1);
         config.calibration = Some(Calibration::measure(&config).expect("a link"));
         let link = Emulator::start(config).expect("a link");
@@ -235,11 +200,11 @@ fn measure(args: &Args, wire: Codec) {
         threads,
         cloud.describe(),
         args.mbit.0,
-        args.rtt.as_secs_f64() * 1e3,
+        args.rtt_ms.as_secs_f64() * 1e3,
         args.rounds
     );
     println!("chunks  TTFT ms (least - most)       / first  expected  bound  chunks of the last");
-    for ((policy, engine), timed) in args.policies.iter().zip(&engines).zip(&timings) {
+    for ((policy, engine), timed) in args.chunks.iter().zip(&engines).zip(&timings) {
         let (ttft, least, most) = spread(timed.iter().map(|timing| timing.ttft_ms));
         let pairs = timed.iter().zip(&timings[0]).map(|(this, first)| this.ttft_ms / first.ttft_ms);
         let last = timed.last().expect("at least one round");
@@ -288,14 +253,7 @@ fn bound_ms(args: &Args, engine: &Engine, timings: &Timings) -> f64 {
         engine.metrics().estimates.chunk.map_or(0.0, |costs| {
             costs.device.seconds(rows).max(costs.cloud.seconds(rows, 0)) * 1e3
         });
-    upload_ms.max(compute_ms) + args.rtt.as_secs_f64() * 1e3
-}
-
-/// Median, least and greatest.
-fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    (values[values.len() / 2], values[0], values[values.len() - 1])
+    upload_ms.max(compute_ms) + args.rtt_ms.as_secs_f64() * 1e3
 }
 
 /// A prompt of `rows` tokens that no other is like, and one token of an answer.

@@ -5,7 +5,7 @@
 //! bandwidth. The split engine's bound is the whole model's time: both roles compute on this
 //! machine, and the link adds to it. Rounds are run in turn; medians with min and max.
 
-use hat_benches::read_bandwidth;
+use hat_benches::{read_bandwidth, spread};
 use hat_compute::open;
 use hat_engine::options::{Codec, LinkKind, Processor};
 use hat_engine::whole::Whole;
@@ -18,12 +18,6 @@ const TOKENS: u32 = 96;
 
 fn request() -> Request {
     Request::chat("Tell me about the sea, its tides and its ships.").max_tokens(TOKENS).ignore_eos()
-}
-
-/// Median, least and greatest.
-fn spread(mut values: Vec<f64>) -> (f64, f64, f64) {
-    values.sort_by(f64::total_cmp);
-    (values[values.len() / 2], values[0], values[values.len() - 1])
 }
 
 fn line(name: &str, unit: &str, values: Vec<f64>) {

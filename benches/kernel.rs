@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use clap::Parser;
 use hat_benches::{Limits, Timing, time};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
@@ -321,26 +322,24 @@ fn model(b: &mut CpuBackend, report: &Report) {
     }
 }
 
+#[derive(Parser)]
+struct Args {
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    #[arg(long, value_parser = level, default_value = "auto")]
+    level: Level,
+    only: Option<String>,
+}
+
+fn level(word: &str) -> Result<Level, &'static str> {
+    [Level::Auto, Level::Portable, Level::Avx2, Level::Avx512, Level::Neon]
+        .into_iter()
+        .find(|level| format!("{level:?}").to_lowercase() == word)
+        .ok_or("auto, portable, avx2, avx512 or neon")
+}
+
 fn main() {
-    let (mut threads, mut level, mut only) = (1, Level::Auto, None);
-    let mut args = std::env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--bench" => {} // cargo's own
-            "--threads" => {
-                let count = args.next().and_then(|n| n.parse().ok());
-                threads = count.expect("--threads needs a number");
-            }
-            "--level" => {
-                let word = args.next().expect("--level needs auto, portable, avx2, avx512 or neon");
-                level = [Level::Auto, Level::Portable, Level::Avx2, Level::Avx512, Level::Neon]
-                    .into_iter()
-                    .find(|level| format!("{level:?}").to_lowercase() == word)
-                    .expect("--level needs auto, portable, avx2, avx512 or neon");
-            }
-            word => only = Some(word.to_owned()),
-        }
-    }
+    let Args { threads, level, only } = hat_benches::arguments();
     let limits = Limits::measure(threads);
     println!("{limits}");
     let config = CpuConfig { threads, level };

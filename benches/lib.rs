@@ -7,6 +7,41 @@ mod peak;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+/// The command line of a bench, without the flag that cargo adds.
+#[must_use]
+pub fn arguments<P: clap::Parser>() -> P {
+    P::parse_from(std::env::args_os().filter(|argument| argument != "--bench"))
+}
+
+/// Two numbers with a comma between them.
+///
+/// # Errors
+/// The text that is there instead.
+pub fn pair(text: &str) -> Result<(f64, f64), String> {
+    let both = text.split_once(',').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    both.ok_or_else(|| format!("{text} is no pair of numbers"))
+}
+
+/// A time in milliseconds.
+///
+/// # Errors
+/// The text that is there instead.
+pub fn millis(text: &str) -> Result<Duration, String> {
+    let time = text.parse::<f64>().ok().map(|ms| Duration::try_from_secs_f64(ms / 1e3));
+    time.and_then(Result::ok).ok_or_else(|| format!("{text} is no time"))
+}
+
+/// Median, least and greatest.
+///
+/// # Panics
+/// If there is no value.
+#[must_use]
+pub fn spread(values: impl IntoIterator<Item = f64>) -> (f64, f64, f64) {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    (values[values.len() / 2], values[0], values[values.len() - 1])
+}
+
 /// Bytes of a copy, far more than any cache has.
 const READ_BYTES: usize = 256 << 20;
 

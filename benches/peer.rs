@@ -307,20 +307,16 @@ fn limits(threads: usize) -> String {
     json + "}"
 }
 
+#[derive(clap::Parser)]
+struct Args {
+    #[arg(long)]
+    serve: bool,
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+}
+
 fn main() {
-    let (mut threads, mut serve) = (1, false);
-    let mut args = std::env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--bench" => {} // cargo's own
-            "--serve" => serve = true,
-            "--threads" => {
-                let count = args.next().and_then(|count| count.parse().ok());
-                threads = count.expect("--threads needs a number");
-            }
-            other => panic!("`{other}` is no option; it has --serve and --threads"),
-        }
-    }
+    let Args { serve, threads } = hat_benches::arguments();
     if !serve {
         println!("peer: peers.py starts this with --serve; benches/README.md says how");
         return;

@@ -98,66 +98,27 @@ struct Kernels<'a> {
 }
 
 /// Arguments of the command line.
+#[derive(clap::Parser)]
 struct Arguments {
-    ordinal: usize,
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+    #[arg(long)]
     tflops: Option<f64>,
+    #[arg(long)]
     small: bool,
+    #[arg(value_name = "WORD")]
     only: Option<String>,
+    #[arg(long)]
     json: Option<PathBuf>,
+    #[arg(long)]
     cost_file: Option<PathBuf>,
+    #[command(flatten)]
     wanted: Wanted,
-}
-
-impl Arguments {
-    fn parse() -> Result<Self, String> {
-        let mut arguments = std::env::args().skip(1);
-        let list = |text: String| text.split(',').map(str::to_owned).collect::<Vec<_>>();
-        let (models, dtypes) = (list("7b,13b".to_owned()), vec![DType::Q4_1]);
-        let mut all = Self {
-            ordinal: 0,
-            tflops: None,
-            small: false,
-            only: None,
-            json: None,
-            cost_file: None,
-            wanted: Wanted { models, dtypes, layers: usize::MAX, quick: false, full: false },
-        };
-        while let Some(argument) = arguments.next() {
-            let mut value = || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
-            let number =
-                |text: String| text.parse::<f64>().map_err(|_| format!("{text} is no number"));
-            match argument.as_str() {
-                "--gpu" => all.ordinal = number(value()?)? as usize,
-                "--tflops" => all.tflops = Some(number(value()?)?),
-                "--layers" => all.wanted.layers = number(value()?)? as usize,
-                "--json" => all.json = Some(value()?.into()),
-                "--cost-file" => all.cost_file = Some(value()?.into()),
-                "--models" => all.wanted.models = list(value()?),
-                "--weights" => {
-                    let known = |name: &String| {
-                        DType::from_name(name).ok_or_else(|| format!("{name} is no type"))
-                    };
-                    all.wanted.dtypes =
-                        list(value()?).iter().map(known).collect::<Result<_, _>>()?;
-                }
-                "--quick" => all.wanted.quick = true,
-                "--full" => all.wanted.full = true,
-                "--small" => all.small = true,
-                "--bench" => {}
-                flag if flag.starts_with("--") => return Err(format!("{flag}: no such flag")),
-                _ => all.only = Some(argument),
-            }
-        }
-        if all.small {
-            all.wanted.models = vec!["small".to_owned()];
-        }
-        Ok(all)
-    }
 }
 
 fn main() -> std::process::ExitCode {
     let tried = std::env::args().nth(1).is_none();
-    let done = if tried { tried::over_made_up_driver() } else { Arguments::parse().and_then(run) };
+    let done = if tried { tried::over_made_up_driver() } else { run(hat_benches::arguments()) };
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
@@ -168,7 +129,10 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), String> {
-    let Arguments { ordinal, tflops, small, only, json, cost_file, wanted } = arguments;
+    let Arguments { gpu: ordinal, tflops, small, only, json, cost_file, mut wanted } = arguments;
+    if small {
+        wanted.models = vec!["small".to_owned()];
+    }
     let gpu = match Cuda::open(ordinal) {
         Ok(gpu) => gpu,
         Err(error) => {
@@ -195,7 +159,7 @@ fn run(arguments: Arguments) -> Result<(), String> {
     let mut cost_file = cost_file;
     for model in &wanted.models {
         let model = Model::named(model).ok_or_else(|| format!("{model}: 7b and 13b are known"))?;
-        for dtype in &wanted.dtypes {
+        for dtype in &wanted.weights {
             let timed = step::measure(&mut bench, ordinal, &wanted, &model, *dtype);
             if let (Some(timed), Some(path)) = (timed, cost_file.take()) {
                 cost::write(&path, &name, &model, *dtype, &bench.peaks, &timed)?;

@@ -10,16 +10,23 @@ use crate::model::{Load, Middle, Model, Room};
 use crate::{Bench, Peaks};
 
 /// Steps to measure.
+#[derive(clap::Args)]
 pub struct Wanted {
     /// `7b`, `13b`, `small`.
+    #[arg(long, value_delimiter = ',', default_value = "7b,13b")]
     pub models: Vec<String>,
     /// Number formats of the weights.
-    pub dtypes: Vec<DType>,
+    #[arg(long, value_delimiter = ',', default_value = "q4_1")]
+    #[arg(value_parser = |name: &str| DType::from_name(name).ok_or("no type of weights"))]
+    pub weights: Vec<DType>,
     /// Most layers that are loaded; fewer where memory is short.
+    #[arg(long, default_value_t = usize::MAX)]
     pub layers: usize,
     /// A few of them.
+    #[arg(long)]
     pub quick: bool,
     /// All combinations of sessions, rows and chunks, and not a row and a column of them.
+    #[arg(long)]
     pub full: bool,
 }
 

@@ -19,10 +19,13 @@ mod memory;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use clap::{CommandFactory as _, Parser};
+use hat_benches::{millis, pair};
 use hat_compute::MiddleModel;
 use hat_compute::open;
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
@@ -35,76 +38,38 @@ use hat_program::pull;
 use crate::memory::{FromMemory, Learning};
 
 /// Arguments of the command line.
+#[derive(Parser)]
 struct Args {
-    path: String,
-    every: usize,
+    #[arg(value_name = "PROMPTS.jsonl")]
+    path: Option<PathBuf>,
+    #[arg(long, default_value_t = NonZero::<usize>::MIN)]
+    every: NonZero<usize>,
+    #[arg(long, default_value_t = 128)]
     tokens: u32,
+    #[arg(long, value_delimiter = ',', default_value = "off,lookup,tree")]
     modes: Vec<DraftMode>,
+    #[arg(long, default_value_t = pull::SPLIT_LAYER_DEFAULT)]
     split_layer: usize,
+    #[arg(long, default_value_t = 1)]
     threads: usize,
-    rtt: Option<Duration>,
+    #[arg(long, value_parser = millis)]
+    rtt_ms: Option<Duration>,
+    #[arg(long, value_parser = pair, default_value = "60,100")]
     mbit: (f64, f64),
-    cloud_step: Option<Duration>,
+    #[arg(long, value_parser = millis)]
+    cloud_step_ms: Option<Duration>,
+    #[arg(long, default_value_t = 0.0)]
     temperature: f32,
+    #[arg(long, value_parser = |name: &str| Codec::from_name(name).ok_or("no codec"))]
     wire: Option<Codec>,
+    #[arg(long)]
     bundle: Option<PathBuf>,
     /// Bytes of a row on the wire.
+    #[arg(skip)]
     row_bytes: u64,
 }
 
-const USAGE: &str = "PROMPTS.jsonl [--every N] [--tokens N] [--modes off,lookup,..] \
-                     [--split-layer N] [--threads N] [--rtt-ms N] [--mbit UP,DOWN] \
-                     [--cloud-step-ms X] [--temperature X] [--wire CODEC] [--bundle DIR]";
-
 impl Args {
-    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
-        let mut parsed = Self {
-            path: String::new(),
-            every: 1,
-            tokens: 128,
-            modes: vec![DraftMode::Off, DraftMode::Lookup, DraftMode::Tree],
-            split_layer: pull::SPLIT_LAYER_DEFAULT,
-            threads: 1,
-            rtt: None,
-            mbit: (60.0, 100.0),
-            cloud_step: None,
-            temperature: 0.0,
-            wire: None,
-            bundle: None,
-            row_bytes: 0,
-        };
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                "--bench" => {}
-                "--every" => parsed.every = args.next()?.parse().ok().filter(|every| *every > 0)?,
-                "--tokens" => parsed.tokens = args.next()?.parse().ok()?,
-                "--split-layer" => parsed.split_layer = args.next()?.parse().ok()?,
-                "--threads" => parsed.threads = args.next()?.parse().ok()?,
-                "--rtt-ms" => parsed.rtt = Some(Duration::from_millis(args.next()?.parse().ok()?)),
-                "--temperature" => parsed.temperature = args.next()?.parse().ok()?,
-                "--wire" => parsed.wire = Some(Codec::from_name(&args.next()?)?),
-                "--bundle" => parsed.bundle = Some(args.next()?.into()),
-                "--cloud-step-ms" => {
-                    let ms: f64 = args.next()?.parse().ok().filter(|ms| *ms >= 0.0)?;
-                    parsed.cloud_step = Some(Duration::try_from_secs_f64(ms / 1e3).ok()?);
-                }
-                "--mbit" => {
-                    let rates = args.next()?;
-                    let (up, down) = rates.split_once(',')?;
-                    parsed.mbit = (up.parse().ok()?, down.parse().ok()?);
-                }
-                "--modes" => {
-                    let modes = args.next()?;
-                    parsed.modes =
-                        modes.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
-                }
-                _ if arg.starts_with('-') => return None,
-                _ => parsed.path = arg,
-            }
-        }
-        (!parsed.path.is_empty()).then_some(parsed)
-    }
-
     /// Request for a prompt, without drafts.
     fn request(&self, prompt: &str, seed: usize) -> Request {
         let (temperature, seed) = (self.temperature, seed as u64);
@@ -173,12 +138,12 @@ impl Sums {
     /// Seconds that can't be avoided with so many rounds and drafts.
     fn bound(&self, args: &Args) -> f64 {
         let rounds = f64::from(self.rounds);
-        let link = args.rtt.map_or(0.0, |rtt| {
+        let link = args.rtt_ms.map_or(0.0, |rtt| {
             let bytes = self.bytes_up.saturating_sub(self.prompt * args.row_bytes);
             rounds * rtt.as_secs_f64() + bytes as f64 * 8e-6 / args.mbit.0
         });
         // Steps that run while others are waited for do not count twice.
-        let steps = match args.cloud_step {
+        let steps = match args.cloud_step_ms {
             Some(step) => rounds * step.as_secs_f64(),
             None => self.steps,
         };
@@ -227,7 +192,7 @@ fn answer(engine: &Engine, cloud: &Cloud, request: Request) -> Answered {
 /// The cloud that the arguments ask for, and what makes it learn.
 fn start_cloud(args: &Args, bundle: &Path) -> (Cloud, Option<Learning>) {
     let config = CloudConfig::new(bundle.join("cloud")).threads(args.threads);
-    let Some(step_time) = args.cloud_step else {
+    let Some(step_time) = args.cloud_step_ms else {
         return (Cloud::start(config).expect("the cloud starts"), None);
     };
     let half = open_cloud_bundle(&config).expect("the cloud's half");
@@ -244,7 +209,7 @@ fn start_cloud(args: &Args, bundle: &Path) -> (Cloud, Option<Learning>) {
 
 /// The link that the arguments ask for, if any.
 fn start_link(args: &Args, cloud: SocketAddr) -> Option<Emulator> {
-    let mut config = EmulatorConfig::new(cloud).rtt(args.rtt?).mbit(args.mbit.0, args.mbit.1);
+    let mut config = EmulatorConfig::new(cloud).rtt(args.rtt_ms?).mbit(args.mbit.0, args.mbit.1);
     config.calibration = Some(Calibration::measure(&config).expect("a link"));
     Some(Emulator::start(config).expect("a link"))
 }
@@ -277,11 +242,12 @@ fn print_head() {
 }
 
 fn main() {
-    let Some(mut args) = Args::parse(std::env::args().skip(1)) else {
-        println!("draft: nothing measured without prompts; arguments: {USAGE}");
+    let mut args: Args = hat_benches::arguments();
+    let Some(path) = &args.path else {
+        println!("draft: nothing measured without prompts; {}", Args::command().render_usage());
         return;
     };
-    let text = std::fs::read_to_string(&args.path).expect("the file of prompts");
+    let text = std::fs::read_to_string(path).expect("the file of prompts");
     let bundle = args.bundle.clone().unwrap_or_else(|| {
         let cache = pull::cache_dir().expect("a cache directory");
         pull::default_bundle(&cache, args.split_layer, 0).expect("the default model")
@@ -300,7 +266,7 @@ fn main() {
     let codec = engines.first().map_or(Codec::default(), |(_, engine)| engine.wire());
     args.row_bytes = codec.row_bytes(device.config().hidden_size) as u64;
     let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
-    let prompts: Vec<_> = prompts(&text).into_iter().step_by(args.every).collect();
+    let prompts: Vec<_> = prompts(&text).into_iter().step_by(args.every.get()).collect();
     for (done, (category, prompt)) in prompts.iter().enumerate() {
         let mut said = None;
         if let Some((learning, teacher)) = learning.as_ref().zip(teacher.as_ref()) {

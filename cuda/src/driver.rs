@@ -33,52 +33,18 @@ const VERSION_MIN: i32 = 12_000;
 /// Lowest driver whose CUDA reads our PTX, which is of ISA 8.5: 12.5.
 const VERSION_MIN_PTX: i32 = 12_050;
 
-/// Functions of libcuda that this module calls.
-const FUNCTIONS: &[&str] = &[
-    "cuCtxEnablePeerAccess",
-    "cuCtxSetCurrent",
-    "cuDeviceCanAccessPeer",
-    "cuDeviceGet",
-    "cuDeviceGetAttribute",
-    "cuDeviceGetCount",
-    "cuDeviceGetName",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxSetFlags_v2",
-    "cuDriverGetVersion",
-    "cuEventCreate",
-    "cuEventDestroy_v2",
-    "cuEventElapsedTime",
-    "cuEventRecord",
-    "cuFuncGetAttribute",
-    "cuFuncSetAttribute",
-    "cuGetErrorName",
-    "cuGraphDestroy",
-    "cuGraphExecDestroy",
-    "cuGraphInstantiateWithFlags",
-    "cuGraphLaunch",
-    "cuInit",
-    "cuLaunchKernel",
-    "cuMemAlloc_v2",
-    "cuMemFreeHost",
-    "cuMemFree_v2",
-    "cuMemHostAlloc",
-    "cuMemHostGetDevicePointer_v2",
-    "cuMemHostRegister_v2",
-    "cuMemHostUnregister",
-    "cuMemcpyDtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyPeerAsync",
-    "cuModuleGetFunction",
-    "cuModuleLoadDataEx",
-    "cuModuleUnload",
-    "cuStreamBeginCapture_v2",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamEndCapture",
-    "cuStreamSynchronize",
-];
+/// Every function that is called below, with spaces between them.
+const FUNCTIONS: &str = "\
+    cuCtxEnablePeerAccess cuCtxSetCurrent cuDeviceCanAccessPeer cuDeviceGet cuDeviceGetAttribute \
+    cuDeviceGetCount cuDeviceGetName cuDevicePrimaryCtxRelease_v2 cuDevicePrimaryCtxRetain \
+    cuDevicePrimaryCtxSetFlags_v2 cuDriverGetVersion cuEventCreate cuEventDestroy_v2 \
+    cuEventElapsedTime cuEventRecord cuFuncGetAttribute cuFuncSetAttribute cuGetErrorName \
+    cuGraphDestroy cuGraphExecDestroy cuGraphInstantiateWithFlags cuGraphLaunch cuInit \
+    cuLaunchKernel cuMemAlloc_v2 cuMemFreeHost cuMemFree_v2 cuMemHostAlloc \
+    cuMemHostGetDevicePointer_v2 cuMemHostRegister_v2 cuMemHostUnregister cuMemcpyDtoDAsync_v2 \
+    cuMemcpyDtoHAsync_v2 cuMemcpyHtoDAsync_v2 cuMemcpyPeerAsync cuModuleGetFunction \
+    cuModuleLoadDataEx cuModuleUnload cuStreamBeginCapture_v2 cuStreamCreate cuStreamDestroy_v2 \
+    cuStreamEndCapture cuStreamSynchronize";
 
 /// Reason that a GPU can't be used; one line each.
 #[derive(Debug, thiserror::Error)]
@@ -165,7 +131,7 @@ pub fn gpu_count() -> Result<usize, OpenError> {
     }
     // SAFETY: it is present, so this does not panic.
     let library = unsafe { sys::culib() };
-    for name in FUNCTIONS {
+    for name in FUNCTIONS.split(' ') {
         // SAFETY: the symbol is only looked for.
         let found = unsafe { library.get::<*const c_void>(name.as_bytes()) };
         if found.is_err() {

@@ -5,7 +5,6 @@
 //!   runs the kernels on the CPU, and kernels for tests and benches alone.
 //! - One module for each kernel file, with its stem: shapes are asserted there, above the launch.
 //! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
-//! - `nvrtc` (feature `nvrtc`) is the compiler behind `hat-kernels`.
 //!
 //! `docs/KERNELS.md` says which parts are emulated and compiled, `HARDWARE.md` which ran on a GPU.
 //! The crate opens `unsafe`: launchers and what stands below them are where pointers leave Rust.
@@ -27,8 +26,6 @@ pub mod kernel;
 pub mod kv;
 pub mod linear;
 pub mod linear_float;
-#[cfg(feature = "nvrtc")]
-pub mod nvrtc;
 pub mod plan;
 pub mod quantise_rows;
 pub mod rms_norm;

@@ -12,72 +12,21 @@ use serde_json::{Value, json};
 
 /// Texts that end an answer or a turn in published formats. One that is in the vocabulary beside
 /// the configured end ends an answer, too.
-const END_TEXTS: &[&str] = &[
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|return|>",
-    "<|end_of_turn|>",
-    "<|endofturn|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "<EOT>",
-    "<|eot|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
-];
+const END_TEXTS: &str = "\
+    <|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|end|> <|return|> \
+    <|end_of_turn|> <|endofturn|> <end_of_turn> <end_of_utterance> <EOT> <|eot|> \
+    <|END_OF_TURN_TOKEN|> <\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>";
 
 /// Further markers of published formats: begins of texts and of turns, padding, unknown.
-const MARKERS: &[&str] = &[
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "<</SYS>>",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_CALLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "<|im_start|>",
-    "<|im_sep|>",
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|header_start|>",
-    "<|header_end|>",
-    "<|python_tag|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|start|>",
-    "<|channel|>",
-    "<|message|>",
-    "<|call|>",
-    "<|startoftext|>",
-    "<|start_of_role|>",
-    "<|end_of_role|>",
-    "<start_of_turn>",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|SYSTEM_TOKEN|>",
-    "<|USER_TOKEN|>",
-    "<|CHATBOT_TOKEN|>",
-    "<BOS_TOKEN>",
-    "<EOS_TOKEN>",
-    "<\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}>",
-    "<\u{ff5c}User\u{ff5c}>",
-    "<\u{ff5c}Assistant\u{ff5c}>",
-];
+const MARKERS: &str = "\
+    <unk> <s> </s> <pad> <bos> <eos> [INST] [/INST] <<SYS>> <</SYS>> [SYSTEM_PROMPT] \
+    [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] \
+    [/TOOL_RESULTS] <|im_start|> <|im_sep|> <|begin_of_text|> <|start_header_id|> \
+    <|end_header_id|> <|header_start|> <|header_end|> <|python_tag|> <|system|> <|user|> \
+    <|assistant|> <|start|> <|channel|> <|message|> <|call|> <|startoftext|> <|start_of_role|> \
+    <|end_of_role|> <start_of_turn> <|START_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> \
+    <|CHATBOT_TOKEN|> <BOS_TOKEN> <EOS_TOKEN> <\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}> \
+    <\u{ff5c}User\u{ff5c}> <\u{ff5c}Assistant\u{ff5c}>";
 
 /// Longest token that is looked for in a template, in bytes.
 const SPELLED_BYTES_MAX: usize = 128;
@@ -118,10 +67,13 @@ impl ControlTokens {
         let spelled = facts.template.map(|template| spelled(template, &vocabulary));
         let spelled = spelled.unwrap_or_default();
         let merged = merged(json);
+        let end_texts: HashSet<&str> = END_TEXTS.split(' ').collect();
+        let markers: HashSet<&str> = MARKERS.split(' ').collect();
         let mut hidden = HashSet::new();
         for (text, &id) in &vocabulary {
             let is_added = added.contains_key(&id);
-            let is_marker = END_TEXTS.contains(&text.as_str()) || MARKERS.contains(&text.as_str());
+            let is_end = end_texts.contains(text.as_str());
+            let is_marker = is_end || markers.contains(text.as_str());
             let is_named =
                 facts.bos == Some(text) || facts.eos == Some(text) || facts.end_ids.contains(&id);
             let is_spelled = spelled.contains(&id) && text.chars().nth(1).is_some();
@@ -138,7 +90,7 @@ impl ControlTokens {
             if is_named || shows || is_special || written {
                 derived.control.insert(id, text.clone());
             }
-            if is_named && facts.bos != Some(text) || is_marker && shows && is_end(text) {
+            if is_named && facts.bos != Some(text) || is_end && shows {
                 derived.ends.push(id);
             }
         }
@@ -148,10 +100,6 @@ impl ControlTokens {
         derived.retyped = retype(json, &derived.control, &hidden, &added);
         derived
     }
-}
-
-fn is_end(text: &str) -> bool {
-    END_TEXTS.contains(&text)
 }
 
 /// Tokens by text, those of the model and the added ones.

@@ -30,14 +30,14 @@ impl std::fmt::Display for Plain<'_> {
     }
 }
 
-/// All keys that one place may hold.
+/// All keys that one place may hold. In each text they have spaces between them.
 pub(crate) struct KnownKeys {
     /// Read where the configuration is made.
-    pub(crate) read: &'static [&'static str],
+    pub(crate) read: &'static str,
     /// Keys that change no number and no token, whatever their values.
     pub(crate) harmless: &'static [&'static str],
     /// Harmless with one of these values; with another they ask for what is not computed.
-    pub(crate) neutral: &'static [(&'static [&'static str], &'static [Plain<'static>])],
+    pub(crate) neutral: &'static [(&'static str, &'static [Plain<'static>])],
     /// Refused with a reason better than the general one.
     pub(crate) refused: &'static [(&'static str, &'static str)],
 }
@@ -55,13 +55,14 @@ impl KnownKeys {
         mut values: impl Iterator<Item = Plain<'a>>,
         remove: &str,
     ) -> Result<(), String> {
-        if self.read.contains(&name) || self.harmless.contains(&name) {
+        let has = |keys: &str| keys.split_whitespace().any(|key| key == name);
+        if has(self.read) || self.harmless.iter().any(|keys| has(keys)) {
             return Ok(());
         }
         if let Some((_, reason)) = self.refused.iter().find(|(key, _)| *key == name) {
             return Err((*reason).to_owned());
         }
-        let Some((_, neutral)) = self.neutral.iter().find(|(keys, _)| keys.contains(&name)) else {
+        let Some((_, neutral)) = self.neutral.iter().find(|(keys, _)| has(keys)) else {
             return Err(format!(
                 "not known for this kind of model, so it may change what is computed; if it does \
                  not, {remove}"

@@ -91,19 +91,30 @@ pub enum TestMemory {
     Cuda(CudaMemory),
 }
 
+/// A call of the one or the other.
+macro_rules! either {
+    ($kind:expr, $Type:ident::$gpu:ident => $call:expr) => {
+        match $kind {
+            $Type::Emulator($gpu) => $call,
+            $Type::Cuda($gpu) => $call,
+        }
+    };
+    ($kind:expr, $gpu:ident, $($memory:ident),+ => $call:expr) => {
+        match ($kind, $($memory),+) {
+            (Kind::Emulator($gpu), $(TestMemory::Emulator($memory)),+) => $call,
+            (Kind::Cuda($gpu), $(TestMemory::Cuda($memory)),+) => $call,
+            _ => panic!("memory of another GPU"),
+        }
+    };
+}
+
 impl Memory for TestMemory {
     fn address(&self) -> u64 {
-        match self {
-            Self::Emulator(memory) => memory.address(),
-            Self::Cuda(memory) => memory.address(),
-        }
+        either!(self, TestMemory::memory => memory.address())
     }
 
     fn bytes(&self) -> usize {
-        match self {
-            Self::Emulator(memory) => memory.bytes(),
-            Self::Cuda(memory) => memory.bytes(),
-        }
+        either!(self, TestMemory::memory => memory.bytes())
     }
 }
 
@@ -170,10 +181,7 @@ impl Gpu for TestGpu {
     type Memory = TestMemory;
 
     fn describe(&self) -> String {
-        match &self.kind {
-            Kind::Emulator(emulator) => emulator.describe(),
-            Kind::Cuda(cuda) => cuda.describe(),
-        }
+        either!(&self.kind, Kind::gpu => gpu.describe())
     }
 
     fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<TestMemory, GpuError> {
@@ -194,11 +202,7 @@ impl Gpu for TestGpu {
         to: &mut TestMemory,
         at: usize,
     ) -> Result<(), GpuError> {
-        match (&mut self.kind, to) {
-            (Kind::Emulator(emulator), TestMemory::Emulator(to)) => emulator.upload(from, to, at),
-            (Kind::Cuda(cuda), TestMemory::Cuda(to)) => cuda.upload(from, to, at),
-            _ => panic!("memory of another GPU"),
-        }
+        either!(&mut self.kind, gpu, to => gpu.upload(from, to, at))
     }
 
     fn download<T: Number>(
@@ -209,23 +213,13 @@ impl Gpu for TestGpu {
     ) -> Result<(), GpuError> {
         self.tally.downloads.fetch_add(1, Ordering::Relaxed);
         self.tally.downloaded_bytes.fetch_add(size_of_val(to) as u64, Ordering::Relaxed);
-        match (&mut self.kind, from) {
-            (Kind::Emulator(emulator), TestMemory::Emulator(from)) => {
-                emulator.download(from, at, to)
-            }
-            (Kind::Cuda(cuda), TestMemory::Cuda(from)) => cuda.download(from, at, to),
-            _ => panic!("memory of another GPU"),
-        }
+        either!(&mut self.kind, gpu, from => gpu.download(from, at, to))
     }
 
     unsafe fn launch<P: Copy>(&mut self, launch: Launch, params: &P) -> Result<(), GpuError> {
         self.tally.launches[launch.kernel as usize].fetch_add(1, Ordering::Relaxed);
-        match &mut self.kind {
-            // SAFETY: the caller's promise, handed on.
-            Kind::Emulator(emulator) => unsafe { emulator.launch(launch, params) },
-            // SAFETY: as above.
-            Kind::Cuda(cuda) => unsafe { cuda.launch(launch, params) },
-        }
+        // SAFETY: the caller's promise, handed on.
+        either!(&mut self.kind, Kind::gpu => unsafe { gpu.launch(launch, params) })
     }
 
     fn reach(&mut self, other: &Self) -> Result<Reach, GpuError> {
@@ -242,14 +236,7 @@ impl Gpu for TestGpu {
         from: &TestMemory,
         to: &mut TestMemory,
     ) -> Result<(), GpuError> {
-        use TestMemory as M;
-        match (&mut self.kind, from, to) {
-            (Kind::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
-                emulator.copy(bytes, from, to)
-            }
-            (Kind::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.copy(bytes, from, to),
-            _ => panic!("memory of another GPU"),
-        }
+        either!(&mut self.kind, gpu, from, to => gpu.copy(bytes, from, to))
     }
 
     fn fetch(
@@ -258,21 +245,11 @@ impl Gpu for TestGpu {
         from: &TestMemory,
         to: &mut TestMemory,
     ) -> Result<(), GpuError> {
-        use TestMemory as M;
-        match (&mut self.kind, from, to) {
-            (Kind::Emulator(emulator), M::Emulator(from), M::Emulator(to)) => {
-                emulator.fetch(bytes, from, to)
-            }
-            (Kind::Cuda(cuda), M::Cuda(from), M::Cuda(to)) => cuda.fetch(bytes, from, to),
-            _ => panic!("memory of another kind of GPU"),
-        }
+        either!(&mut self.kind, gpu, from, to => gpu.fetch(bytes, from, to))
     }
 
     fn finish(&mut self) -> Result<(), GpuError> {
-        match &mut self.kind {
-            Kind::Emulator(emulator) => emulator.finish(),
-            Kind::Cuda(cuda) => cuda.finish(),
-        }
+        either!(&mut self.kind, Kind::gpu => gpu.finish())
     }
 
     fn in_place(&mut self, map: &HostMap, range: Range<usize>) -> Option<TestMemory> {

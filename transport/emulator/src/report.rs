@@ -4,44 +4,24 @@ use std::cmp::Ordering;
 
 use super::{Calibration, Piece};
 
-/// Each power of two has this many buckets: values are known to about 3 %.
-const BUCKETS_PER_OCTAVE: u64 = 32;
-
-/// Counts of nanosecond values, of fixed size.
+/// Counts of nanosecond values, of fixed size: known to less than 1 %.
 #[derive(Clone, Debug)]
-pub(super) struct Histogram {
-    counts: Vec<u64>,
-    total: u64,
-}
+pub(super) struct Histogram(hdrhistogram::Histogram<u64>);
 
 impl Histogram {
     pub(super) fn new() -> Self {
-        let octaves = u64::from(u64::BITS - BUCKETS_PER_OCTAVE.trailing_zeros()) + 1;
-        Self { counts: vec![0; (octaves * BUCKETS_PER_OCTAVE) as usize], total: 0 }
+        let all = hdrhistogram::Histogram::new_with_bounds(1, u64::MAX, 2);
+        Self(all.expect("constant bounds"))
     }
 
     pub(super) fn add(&mut self, value: u64) {
-        let shift = (value / BUCKETS_PER_OCTAVE).checked_ilog2().unwrap_or(0);
-        let octave = if value < BUCKETS_PER_OCTAVE { 0 } else { u64::from(shift) + 1 };
-        let index = octave * BUCKETS_PER_OCTAVE + (value >> shift) % BUCKETS_PER_OCTAVE;
-        self.counts[index as usize] += 1;
-        self.total += 1;
+        self.0.saturating_record(value);
     }
 
     /// The middle of the bucket that holds the quantile `q`, in microseconds.
     pub(super) fn quantile_us(&self, q: f64) -> Option<f64> {
-        let rank = ((self.total as f64 * q) as u64).min(self.total.checked_sub(1)?);
-        let mut seen = 0;
-        let index = self.counts.iter().position(|count| {
-            seen += count;
-            seen > rank
-        })? as u64;
-        let (octave, step) = (index / BUCKETS_PER_OCTAVE, index % BUCKETS_PER_OCTAVE);
-        let (low, width) = match octave {
-            0 => (step, 1u64),
-            octave => ((BUCKETS_PER_OCTAVE + step) << (octave - 1), 1 << (octave - 1)),
-        };
-        Some((low as f64 + (width - 1) as f64 / 2.0) / 1e3)
+        let middle = self.0.median_equivalent(self.0.value_at_quantile(q));
+        (!self.0.is_empty()).then_some(middle as f64 / 1e3)
     }
 
     fn quantiles(&self) -> Option<Quantiles> {

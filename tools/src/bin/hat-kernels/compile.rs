@@ -7,11 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use hat_cuda::nvrtc::{Nvrtc, Source, Target};
 use serde::Serialize;
 
 use crate::cubin::{self, Usage};
 use crate::mix::{self, Mix};
+use crate::nvrtc::{Nvrtc, Source, Target};
 use crate::rules;
 use crate::toolchain::{NVDISASM, NVRTC};
 

@@ -5,7 +5,12 @@
 //! kernel by its symbol. Section `.nv.info.NAME` has attributes of one kernel, `.nv.shared.NAME` is
 //! as large as its static shared memory.
 
-use anyhow::{Context as _, bail, ensure};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use anyhow::{Context as _, ensure};
+use object::read::elf::ElfFile64;
+use object::{LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, SymbolIndex};
 use serde::Serialize;
 
 use crate::mix::Counts;
@@ -37,58 +42,42 @@ const MAX_THREADS: u8 = 0x05;
 /// The format whose 16 bits are a length.
 const SIZED: u8 = 4;
 
-/// Section header fields that are used here.
-struct Section<'a> {
-    name: &'a str,
-    /// Empty for a section without content in the file.
-    bytes: &'a [u8],
-    size: u64,
-}
-
 /// The kernels of a cubin, in order of their names.
 pub(crate) fn usage(cubin: &[u8]) -> anyhow::Result<Vec<Usage>> {
-    let sections = sections(cubin)?;
-    let find = |name: &str| sections.iter().find(|section| section.name == name);
-    let names = find(".strtab").context("a cubin without .strtab")?.bytes;
-    let symbols = find(".symtab").context("a cubin without .symtab")?.bytes;
-    let symbol = |index: u32| -> anyhow::Result<String> {
-        let at = (index as usize).checked_mul(24).context("symbol index")?;
-        Ok(string(names, number(symbols, at, 4)? as usize)?.to_owned())
+    let elf = ElfFile64::<LittleEndian>::parse(cubin)?;
+    let info_of = |section: &str| -> anyhow::Result<&[u8]> {
+        Ok(elf.section_by_name(section).map_or(Ok(&[][..]), |found| found.data())?)
     };
-    let mut all: Vec<Usage> = Vec::new();
-    let info = find(".nv.info").context("a cubin without .nv.info")?.bytes;
-    for (kind, value) in attributes(info)? {
+    let mut all: BTreeMap<String, Usage> = BTreeMap::new();
+    for (kind, value) in attributes(info_of(".nv.info")?)? {
         if kind != REGISTERS && kind != FRAME {
             continue;
         }
-        let kernel = symbol(number(value, 0, 4)? as u32)?;
-        let number = number(value, 4, 4)? as u32;
-        let at = match all.iter().position(|usage| usage.kernel == kernel) {
-            Some(at) => at,
-            None => {
-                let shared = find(&format!(".nv.shared.{kernel}")).map_or(0, |found| found.size);
-                let info = find(&format!(".nv.info.{kernel}")).map_or(&[][..], |found| found.bytes);
-                let (mix, body) = (Counts::new(), Counts::new());
-                all.push(Usage {
-                    threads: max_threads(info)?,
-                    kernel,
+        let symbol = elf.symbol_by_index(SymbolIndex(number(value, 0)? as usize))?;
+        let kernel = symbol.name()?;
+        let usage = match all.entry(kernel.to_owned()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let shared = elf.section_by_name(&format!(".nv.shared.{kernel}"));
+                new.insert(Usage {
+                    kernel: kernel.to_owned(),
+                    threads: max_threads(info_of(&format!(".nv.info.{kernel}"))?)?,
                     registers: 0,
                     stack_bytes: u32::MAX,
-                    shared_bytes: shared,
-                    mix,
-                    body,
-                });
-                all.len() - 1
+                    shared_bytes: shared.map_or(0, |found| found.size()),
+                    mix: Counts::new(),
+                    body: Counts::new(),
+                })
             }
         };
         match kind {
-            REGISTERS => all[at].registers = number,
-            _ => all[at].stack_bytes = number,
+            REGISTERS => usage.registers = number(value, 4)?,
+            _ => usage.stack_bytes = number(value, 4)?,
         }
     }
     // Routines that the compiler adds (division) count for the kernels that call them.
-    let (mut all, routines): (Vec<_>, Vec<_>) =
-        all.into_iter().partition(|usage| !usage.kernel.starts_with('$'));
+    let (routines, mut all): (Vec<_>, Vec<_>) =
+        all.into_values().partition(|usage| usage.kernel.starts_with('$'));
     let routine_bytes = routines.iter().map(|usage| usage.stack_bytes).max().unwrap_or(0);
     for usage in &mut all {
         let known = usage.registers > 0 && usage.stack_bytes != u32::MAX;
@@ -96,7 +85,6 @@ pub(crate) fn usage(cubin: &[u8]) -> anyhow::Result<Vec<Usage>> {
         usage.stack_bytes = usage.stack_bytes.saturating_add(routine_bytes);
     }
     ensure!(!all.is_empty(), "a cubin without kernels");
-    all.sort_by(|a, b| a.kernel.cmp(&b.kernel));
     Ok(all)
 }
 
@@ -106,11 +94,8 @@ fn max_threads(info: &[u8]) -> anyhow::Result<u32> {
     let Some((_, value)) = attributes.iter().find(|(kind, _)| *kind == MAX_THREADS) else {
         return Ok(0);
     };
-    let mut product = 1u64;
-    for at in [0, 4, 8] {
-        product = product.saturating_mul(number(value, at, 4)?);
-    }
-    Ok(u32::try_from(product)?)
+    let [x, y, z] = [number(value, 0)?, number(value, 4)?, number(value, 8)?];
+    x.checked_mul(y).and_then(|threads| threads.checked_mul(z)).context("threads of a block")
 }
 
 /// The attributes with a sized value: kind and value.
@@ -129,44 +114,10 @@ fn attributes(info: &[u8]) -> anyhow::Result<Vec<(u8, &[u8])>> {
     Ok(all)
 }
 
-fn sections(elf: &[u8]) -> anyhow::Result<Vec<Section<'_>>> {
-    if elf.get(..6) != Some(&[0x7f, b'E', b'L', b'F', 2, 1]) {
-        bail!("no little-endian 64-bit ELF file");
-    }
-    let table = number(elf, 0x28, 8)? as usize;
-    let (size, count) = (number(elf, 0x3a, 2)? as usize, number(elf, 0x3c, 2)? as usize);
-    let names_index = number(elf, 0x3e, 2)? as usize;
-    ensure!(size >= 64 && table <= elf.len() && names_index < count, "section table");
-    let header = |index: usize| table + index * size;
-    let content = |at: usize| -> anyhow::Result<&[u8]> {
-        const NO_BITS: u64 = 8;
-        if number(elf, at + 4, 4)? == NO_BITS {
-            return Ok(&[]);
-        }
-        let (from, length) = (number(elf, at + 24, 8)? as usize, number(elf, at + 32, 8)? as usize);
-        elf.get(from..).and_then(|rest| rest.get(..length)).context("a section beyond the file")
-    };
-    let names = content(header(names_index))?;
-    (0..count)
-        .map(|index| {
-            let at = header(index);
-            let name = string(names, number(elf, at, 4)? as usize)?;
-            Ok(Section { name, bytes: content(at)?, size: number(elf, at + 32, 8)? })
-        })
-        .collect()
-}
-
-/// A little-endian number of `bytes` bytes.
-fn number(from: &[u8], at: usize, bytes: usize) -> anyhow::Result<u64> {
-    let found = from.get(at..).and_then(|rest| rest.get(..bytes)).context("a truncated cubin")?;
-    Ok(found.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
-}
-
-/// A zero-terminated string.
-fn string(from: &[u8], at: usize) -> anyhow::Result<&str> {
-    let rest = from.get(at..).context("a name beyond its table")?;
-    let end = rest.iter().position(|byte| *byte == 0).context("a name without an end")?;
-    Ok(std::str::from_utf8(&rest[..end])?)
+/// A number of an attribute.
+fn number(from: &[u8], at: usize) -> anyhow::Result<u32> {
+    let found = from.get(at..).and_then(|rest| rest.first_chunk()).context("a short attribute")?;
+    Ok(u32::from_le_bytes(*found))
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 //! instructions that it should be. It needs no GPU and no CUDA: NVRTC, nvdisasm and libclang come
 //! as wheels through `python3 -m pip`.
 //!
-//! - [`toolchain`] fetches; [`compile`] makes the artefacts and their manifest; [`cubin`] reads
+//! - [`toolchain`] fetches, and [`nvrtc`] is the compiler that it fetched; [`compile`] makes the
+//!   artefacts and their manifest; [`cubin`] reads
 //!   what a kernel takes, [`mix`] what it is made of; [`rules`] hold that; [`tables`] show it;
 //!   [`abi`] makes Rust of the header.
 
@@ -15,6 +16,8 @@ mod abi;
 mod compile;
 mod cubin;
 mod mix;
+#[expect(unsafe_code, reason = "calls a C library")]
+mod nvrtc;
 mod rules;
 mod tables;
 mod toolchain;

@@ -3,10 +3,9 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
-use hat_program::note;
+use hat_program::{note, pull};
 
 /// A wheel, and the one file of it that is opened.
 pub(crate) struct Tool {
@@ -82,37 +81,9 @@ impl Tool {
 
     fn fetch(&self, work: &Path) -> anyhow::Result<()> {
         fs::create_dir_all(work).with_context(|| format!("creating {}", work.display()))?;
-        note!("fetching {}", self.package);
-        let requirements = work.join("requirements.txt");
-        let [x86_64, aarch64] = self.sha256;
-        let package = self.package;
-        let line = format!("{package} --hash=sha256:{x86_64} --hash=sha256:{aarch64}\n");
-        fs::write(&requirements, line)?;
-        let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "--disable-pip-version-check", "download", "--no-deps"])
-            .args(["--only-binary=:all:", "--require-hashes", "-q", "--progress-bar=off", "-r"])
-            .arg(&requirements)
-            .arg("-d")
-            .arg(work);
-        run(pip, package, "python3 -m pip download")?;
-        let wheel = fs::read_dir(work)?
-            .filter_map(Result::ok)
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
-            .context("pip succeeded but left no wheel")?;
-        let mut unzip = Command::new("python3");
-        unzip.args(["-m", "zipfile", "-e"]).arg(wheel).arg(work.join("unpacked"));
-        run(unzip, package, "python3 -m zipfile")
+        let (package, [x86_64, aarch64]) = (self.package, self.sha256);
+        note!("fetching {package}");
+        let requirement = format!("{package} --hash=sha256:{x86_64} --hash=sha256:{aarch64}\n");
+        pull::wheel(&requirement, [package, ""], work, &work.join("unpacked"))
     }
-}
-
-fn run(mut command: Command, package: &str, what: &str) -> anyhow::Result<()> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| {
-        format!("{package}: python3 could not be started; install Python 3 with pip")
-    })?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{package}: {what} failed: {}", said.trim());
-    }
-    Ok(())
 }

@@ -21,15 +21,16 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    /// Starts this program as `role`. `heard` gets each line that it says, and `None` at the end.
+    /// Starts this program as `role`, by a command line. `heard` gets each line that it says, and
+    /// `None` at the end.
     pub(crate) fn start(
         role: &str,
-        setup: &impl Serialize,
+        line: &[String],
         mut heard: impl FnMut(Option<&str>) + Send + 'static,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("where this program is")?;
         let mut process = Command::new(program)
-            .args(["--role", role])
+            .args(line)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -44,7 +45,6 @@ impl Child {
             heard(None);
         });
         child.reader = Some(reader.context("starting a thread")?);
-        child.say(setup).with_context(|| format!("setting up a {role} process"))?;
         Ok(child)
     }
 

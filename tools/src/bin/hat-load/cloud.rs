@@ -10,7 +10,7 @@ use hat_tools::statistics::quantile;
 use serde_json::{Value, json};
 
 use crate::child::Child;
-use crate::speech::{CloudSaid, CloudSetup, Counters};
+use crate::speech::{CloudSaid, Counters};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Length of the parts of a run whose memory is compared, in seconds.
@@ -40,9 +40,9 @@ impl Memory {
 }
 
 impl CloudProcess {
-    pub(crate) fn start(setup: &CloudSetup) -> anyhow::Result<Self> {
+    pub(crate) fn start(line: &[String]) -> anyhow::Result<Self> {
         let (say, heard) = channel();
-        let child = Child::start("cloud", setup, move |line| {
+        let child = Child::start("cloud", line, move |line| {
             // An end, and what is no word of ours, closes the channel.
             if let Some(said) = line.and_then(|line| serde_json::from_str(line).ok()) {
                 let _ = say.send(said);

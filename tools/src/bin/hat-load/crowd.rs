@@ -15,8 +15,8 @@ use crate::child::Child;
 use crate::cloud::{CloudFigures, CloudProcess};
 use crate::figures::{Figures, Tally};
 use crate::plan::Plan;
-use crate::role;
-use crate::speech::{Ask, DeviceSetup, End, Outcome, Said};
+use crate::role::{self, DeviceSetup};
+use crate::speech::{Ask, End, Outcome, Said};
 use crate::whole::Kept;
 
 /// The longest that the loop sleeps.
@@ -48,7 +48,7 @@ impl Device {
         hear: impl Fn(Said) + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
         if process {
-            let child = Child::start("device", setup, move |line| {
+            let child = Child::start("device", &setup.line, move |line| {
                 hear(line.map_or(Said::Gone, |line| {
                     let wrong = |error| Said::Failed(format!("it says {line:?}: {error}"));
                     serde_json::from_str(line).unwrap_or_else(wrong)
@@ -113,7 +113,7 @@ struct Place {
 
 /// A run under way.
 pub(crate) struct Crowd<'a> {
-    plan: &'a Plan,
+    plan: &'a Plan<'a>,
     setup: DeviceSetup,
     cloud: Option<CloudProcess>,
     places: Vec<Place>,
@@ -141,7 +141,7 @@ pub(crate) struct Ended {
 impl<'a> Crowd<'a> {
     /// Starts all devices, and waits until they are connected.
     pub(crate) fn start(
-        plan: &'a Plan,
+        plan: &'a Plan<'a>,
         setup: DeviceSetup,
         cloud: Option<CloudProcess>,
         interrupted: &AtomicBool,
@@ -149,7 +149,7 @@ impl<'a> Crowd<'a> {
         let (say, notes) = channel();
         let mut crowd = Self {
             due_s: plan.gap_s(0),
-            places: (0..plan.devices).map(|_| Place::default()).collect(),
+            places: (0..plan.args.devices).map(|_| Place::default()).collect(),
             plan,
             setup,
             cloud,
@@ -164,10 +164,10 @@ impl<'a> Crowd<'a> {
             first_failure: None,
             bar: bar(plan),
         };
-        for device in 0..plan.devices {
+        for device in 0..crowd.places.len() {
             crowd.bear(device)?;
         }
-        let end = Instant::now() + crowd.setup.connect() + START;
+        let end = Instant::now() + crowd.setup.connect + START;
         while crowd.places.iter().any(|place| !place.ready) {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
@@ -183,7 +183,7 @@ impl<'a> Crowd<'a> {
             }
         }
         crowd.begun = Instant::now();
-        for device in 0..plan.devices {
+        for device in 0..crowd.places.len() {
             crowd.places[device].ends = crowd.end_of_life(device);
         }
         Ok(crowd)
@@ -197,15 +197,15 @@ impl<'a> Crowd<'a> {
             // Nobody listens once the run is over.
             let _ = say.send(Note { device, life, said });
         };
-        place.device = Some(Device::start(&self.setup, self.plan.processes, hear)?);
+        place.device = Some(Device::start(&self.setup, !self.plan.args.threads_only, hear)?);
         Ok(())
     }
 
     fn end_of_life(&self, device: usize) -> Option<Instant> {
         let life = self.places[device].life;
         let seconds = exponential(
-            1.0 / self.plan.life_s?,
-            self.plan.seed,
+            1.0 / self.plan.args.life_s?,
+            self.plan.args.seed,
             Purpose::Life,
             device as u64,
             2 * life,
@@ -235,7 +235,7 @@ impl<'a> Crowd<'a> {
                 self.look(at_s)?;
             }
             let due = Duration::try_from_secs_f64(self.due_s - at_s).unwrap_or(Duration::ZERO);
-            let wait = if over || self.plan.rate.is_none() { LOOK } else { due.min(LOOK) };
+            let wait = if over || self.plan.args.rate.is_none() { LOOK } else { due.min(LOOK) };
             let first = self.notes.recv_timeout(wait);
             drained = drained.filter(|_| first.is_err());
             for note in first.into_iter().chain(self.notes.try_iter().collect::<Vec<_>>()) {
@@ -247,7 +247,7 @@ impl<'a> Crowd<'a> {
 
     fn is_over(&self, at_s: f64) -> bool {
         self.plan.requests.is_some_and(|requests| self.next_id >= requests)
-            || self.plan.seconds.is_some_and(|seconds| at_s >= seconds)
+            || self.plan.args.seconds.is_some_and(|seconds| at_s >= seconds)
             || self.places.iter().all(|place| place.device.is_none())
     }
 
@@ -265,7 +265,7 @@ impl<'a> Crowd<'a> {
 
     /// Sends the requests that are due: by the clock, or to each device that has nothing to do.
     fn ask_due(&mut self, at_s: f64) -> anyhow::Result<()> {
-        if self.plan.rate.is_none() {
+        if self.plan.args.rate.is_none() {
             for device in 0..self.places.len() {
                 let place = &self.places[device];
                 if place.ready && place.away.is_empty() && !self.is_over(at_s) {
@@ -276,7 +276,7 @@ impl<'a> Crowd<'a> {
         }
         while self.due_s <= at_s && !self.is_over(at_s) {
             let count = self.places.len();
-            let share = unit(self.plan.seed, Purpose::Device, self.next_id, 0);
+            let share = unit(self.plan.args.seed, Purpose::Device, self.next_id, 0);
             let chosen = (share * count as f64) as usize;
             let ready = (0..count).map(|more| (chosen + more) % count);
             let ready = ready.into_iter().find(|device| self.places[*device].ready);
@@ -306,7 +306,7 @@ impl<'a> Crowd<'a> {
                 continue;
             }
             let Some(mut ended) = place.device.take() else { continue };
-            let share = unit(self.plan.seed, Purpose::Life, device as u64, 2 * place.life + 1);
+            let share = unit(self.plan.args.seed, Purpose::Life, device as u64, 2 * place.life + 1);
             if share < 0.5 {
                 ended.kill();
             }
@@ -359,7 +359,7 @@ impl<'a> Crowd<'a> {
             let text = format!("request {} of device {device}: {why}", outcome.ask);
             self.first_failure.get_or_insert(text);
         }
-        if self.plan.check_whole {
+        if self.plan.args.check_whole {
             let complete = outcome.end == End::Done;
             let tokens = std::mem::take(&mut outcome.token_ids);
             self.kept.push(Kept { ask: outcome.ask, tokens, complete });
@@ -417,8 +417,8 @@ impl Drop for Crowd<'_> {
     }
 }
 
-fn bar(plan: &Plan) -> ProgressBar {
-    let length = plan.requests.or(plan.seconds.map(|seconds| seconds as u64));
+fn bar(plan: &Plan<'_>) -> ProgressBar {
+    let length = plan.requests.or(plan.args.seconds.map(|seconds| seconds as u64));
     let bar = ProgressBar::new(length.unwrap_or(0));
     let unit = if plan.requests.is_some() { "requests" } else { "s" };
     let template = format!("{{bar:40}} {{pos}}/{{len}} {unit}, {{msg}}");

@@ -14,10 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
-use hat_engine::options::{Address, ChunkPolicy, Codec, DraftMode};
+use hat_engine::options::{Address, ChunkPolicy, Codec, DraftMode, LinkKind};
+use hat_engine::{CloudConfig, EngineConfig};
 use hat_program::pull;
 use hat_program::pull::models::{Cut, Model};
 use hat_program::{note, out, outln};
@@ -29,7 +31,7 @@ use crate::cloud::CloudProcess;
 use crate::crowd::{Crowd, Ended};
 use crate::plan::Plan;
 use crate::prompts::{Lengths, Prompts};
-use crate::speech::{CloudSetup, DeviceSetup, Link};
+use crate::role::DeviceSetup;
 
 /// Measures many devices against one cloud: latencies, fairness between devices, and the cloud's
 /// memory.
@@ -144,6 +146,24 @@ enum Made {
     Default,
 }
 
+/// Kind of the link.
+#[derive(Clone, Copy, ValueEnum)]
+enum Link {
+    /// epoll.
+    Mio,
+    /// io_uring where there is one.
+    Uring,
+}
+
+impl From<Link> for LinkKind {
+    fn from(link: Link) -> Self {
+        match link {
+            Link::Mio => Self::Mio,
+            Link::Uring => Self::IoUring,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Role {
     Cloud,
@@ -195,27 +215,30 @@ fn main() -> ExitCode {
         Err(ended) => return ended,
     };
     let ended = match args.role {
-        Some(Role::Cloud) => role::cloud(),
-        Some(Role::Device) => role::device(),
-        None => run(&args),
+        Some(Role::Cloud) => role::cloud(args.cloud_config()),
+        Some(Role::Device) => role::device(&args.device_setup()),
+        None => run(args),
     };
     out::finish("hat-load", ended)
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
+fn run(mut args: Args) -> anyhow::Result<()> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, interrupted.clone())
             .context("can't wait for signals")?;
     }
     let (bundle, _held) = args.bundle()?;
-    let plan = args.plan(&bundle)?;
-    let cloud = match args.cloud {
-        Some(_) => None,
-        None => Some(CloudProcess::start(&args.cloud_setup(&bundle))?),
-    };
-    let address = cloud.as_ref().map(CloudProcess::address).or(args.cloud.as_deref());
-    let setup = args.device_setup(&bundle, address.expect("one of both is there"));
+    args.bundle = Some(bundle.clone());
+    let prompts = args.prompts(&bundle.join("device"))?;
+    let mut cloud = None;
+    if args.cloud.is_none() {
+        let started = CloudProcess::start(&args.of_cloud())?;
+        args.cloud = Some(started.address().to_owned());
+        cloud = Some(started);
+    }
+    let setup = args.device_setup();
+    let plan = Plan::new(&args, prompts);
     let crowd = Crowd::start(&plan, setup, cloud, &interrupted)?;
     let Ended { mut figures, kept, first_failure } = crowd.run(&interrupted)?;
     if args.check_whole {
@@ -273,53 +296,72 @@ impl Args {
         }
     }
 
-    fn plan(&self, bundle: &Path) -> anyhow::Result<Plan> {
-        let prompts = match &self.prompts {
-            Some(path) => Prompts::read(path)?,
-            None => {
-                let device = bundle.join("device");
-                Prompts::make(&device, self.prompt_tokens, self.distinct, self.seed)?
-            }
-        };
-        let endless = self.requests.is_none() && self.seconds.is_none();
-        Ok(Plan {
-            devices: self.devices as usize,
-            processes: !self.threads_only,
-            rate: self.rate,
-            requests: self.requests.or(endless.then_some(10 * u64::from(self.devices))),
-            seconds: self.seconds,
-            prompts,
-            max_tokens: self.max_tokens,
-            eos: self.eos,
-            draft: self.draft.name().to_owned(),
-            cancel: self.cancel,
-            life_s: self.life_s,
-            seed: self.seed,
-            check_whole: self.check_whole,
-        })
+    fn prompts(&self, device: &Path) -> anyhow::Result<Prompts> {
+        match &self.prompts {
+            Some(path) => Prompts::read(path),
+            None => Prompts::make(device, self.prompt_tokens, self.distinct, self.seed),
+        }
     }
 
-    fn cloud_setup(&self, bundle: &Path) -> CloudSetup {
+    /// The command line of the cloud's process.
+    fn of_cloud(&self) -> Vec<String> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        CloudSetup {
-            bundle: bundle.join("cloud"),
-            link: self.link,
-            threads: self.cloud_threads.unwrap_or(cores),
-            sessions_max: self.sessions_max,
-            kv_rows_max: self.kv_rows_max,
-            devices: self.devices,
+        let threads = self.cloud_threads.unwrap_or(cores);
+        let mut line = self.of_role("cloud");
+        line.extend(["--cloud-threads".to_owned(), threads.to_string()]);
+        line.extend(["--devices".to_owned(), self.devices.to_string()]);
+        for (flag, value) in
+            [("--sessions-max", self.sessions_max), ("--kv-rows-max", self.kv_rows_max)]
+        {
+            line.extend(
+                value.map(|value| [flag.to_owned(), value.to_string()]).into_iter().flatten(),
+            );
         }
+        line
     }
 
-    fn device_setup(&self, bundle: &Path, cloud: &str) -> DeviceSetup {
-        DeviceSetup {
-            bundle: bundle.join("device"),
-            cloud: cloud.to_owned(),
-            wire: self.wire.name().to_owned(),
-            chunks: self.chunks.to_string(),
-            link: self.link,
-            threads: self.threads,
-            connect_ms: (1e3 * self.connect_s) as u64,
-        }
+    /// The command line of a device's process.
+    fn of_device(&self) -> Vec<String> {
+        let mut line = self.of_role("device");
+        let flags = [
+            ("--cloud", self.cloud.clone().unwrap_or_default()),
+            ("--wire", self.wire.name().to_owned()),
+            ("--chunks", self.chunks.to_string()),
+            ("--threads", self.threads.to_string()),
+            ("--connect-s", self.connect_s.to_string()),
+        ];
+        line.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
+        line
+    }
+
+    fn of_role(&self, role: &str) -> Vec<String> {
+        let bundle = self.half("").display().to_string();
+        let link = self.link.to_possible_value().expect("none is skipped");
+        let flags = ["--role", role, "--bundle", &bundle, "--link", link.get_name()];
+        flags.map(str::to_owned).to_vec()
+    }
+
+    /// A half of the bundle.
+    fn half(&self, role: &str) -> PathBuf {
+        self.bundle.as_deref().unwrap_or(Path::new("")).join(role)
+    }
+
+    fn cloud_config(&self) -> CloudConfig {
+        let config = CloudConfig::new(self.half("cloud")).link(self.link.into());
+        let mut config = config.threads(self.cloud_threads.unwrap_or(1));
+        let limits = &mut config.limits;
+        limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
+        limits.kv_rows_max = self.kv_rows_max.unwrap_or(limits.kv_rows_max);
+        // A device that comes back stands beside its own lost connection for a while.
+        limits.connections_max = limits.connections_max.max(4 * self.devices);
+        config
+    }
+
+    fn device_setup(&self) -> DeviceSetup {
+        let cloud = self.cloud.clone().unwrap_or_default();
+        let config = EngineConfig::new(self.half("device")).cloud(&cloud).wire(self.wire);
+        let config = config.chunks(self.chunks).link(self.link.into()).threads(self.threads);
+        let connect = Duration::from_millis((1e3 * self.connect_s) as u64);
+        DeviceSetup { config, cloud, connect, line: self.of_device() }
     }
 }

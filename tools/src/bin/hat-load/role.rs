@@ -7,30 +7,40 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hat_engine::options::ErrorKind;
-use hat_engine::{Cloud, Engine, Error, Event, Request};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Request};
 use hat_program::note;
 use serde::Serialize;
 use signal_hook::consts::SIGINT;
 
-use crate::speech::{Ask, CloudSaid, CloudSetup, Counters, DeviceSetup, End, Outcome, Said};
+use crate::speech::{Ask, CloudSaid, Counters, End, Outcome, Said};
 
 /// Interval at which an answer's reader looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
 /// Limit on the tries of a request after `Busy`.
 const RETRIES_MAX: u32 = 20;
 
-/// The cloud role of a child process: its setup is the first line of stdin, each other line asks
-/// for its counters, and it ends with stdin.
-pub(crate) fn cloud() -> anyhow::Result<()> {
+/// Settings of a device.
+#[derive(Clone)]
+pub(crate) struct DeviceSetup {
+    pub(crate) config: EngineConfig,
+    /// Address of the cloud.
+    pub(crate) cloud: String,
+    /// Longest time to connect before it gives up.
+    pub(crate) connect: Duration,
+    /// The command line of a process that runs so.
+    pub(crate) line: Vec<String>,
+}
+
+/// The cloud role of a child process: each line of stdin asks for its counters, and it ends with
+/// stdin.
+pub(crate) fn cloud(config: CloudConfig) -> anyhow::Result<()> {
     outlive_interrupts()?;
-    let mut lines = std::io::stdin().lock().lines();
-    let setup: CloudSetup = first(&mut lines)?;
-    let cloud = match Cloud::start(setup.config()) {
+    let cloud = match Cloud::start(config) {
         Ok(cloud) => cloud,
         Err(error) => return print(&CloudSaid::Failed(error.to_string())),
     };
     print(&CloudSaid::Listening(cloud.address().to_string(), cloud.describe().to_owned()))?;
-    for line in lines {
+    for line in std::io::stdin().lock().lines() {
         line.context("reading from the tool")?;
         print(&CloudSaid::Counters(counters(&cloud)))?;
     }
@@ -52,20 +62,17 @@ fn counters(cloud: &Cloud) -> Counters {
     }
 }
 
-/// The device role of a child process: its setup is the first line of stdin, each other line is
-/// an [`Ask`], and it ends with stdin.
-pub(crate) fn device() -> anyhow::Result<()> {
+/// The device role of a child process: each line of stdin is an [`Ask`], and it ends with stdin.
+pub(crate) fn device(setup: &DeviceSetup) -> anyhow::Result<()> {
     outlive_interrupts()?;
-    let mut lines = std::io::stdin().lock().lines();
-    let setup: DeviceSetup = first(&mut lines)?;
-    let asks = lines.map_while(|line| {
+    let asks = std::io::stdin().lock().lines().map_while(|line| {
         let ask = line.ok().and_then(|line| serde_json::from_str::<Ask>(&line).ok());
         if ask.is_none() {
             note!("hat-load: a device was told what is no request, and ends");
         }
         ask
     });
-    serve(&setup, asks, &|said| {
+    serve(setup, asks, &|said| {
         // Nobody listens any more: stdin ends, too.
         let _ = print(&said);
     });
@@ -77,13 +84,6 @@ fn outlive_interrupts() -> anyhow::Result<()> {
     let ignored = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGINT, ignored).context("can't wait for signals")?;
     Ok(())
-}
-
-fn first<T: serde::de::DeserializeOwned>(
-    lines: &mut impl Iterator<Item = std::io::Result<String>>,
-) -> anyhow::Result<T> {
-    let line = lines.next().context("this role is for the tool itself: no setup came")??;
-    serde_json::from_str(&line).context("the setup")
 }
 
 fn print(said: &impl Serialize) -> anyhow::Result<()> {
@@ -116,8 +116,8 @@ pub(crate) fn serve(
 }
 
 fn open(setup: &DeviceSetup) -> anyhow::Result<Engine> {
-    let engine = Engine::open(setup.config()?)?;
-    let (cloud, patience) = (&setup.cloud, setup.connect());
+    let engine = Engine::open(setup.config.clone())?;
+    let (cloud, patience) = (&setup.cloud, setup.connect);
     anyhow::ensure!(
         engine.wait_connected(patience),
         "no cloud for this model answers at {cloud} within {} s",

@@ -1,85 +1,9 @@
 //! Messages between the tool and its devices and cloud: lines of JSON over pipes, or the same
 //! values over channels where a device is a thread.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
-use anyhow::Context as _;
-use clap::ValueEnum;
-use hat_engine::options::{ChunkPolicy, Codec, DraftMode, LinkKind};
-use hat_engine::{CloudConfig, EngineConfig, Request};
+use hat_engine::Request;
+use hat_engine::options::DraftMode;
 use serde::{Deserialize, Serialize};
-
-/// Kind of the link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-pub(crate) enum Link {
-    /// epoll.
-    Mio,
-    /// io_uring where there is one.
-    Uring,
-}
-
-impl From<Link> for LinkKind {
-    fn from(link: Link) -> Self {
-        match link {
-            Link::Mio => Self::Mio,
-            Link::Uring => Self::IoUring,
-        }
-    }
-}
-
-/// Settings of a device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct DeviceSetup {
-    pub(crate) bundle: PathBuf,
-    pub(crate) cloud: String,
-    /// A name of [`Codec`].
-    pub(crate) wire: String,
-    /// A name of [`ChunkPolicy`].
-    pub(crate) chunks: String,
-    pub(crate) link: Link,
-    pub(crate) threads: usize,
-    /// Longest time to connect before it gives up, in ms.
-    pub(crate) connect_ms: u64,
-}
-
-impl DeviceSetup {
-    pub(crate) fn config(&self) -> anyhow::Result<EngineConfig> {
-        let wire = Codec::from_name(&self.wire).context("wire: no codec has this name")?;
-        let chunks: ChunkPolicy = self.chunks.parse()?;
-        let config = EngineConfig::new(&self.bundle).cloud(&self.cloud).wire(wire).chunks(chunks);
-        Ok(config.link(self.link.into()).threads(self.threads))
-    }
-
-    pub(crate) fn connect(&self) -> Duration {
-        Duration::from_millis(self.connect_ms)
-    }
-}
-
-/// Settings of a cloud.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct CloudSetup {
-    pub(crate) bundle: PathBuf,
-    pub(crate) link: Link,
-    pub(crate) threads: usize,
-    pub(crate) sessions_max: Option<u32>,
-    pub(crate) kv_rows_max: Option<u32>,
-    /// Room for so many devices, if that is more than it has anyway.
-    pub(crate) devices: u32,
-}
-
-impl CloudSetup {
-    pub(crate) fn config(&self) -> CloudConfig {
-        let mut config =
-            CloudConfig::new(&self.bundle).link(self.link.into()).threads(self.threads);
-        let limits = &mut config.limits;
-        limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
-        limits.kv_rows_max = self.kv_rows_max.unwrap_or(limits.kv_rows_max);
-        // A device that comes back stands beside its own lost connection for a while.
-        limits.connections_max = limits.connections_max.max(4 * self.devices);
-        config
-    }
-}
 
 /// Report of a cloud.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,18 +2,16 @@
 //! machine can see. `cargo run -p hat-tools --bin tidy [ROOT]` prints `file:line: reason` for each
 //! finding and exits 1 if there is one.
 //!
-//! - [`source`] reads Rust as far as needed: comments and strings apart from code, modules,
-//!   functions, parts that are tests.
 //! - [`rules`] is the table: words, where they may stand, why not elsewhere. Change it together
 //!   with `docs/ARCHITECTURE.md`.
-//! - [`code`] applies the table and the sizes to Rust files; [`modules`] finds files that no
-//!   crate reaches; [`prose`] looks at documents, links, hosts and paths.
+//! - [`code`] applies the table and the sizes to Rust files; [`prose`] looks at documents, links,
+//!   hosts and paths.
+//!
+//! The rest is clippy's: `[workspace.lints]` and `clippy.toml`.
 
 mod code;
-mod modules;
 mod prose;
 mod rules;
-mod source;
 #[cfg(test)]
 mod tests;
 
@@ -76,10 +74,9 @@ fn print(findings: &[Finding], files: usize) -> Result<(), OutError> {
 /// Every rule over every file, in order of file and line.
 fn check(tree: &Tree) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let modules = modules::Modules::find(tree, &mut findings);
     for (file, text) in tree {
         if file.ends_with(".rs") {
-            code::check(file, text, &modules, &mut findings);
+            code::check(file, text, tree, &mut findings);
         }
         prose::check(file, text, tree, &mut findings);
     }

@@ -2,12 +2,10 @@
 //! hosts and machine paths that must not be named.
 
 use crate::code::check_lines;
-use crate::modules::normal;
 use crate::rules::{
-    BANS, GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, Scope, TOP,
+    BANS, BORDERS, GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, TOP,
     UNSAFE_ROOMS,
 };
-use crate::source::line_of;
 use crate::{Finding, Tree, code};
 
 /// Lock files and the like are not written by us.
@@ -113,12 +111,10 @@ fn expand(path: &str) -> Vec<String> {
 fn check_rules(tree: &Tree, findings: &mut Vec<Finding>) {
     const FILE: &str = "tools/src/bin/tidy/rules.rs";
     let Some(text) = tree.get(FILE) else { return };
-    let scopes = BANS.iter().filter_map(|ban| match ban.scope {
-        Scope::Paths(paths) => Some(paths),
-        _ => None,
-    });
-    let lists = scopes.chain(BANS.iter().map(|ban| ban.except)).chain([UNSAFE_ROOMS, GENERATED]);
-    for path in lists.flatten().filter(|path| !exists(tree, path)) {
+    let lists = BANS.iter().flat_map(|ban| [ban.paths, ban.except]);
+    let lists = lists.chain([UNSAFE_ROOMS, GENERATED]);
+    let gone = |path: &&&str| !tree.keys().any(|file| file.starts_with(**path));
+    for path in lists.flatten().filter(gone) {
         let line = text.lines().position(|line| line.contains(&format!("\"{path}\"")));
         let reason = format!("`{path}`: there is no such file, and a rule for it");
         findings.push(Finding::new(FILE, line.map_or(0, |line| line + 1), reason));
@@ -149,19 +145,33 @@ pub(crate) fn check_documents(tree: &Tree, findings: &mut Vec<Finding>) {
             ));
         }
     }
-    let leaves = [
-        ("loader/Cargo.toml", ["hat-transport", "hat-engine", "hat-cuda"]),
-        ("transport/Cargo.toml", ["hat-loader", "hat-engine", "hat-cuda"]),
-        ("cuda/Cargo.toml", ["hat-loader", "hat-engine", "hat-transport"]),
-    ];
-    for (file, others) in leaves {
-        let manifest = tree.get(file).map_or("", String::as_str);
-        for (number, line) in manifest.lines().enumerate() {
+    for (file, others) in BORDERS {
+        let manifest = tree.get(*file).map_or("", String::as_str);
+        let dependencies = manifest.split("[dev-dependencies]").next().unwrap_or_default();
+        for (number, line) in (1..).zip(dependencies.lines()) {
             if let Some(other) = others.iter().find(|other| line.trim_start().starts_with(**other))
             {
-                let reason = format!("{other}: the three leaf crates don't know each other");
-                findings.push(Finding::new(file, number + 1, reason));
+                let reason = format!("{other}: this crate does not know that one");
+                findings.push(Finding::new(file, number, reason));
             }
         }
     }
+}
+
+/// The line of an offset, from 1.
+pub(crate) fn line_of(text: &str, offset: usize) -> usize {
+    1 + text.as_bytes()[..offset].iter().filter(|&&byte| byte == b'\n').count()
+}
+
+/// A path without `.` and `..`.
+fn normal(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
 }

@@ -27,6 +27,9 @@ mod portable;
 #[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
 mod threads;
 mod top;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
+mod x86;
 
 use hat_loader::{Tensor, layout};
 

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::{Tree, read, this_root};
-use crate::source::{is_word_char, line_of};
+use crate::code::is_word_char;
+use crate::prose::line_of;
 
 /// Flags of other programs: cargo, pip, and the Python script beside the benches.
 const OTHERS_FLAGS: &[&str] =

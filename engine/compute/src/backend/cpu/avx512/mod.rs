@@ -5,7 +5,6 @@
 //! offset (q4_0, q6_k) is made unsigned, and the sum begins at what that adds.
 #![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
 
-mod attend;
 mod elementwise;
 
 use std::arch::x86_64::*;
@@ -14,13 +13,13 @@ use std::ops::Range;
 
 use hat_loader::DType;
 
-use self::attend::Ops;
-use super::attend::{AttendScratch, AttendTask, attend_task};
-use super::avx2;
+use super::super::PAGE_SIZE;
+use super::attend::{AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
 use super::matrix::{Linear, Sums, weight_types};
 use super::threads::Part;
+use super::x86::{self, attend_steps, level};
 
 /// 16 columns: 4 weights (or 8 nibbles) of each.
 type Word = [u8; 64];
@@ -29,75 +28,17 @@ type Halves = [u8; 32];
 /// Distance of the prefetch, in bytes. It runs on into the next panel.
 const AHEAD: usize = 4096;
 
-/// The kernels of this level, or the instruction set that this CPU lacks.
-pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
-    macro_rules! need {
-        ($($name:tt)*) => {
-            $(if !is_x86_feature_detected!($name) {
-                return Err($name);
-            })*
-        };
-    }
-    need!("avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512vl" "avx512dq" "avx512vnni");
-    Ok(&KERNELS)
+level! {
+    "avx512", "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni",
+    needs ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512vl" "avx512dq" "avx512vnni"], tiles of 8,
+    quantise_row: elementwise::quantise_row
 }
 
-static KERNELS: Kernels = Kernels {
-    name: "avx512",
-    quantise_row,
-    rms_norm_row,
-    narrow,
-    rope_angles_row,
-    rotate,
-    attend,
-    linear,
-};
-
-/// Functions that enter this level: each body is compiled for its instructions.
-macro_rules! enter {
-    ($(fn $name:ident($($arg:ident: $ty:ty),*) $body:block)*) => {$(
-        fn $name($($arg: $ty),*) {
-            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-            #[target_feature(enable = "avx512vnni")]
-            fn inside($($arg: $ty),*) $body
-            // SAFETY: reached only through `KERNELS`, which leaves this file only through
-            // `kernels`, which has checked that the CPU has these instructions.
-            unsafe { inside($($arg),*) }
-        }
-    )*};
+attend_steps! {
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", __m512, 16, together 4,
+    zero: _mm512_setzero_ps, spread: _mm512_set1_ps, mul: _mm512_mul_ps, fmadd: _mm512_fmadd_ps,
+    load: _mm512_loadu_ps, load_halves: _mm256_loadu_si256, widen: _mm512_cvtph_ps
 }
-
-enter! {
-    fn quantise_row(x: &[f32], out: &mut [Block]) { elementwise::quantise_row(x, out) }
-    fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
-        math::rms_norm_row(x, weight, eps, out)
-    }
-    fn narrow(from: &[f32], to: &mut [u16]) { avx2::narrow_halves(from, to) }
-    fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
-        math::rope_angles_row(position, inv_freq, angles)
-    }
-    fn rotate(head: &mut [f32], angles: &[f32]) { math::rotate(head, angles) }
-    fn attend(
-        task: &AttendTask<'_>,
-        scratch: &mut AttendScratch,
-        out: &mut Part<'_, f32>,
-        at: (usize, usize)
-    ) {
-        attend_task(task, scratch, out, at, Ops)
-    }
-    fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-        linear_of_type(job, columns, out)
-    }
-}
-
-macro_rules! inside_this_level {
-    ($call:expr) => {
-        // SAFETY: tiles are made only in `linear_of_type`, which only `linear` above calls.
-        unsafe { $call }
-    };
-}
-
-weight_types! { inside_this_level, 8 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]

@@ -5,21 +5,19 @@
 //! q8_0 multiplies magnitudes with the weight's sign moved to the activation.
 #![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
 
-mod attend;
-
 use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::ops::Range;
 
 use hat_loader::DType;
 
-use self::attend::Ops;
-pub(super) use self::attend::narrow as narrow_halves;
-use super::attend::{AttendScratch, AttendTask, attend_task};
+use super::super::PAGE_SIZE;
+use super::attend::{AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
 use super::matrix::{Linear, Sums, weight_types};
 use super::threads::Part;
+use super::x86::{self, attend_steps, level};
 
 /// 8 columns: 4 weights (or 8 nibbles) of each.
 type Word = [u8; 32];
@@ -28,75 +26,16 @@ const HALVES: usize = 2;
 /// Distance of the prefetch, in [`Word`]s. It runs on into the next panel.
 const AHEAD: usize = 128;
 
-/// The kernels of this level, or the instruction set that this CPU lacks.
-pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
-    if !is_x86_feature_detected!("avx2") {
-        return Err("avx2");
-    }
-    if !is_x86_feature_detected!("fma") {
-        return Err("fma");
-    }
-    if !is_x86_feature_detected!("f16c") {
-        return Err("f16c");
-    }
-    Ok(&KERNELS)
+level! {
+    "avx2", "avx2,fma,f16c", needs ["avx2" "fma" "f16c"], tiles of 4,
+    quantise_row: math::quantise_row
 }
 
-static KERNELS: Kernels = Kernels {
-    name: "avx2",
-    quantise_row,
-    rms_norm_row,
-    narrow,
-    rope_angles_row,
-    rotate,
-    attend,
-    linear,
-};
-
-/// Functions that enter this level: each body is compiled for its instructions.
-macro_rules! enter {
-    ($(fn $name:ident($($arg:ident: $ty:ty),*) $body:block)*) => {$(
-        fn $name($($arg: $ty),*) {
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn inside($($arg: $ty),*) $body
-            // SAFETY: reached only through `KERNELS`, which leaves this file only through
-            // `kernels`, which has checked that the CPU has these instructions.
-            unsafe { inside($($arg),*) }
-        }
-    )*};
+attend_steps! {
+    "avx2,fma,f16c", __m256, 8, together 2,
+    zero: _mm256_setzero_ps, spread: _mm256_set1_ps, mul: _mm256_mul_ps, fmadd: _mm256_fmadd_ps,
+    load: _mm256_loadu_ps, load_halves: _mm_loadu_si128, widen: _mm256_cvtph_ps
 }
-
-enter! {
-    fn quantise_row(x: &[f32], out: &mut [Block]) { math::quantise_row(x, out) }
-    fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
-        math::rms_norm_row(x, weight, eps, out)
-    }
-    fn narrow(from: &[f32], to: &mut [u16]) { attend::narrow(from, to) }
-    fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
-        math::rope_angles_row(position, inv_freq, angles)
-    }
-    fn rotate(head: &mut [f32], angles: &[f32]) { math::rotate(head, angles) }
-    fn attend(
-        task: &AttendTask<'_>,
-        scratch: &mut AttendScratch,
-        out: &mut Part<'_, f32>,
-        at: (usize, usize)
-    ) {
-        attend_task(task, scratch, out, at, Ops)
-    }
-    fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-        linear_of_type(job, columns, out)
-    }
-}
-
-macro_rules! inside_this_level {
-    ($call:expr) => {
-        // SAFETY: tiles are made only in `linear_of_type`, which only `linear` above calls.
-        unsafe { $call }
-    };
-}
-
-weight_types! { inside_this_level, 4 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn word(bytes: &Word) -> __m256i {

@@ -6,11 +6,12 @@ use std::ffi::{CString, c_char, c_int};
 use std::path::Path;
 use std::ptr;
 
+use anyhow::{Context as _, bail, ensure};
 use libloading::Library;
 
 /// Kind of artefact that the compiler is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     /// Machine code for one architecture: 86 is `sm_86`.
     Cubin(u32),
     /// Text that a driver translates for its GPU: 80 is `compute_80`.
@@ -19,8 +20,7 @@ pub enum Target {
 
 impl Target {
     /// The name that the compiler knows.
-    #[must_use]
-    pub fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         match self {
             Self::Cubin(arch) => format!("sm_{arch}"),
             Self::Ptx(arch) => format!("compute_{arch}"),
@@ -30,49 +30,11 @@ impl Target {
 
 /// A file of source text.
 #[derive(Clone, Copy, Debug)]
-pub struct Source<'a> {
+pub(crate) struct Source<'a> {
     /// The name that `#include` and messages use.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
     /// Its content.
-    pub text: &'a str,
-}
-
-/// An error of the compiler.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum NvrtcError {
-    /// The library can't be opened, or is no NVRTC.
-    #[error("{path}: not an NVRTC library: {reason}")]
-    Library {
-        /// Path of the library.
-        path: String,
-        /// The dynamic linker's text.
-        reason: String,
-    },
-    /// A name or text holds a zero byte.
-    #[error("{name}: a zero byte in the source")]
-    ZeroByte {
-        /// Name of the source.
-        name: String,
-    },
-    /// A call failed for another reason than the source.
-    #[error("{call} failed with code {code}")]
-    Call {
-        /// The function.
-        call: &'static str,
-        /// Code that it returned; nvrtc.h lists them.
-        code: c_int,
-    },
-    /// The source does not compile.
-    #[error("{name} for {target}:\n{log}")]
-    Compile {
-        /// Name of the source.
-        name: String,
-        /// Target of the compilation.
-        target: String,
-        /// The compiler's log.
-        log: String,
-    },
+    pub(crate) text: &'a str,
 }
 
 type Program = *mut std::ffi::c_void;
@@ -91,7 +53,7 @@ type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
 type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
 
 /// The functions of an open library.
-pub struct Nvrtc {
+pub(crate) struct Nvrtc {
     create: Create,
     compile: Compile,
     destroy: Destroy,
@@ -117,10 +79,7 @@ impl Drop for Compilation<'_> {
 
 impl Nvrtc {
     /// Opens the library.
-    ///
-    /// # Errors
-    /// If it is not there or lacks a function.
-    pub fn open(path: &Path) -> Result<Self, NvrtcError> {
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
         let load = || {
             // SAFETY: NVRTC's initialisers have no requirement; the types below are nvrtc.h's.
             unsafe {
@@ -140,17 +99,12 @@ impl Nvrtc {
                 })
             }
         };
-        load().map_err(|error: libloading::Error| NvrtcError::Library {
-            path: path.display().to_string(),
-            reason: error.to_string(),
-        })
+        let opened: Result<Self, libloading::Error> = load();
+        opened.with_context(|| format!("{}: not an NVRTC library", path.display()))
     }
 
     /// Major and minor version of the CUDA that it belongs to.
-    ///
-    /// # Errors
-    /// If the library says no.
-    pub fn version(&self) -> Result<(i32, i32), NvrtcError> {
+    pub(crate) fn version(&self) -> anyhow::Result<(i32, i32)> {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both pointers are to live numbers.
         check("nvrtcVersion", unsafe { (self.version)(&raw mut major, &raw mut minor) })?;
@@ -158,16 +112,13 @@ impl Nvrtc {
     }
 
     /// Compiles one source; `headers` are what it may include.
-    ///
-    /// # Errors
-    /// If the source does not compile, with the compiler's log.
-    pub fn compile(
+    pub(crate) fn compile(
         &self,
         source: Source<'_>,
         headers: &[Source<'_>],
         target: Target,
         flags: &[&str],
-    ) -> Result<Vec<u8>, NvrtcError> {
+    ) -> anyhow::Result<Vec<u8>> {
         let compilation = self.create(source, headers)?;
         let arch = format!("--gpu-architecture={}", target.name());
         let options: Vec<CString> = std::iter::once(arch.as_str())
@@ -180,11 +131,8 @@ impl Nvrtc {
         let code = unsafe { (self.compile)(compilation.program, count, pointers.as_ptr()) };
         if code != 0 {
             let log = compilation.output("nvrtcGetProgramLog", self.log)?;
-            return Err(NvrtcError::Compile {
-                name: source.name.to_owned(),
-                target: target.name(),
-                log: String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned(),
-            });
+            let log = String::from_utf8_lossy(&log);
+            bail!("{} for {}:\n{}", source.name, target.name(), log.trim_end_matches('\0'));
         }
         match target {
             Target::Cubin(_) => compilation.output("nvrtcGetCUBIN", self.cubin),
@@ -196,10 +144,10 @@ impl Nvrtc {
         &self,
         source: Source<'_>,
         headers: &[Source<'_>],
-    ) -> Result<Compilation<'_>, NvrtcError> {
+    ) -> anyhow::Result<Compilation<'_>> {
         let text = terminated(source.text, source.name)?;
         let name = terminated(source.name, source.name)?;
-        let strings = |part: fn(&Source<'_>) -> String| -> Result<Vec<CString>, NvrtcError> {
+        let strings = |part: fn(&Source<'_>) -> String| -> anyhow::Result<Vec<CString>> {
             headers.iter().map(|header| terminated(&part(header), header.name)).collect()
         };
         let names_kept = strings(|header| header.name.to_owned())?;
@@ -225,11 +173,7 @@ impl Nvrtc {
 }
 
 impl Compilation<'_> {
-    fn output(
-        &self,
-        call: &'static str,
-        (size, copy): (Size, Copy),
-    ) -> Result<Vec<u8>, NvrtcError> {
+    fn output(&self, call: &str, (size, copy): (Size, Copy)) -> anyhow::Result<Vec<u8>> {
         let mut bytes = 0;
         // SAFETY: the program lives, the pointer is to a live number.
         check(call, unsafe { size(self.program, &raw mut bytes) })?;
@@ -240,10 +184,11 @@ impl Compilation<'_> {
     }
 }
 
-fn check(call: &'static str, code: c_int) -> Result<(), NvrtcError> {
-    if code == 0 { Ok(()) } else { Err(NvrtcError::Call { call, code }) }
+fn check(call: &str, code: c_int) -> anyhow::Result<()> {
+    ensure!(code == 0, "{call} failed with code {code}"); // nvrtc.h lists them
+    Ok(())
 }
 
-fn terminated(text: &str, name: &str) -> Result<CString, NvrtcError> {
-    CString::new(text).map_err(|_| NvrtcError::ZeroByte { name: name.to_owned() })
+fn terminated(text: &str, name: &str) -> anyhow::Result<CString> {
+    CString::new(text).with_context(|| format!("{name}: a zero byte in the source"))
 }
