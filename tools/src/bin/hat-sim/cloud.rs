@@ -28,7 +28,7 @@ struct Step {
     stage: Time,
 }
 
-/// What planning took, in real time, by works that waited.
+/// Real time that planning took, by works that waited.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PlanClock {
     pub(crate) plans: u64,
