@@ -12,7 +12,7 @@ use hat_core::device::{
 use hat_core::draft::trained::Trained;
 use hat_core::request::{Event as Said, Request as Asked};
 use hat_core::wire::{self, BundleFacts};
-use hat_engine::options::Limits;
+use hat_engine::options::DeviceLimits;
 use hat_plan::{ARITHMETIC_CPU, TokenId};
 use hat_transport::conn::{ConnectionEvent, ConnectionId};
 use hat_transport::pool::Pool;
@@ -105,7 +105,7 @@ impl Device {
     /// Number `index`, which has just dialled its cloud.
     pub(crate) fn new(queue: &Queue, index: usize, making: Making<'_>) -> Self {
         let Making { file, policy, costs, texts, pool, way, replica } = making;
-        let (facts, limits, desk) = (facts(file), Limits::device(), Desk::default());
+        let (facts, limits, desk) = (facts(file), DeviceLimits::default(), Desk::default());
         let config = DeviceConfig {
             sessions_max: limits.sessions_max as usize,
             kv_rows_max: limits.kv_rows_max as usize,
