@@ -51,7 +51,7 @@ impl Planted {
         Self { fault: Some(fault) }
     }
 
-    /// Whether it is this one.
+    /// True if it is this one.
     #[must_use]
     pub fn is(self, fault: Fault) -> bool {
         #[cfg(feature = "testkit")]

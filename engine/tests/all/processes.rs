@@ -262,7 +262,7 @@ fn priority(stat: &Path) -> Option<(String, i32, i32)> {
     Some((name.to_owned(), fields[38].parse().unwrap(), fields[16].parse().unwrap()))
 }
 
-/// Those of each thread of a process, by its name.
+/// Scheduling numbers of each thread of a process, by its name.
 fn priorities(pid: u32) -> Vec<(String, i32, i32)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let mut found: Vec<_> =

@@ -77,7 +77,8 @@ impl SimNet {
         Ok(SimLink { net: self.clone(), id, listen, conditions, waker: Waker::new(|| ()) })
     }
 
-    /// When the link of this number has something to tell next; now or earlier if it has already.
+    /// Time of the next completion of the link of this number; now or earlier if it has one
+    /// already.
     #[must_use]
     pub fn next_of(&self, link: u64) -> Option<Instant> {
         let state = self.state();
@@ -218,7 +219,7 @@ struct Socket {
     latency: Duration,
     /// Of bytes from each end.
     ns_per_byte: [u64; 2],
-    /// What arrives is cut anywhere.
+    /// True if arriving bytes are cut at any place.
     cuts: bool,
     /// Nobody listened there.
     refused: bool,

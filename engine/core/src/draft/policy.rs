@@ -35,7 +35,8 @@ pub struct DraftPolicy {
     pub chain_probability_min: f32,
     /// True if that last guess goes up, too. (HAT keeps it to draft on from.)
     pub sends_unsure: bool,
-    /// True if each level of a tree leaves while the next is computed; otherwise all leave together.
+    /// True if each level of a tree leaves while the next is computed; otherwise all leave
+    /// together.
     pub sends_levels: bool,
 }
 

@@ -23,7 +23,7 @@ const SPREAD_WEIGHT: f64 = 0.1;
 /// A number is as good as the best while the deviation (root mean square) grows by no more.
 const SLACK: f64 = 0.01;
 
-/// What came out.
+/// Result of a calibration.
 pub(crate) struct Outcome {
     pub(crate) file: CostFile,
     /// Root mean square deviation from the rows.
@@ -89,7 +89,7 @@ fn search(
     (least, best)
 }
 
-/// How far a number may go to either side.
+/// Distance that a number may go to either side.
 fn reach(
     best: &CostFile,
     least: f64,

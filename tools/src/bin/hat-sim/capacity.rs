@@ -101,7 +101,7 @@ impl Search<'_> {
     }
 }
 
-/// What drafting beside the target takes of a server, as a share of a step: by so much more clients
+/// Cost to a server of drafting beside the target, as a share of a step: by that share more clients
 /// are served if the devices draft (arXiv 2606.25091: `1 + gamma t_draft / t_verify`).
 fn bought_by_drafting(file: &CostFile) -> anyhow::Result<f64> {
     let server = file.server(&Policy::named("cloud-only+drafts")?);

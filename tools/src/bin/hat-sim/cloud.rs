@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use hat_core::cloud::{CloudCore, CloudCoreConfig, CloudFigures, LinkEvent, StepBatch};
 use hat_core::page::pages_for;
 use hat_core::wire;
-use hat_engine::options::Limits;
+use hat_engine::options::CloudLimits;
 use hat_transport::conn::{ConnectionEvent, ConnectionId};
 use hat_transport::message::Hello;
 use hat_transport::pool::Pool;
@@ -28,7 +28,7 @@ struct Step {
     stage: Time,
 }
 
-/// What planning took, in real time, by works that waited.
+/// Real time that planning took, by works that waited.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PlanClock {
     pub(crate) plans: u64,
@@ -62,7 +62,7 @@ impl Cloud {
     /// Number `index`, which nobody has dialled.
     pub(crate) fn new(file: &CostFile, policy: &Policy, index: usize) -> Self {
         let facts = facts(file);
-        let limits = Limits::cloud();
+        let limits = CloudLimits::default();
         let stages = file.cloud.stages;
         let hello = Hello {
             row_budget: if policy.is_uncut() { UNCUT_ROWS_MAX } else { file.cloud.rows_max },

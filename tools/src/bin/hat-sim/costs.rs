@@ -21,7 +21,7 @@ pub(crate) const BUILT_IN: [(&str, &str); 4] = [
 #[serde(deny_unknown_fields)]
 pub(crate) struct CostFile {
     pub(crate) name: String,
-    /// Where the facts come from.
+    /// Source of the facts.
     pub(crate) source: String,
     pub(crate) model: Model,
     pub(crate) devices: Vec<DeviceKind>,
@@ -85,7 +85,7 @@ pub(crate) struct Link {
     pub(crate) one_way_ms: f64,
 }
 
-/// What no source states: found from the published U-shape rows alone, or measured.
+/// Costs that no source states: found from the published U-shape rows alone, or measured.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Calibrated {
@@ -95,7 +95,7 @@ pub(crate) struct Calibrated {
     pub(crate) device_compute: Ranged,
     pub(crate) cloud_read: Ranged,
     pub(crate) cloud_compute: Ranged,
-    /// What handing a message over costs the sender, beside its bytes.
+    /// Cost to the sender of handing a message over, beside its bytes.
     pub(crate) message_ms: Ranged,
 }
 
@@ -159,7 +159,7 @@ pub(crate) struct PromptPart {
     pub(crate) sigma: f64,
 }
 
-/// Who can guess, and how well.
+/// Drafters, and the quality of each.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Drafters {
@@ -171,9 +171,9 @@ pub(crate) struct Drafters {
     pub(crate) lookup_tokens: f64,
     /// Probability that a copied run of words goes on.
     pub(crate) lookup_goes_on: f64,
-    /// How confidences spread over the positions of a text: the logistic scale of their logits.
+    /// Spread of confidences over the positions of a text: the logistic scale of their logits.
     pub(crate) spread: f64,
-    /// What a logit loses with each draft step.
+    /// Loss of a logit with each draft step.
     pub(crate) fall: f64,
     /// Shares of what the first guess leaves, of the second guess and those that follow.
     pub(crate) ranks: Vec<f64>,
@@ -207,7 +207,7 @@ pub(crate) struct Published {
     pub(crate) tbt_cut: Option<f64>,
     /// Of decoding, against U-shape, one device alone.
     pub(crate) speed_up: Option<f64>,
-    /// Whether calibration may look at it.
+    /// True if calibration may use it.
     pub(crate) calibrates: bool,
 }
 
@@ -322,7 +322,7 @@ impl CostFile {
         self
     }
 
-    /// What one stage of the cloud takes, of its equal share of the layers; if the cloud has the
+    /// Costs of one stage of the cloud, of its equal share of the layers; if the cloud has the
     /// whole model, with embedding, head and drafter beside the layers.
     pub(crate) fn server(&self, policy: &Policy) -> Server {
         let (model, drafter) = (&self.model, &self.drafters.adapter);
@@ -354,7 +354,7 @@ impl CostFile {
         (f64::from(self.drafters.short_vocab) / f64::from(self.model.vocab_size)).min(1.0)
     }
 
-    /// What the parts of the model take on a device of this kind: nothing, if the cloud has them.
+    /// Costs of the model's parts on a device of this kind: nothing, if the cloud has them.
     pub(crate) fn device(&self, kind: &DeviceKind, place: Place) -> DeviceCosts {
         if place == Place::Cloud {
             return DeviceCosts::default();
@@ -399,7 +399,7 @@ pub(crate) struct Server {
     pub(crate) draft: Roofline,
     /// Reading the KV of one row that came before.
     pub(crate) context_s: f64,
-    /// How trees grow.
+    /// Growth of trees.
     drafts: DraftPolicy,
 }
 
@@ -417,13 +417,13 @@ impl Server {
         self.rows_seconds(plan.rows(), ends.map(before).sum()) + draft_s
     }
 
-    /// A step of so many rows whose sessions have `context` rows in all.
+    /// A step of this many rows whose sessions have `context` rows in all.
     pub(crate) fn rows_seconds(&self, rows: usize, context: usize) -> f64 {
         let read_s = self.work.read_s + self.context_s * context as f64;
         read_s.max(self.work.row_s * rows as f64)
     }
 
-    /// Levels in which a tree of so many rows has grown below its root.
+    /// Levels in which a tree of this many rows has grown below its root.
     pub(crate) fn levels(&self, rows: usize) -> usize {
         let next = |nodes: &usize| Some(nodes + self.drafts.level(*nodes));
         std::iter::successors(Some(1), next).take_while(|nodes| *nodes < rows).count()

@@ -12,7 +12,7 @@ use hat_core::device::{
 use hat_core::draft::trained::Trained;
 use hat_core::request::{Event as Said, Request as Asked};
 use hat_core::wire::{self, BundleFacts};
-use hat_engine::options::Limits;
+use hat_engine::options::DeviceLimits;
 use hat_plan::{ARITHMETIC_CPU, TokenId};
 use hat_transport::conn::{ConnectionEvent, ConnectionId};
 use hat_transport::pool::Pool;
@@ -43,7 +43,7 @@ struct Round {
     spare_s: f64,
 }
 
-/// What is computed next.
+/// The next computation.
 enum Next {
     Rows { count: usize, first: TokenId },
     Head,
@@ -60,7 +60,7 @@ pub(crate) struct Device {
     policy: Policy,
     texts: Arc<Texts>,
     desk: Desk,
-    /// What it runs, how long that takes, and whose it is.
+    /// The running computation: its duration, and its request.
     working: Option<(Duration, RequestId)>,
     busy: Time,
     /// Requests that it has, by number in the core.
@@ -69,7 +69,7 @@ pub(crate) struct Device {
     timer_at: Option<Time>,
 }
 
-/// What a device's turn changes beside it.
+/// Parts of the simulation that a device's poll changes beside it.
 pub(crate) struct Around<'a> {
     pub(crate) queue: &'a mut Queue,
     pub(crate) requests: &'a mut [Request],
@@ -78,7 +78,7 @@ pub(crate) struct Around<'a> {
     pub(crate) over: &'a mut usize,
 }
 
-/// What of a model the protocol speaks about.
+/// Facts of a model that the protocol speaks about.
 pub(crate) fn facts(file: &CostFile) -> BundleFacts {
     let device = file.model.device_layers;
     BundleFacts {
@@ -105,7 +105,7 @@ impl Device {
     /// Number `index`, which has just dialled its cloud.
     pub(crate) fn new(queue: &Queue, index: usize, making: Making<'_>) -> Self {
         let Making { file, policy, costs, texts, pool, way, replica } = making;
-        let (facts, limits, desk) = (facts(file), Limits::device(), Desk::default());
+        let (facts, limits, desk) = (facts(file), DeviceLimits::default(), Desk::default());
         let config = DeviceConfig {
             sessions_max: limits.sessions_max as usize,
             kv_rows_max: limits.kv_rows_max as usize,
@@ -174,7 +174,7 @@ impl Device {
         self.drive(around);
     }
 
-    /// What it computed is done.
+    /// The running computation is done.
     pub(crate) fn worked(&mut self, around: &mut Around<'_>) {
         let Some((took, id)) = self.working.take() else { return };
         self.busy += nanoseconds(took.as_secs_f64());
@@ -315,8 +315,8 @@ impl Device {
         around.queue.push(until, Event::Worked(self.index));
     }
 
-    /// What it takes to compute so many rows of a tree; `root` is the place and the token of the
-    /// first if these are the first of a round.
+    /// Seconds to compute this many rows of a tree; `root` is the place and the token of the first
+    /// if these are the first of a round.
     fn level_seconds(&mut self, request: RequestId, root: (u32, u32), rows: usize) -> f64 {
         let ahead_s = self.policy.ahead_seconds(&self.costs);
         let round = self.rounds.entry(request).or_default();
@@ -344,7 +344,7 @@ impl Device {
         }
     }
 
-    /// What it takes to see a row that is back, at this idle time of the device.
+    /// Seconds to see a row that is back, at this idle time of the device.
     fn head_seconds(&mut self, request: RequestId, idle: Time) -> f64 {
         let away = self.rounds.values().filter(|round| round.heads == 0).count().max(1);
         let round = self.rounds.entry(request).or_default();

@@ -26,7 +26,7 @@ impl Texts {
     }
 }
 
-/// What a drafter leaves for whoever keeps the time.
+/// Work of a drafter, for the keeper of time.
 #[derive(Debug, Default)]
 pub(crate) struct Spent {
     /// Seconds that it computed.

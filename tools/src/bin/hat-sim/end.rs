@@ -13,7 +13,7 @@ use hat_transport::pool::{Buf, Pool, PoolConfig};
 
 use crate::queue::{Time, nanoseconds};
 
-/// How long a link keeps its rate.
+/// Time that a link keeps its rate.
 const RATE_HOLDS: Time = 100_000_000;
 /// Bytes of a frame that come first.
 const SEGMENT_BYTES: usize = 1460;
@@ -32,7 +32,7 @@ pub(crate) struct Way {
     /// Megabytes a second, between these.
     pub(crate) mb_s: [f64; 2],
     pub(crate) one_way_s: f64,
-    /// What the sender spends on what it hands over, beside its bytes.
+    /// Seconds that the sender spends on handing over, beside the bytes.
     pub(crate) message_s: f64,
     pub(crate) seed: u64,
     pub(crate) device: u64,
@@ -49,9 +49,9 @@ impl Way {
 
 /// Frames that go on a link together.
 pub(crate) struct Frames {
-    /// When the last has left.
+    /// Time at which the last has left.
     pub(crate) left: Time,
-    /// When each arrives, and its bytes.
+    /// Arrival of each, and its bytes.
     pub(crate) each: Vec<(Time, Vec<u8>)>,
 }
 
@@ -60,11 +60,11 @@ pub(crate) struct End {
     pub(crate) connection: Connection,
     pool: Pool,
     way: Way,
-    /// What the link has.
+    /// Buffers that the link has.
     batch: Vec<Buf>,
-    /// When it is free again.
+    /// Time at which it is free again.
     free_at: Time,
-    /// When this end is looked after next, if nothing happens.
+    /// Time at which this end is polled next, if nothing happens.
     pub(crate) timer_at: Option<Time>,
 }
 
@@ -97,7 +97,7 @@ impl End {
         Self { connection, pool, way, batch, free_at: 0, timer_at: None }
     }
 
-    /// What goes on the link now, frame by frame; `None` if it is busy, or nothing is to be sent.
+    /// Frames that go on the link now, one by one; `None` if it is busy, or nothing is to be sent.
     pub(crate) fn pump(&mut self, now: Time, at: Instant) -> Option<Frames> {
         let is_free = self.batch.is_empty();
         if !is_free || !self.connection.poll_transmit(at, &mut self.batch) {

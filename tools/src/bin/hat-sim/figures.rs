@@ -10,7 +10,7 @@ use crate::world::{Request, World};
 /// or not any more.
 const EDGE: f64 = 0.1;
 
-/// What came out of a run.
+/// Result of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Figures {
     pub(crate) policy: String,

@@ -36,7 +36,7 @@ pub(crate) struct FleetArgs {
     /// Virtual seconds in which requests come.
     #[arg(long, value_name = "N", default_value_t = 60.0)]
     seconds: f64,
-    /// Whose machines and prompts.
+    /// Workload: machines and prompts.
     #[arg(long, value_name = "NAME|PATH", default_value = "specbench-7b")]
     workload: String,
     /// By which policy.

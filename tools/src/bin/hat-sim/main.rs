@@ -52,8 +52,8 @@ enum Command {
     Calibrate(CalibrateArgs),
     /// Devices and clouds whose links, processes and backends fail: what must hold, from a seed.
     Faults(faults::FaultsArgs),
-    /// Clients that a cloud serves within a time between tokens, beside a server that holds the whole
-    /// model.
+    /// Clients that a cloud serves within a time between tokens, beside a server that holds the
+    /// whole model.
     Capacity(capacity::CapacityArgs),
     /// Very many devices on a few clouds, and what the scheduler itself takes.
     Fleet(fleet::FleetArgs),
@@ -75,7 +75,7 @@ struct PaperArgs {
     policies: Vec<String>,
 }
 
-/// What is asked of whom.
+/// Requests and devices.
 #[derive(Args)]
 struct Load {
     /// specbench-7b, cnndm-13b, this-machine, or the path of a cost file.
@@ -94,8 +94,8 @@ struct Load {
     /// Requests of a run, 1 to 1000000.
     #[arg(long, value_name = "N", default_value_t = 600, value_parser = count)]
     requests: usize,
-    /// What if the adapter's tree of 32 nodes gave so many tokens a round, 1 to 8? (EAGLE-2: 4.34
-    /// in its own benchmark.)
+    /// Hypothetical mean of tokens a round of the adapter's tree of 32 nodes, 1 to 8 (EAGLE-2: 4.34
+    /// in its own benchmark).
     #[arg(long, value_name = "N", value_parser = tokens)]
     what_if_tree: Option<f64>,
     /// Write plots (SVG) into this folder: figures against the rate, distributions, timelines.

@@ -8,7 +8,7 @@ use hat_engine::options::{ChunkPolicy, Codec, DraftMode};
 
 use crate::costs::DeviceCosts;
 
-/// Who guesses by computing.
+/// Trained drafter of a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Guesser {
     Nobody,
@@ -19,18 +19,18 @@ pub(crate) enum Guesser {
     Heads,
 }
 
-/// How a cloud cuts prompts.
+/// Policy by which a cloud cuts prompts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Cut {
     /// As the engine's cloud does: a step takes as long as others bear.
     ByTime,
     /// Not at all: a chunk runs in one step.
     Whole,
-    /// Into steps of so many rows of each.
+    /// Into steps of this many rows of each.
     Rows(u32),
 }
 
-/// Who computes the layers that a device has.
+/// Place at which the device's layers are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// The device.
@@ -43,7 +43,7 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Policy {
     pub(crate) name: String,
-    /// How a device cuts prompts.
+    /// Policy by which a device cuts prompts.
     pub(crate) chunks: ChunkPolicy,
     pub(crate) cut: Cut,
     /// A chunk is computed as a whole before any of it goes up.
@@ -58,7 +58,7 @@ pub(crate) struct Policy {
     pub(crate) heads_together: bool,
     /// The draft head tells fewer tokens apart.
     pub(crate) short_head: bool,
-    /// How the numbers of a row cross the link.
+    /// Codec of rows on the link.
     pub(crate) codec: Codec,
     /// Rows that the cloud holds already do not go up again.
     pub(crate) prefix: bool,
@@ -239,12 +239,12 @@ impl Policy {
         }
     }
 
-    /// Whether a prompt may go up in one piece, however long it is.
+    /// True if a prompt may go up in one piece of any length.
     pub(crate) fn is_uncut(&self) -> bool {
         self.chunks == ChunkPolicy::Off
     }
 
-    /// Seconds of asking the adapter about so many nodes.
+    /// Seconds of asking the adapter about this many nodes.
     pub(crate) fn proposal_seconds(&self, device: &DeviceCosts, nodes: usize) -> f64 {
         let head = if self.short_head { device.short_head } else { device.head };
         device.adapter.seconds(nodes) + head.seconds(nodes)

@@ -18,7 +18,7 @@ pub(crate) fn seconds(time: Time) -> f64 {
     time as f64 * 1e-9
 }
 
-/// What happens.
+/// An event.
 pub(crate) enum Event {
     /// A request comes.
     Ask(usize),
@@ -64,7 +64,7 @@ impl Ord for Entry {
     }
 }
 
-/// What is to happen, and what time it is.
+/// Events to come, and the present time.
 pub(crate) struct Queue {
     entries: BinaryHeap<Entry>,
     count: u64,

@@ -1,4 +1,4 @@
-//! Which plots a comparison of policies comes with.
+//! Plots that a comparison of policies comes with.
 
 use std::path::Path;
 

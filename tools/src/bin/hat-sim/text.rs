@@ -37,7 +37,7 @@ const WRONG_FIRST: TokenId = 1 << 31;
 /// Requests whose tokens can be told apart.
 pub(crate) const REQUESTS_MAX: usize = 1 << 17;
 
-/// How well texts can be guessed.
+/// Predictability of texts.
 #[derive(Clone, Debug)]
 pub(crate) struct Guessing {
     /// Middle of the logits of an adapter's confidences at the first draft step.
@@ -73,7 +73,8 @@ pub(crate) fn request_of(token: TokenId) -> Option<usize> {
     of_prompt.then(|| ((token - PROMPT_FIRST) / PROMPT_STRIDE) as usize)
 }
 
-/// What a trained drafter says of one position: probabilities, best first, and which is right.
+/// Candidates of a trained drafter for one position: probabilities, best first, and the index of
+/// the right one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Opinion {
     probabilities: [f64; WIDTH_MAX],
@@ -86,7 +87,7 @@ impl Opinion {
         self.probabilities[0]
     }
 
-    /// Whether the right token is among the first `width` guesses.
+    /// True if the right token is among the first `width` candidates.
     pub(crate) fn holds(&self, width: usize) -> bool {
         self.right.is_some_and(|rank| rank < width)
     }
@@ -138,7 +139,7 @@ impl Guessing {
         guessing
     }
 
-    /// The same texts, guessed by an adapter whose tree of so many nodes gives so many tokens a
+    /// The same texts, guessed by an adapter whose tree of this many nodes gives this many tokens a
     /// round: for a what-if.
     pub(crate) fn with_tree(&self, nodes: usize, tokens: f64) -> Self {
         let with = |middle| Self { adapter: middle, ..self.clone() };
@@ -179,7 +180,7 @@ fn chain(text: &Text<'_>, last: u32) -> u32 {
     DraftPolicy::DEFAULT.chain_max as u32
 }
 
-/// Drafts of a tree of so many nodes that are right.
+/// Drafts of a tree of this many nodes that are right.
 fn tree(text: &Text<'_>, last: u32, nodes: usize) -> u32 {
     let mut tree = hat_core::draft::Tree::default();
     tree.reset(last, 16);
@@ -216,7 +217,7 @@ fn lookup(text: &Text<'_>, last: u32) -> u32 {
 }
 
 impl Text<'_> {
-    /// What the drafter says of answer position `position` at draft step `step` (from 1), all
+    /// Candidates of the drafter for answer position `position` at draft step `step` (from 1), all
     /// tokens before it right.
     pub(crate) fn opinion(&self, position: u32, step: u32, heads: bool) -> Opinion {
         let (request, position) = (self.request, u64::from(position));
@@ -231,7 +232,7 @@ impl Text<'_> {
         opinion
     }
 
-    /// What the drafter says below a wrong token: nothing that is right.
+    /// Candidates of the drafter below a wrong token: none is right.
     pub(crate) fn opinion_on_wrong(&self, token: u32, step: u32, heads: bool) -> Opinion {
         let quantile = unit(self.seed, Purpose::Wrong, self.request, u64::from(token));
         self.guessing.opinion(quantile, step, heads)
@@ -269,14 +270,14 @@ impl Text<'_> {
         Tokens { tokens, prompt_rows: prompt_rows as usize }
     }
 
-    /// Whether the token at answer position `position` is of a run, the one before of one or not.
+    /// True if the token at answer position `position` is of a run, the one before of one or not.
     fn goes_on(&self, copied: bool, position: u32) -> bool {
         let Guessing { begins, goes_on, .. } = *self.guessing;
         let draw = unit(self.seed, Purpose::Copied, self.request, u64::from(position));
         draw < if copied { goes_on } else { begins }
     }
 
-    /// Whether prompt lookup, asked at the position before, has the token at `position`.
+    /// True if prompt lookup, asked at the position before, has the token at `position`.
     pub(crate) fn is_copied(&self, position: u32) -> bool {
         // A run that goes on is older than it is long only rarely: look back far enough.
         const BACK: u32 = 48;
@@ -304,7 +305,7 @@ impl Guessing {
     }
 }
 
-/// Where a rising function reaches a value.
+/// Argument at which a rising function reaches a value.
 fn bisect(mut low: f64, mut high: f64, value: f64, function: impl Fn(f64) -> f64) -> f64 {
     for _ in 0..24 {
         let middle = f64::midpoint(low, high);

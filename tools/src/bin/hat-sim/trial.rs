@@ -35,7 +35,7 @@ impl<'a> Trials<'a> {
         Self { file, guessing, seed, runs, requests, bar, done: vec![] }
     }
 
-    /// What if the adapter's tree of 32 nodes gave so many tokens a round?
+    /// Sets the hypothetical tokens a round of the adapter's tree of 32 nodes.
     pub(crate) fn what_if(&mut self, tree_tokens: f64) {
         self.guessing = self.guessing.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
     }

@@ -73,7 +73,7 @@ pub(crate) struct World<'a> {
     texts: Arc<Texts>,
     /// Kind of each device.
     kinds: Vec<&'a DeviceKind>,
-    /// Those that have dialled.
+    /// Devices that have dialled.
     pub(crate) devices: BTreeMap<usize, Device>,
     pub(crate) clouds: Vec<Cloud>,
     pub(crate) requests: Vec<Request>,

@@ -1,5 +1,5 @@
-//! What the levels of x86-64 share, written once over their registers: how a level is entered, and
-//! the steps of attention.
+//! Parts that the levels of x86-64 share, written once over their registers: the entry into a
+//! level, and the steps of attention.
 
 use std::arch::x86_64::*;
 

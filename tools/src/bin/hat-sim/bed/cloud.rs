@@ -49,7 +49,7 @@ impl Cloud {
         self.stages.iter_mut().for_each(|stage| *stage = Stage::default());
     }
 
-    /// Whether no step is out.
+    /// True if no step is out.
     pub fn is_idle(&self) -> bool {
         self.stages.iter().all(|stage| stage.waiting.is_empty() && stage.running.is_none())
     }
@@ -76,7 +76,7 @@ impl Cloud {
         }
     }
 
-    /// Sends what is queued and takes what has come; says whether anything has.
+    /// Sends what is queued and takes what has come; returns true if anything has.
     fn poll(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
         let Some(endpoint) = &mut self.endpoint else { return false };
         let events = &mut self.events;
@@ -102,7 +102,7 @@ impl Cloud {
         came
     }
 
-    /// Steps that have ended go back to the core; says whether there were any.
+    /// Steps that have ended go back to the core; returns true if there were any.
     fn take_back(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
         self.advance(now, number, compute);
         let Some(endpoint) = &mut self.endpoint else { return false };
@@ -157,7 +157,7 @@ impl Cloud {
         stage.running = Some((end, batch));
     }
 
-    /// Plans steps while the first stage has room for one; says whether it did.
+    /// Plans steps while the first stage has room for one; returns true if it did.
     fn plan(&mut self, now: Instant) -> bool {
         let mut planned = false;
         loop {
@@ -193,7 +193,7 @@ impl Cloud {
         self.end();
     }
 
-    /// When it has to be run again, unless something happens before.
+    /// Time at which it has to be run again, unless something happens before.
     pub(super) fn next_at(&self, now: Instant, net: &SimNet) -> Option<Instant> {
         let endpoint = self.endpoint.as_ref()?;
         if self.stands_until.is_some() {

@@ -27,7 +27,7 @@ pub struct Device {
     link: u64,
     cloud: SocketAddr,
     connection: Option<ConnectionId>,
-    /// When the cloud is dialled again, and the last pause.
+    /// Time of the next dial to the cloud, and the last pause.
     dial_at: Option<Instant>,
     pause: Duration,
     /// The computation that is out, and when it ends.
@@ -36,7 +36,7 @@ pub struct Device {
     /// It does nothing until then.
     pub stands_until: Option<Instant>,
     events: Vec<Event>,
-    /// What it has told those who asked.
+    /// News told to its callers.
     pub(super) news: Vec<(RequestId, RequestEvent)>,
 }
 
@@ -126,7 +126,7 @@ impl Device {
         self.dial_at = None;
     }
 
-    /// Sends and receives; says whether anything came.
+    /// Sends and receives; returns true if anything came.
     fn exchange(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
         self.news.extend(std::iter::from_fn(|| self.core.poll_event()));
         let Some(endpoint) = &mut self.endpoint else { return false };
@@ -172,7 +172,7 @@ impl Device {
         self.core.handle_inbound(inbound);
     }
 
-    /// When it has to be run again, unless something happens before.
+    /// Time at which it has to be run again, unless something happens before.
     pub(super) fn next_at(&self, now: Instant, net: &SimNet) -> Option<Instant> {
         let endpoint = self.endpoint.as_ref()?;
         if self.stands_until.is_some() {

@@ -43,7 +43,7 @@ pub struct Ran {
     pub fault: Option<BackendFault>,
 }
 
-/// Whoever runs computations: with a model, or with times alone.
+/// Runner of computations: with a model, or with times alone.
 pub trait Compute {
     /// One computation of a device.
     fn device(&mut self, device: usize, work: DeviceWork<'_>) -> Ran;
@@ -101,19 +101,19 @@ pub struct Bed<A> {
     pub random: SeededRandom,
     clock: Arc<ManualClock>,
     start: Instant,
-    /// What is due, by time and number.
+    /// Events that are due, by time and number.
     due: BTreeMap<(Instant, u64), Due<A>>,
     next_number: u64,
-    /// When each process is run next.
+    /// Time at which each process is run next.
     wakes: BTreeMap<Node, Instant>,
-    /// Whose link is of which number.
+    /// Owner of each link, by the link's number.
     links: BTreeMap<u64, Node>,
     happened: VecDeque<Happened<A>>,
     /// The second at hand, and turns in it.
     turns: (u64, u32),
 }
 
-/// Where a cloud listens.
+/// Address at which a cloud listens.
 fn address(cloud: usize) -> SocketAddr {
     let port = u16::try_from(7433 + cloud).expect("there are few clouds");
     SocketAddr::from(([127, 0, 0, 1], port))
@@ -307,7 +307,7 @@ impl<A> Bed<A> {
         next.into_iter().for_each(|at| self.wake_at(node, at.max(now + TURN)));
     }
 
-    /// Those to whom a link has something to tell are run in time.
+    /// Wakes the processes whose links have completions.
     fn wake_touched(&mut self) {
         for link in self.net.take_touched() {
             let Some(node) = self.links.get(&link).copied() else { continue };

@@ -22,7 +22,7 @@ pub struct Guesser {
     /// Layers before the cloud's.
     split: usize,
     alphabet: u32,
-    /// Whether it fails now and then.
+    /// True if it fails now and then.
     fails: bool,
     /// Sessions: the whole model behind each number of decided tokens.
     sessions: BTreeMap<SessionId, Vec<Whole>>,
@@ -33,7 +33,7 @@ pub struct Guesser {
 }
 
 impl Guesser {
-    /// A drafter over rows of this width, behind the device's layers, of so many tokens.
+    /// A drafter over rows of this width, behind the device's layers, of this many tokens.
     pub fn new(
         random: SeededRandom,
         (width, split, alphabet): (usize, usize, u32),

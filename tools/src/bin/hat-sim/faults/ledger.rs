@@ -17,7 +17,7 @@ const PIECE_BITS: usize = 3;
 /// Narrowest row.
 pub const WIDTH_MIN: usize = PIECES + 1;
 
-/// What a row of K/V, or what it has seen, leads to.
+/// Next state of a row's digest, after one more row of K/V that it sees.
 fn mix(seen: u64, next: u64) -> u64 {
     let bits = (seen ^ next).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (bits ^ (bits >> 31)) & ((1 << (PIECES * PIECE_BITS)) - 1)
@@ -67,13 +67,13 @@ fn at((page, row): (u32, u32)) -> usize {
 }
 
 impl Ledger {
-    /// Layers of the whole model, over so many pages of rows of this width.
+    /// Layers of the whole model, over this many pages of rows of this width.
     pub fn new(layers: std::ops::Range<usize>, pages: usize, width: usize) -> Self {
         let kv = layers.clone().map(|_| vec![0; pages * PAGE_SIZE]).collect();
         Self { first: layers.start, kv, width, rows: Vec::new() }
     }
 
-    /// What a fault leaves of it.
+    /// Garbles the store, as a fault may.
     pub fn garble(&mut self) {
         self.kv.iter_mut().flatten().for_each(|row| *row = mix(*row, 0xBAD));
     }
@@ -223,7 +223,7 @@ impl Whole {
     }
 }
 
-/// The answer to a prompt: so many tokens.
+/// The answer to a prompt: this many tokens.
 pub fn answer(prompt: &[TokenId], tokens: u32, alphabet: u32) -> Vec<TokenId> {
     let mut whole = Whole::new();
     let mut last = 0;

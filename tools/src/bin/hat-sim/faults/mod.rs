@@ -44,7 +44,7 @@ fn planted(name: &str) -> Result<Planted, String> {
     found.map(Planted::new).ok_or_else(|| format!("allowed are {:?}", Fault::ALL))
 }
 
-/// What did not hold in a seed's world.
+/// A breach of an invariant in a seed's simulation.
 #[derive(Debug)]
 struct Found {
     what: String,
@@ -55,7 +55,7 @@ struct Found {
 }
 
 thread_local! {
-    /// Where this thread panicked last.
+    /// Place at which this thread panicked last.
     static PANICKED_AT: RefCell<String> = const { RefCell::new(String::new()) };
 }
 

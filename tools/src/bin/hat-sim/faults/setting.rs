@@ -1,5 +1,5 @@
-//! What a seed draws before anything happens: sizes, speeds, bounds, who asks for what, and the
-//! schedule of what goes wrong.
+//! Settings that a seed draws at the start: sizes, speeds, bounds, requests, and the schedule of
+//! faults.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use super::ledger::{LAYERS, WIDTH_MIN};
 use super::real::SPLIT;
 use crate::bed::Node;
 
-/// How a cloud behaves.
+/// Behaviour of a cloud.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
     Honest,
@@ -65,7 +65,7 @@ pub enum Act {
     Look,
 }
 
-/// What a device is.
+/// Settings of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceSetting {
     /// Its cloud.
@@ -93,11 +93,11 @@ pub struct Asked {
     pub prompt: Vec<TokenId>,
     pub tokens: u32,
     pub draft: DraftMode,
-    /// Whether all logits are looked at.
+    /// True if all logits are looked at.
     pub hashes: bool,
 }
 
-/// What all clouds are.
+/// Settings of all clouds.
 #[derive(Clone, Debug)]
 pub struct CloudSetting {
     /// Of the first one; the others are honest.
@@ -119,7 +119,7 @@ pub struct CloudSetting {
 #[derive(Clone, Debug)]
 pub struct Setting {
     pub seed: u64,
-    /// Whether its models are real.
+    /// True if its models are real.
     pub is_real: bool,
     pub width: usize,
     pub alphabet: u32,
@@ -133,7 +133,7 @@ pub struct Setting {
     /// A fault in both roles, to see that it is found.
     pub planted: Planted,
     pub schedule: Vec<(Duration, Act)>,
-    /// When quiet begins.
+    /// Time at which quiet begins.
     pub quiet_at: Duration,
 }
 
@@ -249,7 +249,8 @@ impl DeviceSetting {
 }
 
 impl Setting {
-    /// What a cloud lets a device send: two chunks, since less would never see the end of one.
+    /// Bytes that a cloud lets a device send: two chunks, since less would never see the end of
+    /// one.
     pub fn window_bytes(&self) -> usize {
         let chunk = self.cloud.row_budget as usize * (4 * self.width + 4);
         (2 * chunk).max(2 * FRAME_BYTES_MAX)

@@ -28,7 +28,7 @@ fn a_seed_repeats_its_world() {
     assert_ne!(seen(0).digest, seen(1).digest);
 }
 
-/// What is planted, and a seed that finds it.
+/// Planted fault, and a seed that finds it.
 const PLANTED: [(Fault, u64); 8] = [
     (Fault::NoFence, 2),
     (Fault::StaleEpoch, 0),

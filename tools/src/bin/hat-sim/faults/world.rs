@@ -36,7 +36,7 @@ const LOOK: Duration = Duration::from_millis(500);
 const ENDS_WITHIN: Duration = Duration::from_secs(1200);
 const QUIET_WITHIN: Duration = Duration::from_secs(120);
 
-/// How often what was tried has happened, and a digest of what happened when.
+/// Number of times that each tried event has happened, and a digest of the history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     pub times: BTreeMap<&'static str, u64>,
@@ -78,7 +78,7 @@ impl DeviceModel {
         }
     }
 
-    /// What a fault leaves.
+    /// Garbles the model's store, as a fault may.
     fn garble(&mut self) {
         if let Self::Ledger(ledger) = self {
             ledger.input.garble();
@@ -100,7 +100,7 @@ struct Models {
     stage_faults: Vec<Option<bool>>,
     hangs: Vec<bool>,
     seen: Seen,
-    /// What an honest peer must not cause.
+    /// Fault that an honest peer must not cause.
     wrong: Option<String>,
 }
 
@@ -229,9 +229,9 @@ pub struct World<'a> {
     bed: Bed<Act>,
     models: Models,
     answers: Vec<Answered>,
-    /// Whether somebody may stand still for long.
+    /// True if somebody may stand still for long.
     stalls: bool,
-    /// When the last request had ended, as far as it was seen.
+    /// Time at which the last request had ended, as far as it was seen.
     ended_at: Duration,
     /// Each device's backend was lost, or did not compute.
     faulted: Vec<bool>,
@@ -395,7 +395,7 @@ impl<'a> World<'a> {
         self.bed.begin_device(device, core, config, (setting.cloud, None));
     }
 
-    /// What has happened.
+    /// Events so far.
     fn seen(&self) -> Seen {
         let mut seen = self.models.seen.clone();
         for cloud in &self.bed.clouds {
@@ -573,7 +573,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Whether an error may come of what was done to this world.
+    /// True if an error may come of the faults of this simulation.
     fn may_fail(&self, device: usize, error: &RequestError) -> bool {
         if self.setting.calm {
             return false;
@@ -616,7 +616,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// What is held that nobody needs.
+    /// Resources that are held and that nobody needs.
     fn kept(&self) -> Vec<String> {
         let mut kept = Vec::new();
         let buffers = |endpoint: &Endpoint, config: PoolConfig, connections: usize| {

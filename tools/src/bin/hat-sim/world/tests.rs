@@ -1,4 +1,4 @@
-//! What must hold in any world, and what one device alone must take.
+//! Invariants of any simulation, and the exact times of one device alone.
 
 use super::*;
 use crate::figures::Figures;
