@@ -151,7 +151,8 @@ impl Prompts {
         let [questions, instructions, dialogues, tasks, _] = self.lists.each_ref().map(Vec::len);
         match self.evaluation.len() {
             0 => format!(
-                "{questions} questions, {instructions} instructions, {dialogues} dialogues, {tasks} tasks"
+                "{questions} questions, {instructions} instructions, {dialogues} dialogues, \
+                 {tasks} tasks"
             ),
             count => format!("{count} prompts of an evaluation set"),
         }
