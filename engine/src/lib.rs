@@ -72,12 +72,6 @@ pub use error::Error;
 pub use generation::Generation;
 pub use hat_core::request::{Event, Metrics, Request};
 
-#[doc(hidden)]
-pub use hat_core::{chunk, draft, estimate, sched};
-#[cfg(feature = "daemon")]
-#[doc(hidden)]
-pub use hat_program::{out, outln};
-
 /// Types of the fields of configurations, requests and events.
 pub mod options {
     pub use crate::cloud::CloudCounters;

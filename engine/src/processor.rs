@@ -7,11 +7,8 @@ use hat_loader::{Adapter, Bundle};
 use hat_plan::{DeviceForward, DraftForward, MiddleForward};
 
 use crate::Error;
+use crate::cloud::LENT_MAX;
 use crate::config::{CloudConfig, EngineConfig};
-
-/// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
-/// queue between them, one that the next stage computes; and one to spare.
-const LENT_MAX: usize = 4;
 
 fn place(config: &EngineConfig) -> ComputeConfig {
     let EngineConfig { processor, weights, threads, nice, .. } = *config;

@@ -21,6 +21,7 @@ use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
 use self::keep::{Keeper, Run, Seen};
+pub(crate) use self::step::LENT_MAX;
 use crate::config::CloudConfig;
 use crate::{Error, processor};
 
