@@ -37,7 +37,7 @@ pub(super) fn print(adapter: &Adapter, device: &Bundle, threads: usize) -> anyho
     for rows in [1u32, 8] {
         let tip = sequence.tip();
         let first = sequence.last_id() + 1;
-        sequence.append_pending(first, &vec![tip; rows as usize])?;
+        sequence.append_pending(first, vec![tip; rows as usize])?;
         plan.clear();
         for id in first..first + rows {
             sequence.push_row(id, &mut plan);
