@@ -40,7 +40,6 @@ use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Numbers, Table};
 use hat_cuda::testkit::peak;
-use hat_loader::DType;
 
 use crate::model::Model;
 use crate::step::Wanted;
