@@ -368,10 +368,10 @@ impl Connection {
         self.send.is_drained()
     }
 
-    /// True if frames of `session` are queued, or sent and not acknowledged.
+    /// Frames of `session` that are queued, or sent and not acknowledged.
     #[must_use]
-    pub fn holds(&self, session: u32) -> bool {
-        self.send.holds(session)
+    pub fn held(&self, session: u32) -> usize {
+        self.send.held(session)
     }
 
     /// The device's name for the link.
