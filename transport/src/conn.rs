@@ -130,6 +130,8 @@ pub struct Connection {
     epoch: u64,
     /// True if a peer was told of `epoch`.
     used: bool,
+    /// Whether the peer has shown that it knows `epoch`.
+    known: bool,
     hello_sent: bool,
     deframer: Deframer,
     /// Time of the last bytes, if a frame is on its way in since then.
@@ -185,6 +187,7 @@ impl Connection {
             version: WIRE_VERSION,
             epoch,
             used: false,
+            known: false,
             hello_sent: false,
             deframer: Deframer::new(pool.clone()),
             in_frame_since: None,
@@ -365,10 +368,10 @@ impl Connection {
         self.send.is_drained()
     }
 
-    /// True if frames of `session` are queued, or sent and not acknowledged.
+    /// Frames of `session` that are queued, or sent and not acknowledged.
     #[must_use]
-    pub fn holds(&self, session: u32) -> bool {
-        self.send.holds(session)
+    pub fn held(&self, session: u32) -> usize {
+        self.send.held(session)
     }
 
     /// The device's name for the link.
@@ -415,6 +418,7 @@ impl Connection {
             let (expected, got) = (self.version, header.version);
             return Err(ProtocolError::FrameVersion { expected, got });
         }
+        self.known = true;
         if let Some(sent_at) = self.send.acknowledge(header.ack)? {
             self.timers.acknowledged(now, sent_at);
         }

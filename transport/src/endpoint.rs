@@ -263,7 +263,13 @@ impl Endpoint {
     /// True if frames of `session` are queued, or sent and not acknowledged.
     #[must_use]
     pub fn holds(&self, id: ConnectionId, session: u32) -> bool {
-        self.connections.get(&id).is_some_and(|slot| slot.connection.holds(session))
+        self.held(id, session) > 0
+    }
+
+    /// How many these are.
+    #[must_use]
+    pub fn held(&self, id: ConnectionId, session: u32) -> usize {
+        self.connections.get(&id).map_or(0, |slot| slot.connection.held(session))
     }
 
     /// Traffic of a connection.

@@ -1,9 +1,8 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
-mod link;
-mod lost;
 mod resolve;
 mod run;
+mod start;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -181,7 +180,7 @@ impl Engine {
         let watch = watch::Start::new(bundle, &config.verify);
         let shared_too = shared.clone();
         let start =
-            run::Start { config, facts, model, trained, shared: shared_too, incoming, watch };
+            start::Start { config, facts, model, trained, shared: shared_too, incoming, watch };
         *shared.describe() = start.describe(start.trained.as_deref());
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())

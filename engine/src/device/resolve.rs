@@ -22,11 +22,6 @@ impl Resolver {
         Self { ask: Arc::new(Address::resolve), wake: Arc::new(wake), asked: None }
     }
 
-    /// Whether there is a question without an answer.
-    pub(super) fn is_asking(&self) -> bool {
-        self.asked.is_some()
-    }
-
     /// The address that a host stands for; `None` as long as that is being asked.
     pub(super) fn poll(&mut self, address: &Address) -> Option<Found> {
         if address.is_ip() {
@@ -96,12 +91,12 @@ mod tests {
         let address = Address::parse("cloud.example:7433", 1).unwrap();
         for _ in 0..100 {
             assert_eq!(resolver.poll(&address), None);
-            assert!(resolver.is_asking());
+            assert!(resolver.asked.is_some());
         }
         let there = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 7433);
         say.send(Ok(there)).unwrap();
         assert_eq!(until_found(&mut resolver, &address), Ok(there));
-        assert!(!resolver.is_asking());
+        assert!(!resolver.asked.is_some());
         say.send(Ok(there)).unwrap();
         assert_eq!(resolver.poll(&address), None, "a name is asked for anew each time");
         assert_eq!(until_found(&mut resolver, &address), Ok(there));
@@ -116,6 +111,6 @@ mod tests {
         let (mut resolver, _say, _) = slow();
         let address = Address::parse("127.0.0.1:9", 1).unwrap();
         assert!(resolver.poll(&address).unwrap().is_ok());
-        assert!(!resolver.is_asking());
+        assert!(!resolver.asked.is_some());
     }
 }

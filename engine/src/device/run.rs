@@ -1,135 +1,31 @@
 //! The engine thread's loop: link, clock, model and callers around a [`DeviceCore`].
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::Sender;
 use hat_core::answer::Answer;
-use hat_core::device::{DeviceConfig, DeviceCore, PageNamer, RequestEvent, RequestId};
-use hat_core::draft::trained::Trained;
-use hat_core::wire::{self, BundleFacts};
-use hat_plan::{BackendFault, DeviceForward};
+use hat_core::device::{DeviceCore, Inbound, LinkCommand, RequestEvent, RequestId};
+use hat_plan::BackendFault;
+use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::{Endpoint, Event as LinkEvent};
-use hat_transport::link::Waker;
-use hat_transport::message::{Hello, Role};
 
-use super::link::Link;
 use super::resolve::Resolver;
-use super::{Described, Job, Shared, Waits};
-use crate::config::{self, CloudAddress, EngineConfig};
+use super::start::Start;
+use super::{Job, Waits};
+use crate::config::{Address, Processor};
 use crate::text::Rendered;
-use crate::watch;
-use crate::{Error, Event, endpoint};
+use crate::{Error, Event, watch};
 
-/// What the engine thread starts with.
-pub(super) struct Start {
-    pub(super) config: EngineConfig,
-    pub(super) facts: BundleFacts,
-    pub(super) model: Box<dyn DeviceForward>,
-    pub(super) trained: Option<Box<dyn Trained>>,
-    pub(super) shared: Arc<Shared>,
-    pub(super) incoming: Receiver<Job>,
-    pub(super) watch: watch::Start,
-}
-
-/// The end of the engine thread, whatever ends it: nobody waits for it after that. A bounded
-/// channel keeps what is in it when its receiver goes, so the last requests are taken out; one
-/// that comes later finds the flag.
-struct Ending {
-    shared: Arc<Shared>,
-    incoming: Receiver<Job>,
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.shared.ended.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        self.incoming.try_iter().for_each(drop);
-    }
-}
-
-impl Start {
-    /// Opens the link, says so, and serves until told to stop.
-    pub(super) fn run(self, ready: &Sender<Result<Waker, Error>>) {
-        let _last_of_all = Ending { shared: self.shared.clone(), incoming: self.incoming.clone() };
-        let mut device = match self.open() {
-            Ok(device) => {
-                let _ = ready.send(Ok(device.endpoint.waker()));
-                device
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        if let Err(error) = device.serve() {
-            tracing::error!(%error, "the device stops");
-            device.stop(&error.to_string());
-        }
-    }
-
-    /// What computes now.
-    pub(super) fn describe(&self, drafter: Option<&dyn Trained>) -> Described {
-        let drafter = drafter.map(Trained::describe);
-        Described { device: self.model.describe(), drafter }
-    }
-
-    /// What this device says of itself.
-    pub(super) fn hello(&self) -> Hello {
-        let BundleFacts { hidden_size, layers, model_id, .. } = &self.facts;
-        Hello {
-            arithmetic_id: self.model.arithmetic_id(),
-            ..wire::hello(Role::Device, *model_id, *hidden_size, layers.clone())
-        }
-    }
-
-    fn open(mut self) -> Result<Device, Error> {
-        let CloudAddress::Remote(cloud) = &self.config.cloud else {
-            unreachable!("a cloud in this process has been started and has an address")
-        };
-        let address = config::remote(cloud)?;
-        let drafter = self.trained.take();
-        let (config, facts) = (&self.config, &self.facts);
-        let secret = match config.prefix_secret {
-            Some(known) => known,
-            None => {
-                let mut secret = [0; 32];
-                getrandom::fill(&mut secret)
-                    .map_err(|error| Error::io("making a secret for page names", error.into()))?;
-                secret.into()
-            }
-        };
-        let arithmetic_id = self.model.arithmetic_id();
-        let namer = || PageNamer::new(config.codec(), facts, arithmetic_id, secret);
-        let namer = config.prefix.then(namer).flatten();
-        let clock = self.shared.clock.clone();
-        let core_config = DeviceConfig {
-            sessions_max: config.limits.sessions_max as usize,
-            kv_rows_max: config.limits.kv_rows_max as usize,
-            step_rows_max: config.limits.step_rows_max,
-            chunks: config.chunks,
-            codec: config.codec(),
-            reconnect: config.reconnect,
-            cloud: address.to_string(),
-        };
-        let vocab_size = self.shared.config.vocab_size;
-        let core = DeviceCore::new(clock.now(), core_config, facts, vocab_size, namer, drafter);
-        let endpoint = endpoint::dialler(config, clock, self.hello())?;
-        let waker = endpoint.waker();
-        let guard = self.watch.start(endpoint.waker())?;
-        Ok(Device {
-            endpoint,
-            guard,
-            link: Link::new(address, Resolver::new(move || waker.wake())),
-            core,
-            calls: BTreeMap::new(),
-            lost: None,
-            arrived: Vec::new(),
-            start: self,
-        })
-    }
+/// The cloud's address.
+struct Cloud {
+    address: Address,
+    resolver: Resolver,
+    /// Whether it is to be dialled as soon as it is known.
+    dials: bool,
 }
 
 /// Whoever asked for an answer.
@@ -142,50 +38,74 @@ struct Call {
 
 /// The engine thread's own: a core, and everything that it does not know of.
 pub(super) struct Device {
-    pub(super) start: Start,
-    pub(super) endpoint: Endpoint,
-    pub(super) guard: watch::Guard,
-    pub(super) link: Link,
-    pub(super) core: DeviceCore,
+    start: Start,
+    endpoint: Endpoint,
+    guard: watch::Guard,
+    cloud: Cloud,
+    connection: Option<ConnectionId>,
+    core: DeviceCore,
     calls: BTreeMap<RequestId, Call>,
     /// Why this device's own backend is lost, if it is.
     lost: Option<BackendFault>,
     /// Events of the last turn.
-    pub(super) arrived: Vec<LinkEvent>,
+    arrived: Vec<LinkEvent>,
 }
 
 impl Device {
-    fn serve(&mut self) -> std::io::Result<()> {
+    /// A device that has not dialled its cloud.
+    pub(super) fn new(
+        start: Start,
+        core: DeviceCore,
+        address: Address,
+        endpoint: Endpoint,
+        guard: watch::Guard,
+    ) -> Self {
+        let waker = endpoint.waker();
+        Self {
+            start,
+            endpoint,
+            guard,
+            cloud: Cloud { address, resolver: Resolver::new(move || waker.wake()), dials: false },
+            connection: None,
+            core,
+            calls: BTreeMap::new(),
+            lost: None,
+            arrived: Vec::new(),
+        }
+    }
+
+    /// Serves until told to stop.
+    ///
+    /// # Errors
+    /// What keeps it from serving on.
+    pub(super) fn serve(&mut self) -> io::Result<()> {
         while !self.start.shared.stop.load(Ordering::Acquire) {
             if let Some(fault) = self.lost.take() {
                 self.go_on_without(fault)?;
             }
             if let Some(reason) = self.guard.changed() {
-                return Err(std::io::Error::other(reason.to_owned()));
+                return Err(io::Error::other(reason.to_owned()));
             }
             let now = self.now();
             self.submit();
             self.drop_cancelled();
-            self.dial(now);
-            let (endpoint, connection) = (&self.endpoint, self.link.connection);
-            let holds = |session| connection.is_some_and(|id| endpoint.holds(id, session));
-            self.core.handle_timeout(now, &holds);
+            let (endpoint, connection) = (&self.endpoint, self.connection);
+            let held = |session| connection.map_or(0, |id| endpoint.held(id, session));
+            self.core.handle_timeout(now, &held);
             // Nothing is computed with weights that may have changed.
             let begins = self.guard.is_clear();
             let has_computed = self.compute(now, begins);
+            self.obey(now);
             self.tell();
-            if let Some(to) = self.link.connection {
-                let now = self.start.shared.clock.now();
-                self.core.poll_transmit(now, to, &mut self.endpoint, begins);
+            if let Some(to) = self.connection {
+                self.core.poll_transmit(self.now(), to, &mut self.endpoint, begins);
             }
             self.look_at_link();
-            let dials = self.dials_at().map(|time| time.saturating_duration_since(now));
-            let timeout = self.core.poll_timeout(now).into_iter().chain(dials).min();
-            let timeout = if has_computed { Some(Duration::ZERO) } else { timeout };
+            let timeout =
+                if has_computed { Some(Duration::ZERO) } else { self.core.poll_timeout(now) };
             let mut arrived = std::mem::take(&mut self.arrived);
             self.endpoint.poll(timeout, &mut arrived)?;
-            let now = self.now();
-            arrived.drain(..).for_each(|event| self.take(now, event));
+            arrived.drain(..).for_each(|event| self.take(event));
             self.arrived = arrived;
             self.look_at_link();
         }
@@ -194,8 +114,81 @@ impl Device {
         self.endpoint.poll(Some(Duration::ZERO), &mut self.arrived)
     }
 
+    /// Dials and closes as the core says.
+    fn obey(&mut self, now: Instant) {
+        while let Some(command) = self.core.poll_link(now) {
+            self.cloud.dials = command == LinkCommand::Dial;
+            if let LinkCommand::Close { code, reason } = command
+                && let Some(connection) = self.connection.take()
+            {
+                self.endpoint.close(connection, code, &reason);
+            }
+        }
+        let Cloud { address, resolver, dials } = &mut self.cloud;
+        let Some(found) = dials.then(|| resolver.poll(address)).flatten() else { return };
+        *dials = false;
+        match found {
+            Ok(address) => self.connection = Some(self.endpoint.dial(address)),
+            Err(error) => {
+                let (reason, is_final) = (error.to_string(), error.is_final);
+                self.core.handle_inbound(Inbound::Gone { reason, is_final });
+            }
+        }
+    }
+
+    /// Hands an event of the endpoint on.
+    fn take(&mut self, event: LinkEvent) {
+        // A connection that this device has closed has nothing more to say.
+        if event.connection().is_some_and(|connection| Some(connection) != self.connection) {
+            return;
+        }
+        self.core.handle_inbound(match event {
+            LinkEvent::Up { hello, resumed, .. } => {
+                self.guard.look();
+                Inbound::Up { hello, resumed }
+            }
+            LinkEvent::Down { reason, .. } => Inbound::Down { reason },
+            LinkEvent::Gone { error, .. } => {
+                self.connection = None;
+                Inbound::gone(&error)
+            }
+            LinkEvent::Frame { frame, .. } => Inbound::Frame(frame),
+            LinkEvent::Refused { .. } | LinkEvent::Woken => return,
+        });
+    }
+
+    /// The backend is lost to this process: the CPU takes its place, if the processor is one that
+    /// falls back. The link is made anew, since HELLO names this device's arithmetic; so no session
+    /// is left in the cloud. Requests that come meanwhile wait.
+    ///
+    /// # Errors
+    /// What was lost, and why the CPU can't go on where it may: the device ends.
+    fn go_on_without(&mut self, fault: BackendFault) -> io::Result<()> {
+        if !self.start.config.processor.falls_back() {
+            return Err(io::Error::other(fault));
+        }
+        self.start.config.processor = Processor::Auto;
+        let now = self.now();
+        self.core.leave_link(now);
+        self.obey(now);
+        self.tell();
+        self.endpoint.poll(Some(Duration::ZERO), &mut self.arrived)?; // the cloud hears of it
+        let drafter = self.core.drafter.take();
+        let drafter = self.start.load_again(drafter).map_err(|error| {
+            io::Error::other(format!("{fault}; and the CPU can't go on: {error}"))
+        })?;
+        let computes = self.start.model.describe();
+        *self.start.shared.describe() = self.start.describe(drafter.as_deref());
+        let hello = self.start.hello();
+        self.core.handle_model(hello.arithmetic_id, drafter);
+        self.core.dial_again(self.now(), hello);
+        self.endpoint.set_hello(hello);
+        tracing::warn!(%fault, computes, "the device's GPU is lost: the CPU computes from now on");
+        Ok(())
+    }
+
     /// Ends all requests.
-    fn stop(&mut self, why: &str) {
+    pub(super) fn stop(&mut self, why: &str) {
         for call in std::mem::take(&mut self.calls).into_values() {
             let _ = call.events.send(Err(Error::Stopped(why.to_owned())));
         }
@@ -211,7 +204,6 @@ impl Device {
         let Start { shared, incoming, config, .. } = &self.start;
         let room = config.limits.queue_max as usize - self.core.waiting();
         for job in incoming.try_iter().take(room) {
-            self.link.redial.hurry();
             let Job { prepared, rendered, events, cancelled, asked, waits } = job;
             let vocab_size = shared.config.vocab_size;
             let answer = Answer::new(&prepared, shared.text.vocabulary(), vocab_size);
@@ -250,6 +242,7 @@ impl Device {
 
     /// Passes news on to whom they are for.
     fn tell(&mut self) {
+        self.start.shared.connected.store(self.core.is_connected(), Ordering::Release);
         while let Some((id, event)) = self.core.poll_event() {
             let shared = &self.start.shared;
             if !matches!(event, RequestEvent::Said(_)) {
@@ -286,7 +279,7 @@ impl Device {
 
     /// Looks at what the link counts.
     fn look_at_link(&mut self) {
-        let counters = self.link.connection.and_then(|id| self.endpoint.counters(id));
+        let counters = self.connection.and_then(|id| self.endpoint.counters(id));
         self.core.handle_traffic(counters.map(|counters| counters.traffic));
     }
 }

@@ -38,6 +38,7 @@ impl Connection {
         if resumed {
             self.send.resume(hello.recv_next, usize::from(planted.is(Fault::LateReplay)))?;
             self.send.grant(header.credit);
+            self.known = true;
         } else {
             self.forget(header, &hello)?;
         }
@@ -52,11 +53,15 @@ impl Connection {
         Ok(())
     }
 
-    /// True if the device has acknowledged more than this HELLO of its knows: it was sent before,
-    /// over a socket that the device has given up.
+    /// True if the device has acknowledged more than this HELLO of its knows, or names another
+    /// epoch than the one that it is known to be in: it was sent before, over a socket that the
+    /// device has given up.
     #[must_use]
     pub fn has_overtaken(&self, hello: &Hello) -> bool {
-        hello.link_epoch == self.epoch && self.send.has_forgotten(hello.recv_next)
+        match hello.link_epoch == self.epoch {
+            true => self.send.has_forgotten(hello.recv_next),
+            false => self.known,
+        }
     }
 
     /// A new epoch: both ends start from nothing.
@@ -77,7 +82,7 @@ impl Connection {
             Role::Cloud if self.used => self.epoch = self.epoch.wrapping_add(1).max(1),
             Role::Cloud => {}
         }
-        self.used = true;
+        (self.used, self.known) = (true, false);
         Ok(())
     }
 }

@@ -116,9 +116,10 @@ impl SendState {
         self.queued_frames == 0 && self.sent.is_empty()
     }
 
-    pub(super) fn holds(&self, session: u32) -> bool {
-        self.lanes.iter().any(|lane| lane.session == session)
-            || self.sent.iter().any(|sent| sent.session == session)
+    pub(super) fn held(&self, session: u32) -> usize {
+        let lane = self.lanes.iter().find(|lane| lane.session == session);
+        let sent = self.sent.iter().filter(|sent| sent.session == session);
+        lane.map_or(0, |lane| lane.frames.len()) + sent.count()
     }
 
     /// Bytes that were acknowledged, and those that are queued or sent and were not.

@@ -427,6 +427,28 @@ fn a_lost_hello_means_another_epoch() {
     assert_eq!(pair.device.epoch, EPOCH + 1);
 }
 
+/// A device that knows an epoch names no older one: such a HELLO was long on its way.
+#[test]
+fn a_hello_of_another_epoch_is_late_once_the_device_knows_this_one() {
+    let mut pair = Pair::new();
+    pair.device.handle_connected(pair.now);
+    pair.cloud.handle_connected(pair.now);
+    let first = transmit(&mut pair.device, pair.now);
+    pair.cloud.handle_bytes(pair.now, &first).unwrap();
+    let old = Hello { link_id: LINK, ..Hello::new(Role::Device) };
+    assert!(!pair.cloud.has_overtaken(&old), "the device may not have heard of the epoch");
+    pair.exchange();
+    rows(&mut pair.device, 1, Priority::Verify, 100).unwrap();
+    pair.exchange();
+    assert!(pair.cloud.has_overtaken(&old));
+    assert!(pair.cloud.has_overtaken(&Hello { link_epoch: EPOCH + 9, ..old }));
+    assert!(!pair.cloud.has_overtaken(&Hello { link_epoch: EPOCH, ..old }));
+    pair.disconnect();
+    assert!(pair.cloud.has_overtaken(&old), "nor does it name one over the next socket");
+    pair.connect();
+    assert_eq!(pair.cloud.epoch, EPOCH);
+}
+
 #[test]
 fn closing_tells_why() {
     let mut pair = Pair::up();

@@ -308,6 +308,9 @@ impl World {
         match event {
             Event::Up { connection, resumed: false, .. } => {
                 self.seen.ups += 1;
+                // A device that knows an epoch goes on in it, or as another link.
+                let before = apps.get(&connection).filter(|_| end == 1);
+                assert!(before.is_none_or(|app| app.peer_tag.is_none()), "a live epoch is over");
                 apps.insert(connection, App::new(self.next_tag));
                 self.next_tag += 1;
             }

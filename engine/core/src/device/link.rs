@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use hat_transport::conn::Frame;
-use hat_transport::message::{Message, SessionError, SessionErrorCode};
+use hat_transport::frame::Kind;
+use hat_transport::message::{CloseCode, Message, SessionError, SessionErrorCode};
 use hat_transport::planted::Fault;
+use hat_transport::random::{Random, SeededRandom};
 
-use super::patience::Patience;
+use super::budget::{LACKS_MAX, LOSSES_MAX, Limits, PAUSE_MIN, Waits};
 use super::request::{Request, RequestId, Session};
 use super::send::Leaving;
 use super::violation::CloudViolation;
@@ -15,41 +17,41 @@ use crate::error::RequestError;
 
 /// Length of an outage after which requests that come are not kept waiting for its end.
 const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
-/// Patience of such a request: an attempt to reach the cloud ends within it.
-const PATIENCE_KNOWN: Duration = Duration::from_secs(1);
-/// A connected cloud may leave a request without any answer for so many times the patience with
-/// one that is away.
-const SILENCE_FACTOR: u32 = 4;
+/// Time of such a request: an attempt to reach the cloud ends within it.
+const KNOWN_WAIT: Duration = Duration::from_secs(1);
 
 /// Whether the cloud is there.
 pub(super) struct Cloud {
     pub(super) connected: bool,
     /// Begin of the outage at hand; `None` while the cloud is connected.
     down_since: Option<Instant>,
-    /// Bytes that the cloud had acknowledged at the last look.
-    acked_bytes: u64,
     /// Why the cloud is away, for people.
     reason: String,
+    /// Source of the pauses between attempts.
+    pub(super) random: Box<dyn Random>,
 }
 
 impl Cloud {
     /// A cloud that has not been dialled.
     pub(super) fn new(now: Instant) -> Self {
-        let reason = "not connected yet".into();
-        Self { connected: false, down_since: Some(now), acked_bytes: 0, reason }
+        let (reason, random) = ("not connected yet".into(), Box::new(SeededRandom::new(0)));
+        Self { connected: false, down_since: Some(now), reason, random }
     }
 
-    fn set_connected(&mut self, now: Instant, connected: bool) {
+    /// Begin of the outage that ends or begins now.
+    fn set_connected(&mut self, now: Instant, connected: bool) -> Instant {
         self.connected = connected;
-        self.down_since = if connected { None } else { self.down_since.or(Some(now)) };
+        let since = self.down_since.unwrap_or(now);
+        self.down_since = if connected { None } else { Some(since) };
+        since
     }
 
-    /// How long a request that came at `asked` bears with a cloud that is away.
-    fn patience(&self, asked: Instant, reconnect: Duration) -> Duration {
-        let began = self.down_since.filter(|_| !self.connected);
-        match began.is_some_and(|began| asked > began + OUTAGE_KNOWN) {
-            true => reconnect.min(PATIENCE_KNOWN),
-            false => reconnect,
+    /// The time without news of a request that came at `asked`.
+    fn limits(&self, asked: Instant, reconnect: Duration) -> Limits {
+        let limits = Limits::new(reconnect);
+        match self.down_since.is_some_and(|began| asked > began + OUTAGE_KNOWN) {
+            true => Limits { cloud: reconnect.min(KNOWN_WAIT), ..limits },
+            false => limits,
         }
     }
 }
@@ -58,44 +60,63 @@ impl DeviceCore {
     /// Takes what came over the link.
     pub(super) fn take(&mut self, now: Instant, inbound: Inbound) {
         match inbound {
+            Inbound::Frame(frame) => return self.take_frame(now, &frame),
+            // The wait so far was for what ends here.
+            _ => self.charge(now),
+        }
+        match inbound {
             Inbound::Up { hello, resumed } => {
-                self.cx.cloud = (&hello).into();
-                self.cloud.set_connected(now, true);
-                if !resumed {
-                    self.begin_anew(now);
+                if let Err(reason) = self.check_cloud(&hello) {
+                    return self.close(now, CloseCode::Incompatible, reason, true);
                 }
-                self.requests.values_mut().for_each(|request| request.patience.deadline = None);
+                self.tell_link(None);
+                self.cx.cloud = (&hello).into();
+                let since = self.cloud.set_connected(now, true);
+                if !resumed {
+                    self.lose_sessions(since);
+                }
             }
             Inbound::Down { reason } => {
-                self.cloud.reason = reason;
-                self.cloud.set_connected(now, false);
+                self.set_away(now, reason);
                 // A round that an outage falls into says nothing about rounds.
                 let open = self.requests.values_mut().filter_map(|it| it.session.open_mut());
                 open.for_each(|open| open.timed = None);
             }
             Inbound::Gone { reason, is_final } => {
-                self.cloud.reason = reason;
-                self.cloud.set_connected(now, false);
-                self.leaving.clear();
+                self.set_away(now, reason);
+                self.way.put_off(now, &mut *self.cloud.random);
                 if is_final {
                     let error = self.peer(self.cloud.reason.clone());
                     self.fail_each(&error);
                 }
-                self.requests.values_mut().for_each(|request| request.restart(None));
+                self.lose_sessions(now);
+                self.leaving.clear();
             }
-            Inbound::Frame(frame) => self.take_frame(now, &frame),
+            Inbound::Frame(_) => {}
         }
     }
 
+    fn set_away(&mut self, now: Instant, reason: String) {
+        self.tell_link(Some(&reason));
+        self.cloud.reason = reason;
+        self.cloud.set_connected(now, false);
+    }
+
     fn take_frame(&mut self, now: Instant, frame: &Frame) {
+        self.way.works();
         // Frames of sessions that this side has ended are late, not wrong.
-        let own = |(id, request): (&RequestId, &Request)| {
-            (request.session.wire_id() == Some(frame.session)).then_some(*id)
-        };
-        let Some(id) = self.requests.iter().find_map(own) else { return };
+        let Some(id) = self.owner(frame) else { return };
         if let Err(violation) = self.take_message(now, id, frame) {
             self.fail_by(id, &violation);
         }
+    }
+
+    /// The request whose session a frame is of.
+    pub(super) fn owner(&self, frame: &Frame) -> Option<RequestId> {
+        let own = |(id, request): (&RequestId, &Request)| {
+            (request.session.wire_id() == Some(frame.session)).then_some(*id)
+        };
+        self.requests.iter().find_map(own)
     }
 
     /// Takes a frame of a request's session: it is decoded here, and nowhere else.
@@ -106,46 +127,46 @@ impl DeviceCore {
         frame: &Frame,
     ) -> Result<(), CloudViolation> {
         let (kind, bytes) = (frame.kind, frame.body.len());
-        let reconnect = self.config.reconnect;
+        if matches!(kind, Kind::Opened | Kind::Busy) {
+            self.charge(now);
+        }
+        let random = &mut *self.cloud.random;
         let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
         request.session.expects(kind)?;
         let message = Message::decode(kind, &frame.body)
             .map_err(|error| CloudViolation::Malformed { kind, error })?;
         match message {
             Message::Opened(opened) => {
-                request.opened(opened.pages, now)?;
+                request.opened(opened.pages)?;
                 self.begin_behind_pages(id, opened.pages);
             }
             Message::Output(output) => {
-                self.work.tail = request.handle_output(now, &output, bytes, &mut self.cx)?;
-                self.work.heading = Some(id);
+                request.handle_output(now, &output, bytes, &mut self.cx)?;
+                if request.has_head() {
+                    self.work.heads(id);
+                }
             }
             Message::Computed(computed) => {
                 request.handle_computed(now, &computed, bytes, &mut self.cx)?;
             }
             Message::Dropped(dropped) => request.handle_dropped(&dropped)?,
             Message::Busy(busy) => {
-                self.cloud.reason = "it has no room for another session".into();
-                let at = request.patience.busy(now, busy.retry_after_ms);
-                request.patience.start(now, reconnect);
+                let at = request.budget.busy(now, busy.retry_after_ms, random);
                 request.restart(Some(at));
             }
             Message::SessionError(SessionError { code: SessionErrorCode::Evicted, .. })
                 if self.cx.planted.is(Fault::IgnoredEviction) => {}
             Message::SessionError(SessionError { code, text }) => {
-                let ended = || CloudViolation::Ended { code, text: text.to_owned() };
-                let at = match code {
-                    SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => {
-                        request.patience.after_return(now).ok_or_else(ended)?
-                    }
-                    SessionErrorCode::Resource => {
-                        let at = request.patience.after_loss(now).ok_or_else(ended)?;
-                        tracing::warn!(%text, "the cloud lost the session");
-                        request.patience.start(now, reconnect);
-                        at
-                    }
-                    _ => return Err(ended()),
+                let ended = CloudViolation::Ended { code, text: text.to_owned() };
+                let most = match code {
+                    SessionErrorCode::NoSuchSession | SessionErrorCode::Evicted => LOSSES_MAX,
+                    SessionErrorCode::Resource => LACKS_MAX,
+                    _ => return Err(ended),
                 };
+                let at = request.budget.lost(now, ended.to_string(), most, random).ok_or(ended)?;
+                if code == SessionErrorCode::Resource {
+                    tracing::warn!(%text, "the cloud lost the session");
+                }
                 // Rows that have not left are of no use to anyone.
                 self.leaving.push_back(Leaving::Lost { wire_id: frame.session });
                 request.restart(Some(at));
@@ -156,91 +177,99 @@ impl DeviceCore {
         Ok(())
     }
 
-    /// The cloud knows none of the sessions: each is opened again, within reason.
-    fn begin_anew(&mut self, now: Instant) {
-        let mut lost: Vec<(RequestId, u32)> = Vec::new(); // empty as a rule
-        for (id, request) in &mut self.requests {
-            let patience = &mut request.patience;
-            if !patience.has_opened || patience.after_return(now).is_some() {
-                request.restart(None);
-            } else {
-                lost.push((*id, patience.lost_n));
+    /// Sessions are over since `then`: each is opened again, within reason.
+    fn lose_sessions(&mut self, then: Instant) {
+        let Self { requests, cloud, .. } = self;
+        let mut over: Vec<(RequestId, u32)> = Vec::new(); // empty as a rule
+        for (id, request) in requests {
+            if request.session.wire_id().is_none() {
+                continue;
+            }
+            let (why, random) = (cloud.reason.clone(), &mut *cloud.random);
+            match request.budget.lost(then, why, LOSSES_MAX, random) {
+                Some(at) => request.restart(Some(at)),
+                None => over.push((*id, request.budget.losses())),
             }
         }
-        for (id, times) in lost {
+        for (id, times) in over {
             self.fail_by(id, &CloudViolation::Forgets { times });
         }
     }
 
-    /// Silence of a connected cloud after which a request ends.
-    fn silence_max(&self) -> Duration {
-        self.config.reconnect * SILENCE_FACTOR
-    }
-
-    /// Fails requests that have waited for the cloud as long as they may, and lets others run.
-    /// `holds` says of which sessions frames are queued, or sent and not acknowledged.
-    pub fn handle_timeout(&mut self, now: Instant, holds: &dyn Fn(u32) -> bool) {
+    /// Fails requests that have waited as long as they may, and lets others run. `held` says how
+    /// many frames of a session are queued, or sent and not acknowledged.
+    pub fn handle_timeout<N: Into<usize>>(&mut self, now: Instant, held: &dyn Fn(u32) -> N) {
         self.admit(now);
-        let acks_come = self.acks_come();
-        let mut overdue: Vec<(RequestId, RequestError)> = Vec::new(); // empty as a rule
-        let (reconnect, silence_max) = (self.config.reconnect, self.silence_max());
-        for (id, request) in &mut self.requests {
-            let limit = self.cloud.patience(request.asked, reconnect);
-            if !self.cloud.connected {
-                request.patience.start(now, limit);
-            }
-            let wire_id = request.session.wire_id();
-            let holds = wire_id.is_some_and(holds);
-            // Frames on their way are taken by a slow link, or by a cloud that is there.
-            let is_due =
-                wire_id.is_some() && if holds { !acks_come } else { request.awaits_cloud() };
-            let Patience { heard, deadline, busy_ms, .. } = &mut request.patience;
-            if !self.cloud.connected || !is_due {
-                *heard = now;
-            }
-            let cloud = &self.config.cloud;
-            let peer = |reason: String| RequestError::Peer { peer: cloud.clone(), reason };
-            if now.saturating_duration_since(*heard) >= silence_max {
-                let silent = CloudViolation::Silent { waited: silence_max };
-                overdue.push((*id, peer(silent.to_string())));
-            } else if deadline.is_some_and(|deadline| deadline <= now) {
-                let error = match busy_ms.filter(|_| self.cloud.connected) {
-                    Some(retry_after_ms) => RequestError::Busy {
-                        reason: format!("cloud {cloud} has no room for another session"),
-                        retry_after_ms: u64::from(retry_after_ms),
-                    },
-                    None => {
-                        let (reason, waited) = (&self.cloud.reason, limit.as_secs_f32());
-                        peer(format!(
-                            "{reason} (waited {waited:.0} s); is `hat-engine cloud` running there?"
-                        ))
-                    }
-                };
-                overdue.push((*id, error));
+        for request in self.requests.values_mut() {
+            if let Some(wire_id) = request.session.wire_id() {
+                request.budget.held(now, held(wire_id).into());
             }
         }
+        self.charge(now);
+        let overdue = self.requests.iter().filter_map(|(id, request)| {
+            let (waits, limits) = self.wait_of(request);
+            let over = request.budget.over(waits, limits)?;
+            Some((*id, self.overdue(request, over, limits)))
+        });
+        let overdue: Vec<(RequestId, RequestError)> = overdue.collect(); // empty as a rule
         for (id, error) in overdue {
             self.fail(id, error);
         }
     }
 
-    /// Time at which a request is overdue, or may open its session.
-    pub(super) fn next_time(&self) -> Option<Instant> {
-        let silence_max = self.silence_max();
-        let times = self.requests.values().flat_map(|request| {
-            let retry = match request.session {
-                Session::Closed { not_before } => not_before,
-                _ => None,
-            };
-            [retry, request.patience.deadline, Some(request.patience.heard + silence_max)]
-        });
-        times.flatten().min()
+    /// Charges the time since the last look to all requests.
+    fn charge(&mut self, now: Instant) {
+        let Self { requests, cloud, config, cx, .. } = self;
+        let may_upload = cx.learned.upload_pause().is_none();
+        for request in requests.values_mut() {
+            let limits = cloud.limits(request.asked, config.reconnect);
+            let waits = request.waits(cloud.connected, may_upload);
+            request.budget.charge(now, waits, limits);
+        }
     }
 
-    /// True if the cloud has acknowledged bytes since the last look.
-    fn acks_come(&mut self) -> bool {
-        let acked = self.cx.learned.traffic.map_or(0, |traffic| traffic.acked_bytes);
-        std::mem::replace(&mut self.cloud.acked_bytes, acked) != acked
+    /// The wait of a request, and its limits.
+    fn wait_of(&self, request: &Request) -> (Waits, Limits) {
+        let limits = self.cloud.limits(request.asked, self.config.reconnect);
+        let may_upload = self.cx.learned.upload_pause().is_none();
+        (request.waits(self.cloud.connected, may_upload), limits)
+    }
+
+    /// Why a request has waited in vain.
+    fn overdue(&self, request: &Request, over: Waits, limits: Limits) -> RequestError {
+        let cloud = &self.config.cloud;
+        if let Some(pause) = request.budget.refused().filter(|_| self.cloud.connected) {
+            return RequestError::Busy {
+                reason: format!("cloud {cloud} has no room for another session"),
+                retry_after_ms: u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
+            };
+        }
+        self.peer(match (over, request.budget.setback()) {
+            (Waits::Cloud, _) => {
+                let (reason, waited) = (&self.cloud.reason, limits.cloud.as_secs_f32());
+                format!("{reason} (waited {waited:.0} s); is `hat-engine cloud` running there?")
+            }
+            (_, Some(setback)) => {
+                let waited = limits.all.as_secs_f32();
+                format!("{setback} (no token in {waited:.0} s of trying)")
+            }
+            (_, None) => CloudViolation::Silent { waited: limits.all }.to_string(),
+        })
+    }
+
+    /// When a request may be overdue, or its session may be opened.
+    pub(super) fn next_time(&self, now: Instant) -> Option<Instant> {
+        let times = self.requests.values().flat_map(|request| {
+            let retry = match request.session {
+                Session::Closed { not_before } if self.cloud.connected => {
+                    not_before.filter(|at| *at > now).or(Some(now + PAUSE_MIN))
+                }
+                _ => None,
+            };
+            let (waits, limits) = self.wait_of(request);
+            [retry, request.budget.next_look(waits, limits)]
+        });
+        times.flatten().chain(self.way.next_time(now)).min()
     }
 
     /// Ends a request whose cloud does not keep to the protocol.

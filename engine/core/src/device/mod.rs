@@ -1,12 +1,12 @@
 //! The device without IO: what happened goes in by `handle_*`, what is to be done comes out by
 //! `poll_*`. Link, threads, clock and model are its owner's.
 
+mod budget;
 mod feed;
 mod lent;
 mod link;
 mod outgoing;
 mod pages;
-mod patience;
 mod prompt;
 mod request;
 mod send;
@@ -16,6 +16,7 @@ mod turn;
 mod verify;
 mod violation;
 mod walk;
+mod way;
 mod work;
 
 #[cfg(test)]
@@ -30,15 +31,17 @@ use hat_transport::conn::{Frame, Traffic};
 use hat_transport::message::Hello;
 use hat_transport::planted::Planted;
 
+use self::budget::Budget;
 use self::feed::Drafting;
 use self::lent::Common;
 use self::link::Cloud;
 pub use self::pages::PageNamer;
 use self::pages::Pages;
-use self::patience::Patience;
 pub use self::request::RequestId;
 use self::request::{Path, Request, Session};
 use self::send::Leaving;
+pub use self::way::LinkCommand;
+use self::way::Way;
 use self::work::Work;
 pub use self::work::{DeviceWork, DraftWork, Verdict};
 use crate::answer::{Answer, Prepared};
@@ -120,7 +123,7 @@ pub struct DeviceConfig {
     pub chunks: ChunkPolicy,
     /// The codec of rows on the wire.
     pub codec: Codec,
-    /// Time for which a request waits for a cloud that is away.
+    /// Time for which a request waits for a cloud that is away, or has no room.
     pub reconnect: Duration,
     /// The cloud's address, for people.
     pub cloud: String,
@@ -149,6 +152,7 @@ pub struct DeviceCore {
     pub drafter: Option<Box<dyn Trained>>,
     cx: Common,
     cloud: Cloud,
+    way: Way,
     work: Work,
     /// What came over the link and has not been looked at, in order.
     inbox: VecDeque<Inbound>,
@@ -177,6 +181,7 @@ impl DeviceCore {
             drafter,
             cx: Common::new(&config, bundle, vocab_size),
             cloud: Cloud::new(now),
+            way: Way::default(),
             work: Work::default(),
             inbox: VecDeque::new(),
             leaving: VecDeque::new(),
@@ -204,6 +209,7 @@ impl DeviceCore {
 
     /// Takes a request. It runs as soon as there is room.
     pub fn submit(&mut self, asked: Instant, prepared: Prepared, answer: Answer) -> RequestId {
+        self.way.hurry(asked);
         let id = self.next_request;
         self.next_request += 1;
         self.waiting.push_back(Waiting { id, prepared, answer, asked });
@@ -213,6 +219,11 @@ impl DeviceCore {
     /// Requests that wait for room.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Whether the cloud is connected.
+    pub fn is_connected(&self) -> bool {
+        self.cloud.connected
     }
 
     /// Requests that run.
@@ -266,7 +277,7 @@ impl DeviceCore {
         }
         let pause = self.cx.learned.upload_pause();
         let pause = pause.filter(|_| self.requests.values().any(Request::wants_compute));
-        let until = self.next_time().map(|time| time.saturating_duration_since(now));
+        let until = self.next_time(now).map(|time| time.saturating_duration_since(now));
         until.into_iter().chain(pause).min()
     }
 
@@ -307,7 +318,7 @@ impl DeviceCore {
             path: Path { tokens, names: None, names_max: 0, lookup },
             drafting: Drafting::new(drafter.and_then(|drafter| drafter.open(kv.rows_max()))),
             kv,
-            patience: Patience::new(now),
+            budget: Budget::new(now),
             passed: 0,
             round: 0,
             session: Session::Closed { not_before: None },

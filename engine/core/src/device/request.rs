@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use hat_transport::frame::{HEADER_BYTES, Kind};
 
+use super::budget::{Budget, Waits};
 use super::feed::Drafting;
 use super::lent::Common;
-use super::patience::Patience;
 use super::session::OpenSession;
 use super::turn::Ask;
 use super::violation::CloudViolation;
@@ -126,7 +126,7 @@ pub(super) struct Request {
     /// KV of the device's own layers.
     pub(super) kv: Sequence,
     pub(super) drafting: Drafting,
-    pub(super) patience: Patience,
+    pub(super) budget: Budget,
     /// Pieces of others that were computed while one of its own could have been.
     pub(super) passed: u32,
     /// Round trips completed.
@@ -212,19 +212,19 @@ impl Request {
         held.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
     }
 
-    /// True if nothing goes on before the cloud has answered.
-    pub(super) fn awaits_cloud(&self) -> bool {
-        match &self.session {
-            Session::Closed { .. } => false,
-            Session::Opening { .. } => true,
-            Session::Open(open) => open.outgoing.is_sent() && !self.wants_compute(),
+    /// What it waits for now; `may_upload` as in [`Request::ask`].
+    pub(super) fn waits(&self, connected: bool, may_upload: bool) -> Waits {
+        match (!connected || self.budget.refused().is_some(), self.ask(may_upload)) {
+            (true, _) => Waits::Cloud,
+            (false, Some(_)) => Waits::Turn,
+            (false, None) => Waits::Answer,
         }
     }
 
     /// A token was decided.
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.path.push(token);
-        self.patience.token();
+        self.budget.token();
     }
 
     /// Begins again from the tokens: the cloud no longer knows the session. What was emitted
@@ -237,7 +237,7 @@ impl Request {
     }
 
     /// The cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, pages: u16, now: Instant) -> Result<(), CloudViolation> {
+    pub(super) fn opened(&mut self, pages: u16) -> Result<(), CloudViolation> {
         let named = self.path.pages_to_find().len();
         let held = usize::from(pages);
         if held > named {
@@ -246,7 +246,7 @@ impl Request {
         let Session::Opening { wire_id } = self.session else { return Ok(()) };
         let rows = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");
         self.session = Session::Open(Box::new(OpenSession::new(wire_id, rows)));
-        self.patience.opened(now);
+        self.budget.opened();
         self.meter.counts.pages_reused += u32::from(pages);
         Ok(())
     }

@@ -129,7 +129,7 @@ impl DeviceCore {
             let wire_id = self.next_wire_id;
             if sink.send_message(to, wire_id, &open).is_ok() {
                 self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
-                request.patience.opens();
+                request.budget.opens();
                 request.note_message(bytes);
                 request.session = Session::Opening { wire_id };
             }
@@ -185,6 +185,7 @@ impl Request {
             let timed = Timed { at: now, first_id: ids.start, rows: ids.len() };
             open.timed.get_or_insert(timed);
         }
+        self.budget.sends();
         self.meter.rows_sent(u32::from(head.count));
         self.meter.counts.bytes_up += (HEADER_BYTES + bytes) as u64;
         Some(())

@@ -7,6 +7,7 @@ use super::outgoing::Outgoing;
 use super::prompt::{Chunk, Sizing};
 use super::request::Path;
 use super::tree::Stage;
+use super::verify::Tail;
 use super::walk::Walk;
 use crate::draft::{Source, Tree};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
@@ -93,6 +94,8 @@ pub(super) struct OpenSession {
     pub(super) unfed: Range<u32>,
     /// The deep row of the last visited position; empty if it is not known. `[hidden_size]`
     pub(super) deep: Vec<f32>,
+    /// The last decided rows that came back for the tail layers.
+    pub(super) tail: Tail,
 }
 
 impl OpenSession {
@@ -113,6 +116,7 @@ impl OpenSession {
             told_id: 0,
             unfed: 0..0,
             deep: Vec::new(),
+            tail: Tail::default(),
         }
     }
 

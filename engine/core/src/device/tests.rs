@@ -1,28 +1,128 @@
 //! Requests through the core: rows from a table, and no model, link or clock.
 
+mod deadlines;
+mod pitfalls;
+
+use std::collections::BTreeSet;
+
 use hat_plan::TokenId;
-use hat_transport::conn::ConnectionId;
-use hat_transport::frame::{FRAME_BYTES_MAX, Kind, Priority};
+use hat_transport::conn::{ConnectionId, FrameSink, Refusal, SendError};
+use hat_transport::endpoint::GoneError;
+use hat_transport::frame::{Kind, Priority};
 use hat_transport::message::{
-    Arrivals, Message, Opened, OutputHead, Role, SessionError, SessionErrorCode, Want,
+    Arrivals, CloseCode, Message, Opened, OutputHead, Role, Rows, SessionError, SessionErrorCode,
+    Want,
 };
+use hat_transport::pool::{Buf, Pool, PoolConfig};
+use hat_transport::random::SeededRandom;
 
 use super::work::{DeviceWork, Verdict};
 use super::*;
 use crate::answer::EndTokens;
+use crate::draft::trained::{Decided, Drafted, SessionId};
+use crate::draft::tree::Guess;
+use crate::draft::{Drafter, Source};
 use crate::request::Request as Asked;
-use crate::testkit::TestSink;
+use crate::wire;
 
 const TO: ConnectionId = ConnectionId(7);
 const HIDDEN: usize = 8;
 const VOCAB: usize = 400;
 const MS: Duration = Duration::from_millis(1);
 
+/// Rows of a session, as a cloud has them.
+#[derive(Default)]
+struct Told {
+    /// The last committed one.
+    tip: u32,
+    /// Those that pend, and their parents.
+    pending: BTreeMap<u32, u32>,
+}
+
+impl Told {
+    /// Takes rows, which have to follow from those before.
+    fn take(&mut self, rows: &Rows<'_>) {
+        let head = rows.head;
+        if head.commit != 0 {
+            let is_known = head.commit == self.tip || self.pending.contains_key(&head.commit);
+            assert!(is_known, "{head:?} keeps a row that is not there");
+            let mut kept = BTreeSet::from([head.commit]);
+            self.pending.retain(|id, parent| kept.contains(parent) && kept.insert(*id));
+            self.tip = head.commit;
+        }
+        for (id, parent) in (head.first_id..).zip(rows.parents_of_rows()) {
+            if head.decided {
+                assert_eq!(parent, self.tip, "{head:?} does not follow the last decided row");
+                self.tip = id;
+                self.pending.clear();
+            } else {
+                let is_known = parent == self.tip || self.pending.contains_key(&parent);
+                assert!(is_known, "{head:?} hangs below row {parent}, which is not there");
+                self.pending.insert(id, parent);
+                assert!(self.pending.len() <= PENDING_ROWS_MAX, "{head:?} is one too many");
+            }
+        }
+    }
+}
+
+/// Frames that have not left.
+struct Queue {
+    pool: Pool,
+    frames: Vec<Frame>,
+    /// OPEN frames so far.
+    opens: u32,
+    told: BTreeMap<u32, Told>,
+    /// Frames of rows so far, with their decided rows.
+    rows: Vec<(u32, Priority, u16)>,
+    /// One frame in so many finds no room.
+    refuses: Option<usize>,
+    /// Nor do those of prompts.
+    refuses_prompts: bool,
+    tries: usize,
+}
+
+impl FrameSink for Queue {
+    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+        self.pool.take(body_bytes)
+    }
+
+    fn send(
+        &mut self,
+        to: ConnectionId,
+        kind: Kind,
+        session: u32,
+        priority: Priority,
+        body: Buf,
+    ) -> Result<(), SendError> {
+        assert_eq!(to, TO);
+        self.tries += 1;
+        if self.refuses.is_some_and(|every| self.tries.is_multiple_of(every))
+            || self.refuses_prompts && priority == Priority::Prompt
+        {
+            return Err(SendError { refusal: Refusal::Full, body: Some(body) });
+        }
+        self.opens += u32::from(kind == Kind::Open);
+        if let Ok(Message::Rows(rows)) = Message::decode(kind, &body) {
+            let decided = if rows.head.decided { rows.head.count } else { 0 };
+            self.rows.push((session, priority, decided));
+            self.told.entry(session).or_default().take(&rows);
+        }
+        self.frames.push(Frame { kind, session, priority, body });
+        Ok(())
+    }
+
+    fn discard(&mut self, _: ConnectionId, session: u32) -> usize {
+        let before = self.frames.len();
+        self.frames.retain(|frame| frame.session != session);
+        before - self.frames.len()
+    }
+}
+
 /// A core, and a cloud whose rows come back as they went up.
 struct Bed {
     core: DeviceCore,
     now: Instant,
-    sink: TestSink,
+    queue: Queue,
     /// Computations until one is not done.
     fails_in: Option<u32>,
     opens: u32,
@@ -32,7 +132,7 @@ struct Bed {
 
 /// The token behind one.
 fn next(token: TokenId) -> TokenId {
-    (token + 1) % 6
+    (token % 6 + 1) % 6
 }
 
 /// A row is its token, many times over, and says which token is next.
@@ -52,8 +152,72 @@ fn compute(work: DeviceWork<'_>) {
     }
 }
 
+/// A drafter that guesses right and wrong, and looks at what it is told.
+#[derive(Default)]
+struct Guesser {
+    opened: SessionId,
+    /// Positions that each session has taken, and whether it holds rows of a tree.
+    sessions: BTreeMap<SessionId, (u32, bool)>,
+}
+
+impl Trained for Guesser {
+    fn describe(&self) -> String {
+        "a rule".into()
+    }
+
+    fn open(&mut self, _: u32) -> Option<SessionId> {
+        self.opened += 1;
+        self.sessions.insert(self.opened, (0, false));
+        Some(self.opened)
+    }
+
+    fn close(&mut self, session: SessionId) {
+        self.sessions.remove(&session).expect("it is closed once");
+    }
+
+    fn commit(&mut self, session: SessionId, rows: &Decided<'_>) {
+        let (taken, has_tree) = self.sessions.get_mut(&session).unwrap();
+        assert!(!*has_tree, "rows are committed on top of a tree");
+        assert_eq!(rows.first, *taken, "each position once, in order");
+        *taken += u32::try_from(rows.tokens.len()).unwrap();
+        for (row, token) in rows.shallow.chunks_exact(HIDDEN).zip(rows.tokens) {
+            assert_eq!(row[0] as TokenId, *token, "another token's row");
+        }
+    }
+
+    fn propose(
+        &mut self,
+        session: SessionId,
+        rows: &Drafted<'_>,
+        width: usize,
+        guesses: &mut Vec<(usize, Guess)>,
+    ) {
+        let (taken, has_tree) = self.sessions.get_mut(&session).unwrap();
+        assert_eq!(rows.root_position + 1, *taken, "the root is the last that it has taken");
+        *has_tree = true;
+        for (row, at) in rows.shallow.chunks_exact(HIDDEN).zip(rows.new_nodes()) {
+            let token = rows.nodes[at].token;
+            assert_eq!(row[0] as TokenId, token, "another node's row");
+            let said = [(next(token), 0.7), (next(next(token)), 0.2)];
+            for (class, (token, probability)) in said.into_iter().enumerate().take(width) {
+                let class = u8::try_from(class).unwrap();
+                let source = Source { drafter: Drafter::Adapter, class };
+                guesses.push((at, Guess { token, probability, source }));
+            }
+        }
+    }
+
+    fn rollback(&mut self, session: SessionId) {
+        self.sessions.get_mut(&session).unwrap().1 = false;
+    }
+}
+
 impl Bed {
     fn new() -> Self {
+        Self::with(true)
+    }
+
+    fn with(has_drafter: bool) -> Self {
         let config = DeviceConfig {
             sessions_max: 4,
             kv_rows_max: 4096,
@@ -71,24 +235,38 @@ impl Bed {
             has_tail: false,
         };
         let now = Instant::now();
-        let core = DeviceCore::new(now, config, &facts, VOCAB, None, None);
-        let sink = TestSink::new();
-        Self { core, now, sink, fails_in: None, opens: 0, ends: 0, rows: 0 }
+        let drafter = has_drafter.then(|| Box::new(Guesser::default()) as _);
+        let random = Box::new(SeededRandom::new(1));
+        let hello = wire::hello(Role::Device, [0; 32], HIDDEN, 1..4);
+        let core = DeviceCore::new(now, config, &facts, VOCAB, None, drafter);
+        let core = core.with_link(now, hello, None, random);
+        let pool = Pool::new(PoolConfig { small: 512, large: 32 });
+        let queue = Queue {
+            pool,
+            frames: Vec::new(),
+            opens: 0,
+            told: BTreeMap::new(),
+            rows: Vec::new(),
+            refuses: None,
+            refuses_prompts: false,
+            tries: 0,
+        };
+        Self { core, now, queue, fails_in: None, opens: 0, ends: 0, rows: 0 }
     }
 
     fn up(&mut self, resumed: bool) {
-        let hello = Hello {
-            row_budget: 512,
-            rows_pending_max: 64,
-            frame_bytes_max: u32::try_from(FRAME_BYTES_MAX).unwrap(),
-            ..Hello::new(Role::Cloud)
-        };
+        let own = wire::hello(Role::Cloud, [0; 32], HIDDEN, 1..4);
+        let hello = Hello { row_budget: 512, stages: 1, ..own };
         self.core.handle_inbound(Inbound::Up { hello, resumed });
     }
 
     fn submit(&mut self, draft: DraftMode) -> RequestId {
-        let prompt = [0, 1, 2, 3, 4, 5].repeat(6);
-        let request = Asked::tokens(prompt.clone()).max_tokens(20).ignore_eos().draft(draft);
+        self.submit_long(36, 20, draft)
+    }
+
+    fn submit_long(&mut self, rows: u32, tokens: u32, draft: DraftMode) -> RequestId {
+        let prompt = (0..rows).map(|row| row % 6).collect::<Vec<_>>();
+        let request = Asked::tokens(prompt.clone()).max_tokens(tokens).ignore_eos().draft(draft);
         let prepared = Prepared::new(request, prompt, VOCAB, 512).unwrap();
         let answer = Answer::new(&prepared, &EndTokens::default(), VOCAB);
         self.core.submit(self.now, prepared, answer)
@@ -97,7 +275,15 @@ impl Bed {
     /// One computation, if one is due, and frames for the connection.
     fn step(&mut self) -> bool {
         self.now += MS;
-        self.core.handle_timeout(self.now, &|_| false);
+        self.turn()
+    }
+
+    /// The same at one moment.
+    fn turn(&mut self) -> bool {
+        let frames = &self.queue.frames;
+        while self.core.poll_link(self.now).is_some() {}
+        let held = |session| frames.iter().filter(|frame| frame.session == session).count();
+        self.core.handle_timeout(self.now, &held);
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
         work.into_iter().for_each(compute);
@@ -106,17 +292,20 @@ impl Bed {
         let fails = has_work && self.fails_in == Some(0);
         self.fails_in = self.fails_in.map(|left| left.saturating_sub(u32::from(has_work)));
         self.core.handle_work(self.now, MS, fails.then_some(&fault), &EndTokens::default());
-        self.core.poll_transmit(self.now, TO, &mut self.sink, true);
+        self.core.poll_transmit(self.now, TO, &mut self.queue, true);
         has_work
     }
 
     fn say(&mut self, session: u32, message: &Message<'_>) {
-        self.core.handle_inbound(Inbound::Frame(self.sink.message(session, message)));
+        let mut body = self.queue.pool.take(message.encoded_len()).unwrap();
+        message.encode(body.body_mut());
+        let (kind, priority) = (message.kind(), Priority::Control);
+        self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
     }
 
     /// The cloud answers all that has left.
     fn answer(&mut self) {
-        for (_, frame) in std::mem::take(&mut self.sink.sent) {
+        for frame in std::mem::take(&mut self.queue.frames) {
             let session = frame.session;
             let rows = match Message::decode(frame.kind, frame.body.body()).unwrap() {
                 Message::Open(_) => {
@@ -143,11 +332,11 @@ impl Bed {
             let arrivals = Arrivals::default();
             let head = OutputHead { count, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
             let payload = &rows.payload[skip * HIDDEN * 4..];
-            let mut body = vec![0; head.payload_start() + payload.len()];
-            let start = head.encode(&ids, &mut body);
-            body[start..].copy_from_slice(payload);
-            let frame = self.sink.frame(Kind::Output, session, Priority::Verify, &body);
-            self.core.handle_inbound(Inbound::Frame(frame));
+            let mut body = self.queue.pool.take(head.payload_start() + payload.len()).unwrap();
+            let start = head.encode(&ids, body.body_mut());
+            body.body_mut()[start..].copy_from_slice(payload);
+            let (kind, priority) = (Kind::Output, Priority::Verify);
+            self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
         }
     }
 
@@ -260,12 +449,108 @@ fn a_cancelled_request_takes_its_frames_along() {
     bed.step();
     bed.answer();
     while bed.step() {}
-    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
+    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
     bed.core.cancel(id);
     bed.step();
-    let kinds: Vec<Kind> = bed.sink.sent.iter().map(|(_, frame)| frame.kind).collect();
+    let kinds: Vec<Kind> = bed.queue.frames.iter().map(|frame| frame.kind).collect();
     assert_eq!(kinds, [Kind::End]);
-    let message = Message::decode(Kind::End, bed.sink.sent[0].1.body.body()).unwrap();
+    let message = Message::decode(Kind::End, bed.queue.frames[0].body.body()).unwrap();
     assert!(matches!(message, Message::End(end) if end.commit == 0), "{message:?}");
     assert_eq!(bed.core.running(), 0);
+}
+
+/// Frames of others are taken between two levels of a tree; its own wait until it is whole.
+#[test]
+fn only_the_request_whose_tree_grows_is_left_alone() {
+    let mut bed = Bed::new();
+    bed.up(false);
+    let growing = bed.submit(DraftMode::Tree);
+    let other = bed.submit(DraftMode::Off);
+    let (mut levels, mut ended) = (0, 0);
+    for _ in 0..10_000 {
+        while bed.step() {
+            let session = |id| bed.core.requests.get(&id).and_then(|it| it.session.wire_id());
+            let (Some(own), Some(others)) = (session(growing), session(other)) else { continue };
+            if bed.core.work.growing != Some(growing) || !bed.core.inbox.is_empty() {
+                continue;
+            }
+            bed.say(own, &Message::Ended);
+            bed.say(others, &Message::Ended);
+            bed.step();
+            if bed.core.work.growing == Some(growing) {
+                levels += 1;
+                let left = bed.core.inbox.iter().map(|inbound| match inbound {
+                    Inbound::Frame(frame) => frame.session,
+                    _ => 0,
+                });
+                assert_eq!(left.collect::<Vec<_>>(), [own]);
+            }
+        }
+        bed.answer();
+        while let Some((_, event)) = bed.core.poll_event() {
+            if let RequestEvent::Done(done) = event {
+                assert_eq!(done.metrics.token_ids, expected());
+                ended += 1;
+            }
+        }
+        if ended == 2 {
+            break;
+        }
+    }
+    assert!(ended == 2 && levels > 0, "{ended} answers, {levels} levels");
+}
+
+/// A close is an outage, which requests outlast, or an end of them; the cloud is dialled again
+/// after both, by and by.
+#[test]
+fn close_codes_are_of_two_kinds() {
+    use CloseCode::{
+        Done, Incompatible, Internal, Other, Overload, Protocol, ShuttingDown, Version,
+    };
+    let address = ([127, 0, 0, 1], 7433).into();
+    let end = |code| {
+        let reason = "for lunch".to_owned();
+        Inbound::gone(&GoneError::ClosedByPeer { address, code, reason })
+    };
+    for code in [Done, Overload, ShuttingDown, Internal, Other(77)] {
+        let mut bed = Bed::new();
+        bed.up(false);
+        bed.submit(DraftMode::Off);
+        let said = bed.run(|bed, tokens| {
+            if tokens == 5 && bed.opens == 1 {
+                // What came before is taken before: a cloud that drains finishes its steps.
+                bed.answer();
+                bed.core.handle_inbound(end(code));
+                bed.up(false);
+                bed.opens += 1;
+            }
+        });
+        assert_eq!(said, expected(), "{code:?}");
+        assert_eq!(bed.queue.opens, 2, "{code:?}");
+    }
+    for code in [Protocol, Version, Incompatible] {
+        let mut bed = Bed::new();
+        bed.up(false);
+        bed.submit(DraftMode::Off);
+        bed.step();
+        bed.core.handle_inbound(end(code));
+        bed.step();
+        let failed = std::iter::from_fn(|| bed.core.poll_event()).find_map(|event| match event {
+            (_, RequestEvent::Failed(error)) => Some(format!("{error:?}")),
+            _ => None,
+        });
+        assert!(failed.is_some_and(|text| text.contains("for lunch")), "{code:?}");
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            let begin = bed.now;
+            while bed.core.poll_link(bed.now) != Some(LinkCommand::Dial) {
+                bed.now += bed.core.poll_timeout(bed.now).expect("it dials on");
+            }
+            pauses.push(bed.now - begin);
+            bed.core.handle_inbound(end(code));
+            bed.step();
+        }
+        assert!(pauses[0] <= 100 * MS && pauses[11] >= 2500 * MS, "{pauses:?}");
+        assert!(pauses.iter().all(|pause| *pause <= 5000 * MS), "{pauses:?}");
+    }
 }

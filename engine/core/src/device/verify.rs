@@ -6,7 +6,7 @@ use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{Computed, Dropped, Output};
 
 use super::RequestEvent;
-use super::lent::Common;
+use super::lent::{Common, Facts};
 use super::request::{Outcome, Request};
 use super::session::Timed;
 use super::violation::CloudViolation;
@@ -16,12 +16,23 @@ use crate::error::RequestError;
 use crate::sequence::RowPlace;
 use hat_plan::TokenId;
 
-/// Decided rows that came back, in `scratch.rows`, and have to go through the tail layers.
-#[derive(Debug)]
+/// Decided rows that came back and have to go through the tail layers.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct TailRows {
     /// Id of the last.
     last_id: u32,
-    pub(super) count: usize,
+    /// Position of the first.
+    first: u32,
+    count: u32,
+}
+
+/// Decided rows for the tail layers.
+#[derive(Default)]
+pub(super) struct Tail {
+    /// Those that they have not seen.
+    new: Option<TailRows>,
+    /// The rows, and then what the tail layers made of them. `[count, hidden_size]`
+    rows: Vec<f32>,
 }
 
 /// A row that is back and decides the next token: `scratch.greatest` or `scratch.logits` say which,
@@ -36,19 +47,18 @@ pub(super) struct Head {
 }
 
 impl Request {
-    /// Takes rows that came back. Those that are decided are returned if there are tail layers:
-    /// these take all of them, in order, and then [`Request::end_tail`] does.
+    /// Takes rows that came back. Tail layers take those that are decided, all of them in order,
+    /// before [`Request::end_tail`] does.
     pub(super) fn handle_output(
         &mut self,
         now: Instant,
         output: &Output<'_>,
         bytes: usize,
         cx: &mut Common,
-    ) -> Result<Option<TailRows>, CloudViolation> {
+    ) -> Result<(), CloudViolation> {
         let hidden_size = cx.facts.hidden_size;
         self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
         self.meter.computed_in(cx.cloud.arithmetic);
-        self.patience.deadline = None;
         let count = usize::from(output.head.count);
         let codec = cx.facts.codec.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
@@ -56,18 +66,18 @@ impl Request {
         }
         cx.scratch.rows.resize(count * hidden_size, 0.0);
         codec.unpack(output.payload, hidden_size, &mut cx.scratch.rows)?;
-        let Some(open) = self.session.open() else { return Ok(None) };
+        let Some(open) = self.session.open() else { return Ok(()) };
         if let Some(row) = output.ids.iter().find(|id| *id > open.outgoing.sent_id) {
             return Err(CloudViolation::NotSent { row });
         }
         // Decided rows come before those that pend below them.
         let decided = output.ids.iter().take_while(|id| open.due.contains(id)).count();
         self.note_costs(now, output, cx);
-        let tail = self.take_decided(output, decided, cx)?;
+        self.take_decided(output, decided, cx)?;
         if self.take_pending(output, decided, cx)? || decided > 0 {
-            self.patience.heard = now;
+            self.budget.rows(now, output.ids.iter().max().unwrap_or(0));
         }
-        Ok(tail)
+        Ok(())
     }
 
     /// Times of the first output after rows were sent, which tell of link and cloud.
@@ -90,9 +100,9 @@ impl Request {
         &mut self,
         output: &Output<'_>,
         count: usize,
-        cx: &mut Common,
-    ) -> Result<Option<TailRows>, CloudViolation> {
-        let Some(open) = self.session.open_mut().filter(|_| count > 0) else { return Ok(None) };
+        cx: &Common,
+    ) -> Result<(), CloudViolation> {
+        let Some(open) = self.session.open_mut().filter(|_| count > 0) else { return Ok(()) };
         let expected = if cx.facts.has_tail { open.due.start } else { open.due.end - 1 };
         if let Some((row, expected)) =
             output.ids.iter().take(count).zip(expected..).find(|(id, expected)| id != expected)
@@ -104,25 +114,44 @@ impl Request {
         let first = self.kv.committed() - (open.due.end - expected);
         self.meter.rows_settled(end - open.due.start);
         open.due.start = end;
-        if !cx.facts.has_tail {
-            let row = &cx.scratch.rows[(count - 1) * cx.facts.hidden_size..];
-            open.walk.take(end - 1, &row[..cx.facts.hidden_size]);
-            return Ok(None);
+        let taken = &cx.scratch.rows[..count * cx.facts.hidden_size];
+        if cx.facts.has_tail {
+            open.tail.rows.clear();
+            open.tail.rows.extend_from_slice(taken);
+            open.tail.new = Some(TailRows { last_id: end - 1, first, count: rows });
+        } else {
+            open.walk.take(end - 1, &taken[taken.len() - cx.facts.hidden_size..]);
         }
+        Ok(())
+    }
+
+    /// True if rows that are back are to go through the tail layers, or the LM head.
+    pub(super) fn has_head(&mut self) -> bool {
+        let open = self.session.open_mut();
+        open.is_some_and(|open| open.tail.new.is_some() || open.walk.next().is_some())
+    }
+
+    /// Decided rows that came back, for the tail layers, by `scratch.plan`.
+    pub(super) fn begin_tail(&mut self, cx: &mut Common) -> Option<TailRows> {
+        let tail = self.session.open_mut()?.tail.new.take()?;
         let plan = &mut cx.scratch.plan;
         plan.clear();
-        plan.push_committed(RowPlace { position: first, slot: first }, rows);
+        plan.push_committed(RowPlace { position: tail.first, slot: tail.first }, tail.count);
         plan.end_sequence(self.kv.pages());
-        Ok(Some(TailRows { last_id: end - 1, count }))
+        Some(tail)
+    }
+
+    /// Those rows. `[count, hidden_size]`
+    pub(super) fn tail_rows(&mut self) -> &mut [f32] {
+        self.session.open_mut().map_or(&mut [], |open| &mut open.tail.rows)
     }
 
     /// The tail layers have seen decided rows. The last of all leads to a token; the walk doesn't
     /// know the others.
-    pub(super) fn end_tail(&mut self, tail: &TailRows, cx: &Common) {
+    pub(super) fn end_tail(&mut self, tail: TailRows, facts: &Facts) {
         let Some(open) = self.session.open_mut() else { return };
-        let hidden_size = cx.facts.hidden_size;
-        let row = &cx.scratch.rows[(tail.count - 1) * hidden_size..][..hidden_size];
-        open.walk.take(tail.last_id, row);
+        let row = open.tail.rows.chunks_exact(facts.hidden_size).next_back();
+        open.walk.take(tail.last_id, row.unwrap_or_default());
     }
 
     /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Says if any was
@@ -175,14 +204,13 @@ impl Request {
         let Some(open) = self.session.open_mut() else { return Ok(()) };
         let row = computed.first_id + u32::from(computed.count) - 1;
         self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
-        self.patience.deadline = None;
         if row > open.outgoing.sent_id {
             return Err(CloudViolation::NotSent { row });
         }
         // Said once more it is no news.
         if row > open.told_id {
             open.told_id = row;
-            self.patience.heard = now;
+            self.budget.rows(now, row);
         }
         cx.learned.note_computed(computed);
         Ok(())

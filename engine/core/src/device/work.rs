@@ -1,18 +1,20 @@
 //! Computations, handed out one at a time: which is next, and what follows from it.
 //!
 //! The link is looked after between any two of them, so the rows of one level are on their way
-//! while the next one is computed. What arrives waits as long as a tree grows, and frames are taken
-//! one at a time until a head is due: nothing changes under a computation.
+//! while the next one is computed. A request that is at work is not touched: its frames wait as
+//! long as its tree grows, and are taken one at a time until a head of it is due. What arrives for
+//! others is taken meanwhile.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::DeviceCore;
 use super::lent::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
 use super::tree::{Bounds, Level, Stage};
 use super::turn;
 use super::verify::{Head, TailRows};
+use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
 use crate::draft::trained::Trained;
 use hat_plan::DeviceForward;
@@ -154,11 +156,9 @@ enum Step {
 pub(super) struct Work {
     out: Option<(RequestId, Step)>,
     /// Its tree grows, level by level.
-    growing: Option<RequestId>,
-    /// Rows came back for it: heads may be due.
-    pub(super) heading: Option<RequestId>,
-    /// Rows that came back for it have to go through the tail layers first.
-    pub(super) tail: Option<TailRows>,
+    pub(super) growing: Option<RequestId>,
+    /// Requests whose heads are due, in the order in which their rows came back.
+    heading: VecDeque<RequestId>,
     /// The trained drafter did not compute.
     draft_fault: Option<BackendFault>,
 }
@@ -167,6 +167,16 @@ impl Work {
     /// Whether no computation is out.
     pub(super) fn is_idle(&self) -> bool {
         self.out.is_none()
+    }
+
+    /// Whether it is not to be touched now.
+    fn has(&self, id: RequestId) -> bool {
+        self.growing == Some(id) || self.heading.contains(&id)
+    }
+
+    /// A head of it is due.
+    pub(super) fn heads(&mut self, id: RequestId) {
+        self.heading.push_back(id);
     }
 }
 
@@ -179,6 +189,7 @@ impl DeviceCore {
         if self.work.out.is_some() {
             return None;
         }
+        self.take_arrived(now);
         let next = self.poll_tree().or_else(|| self.poll_head(now));
         let next = next.or_else(|| if begins { self.poll_input(now) } else { None });
         let next = next.or_else(|| if begins { self.poll_draft(now) } else { None });
@@ -199,10 +210,7 @@ impl DeviceCore {
         let Common { scratch, facts, moves, .. } = cx;
         let plan = scratch.plan.plan();
         Some(match step {
-            Step::Tail(tail) => {
-                let hidden = &mut scratch.rows[..tail.count * facts.hidden_size];
-                DeviceWork::Tail { moves, plan, hidden }
-            }
+            Step::Tail(_) => DeviceWork::Tail { moves, plan, hidden: request.tail_rows() },
             Step::Head(head) => {
                 let verdict = match request.answer.wants_greatest() {
                     true => Verdict::Greatest(&mut scratch.greatest),
@@ -236,13 +244,14 @@ impl DeviceCore {
             self.draft_without(&fault);
         }
         let Some(request) = self.requests.get_mut(&id) else { return };
+        request.budget.forgive(now);
         let cx = &mut self.cx;
         let outcome = match step {
             Step::Piece(piece) => request.end_piece(piece, took, cx).into(),
             Step::Level(level) => request.end_level(now, level, took, cx).into(),
             Step::Head(head) => request.end_head(now, head, took, vocabulary, cx),
             Step::Tail(tail) => {
-                request.end_tail(&tail, cx);
+                request.end_tail(tail, &cx.facts);
                 Outcome::Goes
             }
             Step::Guess(level) => {
@@ -264,7 +273,7 @@ impl DeviceCore {
 
     /// Whether a computation is due that waits for nothing.
     pub(super) fn is_at_work(&self) -> bool {
-        self.work.growing.is_some() || self.work.heading.is_some()
+        self.work.growing.is_some() || !self.work.heading.is_empty()
     }
 
     /// The next step of the tree that grows.
@@ -287,14 +296,31 @@ impl DeviceCore {
         Some((id, step))
     }
 
-    /// Rows that are back, and the verdicts that they lead to. Frames are taken one at a time: the
-    /// next one may end a session of which rows are still to be decided.
+    /// Takes what has arrived, in order, but for frames of requests that are at work, and what
+    /// concerns these and all others: the state of the link.
+    fn take_arrived(&mut self, now: Instant) {
+        let mut next = 0;
+        while let Some(inbound) = self.inbox.get(next) {
+            let is_held = match inbound {
+                Inbound::Frame(frame) => self.owner(frame).is_some_and(|id| self.work.has(id)),
+                _ if self.is_at_work() => return,
+                _ => false,
+            };
+            if is_held {
+                next += 1;
+            } else if let Some(inbound) = self.inbox.remove(next) {
+                self.take(now, inbound);
+            }
+        }
+    }
+
+    /// Rows that are back, and the verdicts that they lead to. The frames of one request are taken
+    /// one at a time: the next one may end a session of which rows are still to be decided.
     fn poll_head(&mut self, now: Instant) -> Option<(RequestId, Step)> {
-        loop {
-            if let Some(id) = self.work.heading
-                && let Some(request) = self.requests.get_mut(&id)
-            {
-                if let Some(tail) = self.work.tail.take() {
+        self.take_arrived(now);
+        while let Some(id) = self.work.heading.front().copied() {
+            if let Some(request) = self.requests.get_mut(&id) {
+                if let Some(tail) = request.begin_tail(&mut self.cx) {
                     return Some((id, Step::Tail(tail)));
                 }
                 // The drafter takes the root before what the walk finds right below it.
@@ -305,10 +331,10 @@ impl DeviceCore {
                     return Some((id, Step::Head(head)));
                 }
             }
-            (self.work.heading, self.work.tail) = (None, None);
-            let inbound = self.inbox.pop_front()?;
-            self.take(now, inbound);
+            self.work.heading.pop_front();
+            self.take_arrived(now);
         }
+        None
     }
 
     /// A piece of a prompt, or the last decided token with drafts below it.

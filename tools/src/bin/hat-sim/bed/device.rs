@@ -101,8 +101,8 @@ impl Device {
                 self.connection = Some(endpoint.dial(self.cloud));
             }
             let connection = self.connection;
-            let holds = |session| connection.is_some_and(|id| endpoint.holds(id, session));
-            self.core.handle_timeout(now, &holds);
+            let held = |session| connection.map_or(0, |id| endpoint.held(id, session));
+            self.core.handle_timeout(now, &held);
             if let Some(work) = self.core.poll_work(now, true) {
                 let ran = compute.device(number, work);
                 self.out = Some((ran.took.and_then(|took| now.checked_add(took)), ran));
