@@ -3,7 +3,7 @@
 
 use anyhow::ensure;
 use clap::Args;
-use hat_engine::outln;
+use hat_program::outln;
 use hat_tools::statistics::quantile;
 use indicatif::ProgressBar;
 use serde_json::json;

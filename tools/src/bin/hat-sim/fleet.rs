@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::ensure;
 use clap::Args;
 use hat_core::sched::{Bound, Scheduler, Work};
-use hat_engine::outln;
+use hat_program::outln;
 use indicatif::ProgressBar;
 use serde_json::json;
 

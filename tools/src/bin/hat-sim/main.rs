@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use hat_engine::{out, outln};
+use hat_program::{out, outln};
 use indicatif::ProgressBar;
 use serde_json::json;
 
