@@ -130,8 +130,10 @@ impl DeviceCore {
                 request.patience.start(now, reconnect);
                 request.restart(Some(at));
             }
-            Message::SessionError(SessionError { code: SessionErrorCode::Evicted, .. })
-                if self.cx.planted.is(Fault::IgnoredEviction) => {}
+            Message::SessionError(SessionError {
+                code: SessionErrorCode::Evicted | SessionErrorCode::NoSuchSession,
+                ..
+            }) if self.cx.planted.is(Fault::IgnoredEviction) => {}
             Message::SessionError(SessionError { code, text }) => {
                 let ended = || CloudViolation::Ended { code, text: text.to_owned() };
                 let at = match code {
