@@ -154,8 +154,10 @@ impl DeviceCore {
                 let at = request.budget.busy(now, busy.retry_after_ms, random);
                 request.restart(Some(at));
             }
-            Message::SessionError(SessionError { code: SessionErrorCode::Evicted, .. })
-                if self.cx.planted.is(Fault::IgnoredEviction) => {}
+            Message::SessionError(SessionError {
+                code: SessionErrorCode::Evicted | SessionErrorCode::NoSuchSession,
+                ..
+            }) if self.cx.planted.is(Fault::IgnoredEviction) => {}
             Message::SessionError(SessionError { code, text }) => {
                 let ended = CloudViolation::Ended { code, text: text.to_owned() };
                 let most = match code {

@@ -62,7 +62,7 @@ impl Request {
 
     fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
         let mode = self.draft_mode();
-        let depth_max = self.depth_max() + u32::from(cx.planted.is(Fault::RowBeyond));
+        let depth_max = self.depth_max() + 2 * u32::from(cx.planted.is(Fault::RowBeyond));
         let tokens = self.answer.tokens().len();
         let root = *self.path.tokens.last().expect("a prompt has a token");
         let open = self.session.open_mut()?;

@@ -4,6 +4,7 @@
 
 mod guesser;
 mod ledger;
+mod models;
 mod real;
 mod setting;
 #[cfg(test)]
@@ -18,9 +19,10 @@ use clap::Args;
 use hat_program::outln;
 use hat_transport::planted::{Fault, Planted};
 
+use self::models::Seen;
 use self::real::Real;
 use self::setting::{Act, Setting};
-use self::world::{Seen, live};
+use self::world::live;
 
 #[derive(Args)]
 pub struct FaultsArgs {
