@@ -96,7 +96,7 @@ mod tests {
         let there = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 7433);
         say.send(Ok(there)).unwrap();
         assert_eq!(until_found(&mut resolver, &address), Ok(there));
-        assert!(!resolver.asked.is_some());
+        assert!(resolver.asked.is_none());
         say.send(Ok(there)).unwrap();
         assert_eq!(resolver.poll(&address), None, "a name is asked for anew each time");
         assert_eq!(until_found(&mut resolver, &address), Ok(there));
@@ -111,6 +111,6 @@ mod tests {
         let (mut resolver, _say, _) = slow();
         let address = Address::parse("127.0.0.1:9", 1).unwrap();
         assert!(resolver.poll(&address).unwrap().is_ok());
-        assert!(!resolver.asked.is_some());
+        assert!(resolver.asked.is_none());
     }
 }

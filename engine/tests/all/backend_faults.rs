@@ -1,8 +1,6 @@
 //! A backend that fails while it runs: sessions are closed and replayed, the text stays what the
 //! whole model says, and nobody goes on with what was not computed. And clouds that compute in
 //! another arithmetic: what a device accepts, and what it says of it.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};

@@ -1,7 +1,6 @@
 //! A conversation on a real terminal: what is pasted is one message, ctrl-C stops an answer, and
 //! whoever reads the terminal next finds nothing there.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 #![expect(unsafe_code, reason = "a child of ours takes a terminal before it runs the program")]
 
 use std::fs::{File, OpenOptions};

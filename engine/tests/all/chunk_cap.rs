@@ -1,7 +1,5 @@
 //! A planned chunk of a prompt is no longer than the time for which it may keep a cloud's stage
 //! from other devices. The cloud is scripted, and so are the times that the plan is made from.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 

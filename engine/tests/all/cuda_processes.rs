@@ -4,8 +4,6 @@
 //!
 //! Without a C++ compiler these tests fail, unless `HAT_NO_EMULATOR` was set when they were built:
 //! then they count as ignored.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 mod counts;
 mod drafts;
 mod in_place;

@@ -1,7 +1,5 @@
 //! Waits for a cloud that is there and brings nothing nearer, and for one that is away: each ends.
 //! No verdict depends on how long that takes.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::time::{Duration, Instant};
 
 use crate::support::script::{self, Script};

@@ -1,6 +1,4 @@
 //! The roles on a bundle that is changed: before they start, and under them.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::Path;

@@ -1,7 +1,5 @@
 //! Flags and variables of the daemon: what they take, and that nothing is done before all are
 //! right.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};

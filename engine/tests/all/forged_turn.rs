@@ -1,7 +1,5 @@
 //! A user who writes a turn's markers into a message: they are text, over HTTP and at the command
 //! line, whatever type the model's file gives them.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

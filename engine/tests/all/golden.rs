@@ -1,8 +1,6 @@
 //! The forward pass against something nobody here wrote: logits that Hugging Face transformers
 //! (four families), or numpy over the `gguf` package's dequantised tensors (GGUF, the default
 //! model), computed once. How, and with which versions: `golden/README.md`.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::{Path, PathBuf};
 
 use crate::support::collect;

@@ -1,8 +1,6 @@
 //! Files that can't be written whole, since the disk is full: the program says which one, and
 //! leaves nothing of it. A limit on the size of files stands for the disk.
 #![cfg(unix)]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;

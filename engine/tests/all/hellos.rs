@@ -1,7 +1,5 @@
 //! Tests of the two HELLOs: fields that do not go together are named by the end that reads them,
 //! and no frame is longer than its reader takes.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 

@@ -1,6 +1,4 @@
 //! Bounds of a device: requests that wait, and prompts that are longer than anything fits.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::time::Duration;
 
 use crate::support::Bundles;

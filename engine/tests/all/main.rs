@@ -1,6 +1,8 @@
 //! The engine from outside: one binary, so that it is linked once. A test with a binary of its own
 //! has its reason in `Cargo.toml`.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod backend_faults;
 #[cfg(feature = "daemon")]
 mod chat;

@@ -1,7 +1,5 @@
 //! Models by path: what is taken, what is refused, and what is left in the cache; and the drafters
 //! that bundles find.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 #[path = "../../../loader/tests/files/mod.rs"]
 mod files;
 

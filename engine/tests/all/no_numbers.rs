@@ -1,7 +1,5 @@
 //! Rows that are no numbers, in the device's layers and in the cloud's: the request that they are
 //! of ends, and nobody else's, whoever shares its steps or comes after it.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 

@@ -1,7 +1,5 @@
 //! A device and clouds that say the wrong thing, too little, or nothing: every request ends, the
 //! device dials on, and it does not spin meanwhile. Verdicts rest on counts and on what is said.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -1,8 +1,6 @@
 //! Standard output that takes no more: a reader that went away ends each command quietly, and a
 //! full disk is an error that names it.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::OpenOptions;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};

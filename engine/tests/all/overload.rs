@@ -1,7 +1,5 @@
 //! Too much of everything, and devices that stop: what a cloud can't hold waits, comes back or is
 //! replayed, and the text is the whole model's all the same. Each case ends within seconds.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};

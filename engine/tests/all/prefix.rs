@@ -1,7 +1,5 @@
 //! Pages that a cloud keeps: turns of a conversation send their own rows and little else, and
 //! names that lie harm nobody.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};

@@ -1,7 +1,5 @@
 //! The roles as processes of their own, on the default model: what they hold in memory, and what
 //! happens when the cloud is killed in the middle of an answer.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::process::ExitStatusExt as _;

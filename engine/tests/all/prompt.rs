@@ -1,7 +1,5 @@
 //! Sources of the prompt of `generate`: an argument, a file, standard input; never two at once.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::File;
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};

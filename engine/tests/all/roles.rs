@@ -1,7 +1,5 @@
 //! The two roles against a world that gets things wrong: each case ends in a clear error that
 //! names the field, the file or the peer, and the cloud goes on saying the same to everybody else.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::Arc;

@@ -1,7 +1,5 @@
 //! A backend that does not come back from a step: the cloud says so and ends, its devices are told,
 //! and nobody waits for the thread that hangs.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,8 +1,6 @@
 //! Draft trees before there is a drafter: a device that speaks the protocol by hand sends a tree,
 //! commits a path of it and goes on, and gets the same bytes back as for a plain chain.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use crate::support::Bundles;
 use crate::support::hand::{HIDDEN, Hand, chain};
 use hat_engine::{Cloud, CloudConfig};

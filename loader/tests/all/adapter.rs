@@ -1,7 +1,5 @@
 //! A trained drafter in a bundle, and each way of being a bad one.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

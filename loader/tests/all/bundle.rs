@@ -1,7 +1,5 @@
 //! Bundles: what is written comes back.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::HashSet;
 
 use crate::files::bundle::{options, tiny, write};

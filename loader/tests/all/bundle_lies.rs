@@ -1,7 +1,5 @@
 //! Bundles that lie: each way of being bad.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::Path;
 
 use crate::files::bundle::{options, tiny, write};

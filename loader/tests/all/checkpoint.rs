@@ -1,7 +1,5 @@
 //! Hugging Face directories: what comes out of good ones, and each way of being bad.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::Path;
 
 use crate::files::{edit_json, write_directory, write_json, write_safetensors};

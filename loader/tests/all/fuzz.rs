@@ -1,8 +1,6 @@
 //! Valid files with some bytes changed: whatever they become, parsing them ends without a panic
 //! and without memory that the file doesn't justify.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::sync::LazyLock;
 
 use crate::files::gguf::Gguf;

@@ -1,7 +1,5 @@
 //! The generated model is deterministic, and its greedy text varies.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use hat_loader::layout::dequantise_row;
 use hat_loader::{DType, SourceModel, Tensor, TinyModel, generated};
 

@@ -1,7 +1,5 @@
 //! GGUF files: what comes out of good ones.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use crate::files::gguf::{
     Gguf, GgufTensor, Meta, assert_same_tensors, open, refused_metadata, sentence_piece, tiny,
 };

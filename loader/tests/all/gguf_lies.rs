@@ -1,7 +1,5 @@
 //! GGUF files that lie: each way of being bad.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use crate::files::gguf::{
     Gguf, GgufTensor, Meta, assert_same_tensors, open, open_bytes, refused, refused_metadata,
     sentence_piece, tiny,

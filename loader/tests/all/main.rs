@@ -1,5 +1,7 @@
 //! The loader from outside: files that are good, and each way of being bad.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod adapter;
 mod bundle;
 mod bundle_lies;

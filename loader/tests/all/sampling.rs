@@ -1,7 +1,5 @@
 //! Sampling defaults: from the model's files to the device's half of a bundle.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use crate::files::bundle::{options, tiny, write};
 use crate::files::gguf::{Gguf, Meta, open};
 use crate::files::{edit_json, write_directory, write_json};

@@ -1,7 +1,5 @@
 //! Opening a bundle reads its header and its manifest, and touches no weight.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use crate::files::bundle::{options, write};
 use hat_loader::{Role, TinyModel, Weights, generated};
 

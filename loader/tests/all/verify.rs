@@ -1,7 +1,5 @@
 //! Files that were changed on disk: before a bundle is opened, between two starts, while it is
 //! used; and paths that lead to no regular file.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

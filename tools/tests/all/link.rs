@@ -1,6 +1,4 @@
 //! `hat-link` as a process: what it says of wrong flags, and what it reports at its end.
-#![expect(clippy::unwrap_used, reason = "a test")]
-
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStderr, Command, Stdio};

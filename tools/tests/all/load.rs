@@ -1,8 +1,6 @@
 //! `hat-load` as a process: its devices say what the whole model says, what is wrong is named, and
 //! no process is left behind however it ends.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test")]
-
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};

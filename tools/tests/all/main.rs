@@ -1,5 +1,7 @@
 //! The tools as processes.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod link;
 mod load;
 mod output;

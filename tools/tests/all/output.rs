@@ -1,8 +1,6 @@
 //! Standard output that takes no more, for each tool: a reader that went away ends it quietly, and
 //! a full disk is an error that names it.
 #![cfg(target_os = "linux")]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

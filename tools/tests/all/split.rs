@@ -1,8 +1,6 @@
 //! `hat-split` with flags that can't work, and on a disk that is full: a limit on the size of files
 //! stands for it.
 #![cfg(unix)]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -7,8 +7,6 @@
 //! in the pools.
 //!
 //! `HAT_SEEDS` is how many seeds are tried, `HAT_SEED` the first. A failure names its seed.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,6 +1,4 @@
 //! `link_conforms`: one suite of rules, and three links that keep them.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 

@@ -18,8 +18,6 @@
 //! Two kinds of mutants it can't see, since both ends are honest and pings carry acknowledgements
 //! in the end: gaps that pass, and acknowledgements that are not sent in time. The unit tests of
 //! `conn` see those.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 

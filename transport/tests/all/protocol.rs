@@ -1,6 +1,4 @@
 //! `docs/PROTOCOL.md` against the code: its tables of numbers, and its example byte by byte.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::BTreeMap;
 
 use hat_transport::codec::Codec;

@@ -1,7 +1,5 @@
 //! The OpenAI-compatible API over a real engine: a generated model, an in-process cloud, real
 //! sockets.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
-
 pub(crate) mod client;
 mod hostile;
 mod limits;

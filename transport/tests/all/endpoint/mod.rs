@@ -1,6 +1,4 @@
 //! Endpoints over each link: sessions, reconnects, strangers, counts.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod counts;
 mod pair;
 mod reconnect;

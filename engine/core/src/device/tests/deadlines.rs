@@ -227,38 +227,12 @@ impl World {
                 let error = SessionError { code: *code, text: "a lie" };
                 self.say(&Message::SessionError(error));
             }
-            Act::Computed(first_id, count) => {
-                let row = first_id.saturating_add(u32::from(*count));
-                let is_told = self.told.range((session, row)..(session + 1, 0)).next().is_some();
-                if self.told.insert((session, row)) && !is_told {
-                    self.brings();
-                }
-                let arrivals = Arrivals::default();
-                self.say(&Message::Computed(Computed {
-                    first_id: *first_id,
-                    count: *count,
-                    queue_us: 1,
-                    step_us: 1,
-                    step_rows: 1,
-                    arrivals,
-                }));
-            }
+            Act::Computed(first_id, count) => self.computed(session, *first_id, *count),
             Act::Dropped(first_id, count) => {
                 self.say(&Message::Dropped(Dropped { first_id: *first_id, count: *count }));
             }
             Act::Ended => self.say(&Message::Ended),
-            Act::Output(ids) => {
-                let count = u16::try_from(ids.len()).unwrap();
-                let (arrivals, queue_us) = (Arrivals::default(), 1);
-                let head = OutputHead { count, queue_us, step_us: 2, step_rows: 3, arrivals };
-                let mut body = vec![0; head.payload_start() + ids.len() * HIDDEN * 4];
-                head.encode(ids, &mut body);
-                if ids.iter().any(|id| self.back.insert((session, *id))) {
-                    self.brings();
-                }
-                self.frame(Kind::Output, session, &body);
-                self.output = Some((session, body));
-            }
+            Act::Output(ids) => self.outputs(session, ids),
             Act::Again => {
                 if let Some((session, body)) = self.output.clone() {
                     self.frame(Kind::Output, session, &body);
@@ -273,6 +247,38 @@ impl World {
             }
             Act::Wait | Act::Down | Act::Up(_) | Act::Gone => {}
         }
+    }
+
+    /// The cloud says that rows are computed, which may be news.
+    fn computed(&mut self, session: u32, first_id: u32, count: u16) {
+        let row = first_id.saturating_add(u32::from(count));
+        let is_told = self.told.range((session, row)..(session + 1, 0)).next().is_some();
+        if self.told.insert((session, row)) && !is_told {
+            self.brings();
+        }
+        let arrivals = Arrivals::default();
+        self.say(&Message::Computed(Computed {
+            first_id,
+            count,
+            queue_us: 1,
+            step_us: 1,
+            step_rows: 1,
+            arrivals,
+        }));
+    }
+
+    /// The cloud answers rows, of which it may have none.
+    fn outputs(&mut self, session: u32, ids: &[u32]) {
+        let count = u16::try_from(ids.len()).unwrap();
+        let (arrivals, queue_us) = (Arrivals::default(), 1);
+        let head = OutputHead { count, queue_us, step_us: 2, step_rows: 3, arrivals };
+        let mut body = vec![0; head.payload_start() + ids.len() * HIDDEN * 4];
+        head.encode(ids, &mut body);
+        if ids.iter().any(|id| self.back.insert((session, *id))) {
+            self.brings();
+        }
+        self.frame(Kind::Output, session, &body);
+        self.output = Some((session, body));
     }
 
     /// Rows of the frames that are answered next.

@@ -187,7 +187,7 @@ impl Player {
     fn run(&mut self, text: &[TokenId]) -> anyhow::Result<Metrics> {
         loop {
             let mut is_idle = true;
-            self.core.handle_timeout(self.now, &|_| false);
+            self.core.handle_timeout(self.now, &|_| 0_usize);
             while let Some(work) = self.core.poll_work(self.now, true) {
                 compute(work, text);
                 self.core.handle_work(self.now, Duration::ZERO, None, &EndTokens::default());
