@@ -210,7 +210,7 @@ impl Device {
         let now = around.queue.instant();
         self.core.handle_traffic(Some(self.end.traffic()));
         let connection = &self.end.connection;
-        self.core.handle_timeout(now, &|session| connection.holds(session));
+        self.core.handle_timeout(now, &|session| connection.held(session));
         self.tell(around);
         self.transmit(around);
         if self.working.is_none() {
