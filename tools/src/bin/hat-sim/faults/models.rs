@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use hat_core::device::DeviceWork;
 use hat_plan::{DeviceForward, MiddleForward, MiddleStep};
-use hat_transport::conn::{ConnectionId, Frame};
+use hat_transport::conn::{ConnectionId, Frame, FrameSink};
 use hat_transport::endpoint::Endpoint;
 use hat_transport::frame::Kind;
 use hat_transport::message::{Busy, Message, SessionError, SessionErrorCode};
