@@ -12,12 +12,7 @@ use hat_core::request::{Event, Request};
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_core::wire::{BundleFacts, hello};
 use hat_emulator::simulated::Break;
-<<<<<<< HEAD
-use hat_plan::{DeviceForward, MiddleForward, MiddleStep, TokenId};
-use hat_transport::conn::{ConnectionId, Frame, FrameSink};
-=======
 use hat_plan::TokenId;
->>>>>>> 1a3f1ad (hat-sim: eight planted faults are each found by a seed, and CI runs a minute of seeds)
 use hat_transport::endpoint::{Endpoint, EndpointConfig};
 use hat_transport::message::{Hello, Role};
 use hat_transport::pool::PoolConfig;
