@@ -11,7 +11,8 @@ use crate::prose::line_of;
 const OTHERS_FLAGS: &[&str] =
     &["--path", "--open", "--no-binary", "--what", "--formats", "--flash"];
 /// Words in backticks that are no items: a formula, headers, an instruction, conventions.
-const OTHERS_WORDS: &[&str] = &["q_i", "Allow", "header_crc", "n8", "_max", "timeout_ms"];
+const OTHERS_WORDS: &[&str] =
+    &["q_i", "Allow", "header_crc", "n8", "_max", "timeout_ms", "sched_setattr"];
 
 /// Text in which an item may be defined.
 fn is_code(file: &str) -> bool {
@@ -41,7 +42,7 @@ fn spelled(text: &str) -> impl Iterator<Item = (usize, &str)> {
 fn of_fields(text: &str, flags: &mut BTreeSet<String>) {
     let mut is_long = false;
     for line in text.lines().map(str::trim) {
-        if line.starts_with("#[arg(") {
+        if line.starts_with("#[arg(") || line == "long," {
             is_long |= words(line).any(|word| word == "long");
         } else if let Some((name, _)) = line.split_once(": ")
             && is_long
