@@ -200,9 +200,11 @@ impl Request {
         self.prepared.rows_max().saturating_sub(self.path.rows() + 1)
     }
 
-    /// True if all that is to be computed is the last decided token: drafts may hang below it.
+    /// True if all that is to be computed is the last decided token, and not as the rest of a
+    /// chunk: drafts may hang below it.
     pub(super) fn is_decoding(&self) -> bool {
-        !self.in_prefill() && self.computed() + 1 == self.path.rows()
+        let is_whole = self.session.open().is_none_or(|open| open.chunk.left == 0);
+        is_whole && !self.in_prefill() && self.computed() + 1 == self.path.rows()
     }
 
     /// Rows that the cloud holds and that are to be computed next; 0 if there are none left. Others

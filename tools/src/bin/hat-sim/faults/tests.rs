@@ -53,3 +53,11 @@ fn each_planted_fault_is_found() {
         assert!(with(fault, seed, &stage).is_err(), "seed {seed} no longer finds {fault:?}");
     }
 }
+
+/// A seed that found the last row of a chunk at the root of a tree, while the cloud was promised
+/// the rest of the chunk.
+#[test]
+fn no_tree_begins_within_a_chunk() {
+    let found = run(draw(7237), &Real::new().unwrap());
+    assert!(found.is_ok(), "{}", found.unwrap_err().what);
+}

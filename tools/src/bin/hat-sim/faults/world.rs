@@ -417,7 +417,7 @@ impl<'a> World<'a> {
             // The cloud is away too long, or lost the session too often.
             RequestError::Peer { reason, .. } if reason.contains("said nothing new") => self.stalls,
             RequestError::Peer { reason, .. } => {
-                let known = ["(waited", "forgot the session", "ended the session"];
+                let known = ["(waited", "of trying", "forgot the session", "ended the session"];
                 known.iter().any(|known| reason.contains(known))
             }
         }
