@@ -554,3 +554,37 @@ fn close_codes_are_of_two_kinds() {
         assert!(pauses.iter().all(|pause| *pause <= 5000 * MS), "{pauses:?}");
     }
 }
+
+/// A session that the cloud has lost leaves no frame behind: nobody waits for its rows.
+#[test]
+fn rows_of_a_lost_session_do_not_leave() {
+    let mut bed = Bed::new();
+    bed.up(false);
+    bed.submit(DraftMode::Off);
+    bed.step();
+    bed.answer();
+    while bed.step() {}
+    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
+    let evicted = SessionError { code: SessionErrorCode::Evicted, text: "made room" };
+    bed.say(bed.opens, &Message::SessionError(evicted));
+    while bed.step() {}
+    assert!(bed.queue.frames.iter().all(|frame| frame.kind != Kind::Rows));
+}
+
+/// The owner is told when a cloud without room is to be asked again.
+#[test]
+fn a_busy_cloud_is_asked_again_in_time() {
+    let mut bed = Bed::new();
+    bed.up(false);
+    bed.submit(DraftMode::Off);
+    bed.step();
+    bed.queue.frames.clear();
+    bed.say(1, &Message::Busy(hat_transport::message::Busy { retry_after_ms: 700 }));
+    while bed.step() {}
+    while bed.core.poll_event().is_some() {}
+    let wait = bed.core.poll_timeout(bed.now).expect("there is a time to ask again");
+    assert!(wait <= 700 * MS && wait > 600 * MS, "{wait:?}");
+    bed.now += wait;
+    bed.step();
+    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Open));
+}

@@ -183,6 +183,26 @@ fn a_device_that_does_not_read_is_sent_away() {
     assert_eq!(bed.core.figures().sessions, 1);
 }
 
+/// A device that takes some of its outputs now and then reads: its time begins anew with each.
+#[test]
+fn a_device_that_reads_slowly_is_not_sent_away() {
+    let mut bed = Bed::new();
+    let device = bed.connect();
+    bed.open(device, 1, &[]);
+    bed.transmit();
+    for id in 1..=6 {
+        bed.sink.full.insert(device);
+        for id in [2 * id - 1, 2 * id] {
+            bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(id, 1) }, &[], &[id]);
+            bed.settle();
+        }
+        bed.now += 600 * MS;
+        bed.sink.full.clear();
+        bed.transmit();
+        assert!(bed.core.poll_close().is_none(), "it took some after 600 ms");
+    }
+}
+
 /// A device whose queue has no room for an answer either is not waited for at all.
 #[test]
 fn a_device_that_takes_no_answer_is_closed_once() {

@@ -69,6 +69,23 @@ fn an_idle_session_gives_way_and_a_busy_one_does_not() {
     assert_eq!(bed.heard(busy, 1), [Heard::Opened(0), rows]);
 }
 
+/// A session whose step has taken long is not idle when it ends: its device hears of it first.
+#[test]
+fn a_session_is_idle_from_the_end_of_its_last_step_on() {
+    let mut bed = Bed::with(4, |_| {});
+    let (one, next) = (bed.connect(), bed.connect());
+    bed.open(one, 1, &[]);
+    bed.rows(one, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
+    assert_eq!(bed.plan(), 1);
+    bed.now += 5000 * MS;
+    bed.settle();
+    bed.open(next, 1, &[]);
+    retry_of(&bed.heard(next, 1));
+    bed.now += 1000 * MS;
+    bed.open(next, 2, &[]);
+    assert_eq!(bed.heard(next, 2), [Heard::Opened(0)]);
+}
+
 /// None is ended where that would not make enough room.
 #[test]
 fn nobody_gives_way_in_vain() {
