@@ -190,8 +190,8 @@ pub struct EngineConfig {
     /// The only arithmetic that the cloud's layers may compute in; any that is known without.
     /// 1 is that of the CPUs, 2 that of CUDA (`docs/ARITHMETIC.md`, `docs/KERNELS.md`).
     pub cloud_arithmetic: Option<u32>,
-    /// Time without a token or new rows that a request spends waiting for a cloud that is away, or has
-    /// no room, before it fails. Four times as much may go by in all while a cloud is there.
+    /// Time without a token or new rows that a request spends waiting for a cloud that is away, or
+    /// has no room, before it fails. Four times as much may go by in all while a cloud is there.
     pub reconnect: Duration,
     /// Network of memory links; set by the engine that starts its own cloud.
     pub(crate) memory: Option<MemoryNet>,

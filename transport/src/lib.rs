@@ -15,6 +15,7 @@
 //! ```
 //! use std::sync::Arc;
 //! use hat_transport::clock::SystemClock;
+//! use hat_transport::conn::FrameSink;
 //! use hat_transport::link::memory::MemoryNet;
 //! use hat_transport::message::{Hello, Message, Open, Role};
 //! use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
