@@ -130,7 +130,7 @@ pub struct Connection {
     epoch: u64,
     /// True if a peer was told of `epoch`.
     used: bool,
-    /// Whether the peer has shown that it knows `epoch`.
+    /// True if the peer has shown that it knows `epoch`.
     known: bool,
     hello_sent: bool,
     deframer: Deframer,

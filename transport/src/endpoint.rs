@@ -266,7 +266,7 @@ impl Endpoint {
         self.held(id, session) > 0
     }
 
-    /// How many these are.
+    /// Number of these.
     #[must_use]
     pub fn held(&self, id: ConnectionId, session: u32) -> usize {
         self.connections.get(&id).map_or(0, |slot| slot.connection.held(session))

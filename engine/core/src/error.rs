@@ -1,4 +1,4 @@
-//! Why a request is refused, and why one that runs ends without an answer.
+//! Errors of requests: those that are refused, and those that end without an answer.
 
 use hat_plan::BackendFault;
 

@@ -90,7 +90,7 @@ impl PageNames {
         Self { hasher, rows: 0, ids: Vec::new() }
     }
 
-    /// Room for the names of a path of so many rows in all.
+    /// Room for the names of a path of this many rows in all.
     pub fn reserve(&mut self, rows: usize) {
         self.ids.reserve((rows / PAGE_SIZE).saturating_sub(self.ids.len()));
     }

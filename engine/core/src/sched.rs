@@ -80,14 +80,14 @@ impl Bound {
     pub const NONE: Self =
         Self { step: u64::MAX, fixed: 0, row: 0, row_context: 0, piece: u32::MAX };
 
-    /// A step may take any time, but no more than so many rows of one prompt (Sarathi-Serve, arXiv
-    /// 2403.02310).
+    /// A step may take any time, but no more than this many rows of one prompt (Sarathi-Serve,
+    /// arXiv 2403.02310).
     #[must_use]
     pub const fn of_rows(piece: u32) -> Self {
         Self { piece, ..Self::NONE }
     }
 
-    /// Whether a step with prompts may not take as long as it likes.
+    /// True if the time of a step with prompts is bounded.
     fn is_timed(&self) -> bool {
         self.step < u64::MAX
     }

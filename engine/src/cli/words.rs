@@ -22,7 +22,7 @@ fn runs(runs: &[Range<usize>]) -> Option<String> {
     (!words.is_empty()).then(|| words.join(" and "))
 }
 
-/// The answers of so many tokens that a role has room for at once.
+/// The answers of this many tokens that a role has room for at once.
 pub(crate) fn room(answers: u32, context: u32) -> String {
     match answers {
         1 => format!("1 answer at once, of {context} tokens with its prompt"),

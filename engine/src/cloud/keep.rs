@@ -25,7 +25,7 @@ use crate::Error;
 use crate::config::Processor;
 use crate::{endpoint, watch};
 
-/// What the owner of a cloud and its threads both see, whichever run it is.
+/// State shared by a cloud's owner and its threads, over all runs.
 #[derive(Default)]
 pub(super) struct Seen {
     pub(super) counters: Arc<CloudCounters>,
@@ -140,7 +140,7 @@ impl Run {
     }
 }
 
-/// What a cloud says of itself.
+/// HELLO of a cloud.
 fn hello(
     config: &CloudConfig,
     facts: &BundleFacts,
@@ -155,7 +155,7 @@ fn hello(
     })
 }
 
-/// Who waits for the end of a run.
+/// Waiter for the end of a run.
 pub(super) struct Keeper {
     pub(super) config: CloudConfig,
     pub(super) model_id: ModelId,

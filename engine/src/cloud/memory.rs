@@ -1,4 +1,4 @@
-//! What a cloud may come to hold, owner by owner.
+//! Memory that a cloud may come to hold, owner by owner.
 
 use hat_core::cloud::OUTBOX_BYTES_MAX;
 use hat_core::page::pages_for;

@@ -78,7 +78,7 @@ impl CloudCounters {
         ]
     }
 
-    /// What the runs so far have left here.
+    /// Totals of all runs so far.
     fn figures(&self) -> CloudFigures {
         let mut figures = CloudFigures::default();
         for (counter, figure) in self.with(&mut figures) {
@@ -134,7 +134,7 @@ impl Cloud {
         Ok(Self { address, seen, keeper: Some(keeper) })
     }
 
-    /// Where it listens; the port is the one that the system chose if 0 was configured.
+    /// Address that it listens at; the port is the one that the system chose if 0 was configured.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -146,7 +146,7 @@ impl Cloud {
         self.seen.describe()
     }
 
-    /// What it has done so far.
+    /// Totals so far.
     #[must_use]
     pub fn counters(&self) -> &CloudCounters {
         &self.seen.counters
@@ -164,8 +164,8 @@ impl Cloud {
         let _ = self.join_for_fault();
     }
 
-    /// As [`Cloud::join`], and says whether a backend was lost, so that another one may serve the
-    /// sessions, which their devices replay.
+    /// As [`Cloud::join`], and returns true if a backend was lost, so that another one may serve
+    /// the sessions, which their devices replay.
     #[doc(hidden)]
     #[must_use]
     pub fn join_for_fault(mut self) -> Option<BackendFault> {

@@ -25,17 +25,17 @@ const LAST_TURN_TIME: Duration = Duration::from_millis(20);
 /// The same for the errors that sessions are closed with when the backend is lost.
 const FAREWELL_TURN_TIME: Duration = Duration::from_millis(5);
 
-/// What the io thread starts with.
+/// Parts that the io thread starts with.
 pub(super) struct Start {
     pub(super) config: CloudConfig,
-    /// What the cloud says of itself.
+    /// HELLO of this cloud.
     pub(super) hello: Hello,
     pub(super) core: CloudCore,
     pub(super) watch: watch::Start,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) stages: Stages,
-    /// Where a fault that lasts is put.
+    /// Cell for a fault that lasts.
     pub(super) fault: Arc<OnceLock<BackendFault>>,
     pub(super) clock: Arc<dyn Clock>,
 }
@@ -80,7 +80,7 @@ struct Shell {
     endpoint: Endpoint,
     guard: watch::Guard,
     core: CloudCore,
-    /// When the turn at hand began.
+    /// Time at the start of this round.
     now: Instant,
     clock: Arc<dyn Clock>,
     counters: Arc<CloudCounters>,

@@ -121,7 +121,7 @@ impl Address {
     /// The first of the host's addresses that is of this machine.
     ///
     /// # Errors
-    /// Why there is none, and whether that can change.
+    /// Reason that there is none, and the chance of a change.
     pub fn resolve(&self) -> Result<SocketAddr, Unresolved> {
         let found = match &self.host {
             Host::Ip(ip) => vec![*ip],

@@ -57,7 +57,7 @@ impl Drop for Waits {
     }
 }
 
-/// What callers and the engine thread both see.
+/// State shared by callers and the engine thread.
 pub(crate) struct Shared {
     pub(crate) text: Text,
     pub(crate) config: LlamaConfig,
@@ -67,15 +67,15 @@ pub(crate) struct Shared {
     /// Requests without a session so far, in the queue or on the engine thread.
     waiting: AtomicU64,
     pub(crate) stop: AtomicBool,
-    /// Whether the engine thread takes no more requests, since it ends.
+    /// True if the engine thread takes no more requests, since it ends.
     pub(crate) ended: AtomicBool,
     metrics: Mutex<EngineMetrics>,
-    /// What computes now.
+    /// Description of the present backends.
     describe: Mutex<Described>,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
-/// What computes, one line each for people.
+/// Descriptions of the backends, one line each for people.
 #[derive(Default)]
 pub(crate) struct Described {
     device: String,
@@ -248,9 +248,9 @@ impl Engine {
         &self.model_name
     }
 
-    /// How the model's makers sample from it, from its `generation_config.json` or GGUF metadata;
-    /// greedy if they don't say. Requests are greedy whatever it is, unless a caller takes it, as
-    /// the HTTP API does where a request is silent.
+    /// Sampling settings that the model's makers recommend, from its `generation_config.json` or
+    /// GGUF metadata; greedy if they give none. Requests are greedy whatever it is, unless a caller
+    /// takes it, as the HTTP API does where a request is silent.
     #[must_use]
     pub fn sampling(&self) -> SamplerConfig {
         let (model, off) = (&self.sampling, SamplerConfig::default());
@@ -297,13 +297,13 @@ impl Engine {
         self.shared.waiting.load(Ordering::Relaxed)
     }
 
-    /// Whether the cloud is connected now.
+    /// True if the cloud is connected now.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.shared.connected.load(Ordering::Acquire)
     }
 
-    /// Waits until the cloud is connected; says whether it is.
+    /// Waits until the cloud is connected; returns true if it is.
     #[must_use]
     pub fn wait_connected(&self, timeout: Duration) -> bool {
         let end = self.shared.clock.now() + timeout;
@@ -341,7 +341,7 @@ impl Engine {
         self.split_layer
     }
 
-    /// Whether it has stopped by itself, since its link or its backend failed: it answers nothing
+    /// True if it has stopped by itself, since its link or its backend failed: it answers nothing
     /// any more.
     #[doc(hidden)]
     #[must_use]

@@ -24,11 +24,11 @@ use crate::{Error, Event, watch};
 struct Cloud {
     address: Address,
     resolver: Resolver,
-    /// Whether it is to be dialled as soon as it is known.
+    /// True if it is to be dialled as soon as it is known.
     dials: bool,
 }
 
-/// Whoever asked for an answer.
+/// A request's caller.
 struct Call {
     events: Sender<Result<Event, Error>>,
     cancelled: Arc<AtomicBool>,
@@ -45,7 +45,7 @@ pub(super) struct Device {
     connection: Option<ConnectionId>,
     core: DeviceCore,
     calls: BTreeMap<RequestId, Call>,
-    /// Why this device's own backend is lost, if it is.
+    /// Reason that this device's own backend is lost, if it is.
     lost: Option<BackendFault>,
     /// Events of the last turn.
     arrived: Vec<LinkEvent>,
@@ -224,7 +224,7 @@ impl Device {
         }
     }
 
-    /// Runs one computation; says whether there was one.
+    /// Runs one computation; returns true if there was one.
     fn compute(&mut self, now: Instant, begins: bool) -> bool {
         let Some(work) = self.core.poll_work(now, begins) else { return false };
         let Start { shared, model, .. } = &mut self.start;

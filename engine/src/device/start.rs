@@ -19,7 +19,7 @@ use super::{Described, Job, Shared, open_bundle, trained};
 use crate::config::{self, CloudAddress, EngineConfig};
 use crate::{Error, endpoint, processor, watch};
 
-/// What the engine thread starts with.
+/// Parts that the engine thread starts with.
 pub(super) struct Start {
     pub(super) config: EngineConfig,
     pub(super) facts: BundleFacts,
@@ -66,13 +66,13 @@ impl Start {
         }
     }
 
-    /// What computes now.
+    /// Description of the present backends.
     pub(super) fn describe(&self, drafter: Option<&dyn Trained>) -> Described {
         let drafter = drafter.map(Trained::describe);
         Described { device: self.model.describe(), drafter }
     }
 
-    /// What this device says of itself.
+    /// HELLO of this device.
     pub(super) fn hello(&self) -> Hello {
         let BundleFacts { hidden_size, layers, model_id, .. } = &self.facts;
         Hello {

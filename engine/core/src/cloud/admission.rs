@@ -1,4 +1,4 @@
-//! Who gets in: whose turn it is when there is no room, and when to come back.
+//! Admission: order of the devices when there is no room, and time for each to come back.
 //!
 //! A session ends on its own, and its pages are free then; so the time until the next one ends is
 //! the mean life of a session over how many there are. Each refused device is given the next such
@@ -19,7 +19,7 @@ const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 /// The device first in line comes back soon: what is kept for it is of no use meanwhile.
 const FIRST_RETRY_MAX: Duration = Duration::from_millis(250);
-/// How long a session is taken to live before one has ended.
+/// Assumed life of a session before one has ended.
 const LIFE_UNKNOWN: Duration = Duration::from_secs(1);
 /// A device that was refused so often goes before others that come by.
 const REFUSALS_MAX: u32 = 3;
@@ -35,12 +35,12 @@ struct Refused {
     times: u32,
     /// Sessions that the device has.
     sessions: u32,
-    /// When it was to come back; what it asks before that is counted once.
+    /// Time at which it was to come back; all that it asks before counts once.
     due: Instant,
 }
 
 impl Refused {
-    /// Whether it goes before a device that has `sessions` sessions.
+    /// True if it goes before a device that has `sessions` sessions.
     fn is_before(&self, sessions: u32) -> bool {
         match (self.sessions, sessions) {
             (0, 1..) => true,
@@ -56,9 +56,9 @@ pub(super) struct Admission {
     refused: Vec<Refused>,
     /// Mean life of a session, seconds.
     life_s: Average,
-    /// When the next session is expected to end that nobody waits for yet.
+    /// Time at which the next session is expected to end that nobody waits for yet.
     next_end: Option<Instant>,
-    /// How many were sent away for the longest time.
+    /// Number of devices sent away for the longest time.
     far: u32,
 }
 
@@ -87,7 +87,7 @@ impl Admission {
         before.iter().find(is_before).map(|refused| refused.pages)
     }
 
-    /// When the next device that finds no room is to come back, with `open` sessions open.
+    /// Time until the next device that finds no room is to come back, with `open` sessions open.
     pub(super) fn next_turn(&mut self, now: Instant, open: usize) -> Duration {
         let life = self.life_s.value().map_or(LIFE_UNKNOWN, Duration::from_secs_f64);
         let share = life.div_f64(open.max(1) as f64);
@@ -102,8 +102,8 @@ impl Admission {
         RETRY_MAX / 2 + (RETRY_MAX / 32) * (self.far.wrapping_mul(7) % 16)
     }
 
-    /// A device that has `sessions` sessions found no room for one more of so many pages, and
-    /// would come back after `retry`; says when it shall.
+    /// A device that has `sessions` sessions found no room for one more of this many pages, and
+    /// would come back after `retry`; returns the time at which it shall.
     pub(super) fn refuse(
         &mut self,
         now: Instant,

@@ -15,11 +15,11 @@ use crate::sched::{SessionKey, Work};
 pub struct StepBatch {
     /// Rows, in and out, and what they attend to.
     pub step: MiddleStep,
-    /// When the first stage began.
+    /// Begin of the first stage.
     pub began: Option<Instant>,
-    /// How long the stages computed, all together.
+    /// Time that the stages computed, all together.
     pub took: Duration,
-    /// Why its rows mean nothing, if they don't.
+    /// Fault because of which its rows mean nothing, if there was one.
     pub fault: Option<BackendFault>,
     /// Sessions in the order of the step's sequences, and their connections.
     pub(super) sessions: Vec<(SessionKey, ConnectionId)>,
@@ -53,12 +53,12 @@ impl StepBatch {
         self.fault = None;
     }
 
-    /// How long the stages computed, all together, in microseconds.
+    /// Time that the stages computed, all together, in microseconds.
     pub(super) fn took_us(&self) -> u32 {
         u32::try_from(self.took.as_micros()).unwrap_or(u32::MAX)
     }
 
-    /// How long the rows of session `index` waited for the step.
+    /// Time that the rows of session `index` waited for the step.
     pub(super) fn queue_us(&self, index: usize) -> u32 {
         let waited = self.began.zip(self.rows[index].complete_at);
         let waited = waited

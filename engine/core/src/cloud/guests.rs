@@ -23,9 +23,9 @@ use crate::sched::DeviceKey;
 /// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
 /// prompt for the tail layers of a large model; a device that reads comes near with these alone.
 pub const OUTBOX_BYTES_MAX: usize = 32 << 20;
-/// How soon buffers are looked for again.
+/// Interval at which buffers are looked for again.
 const BUFFER_RETRY: Duration = Duration::from_millis(1);
-/// How soon a full queue is looked at again.
+/// Interval at which a full queue is looked at again.
 const FULL_RETRY: Duration = Duration::from_millis(20);
 /// The reason in the CLOSE for a device that does not read.
 const NOT_READ: &str = "you do not read your answers";
@@ -83,7 +83,7 @@ struct Guest {
     told: (u64, Duration),
 }
 
-/// What became of a connection's first waiting output.
+/// Outcome for a connection's first waiting output.
 enum Flushed {
     Sent,
     Empty,
@@ -103,7 +103,7 @@ pub(super) struct Guests {
     answers: VecDeque<(ConnectionId, u32, Reply)>,
     /// Connections with outputs that wait, in turn.
     unsent: VecDeque<ConnectionId>,
-    /// When outputs that wait are to be tried again.
+    /// Time at which waiting outputs are to be tried again.
     retry_at: Option<Instant>,
     closes: VecDeque<(ConnectionId, CloseCode, String)>,
     /// Connections that were closed since their device does not read its outputs.
@@ -118,12 +118,12 @@ impl Guests {
         self.by_id.insert(id, Guest { device: self.devices, ..Guest::default() });
     }
 
-    /// A connection is over; says which device it was.
+    /// A connection is over; returns the device.
     pub(super) fn remove(&mut self, id: ConnectionId) -> Option<DeviceKey> {
         self.by_id.remove(&id).map(|guest| guest.device)
     }
 
-    /// A connection has a socket, whose device takes frames of so many bytes, or has none.
+    /// A connection has a socket, whose device takes frames of this many bytes, or has none.
     pub(super) fn set_up(&mut self, id: ConnectionId, frame_bytes_max: Option<usize>) {
         if let Some(guest) = self.by_id.get_mut(&id) {
             guest.is_up = frame_bytes_max.is_some();
@@ -156,14 +156,14 @@ impl Guests {
         self.sent_away
     }
 
-    /// What a connection has brought so far.
+    /// Notes the traffic of a connection so far.
     pub(super) fn note_traffic(&mut self, id: ConnectionId, traffic: &Traffic) {
         if let Some(guest) = self.by_id.get_mut(&id) {
             guest.arrived = (traffic.arrived_bytes, traffic.arrived_in);
         }
     }
 
-    /// What a connection brought, and how fast, since the last time that it was told.
+    /// Bytes that a connection brought, and their rate, since the last report to it.
     pub(super) fn arrivals(&mut self, id: ConnectionId) -> Arrivals {
         let Some(guest) = self.by_id.get_mut(&id) else { return Arrivals::default() };
         let (bytes, time) = std::mem::replace(&mut guest.told, guest.arrived);
@@ -279,7 +279,7 @@ impl Guests {
         too_long
     }
 
-    /// When [`Self::flush`] is to be called again.
+    /// Time at which [`Self::flush`] is to be called again.
     pub(super) fn retry_at(&self) -> Option<Instant> {
         self.retry_at
     }

@@ -118,7 +118,7 @@ pub struct CloudFigures {
 /// The cloud's side of the protocol, for any number of connections.
 pub struct CloudCore {
     config: CloudCoreConfig,
-    /// What the cloud says of itself.
+    /// HELLO of this cloud.
     hello: Hello,
     guests: Guests,
     sessions: Sessions,
@@ -137,7 +137,7 @@ pub struct CloudCore {
 }
 
 impl CloudCore {
-    /// A cloud that says `hello`, with a KV store of so many pages; `figures` are of the runs
+    /// A cloud that says `hello`, with a KV store of this many pages; `figures` are of the runs
     /// before this one.
     pub fn new(config: CloudCoreConfig, hello: Hello, pages: u32, figures: CloudFigures) -> Self {
         Self {
@@ -250,14 +250,14 @@ impl CloudCore {
         self.fault.take()
     }
 
-    /// When [`Self::poll_transmit`] and [`Self::poll_fault`] are to be asked again, if nothing
-    /// happens before.
+    /// Time at which [`Self::poll_transmit`] and [`Self::poll_fault`] are to be called again, if
+    /// nothing happens before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let stuck_at = self.planner.stuck_at(self.config.step_within);
         self.guests.retry_at().into_iter().chain(stuck_at).min()
     }
 
-    /// What was done so far, and what is held now.
+    /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
         let refused = self.figures.refused + self.guests.sent_away();
         let (free, idle) = self.pages.free_and_idle();
@@ -305,7 +305,7 @@ impl CloudCore {
         Ok(())
     }
 
-    /// Whether a session can be had as it is asked for, apart from room; gives its codec.
+    /// Checks that a session can be had as asked for, apart from room; gives its codec.
     fn check_open(
         &self,
         from: ConnectionId,
@@ -414,7 +414,7 @@ impl CloudCore {
         Ok(())
     }
 
-    /// Makes room for a session of so many pages; says whether there is.
+    /// Makes room for a session of this many pages; returns true if there is.
     fn make_room(&mut self, now: Instant, from: ConnectionId, pages: usize) -> bool {
         let Some(device) = self.guests.device(from) else { return false };
         let sessions = self.sessions.count_of(from);
@@ -461,7 +461,7 @@ impl CloudCore {
         }
     }
 
-    /// What a device is told that finds no room for a session of so many pages.
+    /// Retry time for a device that finds no room for a session of `pages` pages.
     fn retry_after_ms(&mut self, now: Instant, from: ConnectionId, pages: usize) -> u32 {
         let device = self.guests.device(from).unwrap_or(0);
         let sessions = self.sessions.count_of(from);

@@ -42,8 +42,8 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    /// What is said of a chunk of which no row comes back; `None` if some do, or if it ran as
-    /// zeros since something is wrong with it.
+    /// Confirmation of a chunk of which no row comes back; `None` if some do, or if it ran as zeros
+    /// since something is wrong with it.
     pub(super) fn computed(&self) -> Option<Computed> {
         let OutputHead { queue_us, step_us, step_rows, arrivals, .. } = self.head;
         self.rows.ids.first()?;

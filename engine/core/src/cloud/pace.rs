@@ -1,4 +1,5 @@
-//! How long a step with prompts may take: short while somebody decodes, longer while nobody does.
+//! Limit on the time of a step with prompts: short while somebody decodes, longer while nobody
+//! does.
 //!
 //! A verify that comes while such a step runs waits for its end. So while any session decodes, a
 //! step of prompts and the verifies behind it take a few times as long as one verify alone. What
@@ -34,7 +35,7 @@ pub(super) struct Pace {
     /// Rows in a step of verifies, and rows that one of them attends to.
     verify_rows: Average,
     context: Average,
-    /// When a session's last verify came.
+    /// Time of each decoding session's last verify.
     decoders: BTreeMap<SessionKey, Instant>,
     latest: Option<Instant>,
 }

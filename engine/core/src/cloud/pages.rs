@@ -13,7 +13,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// A store of so many pages, all free.
+    /// A store of this many pages, all free.
     pub(super) fn new(pages: u32) -> Self {
         Self { pool: PagePool::new(pages), names: PrefixCache::default() }
     }

@@ -9,7 +9,7 @@ use super::batch::StepBatch;
 use super::pace::Pace;
 use crate::sched::{Bound, Scheduler, SessionKey, Work};
 
-/// What runs next.
+/// Planner of the next step.
 pub(super) struct Planner {
     scheduler: Scheduler,
     pace: Pace,
@@ -21,7 +21,7 @@ pub(super) struct Planner {
     idle: Vec<StepBatch>,
     /// Batches that were handed out.
     out: usize,
-    /// When a step ended, or began while none was on its way.
+    /// Time at which a step ended, or began while none was on its way.
     moved_at: Option<Instant>,
     /// The step that was planned last takes so long that planning the next one ahead saves little.
     is_long: bool,
@@ -54,7 +54,7 @@ impl Planner {
         self.scheduler.queued()
     }
 
-    /// Where moves go that ride with the next step.
+    /// Row moves that ride with the next step.
     pub(super) fn moves(&mut self) -> &mut Vec<RowMove> {
         &mut self.moves
     }
@@ -126,13 +126,13 @@ impl Planner {
         self.idle.push(batch);
     }
 
-    /// What a step took.
+    /// Notes the time of a step.
     pub(super) fn note_step(&mut self, batch: &StepBatch) {
         let rows = batch.step.plan.rows();
         self.pace.note_step(rows, batch.attended, batch.urgent_rows, batch.took);
     }
 
-    /// When the steps on their way are taken for stuck; `None` if there are none.
+    /// Time at which the steps on their way count as stuck; `None` if there are none.
     pub(super) fn stuck_at(&self, within: Duration) -> Option<Instant> {
         self.moved_at.filter(|_| self.out > 0).map(|at| at + within)
     }

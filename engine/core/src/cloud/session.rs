@@ -15,7 +15,7 @@ use crate::prefix::{PageId, PrefixScope};
 use crate::sequence::{PlanBuffers, Sequence};
 use hat_transport::codec::Codec;
 
-/// What the rows of a session to be depend on.
+/// Scope that the rows of a new session depend on.
 pub(super) fn scope_of(open: &Open<'_>) -> PrefixScope {
     PrefixScope {
         entry_layer: open.entry_layer,
@@ -26,7 +26,7 @@ pub(super) fn scope_of(open: &Open<'_>) -> PrefixScope {
     }
 }
 
-/// Whether an OPEN names no more pages than a prompt can fill: its last row is always computed.
+/// Checks that an OPEN names no more pages than a prompt can fill: its last row is always computed.
 pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
     let (named, rows_max) = (open.pages.len(), open.rows_max);
     let named_max = rows_max.saturating_sub(1) as usize / PAGE_SIZE;
@@ -36,7 +36,7 @@ pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
     Err(SessionViolation::Names { named, rows_max, named_max })
 }
 
-/// What waits to be applied, in order of arrival.
+/// An item that waits to be applied, in order of arrival.
 #[derive(Clone, Copy)]
 pub(super) enum Item {
     Chunk(Chunk),
@@ -56,7 +56,7 @@ pub(super) struct Chunk {
     urgent: bool,
     /// Rows that are decided.
     pub(super) decided: u32,
-    /// When its last frame came; `None` before.
+    /// Arrival of its last frame; `None` before.
     complete_at: Option<Instant>,
     planned: Planned,
 }
@@ -78,7 +78,7 @@ pub(super) struct Planned {
 pub(super) struct Spent {
     /// Id of the chunk's first row.
     first_id: u32,
-    /// How long the chunk waited for its first step.
+    /// Time that the chunk waited for its first step.
     pub(super) queue_us: u32,
     pub(super) step_us: u32,
     /// Rows of the steps, those of others included.
@@ -94,7 +94,7 @@ pub(super) struct StepRows {
     pub(super) wanted: Vec<u32>,
     /// Their ids. `[wanted]`
     pub(super) wanted_ids: Vec<u32>,
-    /// When the last row of their chunk had come.
+    /// Arrival of the last row of their chunk.
     pub(super) complete_at: Option<Instant>,
     /// Their chunk up to them.
     pub(super) planned: Planned,
@@ -115,11 +115,11 @@ pub(super) struct Session {
     pub(super) wire_id: u32,
     pub(super) codec: Codec,
     pub(super) sequence: Sequence,
-    /// What its rows depend on beside their tokens.
+    /// Scope that its rows depend on beside their tokens.
     pub(super) scope: PrefixScope,
     /// Names of its prompt's full pages; empty when all are known.
     names: Vec<PageId>,
-    /// So many of them are known.
+    /// Number of them whose content is known.
     named: usize,
     pub(super) items: VecDeque<Item>,
     /// The chunk whose end has not come.
@@ -130,7 +130,7 @@ pub(super) struct Session {
     pub(super) in_flight: u32,
     spent: Spent,
     pub(super) opened_at: Instant,
-    /// When a frame came last, or an output went.
+    /// Time of the last frame from it, or output to it.
     pub(super) active_at: Instant,
 }
 
@@ -204,7 +204,7 @@ impl Session {
         }
     }
 
-    /// Whether it has nothing to do, and nothing was heard of it for so long.
+    /// True if it has nothing to do, and nothing was heard of it for `idle_after`.
     pub(super) fn is_idle(&self, now: Instant, idle_after: Duration) -> bool {
         let silent = now.saturating_duration_since(self.active_at) >= idle_after;
         silent && self.next().is_none() && self.in_flight == 0
@@ -219,7 +219,7 @@ impl Session {
     }
 
     /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `void.dropped`.
-    /// Says whether chunks were taken out of the queue.
+    /// Returns true if chunks were taken out of the queue.
     pub(super) fn take_rows(
         &mut self,
         now: Instant,

@@ -66,7 +66,7 @@ impl Sessions {
         self.of(connection).collect()
     }
 
-    /// How many sessions a connection has.
+    /// Number of a connection's sessions.
     pub(super) fn count_of(&self, connection: ConnectionId) -> u32 {
         u32::try_from(self.of(connection).count()).expect("session ids are u32")
     }

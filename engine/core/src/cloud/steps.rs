@@ -1,4 +1,4 @@
-//! What runs next, and what comes of it.
+//! Begin and end of a step.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! Why a session ends before its device says so, and what the device is told.
+//! Reasons that a session ends before its device ends it, and the error that the device is sent.
 
 use std::time::Duration;
 
@@ -91,7 +91,7 @@ impl SessionViolation {
     }
 }
 
-/// Why the cloud ends a session.
+/// Reason that the cloud ends a session.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub(super) enum SessionEnd {
     /// Its device broke the rules.

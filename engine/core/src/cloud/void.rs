@@ -35,7 +35,8 @@ impl Void {
 impl Session {
     /// A frame of decided rows has come, and with it the order to keep the path to row `commit`
     /// (0: nothing): takes the chunks out of the queue that are void by that. Rows of them that
-    /// were to come back are put to the end of `void.dropped`. Says whether there were any chunks.
+    /// were to come back are put to the end of `void.dropped`. Returns true if there were any
+    /// chunks.
     pub(super) fn drop_void(&mut self, commit: u32, void: &mut Void) -> bool {
         // What stands before the last decided chunk was looked at when that came.
         let decided = |item: &Item| matches!(item, Item::Chunk(chunk) if chunk.decided > 0);

@@ -34,7 +34,7 @@ pub(super) fn pause(tries: u32, longest: Duration, random: &mut dyn Random) -> D
     half + half.mul_f64(f64::from(u32::from_le_bytes(bits)) / f64::from(u32::MAX))
 }
 
-/// What a request waits for.
+/// Cause of a request's wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Waits {
     /// Its turn on this device.
@@ -55,14 +55,14 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Those of a configuration that waits so long for a cloud.
+    /// Limits of a configuration that waits `reconnect` for a cloud.
     pub(super) fn new(reconnect: Duration) -> Self {
         let answer = if reconnect.is_zero() { Duration::from_secs(1) } else { reconnect };
         Self { cloud: reconnect, all: answer * ANSWER_FACTOR }
     }
 }
 
-/// What has been spent since the last news.
+/// Time and attempts spent since the last news.
 #[derive(Debug)]
 pub(super) struct Budget {
     /// The time up to here is charged.
@@ -72,7 +72,7 @@ pub(super) struct Budget {
     away: Duration,
     /// Sessions that were lost.
     losses: u32,
-    /// Why the last of them was.
+    /// Reason of the last setback.
     setback: Option<String>,
     /// The cloud has no room, and asked for this pause.
     busy: Option<Duration>,
@@ -194,7 +194,7 @@ impl Budget {
         self.losses
     }
 
-    /// Why the last of them was.
+    /// Reason of the last setback.
     pub(super) fn setback(&self) -> Option<&str> {
         self.setback.as_deref()
     }
@@ -214,7 +214,7 @@ impl Budget {
         }
     }
 
-    /// When to look next.
+    /// Time of the next look.
     pub(super) fn next_look(&self, waits: Waits, limits: Limits) -> Option<Instant> {
         let all = limits.all.saturating_sub(self.waited);
         let left = match waits {

@@ -1,5 +1,4 @@
-//! What the trained drafter is told and asked: decided rows in order, each once, and the nodes of
-//! a tree.
+//! Feeding of the trained drafter: decided rows in order, each once, and the nodes of a tree.
 
 use std::ops::Range;
 
@@ -18,7 +17,7 @@ use hat_plan::BackendFault;
 pub(super) struct Drafting {
     /// Its session with the drafter.
     pub(super) session: Option<SessionId>,
-    /// Whether the drafter holds rows of a tree.
+    /// True if the drafter holds rows of a tree.
     pub(super) has_rows: bool,
     /// Positions that the drafter has taken.
     pub(super) fed: u32,
@@ -38,7 +37,7 @@ impl Drafting {
 /// Drafted rows that were decided, copied when the walk passed them.
 #[derive(Default)]
 struct RightRows {
-    /// Whether there is a verdict on a tree of which the drafter has not heard.
+    /// True if there is a verdict on a tree that the drafter has not been told of.
     is_new: bool,
     positions: Range<usize>,
     shallow: Vec<f32>, // [positions, hidden_size]
@@ -66,7 +65,7 @@ impl Request {
     }
 
     /// Lets the trained drafter take the decided rows that it has not: the tree's that were right,
-    /// then those at the front of the rows at hand. Says whether there were any.
+    /// then those at the front of the rows at hand. Returns true if there were any.
     pub(super) fn feed(&mut self, drafter: Option<&mut Box<dyn Trained>>, cx: &Common) -> bool {
         let hidden_size = cx.facts.hidden_size;
         let Self { path, drafting, session, .. } = self;

@@ -31,7 +31,7 @@ pub(super) struct Facts {
     pub(super) chunks: ChunkPolicy,
     /// Rows of one step of the device.
     pub(super) step_rows_max: u32,
-    /// Whether a chunk is computed as a whole before any of it leaves.
+    /// True if a chunk is computed as a whole before any of it leaves.
     pub(super) whole_chunks: bool,
     /// Layers here before the cloud's, and the cloud's.
     pub(super) layers: (u32, u32),
@@ -86,7 +86,7 @@ pub(super) struct Scratch {
 /// Everything that was measured, over all requests.
 #[derive(Default)]
 pub(super) struct Learned {
-    /// How good guesses were.
+    /// Acceptance rates of drafted tokens.
     pub(super) acceptance: Acceptance,
     /// Times of rounds and of chunks.
     pub(super) estimator: Estimator,
@@ -103,7 +103,7 @@ impl Learned {
         self.estimator = Estimator::default();
     }
 
-    /// The device's layers took so long for so many rows behind `prefix` others.
+    /// The device's layers took so long for this many rows behind `prefix` others.
     pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
         let rows = u32::try_from(rows).expect("a piece or a level is small");
         self.estimator.note_device(rows, prefix, took.as_secs_f64());
@@ -114,7 +114,7 @@ impl Learned {
         self.estimator.note_head(took.as_secs_f64());
     }
 
-    /// How fast the cloud saw this device's frames come in.
+    /// Notes the rate at which the cloud saw this device's frames come in.
     fn note_arrivals(&mut self, arrivals: Arrivals) {
         self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
@@ -199,13 +199,13 @@ impl Learned {
         self.estimator.estimates(facts.row_bytes(), facts.layers, stages)
     }
 
-    /// Whether rows that were sent will be back before another wave of drafts could be made.
+    /// True if rows that were sent will be back before another batch of drafts could be made.
     pub(super) fn is_due(&self, now: std::time::Instant, timed: Option<Timed>) -> bool {
         timed.is_some_and(|timed| self.estimator.is_due(now, timed.at, timed.rows))
     }
 }
 
-/// What a request borrows of its device for one call.
+/// Parts of the device that a request borrows for one call.
 pub(super) struct Common {
     pub(super) facts: Facts,
     pub(super) cloud: CloudFacts,

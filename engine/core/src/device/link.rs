@@ -1,4 +1,4 @@
-//! What comes over the link: a cloud that is there or away, and frames of sessions.
+//! Input from the link: a cloud that is there or away, and frames of sessions.
 
 use std::time::{Duration, Instant};
 
@@ -20,12 +20,12 @@ const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
 /// Time of such a request: an attempt to reach the cloud ends within it.
 const KNOWN_WAIT: Duration = Duration::from_secs(1);
 
-/// Whether the cloud is there.
+/// State of the connection to the cloud.
 pub(super) struct Cloud {
     pub(super) connected: bool,
     /// Begin of the outage at hand; `None` while the cloud is connected.
     down_since: Option<Instant>,
-    /// Why the cloud is away, for people.
+    /// Reason that the cloud is away, for people.
     reason: String,
     /// Source of the pauses between attempts.
     pub(super) random: Box<dyn Random>,
@@ -237,7 +237,7 @@ impl DeviceCore {
         (request.waits(self.cloud.connected, may_upload), limits)
     }
 
-    /// Why a request has waited in vain.
+    /// Error of a request that has waited in vain.
     fn overdue(&self, request: &Request, over: Waits, limits: Limits) -> RequestError {
         let cloud = &self.config.cloud;
         if let Some(pause) = request.budget.refused().filter(|_| self.cloud.connected) {
@@ -259,7 +259,7 @@ impl DeviceCore {
         })
     }
 
-    /// When a request may be overdue, or its session may be opened.
+    /// Time at which a request may be overdue, or its session may be opened.
     pub(super) fn next_time(&self, now: Instant) -> Option<Instant> {
         let times = self.requests.values().flat_map(|request| {
             let retry = match request.session {

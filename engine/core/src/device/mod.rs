@@ -80,7 +80,7 @@ pub struct Done {
     pub metrics: Metrics,
     /// The same, for sums over requests.
     pub meter: Meter,
-    /// What is known of link and cloud.
+    /// Estimates of link and cloud.
     pub estimates: Estimates,
 }
 
@@ -154,10 +154,10 @@ pub struct DeviceCore {
     cloud: Cloud,
     way: Way,
     work: Work,
-    /// What came over the link and has not been looked at, in order.
+    /// Input from the link that is not handled yet, in order.
     inbox: VecDeque<Inbound>,
     leaving: VecDeque<Leaving>,
-    /// Whether a missing drafter was told of.
+    /// True if a warning about a missing drafter was logged.
     missed_drafter: bool,
 }
 
@@ -221,7 +221,7 @@ impl DeviceCore {
         self.waiting.len()
     }
 
-    /// Whether the cloud is connected.
+    /// True if the cloud is connected.
     pub fn is_connected(&self) -> bool {
         self.cloud.connected
     }
@@ -266,7 +266,7 @@ impl DeviceCore {
         self.cx.events.pop_front()
     }
 
-    /// How long the owner may wait: until the next deadline, or until something happens (`None`).
+    /// Time that the owner may wait: until the next deadline, or until something happens (`None`).
     pub fn poll_timeout(&self, now: Instant) -> Option<Duration> {
         if self.is_at_work() || !self.inbox.is_empty() || !self.cx.events.is_empty() {
             return Some(Duration::ZERO);

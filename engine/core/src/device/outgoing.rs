@@ -25,9 +25,9 @@ pub(super) struct Outgoing {
     pub(super) decided: usize,
     /// Parents of the rows of the chunk at hand that pend.
     pub(super) parents: Vec<u32>,
-    /// Whether the last decided row leads to a token; those that pend do.
+    /// True if the last decided row leads to a token; pending rows do.
     pub(super) decides: bool,
-    /// Whether more rows are being made that run together with these.
+    /// True if more rows are being made that run together with these.
     pub(super) grows: bool,
     /// The last row of the path that the cloud has not been told to keep; 0 if there is none. It
     /// goes with the first frame of a chunk.
@@ -35,12 +35,12 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Whether nothing waits to be sent.
+    /// True if nothing waits to be sent.
     pub(super) fn is_sent(&self) -> bool {
         self.sent == self.computed
     }
 
-    /// Whether something may leave.
+    /// True if something may leave.
     pub(super) fn has_released(&self) -> bool {
         self.sent < self.released
     }

@@ -20,14 +20,14 @@ const PIECE_ROWS: u32 = 64;
 pub(super) struct Chunk {
     /// All its rows.
     pub(super) rows: u32,
-    /// Those that are not computed yet.
+    /// Number of rows that are not computed yet.
     pub(super) left: u32,
 }
 
-/// Where a prompt stands on its way.
+/// Sizing of a prompt's next chunk.
 #[derive(Debug, Default)]
 pub(super) struct Sizing {
-    /// What is ahead of the next chunk, and when that was so.
+    /// Work ahead of the next chunk, and the time at which it was measured.
     ahead: Option<(Ahead, Instant)>,
 }
 
@@ -39,7 +39,7 @@ pub(super) struct Piece {
     ids: Range<u32>,
     /// Id of the row before the first.
     parent: u32,
-    /// Whether the cloud holds them: they are not sent.
+    /// True if the cloud holds them: they are not sent.
     is_held: bool,
 }
 

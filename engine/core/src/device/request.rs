@@ -118,7 +118,7 @@ impl Session {
 pub(super) struct Request {
     pub(super) id: RequestId,
     pub(super) prepared: Prepared,
-    /// When it was asked for.
+    /// Time of the request.
     pub(super) asked: Instant,
     pub(super) answer: Answer,
     pub(super) meter: Meter,
@@ -214,7 +214,7 @@ impl Request {
         held.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
     }
 
-    /// What it waits for now; `may_upload` as in [`Request::ask`].
+    /// Cause of its wait now; `may_upload` as in [`Request::ask`].
     pub(super) fn waits(&self, connected: bool, may_upload: bool) -> Waits {
         match (!connected || self.budget.refused().is_some(), self.ask(may_upload)) {
             (true, _) => Waits::Cloud,

@@ -138,7 +138,7 @@ impl DeviceCore {
 }
 
 impl Request {
-    /// Sends what may leave; says whether all of it could.
+    /// Sends what may leave; returns true if all of it could.
     fn send_frames(
         &mut self,
         now: Instant,

@@ -22,9 +22,9 @@ pub(super) struct Drafts {
     pub(super) ids: Vec<u32>,
     /// Its leading nodes that the trained drafter was asked about.
     pub(super) asked: usize,
-    /// Whether the last guess of a chain was not sure enough to go on below it.
+    /// True if the last token of a chain was not probable enough to go on below it.
     pub(super) is_unsure: bool,
-    /// Whether nothing is to be added before the walk has moved.
+    /// True if nothing is to be added before the next verdict.
     pub(super) is_full: bool,
     /// Guesses right below the last decided token that were not sent: they are tested all the
     /// same, so that a drafter that is not asked can become better.
@@ -45,22 +45,22 @@ impl Drafts {
 /// Rows that were sent, whose way there and back is timed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timed {
-    /// When the last of them was sent.
+    /// Time at which the last of them was sent.
     pub(super) at: Instant,
     /// Id of the first.
     pub(super) first_id: u32,
-    /// How many there are.
+    /// Number of rows.
     pub(super) rows: usize,
 }
 
 /// One round of decoding so far.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Round {
-    /// When its first row was begun.
+    /// Time at which its first row was begun.
     pub(super) began: Instant,
     /// Tokens of the answer before it.
     pub(super) tokens: usize,
-    /// Whether the trained drafter is asked in it.
+    /// True if the trained drafter is asked in it.
     pub(super) asked: bool,
     /// Seconds spent on drafts and their rows.
     pub(super) drafting: f64,

@@ -35,7 +35,7 @@ const MS: Duration = Duration::from_millis(1);
 struct Told {
     /// The last committed one.
     tip: u32,
-    /// Those that pend, and their parents.
+    /// Pending rows, and their parents.
     pending: BTreeMap<u32, u32>,
 }
 
@@ -380,7 +380,7 @@ fn a_request_runs_without_a_model() {
     }
 }
 
-/// What is lost with a session goes up again, whenever it is lost; what is emitted stays.
+/// A lost session is replayed, whenever it is lost; emitted tokens stay.
 #[test]
 fn a_session_may_be_lost_after_any_computation() {
     let evicted = SessionError { code: SessionErrorCode::Evicted, text: "made room" };
@@ -412,8 +412,8 @@ fn a_session_may_be_lost_after_any_computation() {
     assert!(replays > 60, "{replays} replays");
 }
 
-/// Whatever was not computed, be it drafts alone, the request ends with the fault, and leaves the
-/// core as it was.
+/// A fault in any computation, be it of drafts alone, ends its request and leaves the core as it
+/// was.
 #[test]
 fn a_fault_is_noticed_at_any_computation() {
     for draft in [DraftMode::Off, DraftMode::Lookup, DraftMode::All] {

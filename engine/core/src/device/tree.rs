@@ -17,18 +17,18 @@ use crate::draft::DraftMode;
 use crate::draft::policy::drafts_that_pay;
 use crate::error::RequestError;
 
-/// How far a tree may grow.
+/// Bounds on the growth of a tree.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     nodes_max: usize,
     /// Probability of a node at least.
     floor: f32,
-    /// Whether it is cut to what pays in a round that waits for it.
+    /// True if it is cut to the size that pays in a round that waits for it.
     as_it_pays: bool,
-    /// Whether it grows while its first rows are away. Rows that are added then go up together, or
+    /// True if it grows while its first rows are away. Rows that are added then go up together, or
     /// not at all; those of a tree that is begun leave level by level.
     is_wave: bool,
-    /// When the first of its rows were thought of.
+    /// Time at which its first row was begun.
     began: Instant,
 }
 
@@ -55,7 +55,7 @@ pub(super) enum Stage {
 
 impl Request {
     /// Begins a draft tree below the last decided token with what lookup guesses; its first level
-    /// has the decided token's own row. Says whether there is, or may become, a tree.
+    /// has the decided token's own row. Returns true if there is, or may become, a tree.
     pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
         self.seed_tree(now, has_drafter, cx).is_some()
     }

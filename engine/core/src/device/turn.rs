@@ -29,10 +29,10 @@ pub(super) struct Ask {
     pub(super) passed: u32,
 }
 
-/// Which of `asks` is computed next: the one with the fewest rows left, so that a token is not
-/// kept waiting by a prompt, nor a short prompt by a long one. But one that has been passed over
-/// [`PATIENCE`] times goes first, so that short ones in a row do not keep a long one from its turn.
-/// Of equal ones the first.
+/// Index in `asks` of the next computation: the one with the fewest rows left, so that a token does
+/// not wait for a prompt, nor a short prompt for a long one. But one that has been passed over
+/// [`PATIENCE`] times goes first, so that short ones in a row do not delay a long one for ever. Of
+/// equal ones the first.
 pub(super) fn choose<K>(asks: impl Iterator<Item = (K, Ask)>) -> Option<K> {
     let key = |ask: &Ask| match ask.passed >= PATIENCE {
         true => (0, u32::MAX - ask.passed),
@@ -50,9 +50,9 @@ pub(super) fn piece_rows(cost: Option<CloudCost>, prefix: u32, rows: u32) -> u32
     fits.unwrap_or(PIECE_ROWS_MIN.min(rows))
 }
 
-/// How long to wait before more of a prompt is computed, with so many bytes sent or queued and not
-/// acknowledged; `None` if more may be computed now. `busy_s` is for how long bytes keep the uplink
-/// busy, `None` while that is not known.
+/// Time to wait before more of a prompt is computed, with `unacked` bytes sent or queued and not
+/// acknowledged; `None` if more may be computed now. `busy_s` is the time that bytes keep the
+/// uplink busy, `None` while that is not known.
 pub(super) fn upload_pause(unacked: u64, busy_s: impl Fn(u64) -> Option<f64>) -> Option<Duration> {
     let beyond_s = match busy_s(unacked) {
         Some(busy_s) => busy_s - AHEAD_S,

@@ -29,7 +29,7 @@ pub(super) struct TailRows {
 /// Decided rows for the tail layers.
 #[derive(Default)]
 pub(super) struct Tail {
-    /// Those that they have not seen.
+    /// Rows that the tail layers have not seen.
     new: Option<TailRows>,
     /// The rows, and then what the tail layers made of them. `[count, hidden_size]`
     rows: Vec<f32>,
@@ -42,7 +42,7 @@ pub(super) struct Head {
     id: u32,
     /// Round trips completed with it.
     round: u32,
-    /// Whether the tail layers have to see it first, by `scratch.plan`.
+    /// True if the tail layers have to see it first, by `scratch.plan`.
     pub(super) needs_tail: bool,
 }
 
@@ -141,7 +141,7 @@ impl Request {
         Some(tail)
     }
 
-    /// Those rows. `[count, hidden_size]`
+    /// Rows for the tail layers. `[count, hidden_size]`
     pub(super) fn tail_rows(&mut self) -> &mut [f32] {
         self.session.open_mut().map_or(&mut [], |open| &mut open.tail.rows)
     }
@@ -154,8 +154,8 @@ impl Request {
         open.walk.take(tail.last_id, row.unwrap_or_default());
     }
 
-    /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Says if any was
-    /// waited for; those that have become void are let go.
+    /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Returns true if
+    /// any was waited for; those that have become void are let go.
     fn take_pending(
         &mut self,
         output: &Output<'_>,

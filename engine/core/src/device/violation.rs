@@ -1,4 +1,4 @@
-//! What a cloud does against the protocol: a value, which ends the one request that it befalls.
+//! Violations of the protocol by a cloud: values, each of which ends the request that it befalls.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use hat_transport::message::{MessageError, SessionErrorCode};
 
 use hat_transport::codec::PackError;
 
-/// Why a request can't go on with its cloud.
+/// Reason that a request can't go on with its cloud.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum CloudViolation {
     /// An output, or the news of one, for a row that never left.

@@ -17,21 +17,21 @@ pub(super) struct Row {
     pub(super) parent: u32,
     /// Its token.
     pub(super) token: TokenId,
-    /// Who drafted the token; `None` if it is decided: before the row was made, or since, and
-    /// the walk has begun anew here.
+    /// Drafter of the token; `None` if it is decided: before the row was made, or since, and
+    /// verification has begun anew here.
     pub(super) source: Option<Source>,
-    /// Whether the token was a guess when the row was made.
+    /// True if the token was a draft when the row was made.
     was_drafted: bool,
-    /// Which of the times that rows were made this was; see [`Walk::push`].
+    /// Number of the batch of rows that it was made in; see [`Walk::push`].
     wave: u32,
-    /// How many waits end when it comes back.
+    /// Round trips that end when it comes back.
     pub(super) round: u32,
-    /// What came back. `[hidden_size]`
+    /// The cloud's output. `[hidden_size]`
     output: Option<Vec<f32>>,
 }
 
 impl Row {
-    /// What came back for it, the tail layers applied if the walk has been there.
+    /// The cloud's output, with the tail layers applied if verification has passed it.
     pub(super) fn output(&self) -> Option<&[f32]> {
         self.output.as_deref()
     }
@@ -49,22 +49,22 @@ pub(super) struct Walk {
 /// The walk goes on below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
-    /// Whether the row there was made while the one above was away.
+    /// True if the row there was made while the one above was away.
     pub(super) into_next_wave: bool,
 }
 
 /// A row whose output is back, and decides the next token.
 pub(super) struct Visit<'a> {
     pub(super) id: u32,
-    /// How many waits have ended with it.
+    /// Round trips that ended with it.
     pub(super) round: u32,
-    /// Whether the tail layers have not seen it: its token was a guess when the row was made.
+    /// True if the tail layers have not seen it: its token was a draft when the row was made.
     pub(super) was_drafted: bool,
     /// For the caller to work on in place. `[hidden_size]`
     pub(super) output: &'a mut [f32],
 }
 
-/// What became of an output.
+/// Outcome of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
     /// It was waited for.
@@ -111,7 +111,7 @@ impl Walk {
         Taken::Awaited
     }
 
-    /// Whether a row is here and has not come back.
+    /// True if a row is here and has not come back.
     pub(super) fn awaits(&self, id: u32) -> bool {
         let row = self.rows.binary_search_by_key(&id, |row| row.id);
         row.is_ok_and(|index| self.rows[index].output.is_none())
@@ -172,7 +172,7 @@ impl Walk {
         std::iter::successors(self.at.and_then(find), move |row| find(row.parent))
     }
 
-    /// Whether it stands nowhere: no row that is there decides the next token.
+    /// True if no row that is there decides the next token.
     pub(super) fn is_over(&self) -> bool {
         self.at.is_none()
     }

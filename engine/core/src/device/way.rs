@@ -14,7 +14,7 @@ use crate::wire;
 /// Longest pause before the cloud is dialled again.
 const DIAL_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// What the owner of the link is to do.
+/// Command for the owner of the link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkCommand {
     /// Look the cloud's address up, and dial it.
@@ -34,12 +34,12 @@ pub(super) struct Way {
     /// The device's HELLO, and the only arithmetic of a cloud that will do, if one is wanted;
     /// `None` if others see to the way.
     own: Option<(Hello, Option<u32>)>,
-    /// When to dial; `None` if that was done.
+    /// Time of the next dial; `None` if that was done.
     dial_at: Option<Instant>,
     /// Connections that ended, or could not be made, since the last that carried a frame.
     tries: u32,
     close: Option<(CloseCode, String)>,
-    /// Why the cloud is away, as it was told last.
+    /// Reason that the cloud is away, as last reported.
     told: Option<String>,
 }
 
@@ -61,7 +61,7 @@ impl Way {
         self.dial_at = self.own.is_some().then_some(at);
     }
 
-    /// When something is to be done.
+    /// Time of the next command.
     pub(super) fn next_time(&self, now: Instant) -> Option<Instant> {
         if self.close.is_some() { Some(now) } else { self.dial_at }
     }
@@ -105,7 +105,7 @@ impl DeviceCore {
         self.way.hurry(now);
     }
 
-    /// What is to be done about the link now.
+    /// Next command for the link.
     pub fn poll_link(&mut self, now: Instant) -> Option<LinkCommand> {
         if let Some((code, reason)) = self.way.close.take() {
             return Some(LinkCommand::Close { code, reason });

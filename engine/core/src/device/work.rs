@@ -164,12 +164,12 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Whether no computation is out.
+    /// True if no computation is out.
     pub(super) fn is_idle(&self) -> bool {
         self.out.is_none()
     }
 
-    /// Whether it is not to be touched now.
+    /// True if it is not to be touched now.
     fn has(&self, id: RequestId) -> bool {
         self.growing == Some(id) || self.heading.contains(&id)
     }
@@ -271,7 +271,7 @@ impl DeviceCore {
         }
     }
 
-    /// Whether a computation is due that waits for nothing.
+    /// True if a computation is due that waits for nothing.
     pub(super) fn is_at_work(&self) -> bool {
         self.work.growing.is_some() || !self.work.heading.is_empty()
     }

@@ -54,7 +54,7 @@ struct Place {
 }
 
 impl Lookup {
-    /// An index with room for so many tokens.
+    /// An index with room for this many tokens.
     #[must_use]
     pub fn with_room(tokens: usize) -> Self {
         Self {

@@ -41,7 +41,7 @@ struct Level {
 /// One session's rows.
 struct Session {
     sequence: Sequence,
-    /// What was said for the last decided row, and for each node of the tree below it.
+    /// The drafter's hidden states of the last decided row, and of each node of the tree below it.
     /// `[nodes, hidden_size]`
     said: Vec<f32>,
     /// The ids of the tree's nodes in `sequence`, the last decided row's first.

@@ -68,7 +68,7 @@ mod tests {
 
     use super::*;
 
-    /// What it has shown at all times: the middle of one of 16 buckets a doubling.
+    /// Samples of all times: the middle of one of 16 buckets a doubling.
     #[test]
     fn buckets_are_those_of_a_doubling_in_sixteen() {
         for value in (0..100_000u64).chain((0..40).map(|bits| (1 << bits) + (1 << bits) / 3)) {

@@ -77,7 +77,7 @@ pub(crate) struct World<'a> {
     pub(crate) devices: BTreeMap<usize, Device>,
     pub(crate) clouds: Vec<Cloud>,
     pub(crate) requests: Vec<Request>,
-    /// Why requests ended without an answer.
+    /// Reasons that requests ended without an answer.
     pub(crate) failed: Vec<String>,
     /// Requests that are over, and that have come or will by themselves.
     pub(crate) over: usize,

@@ -17,7 +17,7 @@ use crate::wire;
 
 pub(super) const MS: Duration = Duration::from_millis(1);
 
-/// What a device hears.
+/// Event that a device hears.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Heard {
     Opened(u16),
@@ -78,7 +78,7 @@ impl Bed {
         Self::with(1000, |_| {})
     }
 
-    /// With so many pages, of one prompt of 64 rows and what may pend four a session.
+    /// With this many pages, of one prompt of 64 rows and what may pend four a session.
     pub(super) fn with(pages: u32, edit: impl FnOnce(&mut CloudCoreConfig)) -> Self {
         let mut config = CloudCoreConfig {
             sessions_max: 64,
@@ -161,7 +161,7 @@ impl Bed {
         self.frame(from, Kind::Rows, session, priority, &body);
     }
 
-    /// Plans steps while the first stage has room; says how many.
+    /// Plans steps while the first stage has room; returns how many.
     pub(super) fn plan(&mut self) -> usize {
         let before = self.out.len();
         while self.at_first < self.core.steps_ahead(self.now()) {
@@ -206,7 +206,7 @@ impl Bed {
         self.core.poll_transmit(self.now(), &mut self.sink);
     }
 
-    /// What a device has heard in a session since it was last asked.
+    /// Events of a session that a device has heard since the last call.
     pub(super) fn heard(&mut self, by: ConnectionId, session: u32) -> Vec<Heard> {
         self.transmit();
         let is_for = |(to, frame): &mut (_, Frame)| (*to, frame.session) == (by, session);

@@ -241,7 +241,7 @@ fn moves_run_before_the_rows_of_whoever_has_the_pages_next() {
     assert_eq!(bed.heard(device, 2), [Heard::Rows(vec![(33, digest(1..=33))])]);
 }
 
-/// What breaks the rules ends its session alone, wherever it is found.
+/// A violation of the protocol ends its session alone, wherever it is found.
 #[test]
 fn a_violation_ends_its_session_alone() {
     let mut bed = Bed::new();

@@ -8,11 +8,11 @@ use hat_plan::{MiddleStep, PAGE_SIZE};
 /// Width of rows: the first number is the row's content, the others are 0.
 pub(super) const HIDDEN: usize = 4;
 
-/// What each row of the KV store holds.
+/// Digest held in each row of the KV store.
 #[derive(Default)]
 pub(super) struct Ledger(BTreeMap<(u32, u32), u32>);
 
-/// What the last row of `path` comes back as.
+/// Output of the last row of `path`.
 pub(super) fn digest(path: impl IntoIterator<Item = u32>) -> u32 {
     path.into_iter().fold(1, |digest, row| (digest * 31 + row + 1) % (1 << 20))
 }

@@ -1,4 +1,4 @@
-//! Who gets in, who gives way, and where pages go.
+//! Tests of admission, eviction and the return of pages.
 
 use hat_transport::message::{End, Message, RowsHead, SessionErrorCode, Want};
 

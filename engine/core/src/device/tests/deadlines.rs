@@ -15,7 +15,7 @@ const RECONNECT: Duration = Duration::from_secs(30);
 const DEADLINE: Duration =
     Duration::from_secs(RECONNECT.as_secs() * ANSWER_FACTOR as u64 + PAUSE_MAX.as_secs());
 
-/// What a cloud, or the way to it, does next.
+/// Next act of a cloud, or of the way to it.
 #[derive(Clone, Debug)]
 enum Act {
     /// It acknowledges everything, and answers it as it should.
@@ -28,7 +28,7 @@ enum Act {
     Opened(u16),
     Busy(u32),
     Lost(SessionErrorCode),
-    /// It has computed so many rows from this one on.
+    /// It has computed this many rows from this one on.
     Computed(u32, u16),
     Dropped(u32, u16),
     Ended,
@@ -75,14 +75,14 @@ struct World {
     /// Rows that came back, by session, and those that COMPUTED told of.
     back: BTreeSet<(u32, u32)>,
     told: BTreeSet<(u32, u32)>,
-    /// When a request gained something last: a computation, an acknowledgement, a row, a token.
+    /// Time of a request's last news: a computation, an acknowledgement, a row, a token.
     news_at: Instant,
     /// Attempts since rows or tokens came, and the time of the last.
     attempts: u32,
     attempt_at: Option<Instant>,
-    /// Whether the cloud has said that it has no room since.
+    /// True if the cloud has had no room since.
     was_busy: bool,
-    /// Whether there is one request, whose attempts these are.
+    /// True if there is one request, whose attempts these are.
     is_alone: bool,
     tokens: usize,
     ended: Vec<Result<Vec<TokenId>, RequestError>>,
@@ -318,7 +318,7 @@ fn draft() -> impl Strategy<Value = DraftMode> {
     proptest::sample::select(DraftMode::ALL.to_vec())
 }
 
-/// How an outage begins and ends.
+/// Begin and end of an outage.
 #[derive(Clone, Copy, Debug)]
 enum Outage {
     /// The link breaks, and goes on where it was.
@@ -327,7 +327,7 @@ enum Outage {
     Restart,
     /// It ends the connection.
     Close,
-    /// It needs the session's memory, and asks back after so many milliseconds.
+    /// It needs the session's memory, and asks back after this many milliseconds.
     Full(u32),
 }
 
@@ -373,7 +373,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever comes, and whenever.
+    /// A request ends, whatever comes, and at any time.
     #[test]
     fn a_request_ends_whatever_its_cloud_does(
         acts in proptest::collection::vec(act(), 1..30),

@@ -39,7 +39,7 @@ const TURNS_MAX: u32 = 200_000;
 pub struct Ran {
     /// Time that it takes; `None`: it never ends.
     pub took: Option<Duration>,
-    /// Why its results mean nothing, if they don't.
+    /// Fault because of which its results mean nothing, if there was one.
     pub fault: Option<BackendFault>,
 }
 

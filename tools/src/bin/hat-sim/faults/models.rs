@@ -16,7 +16,7 @@ use super::ledger::{self, DeviceLedger, Ledger};
 use super::setting::{DeviceSetting, Manner};
 use crate::bed::{Compute, Ran};
 
-/// How often what was tried has happened, and a digest of what happened when.
+/// Number of times that each tried event has happened, and a digest of the history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     pub times: BTreeMap<&'static str, u64>,
@@ -58,7 +58,7 @@ impl DeviceModel {
         }
     }
 
-    /// What a fault leaves.
+    /// Garbles the model's store, as a fault may.
     fn garble(&mut self) {
         if let Self::Ledger(ledger) = self {
             ledger.input.garble();
@@ -80,7 +80,7 @@ pub struct Models {
     pub stage_faults: Vec<Option<bool>>,
     pub hangs: Vec<bool>,
     pub seen: Seen,
-    /// What an honest peer must not cause.
+    /// Fault that an honest peer must not cause.
     pub wrong: Option<String>,
 }
 

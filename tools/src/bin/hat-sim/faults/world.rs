@@ -60,9 +60,9 @@ pub struct World<'a> {
     bed: Bed<Act>,
     models: Models,
     answers: Vec<Answered>,
-    /// Whether somebody may stand still for long.
+    /// True if somebody may stand still for long.
     stalls: bool,
-    /// When the last request had ended, as far as it was seen.
+    /// Time at which the last request had ended, as far as it was seen.
     ended_at: Duration,
     /// Each device's backend was lost, or did not compute.
     faulted: Vec<bool>,
@@ -222,7 +222,7 @@ impl<'a> World<'a> {
         self.bed.begin_device(device, core, config, (setting.cloud, None));
     }
 
-    /// What has happened.
+    /// Events so far.
     fn seen(&self) -> Seen {
         let mut seen = self.models.seen.clone();
         for cloud in &self.bed.clouds {
@@ -400,7 +400,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Whether an error may come of what was done to this world.
+    /// True if an error may come of the faults of this simulation.
     fn may_fail(&self, device: usize, error: &RequestError) -> bool {
         if self.setting.calm {
             return false;
@@ -443,7 +443,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// What is held that nobody needs.
+    /// Resources that are held and that nobody needs.
     fn kept(&self) -> Vec<String> {
         let mut kept = Vec::new();
         let buffers = |endpoint: &Endpoint, config: PoolConfig, connections: usize| {
