@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use hat_core::answer::{Prepared, Vocabulary};
 use hat_core::request::{Metrics, Request};
 use hat_loader::Bundle;
-use hat_text::{ChatText, PrepareError, TokenError, Tokenizer, Turns};
+use hat_text::{ChatText, PrepareError, TokenError, Tokenizer, TokenHistory};
 use hat_transport::clock::unix_seconds;
 
 use crate::Error;
@@ -17,7 +17,7 @@ pub(crate) type Rendered = Option<ChatText>;
 pub(crate) struct Text {
     pub(crate) tokenizer: Tokenizer,
     /// Locked twice a request.
-    turns: Mutex<Turns>,
+    history: Mutex<TokenHistory>,
     vocab_size: usize,
 }
 
@@ -30,7 +30,7 @@ impl Text {
         let tokenizer = Tokenizer::of_bundle(bundle)
             .map_err(|error| Error::bundle(bundle.directory(), error))?;
         let vocab_size = bundle.config().vocab_size;
-        Ok(Self { tokenizer, turns: Mutex::default(), vocab_size })
+        Ok(Self { tokenizer, history: Mutex::default(), vocab_size })
     }
 
     /// Checks and tokenises a request.
@@ -43,7 +43,7 @@ impl Text {
         context: u32,
     ) -> Result<(Prepared, Rendered), Error> {
         let model = (self.vocab_size, context);
-        Ok(hat_text::prepare(request, &self.tokenizer, model, &self.turns, unix_seconds())?)
+        Ok(hat_text::prepare(request, &self.tokenizer, model, &self.history, unix_seconds())?)
     }
 
     /// The meaning of token ids.
@@ -54,8 +54,8 @@ impl Text {
     /// A conversation was answered: the next turn may go on from it.
     pub(crate) fn note(&self, rendered: &Rendered, prompt: &Prepared, answer: &Metrics) {
         let Some(rendered) = rendered else { return };
-        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        turns.note(rendered, &prompt.prompt, &answer.token_ids, &answer.text, &self.tokenizer);
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.note(rendered, &prompt.prompt, &answer.token_ids, &answer.text, &self.tokenizer);
     }
 }
 

@@ -136,7 +136,7 @@ pub(super) struct Queue {
     stream: sys::CUstream,
     pending: Run,
     known: Vec<Known>,
-    turn: u64,
+    run_number: u64,
     up: Option<Staging>,
     down: Option<Staging>,
     counts: LaunchCounts,
@@ -158,7 +158,7 @@ impl Queue {
             stream,
             pending: Run::default(),
             known: Vec::new(),
-            turn: 0,
+            run_number: 0,
             up: Staging::new(),
             down: Staging::new(),
             counts: LaunchCounts::default(),
@@ -214,7 +214,7 @@ impl Queue {
         if self.pending.calls.is_empty() {
             return Ok(());
         }
-        self.turn += 1;
+        self.run_number += 1;
         let run = std::mem::take(&mut self.pending);
         let done = self.launch(&run);
         // The memory is kept for the next run.
@@ -234,10 +234,10 @@ impl Queue {
     fn launch(&mut self, run: &Run) -> Result<(), Failed> {
         let count = run.calls.len() as u64;
         let worth = run.calls.len() >= GRAPH_LAUNCHES_MIN;
-        let (turn, stream) = (self.turn, self.stream);
+        let (run_number, stream) = (self.run_number, self.stream);
         let known = self.known.iter_mut().find(|known| worth && known.run == *run);
         if let Some(known) = known {
-            known.used = turn;
+            known.used = run_number;
             if matches!(known.graph, Graph::No) {
                 known.graph = capture(run, stream);
                 self.counts.captured += u64::from(matches!(known.graph, Graph::Made(_)));
@@ -262,7 +262,7 @@ impl Queue {
             let oldest = (0..GRAPHS_MAX).min_by_key(|index| self.known[*index].used);
             self.known.swap_remove(oldest.expect("there are some")).forget();
         }
-        self.known.push(Known { run: run.clone(), graph: Graph::No, used: self.turn });
+        self.known.push(Known { run: run.clone(), graph: Graph::No, used: self.run_number });
     }
 
     /// Queues a copy to the GPU behind what waits.

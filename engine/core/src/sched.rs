@@ -164,7 +164,7 @@ pub struct Scheduler {
     /// Rests of works of the step at hand that were cut.
     cut: Vec<Work>,
     /// Devices of the step at hand whose work did not fit.
-    missed: Vec<Turn>,
+    missed: Vec<Candidate>,
     /// Devices that were looked at, ever.
     #[cfg(test)]
     looks: u64,
@@ -249,8 +249,8 @@ impl Scheduler {
         if step.is_empty() || !is_bounded {
             self.take(false, class, usize::MAX, &mut room, step);
         }
-        if let Some(turn) = prompt {
-            let ran = step.iter().any(|work| work.session == turn.session);
+        if let Some(candidate) = prompt {
+            let ran = step.iter().any(|work| work.session == candidate.session);
             self.passed_over = if ran { 0 } else { self.passed_over + 1 };
         }
         let mut cut = std::mem::take(&mut self.cut);
@@ -270,28 +270,28 @@ impl Scheduler {
         let end = step.len().saturating_add(works_max);
         let tier = if urgent { &mut self.verifies } else { &mut self.prompts };
         while step.len() < end && room.rows > 0 && self.missed.len() < MISSES_MAX {
-            let Some(turn) = tier.next_of(class) else { break };
+            let Some(candidate) = tier.next_of(class) else { break };
             #[cfg(test)]
             {
                 self.looks += 1;
             }
-            let whole = self.waiting[&turn.session].work;
+            let whole = self.waiting[&candidate.session].work;
             let rows = room.fits(&whole);
             if rows == 0 {
-                tier.set_aside(&turn);
-                self.missed.push(turn);
+                tier.set_aside(&candidate);
+                self.missed.push(candidate);
                 continue;
             }
             let work = Work { rows, ..whole };
-            tier.serve(&turn, rows);
+            tier.serve(&candidate, rows);
             room.take(&work);
             let (left, context) = (whole.rows - rows, whole.context + rows);
             self.waiting.remove(&work.session);
             self.cut.extend((left > 0).then_some(Work { rows: left, context, ..whole }));
             step.push(work);
         }
-        for turn in self.missed.drain(..) {
-            tier.bring_back(&turn);
+        for candidate in self.missed.drain(..) {
+            tier.bring_back(&candidate);
         }
     }
 
@@ -345,7 +345,7 @@ impl Share {
 
 /// A device's turn, and the work that it would run.
 #[derive(Clone, Copy, Debug)]
-struct Turn {
+struct Candidate {
     class: u32,
     served: u64,
     arrival: u64,
@@ -355,17 +355,17 @@ struct Turn {
 
 impl Tier {
     /// The next turn, of any class.
-    fn next(&self) -> Option<Turn> {
+    fn next(&self) -> Option<Candidate> {
         let firsts = self.ready.iter().filter_map(|(class, of)| Some((*of.first()?, *class)));
         let (_, class) = firsts.min()?;
         self.next_of(class)
     }
 
     /// The next turn in a step of `class`.
-    fn next_of(&self, class: u32) -> Option<Turn> {
+    fn next_of(&self, class: u32) -> Option<Candidate> {
         let (served, arrival, device) = *self.ready.get(&class)?.first()?;
         let session = self.shares[&device].works[&(class, arrival)];
-        Some(Turn { class, served, arrival, device, session })
+        Some(Candidate { class, served, arrival, device, session })
     }
 
     fn add(&mut self, waiting: Waiting) {
@@ -382,11 +382,11 @@ impl Tier {
         });
     }
 
-    /// The work of `turn` runs.
-    fn serve(&mut self, turn: &Turn, rows: u32) {
-        self.level = self.level.max(turn.served);
-        self.edit(turn.device, |share| {
-            share.works.remove(&(turn.class, turn.arrival));
+    /// The work of `candidate` runs.
+    fn serve(&mut self, candidate: &Candidate, rows: u32) {
+        self.level = self.level.max(candidate.served);
+        self.edit(candidate.device, |share| {
+            share.works.remove(&(candidate.class, candidate.arrival));
             share.served += u64::from(rows);
         });
         while let Some(&(served, device)) = self.ahead.first()
@@ -397,14 +397,14 @@ impl Tier {
         }
     }
 
-    fn set_aside(&mut self, turn: &Turn) {
-        let of_class = self.ready.get_mut(&turn.class).expect("it was ready");
-        of_class.remove(&(turn.served, turn.arrival, turn.device));
+    fn set_aside(&mut self, candidate: &Candidate) {
+        let of_class = self.ready.get_mut(&candidate.class).expect("it was ready");
+        of_class.remove(&(candidate.served, candidate.arrival, candidate.device));
     }
 
-    fn bring_back(&mut self, turn: &Turn) {
-        let of_class = self.ready.entry(turn.class).or_default();
-        of_class.insert((turn.served, turn.arrival, turn.device));
+    fn bring_back(&mut self, candidate: &Candidate) {
+        let of_class = self.ready.entry(candidate.class).or_default();
+        of_class.insert((candidate.served, candidate.arrival, candidate.device));
     }
 
     /// Changes what a device has, and keeps its places in order.

@@ -20,10 +20,10 @@ use crate::Error;
 use crate::{endpoint, watch};
 
 /// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
-const LAST_TURNS: usize = 10;
-const LAST_TURN_TIME: Duration = Duration::from_millis(20);
+const LAST_POLLS: usize = 10;
+const LAST_POLL_TIME: Duration = Duration::from_millis(20);
 /// The same for the errors that sessions are closed with when the backend is lost.
-const FAREWELL_TURN_TIME: Duration = Duration::from_millis(5);
+const CLOSE_POLL_TIME: Duration = Duration::from_millis(5);
 
 /// Parts that the io thread starts with.
 pub(super) struct Start {
@@ -101,7 +101,7 @@ impl Shell {
             self.take_steps()?;
             if let Some(fault) = self.core.poll_fault(self.now) {
                 self.transmit();
-                self.take_turns(LAST_TURNS, FAREWELL_TURN_TIME);
+                self.poll_link(LAST_POLLS, CLOSE_POLL_TIME);
                 let _ = self.fault.set(fault.clone());
                 return Err(std::io::Error::other(fault));
             }
@@ -176,18 +176,18 @@ impl Shell {
     /// Tells every device that the connection is over, so that it comes back instead of waiting
     /// for the silence to be long enough.
     fn say_goodbye(&mut self, code: CloseCode, reason: &str) {
-        let mut turns = 0;
+        let mut polls = 0;
         for connection in self.core.connections() {
             self.endpoint.close(connection, code, reason);
-            turns = LAST_TURNS;
+            polls = LAST_POLLS;
         }
-        self.take_turns(turns, LAST_TURN_TIME);
+        self.poll_link(polls, LAST_POLL_TIME);
     }
 
     /// Lets the link send what is queued; what comes meanwhile is dropped.
-    fn take_turns(&mut self, turns: usize, time: Duration) {
+    fn poll_link(&mut self, polls: usize, time: Duration) {
         let mut events = Vec::new();
-        for _ in 0..turns {
+        for _ in 0..polls {
             if self.endpoint.poll(Some(time), &mut events).is_err() {
                 return; // the link has failed, and the sockets close with it
             }

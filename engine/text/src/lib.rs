@@ -7,8 +7,8 @@
 
 mod prepare;
 mod token;
-mod turns;
+mod history;
 
 pub use prepare::{BundleTextError, PrepareError, prepare, token_settings};
 pub use token::*;
-pub use turns::Turns;
+pub use history::TokenHistory;

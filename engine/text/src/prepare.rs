@@ -12,7 +12,7 @@ use crate::token::{
     ChatOptions, ChatText, Detokenizer, Special, SpecialText, Start, TokenError, TokenSettings,
     Tokenizer,
 };
-use crate::turns::Turns;
+use crate::history::TokenHistory;
 
 /// Reason to refuse a request before it is tokenised or while it is.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +26,7 @@ pub enum PrepareError {
 }
 
 /// Checks and tokenises a request, for a model of `vocab_size` tokens and sessions of `context`
-/// positions. A conversation that goes on from one of `turns` keeps its ids; templates may ask for
+/// positions. A conversation that goes on from one of `history` keeps its ids; templates may ask for
 /// the date. Returns the text of a conversation with it.
 ///
 /// # Errors
@@ -35,7 +35,7 @@ pub fn prepare(
     request: Request,
     tokenizer: &Tokenizer,
     (vocab_size, context): (usize, u32),
-    turns: &Mutex<Turns>,
+    history: &Mutex<TokenHistory>,
     unix_seconds: u64,
 ) -> Result<(Prepared, Option<ChatText>), PrepareError> {
     // What is refused anyway is not tokenised.
@@ -50,7 +50,7 @@ pub fn prepare(
             let rendered = tokenizer.render(messages, &options).map_err(PrepareError::Template)?;
             // Encoding takes its time, and is nobody else's.
             let known =
-                turns.lock().unwrap_or_else(PoisonError::into_inner).find(&rendered, tokenizer);
+                history.lock().unwrap_or_else(PoisonError::into_inner).find(&rendered, tokenizer);
             let (from, mut ids) = known.unwrap_or_default();
             let rest = tokenizer.encode_rendered(&rendered, from);
             ids.extend(rest.map_err(PrepareError::Template)?);

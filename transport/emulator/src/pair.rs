@@ -31,7 +31,7 @@ pub(super) struct Lane {
 }
 
 /// Context that a connection's relaying needs from the link.
-pub(super) struct Turn<'a> {
+pub(super) struct Context<'a> {
     pub(super) clock: LinkClock,
     pub(super) lanes: &'a mut [Lane; 2],
     pub(super) cuts: &'a mut Cuts,
@@ -173,13 +173,13 @@ impl Pair {
     }
 
     /// Does all that can be done now.
-    pub(super) fn turn(&mut self, turn: &mut Turn<'_>) -> Outcome {
+    pub(super) fn relay(&mut self, cx: &mut Context<'_>) -> Outcome {
         if let Stage::Connecting(since) = self.stage {
-            self.connected(since, turn);
+            self.connected(since, cx);
         }
         for end in [UP, DOWN] {
-            self.read(end, turn);
-            let outcome = self.release(end, turn);
+            self.read(end, cx);
+            let outcome = self.release(end, cx);
             if outcome != Outcome::Alive {
                 return outcome;
             }
@@ -188,25 +188,25 @@ impl Pair {
         if done { Outcome::Done } else { Outcome::Alive }
     }
 
-    fn read(&mut self, end: usize, turn: &mut Turn<'_>) {
+    fn read(&mut self, end: usize, cx: &mut Context<'_>) {
         if !self.may_read(end) || !self.flows[end].readable {
             return;
         }
-        let (flow, lane) = (&mut self.flows[end], &mut turn.lanes[end]);
+        let (flow, lane) = (&mut self.flows[end], &mut cx.lanes[end]);
         let Some(stream) = &mut self.ends[end] else { return };
-        let room = lane.shape.room(turn.clock.now()).min(HELD_BYTES_MAX - flow.bytes.len());
-        let room = room.min(turn.scratch.len());
+        let room = lane.shape.room(cx.clock.now()).min(HELD_BYTES_MAX - flow.bytes.len());
+        let room = room.min(cx.scratch.len());
         if room == 0 {
             return;
         }
-        match stream.read(&mut turn.scratch[..room]) {
+        match stream.read(&mut cx.scratch[..room]) {
             Ok(0) => {
                 flow.ended = true;
-                flow.mark(&mut lane.shape, turn.clock.now(), Kind::End);
+                flow.mark(&mut lane.shape, cx.clock.now(), Kind::End);
             }
             Ok(bytes) => {
-                let now = turn.clock.now();
-                flow.bytes.extend(&turn.scratch[..bytes]);
+                let now = cx.clock.now();
+                flow.bytes.extend(&cx.scratch[..bytes]);
                 flow.readable = bytes == room;
                 lane.tally.bytes_in += bytes as u64;
                 let marks = &mut flow.marks;
@@ -222,14 +222,14 @@ impl Pair {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => {
                 flow.ended = true;
-                flow.mark(&mut lane.shape, turn.clock.now(), Kind::Reset);
+                flow.mark(&mut lane.shape, cx.clock.now(), Kind::Reset);
             }
         }
     }
 
     /// Lets out what is due in one direction.
-    fn release(&mut self, end: usize, turn: &mut Turn<'_>) -> Outcome {
-        let now = turn.clock.now();
+    fn release(&mut self, end: usize, cx: &mut Context<'_>) -> Outcome {
+        let now = cx.clock.now();
         while let Some(mark) = self.flows[end].marks.front()
             && mark.piece.release <= now
         {
@@ -237,22 +237,22 @@ impl Pair {
             match kind {
                 Kind::Data { .. } => {
                     self.flows[end].due += piece.bytes;
-                    turn.lanes[end].tally.count(piece, entered, now);
+                    cx.lanes[end].tally.count(piece, entered, now);
                 }
-                Kind::Ask => self.connect(turn),
+                Kind::Ask => self.connect(cx),
                 Kind::Answer => self.stage = Stage::Open,
                 Kind::End => self.flows[end].end_due = true,
                 Kind::Reset => return Outcome::Reset,
             }
         }
-        self.write(end, turn)
+        self.write(end, cx)
     }
 
-    fn write(&mut self, end: usize, turn: &mut Turn<'_>) -> Outcome {
+    fn write(&mut self, end: usize, cx: &mut Context<'_>) -> Outcome {
         let flow = &mut self.flows[end];
         let Some(stream) = &mut self.ends[1 - end] else { return Outcome::Alive };
         while flow.due > 0 && !flow.blocked {
-            let left = turn.cuts.bytes_left().map(|left| usize::try_from(left).unwrap_or(flow.due));
+            let left = cx.cuts.bytes_left().map(|left| usize::try_from(left).unwrap_or(flow.due));
             let most = left.map_or(flow.due, |left| left.min(flow.due));
             let (front, back) = flow.bytes.as_slices();
             let front = &front[..front.len().min(most)];
@@ -261,8 +261,8 @@ impl Pair {
                 Ok(bytes) => {
                     flow.bytes.drain(..bytes);
                     flow.due -= bytes;
-                    turn.lanes[end].tally.bytes_out += bytes as u64;
-                    if turn.cuts.pass(bytes as u64) {
+                    cx.lanes[end].tally.bytes_out += bytes as u64;
+                    if cx.cuts.pass(bytes as u64) {
                         return Outcome::Cut;
                     }
                 }
@@ -271,8 +271,8 @@ impl Pair {
                 Err(_) => {
                     // The receiver is gone: the sender hears of it over the link.
                     *flow = Flow { ended: true, ..Flow::default() };
-                    let now = turn.clock.now();
-                    self.flows[1 - end].mark(&mut turn.lanes[1 - end].shape, now, Kind::Reset);
+                    let now = cx.clock.now();
+                    self.flows[1 - end].mark(&mut cx.lanes[1 - end].shape, now, Kind::Reset);
                     return Outcome::Alive;
                 }
             }
@@ -286,20 +286,20 @@ impl Pair {
     }
 
     /// The wish to connect has come up.
-    fn connect(&mut self, turn: &mut Turn<'_>) {
-        match TcpStream::connect(turn.to) {
+    fn connect(&mut self, cx: &mut Context<'_>) {
+        match TcpStream::connect(cx.to) {
             Ok(stream) => {
-                let since = turn.clock.now();
+                let since = cx.clock.now();
                 self.ends[DOWN] = Some(stream);
                 self.stage = Stage::Connecting(since);
-                self.connected(since, turn);
+                self.connected(since, cx);
             }
-            Err(error) => self.refuse(&error, turn),
+            Err(error) => self.refuse(&error, cx),
         }
     }
 
     /// Looks whether the far socket is connected by now.
-    fn connected(&mut self, since: u64, turn: &mut Turn<'_>) {
+    fn connected(&mut self, since: u64, cx: &mut Context<'_>) {
         let Some(stream) = &self.ends[DOWN] else { return };
         let answer = match stream.take_error() {
             Ok(None) => stream.peer_addr().map(|_| ()),
@@ -308,26 +308,26 @@ impl Pair {
         match answer.and_then(|()| tune(stream)) {
             Ok(()) => {
                 self.stage = Stage::Answering;
-                let (flow, lane) = (&mut self.flows[DOWN], &mut turn.lanes[DOWN]);
-                flow.mark(&mut lane.shape, turn.clock.now(), Kind::Answer);
+                let (flow, lane) = (&mut self.flows[DOWN], &mut cx.lanes[DOWN]);
+                flow.mark(&mut lane.shape, cx.clock.now(), Kind::Answer);
             }
             Err(error) if error.kind() == ErrorKind::NotConnected => {
-                if turn.clock.now() >= since + CONNECT_NS_MAX {
-                    self.refuse(&ErrorKind::TimedOut.into(), turn);
+                if cx.clock.now() >= since + CONNECT_NS_MAX {
+                    self.refuse(&ErrorKind::TimedOut.into(), cx);
                 }
             }
-            Err(error) => self.refuse(&error, turn),
+            Err(error) => self.refuse(&error, cx),
         }
     }
 
-    fn refuse(&mut self, error: &io::Error, turn: &mut Turn<'_>) {
+    fn refuse(&mut self, error: &io::Error, cx: &mut Context<'_>) {
         let from = self.ends[UP].as_ref().and_then(|client| client.peer_addr().ok());
-        tracing::warn!(to = %turn.to, ?from, %error, "a connection can't be relayed");
+        tracing::warn!(to = %cx.to, ?from, %error, "a connection can't be relayed");
         self.ends[DOWN] = None;
         self.stage = Stage::Asking;
-        let (flow, lane) = (&mut self.flows[DOWN], &mut turn.lanes[DOWN]);
+        let (flow, lane) = (&mut self.flows[DOWN], &mut cx.lanes[DOWN]);
         lane.tally.unreachable += 1;
-        flow.mark(&mut lane.shape, turn.clock.now(), Kind::Reset);
+        flow.mark(&mut lane.shape, cx.clock.now(), Kind::Reset);
     }
 
     /// Ends both connections with a reset.

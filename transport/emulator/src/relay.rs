@@ -14,7 +14,7 @@ use std::time::Instant;
 use mio::net::TcpStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::pair::{DOWN, Lane, Outcome, Pair, Turn, UP, tune};
+use super::pair::{DOWN, Lane, Outcome, Pair, Context, UP, tune};
 use super::report::{Report, Tally};
 use super::schedule::{Cuts, Draws};
 use super::shape::Shape;
@@ -165,14 +165,14 @@ impl Relay {
     fn turn_pairs(&mut self) {
         let mut index = 0;
         while index < self.pairs.len() {
-            let mut turn = Turn {
+            let mut cx = Context {
                 clock: self.clock,
                 lanes: &mut self.lanes,
                 cuts: &mut self.cuts,
                 to: self.config.to,
                 scratch: &mut self.scratch,
             };
-            match self.pairs[index].turn(&mut turn) {
+            match self.pairs[index].relay(&mut cx) {
                 Outcome::Alive => index += 1,
                 Outcome::Done => drop(self.pairs.swap_remove(index)),
                 Outcome::Reset => self.pairs.swap_remove(index).reset(),

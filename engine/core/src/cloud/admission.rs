@@ -88,7 +88,7 @@ impl Admission {
     }
 
     /// Time until the next device that finds no room is to come back, with `open` sessions open.
-    pub(super) fn next_turn(&mut self, now: Instant, open: usize) -> Duration {
+    pub(super) fn next_retry(&mut self, now: Instant, open: usize) -> Duration {
         let life = self.life_s.value().map_or(LIFE_UNKNOWN, Duration::from_secs_f64);
         let share = life.div_f64(open.max(1) as f64);
         let next = self.next_end.unwrap_or(now).max(now) + share.min(RETRY_MAX);
@@ -189,23 +189,23 @@ mod tests {
         let (mut admission, now) = (Admission::default(), Instant::now());
         admission.note_life(1000 * MS);
         // Ten sessions of a second each: one ends each 100 ms.
-        let turns: Vec<_> = (0..5).map(|_| admission.next_turn(now, 10)).collect();
-        assert_eq!(turns, [100 * MS, 200 * MS, 300 * MS, 400 * MS, 500 * MS]);
+        let retries: Vec<_> = (0..5).map(|_| admission.next_retry(now, 10)).collect();
+        assert_eq!(retries, [100 * MS, 200 * MS, 300 * MS, 400 * MS, 500 * MS]);
         let later = now + 2000 * MS;
-        assert_eq!(admission.next_turn(later, 10), 100 * MS);
+        assert_eq!(admission.next_retry(later, 10), 100 * MS);
         for _ in 0..200 {
             admission.note_life(MS);
         }
-        assert_eq!(admission.next_turn(later + 1000 * MS, 10), RETRY_MIN);
+        assert_eq!(admission.next_retry(later + 1000 * MS, 10), RETRY_MIN);
     }
 
     #[test]
     fn no_time_is_beyond_the_longest_and_they_differ() {
         let (mut admission, now) = (Admission::default(), Instant::now());
         admission.note_life(Duration::from_secs(1 << 40));
-        let turns: Vec<_> = (0..64).map(|_| admission.next_turn(now, 3)).collect();
-        assert!(turns.iter().all(|turn| (RETRY_MAX / 2..=RETRY_MAX).contains(turn)), "{turns:?}");
-        let apart: std::collections::HashSet<_> = turns.iter().collect();
+        let retries: Vec<_> = (0..64).map(|_| admission.next_retry(now, 3)).collect();
+        assert!(retries.iter().all(|retry| (RETRY_MAX / 2..=RETRY_MAX).contains(retry)), "{retries:?}");
+        let apart: std::collections::HashSet<_> = retries.iter().collect();
         assert_eq!(apart.len(), 16);
     }
 

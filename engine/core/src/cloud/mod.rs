@@ -465,7 +465,7 @@ impl CloudCore {
     fn retry_after_ms(&mut self, now: Instant, from: ConnectionId, pages: usize) -> u32 {
         let device = self.guests.device(from).unwrap_or(0);
         let sessions = self.sessions.count_of(from);
-        let mut retry = self.admission.next_turn(now, self.sessions.len());
+        let mut retry = self.admission.next_retry(now, self.sessions.len());
         // Whoever has all it may have waits for itself, and is in nobody's line.
         if sessions < self.config.sessions_per_device_max {
             retry = self.admission.refuse(now, device, pages, sessions, retry);

@@ -12,7 +12,7 @@ use hat_transport::planted::Planted;
 
 use super::request::RequestId;
 use super::session::Timed;
-use super::turn;
+use super::select;
 use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::draft::tree::Guess;
@@ -176,12 +176,12 @@ impl Learned {
     /// go on.
     pub(super) fn upload_pause(&self) -> Option<Duration> {
         let unacked = self.traffic?.unacked_bytes;
-        turn::upload_pause(unacked, |bytes| self.estimator.uplink_busy_s(bytes))
+        select::upload_pause(unacked, |bytes| self.estimator.uplink_busy_s(bytes))
     }
 
     /// Rows of the next piece, at most `rows`, behind `prefix` others.
     pub(super) fn piece_rows(&self, prefix: u32, rows: u32) -> u32 {
-        turn::piece_rows(self.estimator.device_cost(), prefix, rows)
+        select::piece_rows(self.estimator.device_cost(), prefix, rows)
     }
 
     /// The planner of chunks, with what it plans by; `None` if too little is known.

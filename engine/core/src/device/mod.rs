@@ -12,7 +12,7 @@ mod request;
 mod send;
 mod session;
 mod tree;
-mod turn;
+mod select;
 mod verify;
 mod violation;
 mod walk;

@@ -11,7 +11,7 @@ use super::budget::{Budget, Waits};
 use super::feed::Drafting;
 use super::lent::Common;
 use super::session::OpenSession;
-use super::turn::Ask;
+use super::select::Ask;
 use super::violation::CloudViolation;
 use crate::answer::{Answer, Prepared};
 use crate::chunk::CHUNK_ROWS_DEFAULT;

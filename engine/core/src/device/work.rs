@@ -12,7 +12,7 @@ use super::lent::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
 use super::tree::{Bounds, Level, Stage};
-use super::turn;
+use super::select;
 use super::verify::{Head, TailRows};
 use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
@@ -342,7 +342,7 @@ impl DeviceCore {
         let may_upload = self.cx.learned.upload_pause().is_none();
         let asks = self.requests.iter();
         let asks = asks.filter_map(|(id, request)| Some((*id, request.ask(may_upload)?)));
-        let next = turn::choose(asks)?;
+        let next = select::choose(asks)?;
         if self.requests.get(&next)?.is_unfed() {
             return Some((next, Step::Feed));
         }

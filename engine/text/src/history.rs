@@ -16,37 +16,37 @@ use hat_plan::TokenId;
 use crate::token::{ChatText, SpecialText, Start, Tokenizer};
 
 /// Conversations that are remembered.
-const TURNS_MAX: usize = 64;
+const CONVERSATIONS_MAX: usize = 64;
 /// Bytes of their texts together.
 const TEXT_BYTES_MAX: usize = 4 << 20;
 
 /// One conversation up to the end of an answer.
-struct Turn {
+struct Conversation {
     text: ChatText,
     ids: Vec<TokenId>,
 }
 
 /// Conversations, the latest last.
 #[derive(Default)]
-pub struct Turns {
-    turns: VecDeque<Turn>,
+pub struct TokenHistory {
+    conversations: VecDeque<Conversation>,
     text_bytes: usize,
 }
 
-impl Turns {
+impl TokenHistory {
     /// The longest beginning of a rendered conversation that is known: its bytes and its ids.
     pub fn find(
         &mut self,
         text: &ChatText,
         tokenizer: &Tokenizer,
     ) -> Option<(usize, Vec<TokenId>)> {
-        let fits = |turn: &Turn| tokenizer.continues(text, &turn.text);
-        let longest = (0..self.turns.len())
-            .filter(|index| fits(&self.turns[*index]))
-            .max_by_key(|index| self.turns[*index].text.len());
-        let turn = self.turns.remove(longest?)?;
-        let found = (turn.text.len(), turn.ids.clone());
-        self.turns.push_back(turn);
+        let fits = |conversation: &Conversation| tokenizer.continues(text, &conversation.text);
+        let longest = (0..self.conversations.len())
+            .filter(|index| fits(&self.conversations[*index]))
+            .max_by_key(|index| self.conversations[*index].text.len());
+        let conversation = self.conversations.remove(longest?)?;
+        let found = (conversation.text.len(), conversation.ids.clone());
+        self.conversations.push_back(conversation);
         Some(found)
     }
 
@@ -68,11 +68,11 @@ impl Turns {
         if text.len() > TEXT_BYTES_MAX {
             return;
         }
-        self.turns.retain(|turn| turn.text != text);
-        self.text_bytes = self.turns.iter().map(|turn| turn.text.len()).sum::<usize>() + text.len();
-        self.turns.push_back(Turn { text, ids: [prompt_ids, answer].concat() });
-        while self.turns.len() > TURNS_MAX || self.text_bytes > TEXT_BYTES_MAX {
-            let oldest = self.turns.pop_front().expect("the sum counts texts that are here");
+        self.conversations.retain(|conversation| conversation.text != text);
+        self.text_bytes = self.conversations.iter().map(|conversation| conversation.text.len()).sum::<usize>() + text.len();
+        self.conversations.push_back(Conversation { text, ids: [prompt_ids, answer].concat() });
+        while self.conversations.len() > CONVERSATIONS_MAX || self.text_bytes > TEXT_BYTES_MAX {
+            let oldest = self.conversations.pop_front().expect("the sum counts texts that are here");
             self.text_bytes -= oldest.text.len();
         }
     }

@@ -81,16 +81,16 @@ mod tests {
     #[test]
     fn short_ones_in_a_row_do_not_starve_a_long_one() {
         let mut asks = [ask(1, 0), ask(1, 0), ask(1, 0), ask(20, 0), ask(4000, 0)];
-        let mut turns = [0; 5];
+        let mut served = [0; 5];
         for _ in 0..900 {
             let chosen = choose(asks.into_iter().enumerate()).unwrap();
-            turns[chosen] += 1;
+            served[chosen] += 1;
             for (index, ask) in asks.iter_mut().enumerate() {
                 ask.passed = if index == chosen { 0 } else { ask.passed + 1 };
             }
         }
-        assert!(turns[4] >= 80, "{turns:?}");
-        assert!(turns[0] + turns[1] + turns[2] >= 600, "{turns:?}");
+        assert!(served[4] >= 80, "{served:?}");
+        assert!(served[0] + served[1] + served[2] >= 600, "{served:?}");
     }
 
     #[test]

@@ -28,25 +28,25 @@ fn letters(tokenizer: &Tokenizer, text: &str) -> Vec<TokenId> {
     text.chars().flat_map(of).collect()
 }
 
-fn ids(turns: &mut Turns, tokenizer: &Tokenizer, text: &ChatText) -> Vec<TokenId> {
-    let (from, mut ids) = turns.find(text, tokenizer).unwrap_or_default();
+fn ids(history: &mut TokenHistory, tokenizer: &Tokenizer, text: &ChatText) -> Vec<TokenId> {
+    let (from, mut ids) = history.find(text, tokenizer).unwrap_or_default();
     ids.extend(tokenizer.encode_rendered(text, from).unwrap());
     ids
 }
 
 #[test]
 fn the_next_turn_keeps_the_ids_of_the_answer() {
-    let (tokenizer, mut turns) = (tokenizer(), Turns::default());
+    let (tokenizer, mut history) = (tokenizer(), TokenHistory::default());
     let first = rendered(&tokenizer, &["hello there"]);
-    let first_ids = ids(&mut turns, &tokenizer, &first);
+    let first_ids = ids(&mut history, &tokenizer, &first);
     let text = "hello in there <|im_end|>";
     let answer = letters(&tokenizer, text);
     let encoded = tokenizer.encode(text, Special::AsText).unwrap();
     assert_ne!(answer, encoded, "a test that can't tell shows nothing");
-    turns.note(&first, &first_ids, &answer, text, &tokenizer);
+    history.note(&first, &first_ids, &answer, text, &tokenizer);
 
     let next = rendered(&tokenizer, &["hello there", text, "and then"]);
-    let next_ids = ids(&mut turns, &tokenizer, &next);
+    let next_ids = ids(&mut history, &tokenizer, &next);
     let kept = [&first_ids[..], &answer].concat();
     assert!(next_ids.starts_with(&kept));
     let plain = tokenizer.encode_rendered(&next, 0).unwrap();
@@ -59,18 +59,18 @@ fn the_next_turn_keeps_the_ids_of_the_answer() {
 
     // The third turn begins with the longer one of the two that are known.
     let second = letters(&tokenizer, "there");
-    turns.note(&next, &next_ids, &second, "there", &tokenizer);
+    history.note(&next, &next_ids, &second, "there", &tokenizer);
     let third = rendered(&tokenizer, &["hello there", text, "and then", "there", "in"]);
-    let third_ids = ids(&mut turns, &tokenizer, &third);
+    let third_ids = ids(&mut history, &tokenizer, &third);
     assert!(third_ids.starts_with(&[&next_ids[..], &second].concat()));
 }
 
 #[test]
 fn another_text_is_encoded_as_it_is() {
-    let (tokenizer, mut turns) = (tokenizer(), Turns::default());
+    let (tokenizer, mut history) = (tokenizer(), TokenHistory::default());
     let first = rendered(&tokenizer, &["hello"]);
-    let first_ids = ids(&mut turns, &tokenizer, &first);
-    turns.note(&first, &first_ids, &letters(&tokenizer, "there"), "there", &tokenizer);
+    let first_ids = ids(&mut history, &tokenizer, &first);
+    history.note(&first, &first_ids, &letters(&tokenizer, "there"), "there", &tokenizer);
     let others: [&[&str]; 5] = [
         &["hello", "there now", "in"], // the text goes on where the answer ended
         &["hello", "the", "in"],       // it ends before
@@ -80,37 +80,37 @@ fn another_text_is_encoded_as_it_is() {
     ];
     for says in others {
         let text = rendered(&tokenizer, says);
-        assert_eq!(turns.find(&text, &tokenizer), None, "{says:?}");
+        assert_eq!(history.find(&text, &tokenizer), None, "{says:?}");
     }
 }
 
 #[test]
 fn an_answer_that_was_not_heard_as_it_is_is_forgotten() {
-    let (tokenizer, mut turns) = (tokenizer(), Turns::default());
+    let (tokenizer, mut history) = (tokenizer(), TokenHistory::default());
     let first = rendered(&tokenizer, &["hello"]);
     let cut = letters(&tokenizer, "there STOP");
-    turns.note(&first, &[1, 2], &cut, "there ", &tokenizer);
+    history.note(&first, &[1, 2], &cut, "there ", &tokenizer);
     let control = tokenizer.encode("<|im_end|>", Special::Parse).unwrap();
     assert_eq!(control.len(), 1);
     let hidden = [letters(&tokenizer, "there"), control].concat();
-    turns.note(&first, &[1, 2], &hidden, "there", &tokenizer);
-    assert!(turns.turns.is_empty());
+    history.note(&first, &[1, 2], &hidden, "there", &tokenizer);
+    assert!(history.conversations.is_empty());
 }
 
 #[test]
 fn texts_are_bounded() {
-    let (tokenizer, mut turns) = (tokenizer(), Turns::default());
+    let (tokenizer, mut history) = (tokenizer(), TokenHistory::default());
     let ask = |text: &str| rendered(&tokenizer, &[text]);
-    for index in 0..TURNS_MAX + 5 {
-        turns.note(&ask(&index.to_string()), &[1], &[], "", &tokenizer);
-        turns.note(&ask(&index.to_string()), &[1], &[], "", &tokenizer);
+    for index in 0..CONVERSATIONS_MAX + 5 {
+        history.note(&ask(&index.to_string()), &[1], &[], "", &tokenizer);
+        history.note(&ask(&index.to_string()), &[1], &[], "", &tokenizer);
     }
-    assert_eq!(turns.turns.len(), TURNS_MAX);
+    assert_eq!(history.conversations.len(), CONVERSATIONS_MAX);
     let long = "a".repeat(900_000);
     for index in 0..8 {
-        turns.note(&ask(&format!("{index}{long}")), &[1], &[], "", &tokenizer);
+        history.note(&ask(&format!("{index}{long}")), &[1], &[], "", &tokenizer);
     }
-    let bytes: usize = turns.turns.iter().map(|turn| turn.text.len()).sum();
-    assert_eq!(bytes, turns.text_bytes);
-    assert_eq!((turns.turns.len(), bytes <= TEXT_BYTES_MAX), (4, true));
+    let bytes: usize = history.conversations.iter().map(|conversation| conversation.text.len()).sum();
+    assert_eq!(bytes, history.text_bytes);
+    assert_eq!((history.conversations.len(), bytes <= TEXT_BYTES_MAX), (4, true));
 }
