@@ -198,7 +198,7 @@ fn cross(gpu: &mut TestGpu, rows: usize, x: &TestMemory) -> TestMemory {
 }
 
 /// The path from the root on which each node is what was chosen before it, and the choice after it.
-fn walk(parents: &[u32], tokens: &[u32], choices: &[u32]) -> (Vec<u32>, u32) {
+fn verify(parents: &[u32], tokens: &[u32], choices: &[u32]) -> (Vec<u32>, u32) {
     let mut path = vec![0u32];
     loop {
         let at = path[path.len() - 1];
@@ -322,7 +322,7 @@ fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
         let parents = [0u32, 0, 0, 2, 2, 1];
         let batch = [Sequence { rows: tree_of(at, &parents), pages: pages.clone() }];
         let (logits, choices) = split.step(gpu, &model, &text, &batch);
-        let (path, next) = walk(&parents, &text, &choices);
+        let (path, next) = verify(&parents, &text, &choices);
         assert_eq!(path, [0, 2, 4], "the right guesses are taken");
         assert_eq!(next, tokens[at as usize + 3]);
         let place = |slot: u32| (pages[slot as usize / PAGE_SIZE], slot % PAGE_SIZE as u32);

@@ -253,10 +253,10 @@ impl Sequence {
             return Err(SequenceError::BadCommit { row, tip: self.tip });
         }
         let mut keep = [Fate::Pruned; PENDING_ROWS_MAX];
-        let mut walk = row;
-        while let Some(index) = self.index_of(walk) {
+        let mut cursor = row;
+        while let Some(index) = self.index_of(cursor) {
             keep[index] = Fate::Committed;
-            walk = self.pending[index].parent;
+            cursor = self.pending[index].parent;
         }
         for index in 0..self.pending.len() {
             let parent = self.pending[index].parent;
@@ -305,11 +305,11 @@ impl Sequence {
         // Slots that it sees beyond the committed rows, in logical order, its own last.
         let mut tail = [0; PENDING_ROWS_MAX];
         let mut begin = tail.len();
-        let mut walk = id;
-        while let Some(index) = self.index_of(walk) {
+        let mut cursor = id;
+        while let Some(index) = self.index_of(cursor) {
             begin -= 1;
             tail[begin] = self.pending[index].slot;
-            walk = self.pending[index].parent;
+            cursor = self.pending[index].parent;
         }
         // The first of them may stand at the slots of their own positions.
         let places = (self.committed..).zip(&tail[begin..]);

@@ -190,10 +190,10 @@ impl Request {
         right.deep.clear();
         let mut ids = [0; PENDING_ROWS_MAX];
         let mut count = 0;
-        for row in open.walk.path().filter(|row| row.source.is_some()) {
+        for row in open.verifier.path().filter(|row| row.source.is_some()) {
             (ids[count], count) = (row.id, count + 1);
         }
-        let rows = open.walk.path().map(|row| row.output());
+        let rows = open.verifier.path().map(|row| row.output());
         open.deep.clear();
         open.deep.extend(rows.clone().next().into_iter().flatten().flatten());
         right.positions = end - count..end;

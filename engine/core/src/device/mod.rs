@@ -15,7 +15,7 @@ mod tree;
 mod select;
 mod verify;
 mod violation;
-mod walk;
+mod verifier;
 mod way;
 mod work;
 

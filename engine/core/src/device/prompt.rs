@@ -110,7 +110,7 @@ impl Request {
             let before = if ids.len() > 1 { last_id - 1 } else { parent };
             let round = if in_prefill { 0 } else { self.round + 1 };
             let token = self.path.tokens[end as usize - 1];
-            open.walk.push(last_id, before, token, None, round);
+            open.verifier.push(last_id, before, token, None, round);
         }
         if in_prefill && !grows {
             self.meter.counts.chunks.push(open.chunk.rows);

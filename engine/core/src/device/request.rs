@@ -167,7 +167,7 @@ impl Request {
 
     /// True if there is something to compute now.
     pub(super) fn wants_compute(&self) -> bool {
-        self.session.open().is_some_and(|open| open.outgoing.is_sent() && open.walk.is_over())
+        self.session.open().is_some_and(|open| open.outgoing.is_sent() && open.verifier.is_over())
             && self.computed() < self.path.rows()
     }
 
@@ -183,7 +183,7 @@ impl Request {
     pub(super) fn wants_more_drafts(&self) -> bool {
         self.session.open().is_some_and(|open| {
             open.outgoing.is_sent()
-                && !open.walk.is_over()
+                && !open.verifier.is_over()
                 && !open.drafts.is_full
                 && !open.drafts.tree.nodes().is_empty()
         }) && self.draft_mode().streams()

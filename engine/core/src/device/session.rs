@@ -8,7 +8,7 @@ use super::prompt::{Chunk, Sizing};
 use super::request::Path;
 use super::tree::Stage;
 use super::verify::Tail;
-use super::walk::Walk;
+use super::verifier::Verifier;
 use crate::draft::{Source, Tree};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use hat_plan::{PAGE_SIZE, TokenId};
@@ -77,7 +77,7 @@ pub(super) struct OpenSession {
     /// Chunks of the prompt that are on their way.
     pub(super) sizing: Sizing,
     pub(super) outgoing: Outgoing,
-    pub(super) walk: Walk,
+    pub(super) verifier: Verifier,
     pub(super) drafts: Drafts,
     /// The next step of the tree, if it grows.
     pub(super) stage: Stage,
@@ -107,7 +107,7 @@ impl OpenSession {
             chunk: Chunk::default(),
             sizing: Sizing::default(),
             outgoing: Outgoing::default(),
-            walk: Walk::default(),
+            verifier: Verifier::default(),
             drafts: Drafts::default(),
             stage: Stage::Idle,
             round: None,
@@ -155,10 +155,10 @@ impl OpenSession {
         assert!(self.told_id <= out.sent_id, "COMPUTED told of row {}", self.told_id);
         assert!(self.drafts.ids.is_sorted(), "{:?}", self.drafts.ids);
         assert!(self.drafts.ids.len() <= self.drafts.tree.nodes().len());
-        assert!(self.chunk.left == 0 || self.walk.is_over(), "a token of half a chunk");
+        assert!(self.chunk.left == 0 || self.verifier.is_over(), "a token of half a chunk");
         let grows = !matches!(self.stage, Stage::Idle);
         assert!(!out.grows || self.chunk.left > 0 || grows, "MORE is promised, and nothing comes");
-        self.walk.check(kv);
+        self.verifier.check(kv);
     }
 }
 

@@ -142,7 +142,7 @@ impl Request {
     /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
     /// is for [`Request::grow_wave`] to say.
     pub(super) fn begin_wave(&mut self, now: Instant, cx: &mut Common) {
-        self.follow_walk(cx);
+        self.follow_verdict(cx);
         if let Some(bounds) = self.wave_bounds(now, cx)
             && let Some(open) = self.session.open_mut()
         {
@@ -166,7 +166,7 @@ impl Request {
             return None;
         }
         open.outgoing.begin_pending(nodes, first_id);
-        open.walk.begin_wave();
+        open.verifier.begin_wave();
         Some(Bounds { nodes_max, floor, as_it_pays: false, is_wave: true, began: now })
     }
 
@@ -185,9 +185,9 @@ impl Request {
 
     /// The walk stands further down the tree, before a row that is away: what it has passed is
     /// decided and committed, and the tree begins there.
-    fn follow_walk(&mut self, cx: &mut Common) {
+    fn follow_verdict(&mut self, cx: &mut Common) {
         let Some(open) = self.session.open() else { return };
-        let Some(at) = open.walk.at().filter(|at| open.drafts.ids[0] != *at) else { return };
+        let Some(at) = open.verifier.at().filter(|at| open.drafts.ids[0] != *at) else { return };
         self.keep_right_rows(self.path.tokens.len(), cx);
         self.commit(at, cx);
         let depth_max = self.depth_max();
@@ -205,7 +205,7 @@ impl Request {
         drafts.ids.truncate(kept.len());
         drafts.asked = 0;
         out.keep_sent(kept.len());
-        open.walk.begin_here();
+        open.verifier.begin_here();
         self.look_up(cx);
     }
 
@@ -343,7 +343,7 @@ impl Request {
                 Some(_) => drafts.ids[node.parent],
                 None => open.outgoing.parent,
             };
-            open.walk.push(id, parent, node.token, node.source, round);
+            open.verifier.push(id, parent, node.token, node.source, round);
             if let Some(source) = node.source {
                 self.meter.drafted(source.drafter.name());
             }

@@ -10,7 +10,7 @@ use super::lent::{Common, Facts};
 use super::request::{Outcome, Request};
 use super::session::Timed;
 use super::violation::CloudViolation;
-use super::walk::Taken;
+use super::verifier::Taken;
 use crate::answer::Vocabulary;
 use crate::error::RequestError;
 use crate::sequence::RowPlace;
@@ -120,7 +120,7 @@ impl Request {
             open.tail.rows.extend_from_slice(taken);
             open.tail.new = Some(TailRows { last_id: end - 1, first, count: rows });
         } else {
-            open.walk.take(end - 1, &taken[taken.len() - cx.facts.hidden_size..]);
+            open.verifier.take(end - 1, &taken[taken.len() - cx.facts.hidden_size..]);
         }
         Ok(())
     }
@@ -128,7 +128,7 @@ impl Request {
     /// True if rows that are back are to go through the tail layers, or the LM head.
     pub(super) fn has_head(&mut self) -> bool {
         let open = self.session.open_mut();
-        open.is_some_and(|open| open.tail.new.is_some() || open.walk.next().is_some())
+        open.is_some_and(|open| open.tail.new.is_some() || open.verifier.next().is_some())
     }
 
     /// Decided rows that came back, for the tail layers, by `scratch.plan`.
@@ -151,7 +151,7 @@ impl Request {
     pub(super) fn end_tail(&mut self, tail: TailRows, facts: &Facts) {
         let Some(open) = self.session.open_mut() else { return };
         let row = open.tail.rows.chunks_exact(facts.hidden_size).next_back();
-        open.walk.take(tail.last_id, row.unwrap_or_default());
+        open.verifier.take(tail.last_id, row.unwrap_or_default());
     }
 
     /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Returns true if
@@ -167,7 +167,7 @@ impl Request {
         let rows = cx.scratch.rows.chunks_exact(cx.facts.hidden_size);
         for (row, output) in output.ids.iter().zip(rows).skip(first) {
             self.meter.rows_settled(1);
-            match open.walk.take(row, output) {
+            match open.verifier.take(row, output) {
                 Taken::Awaited => has_news = true,
                 Taken::Unknown => {}
                 Taken::Twice => return Err(CloudViolation::Twice { row }),
@@ -184,7 +184,7 @@ impl Request {
         if *ids.end() > open.outgoing.sent_id {
             return Err(CloudViolation::DroppedUnsent { row: *ids.end() });
         }
-        if let Some(row) = ids.clone().find(|id| open.walk.awaits(*id)) {
+        if let Some(row) = ids.clone().find(|id| open.verifier.awaits(*id)) {
             return Err(CloudViolation::DroppedAwaited { row });
         }
         self.meter.rows_settled(u32::from(dropped.count));
@@ -219,7 +219,7 @@ impl Request {
     /// The row before which the walk stands, if it is back. The LM head runs for such rows alone.
     pub(super) fn begin_head(&mut self, cx: &mut Common) -> Option<Head> {
         let open = self.session.open_mut()?;
-        let visit = open.walk.next()?;
+        let visit = open.verifier.next()?;
         let (id, round) = (visit.id, visit.round);
         // Drafted rows have not been through the tail layers; their ancestors have.
         let needs_tail = cx.facts.has_tail && visit.was_drafted;
@@ -238,7 +238,7 @@ impl Request {
 
     /// That row, for tail layers and LM head to work on in place. `[hidden_size]`
     pub(super) fn head_row(&mut self) -> &mut [f32] {
-        let visit = self.session.open_mut().and_then(|open| open.walk.next());
+        let visit = self.session.open_mut().and_then(|open| open.verifier.next());
         visit.map_or(&mut [], |visit| visit.output)
     }
 
@@ -282,7 +282,7 @@ impl Request {
             return Outcome::Finished(reason);
         }
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
-        if let Some(step) = emitted.token.and_then(|token| open.walk.step(token)) {
+        if let Some(step) = emitted.token.and_then(|token| open.verifier.step(token)) {
             self.meter.counts.predraft_hits += u32::from(step.into_next_wave);
             // Where the walk stands now, more may be drafted.
             open.drafts.is_full = false;
@@ -299,7 +299,7 @@ impl Request {
         for (guess, source) in open.drafts.held_back.drain(..) {
             cx.learned.acceptance.note(source, guess == token);
         }
-        for (guess, source) in open.walk.drafts() {
+        for (guess, source) in open.verifier.drafts() {
             self.meter.tested(source.drafter.name(), guess == token);
             cx.learned.acceptance.note(source, guess == token);
         }
@@ -312,7 +312,7 @@ impl Request {
         self.keep_right_rows(self.path.tokens.len() - 1, cx);
         let tokens = self.answer.tokens().len();
         let Some(open) = self.session.open_mut() else { return };
-        open.walk.clear();
+        open.verifier.clear();
         open.drafts.clear();
         open.outgoing.drop_unheard();
         if let Some(round) = open.round.take() {

@@ -264,29 +264,29 @@ proptest! {
             repetition_penalty: 1.3, presence_penalty: 0.1, frequency_penalty: 0.2,
             penalty_last_n: last_n, ..sampled(5)
         };
-        let mut walked = sampler(&config, 6);
+        let mut stepped = sampler(&config, 6);
         let mut path = Vec::new();
         for step in steps {
             match step {
                 Some(token) => {
                     path.push(token);
-                    walked.accept(token);
+                    stepped.accept(token);
                 }
-                None if path.pop().is_some() => walked.undo(),
+                None if path.pop().is_some() => stepped.undo(),
                 None => {}
             }
         }
         let mut straight = sampler(&config, 6);
         path.iter().for_each(|&token| straight.accept(token));
-        let mut forked = walked.fork();
+        let mut forked = stepped.fork();
         let logits = [0.3f32, 0.2, 0.1, -0.1, 0.0, 0.25];
         for position in 0..20 {
             let expected = straight.choose(&logits, position).unwrap();
-            prop_assert_eq!(walked.choose(&logits, position).unwrap(), expected);
+            prop_assert_eq!(stepped.choose(&logits, position).unwrap(), expected);
             prop_assert_eq!(forked.choose(&logits, position).unwrap(), expected);
         }
         // Going its own way leaves the other alone.
         (0..6).for_each(|token| forked.accept(token));
-        prop_assert_eq!(walked.choose(&logits, 0).unwrap(), straight.choose(&logits, 0).unwrap());
+        prop_assert_eq!(stepped.choose(&logits, 0).unwrap(), straight.choose(&logits, 0).unwrap());
     }
 }

@@ -150,15 +150,15 @@ macro_rules! weight_types {
             columns: std::ops::Range<usize>,
             out: &mut Part<'_, f32>,
         ) {
-            use $crate::backend::cpu::matrix::walk;
+            use $crate::backend::cpu::matrix::for_each_panel;
             match job.weight.dtype {
-                DType::Q4_0 => walk(job, job.blocks, columns, out, Q4_0),
-                DType::Q4_1 => walk(job, job.blocks, columns, out, Q4_1),
-                DType::Q8_0 => walk(job, job.blocks, columns, out, Q8_0),
-                DType::Q6K => walk(job, job.blocks, columns, out, Q6K),
-                DType::F32 => walk(job, job.x, columns, out, F32),
-                DType::F16 => walk(job, job.x, columns, out, F16),
-                DType::Bf16 => walk(job, job.x, columns, out, Bf16),
+                DType::Q4_0 => for_each_panel(job, job.blocks, columns, out, Q4_0),
+                DType::Q4_1 => for_each_panel(job, job.blocks, columns, out, Q4_1),
+                DType::Q8_0 => for_each_panel(job, job.blocks, columns, out, Q8_0),
+                DType::Q6K => for_each_panel(job, job.blocks, columns, out, Q6K),
+                DType::F32 => for_each_panel(job, job.x, columns, out, F32),
+                DType::F16 => for_each_panel(job, job.x, columns, out, F16),
+                DType::Bf16 => for_each_panel(job, job.x, columns, out, Bf16),
                 other => unreachable!("{} is refused when the weight is taken", other.name()),
             }
         }
@@ -181,7 +181,7 @@ pub(super) use weight_types;
 
 /// Walks the panels of `columns` over all rows. `x` is `[rows][width]`.
 #[inline(always)]
-pub(super) fn walk<T>(
+pub(super) fn for_each_panel<T>(
     linear: &Linear<'_>,
     x: &[T],
     columns: Range<usize>,
@@ -194,14 +194,14 @@ pub(super) fn walk<T>(
         let end = linear.rows.min(first + ROWS_IN_CACHE);
         for column in columns.clone().step_by(PANEL) {
             let panel = &weight[column / PANEL * panel_bytes..][..panel_bytes];
-            walk_rows(linear, x, first..end, panel, (column, column - columns.start), out, tiles);
+            for_each_tile(linear, x, first..end, panel, (column, column - columns.start), out, tiles);
         }
     }
 }
 
 /// One panel over some rows, in tiles of 8, 4, 2 and 1.
 #[inline(always)]
-fn walk_rows<T, K: Tiles<T>>(
+fn for_each_tile<T, K: Tiles<T>>(
     linear: &Linear<'_>,
     x: &[T],
     rows: Range<usize>,

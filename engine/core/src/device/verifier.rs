@@ -22,7 +22,7 @@ pub(super) struct Row {
     pub(super) source: Option<Source>,
     /// True if the token was a draft when the row was made.
     was_drafted: bool,
-    /// Number of the batch of rows that it was made in; see [`Walk::push`].
+    /// Number of the batch of rows that it was made in; see [`Verifier::push`].
     wave: u32,
     /// Round trips that end when it comes back.
     pub(super) round: u32,
@@ -39,7 +39,7 @@ impl Row {
 
 /// The rows below the last decided token, and the place of the walk.
 #[derive(Debug, Default)]
-pub(super) struct Walk {
+pub(super) struct Verifier {
     rows: Vec<Row>, // in order of ids
     at: Option<u32>,
     wave: u32,
@@ -48,7 +48,7 @@ pub(super) struct Walk {
 
 /// The walk goes on below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Step {
+pub(super) struct Advance {
     /// True if the row there was made while the one above was away.
     pub(super) into_next_wave: bool,
 }
@@ -75,7 +75,7 @@ pub(super) enum Taken {
     Twice,
 }
 
-impl Walk {
+impl Verifier {
     /// Rows that are pushed from now on are made while those before are away.
     pub(super) fn begin_wave(&mut self) {
         self.wave = self.wave.wrapping_add(1);
@@ -138,12 +138,12 @@ impl Walk {
     }
 
     /// `token` is decided: goes on to its row, if there is one below.
-    pub(super) fn step(&mut self, token: TokenId) -> Option<Step> {
+    pub(super) fn step(&mut self, token: TokenId) -> Option<Advance> {
         let wave = self.rows.iter().find(|row| Some(row.id) == self.at).map(|row| row.wave);
         let mut below = self.rows.iter().filter(|row| Some(row.parent) == self.at);
         let row = below.find(|row| row.token == token)?;
         self.at = Some(row.id);
-        Some(Step { into_next_wave: wave != Some(row.wave) })
+        Some(Advance { into_next_wave: wave != Some(row.wave) })
     }
 
     /// Makes the row before which the walk stands the first one: those that do not hang below it
@@ -203,77 +203,77 @@ mod tests {
     use super::*;
     use crate::draft::Drafter;
 
-    fn walk() -> Walk {
-        let mut walk = Walk::default();
+    fn verifier() -> Verifier {
+        let mut verifier = Verifier::default();
         let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
-        walk.push(10, 9, 5, None, 1);
-        walk.push(11, 10, 6, source, 1);
-        walk.push(12, 10, 7, source, 1);
-        walk.push(13, 12, 8, source, 1);
-        walk
+        verifier.push(10, 9, 5, None, 1);
+        verifier.push(11, 10, 6, source, 1);
+        verifier.push(12, 10, 7, source, 1);
+        verifier.push(13, 12, 8, source, 1);
+        verifier
     }
 
-    fn visit(walk: &mut Walk) -> (u32, u32, bool, Vec<f32>) {
-        let visit = walk.next().expect("it is back");
+    fn visit(verifier: &mut Verifier) -> (u32, u32, bool, Vec<f32>) {
+        let visit = verifier.next().expect("it is back");
         (visit.id, visit.round, visit.was_drafted, visit.output.to_vec())
     }
 
     #[test]
-    fn the_walk_begins_anew_where_it_stands() {
-        let mut walk = walk();
+    fn verification_begins_anew_at_its_cursor() {
+        let mut verifier = verifier();
         let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
-        walk.begin_wave();
-        walk.push(14, 13, 9, source, 1);
-        walk.push(15, 11, 9, source, 1);
+        verifier.begin_wave();
+        verifier.push(14, 13, 9, source, 1);
+        verifier.push(15, 11, 9, source, 1);
         for id in [10, 11, 12] {
-            assert_eq!(walk.take(id, &[0.0]), Taken::Awaited);
+            assert_eq!(verifier.take(id, &[0.0]), Taken::Awaited);
         }
-        assert_eq!(walk.step(7), Some(Step { into_next_wave: false }));
-        assert_eq!(walk.step(8), Some(Step { into_next_wave: false }));
-        assert_eq!(walk.at(), Some(13));
-        walk.begin_here();
-        assert_eq!(walk.take(11, &[0.0]), Taken::Unknown);
-        assert_eq!(walk.take(15, &[0.0]), Taken::Unknown);
-        walk.take(13, &[13.0]);
-        assert_eq!(visit(&mut walk), (13, 1, true, vec![13.0]));
-        let path: Vec<_> = walk.path().map(|row| (row.id, row.source.is_some())).collect();
+        assert_eq!(verifier.step(7), Some(Advance { into_next_wave: false }));
+        assert_eq!(verifier.step(8), Some(Advance { into_next_wave: false }));
+        assert_eq!(verifier.at(), Some(13));
+        verifier.begin_here();
+        assert_eq!(verifier.take(11, &[0.0]), Taken::Unknown);
+        assert_eq!(verifier.take(15, &[0.0]), Taken::Unknown);
+        verifier.take(13, &[13.0]);
+        assert_eq!(visit(&mut verifier), (13, 1, true, vec![13.0]));
+        let path: Vec<_> = verifier.path().map(|row| (row.id, row.source.is_some())).collect();
         assert_eq!(path, [(13, false)]);
-        assert_eq!(walk.step(9), Some(Step { into_next_wave: true }));
-        assert_eq!(walk.path().count(), 2);
+        assert_eq!(verifier.step(9), Some(Advance { into_next_wave: true }));
+        assert_eq!(verifier.path().count(), 2);
     }
 
     #[test]
-    fn the_walk_follows_decided_tokens_as_far_as_outputs_are_back() {
-        let mut walk = walk();
-        assert!(walk.next().is_none());
-        assert_eq!(walk.take(12, &[12.0]), Taken::Awaited);
-        assert!(walk.next().is_none(), "the first row is not back");
-        assert_eq!(walk.take(10, &[10.0]), Taken::Awaited);
-        assert_eq!(visit(&mut walk), (10, 1, false, vec![10.0]));
-        assert_eq!(walk.drafts().map(|draft| draft.0).collect::<Vec<_>>(), [6, 7]);
-        assert_eq!(walk.step(7), Some(Step { into_next_wave: false }));
-        assert_eq!(visit(&mut walk), (12, 1, true, vec![12.0]));
-        assert!(walk.step(8).is_some());
-        assert!(walk.next().is_none(), "13 is away");
-        let path: Vec<_> = walk.path().map(|row| (row.id, row.output().is_some())).collect();
+    fn verification_follows_decided_tokens_as_far_as_outputs_are_back() {
+        let mut verifier = verifier();
+        assert!(verifier.next().is_none());
+        assert_eq!(verifier.take(12, &[12.0]), Taken::Awaited);
+        assert!(verifier.next().is_none(), "the first row is not back");
+        assert_eq!(verifier.take(10, &[10.0]), Taken::Awaited);
+        assert_eq!(visit(&mut verifier), (10, 1, false, vec![10.0]));
+        assert_eq!(verifier.drafts().map(|draft| draft.0).collect::<Vec<_>>(), [6, 7]);
+        assert_eq!(verifier.step(7), Some(Advance { into_next_wave: false }));
+        assert_eq!(visit(&mut verifier), (12, 1, true, vec![12.0]));
+        assert!(verifier.step(8).is_some());
+        assert!(verifier.next().is_none(), "13 is away");
+        let path: Vec<_> = verifier.path().map(|row| (row.id, row.output().is_some())).collect();
         assert_eq!(path, [(13, false), (12, true), (10, true)]);
-        assert!(walk.step(99).is_none());
+        assert!(verifier.step(99).is_none());
     }
 
     #[test]
     fn outputs_are_taken_once_and_of_known_rows() {
-        let mut walk = walk();
-        assert_eq!(walk.take(9, &[0.0]), Taken::Unknown);
-        assert_eq!(walk.take(14, &[0.0]), Taken::Unknown);
-        assert_eq!(walk.take(11, &[0.0]), Taken::Awaited);
-        assert_eq!(walk.take(11, &[0.0]), Taken::Twice);
-        assert!(!walk.is_over());
-        assert!(walk.awaits(10) && !walk.awaits(11) && !walk.awaits(9));
-        walk.clear();
-        assert!(walk.is_over() && !walk.awaits(10));
-        assert_eq!(walk.take(11, &[0.0]), Taken::Unknown);
-        walk.push(20, 19, 1, None, 2);
-        walk.take(20, &[3.0, 4.0]);
-        assert_eq!(visit(&mut walk), (20, 2, false, vec![3.0, 4.0]));
+        let mut verifier = verifier();
+        assert_eq!(verifier.take(9, &[0.0]), Taken::Unknown);
+        assert_eq!(verifier.take(14, &[0.0]), Taken::Unknown);
+        assert_eq!(verifier.take(11, &[0.0]), Taken::Awaited);
+        assert_eq!(verifier.take(11, &[0.0]), Taken::Twice);
+        assert!(!verifier.is_over());
+        assert!(verifier.awaits(10) && !verifier.awaits(11) && !verifier.awaits(9));
+        verifier.clear();
+        assert!(verifier.is_over() && !verifier.awaits(10));
+        assert_eq!(verifier.take(11, &[0.0]), Taken::Unknown);
+        verifier.push(20, 19, 1, None, 2);
+        verifier.take(20, &[3.0, 4.0]);
+        assert_eq!(visit(&mut verifier), (20, 2, false, vec![3.0, 4.0]));
     }
 }
