@@ -137,7 +137,7 @@ pub struct Estimator {
     /// Tail layers and LM head of one visited row.
     head: Average,
     /// A batch of drafts made while rows are away.
-    wave: Average,
+    draft_batch: Average,
     /// Tokens of a round.
     tokens: Average,
     away: AwayTimes,
@@ -163,8 +163,8 @@ impl Estimator {
     }
 
     /// Drafting for a tree that was away took `seconds`.
-    pub fn note_wave(&mut self, seconds: f64) {
-        self.wave.note(seconds);
+    pub fn note_draft_batch(&mut self, seconds: f64) {
+        self.draft_batch.note(seconds);
     }
 
     /// A round brought `tokens` tokens.
@@ -261,7 +261,7 @@ impl Estimator {
     /// verdict comes by saves the time that a token takes; it has to be worth more than the time
     /// that the row costs device and cloud.
     #[must_use]
-    pub fn wave(&self, rows_max: usize) -> (usize, f32) {
+    pub fn draft_batch(&self, rows_max: usize) -> (usize, f32) {
         let none = (0, 0.0);
         let step = |rows: usize| self.step_beside_others(rows);
         let device = |rows: usize| self.device.seconds(rows);
@@ -287,7 +287,7 @@ impl Estimator {
         let away = self.away.link.seconds(rows).zip(self.step_beside_others(rows));
         let (wait, step) = away.unwrap_or_default();
         let away = wait + step * (1.0 + self.queue.mean());
-        now.duration_since(sent).as_secs_f64() + self.wave.mean() > away
+        now.duration_since(sent).as_secs_f64() + self.draft_batch.mean() > away
     }
 
     /// Seconds until `unacked` bytes that are sent or queued have left; `None` until the cloud has

@@ -465,14 +465,14 @@ fn a_first_stage_that_has_handed_a_step_on_is_given_another() {
     wait_until("they end", &cloud, |counters| count(&counters.steps) == 3);
 }
 
-fn wave(first_id: u32, parent: u32, commit: u32) -> RowsHead {
+fn pending_rows(first_id: u32, parent: u32, commit: u32) -> RowsHead {
     RowsHead { decided: false, want: Want::All, commit, ..chain(first_id, 2, parent) }
 }
 
 /// Waves that wait while the device goes another way are not computed. What the new way passes
 /// through is, and so is what that hangs from.
 #[test]
-fn void_waves_are_dropped_and_nothing_else() {
+fn stale_batches_are_dropped_and_nothing_else() {
     let bundles = Bundles::generated(1, 0);
     let row = |of: u32| [of as f32 / 7.0; HIDDEN].map(f32::to_le_bytes).concat();
     let rows = |first: u32, count: u32| (first..first + count).flat_map(row).collect::<Vec<u8>>();
@@ -493,10 +493,10 @@ fn void_waves_are_dropped_and_nothing_else() {
         }
         hand.open(3, |_| {});
         hand.rows(3, &chain(1, 1, 0), &[], &rows(1, 1));
-        hand.rows(3, &wave(2, 1, 0), &[], &rows(2, 2));
-        hand.rows(3, &wave(4, 3, 0), &[], &rows(4, 2));
+        hand.rows(3, &pending_rows(2, 1, 0), &[], &rows(2, 2));
+        hand.rows(3, &pending_rows(4, 3, 0), &[], &rows(4, 2));
         // This one keeps the path to row 2, and is void but for that.
-        hand.rows(3, &wave(6, 2, 2), &[], &rows(6, 2));
+        hand.rows(3, &pending_rows(6, 2, 2), &[], &rows(6, 2));
         // Now the device goes on behind row 2.
         let head = RowsHead { commit: 0, ..chain(8, 1, 2) };
         hand.rows(3, &head, &[], &rows(8, 1));

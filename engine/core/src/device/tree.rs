@@ -27,7 +27,7 @@ pub(super) struct Bounds {
     as_it_pays: bool,
     /// True if it grows while its first rows are away. Rows that are added then go up together, or
     /// not at all; those of a tree that is begun leave level by level.
-    is_wave: bool,
+    is_pipelined: bool,
     /// Time at which its first row was begun.
     began: Instant,
 }
@@ -50,7 +50,7 @@ pub(super) enum Stage {
     /// The level is computed: the trained drafter may say what follows.
     Guess(Level),
     /// The trained drafter may say what to add to a tree that is away.
-    Wave(Bounds),
+    Pipelined(Bounds),
 }
 
 impl Request {
@@ -113,7 +113,7 @@ impl Request {
         let nodes = if is_chain { cx.policy.chain_max } else { cx.policy.nodes_max };
         let nodes_max = cx.pending_max().min(nodes + 1);
         let as_it_pays = mode == DraftMode::Auto;
-        Bounds { nodes_max, floor: 0.0, as_it_pays, is_wave: false, began }
+        Bounds { nodes_max, floor: 0.0, as_it_pays, is_pipelined: false, began }
     }
 
     /// Grows the tree as far as it may.
@@ -140,39 +140,39 @@ impl Request {
     }
 
     /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
-    /// is for [`Request::grow_wave`] to say.
-    pub(super) fn begin_wave(&mut self, now: Instant, cx: &mut Common) {
+    /// is for [`Request::grow_batch`] to say.
+    pub(super) fn begin_batch(&mut self, now: Instant, cx: &mut Common) {
         self.follow_verdict(cx);
-        if let Some(bounds) = self.wave_bounds(now, cx)
+        if let Some(bounds) = self.batch_bounds(now, cx)
             && let Some(open) = self.session.open_mut()
         {
-            open.stage = Stage::Wave(bounds);
+            open.stage = Stage::Pipelined(bounds);
         }
     }
 
-    fn wave_bounds(&mut self, now: Instant, cx: &Common) -> Option<Bounds> {
+    fn batch_bounds(&mut self, now: Instant, cx: &Common) -> Option<Bounds> {
         let mode = self.draft_mode();
         let (away, first_id) = (self.kv.pending(), self.kv.last_id() + 1);
         let open = self.session.open_mut()?;
         let nodes = open.drafts.tree.nodes().len();
-        let (wave, floor) = match mode {
-            DraftMode::All => (cx.policy.wave_nodes, 0.0),
+        let (batch, floor) = match mode {
+            DraftMode::All => (cx.policy.batch_nodes, 0.0),
             _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
-            _ => cx.learned.estimator.wave(cx.policy.wave_nodes),
+            _ => cx.learned.estimator.draft_batch(cx.policy.batch_nodes),
         };
         open.drafts.is_full = true;
-        let nodes_max = nodes + wave.min(cx.pending_max().saturating_sub(away));
+        let nodes_max = nodes + batch.min(cx.pending_max().saturating_sub(away));
         if nodes_max == nodes {
             return None;
         }
         open.outgoing.begin_pending(nodes, first_id);
-        open.verifier.begin_wave();
-        Some(Bounds { nodes_max, floor, as_it_pays: false, is_wave: true, began: now })
+        open.verifier.begin_batch();
+        Some(Bounds { nodes_max, floor, as_it_pays: false, is_pipelined: true, began: now })
     }
 
     /// The trained drafter has been asked for an addition: its first level, if there is anything to
     /// add.
-    pub(super) fn grow_wave(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
+    pub(super) fn grow_batch(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
         let nodes = self.grow(bounds, cx);
         if nodes.is_empty() {
             return self.note_drafting(now.duration_since(bounds.began));
@@ -230,7 +230,7 @@ impl Request {
                 .expect("ids go on after the last one, and the session reserved all rows");
             scratch.plan.push_committed(place, 1);
         }
-        out.grows = !level.bounds.is_wave;
+        out.grows = !level.bounds.is_pipelined;
         let below = nodes.start.max(1)..nodes.end;
         if !below.is_empty() {
             let before = out.parents.len();
@@ -311,7 +311,7 @@ impl Request {
             return self.end_tree(now, bounds, cx);
         }
         let Some(open) = self.session.open_mut() else { return };
-        if !bounds.is_wave && cx.policy.sends_levels {
+        if !bounds.is_pipelined && cx.policy.sends_levels {
             open.outgoing.release(true);
         }
         open.stage = Stage::Level(Level { nodes, bounds });
@@ -325,8 +325,8 @@ impl Request {
         }
         let took = now.duration_since(bounds.began);
         self.note_drafting(took);
-        if bounds.is_wave {
-            cx.learned.estimator.note_wave(took.as_secs_f64());
+        if bounds.is_pipelined {
+            cx.learned.estimator.note_draft_batch(took.as_secs_f64());
         }
         self.check();
     }

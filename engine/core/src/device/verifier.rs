@@ -23,7 +23,7 @@ pub(super) struct Row {
     /// True if the token was a draft when the row was made.
     was_drafted: bool,
     /// Number of the batch of rows that it was made in; see [`Verifier::push`].
-    wave: u32,
+    batch: u32,
     /// Round trips that end when it comes back.
     pub(super) round: u32,
     /// The cloud's output. `[hidden_size]`
@@ -42,7 +42,7 @@ impl Row {
 pub(super) struct Verifier {
     rows: Vec<Row>, // in order of ids
     at: Option<u32>,
-    wave: u32,
+    batch: u32,
     spare: Vec<Vec<f32>>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Verifier {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Advance {
     /// True if the row there was made while the one above was away.
-    pub(super) into_next_wave: bool,
+    pub(super) into_next_batch: bool,
 }
 
 /// A row whose output is back, and decides the next token.
@@ -77,8 +77,8 @@ pub(super) enum Taken {
 
 impl Verifier {
     /// Rows that are pushed from now on are made while those before are away.
-    pub(super) fn begin_wave(&mut self) {
-        self.wave = self.wave.wrapping_add(1);
+    pub(super) fn begin_batch(&mut self) {
+        self.batch = self.batch.wrapping_add(1);
     }
 
     /// A row goes up. If the walk stands nowhere it stands before this one.
@@ -91,8 +91,8 @@ impl Verifier {
         round: u32,
     ) {
         debug_assert!(self.rows.last().is_none_or(|last| last.id < id));
-        let (was_drafted, wave) = (source.is_some(), self.wave);
-        self.rows.push(Row { id, parent, token, source, was_drafted, wave, round, output: None });
+        let (was_drafted, batch) = (source.is_some(), self.batch);
+        self.rows.push(Row { id, parent, token, source, was_drafted, batch, round, output: None });
         self.at.get_or_insert(id);
     }
 
@@ -139,11 +139,11 @@ impl Verifier {
 
     /// `token` is decided: goes on to its row, if there is one below.
     pub(super) fn step(&mut self, token: TokenId) -> Option<Advance> {
-        let wave = self.rows.iter().find(|row| Some(row.id) == self.at).map(|row| row.wave);
+        let batch = self.rows.iter().find(|row| Some(row.id) == self.at).map(|row| row.batch);
         let mut below = self.rows.iter().filter(|row| Some(row.parent) == self.at);
         let row = below.find(|row| row.token == token)?;
         self.at = Some(row.id);
-        Some(Advance { into_next_wave: wave != Some(row.wave) })
+        Some(Advance { into_next_batch: batch != Some(row.batch) })
     }
 
     /// Makes the row before which the walk stands the first one: those that do not hang below it
@@ -222,14 +222,14 @@ mod tests {
     fn verification_begins_anew_at_its_cursor() {
         let mut verifier = verifier();
         let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
-        verifier.begin_wave();
+        verifier.begin_batch();
         verifier.push(14, 13, 9, source, 1);
         verifier.push(15, 11, 9, source, 1);
         for id in [10, 11, 12] {
             assert_eq!(verifier.take(id, &[0.0]), Taken::Awaited);
         }
-        assert_eq!(verifier.step(7), Some(Advance { into_next_wave: false }));
-        assert_eq!(verifier.step(8), Some(Advance { into_next_wave: false }));
+        assert_eq!(verifier.step(7), Some(Advance { into_next_batch: false }));
+        assert_eq!(verifier.step(8), Some(Advance { into_next_batch: false }));
         assert_eq!(verifier.at(), Some(13));
         verifier.begin_here();
         assert_eq!(verifier.take(11, &[0.0]), Taken::Unknown);
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(visit(&mut verifier), (13, 1, true, vec![13.0]));
         let path: Vec<_> = verifier.path().map(|row| (row.id, row.source.is_some())).collect();
         assert_eq!(path, [(13, false)]);
-        assert_eq!(verifier.step(9), Some(Advance { into_next_wave: true }));
+        assert_eq!(verifier.step(9), Some(Advance { into_next_batch: true }));
         assert_eq!(verifier.path().count(), 2);
     }
 
@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(verifier.take(10, &[10.0]), Taken::Awaited);
         assert_eq!(visit(&mut verifier), (10, 1, false, vec![10.0]));
         assert_eq!(verifier.drafts().map(|draft| draft.0).collect::<Vec<_>>(), [6, 7]);
-        assert_eq!(verifier.step(7), Some(Advance { into_next_wave: false }));
+        assert_eq!(verifier.step(7), Some(Advance { into_next_batch: false }));
         assert_eq!(visit(&mut verifier), (12, 1, true, vec![12.0]));
         assert!(verifier.step(8).is_some());
         assert!(verifier.next().is_none(), "13 is away");

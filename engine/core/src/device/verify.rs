@@ -283,7 +283,7 @@ impl Request {
         }
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
         if let Some(step) = emitted.token.and_then(|token| open.verifier.step(token)) {
-            self.meter.counts.predraft_hits += u32::from(step.into_next_wave);
+            self.meter.counts.predraft_hits += u32::from(step.into_next_batch);
             // Where the walk stands now, more may be drafted.
             open.drafts.is_full = false;
         } else {

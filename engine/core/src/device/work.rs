@@ -148,7 +148,7 @@ enum Step {
     /// Guesses of the trained drafter below a level.
     Guess(Level),
     /// Guesses of the trained drafter below a tree that is away.
-    Wave(Bounds),
+    Pipelined(Bounds),
 }
 
 /// The computation that is out, and the requests that go before all others.
@@ -202,7 +202,7 @@ impl DeviceCore {
         let (id, step) = self.work.out.as_ref()?;
         let request = self.requests.get_mut(id)?;
         let cx = &mut self.cx;
-        if let Step::Feed | Step::Guess(_) | Step::Wave(_) = step {
+        if let Step::Feed | Step::Guess(_) | Step::Pipelined(_) = step {
             let (drafter, fault) = (self.drafter.as_mut(), &mut self.work.draft_fault);
             let guesses = !matches!(step, Step::Feed);
             return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, guesses, fault }));
@@ -258,8 +258,8 @@ impl DeviceCore {
                 request.grow_level(now, &level, cx);
                 Outcome::Goes
             }
-            Step::Wave(bounds) => {
-                request.grow_wave(now, bounds, cx);
+            Step::Pipelined(bounds) => {
+                request.grow_batch(now, bounds, cx);
                 Outcome::Goes
             }
             Step::Feed => Outcome::Goes,
@@ -291,7 +291,7 @@ impl DeviceCore {
                 Step::Level(level)
             }
             Stage::Guess(level) => Step::Guess(level),
-            Stage::Wave(bounds) => Step::Wave(bounds),
+            Stage::Pipelined(bounds) => Step::Pipelined(bounds),
         };
         Some((id, step))
     }
@@ -367,7 +367,7 @@ impl DeviceCore {
                 return Some((id, Step::Feed));
             }
             let id = self.first(Request::wants_more_drafts)?;
-            self.requests.get_mut(&id)?.begin_wave(now, &mut self.cx);
+            self.requests.get_mut(&id)?.begin_batch(now, &mut self.cx);
             self.work.growing = Some(id);
             if let Some(next) = self.poll_tree() {
                 return Some(next);

@@ -25,7 +25,7 @@ pub struct DraftPolicy {
     /// Nodes that are computed together: more is fewer steps, less is a better choice of nodes.
     pub level_nodes: usize,
     /// Nodes that are added at a time to a tree that is away: they make a step of their own.
-    pub wave_nodes: usize,
+    pub batch_nodes: usize,
     /// Rows of one session that may be undecided in the cloud.
     pub pending_max: usize,
     /// Drafts of a chain at most (Kangaroo, arXiv 2404.18911, whose adapter HAT uses).
@@ -47,7 +47,7 @@ impl DraftPolicy {
         width: 8,
         branches_max: BRANCHES_MAX,
         level_nodes: 8,
-        wave_nodes: 16,
+        batch_nodes: 16,
         pending_max: PENDING_ROWS_MAX,
         chain_max: 6,
         chain_probability_min: 0.6,

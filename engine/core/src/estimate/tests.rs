@@ -227,7 +227,7 @@ fn hostile_estimates_give_a_plan() {
             estimator.note_device(100, u32::MAX, seconds);
             estimator.note_rtt(seconds);
             estimator.note_head(seconds);
-            estimator.note_wave(seconds);
+            estimator.note_draft_batch(seconds);
             estimator.note_uplink(0, seconds);
             estimator.note_uplink(u64::MAX, seconds);
             estimator.note_downlink(1 << 40, seconds);
@@ -247,7 +247,7 @@ fn hostile_estimates_give_a_plan() {
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
             }
             assert!(estimator.round(1).is_none_or(|round| round >= 0.0));
-            assert!(estimator.wave(16).0 <= 16);
+            assert!(estimator.draft_batch(16).0 <= 16);
         }
         // One measurement moves it, always.
         estimator.note_head(5.0);
@@ -342,9 +342,9 @@ fn rows_in_the_shadow_of_others_pay_by_the_link() {
     let of = |wait_ms| {
         let mut estimator = shown(&SIZES, |rows| 5.0 + 0.5 * rows as f64, wait_ms, 1.0);
         estimator.note_round(3);
-        estimator.wave(16)
+        estimator.draft_batch(16)
     };
-    assert_eq!(Estimator::default().wave(16), (0, 0.0));
+    assert_eq!(Estimator::default().draft_batch(16), (0, 0.0));
     assert_eq!(of(3.0).0, 0, "any step is longer than the link's way");
     assert_eq!(of(8.1).0, 6);
     let (rows, floor) = of(100.0);
@@ -357,7 +357,7 @@ fn rows_in_the_shadow_of_others_pay_by_the_link() {
 #[test]
 fn what_is_nearly_back_is_waited_for() {
     let mut estimator = shown(&SIZES, |_| 5.0, 20.0, 1.0);
-    estimator.note_wave(4e-3);
+    estimator.note_draft_batch(4e-3);
     let sent = Instant::now();
     let after = |ms: u64| sent + Duration::from_millis(ms);
     assert!(!estimator.is_due(after(20), sent, 8));
@@ -371,7 +371,7 @@ fn others_lengthen_steps_and_the_wait_for_them() {
     for _ in 0..50 {
         estimator.note_returned(&step(4, 8, 9e-3, 9e-3, 8.1e-3));
     }
-    assert_eq!(estimator.wave(16).0, 2, "a step of 2 and 4 rows takes 8 ms");
+    assert_eq!(estimator.draft_batch(16).0, 2, "a step of 2 and 4 rows takes 8 ms");
     // 8.1 ms of link, and twice the 9 ms of a step of 4 and 4 rows.
     let sent = Instant::now();
     let after = |ms: u64| sent + Duration::from_millis(ms);

@@ -114,7 +114,7 @@ impl Policy {
                 sends_unsure: false,
                 sends_levels: false,
                 branches_max: 0,
-                wave_nodes: 0,
+                batch_nodes: 0,
                 ..DraftPolicy::DEFAULT
             },
             ahead: false,
@@ -176,7 +176,7 @@ impl Policy {
             let branches_max = if lookup { branches_max } else { 0 };
             Self { draft, drafts: DraftPolicy { branches_max, ..hat.drafts }, ..hat.clone() }
         };
-        let wave_nodes = DraftPolicy::DEFAULT.wave_nodes;
+        let batch_nodes = DraftPolicy::DEFAULT.batch_nodes;
         let policy = match name {
             "u-shape" => u_shape,
             "u-sarathi" => Self { cut: Cut::Rows(CLOUD_CHUNK_ROWS), ..u_shape },
@@ -204,12 +204,12 @@ impl Policy {
             "hat+tree+lookup" => tree(true),
             "hat+streaming" => {
                 let tree = tree(false);
-                Self { drafts: DraftPolicy { wave_nodes, ..tree.drafts }, ..tree }
+                Self { drafts: DraftPolicy { batch_nodes, ..tree.drafts }, ..tree }
             }
             "ours" => ours,
             "ours+ahead" => Self { ahead: true, ..ours },
             "auto" => {
-                let drafts = DraftPolicy { wave_nodes: 0, ..ours.drafts };
+                let drafts = DraftPolicy { batch_nodes: 0, ..ours.drafts };
                 Self { drafts, codec: Codec::F16, prefix: false, ..ours }
             }
             "lookup" => Self {

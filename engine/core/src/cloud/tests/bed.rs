@@ -250,7 +250,7 @@ pub(super) fn prompt(first_id: u32, count: u16) -> RowsHead {
 }
 
 /// A chain of pending rows below `parent`, all of which are to come back.
-pub(super) fn wave(first_id: u32, count: u16, parent: u32) -> RowsHead {
+pub(super) fn pending_rows(first_id: u32, count: u16, parent: u32) -> RowsHead {
     RowsHead { decided: false, want: Want::All, parent, ..prompt(first_id, count) }
 }
 

@@ -54,7 +54,7 @@ fn a_fault_drops_the_moves_that_wait() {
     bed.open(other, 1, &[]);
     bed.rows(one, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
     bed.settle();
-    let tree = RowsHead { tree: true, ..super::bed::wave(2, 2, 1) };
+    let tree = RowsHead { tree: true, ..super::bed::pending_rows(2, 2, 1) };
     bed.rows(one, 1, tree, &[1, 1], &[2, 3]);
     bed.settle();
     bed.rows(other, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);

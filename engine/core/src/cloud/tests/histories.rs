@@ -4,7 +4,7 @@ use hat_transport::message::{
     Commit, End, Message, Open, RowsHead, SessionErrorCode as Code, Want,
 };
 
-use super::bed::{Bed, Heard, MS, open, prompt, wave};
+use super::bed::{Bed, Heard, MS, open, prompt, pending_rows};
 use super::ledger::digest;
 
 /// A prompt in two frames, a tree below it, and a commit of a path that has to move.
@@ -22,7 +22,7 @@ fn a_session_gets_the_rows_that_its_path_gives() {
     assert_eq!(bed.heard(device, 1), [Heard::Rows(vec![(40, digest(path.clone()))])]);
 
     // 41 and 42 below the prompt, 43 below 41, 44 below 42: 42 and 44 are right.
-    let tree = RowsHead { tree: true, ..wave(41, 4, 40) };
+    let tree = RowsHead { tree: true, ..pending_rows(41, 4, 40) };
     bed.rows(device, 1, tree, &[40, 40, 41, 42], &[7, 8, 9, 10]);
     bed.settle();
     let of = |rest: &[u32]| digest(path.iter().chain(rest).copied());
@@ -54,7 +54,7 @@ fn moves_ride_with_the_next_step() {
     }
     bed.rows(one, 1, RowsHead { want: Want::Last, ..prompt(1, 2) }, &[], &[1, 2]);
     bed.settle();
-    bed.rows(one, 1, RowsHead { tree: true, ..wave(3, 2, 2) }, &[2, 2], &[3, 4]);
+    bed.rows(one, 1, RowsHead { tree: true, ..pending_rows(3, 2, 2) }, &[2, 2], &[3, 4]);
     bed.settle();
     bed.message(one, 1, &Message::Commit(Commit { row: 4 }));
     bed.rows(other, 1, prompt(1, 1), &[], &[9]);
@@ -89,20 +89,20 @@ fn a_session_has_one_work_in_a_step_and_rows_in_several_steps() {
 
 /// Waves that wait while their device goes another way are dropped, with what they committed kept.
 #[test]
-fn void_waves_are_dropped_and_what_they_committed_stays() {
+fn stale_batches_are_dropped_and_what_they_committed_stays() {
     let mut bed = Bed::new();
     let (device, other) = (bed.connect(), bed.connect());
     bed.open(device, 1, &[]);
     bed.open(other, 1, &[]);
     bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
-    bed.rows(device, 1, wave(2, 2, 1), &[], &[2, 3]);
+    bed.rows(device, 1, pending_rows(2, 2, 1), &[], &[2, 3]);
     bed.settle();
     bed.heard(device, 1);
     // A step of another session keeps the first stage busy.
     bed.rows(other, 1, RowsHead { want: Want::All, ..prompt(1, 1) }, &[], &[1]);
     assert_eq!(bed.plan(), 1);
-    bed.rows(device, 1, wave(4, 2, 3), &[], &[4, 5]);
-    bed.rows(device, 1, RowsHead { commit: 2, ..wave(6, 1, 3) }, &[], &[6]);
+    bed.rows(device, 1, pending_rows(4, 2, 3), &[], &[4, 5]);
+    bed.rows(device, 1, RowsHead { commit: 2, ..pending_rows(6, 1, 3) }, &[], &[6]);
     // It goes on behind row 2, whose commit came with the last of these.
     bed.rows(device, 1, RowsHead { parent: 2, want: Want::All, ..prompt(7, 1) }, &[], &[7]);
     let dropped = [Heard::Dropped(6, 1), Heard::Dropped(4, 2)];
@@ -125,9 +125,9 @@ fn waves_that_lead_to_the_row_that_is_kept_stay_whole() {
     // A step of another session keeps the first stage busy.
     bed.rows(other, 1, RowsHead { want: Want::All, ..prompt(1, 1) }, &[], &[1]);
     assert_eq!(bed.plan(), 1);
-    bed.rows(device, 1, wave(2, 2, 1), &[], &[2, 3]);
-    bed.rows(device, 1, wave(4, 2, 2), &[], &[4, 5]);
-    bed.rows(device, 1, wave(6, 2, 3), &[], &[6, 7]);
+    bed.rows(device, 1, pending_rows(2, 2, 1), &[], &[2, 3]);
+    bed.rows(device, 1, pending_rows(4, 2, 2), &[], &[4, 5]);
+    bed.rows(device, 1, pending_rows(6, 2, 3), &[], &[6, 7]);
     let head = RowsHead { commit: 5, parent: 5, want: Want::All, ..prompt(8, 1) };
     bed.rows(device, 1, head, &[], &[8]);
     assert_eq!(bed.heard(device, 1), [Heard::Dropped(6, 2)]);
@@ -152,9 +152,9 @@ fn a_wave_below_which_a_chunk_is_begun_stays() {
     bed.rows(other, 1, RowsHead { want: Want::All, ..prompt(2, 1) }, &[], &[1]);
     assert_eq!(bed.plan(), 1);
     bed.rows(device, 1, prompt(1, 1), &[], &[1]);
-    bed.rows(device, 1, wave(2, 1, 1), &[], &[2]);
-    bed.rows(device, 1, wave(3, 1, 1), &[], &[3]);
-    bed.rows(device, 1, RowsHead { more: true, ..wave(4, 1, 2) }, &[], &[4]);
+    bed.rows(device, 1, pending_rows(2, 1, 1), &[], &[2]);
+    bed.rows(device, 1, pending_rows(3, 1, 1), &[], &[3]);
+    bed.rows(device, 1, RowsHead { more: true, ..pending_rows(4, 1, 2) }, &[], &[4]);
     // Decided rows end the chunk that hangs below row 2.
     let head = RowsHead { parent: 1, want: Want::All, ..prompt(5, 1) };
     bed.rows(device, 1, head, &[], &[5]);
@@ -210,7 +210,7 @@ fn the_pages_that_an_end_names_are_found() {
     let device = bed.connect();
     bed.open(device, 1, &[]);
     bed.rows(device, 1, prompt(1, 31), &[], &(1..=31).collect::<Vec<_>>());
-    bed.rows(device, 1, wave(32, 1, 31), &[], &[32]);
+    bed.rows(device, 1, pending_rows(32, 1, 31), &[], &[32]);
     bed.settle();
     let end = End { commit: 32, pages: &[[1; 16], [2; 16]] };
     bed.message(device, 1, &Message::End(end));
@@ -229,7 +229,7 @@ fn moves_run_before_the_rows_of_whoever_has_the_pages_next() {
     let device = bed.connect();
     bed.open(device, 1, &[]);
     bed.rows(device, 1, prompt(1, 31), &[], &(1..=31).collect::<Vec<_>>());
-    bed.rows(device, 1, RowsHead { tree: true, ..wave(32, 2, 31) }, &[31, 31], &[77, 32]);
+    bed.rows(device, 1, RowsHead { tree: true, ..pending_rows(32, 2, 31) }, &[31, 31], &[77, 32]);
     bed.settle();
     bed.message(device, 1, &Message::End(End { commit: 33, pages: &[[1; 16]] }));
     bed.open(device, 2, &[[1; 16]]);

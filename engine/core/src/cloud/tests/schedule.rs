@@ -131,12 +131,12 @@ fn act(
             let commit = client.commit(kept);
             let body = client.decided(1, commit, Want::All, true);
             bed.frame(device, Kind::Rows, session, Priority::Verify, &body);
-            let body = client.wave(1 + random.below(7) as u16, 0);
+            let body = client.pending_rows(1 + random.below(7) as u16, 0);
             bed.frame(device, Kind::Rows, session, Priority::Verify, &body);
         }
         // A wave below what pends, or a commit alone.
         8 if !client.pending.is_empty() && client.pending.len() < 40 => {
-            let body = client.wave(1 + random.below(6) as u16, 0);
+            let body = client.pending_rows(1 + random.below(6) as u16, 0);
             bed.frame(device, Kind::Rows, session, Priority::Verify, &body);
         }
         9 if !client.pending.is_empty() => {
@@ -166,7 +166,7 @@ impl Client {
         rows(RowsHead { first_id, count, tree: false, more, decided: true, want, parent, commit })
     }
 
-    fn wave(&mut self, count: u16, commit: u32) -> Vec<u8> {
+    fn pending_rows(&mut self, count: u16, commit: u32) -> Vec<u8> {
         let (first_id, parent) = (self.last + 1, self.pending.last().copied().unwrap_or(self.tip));
         self.last += u32::from(count);
         self.pending.extend(first_id..=self.last);

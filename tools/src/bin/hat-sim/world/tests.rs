@@ -193,10 +193,10 @@ fn each_switch_does_what_it_says() {
 /// The engine's rule: more rows go up while others are away only where the link is long against a
 /// step.
 #[test]
-fn a_wave_is_sent_where_the_link_is_long_and_nowhere_else() {
+fn drafts_are_sent_ahead_where_the_link_is_long_and_nowhere_else() {
     let mut file = alone();
     let mut without = Policy::named("ours").unwrap();
-    without.drafts.wave_nodes = 0;
+    without.drafts.batch_nodes = 0;
     let guessing = Guessing::fit(&file.drafters);
     let mut both = |one_way_ms: f64| {
         file.link.one_way_ms = one_way_ms;
