@@ -43,7 +43,7 @@ pub const PIECE_ROWS_MIN: u32 = 4;
 
 /// A prompt chunk, or the rows of one verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Work {
+pub struct BatchItem {
     /// The session of the rows.
     pub session: SessionKey,
     /// The device of the session: always the same for one session.
@@ -124,28 +124,28 @@ impl Room {
         Self { bound, rows, time: bound.step.saturating_sub(bound.fixed), no_prompt: true }
     }
 
-    /// Rows of `work` that fit; 0 if it has to wait.
-    fn fits(&self, work: &Work) -> u32 {
-        if work.urgent || !self.bound.is_timed() {
-            let piece = if work.divisible { self.bound.piece } else { u32::MAX };
-            let rows = work.rows.min(piece);
+    /// Rows of `item` that fit; 0 if it has to wait.
+    fn fits(&self, item: &BatchItem) -> u32 {
+        if item.urgent || !self.bound.is_timed() {
+            let piece = if item.divisible { self.bound.piece } else { u32::MAX };
+            let rows = item.rows.min(piece);
             return if rows <= self.rows { rows } else { 0 };
         }
-        let most = self.rows.min(work.rows);
-        let in_time = self.bound.rows_within(self.time, most, work.context);
-        let least = PIECE_ROWS_MIN.min(work.rows);
+        let most = self.rows.min(item.rows);
+        let in_time = self.bound.rows_within(self.time, most, item.context);
+        let least = PIECE_ROWS_MIN.min(item.rows);
         let rows = if self.no_prompt { in_time.max(least) } else { in_time }.min(most);
-        match work.divisible {
+        match item.divisible {
             true if rows >= least => rows,
-            false if work.rows <= self.rows && (self.no_prompt || rows == work.rows) => work.rows,
+            false if item.rows <= self.rows && (self.no_prompt || rows == item.rows) => item.rows,
             _ => 0,
         }
     }
 
-    fn take(&mut self, work: &Work) {
-        self.rows -= work.rows;
-        self.time = self.time.saturating_sub(self.bound.cost(work.rows, work.context));
-        self.no_prompt &= work.urgent;
+    fn take(&mut self, item: &BatchItem) {
+        self.rows -= item.rows;
+        self.time = self.time.saturating_sub(self.bound.cost(item.rows, item.context));
+        self.no_prompt &= item.urgent;
     }
 }
 
@@ -162,7 +162,7 @@ pub struct Scheduler {
     /// Steps that passed over the prompt whose turn it was.
     passed_over: u32,
     /// Rests of works of the step at hand that were cut.
-    cut: Vec<Work>,
+    cut: Vec<BatchItem>,
     /// Devices of the step at hand whose work did not fit.
     missed: Vec<Candidate>,
     /// Devices that were looked at, ever.
@@ -173,7 +173,7 @@ pub struct Scheduler {
 /// A work that waits, and when it came.
 #[derive(Clone, Copy, Debug)]
 struct Waiting {
-    work: Work,
+    item: BatchItem,
     arrival: u64,
 }
 
@@ -213,18 +213,18 @@ impl Scheduler {
     /// # Panics
     /// If the session has a work waiting; or if the work could never run: no rows, or more than
     /// the budget.
-    pub fn enqueue(&mut self, work: Work) {
-        assert!(work.rows > 0 && work.rows <= self.rows_max, "{work:?} does not fit a step");
-        assert!(!self.holds(work.session), "{work:?} comes while another waits");
-        let waiting = Waiting { work, arrival: self.arrivals };
+    pub fn enqueue(&mut self, item: BatchItem) {
+        assert!(item.rows > 0 && item.rows <= self.rows_max, "{item:?} does not fit a step");
+        assert!(!self.holds(item.session), "{item:?} comes while another waits");
+        let waiting = Waiting { item, arrival: self.arrivals };
         self.arrivals += 1;
-        self.waiting.insert(work.session, waiting);
-        self.tier(work.urgent).add(waiting);
+        self.waiting.insert(item.session, waiting);
+        self.tier(item.urgent).add(waiting);
     }
 
     /// Chooses the works of the next step into `step`. One that is cut comes with its first rows;
     /// the others wait for a later step, and nothing of the session runs before them.
-    pub fn plan(&mut self, bound: Bound, step: &mut Vec<Work>) {
+    pub fn plan(&mut self, bound: Bound, step: &mut Vec<BatchItem>) {
         step.clear();
         let prompt = self.prompts.next();
         let is_bounded = bound.is_timed();
@@ -250,7 +250,7 @@ impl Scheduler {
             self.take(false, class, usize::MAX, &mut room, step);
         }
         if let Some(candidate) = prompt {
-            let ran = step.iter().any(|work| work.session == candidate.session);
+            let ran = step.iter().any(|item| item.session == candidate.session);
             self.passed_over = if ran { 0 } else { self.passed_over + 1 };
         }
         let mut cut = std::mem::take(&mut self.cut);
@@ -258,16 +258,16 @@ impl Scheduler {
         self.cut = cut;
     }
 
-    /// Puts works of one urgency and class into `step`, `works_max` at most, as there is room.
+    /// Puts works of one urgency and class into `step`, `items_max` at most, as there is room.
     fn take(
         &mut self,
         urgent: bool,
         class: u32,
-        works_max: usize,
+        items_max: usize,
         room: &mut Room,
-        step: &mut Vec<Work>,
+        step: &mut Vec<BatchItem>,
     ) {
-        let end = step.len().saturating_add(works_max);
+        let end = step.len().saturating_add(items_max);
         let tier = if urgent { &mut self.verifies } else { &mut self.prompts };
         while step.len() < end && room.rows > 0 && self.missed.len() < MISSES_MAX {
             let Some(candidate) = tier.next_of(class) else { break };
@@ -275,20 +275,20 @@ impl Scheduler {
             {
                 self.looks += 1;
             }
-            let whole = self.waiting[&candidate.session].work;
+            let whole = self.waiting[&candidate.session].item;
             let rows = room.fits(&whole);
             if rows == 0 {
                 tier.set_aside(&candidate);
                 self.missed.push(candidate);
                 continue;
             }
-            let work = Work { rows, ..whole };
+            let item = BatchItem { rows, ..whole };
             tier.serve(&candidate, rows);
-            room.take(&work);
+            room.take(&item);
             let (left, context) = (whole.rows - rows, whole.context + rows);
-            self.waiting.remove(&work.session);
-            self.cut.extend((left > 0).then_some(Work { rows: left, context, ..whole }));
-            step.push(work);
+            self.waiting.remove(&item.session);
+            self.cut.extend((left > 0).then_some(BatchItem { rows: left, context, ..whole }));
+            step.push(item);
         }
         for candidate in self.missed.drain(..) {
             tier.bring_back(&candidate);
@@ -298,7 +298,7 @@ impl Scheduler {
     /// Forgets the work of a session, and what is left of one.
     pub fn forget(&mut self, session: SessionKey) {
         let Some(waiting) = self.waiting.remove(&session) else { return };
-        self.tier(waiting.work.urgent).remove(waiting);
+        self.tier(waiting.item.urgent).remove(waiting);
     }
 
     fn tier(&mut self, urgent: bool) -> &mut Tier {
@@ -325,18 +325,18 @@ struct Tier {
 struct Share {
     served: u64,
     /// Order by class and arrival.
-    works: BTreeMap<(u32, u64), SessionKey>,
+    items: BTreeMap<(u32, u64), SessionKey>,
 }
 
 impl Share {
     /// The oldest work of each class: class and arrival.
     fn oldest(&self) -> impl Iterator<Item = (u32, u64)> {
-        let last = self.works.keys().next_back().map(|(class, _)| *class);
-        let mut next = self.works.keys().next().copied();
+        let last = self.items.keys().next_back().map(|(class, _)| *class);
+        let mut next = self.items.keys().next().copied();
         std::iter::from_fn(move || {
             let (class, arrival) = next?;
             let is_last = last == Some(class);
-            let above = (!is_last).then(|| self.works.range((class + 1, 0)..).next());
+            let above = (!is_last).then(|| self.items.range((class + 1, 0)..).next());
             next = above.flatten().map(|(key, _)| *key);
             Some((class, arrival))
         })
@@ -364,21 +364,21 @@ impl Tier {
     /// The next turn in a step of `class`.
     fn next_of(&self, class: u32) -> Option<Candidate> {
         let (served, arrival, device) = *self.ready.get(&class)?.first()?;
-        let session = self.shares[&device].works[&(class, arrival)];
+        let session = self.shares[&device].items[&(class, arrival)];
         Some(Candidate { class, served, arrival, device, session })
     }
 
     fn add(&mut self, waiting: Waiting) {
-        let Waiting { work, arrival } = waiting;
-        self.edit(work.device, |share| {
-            share.works.insert((work.class, arrival), work.session);
+        let Waiting { item, arrival } = waiting;
+        self.edit(item.device, |share| {
+            share.items.insert((item.class, arrival), item.session);
         });
     }
 
     fn remove(&mut self, waiting: Waiting) {
-        let Waiting { work, arrival } = waiting;
-        self.edit(work.device, |share| {
-            share.works.remove(&(work.class, arrival));
+        let Waiting { item, arrival } = waiting;
+        self.edit(item.device, |share| {
+            share.items.remove(&(item.class, arrival));
         });
     }
 
@@ -386,7 +386,7 @@ impl Tier {
     fn serve(&mut self, candidate: &Candidate, rows: u32) {
         self.level = self.level.max(candidate.served);
         self.edit(candidate.device, |share| {
-            share.works.remove(&(candidate.class, candidate.arrival));
+            share.items.remove(&(candidate.class, candidate.arrival));
             share.served += u64::from(rows);
         });
         while let Some(&(served, device)) = self.ahead.first()
@@ -412,7 +412,7 @@ impl Tier {
         let Self { shares, ready, ahead, spare, level } = self;
         let newcomer = || Share { served: 0, ..spare.pop().unwrap_or_default() };
         let share = shares.entry(device).or_insert_with(newcomer);
-        if share.works.is_empty() {
+        if share.items.is_empty() {
             ahead.remove(&(share.served, device));
             share.served = share.served.max(*level);
         }
@@ -424,7 +424,7 @@ impl Tier {
         for (class, arrival) in share.oldest() {
             ready.entry(class).or_default().insert((share.served, arrival, device));
         }
-        if share.works.is_empty() {
+        if share.items.is_empty() {
             if share.served > *level {
                 ahead.insert((share.served, device));
             } else {

@@ -31,7 +31,7 @@ use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_plan::DeviceForward;
 
 /// A request on its way to the engine thread.
-pub(crate) struct Job {
+pub(crate) struct Submission {
     pub(crate) prepared: Prepared,
     pub(crate) rendered: Rendered,
     pub(crate) events: Sender<Result<Event, Error>>,
@@ -98,7 +98,7 @@ impl Shared {
 /// and its cloud if it started one.
 pub struct Engine {
     shared: Arc<Shared>,
-    jobs: Sender<Job>,
+    submissions: Sender<Submission>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
     model_name: String,
@@ -173,7 +173,7 @@ impl Engine {
             describe: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
-        let (jobs, incoming) = bounded(config.limits.queue_max as usize);
+        let (submissions, incoming) = bounded(config.limits.queue_max as usize);
         let (ready, is_ready) = bounded(1);
         let queue_max = config.limits.queue_max;
         let facts = endpoint::device_facts(bundle, split_layer);
@@ -191,7 +191,7 @@ impl Engine {
             .map_err(|_| Error::Stopped("the engine thread ended at start".into()))??;
         Ok(Self {
             shared,
-            jobs,
+            submissions,
             waker,
             thread: Some(thread),
             model_name: bundle.manifest().model_name.clone(),
@@ -217,8 +217,8 @@ impl Engine {
         let (events, receiver) = unbounded();
         let cancelled = Arc::new(AtomicBool::new(false));
         let waits = Some(Waits::new(&self.shared));
-        let job = Job { prepared, rendered, events, cancelled: cancelled.clone(), asked, waits };
-        match self.jobs.try_send(job) {
+        let submission = Submission { prepared, rendered, events, cancelled: cancelled.clone(), asked, waits };
+        match self.submissions.try_send(submission) {
             Ok(()) => {
                 fence(Ordering::SeqCst);
                 if self.shared.ended.load(Ordering::SeqCst) {

@@ -15,7 +15,7 @@ use hat_transport::endpoint::{Endpoint, Event as LinkEvent};
 
 use super::resolve::Resolver;
 use super::start::Start;
-use super::{Job, Waits};
+use super::{Submission, Waits};
 use crate::config::{Address, Processor};
 use crate::text::Rendered;
 use crate::{Error, Event, watch};
@@ -203,8 +203,8 @@ impl Device {
     fn submit(&mut self) {
         let Start { shared, incoming, config, .. } = &self.start;
         let room = config.limits.queue_max as usize - self.core.waiting();
-        for job in incoming.try_iter().take(room) {
-            let Job { prepared, rendered, events, cancelled, asked, waits } = job;
+        for submission in incoming.try_iter().take(room) {
+            let Submission { prepared, rendered, events, cancelled, asked, waits } = submission;
             let vocab_size = shared.config.vocab_size;
             let answer = Answer::new(&prepared, shared.text.vocabulary(), vocab_size);
             let id = self.core.submit(asked, prepared, answer);

@@ -15,7 +15,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::random::SystemRandom;
 
 use super::run::Device;
-use super::{Described, Job, Shared, open_bundle, trained};
+use super::{Described, Submission, Shared, open_bundle, trained};
 use crate::config::{self, CloudAddress, EngineConfig};
 use crate::{Error, endpoint, processor, watch};
 
@@ -26,7 +26,7 @@ pub(super) struct Start {
     pub(super) model: Box<dyn DeviceForward>,
     pub(super) trained: Option<Box<dyn Trained>>,
     pub(super) shared: Arc<Shared>,
-    pub(super) incoming: Receiver<Job>,
+    pub(super) incoming: Receiver<Submission>,
     pub(super) watch: watch::Start,
 }
 
@@ -35,7 +35,7 @@ pub(super) struct Start {
 /// that comes later finds the flag.
 struct Ending {
     shared: Arc<Shared>,
-    incoming: Receiver<Job>,
+    incoming: Receiver<Submission>,
 }
 
 impl Drop for Ending {

@@ -41,7 +41,7 @@ pub(super) struct Search {
 }
 
 /// State of one search.
-struct Task<'a> {
+struct Problem<'a> {
     costs: &'a ChunkCosts,
     held: u32,
     rows: u32,
@@ -84,7 +84,7 @@ impl Search {
         let step_s_max = if limits.step_s_max > 0.0 { limits.step_s_max } else { 0.0 };
         let step_s_max = if limits.step_s_max.is_nan() { f64::INFINITY } else { step_s_max };
         let stages = f64::from(costs.stages);
-        let task = Task {
+        let problem = Problem {
             costs,
             held,
             rows,
@@ -96,15 +96,15 @@ impl Search {
             uplink_is_faster: costs.frame_s <= costs.cloud.fixed / stages
                 && costs.row_up_s <= costs.cloud.per_row / stages,
         };
-        let best_s = self.try_equal(&task, ahead, sizes);
-        let cells = rows.div_ceil(task.cell);
+        let best_s = self.try_equal(&problem, ahead, sizes);
+        let cells = rows.div_ceil(problem.cell);
         let mut found_s = best_s;
         if cells <= 4 * CELLS_MAX {
-            found_s = self.try_cuts(&task, ahead, best_s, cells, sizes);
-            found_s = self.polish(&task, ahead, found_s, sizes);
+            found_s = self.try_cuts(&problem, ahead, best_s, cells, sizes);
+            found_s = self.polish(&problem, ahead, found_s, sizes);
         }
         if sizes.is_empty() {
-            equal(rows, task.cell, sizes);
+            equal(rows, problem.cell, sizes);
             return super::finish_after_s(costs, ahead, held, sizes);
         }
         found_s + costs.return_s
@@ -113,31 +113,31 @@ impl Search {
     /// All plans of one size, from a cell up: smaller ones promise little, and what each chunk
     /// costs is known too badly to take a hundred for that. Returns the earliest last step,
     /// infinite if no size is allowed.
-    fn try_equal(&mut self, task: &Task<'_>, ahead: Ahead, sizes: &mut Vec<u32>) -> f64 {
+    fn try_equal(&mut self, problem: &Problem<'_>, ahead: Ahead, sizes: &mut Vec<u32>) -> f64 {
         sizes.clear();
         let (mut best_s, mut best_size) = (f64::INFINITY, None);
         // From the top, so that of plans that end together the one with the fewest chunks wins.
-        for size in (task.cell..=task.rows_max).rev() {
-            if let Some(finish_s) = self.try_size(task, ahead, size, best_s) {
+        for size in (problem.cell..=problem.rows_max).rev() {
+            if let Some(finish_s) = self.try_size(problem, ahead, size, best_s) {
                 (best_s, best_size) = (finish_s, Some(size));
             }
         }
         if let Some(size) = best_size {
-            equal(task.rows, size, sizes);
+            equal(problem.rows, size, sizes);
         }
         best_s
     }
 
     /// End of chunks of `size`, if they are allowed and end before `best_s`.
-    fn try_size(&mut self, task: &Task<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
-        if task.bound_of(&ahead, size) >= best_s {
+    fn try_size(&mut self, problem: &Problem<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
+        if problem.bound_of(&ahead, size) >= best_s {
             return None;
         }
-        let Task { costs, rows, held, .. } = *task;
+        let Problem { costs, rows, held, .. } = *problem;
         let (mut at, mut done) = (ahead, 0);
         while done < rows {
             let count = size.min(rows - done);
-            if !task.allows(count, done) {
+            if !problem.allows(count, done) {
                 return None;
             }
             at.push(costs, count, held.saturating_add(done));
@@ -154,7 +154,7 @@ impl Search {
     /// returns the earlier of both.
     fn try_cuts(
         &mut self,
-        task: &Task<'_>,
+        problem: &Problem<'_>,
         ahead: Ahead,
         mut best_s: f64,
         cells: u32,
@@ -167,13 +167,13 @@ impl Search {
         self.counts.resize(cells as usize + 1, 0);
         self.counts[0] = 1;
         self.steps.clear();
-        self.steps.extend(steps(cells.min(task.rows_max / task.cell)));
+        self.steps.extend(steps(cells.min(problem.rows_max / problem.cell)));
         let mut end = None;
         for from in 0..cells {
             for way in 0..self.counts[from as usize] {
                 let before = from as usize * WAYS_MAX + way;
                 let at = self.ways[before].at;
-                if task.bound(&at, from) >= best_s {
+                if problem.bound(&at, from) >= best_s {
                     continue;
                 }
                 let before = u32::try_from(before).expect("cells and ways are few");
@@ -182,15 +182,15 @@ impl Search {
                 for index in 0..=self.steps.len() {
                     // The sizes that are tried, and the rest of the prompt.
                     let step = self.steps.get(index).copied().unwrap_or(rest).min(rest);
-                    if step == last || !task.allows(task.rows_of(from, step), from * task.cell) {
+                    if step == last || !problem.allows(problem.rows_of(from, step), from * problem.cell) {
                         break;
                     }
                     last = step;
-                    let mut way = task.extend(at, before, from, step);
+                    let mut way = problem.extend(at, before, from, step);
                     self.evaluated += 1;
                     if step < rest {
-                        task.settle(&mut way.at, from + step);
-                        self.keep(task, way, from + step, best_s);
+                        problem.settle(&mut way.at, from + step);
+                        self.keep(problem, way, from + step, best_s);
                     } else if way.at.last_s < best_s * (1.0 - GAIN_MIN) {
                         (best_s, end) = (way.at.last_s, Some(way));
                     }
@@ -198,14 +198,14 @@ impl Search {
             }
         }
         if let Some(way) = end {
-            self.write(task, way, cells, sizes);
+            self.write(problem, way, cells, sizes);
         }
         best_s
     }
 
     /// Keeps a way to cell `to` unless another one is as early, or it can't be the best.
-    fn keep(&mut self, task: &Task<'_>, way: Way, to: u32, best_s: f64) {
-        let bound = task.bound(&way.at, to);
+    fn keep(&mut self, problem: &Problem<'_>, way: Way, to: u32, best_s: f64) {
+        let bound = problem.bound(&way.at, to);
         if bound >= best_s * (1.0 - GAIN_MIN) {
             return;
         }
@@ -229,7 +229,7 @@ impl Search {
             ways[count] = way;
             count += 1;
         } else {
-            let bounds = ways.iter().map(|way| task.bound(&way.at, to)).enumerate();
+            let bounds = ways.iter().map(|way| problem.bound(&way.at, to)).enumerate();
             let (worst, worst_s) =
                 bounds.max_by(|a, b| a.1.total_cmp(&b.1)).expect("there are some");
             if bound < worst_s {
@@ -243,7 +243,7 @@ impl Search {
     /// of `best_s` and what it comes to.
     fn polish(
         &mut self,
-        task: &Task<'_>,
+        problem: &Problem<'_>,
         ahead: Ahead,
         mut best_s: f64,
         sizes: &mut Vec<u32>,
@@ -256,7 +256,7 @@ impl Search {
             while index + 1 < sizes.len() {
                 let both = sizes[index] + sizes[index + 1];
                 for first in
-                    [sizes[index] + task.cell, sizes[index].saturating_sub(task.cell), both]
+                    [sizes[index] + problem.cell, sizes[index].saturating_sub(problem.cell), both]
                 {
                     if self.evaluated > end {
                         return best_s;
@@ -266,7 +266,7 @@ impl Search {
                     }
                     let rest = sizes[index + 2..].iter().copied();
                     let changed = [first, both - first].into_iter().chain(rest);
-                    let finish_s = self.finish(task, at, done, changed, best_s);
+                    let finish_s = self.finish(problem, at, done, changed, best_s);
                     if finish_s < best_s * (1.0 - 1e-4) {
                         best_s = finish_s;
                         again = true;
@@ -278,7 +278,7 @@ impl Search {
                         break;
                     }
                 }
-                at.push(task.costs, sizes[index], task.held.saturating_add(done));
+                at.push(problem.costs, sizes[index], problem.held.saturating_add(done));
                 done += sizes[index];
                 index += 1;
             }
@@ -289,17 +289,17 @@ impl Search {
     /// End of chunks of `sizes` after `done` rows; infinite if not before `best_s` or not allowed.
     fn finish(
         &mut self,
-        task: &Task<'_>,
+        problem: &Problem<'_>,
         mut at: Ahead,
         mut done: u32,
         sizes: impl Iterator<Item = u32>,
         best_s: f64,
     ) -> f64 {
         for size in sizes.filter(|size| *size > 0) {
-            if !task.allows(size, done) || at.last_s >= best_s {
+            if !problem.allows(size, done) || at.last_s >= best_s {
                 return f64::INFINITY;
             }
-            at.push(task.costs, size, task.held.saturating_add(done));
+            at.push(problem.costs, size, problem.held.saturating_add(done));
             self.evaluated += 1;
             done += size;
         }
@@ -307,11 +307,11 @@ impl Search {
     }
 
     /// The sizes of the way that ends with `way`.
-    fn write(&mut self, task: &Task<'_>, mut way: Way, cells: u32, sizes: &mut Vec<u32>) {
+    fn write(&mut self, problem: &Problem<'_>, mut way: Way, cells: u32, sizes: &mut Vec<u32>) {
         self.best.clear();
         let mut to = cells;
         loop {
-            self.best.push(task.rows_of(way.from, to - way.from));
+            self.best.push(problem.rows_of(way.from, to - way.from));
             if way.from == 0 {
                 break;
             }
@@ -323,7 +323,7 @@ impl Search {
     }
 }
 
-impl Task<'_> {
+impl Problem<'_> {
     /// Rows of the `step` cells from cell `from` on.
     fn rows_of(&self, from: u32, step: u32) -> u32 {
         ((from + step) * self.cell).min(self.rows) - from * self.cell
@@ -369,7 +369,7 @@ impl Task<'_> {
         }
     }
 
-    /// As [`Task::bound`], for chunks of `size` from the start.
+    /// As [`Problem::bound`], for chunks of `size` from the start.
     fn bound_of(&self, ahead: &Ahead, size: u32) -> f64 {
         let Self { costs, held, rows, .. } = *self;
         let (count, stages) = (f64::from(rows.div_ceil(size)), f64::from(costs.stages));

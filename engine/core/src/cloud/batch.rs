@@ -7,7 +7,7 @@ use hat_transport::conn::ConnectionId;
 
 use super::session::{Session, StepRows};
 use super::violation::SessionViolation;
-use crate::sched::{SessionKey, Work};
+use crate::sched::{SessionKey, BatchItem};
 
 /// A step on its way: rows to compute, and whose they are. There is one more of these than stages,
 /// so that the next step is planned while all stages run.
@@ -66,11 +66,11 @@ impl StepBatch {
         u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
     }
 
-    /// Puts `work`, rows of the oldest chunk of `session`, into this step. What is wrong with them
+    /// Puts `item`, rows of the oldest chunk of `session`, into this step. What is wrong with them
     /// comes back as a violation; they then run as zeros and nothing of them is returned.
     pub(super) fn put(
         &mut self,
-        work: &Work,
+        item: &BatchItem,
         session: &mut Session,
         hidden_size: usize,
     ) -> Result<(), SessionViolation> {
@@ -81,7 +81,7 @@ impl StepBatch {
         let MiddleStep { plan, moves, hidden, .. } = &mut self.step;
         let rows = &mut self.rows[index];
         let (rows_before, numbers_before) = (plan.rows(), hidden.len());
-        let put = session.put_rows(work.rows, hidden_size, plan, moves, hidden, rows);
+        let put = session.put_rows(item.rows, hidden_size, plan, moves, hidden, rows);
         if put.is_err() {
             rows.clear();
             if plan.rows() == rows_before {
@@ -91,10 +91,10 @@ impl StepBatch {
             hidden.resize(plan.rows() * hidden_size, 0.0);
             plan.end_sequence(session.sequence.pages());
         }
-        let (count, context) = (u64::from(work.rows), u64::from(work.context));
+        let (count, context) = (u64::from(item.rows), u64::from(item.context));
         self.attended += count * (2 * context + count) / 2;
-        self.urgent_rows += if work.urgent { work.rows } else { 0 };
-        self.sessions.push((work.session, session.connection));
+        self.urgent_rows += if item.urgent { item.rows } else { 0 };
+        self.sessions.push((item.session, session.connection));
         self.step.entry_layers.push(session.entry_layer());
         let wanted = self.step.wanted.get_or_insert_default();
         for row in &self.rows[index].wanted {

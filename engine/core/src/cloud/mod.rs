@@ -43,7 +43,7 @@ use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
 use self::void::Void;
 use crate::page::pages_for;
-use crate::sched::{SessionKey, Work};
+use crate::sched::{SessionKey, BatchItem};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, KV_TYPE_F16};
 use hat_transport::codec::Codec;
@@ -133,7 +133,7 @@ pub struct CloudCore {
     planted: Planted,
     void: Void,
     /// Reused from step to step.
-    works: Vec<Work>,
+    items: Vec<BatchItem>,
 }
 
 impl CloudCore {
@@ -153,7 +153,7 @@ impl CloudCore {
             fault: None,
             planted: Planted::default(),
             void: Void::default(),
-            works: Vec::new(),
+            items: Vec::new(),
         }
     }
 

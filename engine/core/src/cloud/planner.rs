@@ -7,7 +7,7 @@ use hat_transport::message::Hello;
 
 use super::batch::StepBatch;
 use super::pace::Pace;
-use crate::sched::{Bound, Scheduler, SessionKey, Work};
+use crate::sched::{Bound, Scheduler, SessionKey, BatchItem};
 
 /// Planner of the next step.
 pub(super) struct Planner {
@@ -65,11 +65,11 @@ impl Planner {
     }
 
     /// A work waits.
-    pub(super) fn enqueue(&mut self, now: Instant, work: Work) {
-        if work.urgent {
-            self.note_decoder(now, work.session);
+    pub(super) fn enqueue(&mut self, now: Instant, item: BatchItem) {
+        if item.urgent {
+            self.note_decoder(now, item.session);
         }
-        self.scheduler.enqueue(work);
+        self.scheduler.enqueue(item);
     }
 
     /// A verify of a session has come, or rows of it go back: verifies follow.
@@ -95,9 +95,9 @@ impl Planner {
         if self.pace.is_decoding(now) || self.is_long { 1 } else { 2 }
     }
 
-    /// A batch for the works of the next step, which go to `works`; `None` if none wait, or all
+    /// A batch for the works of the next step, which go to `items`; `None` if none wait, or all
     /// batches are out.
-    pub(super) fn begin(&mut self, now: Instant, works: &mut Vec<Work>) -> Option<StepBatch> {
+    pub(super) fn begin(&mut self, now: Instant, items: &mut Vec<BatchItem>) -> Option<StepBatch> {
         if self.scheduler.queued() == 0 {
             return None;
         }
@@ -106,7 +106,7 @@ impl Planner {
         batch.step.moves.append(&mut self.moves);
         let is_decoding = self.pace.is_decoding(now);
         let bound = self.bound.unwrap_or_else(|| self.pace.bound(is_decoding));
-        self.scheduler.plan(bound, works);
+        self.scheduler.plan(bound, items);
         Some(batch)
     }
 

@@ -38,7 +38,7 @@ pub(super) fn check_names(open: &Open<'_>) -> Result<(), SessionViolation> {
 
 /// An item that waits to be applied, in order of arrival.
 #[derive(Clone, Copy)]
-pub(super) enum Item {
+pub(super) enum QueueItem {
     Chunk(Chunk),
     Commit(u32),
 }
@@ -121,7 +121,7 @@ pub(super) struct Session {
     names: Vec<PageId>,
     /// Number of them whose content is known.
     named: usize,
-    pub(super) items: VecDeque<Item>,
+    pub(super) items: VecDeque<QueueItem>,
     /// The chunk whose end has not come.
     pub(super) gathering: Chunk,
     /// Frames of the chunks that wait, in order, then those of the chunk whose end has not come.
@@ -213,8 +213,8 @@ impl Session {
     /// The first chunk that waits.
     pub(super) fn next(&self) -> Option<Next> {
         self.items.iter().find_map(|item| match item {
-            Item::Chunk(chunk) => Some(Next::of(chunk)),
-            Item::Commit(_) => None,
+            QueueItem::Chunk(chunk) => Some(Next::of(chunk)),
+            QueueItem::Commit(_) => None,
         })
     }
 
@@ -257,7 +257,7 @@ impl Session {
         self.frames.push_back(rows);
         if !more {
             self.gathering.complete_at = Some(now);
-            self.items.push_back(Item::Chunk(std::mem::take(&mut self.gathering)));
+            self.items.push_back(QueueItem::Chunk(std::mem::take(&mut self.gathering)));
         }
         Ok(any_void)
     }
@@ -271,7 +271,7 @@ impl Session {
         if self.items.is_empty() {
             self.sequence.commit(row, moves)?;
         } else {
-            self.items.push_back(Item::Commit(row));
+            self.items.push_back(QueueItem::Commit(row));
         }
         Ok(())
     }
@@ -296,8 +296,8 @@ impl Session {
     ) -> Result<(), SessionViolation> {
         let mut chunk = loop {
             match self.items.pop_front().expect("the scheduler counts the chunks") {
-                Item::Commit(row) => self.sequence.commit(row, moves)?,
-                Item::Chunk(chunk) => break chunk,
+                QueueItem::Commit(row) => self.sequence.commit(row, moves)?,
+                QueueItem::Chunk(chunk) => break chunk,
             }
         };
         rows.complete_at = chunk.complete_at;
@@ -335,7 +335,7 @@ impl Session {
         planned.is_all = chunk.rows == 0;
         rows.planned = *planned;
         if !planned.is_all {
-            self.items.push_front(Item::Chunk(chunk));
+            self.items.push_front(QueueItem::Chunk(chunk));
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::batch::StepBatch;
 use super::guests::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
-use crate::sched::{Bound, SessionKey, Work};
+use crate::sched::{Bound, SessionKey, BatchItem};
 use hat_transport::codec::PackError;
 
 impl CloudCore {
@@ -37,26 +37,26 @@ impl CloudCore {
     /// The next step, if there are rows for one and a batch to put them into. To be asked when the
     /// first stage has fewer than [`Self::steps_ahead`].
     pub fn poll_step(&mut self, now: Instant) -> Option<StepBatch> {
-        let mut works = std::mem::take(&mut self.works);
-        let batch = self.planner.begin(now, &mut works);
-        let batch = batch.map(|batch| self.fill(now, batch, &mut works));
-        self.works = works;
+        let mut items = std::mem::take(&mut self.items);
+        let batch = self.planner.begin(now, &mut items);
+        let batch = batch.map(|batch| self.fill(now, batch, &mut items));
+        self.items = items;
         batch
     }
 
-    fn fill(&mut self, now: Instant, mut batch: StepBatch, works: &mut [Work]) -> StepBatch {
-        works.sort_by_key(|work| self.sessions.session(work.session).entry_layer());
-        for work in works.iter() {
-            batch.step.exit_layer = work.class;
+    fn fill(&mut self, now: Instant, mut batch: StepBatch, items: &mut [BatchItem]) -> StepBatch {
+        items.sort_by_key(|item| self.sessions.session(item.session).entry_layer());
+        for item in items.iter() {
+            batch.step.exit_layer = item.class;
             let hidden_size = self.hidden_size();
-            let session = self.sessions.session(work.session);
+            let session = self.sessions.session(item.session);
             session.in_flight += 1;
-            match batch.put(work, session, hidden_size) {
-                Ok(()) => self.name_prompt(work.session),
-                Err(violation) => self.end_for(now, work.session, violation),
+            match batch.put(item, session, hidden_size) {
+                Ok(()) => self.name_prompt(item.session),
+                Err(violation) => self.end_for(now, item.session, violation),
             }
         }
-        works.iter().for_each(|work| self.enqueue_next(now, work.session));
+        items.iter().for_each(|item| self.enqueue_next(now, item.session));
         self.planner.hand_out(now, &batch);
         batch
     }
@@ -68,7 +68,7 @@ impl CloudCore {
         let is_new = !self.planner.holds(key);
         let Some(session) = self.sessions.find(key).filter(|_| is_new) else { return };
         let Some(next) = session.next() else { return };
-        let work = Work {
+        let item = BatchItem {
             session: key,
             device: self.guests.device(session.connection).expect("a session has a connection"),
             rows: next.rows,
@@ -77,7 +77,7 @@ impl CloudCore {
             divisible: next.divisible,
             class: session.exit_layer(),
         };
-        self.planner.enqueue(now, work);
+        self.planner.enqueue(now, item);
     }
 
     /// Names the pages of a session's prompt that its planned rows fill. Others may have them from

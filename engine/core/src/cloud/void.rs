@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 
 use hat_transport::message::Dropped;
 
-use super::session::{Item, Session};
+use super::session::{QueueItem, Session};
 
 /// Rows that became void, and the ids by which others stay. Reused from frame to frame.
 #[derive(Default)]
@@ -39,15 +39,15 @@ impl Session {
     /// chunks.
     pub(super) fn drop_void(&mut self, commit: u32, void: &mut Void) -> bool {
         // What stands before the last decided chunk was looked at when that came.
-        let decided = |item: &Item| matches!(item, Item::Chunk(chunk) if chunk.decided > 0);
+        let decided = |item: &QueueItem| matches!(item, QueueItem::Chunk(chunk) if chunk.decided > 0);
         let start = self.items.iter().rposition(decided).map_or(0, |index| index + 1);
         void.needed.clear();
         void.needed.push(commit);
         let mut frames = 0;
         for item in self.items.range(start..) {
             match item {
-                Item::Commit(row) => void.needed.push(*row),
-                Item::Chunk(chunk) => frames += chunk.frames,
+                QueueItem::Commit(row) => void.needed.push(*row),
+                QueueItem::Chunk(chunk) => frames += chunk.frames,
             }
         }
         if frames == 0 {
@@ -59,7 +59,7 @@ impl Session {
         let mut any = false;
         // Rows come after their parents: what a chunk needs is known when its turn comes.
         for index in (start..self.items.len()).rev() {
-            let Item::Chunk(chunk) = self.items[index] else { continue };
+            let QueueItem::Chunk(chunk) = self.items[index] else { continue };
             let of_chunk = end - chunk.frames..end;
             end = of_chunk.start;
             let rows = || self.frames.range(of_chunk.clone());
@@ -72,11 +72,11 @@ impl Session {
             void.dropped.extend(rows().filter_map(|rows| rows.awaited()));
             // What the chunk committed stays committed.
             let commit = rows().map(|rows| rows.head.commit).max().unwrap_or(0);
-            self.items[index] = Item::Commit(commit);
+            self.items[index] = QueueItem::Commit(commit);
             self.frames.drain(of_chunk);
             any = true;
         }
-        self.items.retain(|item| !matches!(item, Item::Commit(0)));
+        self.items.retain(|item| !matches!(item, QueueItem::Commit(0)));
         any
     }
 }

@@ -42,7 +42,7 @@ use self::request::{Path, Request, Session};
 use self::send::Leaving;
 pub use self::way::LinkCommand;
 use self::way::Way;
-use self::work::Work;
+use self::work::Computations;
 pub use self::work::{DeviceWork, DraftWork, Verdict};
 use crate::answer::{Answer, Prepared};
 use crate::chunk::ChunkPolicy;
@@ -153,7 +153,7 @@ pub struct DeviceCore {
     cx: Common,
     cloud: Cloud,
     way: Way,
-    work: Work,
+    work: Computations,
     /// Input from the link that is not handled yet, in order.
     inbox: VecDeque<Inbound>,
     leaving: VecDeque<Leaving>,
@@ -182,7 +182,7 @@ impl DeviceCore {
             cx: Common::new(&config, bundle, vocab_size),
             cloud: Cloud::new(now),
             way: Way::default(),
-            work: Work::default(),
+            work: Computations::default(),
             inbox: VecDeque::new(),
             leaving: VecDeque::new(),
             missed_drafter: false,

@@ -134,7 +134,7 @@ fn compact(model: &mut dyn DeviceForward, moves: &mut Vec<RowMove>) {
 
 /// One computation of one request.
 #[derive(Debug)]
-enum Step {
+enum Computation {
     /// Decided rows, by the device's layers.
     Piece(Piece),
     /// A level of a draft tree, by the device's layers.
@@ -153,8 +153,8 @@ enum Step {
 
 /// The computation that is out, and the requests that go before all others.
 #[derive(Default)]
-pub(super) struct Work {
-    out: Option<(RequestId, Step)>,
+pub(super) struct Computations {
+    out: Option<(RequestId, Computation)>,
     /// Its tree grows, level by level.
     pub(super) growing: Option<RequestId>,
     /// Requests whose heads are due, in the order in which their rows came back.
@@ -163,7 +163,7 @@ pub(super) struct Work {
     draft_fault: Option<BackendFault>,
 }
 
-impl Work {
+impl Computations {
     /// True if no computation is out.
     pub(super) fn is_idle(&self) -> bool {
         self.out.is_none()
@@ -202,16 +202,16 @@ impl DeviceCore {
         let (id, step) = self.work.out.as_ref()?;
         let request = self.requests.get_mut(id)?;
         let cx = &mut self.cx;
-        if let Step::Feed | Step::Guess(_) | Step::Pipelined(_) = step {
+        if let Computation::Feed | Computation::Guess(_) | Computation::Pipelined(_) = step {
             let (drafter, fault) = (self.drafter.as_mut(), &mut self.work.draft_fault);
-            let guesses = !matches!(step, Step::Feed);
+            let guesses = !matches!(step, Computation::Feed);
             return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, guesses, fault }));
         }
         let Common { scratch, facts, moves, .. } = cx;
         let plan = scratch.plan.plan();
         Some(match step {
-            Step::Tail(_) => DeviceWork::Tail { moves, plan, hidden: request.tail_rows() },
-            Step::Head(head) => {
+            Computation::Tail(_) => DeviceWork::Tail { moves, plan, hidden: request.tail_rows() },
+            Computation::Head(head) => {
                 let verdict = match request.answer.wants_greatest() {
                     true => Verdict::Greatest(&mut scratch.greatest),
                     false => Verdict::Logits(&mut scratch.logits),
@@ -247,22 +247,22 @@ impl DeviceCore {
         request.budget.forgive(now);
         let cx = &mut self.cx;
         let outcome = match step {
-            Step::Piece(piece) => request.end_piece(piece, took, cx).into(),
-            Step::Level(level) => request.end_level(now, level, took, cx).into(),
-            Step::Head(head) => request.end_head(now, head, took, vocabulary, cx),
-            Step::Tail(tail) => {
+            Computation::Piece(piece) => request.end_piece(piece, took, cx).into(),
+            Computation::Level(level) => request.end_level(now, level, took, cx).into(),
+            Computation::Head(head) => request.end_head(now, head, took, vocabulary, cx),
+            Computation::Tail(tail) => {
                 request.end_tail(tail, &cx.facts);
                 Outcome::Goes
             }
-            Step::Guess(level) => {
+            Computation::Guess(level) => {
                 request.grow_level(now, &level, cx);
                 Outcome::Goes
             }
-            Step::Pipelined(bounds) => {
+            Computation::Pipelined(bounds) => {
                 request.grow_batch(now, bounds, cx);
                 Outcome::Goes
             }
-            Step::Feed => Outcome::Goes,
+            Computation::Feed => Outcome::Goes,
         };
         match outcome {
             Outcome::Goes => {}
@@ -277,7 +277,7 @@ impl DeviceCore {
     }
 
     /// The next step of the tree that grows.
-    fn poll_tree(&mut self) -> Option<(RequestId, Step)> {
+    fn poll_tree(&mut self) -> Option<(RequestId, Computation)> {
         let id = self.work.growing?;
         let request = self.requests.get_mut(&id);
         let stage = request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.stage)));
@@ -288,10 +288,10 @@ impl DeviceCore {
             }
             Stage::Level(level) => {
                 self.requests.get_mut(&id)?.begin_level(&level, &mut self.cx);
-                Step::Level(level)
+                Computation::Level(level)
             }
-            Stage::Guess(level) => Step::Guess(level),
-            Stage::Pipelined(bounds) => Step::Pipelined(bounds),
+            Stage::Guess(level) => Computation::Guess(level),
+            Stage::Pipelined(bounds) => Computation::Pipelined(bounds),
         };
         Some((id, step))
     }
@@ -316,19 +316,19 @@ impl DeviceCore {
 
     /// Rows that are back, and the verdicts that they lead to. The frames of one request are taken
     /// one at a time: the next one may end a session of which rows are still to be decided.
-    fn poll_head(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+    fn poll_head(&mut self, now: Instant) -> Option<(RequestId, Computation)> {
         self.take_arrived(now);
         while let Some(id) = self.work.heading.front().copied() {
             if let Some(request) = self.requests.get_mut(&id) {
                 if let Some(tail) = request.begin_tail(&mut self.cx) {
-                    return Some((id, Step::Tail(tail)));
+                    return Some((id, Computation::Tail(tail)));
                 }
                 // The drafter takes the root before what the walk finds right below it.
                 if request.is_unfed() {
-                    return Some((id, Step::Feed));
+                    return Some((id, Computation::Feed));
                 }
                 if let Some(head) = request.begin_head(&mut self.cx) {
-                    return Some((id, Step::Head(head)));
+                    return Some((id, Computation::Head(head)));
                 }
             }
             self.work.heading.pop_front();
@@ -338,13 +338,13 @@ impl DeviceCore {
     }
 
     /// A piece of a prompt, or the last decided token with drafts below it.
-    fn poll_input(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+    fn poll_input(&mut self, now: Instant) -> Option<(RequestId, Computation)> {
         let may_upload = self.cx.learned.upload_pause().is_none();
         let asks = self.requests.iter();
         let asks = asks.filter_map(|(id, request)| Some((*id, request.ask(may_upload)?)));
         let next = select::choose(asks)?;
         if self.requests.get(&next)?.is_unfed() {
-            return Some((next, Step::Feed));
+            return Some((next, Computation::Feed));
         }
         for (id, request) in &mut self.requests {
             let is_passed = *id != next && request.ask(may_upload).is_some();
@@ -357,14 +357,14 @@ impl DeviceCore {
             return self.poll_tree();
         }
         let piece = request.begin_piece(now, &mut self.cx)?;
-        Some((next, Step::Piece(piece)))
+        Some((next, Computation::Piece(piece)))
     }
 
     /// Decided rows that are away, for the trained drafter, or drafts to add to a tree that is.
-    fn poll_draft(&mut self, now: Instant) -> Option<(RequestId, Step)> {
+    fn poll_draft(&mut self, now: Instant) -> Option<(RequestId, Computation)> {
         loop {
             if let Some(id) = self.first(Request::has_unfed) {
-                return Some((id, Step::Feed));
+                return Some((id, Computation::Feed));
             }
             let id = self.first(Request::wants_more_drafts)?;
             self.requests.get_mut(&id)?.begin_batch(now, &mut self.cx);

@@ -5,20 +5,20 @@ use proptest::prelude::*;
 use super::*;
 
 /// A session that is a device of its own.
-fn work(session: SessionKey, rows: u32, urgent: bool) -> Work {
-    Work { session, device: session, rows, context: 0, urgent, divisible: !urgent, class: 30 }
+fn item(session: SessionKey, rows: u32, urgent: bool) -> BatchItem {
+    BatchItem { session, device: session, rows, context: 0, urgent, divisible: !urgent, class: 30 }
 }
 
 fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
     let mut step = vec![];
     scheduler.plan(Bound::NONE, &mut step);
-    step.iter().map(|work| (work.session, work.rows)).collect()
+    step.iter().map(|item| (item.session, item.rows)).collect()
 }
 
 #[test]
 fn verify_rows_go_before_prompt_chunks_within_the_budget() {
     let mut scheduler = Scheduler::new(100);
-    for add in [work(1, 60, false), work(2, 60, false), work(3, 8, true), work(4, 30, false)] {
+    for add in [item(1, 60, false), item(2, 60, false), item(3, 8, true), item(4, 30, false)] {
         scheduler.enqueue(add);
     }
     assert_eq!(planned(&mut scheduler), [(3, 8), (1, 60), (4, 30)]);
@@ -29,20 +29,20 @@ fn verify_rows_go_before_prompt_chunks_within_the_budget() {
 #[test]
 fn a_session_never_overtakes_itself() {
     let mut scheduler = Scheduler::new(100);
-    scheduler.enqueue(work(1, 80, false));
-    scheduler.enqueue(work(2, 1, true));
+    scheduler.enqueue(item(1, 80, false));
+    scheduler.enqueue(item(2, 1, true));
     assert!(scheduler.holds(1) && !scheduler.holds(3));
     assert_eq!(planned(&mut scheduler), [(2, 1), (1, 80)]);
     assert!(!scheduler.holds(1));
-    scheduler.enqueue(work(1, 1, true));
+    scheduler.enqueue(item(1, 1, true));
     assert_eq!(planned(&mut scheduler), [(1, 1)]);
     // What is left of a work that was cut is not in the step of its front, nor behind another.
-    let whole = Work { context: 9, ..work(1, 90, false) };
+    let whole = BatchItem { context: 9, ..item(1, 90, false) };
     scheduler.enqueue(whole);
     assert_eq!(bounded(&mut scheduler).len(), 1);
     assert!(scheduler.holds(1));
     let twice = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        scheduler.enqueue(work(1, 1, true));
+        scheduler.enqueue(item(1, 1, true));
     }));
     assert!(twice.is_err(), "its last rows would run before their chunk");
 }
@@ -50,9 +50,9 @@ fn a_session_never_overtakes_itself() {
 #[test]
 fn classes_do_not_mix_and_none_starves() {
     let mut scheduler = Scheduler::new(100);
-    scheduler.enqueue(Work { class: 29, ..work(1, 1, true) });
-    scheduler.enqueue(work(2, 1, true));
-    scheduler.enqueue(Work { class: 29, ..work(3, 1, true) });
+    scheduler.enqueue(BatchItem { class: 29, ..item(1, 1, true) });
+    scheduler.enqueue(item(2, 1, true));
+    scheduler.enqueue(BatchItem { class: 29, ..item(3, 1, true) });
     assert_eq!(planned(&mut scheduler), [(1, 1), (3, 1)]);
     assert_eq!(planned(&mut scheduler), [(2, 1)]);
 }
@@ -60,8 +60,8 @@ fn classes_do_not_mix_and_none_starves() {
 #[test]
 fn a_session_that_has_ended_is_forgotten() {
     let mut scheduler = Scheduler::new(100);
-    scheduler.enqueue(work(1, 1, true));
-    scheduler.enqueue(work(2, 1, true));
+    scheduler.enqueue(item(1, 1, true));
+    scheduler.enqueue(item(2, 1, true));
     scheduler.forget(1);
     scheduler.forget(9);
     assert_eq!(scheduler.queued(), 1);
@@ -72,7 +72,7 @@ fn a_session_that_has_ended_is_forgotten() {
 #[test]
 fn a_device_that_rested_has_no_credit() {
     let mut scheduler = Scheduler::new(8);
-    let of = |device, session| Work { device, ..work(session, 8, true) };
+    let of = |device, session| BatchItem { device, ..item(session, 8, true) };
     for session in 0..100 {
         scheduler.enqueue(of(1, session));
         scheduler.enqueue(of(2, 100 + session));
@@ -95,16 +95,16 @@ fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
     for (device, &(sessions, rows, urgent)) in devices.iter().enumerate() {
         for _ in 0..sessions {
             let device = device as u64;
-            scheduler.enqueue(Work { device, ..work(session, rows, urgent) });
+            scheduler.enqueue(BatchItem { device, ..item(session, rows, urgent) });
             session += 1;
         }
     }
     let (mut step, mut served) = (vec![], vec![0; devices.len()]);
     for _ in 0..steps {
         scheduler.plan(Bound::NONE, &mut step);
-        for work in &step {
-            served[work.device as usize] += u64::from(work.rows);
-            scheduler.enqueue(*work);
+        for item in &step {
+            served[item.device as usize] += u64::from(item.rows);
+            scheduler.enqueue(*item);
         }
     }
     served
@@ -122,8 +122,8 @@ fn a_hundred_sessions_get_no_more_than_their_devices_share() {
 fn crowd(sessions: u64) -> Scheduler {
     let mut scheduler = Scheduler::new(512);
     for session in 0..sessions {
-        scheduler.enqueue(work(session, 8, true));
-        scheduler.enqueue(work(sessions + session, 500, false));
+        scheduler.enqueue(item(session, 8, true));
+        scheduler.enqueue(item(sessions + session, 500, false));
     }
     scheduler
 }
@@ -137,10 +137,10 @@ fn a_step_costs_as_much_with_ten_thousand_sessions_as_with_a_hundred() {
         for _ in 0..1000 {
             let before = scheduler.looks;
             scheduler.plan(Bound::NONE, &mut step);
-            let (looks, works) = (scheduler.looks - before, step.len() as u64);
-            assert!(looks <= works + 2 * MISSES_MAX as u64, "{looks} looks for {works} works");
-            for work in &step {
-                scheduler.enqueue(*work);
+            let (looks, items) = (scheduler.looks - before, step.len() as u64);
+            assert!(looks <= items + 2 * MISSES_MAX as u64, "{looks} looks for {items} works");
+            for item in &step {
+                scheduler.enqueue(*item);
             }
         }
     }
@@ -164,13 +164,13 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 }
 
 /// 24 sessions of six devices, in three classes.
-fn of_session(session: u64, rows: u32, urgent: bool) -> Work {
+fn of_session(session: u64, rows: u32, urgent: bool) -> BatchItem {
     let class = 28 + u32::try_from(session % 3).unwrap();
-    Work { device: session % 6, class, ..work(session, rows, urgent) }
+    BatchItem { device: session % 6, class, ..item(session, rows, urgent) }
 }
 
 /// Works by session, in order. The scheduler is told of the first of each.
-type Queues = BTreeMap<SessionKey, VecDeque<Work>>;
+type Queues = BTreeMap<SessionKey, VecDeque<BatchItem>>;
 
 /// Tells the scheduler of the next work of each session of which it holds none.
 fn feed(scheduler: &mut Scheduler, queues: &Queues) {
@@ -186,13 +186,13 @@ fn check_step(scheduler: &mut Scheduler, waiting: &mut Queues) -> usize {
     feed(scheduler, waiting);
     let mut step = vec![];
     scheduler.plan(Bound::NONE, &mut step);
-    assert!(step.iter().map(|work| work.rows).sum::<u32>() <= scheduler.rows_max);
-    for (index, work) in step.iter().enumerate() {
-        assert_eq!(work.class, step[0].class);
-        let is_first = step[..index].iter().all(|other| other.session != work.session);
-        assert!(is_first, "session {} twice in a step", work.session);
-        let next = waiting.get_mut(&work.session).and_then(VecDeque::pop_front);
-        assert_eq!(next, Some(*work), "out of order");
+    assert!(step.iter().map(|item| item.rows).sum::<u32>() <= scheduler.rows_max);
+    for (index, item) in step.iter().enumerate() {
+        assert_eq!(item.class, step[0].class);
+        let is_first = step[..index].iter().all(|other| other.session != item.session);
+        assert!(is_first, "session {} twice in a step", item.session);
+        let next = waiting.get_mut(&item.session).and_then(VecDeque::pop_front);
+        assert_eq!(next, Some(*item), "out of order");
     }
     feed(scheduler, waiting);
     assert_eq!(scheduler.queued(), waiting.values().filter(|queue| !queue.is_empty()).count());
@@ -207,16 +207,16 @@ const BOUND: Bound = Bound { step: 4000, fixed: 1000, row: 100, row_context: 1, 
 fn bounded(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32, u32)> {
     let mut step = vec![];
     scheduler.plan(BOUND, &mut step);
-    step.iter().map(|work| (work.session, work.context, work.rows)).collect()
+    step.iter().map(|item| (item.session, item.context, item.rows)).collect()
 }
 
 #[test]
 fn a_step_beside_a_verify_holds_as_much_of_a_prompt_as_the_time_allows() {
     let mut scheduler = Scheduler::new(512);
-    scheduler.enqueue(work(1, 300, false));
+    scheduler.enqueue(item(1, 300, false));
     // 30 units are left: 26 rows, each of which sees 13 others in the mean.
     assert_eq!(bounded(&mut scheduler), [(1, 0, 26)]);
-    scheduler.enqueue(Work { context: 100, ..work(2, 4, true) });
+    scheduler.enqueue(BatchItem { context: 100, ..item(2, 4, true) });
     assert_eq!(bounded(&mut scheduler), [(2, 100, 4)]);
     // A row of the prompt is dearer further on.
     assert_eq!(bounded(&mut scheduler), [(1, 26, 21)]);
@@ -234,10 +234,10 @@ fn a_step_beside_a_verify_holds_as_much_of_a_prompt_as_the_time_allows() {
 fn a_verify_is_in_the_next_step_whatever_is_in_line() {
     let mut scheduler = Scheduler::new(512);
     for session in 1..=4 {
-        scheduler.enqueue(work(session, 500, false));
+        scheduler.enqueue(item(session, 500, false));
     }
     bounded(&mut scheduler);
-    scheduler.enqueue(work(9, 8, true));
+    scheduler.enqueue(item(9, 8, true));
     assert_eq!(bounded(&mut scheduler), [(9, 0, 8)]);
 }
 
@@ -245,7 +245,7 @@ fn a_verify_is_in_the_next_step_whatever_is_in_line() {
 fn a_cut_chunk_goes_behind_the_other_prompts_of_its_device() {
     let mut scheduler = Scheduler::new(512);
     for (session, rows) in [(1, 500), (2, 20), (3, 20)] {
-        scheduler.enqueue(Work { device: 7, ..work(session, rows, false) });
+        scheduler.enqueue(BatchItem { device: 7, ..item(session, rows, false) });
     }
     // Beside the 20 rows of the second there is time for some of the third's.
     let sessions = |step: Vec<(SessionKey, u32, u32)>| step.iter().map(|it| it.0).collect();
@@ -256,11 +256,11 @@ fn a_cut_chunk_goes_behind_the_other_prompts_of_its_device() {
 #[test]
 fn prompts_have_every_second_step_beside_verifies_that_never_pause() {
     let mut scheduler = Scheduler::new(512);
-    scheduler.enqueue(Work { context: 400, ..work(2, 300, false) });
+    scheduler.enqueue(BatchItem { context: 400, ..item(2, 300, false) });
     for turn in 0..20 {
         for session in [1, 3] {
             if !scheduler.holds(session) {
-                scheduler.enqueue(work(session, 60, true));
+                scheduler.enqueue(item(session, 60, true));
             }
         }
         let step = bounded(&mut scheduler);
@@ -272,17 +272,17 @@ fn prompts_have_every_second_step_beside_verifies_that_never_pause() {
 #[test]
 fn a_piece_has_some_rows_however_long_they_take() {
     let mut scheduler = Scheduler::new(512);
-    scheduler.enqueue(Work { context: 100_000, ..work(2, 300, false) });
-    scheduler.enqueue(work(3, 300, false));
+    scheduler.enqueue(BatchItem { context: 100_000, ..item(2, 300, false) });
+    scheduler.enqueue(item(3, 300, false));
     assert_eq!(bounded(&mut scheduler), [(2, 100_000, PIECE_ROWS_MIN)]);
 }
 
 #[test]
 fn what_may_not_be_cut_runs_whole() {
     let mut scheduler = Scheduler::new(512);
-    scheduler.enqueue(Work { divisible: false, ..work(1, 60, false) });
-    scheduler.enqueue(Work { divisible: false, ..work(2, 60, false) });
-    scheduler.enqueue(work(3, 500, true));
+    scheduler.enqueue(BatchItem { divisible: false, ..item(1, 60, false) });
+    scheduler.enqueue(BatchItem { divisible: false, ..item(2, 60, false) });
+    scheduler.enqueue(item(3, 500, true));
     assert_eq!(bounded(&mut scheduler), [(3, 0, 500)]);
     assert_eq!(bounded(&mut scheduler), [(1, 0, 60)]);
     assert_eq!(bounded(&mut scheduler), [(2, 0, 60)]);
@@ -291,7 +291,7 @@ fn what_may_not_be_cut_runs_whole() {
 #[test]
 fn the_first_piece_of_a_chunk_is_forgotten_with_its_rest() {
     let mut scheduler = Scheduler::new(512);
-    scheduler.enqueue(work(1, 300, false));
+    scheduler.enqueue(item(1, 300, false));
     bounded(&mut scheduler);
     assert_eq!(scheduler.queued(), 1);
     scheduler.forget(1);
@@ -302,7 +302,7 @@ proptest! {
     /// Rows of each session run once, in order, however they are cut.
     #[test]
     fn cut_works_run_once_in_order(
-        works in prop::collection::vec((0..6u64, 1..=64u32, any::<bool>()), 1..60),
+        items in prop::collection::vec((0..6u64, 1..=64u32, any::<bool>()), 1..60),
         (step, fixed, row, row_context) in (0..9000u64, 0..2000u64, 1..200u64, 0..4u64),
     ) {
         let bound = Bound { step, fixed, row, row_context, ..Bound::NONE };
@@ -310,9 +310,9 @@ proptest! {
         let mut next = [0; 6];
         let mut ends = [0; 6];
         let mut queues = Queues::new();
-        for (session, rows, urgent) in works {
+        for (session, rows, urgent) in items {
             let end = &mut ends[session as usize];
-            let add = Work { context: *end, device: session % 2, ..work(session, rows, urgent) };
+            let add = BatchItem { context: *end, device: session % 2, ..item(session, rows, urgent) };
             queues.entry(session).or_default().push_back(add);
             *end += rows;
         }
@@ -321,21 +321,21 @@ proptest! {
         while scheduler.queued() > 0 {
             scheduler.plan(bound, &mut step);
             prop_assert!(!step.is_empty());
-            prop_assert!(step.iter().all(|work| work.urgent == step[0].urgent));
-            let cost = |work: &Work| bound.cost(work.rows, work.context);
+            prop_assert!(step.iter().all(|item| item.urgent == step[0].urgent));
+            let cost = |item: &BatchItem| bound.cost(item.rows, item.context);
             let took = bound.fixed + step.iter().map(cost).sum::<u64>();
             // Only the first piece may be beyond the bound, and is the smallest then.
             let is_within = step[0].urgent
                 || took <= bound.step
                 || step.len() == 1 && step[0].rows <= PIECE_ROWS_MIN;
             prop_assert!(is_within, "{:?}", &step);
-            prop_assert!(step.iter().map(|work| work.rows).sum::<u32>() <= 64);
-            for work in &step {
-                let next = &mut next[work.session as usize];
-                prop_assert_eq!(*next, work.context);
-                *next += work.rows;
-                if !scheduler.holds(work.session) {
-                    queues.get_mut(&work.session).expect("it is known").pop_front();
+            prop_assert!(step.iter().map(|item| item.rows).sum::<u32>() <= 64);
+            for item in &step {
+                let next = &mut next[item.session as usize];
+                prop_assert_eq!(*next, item.context);
+                *next += item.rows;
+                if !scheduler.holds(item.session) {
+                    queues.get_mut(&item.session).expect("it is known").pop_front();
                 }
             }
             feed(&mut scheduler, &queues);
@@ -350,8 +350,8 @@ proptest! {
         for act in acts {
             match act {
                 Act::Add { session, rows, urgent } => {
-                    let work = of_session(session, rows, urgent);
-                    waiting.entry(session).or_default().push_back(work);
+                    let item = of_session(session, rows, urgent);
+                    waiting.entry(session).or_default().push_back(item);
                     feed(&mut scheduler, &waiting);
                 }
                 Act::Plan => {
@@ -402,7 +402,7 @@ proptest! {
         let mut scheduler = Scheduler::new(64);
         for (device, &(rows, sessions)) in (0..).zip(&devices) {
             for session in device * 10..device * 10 + sessions {
-                scheduler.enqueue(Work { device, ..work(session, rows, urgent) });
+                scheduler.enqueue(BatchItem { device, ..item(session, rows, urgent) });
             }
         }
         let (mut step, mut served) = (vec![], vec![0; devices.len()]);
@@ -413,9 +413,9 @@ proptest! {
             let level = scheduler.tier(urgent).level;
             let least = served.iter().min().copied().unwrap().max(served[first].min(level));
             prop_assert_eq!(served[first], least, "{:?}", &served);
-            for work in &step {
-                served[work.device as usize] += u64::from(work.rows);
-                scheduler.enqueue(*work);
+            for item in &step {
+                served[item.device as usize] += u64::from(item.rows);
+                scheduler.enqueue(*item);
             }
         }
     }
@@ -430,18 +430,18 @@ proptest! {
     ) {
         let mut scheduler = Scheduler::new(64);
         for session in 0..u64::from(64u32.div_ceil(verify_rows)) * 3 {
-            scheduler.enqueue(work(1000 + session, verify_rows, true));
+            scheduler.enqueue(item(1000 + session, verify_rows, true));
         }
         for (session, &rows) in (0..).zip(&prompts) {
-            scheduler.enqueue(work(session, rows, false));
+            scheduler.enqueue(item(session, rows, false));
         }
         let mut step = vec![];
         let mut left = prompts.len();
         for _ in 0..prompts.len() as u32 * (PROMPT_PATIENCE + 1) {
             scheduler.plan(Bound::NONE, &mut step);
-            for work in &step {
-                if work.urgent {
-                    scheduler.enqueue(*work);
+            for item in &step {
+                if item.urgent {
+                    scheduler.enqueue(*item);
                 } else {
                     left -= 1;
                 }

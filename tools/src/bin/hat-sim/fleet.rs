@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Args;
-use hat_core::sched::{Bound, Scheduler, Work};
+use hat_core::sched::{Bound, Scheduler, BatchItem};
 use hat_program::outln;
 use indicatif::ProgressBar;
 use serde_json::json;
@@ -104,7 +104,7 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
 /// with so many sessions waiting: the scheduler's share of an io thread's turn.
 fn scheduler_us(sessions: u64, rows: u32) -> f64 {
     let mut scheduler = Scheduler::new(512);
-    let work = |session| Work {
+    let work = |session| BatchItem {
         session,
         device: session,
         rows,
