@@ -267,18 +267,18 @@ pub struct Plan<'a> {
     pub finish_s: f64,
 }
 
-/// Time of the first token, in seconds from the start of the first chunk, if a prompt with `held`
+/// Time of the first token, in seconds from the start of the first chunk, if a prompt with `cached`
 /// rows in place is cut into `sizes`.
 #[must_use]
-pub fn finish_s(costs: &ChunkCosts, held: u32, sizes: &[u32]) -> f64 {
-    finish_after_s(costs, Ahead::default(), held, sizes)
+pub fn finish_s(costs: &ChunkCosts, cached: u32, sizes: &[u32]) -> f64 {
+    finish_after_s(costs, Ahead::default(), cached, sizes)
 }
 
 /// As [`finish_s`], behind what is on its way already.
 #[must_use]
-pub fn finish_after_s(costs: &ChunkCosts, ahead: Ahead, held: u32, sizes: &[u32]) -> f64 {
+pub fn finish_after_s(costs: &ChunkCosts, ahead: Ahead, cached: u32, sizes: &[u32]) -> f64 {
     let costs = costs.sane();
-    let (mut at, mut prefix) = (ahead, held);
+    let (mut at, mut prefix) = (ahead, cached);
     for &rows in sizes {
         at.push(&costs, rows, prefix);
         prefix = prefix.saturating_add(rows);
@@ -294,7 +294,7 @@ pub struct Planner {
 }
 
 impl Planner {
-    /// Cuts `rows` rows that come behind `held` rows.
+    /// Cuts `rows` rows that come behind `cached` rows.
     ///
     /// # Panics
     /// If `rows` exceeds [`ROWS_MAX`].
@@ -303,10 +303,10 @@ impl Planner {
         policy: ChunkPolicy,
         costs: &ChunkCosts,
         limits: &Limits,
-        held: u32,
+        cached: u32,
         rows: u32,
     ) -> Plan<'_> {
-        self.plan_after(policy, costs, limits, Ahead::default(), held, rows)
+        self.plan_after(policy, costs, limits, Ahead::default(), cached, rows)
     }
 
     /// As [`Planner::plan`], behind what is on its way already.
@@ -319,7 +319,7 @@ impl Planner {
         costs: &ChunkCosts,
         limits: &Limits,
         ahead: Ahead,
-        held: u32,
+        cached: u32,
         rows: u32,
     ) -> Plan<'_> {
         assert!(rows <= ROWS_MAX, "a prompt of {rows} rows; at most {ROWS_MAX} are planned");
@@ -330,12 +330,12 @@ impl Planner {
             ChunkPolicy::Fixed(size) => size.clamp(1, rows_max),
             ChunkPolicy::Paper => balanced_rows(&costs, limits),
             ChunkPolicy::Auto => {
-                let finish_s = self.search.run(&costs, limits, ahead, held, rows, &mut self.sizes);
+                let finish_s = self.search.run(&costs, limits, ahead, cached, rows, &mut self.sizes);
                 return Plan { sizes: &self.sizes, finish_s };
             }
         };
         equal(rows, size, &mut self.sizes);
-        let finish_s = finish_after_s(&costs, ahead, held, &self.sizes);
+        let finish_s = finish_after_s(&costs, ahead, cached, &self.sizes);
         Plan { sizes: &self.sizes, finish_s }
     }
 

@@ -11,9 +11,9 @@ use hat_plan::PAGE_SIZE;
 #[derive(Clone, Copy, Debug, Default)]
 struct Page {
     /// Sessions that hold it.
-    holders: u32,
+    references: u32,
     /// True if it is cached for others.
-    is_kept: bool,
+    is_cached: bool,
 }
 
 /// Pages of one KV store. A session's pages are reserved on admission, all at once, so a
@@ -58,14 +58,14 @@ impl PagePool {
 
     /// Sessions that hold `page`.
     #[must_use]
-    pub fn holders(&self, page: u32) -> u32 {
-        self.pages[page as usize].holders
+    pub fn references(&self, page: u32) -> u32 {
+        self.pages[page as usize].references
     }
 
     /// True if `page` is cached.
     #[must_use]
-    pub fn is_kept(&self, page: u32) -> bool {
-        self.pages[page as usize].is_kept
+    pub fn is_cached(&self, page: u32) -> bool {
+        self.pages[page as usize].is_cached
     }
 
     /// Takes `pages` pages out of the pool, for one holder each.
@@ -75,7 +75,7 @@ impl PagePool {
     pub fn take(&mut self, pages: usize) -> Vec<u32> {
         let taken: Vec<u32> = self.free.drain(..pages).collect();
         for page in &taken {
-            self.pages[*page as usize].holders = 1;
+            self.pages[*page as usize].references = 1;
         }
         taken
     }
@@ -86,11 +86,11 @@ impl PagePool {
     /// If the page is free.
     pub fn hold(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
-        assert!(entry.holders > 0 || entry.is_kept, "page {page} is free");
-        if entry.holders == 0 {
+        assert!(entry.references > 0 || entry.is_cached, "page {page} is free");
+        if entry.references == 0 {
             self.idle -= 1;
         }
-        entry.holders += 1;
+        entry.references += 1;
     }
 
     /// Each of `pages` has one holder less. Those without one are free, the longest unused handed
@@ -101,9 +101,9 @@ impl PagePool {
     pub fn give_back(&mut self, pages: Vec<u32>) {
         for page in pages {
             let entry = &mut self.pages[page as usize];
-            assert!(entry.holders > 0, "page {page} was given back twice");
-            entry.holders -= 1;
-            match (entry.holders, entry.is_kept) {
+            assert!(entry.references > 0, "page {page} was given back twice");
+            entry.references -= 1;
+            match (entry.references, entry.is_cached) {
                 (0, true) => self.idle += 1,
                 (0, false) => self.free.push_back(page),
                 _ => {}
@@ -117,9 +117,9 @@ impl PagePool {
     /// If nobody holds it, or it is kept already.
     pub fn keep(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
-        assert!(entry.holders > 0, "page {page} is held by nobody");
-        assert!(!entry.is_kept, "page {page} is kept already");
-        entry.is_kept = true;
+        assert!(entry.references > 0, "page {page} is held by nobody");
+        assert!(!entry.is_cached, "page {page} is kept already");
+        entry.is_cached = true;
     }
 
     /// A page is kept no longer: free now, or when its last holder has gone.
@@ -128,9 +128,9 @@ impl PagePool {
     /// If it is not kept.
     pub fn release(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
-        assert!(entry.is_kept, "page {page} is not kept");
-        entry.is_kept = false;
-        if entry.holders == 0 {
+        assert!(entry.is_cached, "page {page} is not kept");
+        entry.is_cached = false;
+        if entry.references == 0 {
             self.idle -= 1;
             self.free.push_back(page);
         }
@@ -166,10 +166,10 @@ mod tests {
         let held = pool.take(1);
         pool.hold(0);
         pool.give_back(held.clone());
-        assert_eq!((pool.free(), pool.idle(), pool.holders(0)), (1, 0, 1));
+        assert_eq!((pool.free(), pool.idle(), pool.references(0)), (1, 0, 1));
         pool.keep(0);
         pool.give_back(held.clone());
-        assert_eq!((pool.free(), pool.idle(), pool.holders(0)), (1, 1, 0));
+        assert_eq!((pool.free(), pool.idle(), pool.references(0)), (1, 1, 0));
         pool.hold(0);
         assert_eq!((pool.free(), pool.idle()), (1, 0));
         pool.release(0);

@@ -184,13 +184,13 @@ impl PrefixCache {
         pool.give_back(own);
         let idle = |id: &&PageId| {
             let entry = self.entries.get(&(PrefixScope::ONE, **id));
-            entry.is_some_and(|entry| pool.holders(entry.page) == 0)
+            entry.is_some_and(|entry| pool.references(entry.page) == 0)
         };
         let idle = ids.iter().take_while(idle).count();
         let (pages, held) = self
             .admit(pool, PrefixScope::ONE, &ids[..idle], wanted)
             .expect("there is room for the pages that it had");
-        *sequence = Sequence::on_held(pages, rows_max, held);
+        *sequence = Sequence::on_cached(pages, rows_max, held);
         held
     }
 
@@ -198,7 +198,7 @@ impl PrefixCache {
     /// keep the page that they have, and pages that are kept their id.
     pub fn keep(&mut self, pool: &mut PagePool, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
         for (id, page) in ids.iter().zip(pages) {
-            if !pool.is_kept(*page) {
+            if !pool.is_cached(*page) {
                 self.entries.entry((scope, *id)).or_insert_with(|| {
                     pool.keep(*page);
                     Entry { page: *page, used: 0 }
@@ -234,7 +234,7 @@ impl PrefixCache {
         let oldest: Vec<(u64, Key)> = self
             .by_use
             .iter()
-            .filter(|(_, key)| pool.holders(page_of(key)) == 0)
+            .filter(|(_, key)| pool.references(page_of(key)) == 0)
             .take(missing)
             .map(|(used, key)| (*used, *key))
             .collect();

@@ -97,16 +97,16 @@ impl Sequence {
         }
     }
 
-    /// As [`Sequence::new`], with `pages_held` full pages of committed rows in front, which may be
+    /// As [`Sequence::new`], with `pages_cached` full pages of committed rows in front, which may be
     /// shared with others and are never written: their rows have the ids `1..=committed`.
     ///
     /// # Panics
     /// If they are more than `rows_max`.
     #[must_use]
-    pub fn on_held(pages: Vec<u32>, rows_max: u32, pages_held: usize) -> Self {
-        let held = u32::try_from(pages_held * PAGE_SIZE).expect("fewer rows than 2^32");
-        assert!(held <= rows_max, "{held} rows are there, at most {rows_max} may be");
-        Self { committed: held, tip: held, last_id: held, ..Self::new(pages, rows_max) }
+    pub fn on_cached(pages: Vec<u32>, rows_max: u32, pages_cached: usize) -> Self {
+        let cached = u32::try_from(pages_cached * PAGE_SIZE).expect("fewer rows than 2^32");
+        assert!(cached <= rows_max, "{cached} rows are there, at most {rows_max} may be");
+        Self { committed: cached, tip: cached, last_id: cached, ..Self::new(pages, rows_max) }
     }
 
     /// Forgets all rows. The pages stay.

@@ -43,7 +43,7 @@ pub(super) struct Search {
 /// State of one search.
 struct Problem<'a> {
     costs: &'a ChunkCosts,
-    held: u32,
+    cached: u32,
     rows: u32,
     /// Rows of a cell.
     cell: u32,
@@ -74,7 +74,7 @@ impl Search {
         costs: &ChunkCosts,
         limits: &Limits,
         ahead: Ahead,
-        held: u32,
+        cached: u32,
         rows: u32,
         sizes: &mut Vec<u32>,
     ) -> f64 {
@@ -86,7 +86,7 @@ impl Search {
         let stages = f64::from(costs.stages);
         let problem = Problem {
             costs,
-            held,
+            cached,
             rows,
             cell,
             rows_max,
@@ -105,7 +105,7 @@ impl Search {
         }
         if sizes.is_empty() {
             equal(rows, problem.cell, sizes);
-            return super::finish_after_s(costs, ahead, held, sizes);
+            return super::finish_after_s(costs, ahead, cached, sizes);
         }
         found_s + costs.return_s
     }
@@ -133,14 +133,14 @@ impl Search {
         if problem.bound_of(&ahead, size) >= best_s {
             return None;
         }
-        let Problem { costs, rows, held, .. } = *problem;
+        let Problem { costs, rows, cached, .. } = *problem;
         let (mut at, mut done) = (ahead, 0);
         while done < rows {
             let count = size.min(rows - done);
             if !problem.allows(count, done) {
                 return None;
             }
-            at.push(costs, count, held.saturating_add(done));
+            at.push(costs, count, cached.saturating_add(done));
             self.evaluated += 1;
             if at.last_s >= best_s {
                 return None;
@@ -278,7 +278,7 @@ impl Search {
                         break;
                     }
                 }
-                at.push(problem.costs, sizes[index], problem.held.saturating_add(done));
+                at.push(problem.costs, sizes[index], problem.cached.saturating_add(done));
                 done += sizes[index];
                 index += 1;
             }
@@ -299,7 +299,7 @@ impl Search {
             if !problem.allows(size, done) || at.last_s >= best_s {
                 return f64::INFINITY;
             }
-            at.push(problem.costs, size, problem.held.saturating_add(done));
+            at.push(problem.costs, size, problem.cached.saturating_add(done));
             self.evaluated += 1;
             done += size;
         }
@@ -331,13 +331,13 @@ impl Problem<'_> {
 
     /// True if a chunk of `rows` rows may run after `done` rows. A cell always may.
     fn allows(&self, rows: u32, done: u32) -> bool {
-        let prefix = self.held.saturating_add(done);
+        let prefix = self.cached.saturating_add(done);
         rows <= self.rows_max
             && (rows <= self.cell || self.costs.stage(rows, prefix) <= self.step_s_max)
     }
 
     fn extend(&self, mut at: Ahead, before: u32, from: u32, step: u32) -> Way {
-        let prefix = self.held.saturating_add(from * self.cell);
+        let prefix = self.cached.saturating_add(from * self.cell);
         at.push(self.costs, self.rows_of(from, step), prefix);
         Way { at, before, from }
     }
@@ -345,7 +345,7 @@ impl Problem<'_> {
     /// Puts off each time of `at`, reached after `cells` cells, as far as that changes nothing of
     /// what can follow: ways that differ in what doesn't matter become alike.
     fn settle(&self, at: &mut Ahead, cells: u32) {
-        let Self { costs, held, rows, .. } = *self;
+        let Self { costs, cached, rows, .. } = *self;
         let done = (cells * self.cell).min(rows);
         let most = self.rows_max.min(rows - done);
         let least = self.cell.min(most);
@@ -355,14 +355,14 @@ impl Problem<'_> {
         // Whatever comes next comes no earlier than its smallest chunk can.
         at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least));
         at.stage_s = at.stage_s.max(at.uplink_s + up_s(least) + latency_s);
-        let least_s = costs.stage(least, held.saturating_add(done));
+        let least_s = costs.stage(least, cached.saturating_add(done));
         at.last_s = at.last_s.max(at.stage_s + others * least_s);
         // A place that is faster than the next one, whatever the chunk, and is free so early that
         // the largest chunk would wait behind it, is never waited for.
         if self.device_is_faster {
             at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most));
         }
-        let most_s = costs.stage(most, held.saturating_add(rows - most));
+        let most_s = costs.stage(most, cached.saturating_add(rows - most));
         at.stage_s = at.stage_s.max(at.last_s - others * most_s);
         if self.uplink_is_faster {
             at.uplink_s = at.uplink_s.max(at.stage_s - latency_s - up_s(most));
@@ -371,10 +371,10 @@ impl Problem<'_> {
 
     /// As [`Problem::bound`], for chunks of `size` from the start.
     fn bound_of(&self, ahead: &Ahead, size: u32) -> f64 {
-        let Self { costs, held, rows, .. } = *self;
+        let Self { costs, cached, rows, .. } = *self;
         let (count, stages) = (f64::from(rows.div_ceil(size)), f64::from(costs.stages));
         let last = rows - (rows.div_ceil(size).max(1) - 1) * size;
-        let last_s = costs.stage(last, held);
+        let last_s = costs.stage(last, cached);
         let latency_s = costs.up_latency_s + costs.cloud_wait_s;
         let all = |fixed: f64, each: f64| count * fixed + f64::from(rows) * each;
         let first_s = ahead.device_s + costs.device.seconds(size.min(rows));
@@ -389,14 +389,14 @@ impl Problem<'_> {
     /// The last step can't end before this if `at` is reached after `cells` cells: each place
     /// still has the rest to do, and the last row has to pass the places behind it.
     fn bound(&self, at: &Ahead, cells: u32) -> f64 {
-        let Self { costs, held, rows, .. } = *self;
+        let Self { costs, cached, rows, .. } = *self;
         let rest = rows - (cells * self.cell).min(rows);
         if rest == 0 {
             return at.last_s;
         }
         let stages = f64::from(costs.stages);
-        let row_s = costs.stage(1, held);
-        let rest_s = costs.stage(rest, held.saturating_add(rows - rest));
+        let row_s = costs.stage(1, cached);
+        let rest_s = costs.stage(rest, cached.saturating_add(rows - rest));
         let steps = (at.stage_s + rest_s + (stages - 1.0) * row_s).max(at.last_s + rest_s);
         let latency = costs.up_latency_s + costs.cloud_wait_s + stages * row_s;
         let up = at.uplink_s + costs.frame_s + costs.row_up_s * f64::from(rest) + latency;

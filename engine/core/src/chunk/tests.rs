@@ -76,8 +76,8 @@ fn any_costs() -> impl Strategy<Value = ChunkCosts> {
 }
 
 /// The flow shop with each stage written out.
-fn finish_by_stages(costs: &ChunkCosts, held: u32, sizes: &[u32]) -> f64 {
-    let (mut device, mut uplink, mut prefix) = (0.0, 0.0f64, held);
+fn finish_by_stages(costs: &ChunkCosts, cached: u32, sizes: &[u32]) -> f64 {
+    let (mut device, mut uplink, mut prefix) = (0.0, 0.0f64, cached);
     let mut free = vec![0.0f64; costs.stages as usize];
     for &rows in sizes {
         device += costs.device.fixed + costs.device.per_row * f64::from(rows);
@@ -95,7 +95,7 @@ fn finish_by_stages(costs: &ChunkCosts, held: u32, sizes: &[u32]) -> f64 {
 
 /// The earliest finish over all ways to cut `cells` cells of `grain` rows, chunks of at most
 /// `most` cells.
-fn exhaustive(costs: &ChunkCosts, held: u32, rows: u32, grain: u32, most: u32) -> f64 {
+fn exhaustive(costs: &ChunkCosts, cached: u32, rows: u32, grain: u32, most: u32) -> f64 {
     let cells = rows.div_ceil(grain);
     let mut best = f64::INFINITY;
     for cuts in 0u32..1 << (cells - 1) {
@@ -107,7 +107,7 @@ fn exhaustive(costs: &ChunkCosts, held: u32, rows: u32, grain: u32, most: u32) -
             }
         }
         if sizes.iter().all(|&size| size <= most * grain) {
-            best = best.min(finish_s(costs, held, &sizes));
+            best = best.min(finish_s(costs, cached, &sizes));
         }
     }
     best
@@ -141,10 +141,10 @@ fn exact(costs: &ChunkCosts, rows: u32, grain: u32) -> f64 {
     ends.fold(f64::INFINITY, f64::min) + costs.return_s
 }
 
-fn best_equal(costs: &ChunkCosts, limits: &Limits, held: u32, rows: u32) -> f64 {
+fn best_equal(costs: &ChunkCosts, limits: &Limits, cached: u32, rows: u32) -> f64 {
     let mut planner = Planner::default();
     (GRAIN_DEFAULT..=rows.max(GRAIN_DEFAULT))
-        .map(|size| planner.plan(ChunkPolicy::Fixed(size), costs, limits, held, rows).finish_s)
+        .map(|size| planner.plan(ChunkPolicy::Fixed(size), costs, limits, cached, rows).finish_s)
         .fold(f64::INFINITY, f64::min)
 }
 
@@ -235,15 +235,15 @@ fn the_published_balance() {
 fn auto_meets_exhaustive_search_and_the_exact_program() {
     for (index, costs) in regimes().iter().enumerate() {
         let mut planner = Planner::default();
-        for (held, rows) in [(0, 384), (0, 401), (700, 352)] {
-            let auto = planner.plan(ChunkPolicy::Auto, costs, &no_limits(rows), held, rows);
-            let best = exhaustive(costs, held, rows, 32, 16);
+        for (cached, rows) in [(0, 384), (0, 401), (700, 352)] {
+            let auto = planner.plan(ChunkPolicy::Auto, costs, &no_limits(rows), cached, rows);
+            let best = exhaustive(costs, cached, rows, 32, 16);
             assert!(
                 auto.finish_s <= best * 1.002,
                 "regime {index}, {rows} rows: {} {best}",
                 auto.finish_s
             );
-            assert_eq!(auto.finish_s, finish_s(costs, held, auto.sizes), "regime {index}");
+            assert_eq!(auto.finish_s, finish_s(costs, cached, auto.sizes), "regime {index}");
         }
         let auto = planner.plan(ChunkPolicy::Auto, costs, &no_limits(4096), 0, 2048);
         let best = exact(costs, 2048, 32);
@@ -339,21 +339,21 @@ fn wild() -> impl Strategy<Value = f64> {
 proptest! {
     #[test]
     fn the_recurrence_is_the_flow_shop(
-        costs in any_costs(), held in 0u32..2000, sizes in prop::collection::vec(1u32..400, 0..24),
+        costs in any_costs(), cached in 0u32..2000, sizes in prop::collection::vec(1u32..400, 0..24),
     ) {
-        let short = finish_s(&costs, held, &sizes);
-        let long = finish_by_stages(&costs, held, &sizes);
+        let short = finish_s(&costs, cached, &sizes);
+        let long = finish_by_stages(&costs, cached, &sizes);
         prop_assert!((short - long).abs() <= 1e-9 * long, "{} {}", short, long);
     }
 
     #[test]
     fn auto_is_within_2_percent_of_exhaustive_search(
-        costs in any_costs(), held in 0u32..2000, cells in 1u32..11, short in 0u32..32,
+        costs in any_costs(), cached in 0u32..2000, cells in 1u32..11, short in 0u32..32,
     ) {
         let rows = cells * 32 - short;
-        let best = exhaustive(&costs, held, rows, 32, 8);
+        let best = exhaustive(&costs, cached, rows, 32, 8);
         let mut planner = Planner::default();
-        let auto = planner.plan(ChunkPolicy::Auto, &costs, &no_limits(256), held, rows);
+        let auto = planner.plan(ChunkPolicy::Auto, &costs, &no_limits(256), cached, rows);
         prop_assert!(auto.finish_s <= best * 1.02, "{} {} {:?}", auto.finish_s, best, auto.sizes);
     }
 
@@ -373,7 +373,7 @@ proptest! {
     #[test]
     fn any_estimates_give_a_plan(
         numbers in prop::array::uniform9(wild()), stages in 0u32..5, rows in 0u32..5000,
-        held in prop_oneof![Just(0), Just(u32::MAX), 0u32..5000],
+        cached in prop_oneof![Just(0), Just(u32::MAX), 0u32..5000],
         rows_max in prop_oneof![Just(0), Just(1), Just(u32::MAX), 1u32..5000],
         grain in prop_oneof![Just(0), Just(u32::MAX), 1u32..300],
         step_s_max in wild(),
@@ -394,7 +394,7 @@ proptest! {
         for policy in
             [ChunkPolicy::Off, ChunkPolicy::Fixed(rows_max), ChunkPolicy::Paper, ChunkPolicy::Auto]
         {
-            let plan = planner.plan(policy, &costs, &limits, held, rows);
+            let plan = planner.plan(policy, &costs, &limits, cached, rows);
             prop_assert_eq!(plan.sizes.iter().sum::<u32>(), rows);
             prop_assert!(plan.sizes.iter().all(|&size| size > 0 && size <= rows_max.max(1)));
             prop_assert!(plan.finish_s.is_finite() && plan.finish_s >= 0.0);

@@ -21,7 +21,7 @@ mod steps;
 #[cfg(test)]
 mod tests;
 mod violation;
-mod void;
+mod prune;
 
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ use self::rows::RowsFrame;
 use self::session::{Session, check_names, scope_of};
 use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
-use self::void::Void;
+use self::prune::Pruning;
 use crate::page::pages_for;
 use crate::sched::{SessionKey, BatchItem};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
@@ -131,7 +131,7 @@ pub struct CloudCore {
     fault: Option<BackendFault>,
     /// A fault, in tests.
     planted: Planted,
-    void: Void,
+    pruning: Pruning,
     /// Reused from step to step.
     items: Vec<BatchItem>,
 }
@@ -152,7 +152,7 @@ impl CloudCore {
             figures,
             fault: None,
             planted: Planted::default(),
-            void: Void::default(),
+            pruning: Pruning::default(),
             items: Vec::new(),
         }
     }
@@ -293,7 +293,7 @@ impl CloudCore {
             return Ok(());
         }
         let (pages, held) = self.pages.admit(scope_of(&open), open.pages, wanted);
-        let sequence = Sequence::on_held(pages, open.rows_max, held);
+        let sequence = Sequence::on_cached(pages, open.rows_max, held);
         self.sessions.insert(Session::new(from, frame.session, codec, &open, sequence, now));
         if let Some(device) = self.guests.device(from) {
             self.admission.forget(device);
@@ -380,12 +380,12 @@ impl CloudCore {
             let commit = std::mem::take(&mut rows.head.commit);
             session.sequence.commit(commit, self.planner.moves())?;
         }
-        let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.void);
+        let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.pruning);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
             self.planner.forget_work(key);
         }
-        for rows in self.void.dropped.drain(..) {
+        for rows in self.pruning.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
             self.guests.answer(from, wire_id, Reply::Dropped(rows));
         }

@@ -10,7 +10,7 @@ use hat_transport::message::{Open, RowsHead, Want};
 
 use super::rows::RowsFrame;
 use super::violation::SessionViolation;
-use super::void::Void;
+use super::prune::Pruning;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sequence::{PlanBuffers, Sequence};
 use hat_transport::codec::Codec;
@@ -218,7 +218,7 @@ impl Session {
         })
     }
 
-    /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `void.dropped`.
+    /// Takes a `ROWS` frame. Rows that wait and are void by it come to the end of `pruning.dropped`.
     /// Returns true if chunks were taken out of the queue.
     pub(super) fn take_rows(
         &mut self,
@@ -226,7 +226,7 @@ impl Session {
         rows: RowsFrame,
         hidden_size: usize,
         rows_max: u32,
-        void: &mut Void,
+        pruning: &mut Pruning,
     ) -> Result<bool, SessionViolation> {
         let RowsHead { first_id, count, more, decided, commit, .. } = rows.head;
         let (expected, got) =
@@ -249,7 +249,7 @@ impl Session {
         if of_chunk > rows_max {
             return Err(SessionViolation::Budget { rows: of_chunk, rows_max });
         }
-        let any_void = decided && self.drop_void(commit, void);
+        let any_stale = decided && self.prune_stale(commit, pruning);
         self.gathering.rows = of_chunk;
         self.gathering.urgent = rows.priority == Priority::Verify;
         self.gathering.decided += if decided { count } else { 0 };
@@ -259,7 +259,7 @@ impl Session {
             self.gathering.complete_at = Some(now);
             self.items.push_back(QueueItem::Chunk(std::mem::take(&mut self.gathering)));
         }
-        Ok(any_void)
+        Ok(any_stale)
     }
 
     /// Takes a commit. It is applied after the rows that came before it have run.

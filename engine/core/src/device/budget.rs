@@ -147,7 +147,7 @@ impl Budget {
 
     /// Of the session's frames so many are queued, or sent and not acknowledged: a slow link is no
     /// silence.
-    pub(super) fn held(&mut self, now: Instant, frames: usize) {
+    pub(super) fn cached(&mut self, now: Instant, frames: usize) {
         let acked = self.sent.saturating_sub(frames);
         if acked > self.acked {
             self.acked = acked;

@@ -198,13 +198,13 @@ impl DeviceCore {
         }
     }
 
-    /// Fails requests that have waited as long as they may, and lets others run. `held` says how
+    /// Fails requests that have waited as long as they may, and lets others run. `cached` says how
     /// many frames of a session are queued, or sent and not acknowledged.
-    pub fn handle_timeout<N: Into<usize>>(&mut self, now: Instant, held: &dyn Fn(u32) -> N) {
+    pub fn handle_timeout<N: Into<usize>>(&mut self, now: Instant, cached: &dyn Fn(u32) -> N) {
         self.admit(now);
         for request in self.requests.values_mut() {
             if let Some(wire_id) = request.session.wire_id() {
-                request.budget.held(now, held(wire_id).into());
+                request.budget.cached(now, cached(wire_id).into());
             }
         }
         self.charge(now);

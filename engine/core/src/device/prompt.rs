@@ -40,24 +40,24 @@ pub(super) struct Piece {
     /// Id of the row before the first.
     parent: u32,
     /// True if the cloud holds them: they are not sent.
-    is_held: bool,
+    is_cached: bool,
 }
 
 impl Request {
     /// Takes the next decided rows in, a piece of a chunk of the prompt or the last token alone,
     /// and plans their computation: of `scratch.tokens`, into [`Request::rows_mut`].
     pub(super) fn begin_piece(&mut self, now: Instant, cx: &mut Common) -> Option<Piece> {
-        let held = self.held_left();
-        if held == 0 && self.session.open()?.chunk.left == 0 {
+        let cached = self.cached_left();
+        if cached == 0 && self.session.open()?.chunk.left == 0 {
             let rows = self.chunk_rows(now, cx);
             self.session.open_mut()?.chunk = Chunk { rows, left: rows };
         }
         let open = self.session.open_mut()?;
         let first = self.kv.committed();
-        let count = match held {
+        let count = match cached {
             0 if cx.facts.whole_chunks => open.chunk.left,
             0 => cx.learned.piece_rows(first, open.chunk.left.min(PIECE_ROWS)),
-            _ => cx.learned.piece_rows(first, held.min(cx.facts.step_rows_max)),
+            _ => cx.learned.piece_rows(first, cached.min(cx.facts.step_rows_max)),
         };
         open.drafts.clear();
         let (first_id, parent) = (self.kv.last_id() + 1, self.kv.tip());
@@ -73,7 +73,7 @@ impl Request {
         let tokens = first as usize..(first + count) as usize;
         scratch.tokens.extend_from_slice(&self.path.tokens[tokens]);
         open.outgoing.hidden.resize(count as usize * cx.facts.hidden_size, 0.0);
-        Some(Piece { first, ids: first_id..first_id + count, parent, is_held: held > 0 })
+        Some(Piece { first, ids: first_id..first_id + count, parent, is_cached: cached > 0 })
     }
 
     /// The rows of a piece are computed, which took so long.
@@ -85,7 +85,7 @@ impl Request {
     ) -> Result<(), RequestError> {
         let (in_prefill, total) = (self.in_prefill(), self.path.rows());
         let Some(open) = self.session.open_mut() else { return Ok(()) };
-        let Piece { first, ids, parent, is_held } = piece;
+        let Piece { first, ids, parent, is_cached } = piece;
         let out = &mut open.outgoing;
         let end = first + u32::try_from(ids.len()).expect("a piece is small");
         cx.learned.note_input(ids.len(), first, took);
@@ -94,7 +94,7 @@ impl Request {
             return Err(RequestError::NotFinite { position: first + row });
         }
         open.unfed = first..end;
-        if is_held {
+        if is_cached {
             out.clear();
             return Ok(());
         }

@@ -174,7 +174,7 @@ impl Request {
     /// Its demand on the processor now, if there is one; `may_upload` says whether the uplink takes
     /// more of prompts.
     pub(super) fn ask(&self, may_upload: bool) -> Option<Ask> {
-        let goes_up = self.is_decoding() || self.held_left() > 0 || may_upload;
+        let goes_up = self.is_decoding() || self.cached_left() > 0 || may_upload;
         (self.wants_compute() && goes_up)
             .then(|| Ask { rows: self.path.rows() - self.computed(), passed: self.passed })
     }
@@ -209,9 +209,9 @@ impl Request {
 
     /// Rows that the cloud holds and that are to be computed next; 0 if there are none left. Others
     /// are not kept waiting by all of them.
-    pub(super) fn held_left(&self) -> u32 {
-        let held = self.session.open().map_or(0, |open| open.held);
-        held.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
+    pub(super) fn cached_left(&self) -> u32 {
+        let cached = self.session.open().map_or(0, |open| open.cached);
+        cached.saturating_sub(self.computed()).min(CHUNK_ROWS_DEFAULT)
     }
 
     /// Cause of its wait now; `may_upload` as in [`Request::ask`].
@@ -241,9 +241,9 @@ impl Request {
     /// The cloud holds so many of the pages that were named.
     pub(super) fn opened(&mut self, pages: u16) -> Result<(), CloudViolation> {
         let named = self.path.pages_to_find().len();
-        let held = usize::from(pages);
-        if held > named {
-            return Err(CloudViolation::PagesBeyond { held, named });
+        let cached = usize::from(pages);
+        if cached > named {
+            return Err(CloudViolation::PagesBeyond { cached, named });
         }
         let Session::Opening { wire_id } = self.session else { return Ok(()) };
         let rows = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");

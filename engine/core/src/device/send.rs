@@ -180,7 +180,7 @@ impl Request {
             .expect("rows are checked when they are computed");
         sink.send(to, Kind::Rows, open.wire_id, priority, body).ok()?;
         // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || computed - open.held == open.chunk.rows;
+        let alone = in_answer || computed - open.cached == open.chunk.rows;
         if let Some(ids) = out.note_sent(&head).filter(|_| alone) {
             let timed = Timed { at: now, first_id: ids.start, rows: ids.len() };
             open.timed.get_or_insert(timed);

@@ -28,7 +28,7 @@ pub(super) struct Drafts {
     pub(super) is_full: bool,
     /// Guesses right below the last decided token that were not sent: they are tested all the
     /// same, so that a drafter that is not asked can become better.
-    pub(super) held_back: Vec<(TokenId, Source)>,
+    pub(super) withheld: Vec<(TokenId, Source)>,
 }
 
 impl Drafts {
@@ -71,7 +71,7 @@ pub(super) struct OpenSession {
     /// Its id on the wire; a new one at each opening.
     pub(super) wire_id: u32,
     /// Rows that the cloud held when the session opened: they are not sent.
-    pub(super) held: u32,
+    pub(super) cached: u32,
     /// The chunk of decided rows at hand.
     pub(super) chunk: Chunk,
     /// Chunks of the prompt that are on their way.
@@ -99,11 +99,11 @@ pub(super) struct OpenSession {
 }
 
 impl OpenSession {
-    /// A session that the cloud opened behind `held` rows.
-    pub(super) fn new(wire_id: u32, held: u32) -> Self {
+    /// A session that the cloud opened behind `cached` rows.
+    pub(super) fn new(wire_id: u32, cached: u32) -> Self {
         Self {
             wire_id,
-            held,
+            cached,
             chunk: Chunk::default(),
             sizing: Sizing::default(),
             outgoing: Outgoing::default(),
@@ -150,7 +150,7 @@ impl OpenSession {
         assert!(out.sent_id <= kv.last_id(), "row {} was sent and is not there", out.sent_id);
         assert!(kv.committed() <= path.rows(), "a row without a token is committed");
         assert!(kv.pending() <= PENDING_ROWS_MAX);
-        assert!((self.held as usize).is_multiple_of(PAGE_SIZE), "{} rows are held", self.held);
+        assert!((self.cached as usize).is_multiple_of(PAGE_SIZE), "{} rows are held", self.cached);
         assert!(self.due.start <= self.due.end && self.due.end <= kv.last_id() + 1);
         assert!(self.told_id <= out.sent_id, "COMPUTED told of row {}", self.told_id);
         assert!(self.drafts.ids.is_sorted(), "{:?}", self.drafts.ids);

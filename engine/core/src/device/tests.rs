@@ -282,8 +282,8 @@ impl Bed {
     fn turn(&mut self) -> bool {
         let frames = &self.queue.frames;
         while self.core.poll_link(self.now).is_some() {}
-        let held = |session| frames.iter().filter(|frame| frame.session == session).count();
-        self.core.handle_timeout(self.now, &held);
+        let cached = |session| frames.iter().filter(|frame| frame.session == session).count();
+        self.core.handle_timeout(self.now, &cached);
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
         work.into_iter().for_each(compute);

@@ -67,7 +67,7 @@ impl Request {
         let root = *self.path.tokens.last().expect("a prompt has a token");
         let open = self.session.open_mut()?;
         open.round = Some(Round { began: now, tokens, asked: false, drafting: 0.0 });
-        open.drafts.held_back.clear();
+        open.drafts.withheld.clear();
         open.drafts.clear();
         if mode == DraftMode::Off || depth_max == 0 {
             return None;
@@ -126,11 +126,11 @@ impl Request {
             let probabilities = tree.nodes().iter().skip(1).map(|node| node.probability);
             let pay = drafts_that_pay(&cx.learned.estimator, probabilities, drafting);
             let end = (1 + pay).max(grown.start);
-            let held_back = tree.nodes().iter().skip(end).filter(|node| node.depth == 1);
-            open.drafts.held_back.clear();
+            let withheld = tree.nodes().iter().skip(end).filter(|node| node.depth == 1);
+            open.drafts.withheld.clear();
             open.drafts
-                .held_back
-                .extend(held_back.filter_map(|node| Some((node.token, node.source?))));
+                .withheld
+                .extend(withheld.filter_map(|node| Some((node.token, node.source?))));
             if end < grown.end {
                 tree.truncate(end);
                 grown.end = end;

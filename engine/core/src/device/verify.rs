@@ -296,7 +296,7 @@ impl Request {
     /// Guesses at `token`, which is decided, are right or wrong.
     fn note_guesses(&mut self, token: TokenId, cx: &mut Common) {
         let Some(open) = self.session.open_mut() else { return };
-        for (guess, source) in open.drafts.held_back.drain(..) {
+        for (guess, source) in open.drafts.withheld.drain(..) {
             cx.learned.acceptance.note(source, guess == token);
         }
         for (guess, source) in open.verifier.drafts() {

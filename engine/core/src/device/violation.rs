@@ -26,8 +26,8 @@ pub(super) enum CloudViolation {
     #[error("it dropped row {row}, which is waited for")]
     DroppedAwaited { row: u32 },
     /// OPENED with more pages than OPEN named.
-    #[error("it holds {held} pages of the {named} that were named")]
-    PagesBeyond { held: usize, named: usize },
+    #[error("it holds {cached} pages of the {named} that were named")]
+    PagesBeyond { cached: usize, named: usize },
     /// An output whose payload is no whole number of rows.
     #[error("{bytes} bytes for {rows} rows")]
     Payload { bytes: usize, rows: usize },

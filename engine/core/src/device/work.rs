@@ -301,12 +301,12 @@ impl DeviceCore {
     fn take_arrived(&mut self, now: Instant) {
         let mut next = 0;
         while let Some(inbound) = self.inbox.get(next) {
-            let is_held = match inbound {
+            let is_cached = match inbound {
                 Inbound::Frame(frame) => self.owner(frame).is_some_and(|id| self.work.has(id)),
                 _ if self.is_at_work() => return,
                 _ => false,
             };
-            if is_held {
+            if is_cached {
                 next += 1;
             } else if let Some(inbound) = self.inbox.remove(next) {
                 self.take(now, inbound);

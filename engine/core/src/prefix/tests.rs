@@ -199,7 +199,7 @@ proptest! {
             for session in &sessions {
                 for page in &session.pages[session.full..] {
                     prop_assert!(writers.insert(*page), "two may write page {}", page);
-                    prop_assert_eq!(pool.holders(*page), 1);
+                    prop_assert_eq!(pool.references(*page), 1);
                 }
             }
             let held: HashSet<u32> =

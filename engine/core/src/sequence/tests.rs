@@ -216,7 +216,7 @@ proptest! {
 
 #[test]
 fn rows_behind_a_held_prefix_go_on_from_its_last_id() {
-    let mut sequence = Sequence::on_held(vec![7, 8, 9, 10, 11], 90, 2);
+    let mut sequence = Sequence::on_cached(vec![7, 8, 9, 10, 11], 90, 2);
     assert_eq!((sequence.committed(), sequence.tip(), sequence.last_id()), (64, 64, 64));
     assert!(sequence.append_committed(64, 1, 63).is_err());
     assert!(sequence.append_committed(65, 1, 0).is_err());

@@ -127,7 +127,7 @@ fn guesses_that_were_held_back_are_tested() {
     let last = *request.path.tokens.last().expect("it has a prompt");
     let open = request.session.open_mut().expect("it has a session");
     // The head that is due decides the token behind the last one.
-    open.drafts.held_back.push((next(last), source));
+    open.drafts.withheld.push((next(last), source));
     let before = rate(&bed);
     while bed.step() {}
     let better = rate(&bed);

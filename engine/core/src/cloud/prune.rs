@@ -14,14 +14,14 @@ use super::session::{QueueItem, Session};
 
 /// Rows that became void, and the ids by which others stay. Reused from frame to frame.
 #[derive(Default)]
-pub(super) struct Void {
+pub(super) struct Pruning {
     /// Rows that were to come back, those of the latest chunk first.
     pub(super) dropped: Vec<Dropped>,
     /// Ids that are named by something that stays, the greatest first.
     needed: BinaryHeap<u32>,
 }
 
-impl Void {
+impl Pruning {
     /// True if one of these rows is needed. To be asked from the last rows to the first: those that
     /// come later are forgotten.
     fn needs(&mut self, ids: RangeInclusive<u32>) -> bool {
@@ -35,18 +35,18 @@ impl Void {
 impl Session {
     /// A frame of decided rows has come, and with it the order to keep the path to row `commit`
     /// (0: nothing): takes the chunks out of the queue that are void by that. Rows of them that
-    /// were to come back are put to the end of `void.dropped`. Returns true if there were any
+    /// were to come back are put to the end of `pruning.dropped`. Returns true if there were any
     /// chunks.
-    pub(super) fn drop_void(&mut self, commit: u32, void: &mut Void) -> bool {
+    pub(super) fn prune_stale(&mut self, commit: u32, pruning: &mut Pruning) -> bool {
         // What stands before the last decided chunk was looked at when that came.
         let decided = |item: &QueueItem| matches!(item, QueueItem::Chunk(chunk) if chunk.decided > 0);
         let start = self.items.iter().rposition(decided).map_or(0, |index| index + 1);
-        void.needed.clear();
-        void.needed.push(commit);
+        pruning.needed.clear();
+        pruning.needed.push(commit);
         let mut frames = 0;
         for item in self.items.range(start..) {
             match item {
-                QueueItem::Commit(row) => void.needed.push(*row),
+                QueueItem::Commit(row) => pruning.needed.push(*row),
                 QueueItem::Chunk(chunk) => frames += chunk.frames,
             }
         }
@@ -54,8 +54,8 @@ impl Session {
             return false;
         }
         let mut end = self.frames.len() - self.gathering.frames;
-        void.needed.extend(self.frames.range(end - frames..).map(|rows| rows.head.commit));
-        void.needed.extend(self.frames.range(end..).flat_map(|rows| rows.parents()));
+        pruning.needed.extend(self.frames.range(end - frames..).map(|rows| rows.head.commit));
+        pruning.needed.extend(self.frames.range(end..).flat_map(|rows| rows.parents()));
         let mut any = false;
         // Rows come after their parents: what a chunk needs is known when its turn comes.
         for index in (start..self.items.len()).rev() {
@@ -65,11 +65,11 @@ impl Session {
             let rows = || self.frames.range(of_chunk.clone());
             let first = rows().next().map_or(0, |rows| rows.head.first_id);
             let last = rows().next_back().map_or(0, |rows| rows.ids().end - 1);
-            if void.needs(first..=last) {
-                void.needed.extend(rows().flat_map(|rows| rows.parents()));
+            if pruning.needs(first..=last) {
+                pruning.needed.extend(rows().flat_map(|rows| rows.parents()));
                 continue;
             }
-            void.dropped.extend(rows().filter_map(|rows| rows.awaited()));
+            pruning.dropped.extend(rows().filter_map(|rows| rows.awaited()));
             // What the chunk committed stays committed.
             let commit = rows().map(|rows| rows.head.commit).max().unwrap_or(0);
             self.items[index] = QueueItem::Commit(commit);
