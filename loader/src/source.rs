@@ -215,8 +215,8 @@ impl SourceModel {
         }
         let known: std::collections::HashSet<&str> =
             specs.iter().map(|spec| spec.name.as_str()).collect();
-        let stranger = self.tensors.iter().find(|(name, _)| !known.contains(name.as_str()));
-        let (name, tensor) = stranger.expect("more tensors than names");
+        let unknown = self.tensors.iter().find(|(name, _)| !known.contains(name.as_str()));
+        let (name, tensor) = unknown.expect("more tensors than names");
         Err(LoadError::UnknownTensor {
             path: tensor.path.clone(),
             name: name.clone(),

@@ -11,7 +11,7 @@
 
 mod config;
 mod error;
-mod greet;
+mod handshake;
 mod receive;
 mod resume;
 mod send;
@@ -31,7 +31,7 @@ use timer::Timers;
 
 pub use config::ConnectionConfig;
 pub use error::{Expired, ProtocolError};
-pub use greet::Greeting;
+pub use handshake::Handshake;
 pub use send::{Refusal, SendError};
 pub use sink::{ConnectionId, FrameSink};
 
@@ -111,7 +111,7 @@ enum Phase {
     /// No socket.
     Down,
     /// A socket, and no HELLO from the peer yet.
-    Greeting,
+    Handshake,
     /// Frames flow.
     Up,
     /// The peer sent CLOSE.
@@ -206,7 +206,7 @@ impl Connection {
     /// A socket is there; HELLO goes out first.
     pub fn handle_connected(&mut self, now: Instant) {
         self.handle_disconnected();
-        self.phase = Phase::Greeting;
+        self.phase = Phase::Handshake;
         self.timers.start(now);
     }
 
@@ -217,10 +217,10 @@ impl Connection {
     pub fn handle_greeting(
         &mut self,
         now: Instant,
-        greeting: Greeting,
+        handshake: Handshake,
     ) -> Result<(), ProtocolError> {
         self.handle_connected(now);
-        let (hello, deframer) = greeting.into_parts();
+        let (hello, deframer) = handshake.into_parts();
         self.deframer = deframer;
         if let Some(frame) = hello {
             self.handle_frame(now, frame)?;
@@ -285,7 +285,7 @@ impl Connection {
     /// # Errors
     /// If the peer breaks the protocol; the connection is of no use then.
     pub fn handle_room(&mut self, now: Instant) -> Result<(), ProtocolError> {
-        while matches!(self.phase, Phase::Greeting | Phase::Up) {
+        while matches!(self.phase, Phase::Handshake | Phase::Up) {
             match self.deframer.next_frame()? {
                 Deframed::Frame(frame) => self.handle_frame(now, frame)?,
                 Deframed::NeedBytes => {
@@ -308,7 +308,7 @@ impl Connection {
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), Expired> {
         match self.phase {
             Phase::Down | Phase::Closed => Ok(()),
-            Phase::Greeting => self.timers.check_hello(now, self.config.hello_within),
+            Phase::Handshake => self.timers.check_hello(now, self.config.hello_within),
             Phase::Up => {
                 self.timers.check_silence(now, self.config.ping_after, self.config.dead_after)
             }
@@ -321,7 +321,7 @@ impl Connection {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
             Phase::Down | Phase::Closed => None,
-            Phase::Greeting => self.timers.hello_deadline(self.config.hello_within),
+            Phase::Handshake => self.timers.hello_deadline(self.config.hello_within),
             Phase::Up => {
                 // What can't be written now asks for no time: the link's completion comes first.
                 let writes = !self.transmitting && self.control.is_some();
@@ -340,7 +340,7 @@ impl Connection {
 
     /// A CLOSE frame, for the caller to send as the socket's last. `None` if there is no buffer.
     #[must_use]
-    pub fn farewell(&mut self, code: CloseCode, reason: &str) -> Option<Buf> {
+    pub fn close_frame(&mut self, code: CloseCode, reason: &str) -> Option<Buf> {
         let mut buf = self.control.take().or_else(|| self.pool.take(0))?;
         buf.clear();
         write_close(&mut buf, code, reason);

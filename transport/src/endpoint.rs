@@ -53,7 +53,7 @@ pub struct EndpointConfig {
     /// Connections, those without a link included.
     pub connections_max: usize,
     /// Accepted sockets that have not said HELLO yet; each may hold two small buffers.
-    pub strangers_max: usize,
+    pub handshakes_max: usize,
     /// All buffers: frames queued, unacknowledged, received and held by the application.
     pub pool: PoolConfig,
 }
@@ -70,7 +70,7 @@ impl EndpointConfig {
             connection: ConnectionConfig::new(hello),
             grace: Duration::from_secs(60),
             connections_max,
-            strangers_max: 64,
+            handshakes_max: 64,
             pool,
         }
     }
@@ -256,8 +256,8 @@ impl Endpoint {
 
     /// True if every CLOSE has gone out, so that nothing is lost if the link is dropped now.
     #[must_use]
-    pub fn has_said_farewell(&self) -> bool {
-        !self.peers.values().any(Peer::is_saying_farewell)
+    pub fn has_sent_close(&self) -> bool {
+        !self.peers.values().any(Peer::is_sending_close)
     }
 
     /// True if frames of `session` are queued, or sent and not acknowledged.
@@ -402,12 +402,12 @@ impl Endpoint {
             return;
         };
         let address = slot.address;
-        if !slot.was_up && is_stranger(&error) {
+        if !slot.was_up && speaks_no_protocol(&error) {
             return self.retire(now, id, None, GoneError::NotHat { address, error });
         }
         let reason = error.to_string();
-        let farewell = Some((error.close_code(), reason.as_str()));
-        self.retire(now, id, farewell, GoneError::Protocol { address, error });
+        let close_frame = Some((error.close_code(), reason.as_str()));
+        self.retire(now, id, close_frame, GoneError::Protocol { address, error });
     }
 
     /// Gives up the socket of a connection that will go on.
@@ -443,7 +443,7 @@ impl Endpoint {
         &mut self,
         now: Instant,
         id: ConnectionId,
-        farewell: Option<(CloseCode, &str)>,
+        close_frame: Option<(CloseCode, &str)>,
         error: GoneError,
     ) {
         let Some(mut slot) = self.connections.remove(&id) else {
@@ -451,10 +451,10 @@ impl Endpoint {
         };
         if let Some(peer) = slot.peer {
             let peer_hears = self.peers.get(&peer).is_some_and(Peer::is_attached);
-            let farewell = farewell.filter(|_| peer_hears);
-            let farewell =
-                farewell.and_then(|(code, reason)| slot.connection.farewell(code, reason));
-            self.leave(now, peer, farewell);
+            let close_frame = close_frame.filter(|_| peer_hears);
+            let close_frame =
+                close_frame.and_then(|(code, reason)| slot.connection.close_frame(code, reason));
+            self.leave(now, peer, close_frame);
         }
         self.events.push(Event::Gone { connection: id, error });
     }
@@ -507,7 +507,7 @@ impl Slot {
 }
 
 /// True if the bytes are no frame at all, so that an answer would not be understood.
-fn is_stranger(error: &ProtocolError) -> bool {
+fn speaks_no_protocol(error: &ProtocolError) -> bool {
     let ProtocolError::Frame(FrameError::Header(error)) = error else { return false };
     matches!(error, HeaderError::Checksum { .. } | HeaderError::Http { .. })
 }

@@ -69,12 +69,12 @@ impl CloudArgs {
         self.bundle = self.bundle.named(self.model.clone())?;
         let mut config = self.flags(cache)?;
         self.bundle.check_half(Role::Cloud)?;
-        let ending = Ending::watch()?;
+        let end_signal = EndSignal::watch()?;
         config.bundle = self.bundle.half(cache, Role::Cloud)?;
         let cloud = Cloud::start(config.clone())?;
         tell(&self.first_lines(&config, &cloud)?);
         while !cloud.has_stopped() {
-            if let Some(signal) = ending.signal() {
+            if let Some(signal) = end_signal.signal() {
                 tell(&format!("{signal}: devices are told to come back later"));
                 drop(cloud);
                 return Ok(());
@@ -127,13 +127,13 @@ fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
         .with_context(|| format!("{flag}: a number of seconds from 0 up is wanted"))
 }
 
-/// The signals that ask a role to end. The first is seen by [`Ending::signal`]; one more ends the
+/// The signals that ask a role to end. The first is seen by [`EndSignal::signal`]; one more ends the
 /// process where it stands, as it would without this.
-struct Ending {
+struct EndSignal {
     asked: Vec<(&'static str, Arc<AtomicBool>)>,
 }
 
-impl Ending {
+impl EndSignal {
     fn watch() -> anyhow::Result<Self> {
         use signal_hook::consts::{SIGINT, SIGTERM};
         let any = Arc::new(AtomicBool::new(false));
@@ -203,7 +203,7 @@ impl DeviceArgs {
         let key_file = self.key_file()?;
         self.limit(self.device.flags(PathBuf::new(), cache)).check().map_err(flagged)?;
         self.device.bundle.check_half(Role::Device)?;
-        let ending = Ending::watch()?;
+        let end_signal = EndSignal::watch()?;
         // All flags are right: from here on things are fetched, made and opened for them.
         if let Some(path) = &key_file {
             secret::check_api_key(path)?;
@@ -227,7 +227,7 @@ impl DeviceArgs {
             if engine.has_stopped() {
                 bail!("the device stopped by itself; the log says why");
             }
-            if let Some(signal) = ending.signal() {
+            if let Some(signal) = end_signal.signal() {
                 tell(&format!(
                     "{signal}: answers have {} s to end; once more ends at once",
                     self.drain

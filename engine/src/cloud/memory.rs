@@ -1,6 +1,6 @@
 //! Memory that a cloud may come to hold, owner by owner.
 
-use hat_core::cloud::OUTBOX_BYTES_MAX;
+use hat_core::cloud::SEND_QUEUE_BYTES_MAX;
 use hat_core::page::pages_for;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Submodel};
@@ -38,7 +38,7 @@ impl CloudLimits {
             ("frames of all connections", link as u64),
             (
                 "outputs that nobody reads",
-                u64::from(self.connections_max) * OUTBOX_BYTES_MAX as u64,
+                u64::from(self.connections_max) * SEND_QUEUE_BYTES_MAX as u64,
             ),
         ]
     }

@@ -64,7 +64,7 @@ impl Start {
                 (CloseCode::Internal, "the cloud has failed; its log says why")
             }
         };
-        shell.say_goodbye(code, reason);
+        shell.send_close(code, reason);
     }
 
     fn listen(self) -> Result<(Shell, SocketAddr), Error> {
@@ -175,7 +175,7 @@ impl Shell {
 
     /// Tells every device that the connection is over, so that it comes back instead of waiting
     /// for the silence to be long enough.
-    fn say_goodbye(&mut self, code: CloseCode, reason: &str) {
+    fn send_close(&mut self, code: CloseCode, reason: &str) {
         let mut polls = 0;
         for connection in self.core.connections() {
             self.endpoint.close(connection, code, reason);

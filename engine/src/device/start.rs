@@ -33,12 +33,12 @@ pub(super) struct Start {
 /// The end of the engine thread, whatever ends it: nobody waits for it after that. A bounded
 /// channel keeps what is in it when its receiver goes, so the last requests are taken out; one
 /// that comes later finds the flag.
-struct Ending {
+struct ShutdownGuard {
     shared: Arc<Shared>,
     incoming: Receiver<Submission>,
 }
 
-impl Drop for Ending {
+impl Drop for ShutdownGuard {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -49,7 +49,7 @@ impl Drop for Ending {
 impl Start {
     /// Opens the link, says so, and serves until told to stop.
     pub(super) fn run(self, ready: &Sender<Result<Waker, Error>>) {
-        let _last_of_all = Ending { shared: self.shared.clone(), incoming: self.incoming.clone() };
+        let _last_of_all = ShutdownGuard { shared: self.shared.clone(), incoming: self.incoming.clone() };
         let mut device = match self.open() {
             Ok((device, waker)) => {
                 let _ = ready.send(Ok(waker));

@@ -296,7 +296,7 @@ fn too_many_requests_are_told_to_wait() {
 }
 
 #[test]
-fn a_stranger_at_the_port_is_sent_away() {
+fn an_unknown_peer_at_the_port_is_sent_away() {
     let bundles = Bundles::generated(1, 0);
     let cloud = cloud(&bundles);
     let before = canary(&bundles, &cloud);

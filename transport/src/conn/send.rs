@@ -290,8 +290,8 @@ impl Connection {
         match self.phase {
             Phase::Down | Phase::Closed => return false,
             // The device speaks first: what the cloud says depends on it.
-            Phase::Greeting if self.config.hello.role == Role::Cloud => return false,
-            Phase::Greeting | Phase::Up => {}
+            Phase::Handshake if self.config.hello.role == Role::Cloud => return false,
+            Phase::Handshake | Phase::Up => {}
         }
         let mut control = self.control.take();
         let mut bytes = control.as_mut().map_or(0, |buf| {

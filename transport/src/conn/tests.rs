@@ -452,7 +452,7 @@ fn a_hello_of_another_epoch_is_late_once_the_device_knows_this_one() {
 #[test]
 fn closing_tells_why() {
     let mut pair = Pair::up();
-    let close = pair.cloud.farewell(CloseCode::ShuttingDown, "for lunch").unwrap();
+    let close = pair.cloud.close_frame(CloseCode::ShuttingDown, "for lunch").unwrap();
     pair.device.handle_bytes(pair.now, close.wire()).unwrap();
     let Some(ConnectionEvent::Closed { code, reason }) = pair.device.poll_event() else { panic!() };
     assert_eq!((code, reason.as_str()), (CloseCode::ShuttingDown, "for lunch"));

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::event::{Event, GoneError};
-use super::{Endpoint, LINGER, Slot, is_stranger};
-use crate::conn::{Connection, ConnectionId, Greeting, ProtocolError};
+use super::{Endpoint, LINGER, Slot, speaks_no_protocol};
+use crate::conn::{Connection, ConnectionId, Handshake, ProtocolError};
 use crate::link::{Completion, Link, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::planted::Fault;
@@ -28,11 +28,11 @@ pub(super) enum State {
     /// The socket connects, and has until then.
     Dialling { until: Instant },
     /// The socket was accepted, and its HELLO has not come yet.
-    Greeting(Box<Greeting>),
+    Handshake(Box<Handshake>),
     /// The socket carries its owner's frames.
     Attached,
     /// The socket is closing: the close frame is sent, and the peer has until then to close.
-    Leaving { farewell: Option<Buf>, until: Instant, closed: bool },
+    Leaving { close_frame: Option<Buf>, until: Instant, closed: bool },
 }
 
 impl Peer {
@@ -50,16 +50,16 @@ impl Peer {
         matches!(self.state, State::Attached)
     }
 
-    pub(super) fn is_saying_farewell(&self) -> bool {
+    pub(super) fn is_sending_close(&self) -> bool {
         match &self.state {
-            State::Leaving { farewell, closed: false, .. } => farewell.is_some() || self.sending,
+            State::Leaving { close_frame, closed: false, .. } => close_frame.is_some() || self.sending,
             _ => false,
         }
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
-            State::Greeting(greeting) => Some(greeting.poll_timeout()),
+            State::Handshake(handshake) => Some(handshake.poll_timeout()),
             State::Leaving { until, closed: false, .. } => Some(*until),
             State::Dialling { until } => Some(*until),
             State::Attached | State::Leaving { .. } => None,
@@ -94,11 +94,11 @@ impl Endpoint {
             match &mut peer.state {
                 State::Dialling { until } if *until <= now => late.push(*id),
                 State::Dialling { .. } | State::Attached => {}
-                State::Greeting(greeting) => {
-                    if greeting.handle_timeout(now).is_err() {
+                State::Handshake(handshake) => {
+                    if handshake.handle_timeout(now).is_err() {
                         late.push(*id);
                     } else if !peer.receiving {
-                        match greeting.receive_room() {
+                        match handshake.receive_room() {
                             Some(buf) => {
                                 peer.receiving = true;
                                 self.link.receive(*id, buf);
@@ -108,7 +108,7 @@ impl Endpoint {
                     }
                 }
                 State::Leaving { closed: true, .. } => {}
-                State::Leaving { farewell, until, closed } => {
+                State::Leaving { close_frame, until, closed } => {
                     if *until <= now {
                         *closed = true;
                         self.link.close(*id);
@@ -123,7 +123,7 @@ impl Endpoint {
                         self.link.receive(*id, buf);
                     }
                     if !peer.sending
-                        && let Some(buf) = farewell.take()
+                        && let Some(buf) = close_frame.take()
                     {
                         peer.batch.push(buf);
                         peer.transmit(*id, &mut *self.link);
@@ -141,29 +141,29 @@ impl Endpoint {
     }
 
     /// Lets a socket go, with a last frame if there is one.
-    pub(super) fn leave(&mut self, now: Instant, id: PeerId, farewell: Option<Buf>) {
+    pub(super) fn leave(&mut self, now: Instant, id: PeerId, close_frame: Option<Buf>) {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
-        let closed = farewell.is_none();
+        let closed = close_frame.is_none();
         if closed {
             self.link.close(id);
         }
-        peer.state = State::Leaving { farewell, until: now + LINGER, closed };
+        peer.state = State::Leaving { close_frame, until: now + LINGER, closed };
     }
 
     fn accepted(&mut self, now: Instant, id: PeerId, address: SocketAddr) {
-        let strangers = |peer: &&Peer| !peer.is_attached();
-        let limit = self.config.strangers_max;
-        let state = if self.peers.values().filter(strangers).count() >= limit {
+        let handshakes = |peer: &&Peer| !peer.is_attached();
+        let limit = self.config.handshakes_max;
+        let state = if self.peers.values().filter(handshakes).count() >= limit {
             self.events
                 .push(Event::Refused { address, error: GoneError::Overload { address, limit } });
             self.link.close(id);
-            State::Leaving { farewell: None, until: now, closed: true }
+            State::Leaving { close_frame: None, until: now, closed: true }
         } else {
-            let greeting =
-                Greeting::new(now, self.config.connection.hello_within, self.pool.clone());
-            State::Greeting(Box::new(greeting))
+            let handshake =
+                Handshake::new(now, self.config.connection.hello_within, self.pool.clone());
+            State::Handshake(Box::new(handshake))
         };
         self.peers.insert(id, Peer::new(address, state, None));
     }
@@ -201,7 +201,7 @@ impl Endpoint {
         match &mut peer.state {
             // Bytes of a socket that is not a connection's any more are read and dropped.
             State::Dialling { .. } | State::Leaving { .. } => {}
-            State::Greeting(greeting) => match greeting.handle_received(buf) {
+            State::Handshake(handshake) => match handshake.handle_received(buf) {
                 Ok(None) => {}
                 Ok(Some(hello)) => self.admit(now, id, &hello),
                 Err(error) => self.refuse_protocol(now, id, error),
@@ -271,12 +271,12 @@ impl Endpoint {
         }
         let peer = self.peers.get_mut(&id).expect("the caller read from it");
         peer.owner = Some(owner);
-        let State::Greeting(greeting) = std::mem::replace(&mut peer.state, State::Attached) else {
+        let State::Handshake(handshake) = std::mem::replace(&mut peer.state, State::Attached) else {
             return;
         };
         let slot = self.connections.get_mut(&owner).expect("it was found or made above");
         (slot.address, slot.forget_at) = (peer.address, None);
-        match slot.connection.handle_greeting(now, *greeting) {
+        match slot.connection.handle_greeting(now, *handshake) {
             Ok(()) => self.drain_events(now, owner),
             Err(error) => self.fail(now, owner, error),
         }
@@ -301,7 +301,7 @@ impl Endpoint {
     fn refuse_protocol(&mut self, now: Instant, id: PeerId, error: ProtocolError) {
         let address = self.peers[&id].address;
         let code = error.close_code();
-        if is_stranger(&error) {
+        if speaks_no_protocol(&error) {
             self.refuse(now, id, None, GoneError::NotHat { address, error });
         } else {
             self.refuse(now, id, Some(code), GoneError::Protocol { address, error });
@@ -314,13 +314,13 @@ impl Endpoint {
             GoneError::Protocol { error, .. } => error.to_string(),
             other => other.to_string(),
         };
-        let farewell = code.and_then(|code| Connection::refusal(&self.pool, code, &reason));
+        let close_frame = code.and_then(|code| Connection::refusal(&self.pool, code, &reason));
         let address = self.peers[&id].address;
         let limit = self.refusals.entry(std::mem::discriminant(&error)).or_default();
         if let Some(suppressed) = limit.admit(now) {
             tracing::warn!(%address, %error, suppressed, "a peer is turned away");
         }
-        self.leave(now, id, farewell);
+        self.leave(now, id, close_frame);
         self.events.push(Event::Refused { address, error });
     }
 }

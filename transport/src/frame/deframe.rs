@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_costs_one_small_buffer() {
+    fn an_unknown_peer_costs_one_small_buffer() {
         let pool = Pool::new(PoolConfig { small: 2, large: 2 });
         let mut deframer = Deframer::new(pool.clone());
         deframer.push(b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n");

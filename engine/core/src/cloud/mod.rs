@@ -9,7 +9,7 @@
 
 mod admission;
 mod batch;
-mod guests;
+mod clients;
 mod output;
 mod pace;
 mod pages;
@@ -33,8 +33,8 @@ use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
 pub use self::batch::StepBatch;
-pub use self::guests::OUTBOX_BYTES_MAX;
-use self::guests::{Guests, Reply};
+pub use self::clients::SEND_QUEUE_BYTES_MAX;
+use self::clients::{Clients, Reply};
 use self::pages::Pages;
 use self::planner::Planner;
 use self::rows::RowsFrame;
@@ -120,7 +120,7 @@ pub struct CloudCore {
     config: CloudCoreConfig,
     /// HELLO of this cloud.
     hello: Hello,
-    guests: Guests,
+    clients: Clients,
     sessions: Sessions,
     pages: Pages,
     admission: Admission,
@@ -143,7 +143,7 @@ impl CloudCore {
         Self {
             config,
             hello,
-            guests: Guests::default(),
+            clients: Clients::default(),
             sessions: Sessions::default(),
             pages: Pages::new(pages),
             admission: Admission::default(),
@@ -168,19 +168,19 @@ impl CloudCore {
             LinkEvent::Up { hello, resumed } => {
                 if !resumed {
                     self.drop_sessions_of(now, from);
-                    self.guests.admit(from);
+                    self.clients.admit(from);
                 }
-                self.guests.set_up(from, Some(wire::frame_bytes_max(&hello)));
+                self.clients.set_up(from, Some(wire::frame_bytes_max(&hello)));
                 if let Err(reason) = wire::check_peer(&self.hello, &hello) {
                     tracing::info!(%reason, "connection refused");
                     self.figures.refused += 1;
-                    self.guests.close(from, CloseCode::Incompatible, reason);
+                    self.clients.close(from, CloseCode::Incompatible, reason);
                 }
             }
-            LinkEvent::Down => self.guests.set_up(from, None),
+            LinkEvent::Down => self.clients.set_up(from, None),
             LinkEvent::Gone => {
                 self.drop_sessions_of(now, from);
-                if let Some(device) = self.guests.remove(from) {
+                if let Some(device) = self.clients.remove(from) {
                     self.admission.forget(device);
                 }
             }
@@ -189,7 +189,7 @@ impl CloudCore {
 
     /// A frame of a connection that is up.
     pub fn handle_frame(&mut self, now: Instant, from: ConnectionId, frame: Frame) {
-        if !self.guests.listens_to(from) {
+        if !self.clients.listens_to(from) {
             return;
         }
         let (wire_id, kind) = (frame.session, frame.kind);
@@ -215,7 +215,7 @@ impl CloudCore {
 
     /// Counters of a connection, for [`Self::handle_step`] to tell its device of.
     pub fn handle_traffic(&mut self, from: ConnectionId, traffic: &Traffic) {
-        self.guests.note_traffic(from, traffic);
+        self.clients.note_traffic(from, traffic);
     }
 
     /// Writes what is to go out: answers, and outputs that waited.
@@ -224,18 +224,18 @@ impl CloudCore {
         loop {
             let sessions = &self.sessions;
             let is_open = |to, session| sessions.key(to, session).is_some();
-            let too_long = self.guests.flush(now, idle_after, &is_open, sink);
+            let too_long = self.clients.flush(now, idle_after, &is_open, sink);
             let Some((to, session)) = too_long else { break };
             if let Some(key) = self.sessions.key(to, session) {
                 self.end_for(now, key, SessionEnd::TooLong);
             }
         }
-        self.guests.send_answers(sink);
+        self.clients.send_answers(sink);
     }
 
     /// A connection that is to be closed.
     pub fn poll_close(&mut self) -> Option<(ConnectionId, CloseCode, String)> {
-        self.guests.poll_close()
+        self.clients.poll_close()
     }
 
     /// A fault that lasts: nothing is computed any more. A step that does not end is one.
@@ -254,12 +254,12 @@ impl CloudCore {
     /// nothing happens before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let stuck_at = self.planner.stuck_at(self.config.step_within);
-        self.guests.retry_at().into_iter().chain(stuck_at).min()
+        self.clients.retry_at().into_iter().chain(stuck_at).min()
     }
 
     /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
-        let refused = self.figures.refused + self.guests.sent_away();
+        let refused = self.figures.refused + self.clients.sent_away();
         let (free, idle) = self.pages.free_and_idle();
         CloudFigures {
             refused,
@@ -272,7 +272,7 @@ impl CloudCore {
 
     /// Connections that are not over.
     pub fn connections(&self) -> impl Iterator<Item = ConnectionId> {
-        self.guests.connections()
+        self.clients.connections()
     }
 
     fn take_open(
@@ -289,19 +289,19 @@ impl CloudCore {
         if !self.make_room(now, from, wanted) {
             let retry_after_ms = self.retry_after_ms(now, from, wanted);
             self.figures.busy += 1;
-            self.guests.answer(from, frame.session, Reply::Busy(Busy { retry_after_ms }));
+            self.clients.answer(from, frame.session, Reply::Busy(Busy { retry_after_ms }));
             return Ok(());
         }
         let (pages, held) = self.pages.admit(scope_of(&open), open.pages, wanted);
         let sequence = Sequence::on_cached(pages, open.rows_max, held);
         self.sessions.insert(Session::new(from, frame.session, codec, &open, sequence, now));
-        if let Some(device) = self.guests.device(from) {
+        if let Some(device) = self.clients.device(from) {
             self.admission.forget(device);
         }
         self.figures.opened += 1;
         self.figures.pages_reused += held as u64;
         let pages = u16::try_from(held).expect("at most as many as one frame names");
-        self.guests.answer(from, frame.session, Reply::Opened(Opened { pages }));
+        self.clients.answer(from, frame.session, Reply::Opened(Opened { pages }));
         Ok(())
     }
 
@@ -320,7 +320,7 @@ impl CloudCore {
         wire::check_layers(layers(open.entry_layer, open.exit_layer), &held)
             .map_err(|reason| SessionViolation::Layers { reason })?;
         let codec = Codec::from_id(open.codec).ok_or(SessionViolation::Codec { id: open.codec })?;
-        let frame_bytes_max = self.guests.frame_bytes_max(from);
+        let frame_bytes_max = self.clients.frame_bytes_max(from);
         wire::check_row(codec.down(), self.hidden_size(), frame_bytes_max)
             .map_err(|reason| SessionViolation::RowTooLong { reason })?;
         let (asked, here) = (open.arithmetic_id, self.hello.arithmetic_id);
@@ -349,7 +349,7 @@ impl CloudCore {
         if frame.kind == Kind::Cancel {
             session.cancel();
             self.planner.forget(key);
-            self.guests.answer(from, wire_id, Reply::Cancelled);
+            self.clients.answer(from, wire_id, Reply::Cancelled);
             return Ok(());
         }
         match Message::decode(frame.kind, &frame.body)? {
@@ -360,7 +360,7 @@ impl CloudCore {
             Message::Commit(commit) => session.take_commit(commit.row, self.planner.moves()),
             Message::End(end) => {
                 self.take_end(now, key, &end)?;
-                self.guests.answer(from, wire_id, Reply::Ended);
+                self.clients.answer(from, wire_id, Reply::Ended);
                 Ok(())
             }
             _ => Err(SessionViolation::Unexpected { kind: frame.kind }),
@@ -387,7 +387,7 @@ impl CloudCore {
         }
         for rows in self.pruning.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
-            self.guests.answer(from, wire_id, Reply::Dropped(rows));
+            self.clients.answer(from, wire_id, Reply::Dropped(rows));
         }
         taken?;
         if begins && self.sessions.begun_frames(from) > self.begun_frames_max {
@@ -416,7 +416,7 @@ impl CloudCore {
 
     /// Makes room for a session of this many pages; returns true if there is.
     fn make_room(&mut self, now: Instant, from: ConnectionId, pages: usize) -> bool {
-        let Some(device) = self.guests.device(from) else { return false };
+        let Some(device) = self.clients.device(from) else { return false };
         let sessions = self.sessions.count_of(from);
         if sessions >= self.config.sessions_per_device_max {
             return false;
@@ -429,7 +429,7 @@ impl CloudCore {
         // Pages that are kept for prompts to come give way before any session does.
         if !self.room().holds(wanted) {
             let idle_after = self.config.idle_after;
-            let is_up = |connection| self.guests.is_up(connection);
+            let is_up = |connection| self.clients.is_up(connection);
             let idle = admission::idle_sessions(&self.sessions, now, idle_after, is_up);
             self.evict(now, wanted, &idle);
         }
@@ -463,7 +463,7 @@ impl CloudCore {
 
     /// Retry time for a device that finds no room for a session of `pages` pages.
     fn retry_after_ms(&mut self, now: Instant, from: ConnectionId, pages: usize) -> u32 {
-        let device = self.guests.device(from).unwrap_or(0);
+        let device = self.clients.device(from).unwrap_or(0);
         let sessions = self.sessions.count_of(from);
         let mut retry = self.admission.next_retry(now, self.sessions.len());
         // Whoever has all it may have waits for itself, and is in nobody's line.
@@ -506,7 +506,7 @@ impl CloudCore {
             tracing::info!(session = wire_id, ?code, %text, "refused");
             self.figures.refused += 1;
         }
-        self.guests.answer(connection, wire_id, Reply::Error { code, text });
+        self.clients.answer(connection, wire_id, Reply::Error { code, text });
     }
 
     fn hidden_size(&self) -> usize {

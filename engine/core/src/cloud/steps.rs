@@ -8,7 +8,7 @@ use hat_transport::frame::{Kind, Priority};
 
 use super::CloudCore;
 use super::batch::StepBatch;
-use super::guests::Reply;
+use super::clients::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
 use crate::sched::{Bound, SessionKey, BatchItem};
@@ -70,7 +70,7 @@ impl CloudCore {
         let Some(next) = session.next() else { return };
         let item = BatchItem {
             session: key,
-            device: self.guests.device(session.connection).expect("a session has a connection"),
+            device: self.clients.device(session.connection).expect("a session has a connection"),
             rows: next.rows,
             context: session.sequence.committed(),
             urgent: next.urgent,
@@ -93,7 +93,7 @@ impl CloudCore {
     /// goes before.
     pub fn handle_step(&mut self, now: Instant, mut batch: StepBatch, sink: &mut dyn FrameSink) {
         // What was answered before goes before these outputs.
-        self.guests.send_answers(sink);
+        self.clients.send_answers(sink);
         if let Some(fault) = batch.fault.take() {
             self.close_all(now, fault);
         }
@@ -139,15 +139,15 @@ impl CloudCore {
         let spent =
             session.note_ran(&rows.planned, goes_back, queue_us, (batch.took_us(), of_step));
         let Some(spent) = spent else { return Ok(()) };
-        let arrivals = self.guests.arrivals(to);
-        let sizes = (hidden_size, self.guests.frame_bytes_max(to));
+        let arrivals = self.clients.arrivals(to);
+        let sizes = (hidden_size, self.clients.frame_bytes_max(to));
         let mut outputs = Outputs::of(batch, index, codec, sizes, spent, arrivals);
         if let Some(computed) = outputs.computed() {
-            self.guests.answer(to, wire_id, Reply::Computed(computed));
+            self.clients.answer(to, wire_id, Reply::Computed(computed));
             return Ok(());
         }
         while let Some(bytes) = outputs.next_bytes() {
-            let waiting = match self.guests.output_buffer(to, bytes, sink) {
+            let waiting = match self.clients.output_buffer(to, bytes, sink) {
                 Some(mut body) => {
                     outputs.encode(body.body_mut())?;
                     sink.send(to, Kind::Output, wire_id, Priority::Verify, body)
@@ -162,7 +162,7 @@ impl CloudCore {
                 }
             };
             if let Some(body) = waiting {
-                self.guests.keep_output(to, wire_id, body);
+                self.clients.keep_output(to, wire_id, body);
             }
             outputs.advance();
         }

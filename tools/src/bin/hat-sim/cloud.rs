@@ -13,7 +13,7 @@ use hat_transport::pool::Pool;
 
 use crate::costs::{CostFile, Server};
 use crate::device::{Around, facts};
-use crate::end::{End, Outbox, Way};
+use crate::end::{End, SendQueue, Way};
 use crate::policy::Policy;
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
 use crate::world::UNCUT_ROWS_MAX;
@@ -46,7 +46,7 @@ pub(crate) struct Cloud {
     /// Device of each end.
     devices: Vec<usize>,
     /// End of each device.
-    guests: BTreeMap<usize, usize>,
+    clients: BTreeMap<usize, usize>,
     /// Ends that something was written to.
     written: Vec<usize>,
     /// One place before each stage and one in it.
@@ -89,7 +89,7 @@ impl Cloud {
             server: file.server(policy),
             ends: vec![],
             devices: vec![],
-            guests: BTreeMap::new(),
+            clients: BTreeMap::new(),
             written: vec![],
             stages: (0..stages).map(|_| VecDeque::new()).collect(),
             running: vec![false; stages as usize],
@@ -101,7 +101,7 @@ impl Cloud {
 
     /// A device has dialled.
     pub(crate) fn accept(&mut self, now: Instant, device: usize, pool: &Pool, way: Way) {
-        self.guests.insert(device, self.ends.len());
+        self.clients.insert(device, self.ends.len());
         self.ends.push(End::new(now, self.hello, pool, way));
         self.devices.push(device);
     }
@@ -109,9 +109,9 @@ impl Cloud {
     /// Bytes of a device have come.
     pub(crate) fn take(&mut self, around: &mut Around<'_>, device: usize, bytes: &[u8]) {
         let now = around.queue.instant();
-        let guest = self.guests[&device];
-        let from = ConnectionId(guest as u64);
-        for event in self.ends[guest].take(now, bytes) {
+        let client = self.clients[&device];
+        let from = ConnectionId(client as u64);
+        for event in self.ends[client].take(now, bytes) {
             match event {
                 ConnectionEvent::Up { hello, resumed } => {
                     self.core.handle_link(now, from, LinkEvent::Up { hello, resumed });
@@ -121,15 +121,15 @@ impl Cloud {
             }
         }
         self.clock.queued_max = self.clock.queued_max.max(self.core.queued());
-        self.written.push(guest);
+        self.written.push(client);
         self.drive(around);
     }
 
     /// The downlink to a device is free.
     pub(crate) fn freed(&mut self, around: &mut Around<'_>, device: usize) {
-        let guest = self.guests[&device];
-        self.ends[guest].freed();
-        self.written.push(guest);
+        let client = self.clients[&device];
+        self.ends[client].freed();
+        self.written.push(client);
         self.drive(around);
     }
 
@@ -152,8 +152,8 @@ impl Cloud {
             let traffic = self.ends[connection.0 as usize].traffic();
             self.core.handle_traffic(connection, &traffic);
         }
-        let mut outbox = Outbox { ends: &mut self.ends, written: &mut self.written };
-        self.core.handle_step(around.queue.instant(), batch, &mut outbox);
+        let mut send_queue = SendQueue { ends: &mut self.ends, written: &mut self.written };
+        self.core.handle_step(around.queue.instant(), batch, &mut send_queue);
     }
 
     /// Does all that is to be done now, as the engine's threads do.
@@ -163,15 +163,15 @@ impl Cloud {
         for index in 0..self.stages.len() {
             self.start(around, index);
         }
-        let mut outbox = Outbox { ends: &mut self.ends, written: &mut self.written };
-        self.core.poll_transmit(now, &mut outbox);
+        let mut send_queue = SendQueue { ends: &mut self.ends, written: &mut self.written };
+        self.core.poll_transmit(now, &mut send_queue);
         if let Some((_, _, reason)) = self.core.poll_close() {
             around.failed.push(reason);
         }
         let mut written = std::mem::take(&mut self.written);
         written.sort_unstable();
         written.dedup();
-        written.drain(..).for_each(|guest| self.pump(around, guest));
+        written.drain(..).for_each(|client| self.pump(around, client));
         self.written = written;
         if let Some(at) = self.core.poll_timeout() {
             let at = around.queue.time(at);
@@ -208,9 +208,9 @@ impl Cloud {
     }
 
     /// Sends what a device's end has, and looks after it again when it asks for that.
-    fn pump(&mut self, around: &mut Around<'_>, guest: usize) {
-        let (now, at, device) = (around.queue.now, around.queue.instant(), self.devices[guest]);
-        let end = &mut self.ends[guest];
+    fn pump(&mut self, around: &mut Around<'_>, client: usize) {
+        let (now, at, device) = (around.queue.now, around.queue.instant(), self.devices[client]);
+        let end = &mut self.ends[client];
         if let Some(frames) = end.pump(now, at) {
             for (arrives, bytes) in frames.each {
                 around.queue.push(arrives, Event::Arrived(device, Role::Device, bytes));
@@ -225,12 +225,12 @@ impl Cloud {
 
     /// The timer of a device's end has come.
     pub(crate) fn end_timer(&mut self, around: &mut Around<'_>, device: usize) {
-        let guest = self.guests[&device];
-        let end = &mut self.ends[guest];
+        let client = self.clients[&device];
+        let end = &mut self.ends[client];
         if end.timer_at.is_some_and(|at| at <= around.queue.now) {
             end.timer_at = None;
             end.connection.handle_timeout(around.queue.instant()).expect("nobody is silent");
-            self.pump(around, guest);
+            self.pump(around, client);
         }
     }
 

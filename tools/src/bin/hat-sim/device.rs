@@ -19,7 +19,7 @@ use hat_transport::pool::Pool;
 
 use crate::costs::{CostFile, DeviceCosts};
 use crate::drafter::{Desk, Modelled, Texts, open};
-use crate::end::{End, Outbox, Way};
+use crate::end::{End, SendQueue, Way};
 use crate::policy::{Guesser, Policy};
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
 use crate::world::{Request, UNCUT_ROWS_MAX};
@@ -237,8 +237,8 @@ impl Device {
 
     fn transmit(&mut self, around: &Around<'_>) {
         let ends = std::slice::from_mut(&mut self.end);
-        let mut outbox = Outbox { ends, written: &mut vec![] };
-        self.core.poll_transmit(around.queue.instant(), ConnectionId(0), &mut outbox, true);
+        let mut send_queue = SendQueue { ends, written: &mut vec![] };
+        self.core.poll_transmit(around.queue.instant(), ConnectionId(0), &mut send_queue, true);
     }
 
     /// Passes on what the core says of its requests.

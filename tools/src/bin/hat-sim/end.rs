@@ -137,12 +137,12 @@ impl End {
 }
 
 /// Ends that frames are written to, by number, and those that were.
-pub(crate) struct Outbox<'a> {
+pub(crate) struct SendQueue<'a> {
     pub(crate) ends: &'a mut [End],
     pub(crate) written: &'a mut Vec<usize>,
 }
 
-impl FrameSink for Outbox<'_> {
+impl FrameSink for SendQueue<'_> {
     fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
         self.ends.first()?.pool.take(body_bytes)
     }

@@ -3,7 +3,7 @@ mod counts;
 mod pair;
 mod reconnect;
 mod repeat;
-mod strangers;
+mod handshakes;
 
 use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::GoneError;

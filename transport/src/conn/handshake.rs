@@ -9,14 +9,14 @@ use crate::pool::{Buf, Pool};
 
 /// Waits for one HELLO. A stranger costs a buffer or two and a deadline, and nothing else.
 #[derive(Debug)]
-pub struct Greeting {
+pub struct Handshake {
     deframer: Deframer,
     deadline: Instant,
     hello_within: Duration,
     hello: Option<(RawFrame, Hello)>,
 }
 
-impl Greeting {
+impl Handshake {
     /// A socket was accepted.
     #[must_use]
     pub fn new(now: Instant, hello_within: Duration, pool: Pool) -> Self {
@@ -31,7 +31,7 @@ impl Greeting {
         self.deframer.take_room()
     }
 
-    /// The buffer of [`Greeting::receive_room`] comes back. Gives the HELLO when it is there.
+    /// The buffer of [`Handshake::receive_room`] comes back. Gives the HELLO when it is there.
     ///
     /// # Errors
     /// If the peer speaks something else.

@@ -22,7 +22,7 @@ use crate::sched::DeviceKey;
 
 /// Most bytes that wait for one connection beyond its queue. With that it holds all rows of a long
 /// prompt for the tail layers of a large model; a device that reads comes near with these alone.
-pub const OUTBOX_BYTES_MAX: usize = 32 << 20;
+pub const SEND_QUEUE_BYTES_MAX: usize = 32 << 20;
 /// Interval at which buffers are looked for again.
 const BUFFER_RETRY: Duration = Duration::from_millis(1);
 /// Interval at which a full queue is looked at again.
@@ -64,7 +64,7 @@ struct Output {
 
 /// One connection.
 #[derive(Default)]
-struct Guest {
+struct Client {
     /// Its name in the scheduler.
     device: DeviceKey,
     /// True if it has a socket now.
@@ -73,8 +73,8 @@ struct Guest {
     is_closing: bool,
     /// Longest frame that it takes, header included.
     frame_bytes_max: usize,
-    outbox: VecDeque<Output>,
-    outbox_bytes: usize,
+    send_queue: VecDeque<Output>,
+    send_queue_bytes: usize,
     /// Since when its queue has been full.
     full_since: Option<Instant>,
     /// Bytes that came while a frame was on its way in, and how long they took.
@@ -97,8 +97,8 @@ enum Flushed {
 
 /// All connections.
 #[derive(Default)]
-pub(super) struct Guests {
-    by_id: BTreeMap<ConnectionId, Guest>,
+pub(super) struct Clients {
+    by_id: BTreeMap<ConnectionId, Client>,
     devices: DeviceKey,
     answers: VecDeque<(ConnectionId, u32, Reply)>,
     /// Connections with outputs that wait, in turn.
@@ -110,42 +110,42 @@ pub(super) struct Guests {
     sent_away: u64,
 }
 
-impl Guests {
+impl Clients {
     /// A connection begins, or begins anew: what was answered in its former life is not sent.
     pub(super) fn admit(&mut self, id: ConnectionId) {
         self.answers.retain(|(to, ..)| *to != id);
         self.devices += 1;
-        self.by_id.insert(id, Guest { device: self.devices, ..Guest::default() });
+        self.by_id.insert(id, Client { device: self.devices, ..Client::default() });
     }
 
     /// A connection is over; returns the device.
     pub(super) fn remove(&mut self, id: ConnectionId) -> Option<DeviceKey> {
-        self.by_id.remove(&id).map(|guest| guest.device)
+        self.by_id.remove(&id).map(|client| client.device)
     }
 
     /// A connection has a socket, whose device takes frames of this many bytes, or has none.
     pub(super) fn set_up(&mut self, id: ConnectionId, frame_bytes_max: Option<usize>) {
-        if let Some(guest) = self.by_id.get_mut(&id) {
-            guest.is_up = frame_bytes_max.is_some();
-            guest.frame_bytes_max = frame_bytes_max.unwrap_or(guest.frame_bytes_max);
+        if let Some(client) = self.by_id.get_mut(&id) {
+            client.is_up = frame_bytes_max.is_some();
+            client.frame_bytes_max = frame_bytes_max.unwrap_or(client.frame_bytes_max);
         }
     }
 
     /// True if frames of a connection are to be taken.
     pub(super) fn listens_to(&self, id: ConnectionId) -> bool {
-        self.by_id.get(&id).is_some_and(|guest| !guest.is_closing)
+        self.by_id.get(&id).is_some_and(|client| !client.is_closing)
     }
 
     pub(super) fn is_up(&self, id: ConnectionId) -> bool {
-        self.by_id.get(&id).is_some_and(|guest| guest.is_up)
+        self.by_id.get(&id).is_some_and(|client| client.is_up)
     }
 
     pub(super) fn device(&self, id: ConnectionId) -> Option<DeviceKey> {
-        self.by_id.get(&id).map(|guest| guest.device)
+        self.by_id.get(&id).map(|client| client.device)
     }
 
     pub(super) fn frame_bytes_max(&self, id: ConnectionId) -> usize {
-        self.by_id.get(&id).map_or(0, |guest| guest.frame_bytes_max)
+        self.by_id.get(&id).map_or(0, |client| client.frame_bytes_max)
     }
 
     pub(super) fn connections(&self) -> impl Iterator<Item = ConnectionId> {
@@ -158,29 +158,29 @@ impl Guests {
 
     /// Notes the traffic of a connection so far.
     pub(super) fn note_traffic(&mut self, id: ConnectionId, traffic: &Traffic) {
-        if let Some(guest) = self.by_id.get_mut(&id) {
-            guest.arrived = (traffic.arrived_bytes, traffic.arrived_in);
+        if let Some(client) = self.by_id.get_mut(&id) {
+            client.arrived = (traffic.arrived_bytes, traffic.arrived_in);
         }
     }
 
     /// Bytes that a connection brought, and their rate, since the last report to it.
     pub(super) fn arrivals(&mut self, id: ConnectionId) -> Arrivals {
-        let Some(guest) = self.by_id.get_mut(&id) else { return Arrivals::default() };
-        let (bytes, time) = std::mem::replace(&mut guest.told, guest.arrived);
-        let us = guest.arrived.1.saturating_sub(time).as_micros();
+        let Some(client) = self.by_id.get_mut(&id) else { return Arrivals::default() };
+        let (bytes, time) = std::mem::replace(&mut client.told, client.arrived);
+        let us = client.arrived.1.saturating_sub(time).as_micros();
         Arrivals {
-            bytes: u32::try_from(guest.arrived.0.saturating_sub(bytes)).unwrap_or(u32::MAX),
+            bytes: u32::try_from(client.arrived.0.saturating_sub(bytes)).unwrap_or(u32::MAX),
             us: u32::try_from(us).unwrap_or(u32::MAX),
         }
     }
 
     /// Asks for a connection to be closed.
     pub(super) fn close(&mut self, id: ConnectionId, code: CloseCode, reason: String) {
-        let Some(guest) = self.by_id.get_mut(&id).filter(|guest| !guest.is_closing) else { return };
-        guest.is_closing = true;
-        guest.outbox.clear();
-        guest.outbox_bytes = 0;
-        guest.full_since = None;
+        let Some(client) = self.by_id.get_mut(&id).filter(|client| !client.is_closing) else { return };
+        client.is_closing = true;
+        client.send_queue.clear();
+        client.send_queue_bytes = 0;
+        client.full_since = None;
         self.closes.push_back((id, code, reason));
     }
 
@@ -215,19 +215,19 @@ impl Guests {
         bytes: usize,
         sink: &mut dyn FrameSink,
     ) -> Option<Buf> {
-        let waits = self.by_id.get(&to).is_some_and(|guest| !guest.outbox.is_empty());
+        let waits = self.by_id.get(&to).is_some_and(|client| !client.send_queue.is_empty());
         if waits { None } else { sink.buffer(bytes) }
     }
 
     /// Keeps an output until it can be sent.
     pub(super) fn keep_output(&mut self, to: ConnectionId, session: u32, body: Vec<u8>) {
-        let Some(guest) = self.by_id.get_mut(&to).filter(|guest| !guest.is_closing) else { return };
-        if guest.outbox.is_empty() {
+        let Some(client) = self.by_id.get_mut(&to).filter(|client| !client.is_closing) else { return };
+        if client.send_queue.is_empty() {
             self.unsent.push_back(to);
         }
-        guest.outbox_bytes += body.len();
-        guest.outbox.push_back(Output { session, body });
-        if guest.outbox_bytes > OUTBOX_BYTES_MAX {
+        client.send_queue_bytes += body.len();
+        client.send_queue.push_back(Output { session, body });
+        if client.send_queue_bytes > SEND_QUEUE_BYTES_MAX {
             self.send_away(to);
         }
     }
@@ -266,14 +266,14 @@ impl Guests {
         let retry = if all_full { FULL_RETRY } else { BUFFER_RETRY };
         self.unsent.extend(&full);
         for to in full {
-            let Some(guest) = self.by_id.get_mut(&to) else { continue };
-            let since = *guest.full_since.get_or_insert(now);
+            let Some(client) = self.by_id.get_mut(&to) else { continue };
+            let since = *client.full_since.get_or_insert(now);
             if now.saturating_duration_since(since) >= idle_after {
                 self.send_away(to);
             }
         }
         let waits =
-            |to: &ConnectionId| self.by_id.get(to).is_some_and(|guest| !guest.outbox.is_empty());
+            |to: &ConnectionId| self.by_id.get(to).is_some_and(|client| !client.send_queue.is_empty());
         self.unsent.retain(waits);
         self.retry_at = (!self.unsent.is_empty()).then(|| now + retry);
         too_long
@@ -290,8 +290,8 @@ impl Guests {
         is_open: &dyn Fn(ConnectionId, u32) -> bool,
         sink: &mut dyn FrameSink,
     ) -> Flushed {
-        let Some(guest) = self.by_id.get_mut(&to) else { return Flushed::Empty };
-        while let Some(output) = guest.outbox.front() {
+        let Some(client) = self.by_id.get_mut(&to) else { return Flushed::Empty };
+        while let Some(output) = client.send_queue.front() {
             let session = output.session;
             let is_open = is_open(to, session);
             if is_open {
@@ -301,15 +301,15 @@ impl Guests {
                 body.body_mut().copy_from_slice(&output.body);
                 let sent = sink.send(to, Kind::Output, session, Priority::Verify, body);
                 match sent.map_err(|error| error.refusal) {
-                    Ok(()) => guest.full_since = None,
+                    Ok(()) => client.full_since = None,
                     Err(Refusal::Gone) => {}
                     Err(Refusal::TooLong) => return Flushed::TooLong { session },
                     Err(_) => return Flushed::Full,
                 }
             }
-            guest.outbox_bytes -= output.body.len();
-            guest.outbox.pop_front();
-            if is_open && !guest.outbox.is_empty() {
+            client.send_queue_bytes -= output.body.len();
+            client.send_queue.pop_front();
+            if is_open && !client.send_queue.is_empty() {
                 return Flushed::Sent;
             }
         }

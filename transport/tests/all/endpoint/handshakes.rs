@@ -52,17 +52,17 @@ fn another_protocol_is_refused_and_others_are_served() {
     for kind in kinds().filter(|kind| *kind != LinkKind::Memory) {
         let mut pair = Pair::new(kind);
         pair.up();
-        let mut stranger = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
-        let address = stranger.local_addr().unwrap();
-        stranger.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        let mut unknown = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
+        let address = unknown.local_addr().unwrap();
+        unknown.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
         let gone = pair.until(|pair| take_gone(&mut pair.cloud_events));
         assert!(matches!(gone, GoneError::NotHat { .. }), "{gone:?}");
         let text = gone.to_string();
         assert_eq!(text, format!("{address} is not speaking hat: it asked like HTTP"));
         // The socket is closed without an answer.
-        stranger.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        unknown.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         pair.poll();
-        assert!(matches!(stranger.read(&mut [0; 8]), Ok(0) | Err(_)));
+        assert!(matches!(unknown.read(&mut [0; 8]), Ok(0) | Err(_)));
         assert_serves(&mut pair);
     }
 }
@@ -123,7 +123,7 @@ fn a_peers_words_are_shown_without_their_controls() {
     assert!(shown.ends_with("\\u{1b}[2Jbye\\u{d}\\u{a}ERROR forged \\u{202e}txet"), "{shown}");
     assert!(!gone.is_final());
     // Its CLOSE has gone out: the link could be dropped now.
-    assert!(pair.cloud.has_said_farewell());
+    assert!(pair.cloud.has_sent_close());
 }
 
 #[test]
