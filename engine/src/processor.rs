@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use hat_compute::open::{self, ComputeConfig};
-use hat_loader::{Adapter, Bundle};
+use hat_loader::{DrafterFile, Bundle};
 use hat_plan::{DeviceForward, DraftForward, MiddleForward};
 
 use crate::Error;
@@ -36,7 +36,7 @@ pub fn device(
 pub fn drafter(
     config: &EngineConfig,
     bundle: &Bundle,
-    adapter: &Adapter,
+    adapter: &DrafterFile,
     arithmetic_id: u32,
     rows: usize,
     pages: usize,

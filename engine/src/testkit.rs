@@ -1,6 +1,6 @@
 //! Roles on models of the caller's own, for tests that plant faults and benches that plant times.
 
-use hat_core::draft::trained::Trained;
+use hat_core::draft::drafter::Drafter;
 use hat_loader::Bundle;
 use hat_plan::{DeviceForward, MiddleForward, TokenId};
 
@@ -29,9 +29,9 @@ impl Engine {
         config: EngineConfig,
         bundle: &Bundle,
         model: Box<dyn DeviceForward>,
-        trained: Option<Box<dyn Trained>>,
+        drafter: Option<Box<dyn Drafter>>,
     ) -> Result<Self, Error> {
-        Self::serve_loaded(config, bundle, model, trained)
+        Self::serve_loaded(config, bundle, model, drafter)
     }
 
     /// The ids that a request's prompt has now, to ask another model the same.

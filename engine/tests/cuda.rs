@@ -25,7 +25,7 @@ use hat_core::page::pages_for;
 use hat_core::sequence::Sequence;
 use hat_cuda::testkit::test_gpu::TestGpu;
 use hat_engine::whole::through_codec;
-use hat_loader::{AdapterKind, Bundle, DType};
+use hat_loader::{DrafterArchitecture, Bundle, DType};
 use hat_plan::{
     BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,
     MiddleStep, PlanBuffers,
@@ -249,7 +249,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
 #[test]
 #[cfg_attr(no_emulator, ignore = "left out by HAT_NO_EMULATOR")]
 fn the_drafter_means_what_the_reference_means() {
-    for kind in AdapterKind::ALL {
+    for kind in DrafterArchitecture::ALL {
         let Some(cuda) = backend() else { return };
         let bundles = Bundles::with_kernels();
         add_noise(&bundles, kind);
@@ -281,7 +281,7 @@ fn the_drafter_means_what_the_reference_means() {
 fn a_drafted_level_waits_three_times() {
     let Some(cuda) = gpu() else { return };
     let bundles = Bundles::with_kernels();
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let [device, _] = open(&bundles);
     let tally = cuda.tally();
     let mut layers = DeviceModel::load(CudaBackend::new(cuda), &device, 1, 40, PAGES).unwrap();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::{Adapter, Bundle, BundleError, file};
+use crate::{DrafterFile, Bundle, BundleError, file};
 
 /// Largest file of a drafter that is looked at, in bytes.
 const BYTES_MAX: u64 = 1 << 30;
@@ -23,7 +23,7 @@ pub struct Fitting {
     /// Its origin, for people.
     pub origin: String,
     /// The drafter.
-    pub adapter: Adapter,
+    pub adapter: DrafterFile,
 }
 
 impl Drafters {
@@ -72,12 +72,12 @@ impl Drafters {
 }
 
 /// The drafter in `bytes`, if it was trained for the bundle's model and this split.
-fn fitting(name: &Path, bytes: &[u8], bundle: &Bundle, split_layer: usize) -> Option<Adapter> {
-    let (model, split) = Adapter::trained_for(name, bytes).inspect_err(left_out).ok()?;
+fn fitting(name: &Path, bytes: &[u8], bundle: &Bundle, split_layer: usize) -> Option<DrafterFile> {
+    let (model, split) = DrafterFile::trained_for(name, bytes).inspect_err(left_out).ok()?;
     if model != bundle.model_id() || split != split_layer {
         return None;
     }
-    Adapter::of_bytes(name, bytes, bundle).inspect_err(left_out).ok()
+    DrafterFile::of_bytes(name, bytes, bundle).inspect_err(left_out).ok()
 }
 
 fn left_out(error: &BundleError) {

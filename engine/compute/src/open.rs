@@ -6,7 +6,7 @@ use std::ops::Range;
 use hat_cuda::driver::Cuda;
 #[cfg(feature = "cuda")]
 use hat_cuda::gpu::Gpu as _;
-use hat_loader::{Adapter, Bundle};
+use hat_loader::{DrafterFile, Bundle};
 
 use hat_plan::{ARITHMETIC_CPU, DeviceForward, DraftForward, MiddleForward};
 
@@ -210,7 +210,7 @@ pub fn device(
 pub fn drafter(
     config: &ComputeConfig,
     bundle: &Bundle,
-    adapter: &Adapter,
+    adapter: &DrafterFile,
     arithmetic_id: u32,
     rows: usize,
     pages: usize,

@@ -17,7 +17,7 @@ use hat_core::cloud::{CloudCore, CloudCoreConfig, CloudFigures, LinkEvent, StepB
 use hat_core::device::{
     DeviceConfig, DeviceCore, DeviceWork, Inbound, PageNamer, RequestEvent, Verdict,
 };
-use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use hat_core::draft::tree::Guess;
 use hat_core::draft::{DraftMode, Source};
 use hat_core::request::{Event, Prompt, Request};
@@ -66,9 +66,9 @@ fn compute(work: DeviceWork<'_>) {
 
 /// Guesses two tokens below each node: the first is right, or the second, or, behind one of six
 /// tokens, neither.
-struct Drafter;
+struct TestDrafter;
 
-impl Trained for Drafter {
+impl Drafter for TestDrafter {
     fn describe(&self) -> String {
         "a table".to_owned()
     }
@@ -97,7 +97,7 @@ impl Trained for Drafter {
             };
             for (rank, (token, probability)) in [(first, 0.6), (second, 0.3)].iter().enumerate() {
                 let (token, probability) = (*token, *probability);
-                let source = Source::adapter(rank, probability);
+                let source = Source::of_model(rank, probability);
                 guesses.push((node, Guess { token, probability, source }));
             }
         }
@@ -171,7 +171,7 @@ impl Pair {
             has_tail: false,
         };
         let namer = PageNamer::new(Codec::F32, &facts, 1, [1; 32].into());
-        let drafter: Box<dyn Trained> = Box::new(Drafter);
+        let drafter: Box<dyn Drafter> = Box::new(TestDrafter);
         let device = DeviceCore::new(now, config, &facts, VOCAB, namer, Some(drafter));
         let config = CloudCoreConfig {
             sessions_max: 64,

@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use hat_loader::bundle::MANIFEST;
 use hat_loader::file::NewDirectory;
 use hat_loader::{
-    Adapter, BundleError, BundleOptions, Drafters, Report, SourceModel, Split, Watch, Weights,
+    DrafterFile, BundleError, BundleOptions, Drafters, Report, SourceModel, Split, Watch, Weights,
     write_bundles,
 };
 use hat_transport::clock::unix_seconds;
@@ -267,11 +267,11 @@ fn with_drafter(device: &Path) -> anyhow::Result<bool> {
         return Ok(true);
     }
     let name = Path::new(DRAFTER_NAME);
-    let (model, split_layer) = Adapter::trained_for(name, DRAFTER)?;
+    let (model, split_layer) = DrafterFile::trained_for(name, DRAFTER)?;
     if model != bundle.model_id() || split_layer != bundle.manifest().split_layer {
         return Ok(false);
     }
-    hat_loader::bundle::add_adapter_bytes(device, name, DRAFTER)?;
+    hat_loader::bundle::add_drafter_bytes(device, name, DRAFTER)?;
     Ok(true)
 }
 

@@ -22,8 +22,8 @@ use crate::text::{Rendered, Text};
 use crate::verify::Verify;
 use crate::{Error, Event, Generation, Request, endpoint, processor, watch};
 use hat_core::answer::Prepared;
-use hat_core::draft::DraftSessions;
-use hat_core::draft::trained::Trained;
+use hat_core::draft::ModelDrafter;
+use hat_core::draft::drafter::Drafter;
 use hat_core::metrics::EngineMetrics;
 use hat_core::page::pages_for;
 use hat_core::sample::SamplerConfig;
@@ -127,9 +127,9 @@ impl Engine {
         let split_layer = split_layer(&config, &bundle)?;
         let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let model = processor::device(&config, &bundle, split_layer, pages)?;
-        let drafter = trained(&config, &bundle, split_layer, model.arithmetic_id())?;
-        let (trained, origin) = drafter.unzip();
-        let mut engine = Self::serve_loaded(config, &bundle, model, trained)?;
+        let drafter = load_drafter(&config, &bundle, split_layer, model.arithmetic_id())?;
+        let (drafter, origin) = drafter.unzip();
+        let mut engine = Self::serve_loaded(config, &bundle, model, drafter)?;
         engine.drafter = origin;
         engine.split_layer = split_layer;
         Ok(engine)
@@ -140,7 +140,7 @@ impl Engine {
         mut config: EngineConfig,
         bundle: &Bundle,
         model: Box<dyn DeviceForward>,
-        trained: Option<Box<dyn Trained>>,
+        drafter: Option<Box<dyn Drafter>>,
     ) -> Result<Self, Error> {
         let split_layer = split_layer(&config, bundle)?;
         config.wire = config.wire.or_else(|| Codec::from_name(bundle.manifest().wire_asked()?));
@@ -180,8 +180,8 @@ impl Engine {
         let watch = watch::Start::new(bundle, &config.verify);
         let shared_too = shared.clone();
         let start =
-            start::Start { config, facts, model, trained, shared: shared_too, incoming, watch };
-        *shared.describe() = start.describe(start.trained.as_deref());
+            start::Start { config, facts, model, drafter, shared: shared_too, incoming, watch };
+        *shared.describe() = start.describe(start.drafter.as_deref());
         let thread = std::thread::Builder::new()
             .name("hat-device".to_owned())
             .spawn(move || start.run(&ready))
@@ -381,19 +381,19 @@ impl Drop for Engine {
 }
 
 /// A trained drafter, and its origin for people.
-type Drafter = (Box<dyn Trained>, String);
+type LoadedDrafter = (Box<dyn Drafter>, String);
 
 /// The trained drafter for a device's bundle and this split with its origin, if there is one, on
 /// the GPU where the device's layers compute in CUDA's arithmetic.
 ///
 /// # Errors
 /// [`Error::Load`].
-fn trained(
+fn load_drafter(
     config: &EngineConfig,
     bundle: &Bundle,
     split_layer: usize,
     arithmetic_id: u32,
-) -> Result<Option<Drafter>, Error> {
+) -> Result<Option<LoadedDrafter>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
     let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
     let found = config.drafters.find(bundle, split_layer);
@@ -401,7 +401,7 @@ fn trained(
     let Some(Fitting { origin, adapter }) = found else { return Ok(None) };
     let model = processor::drafter(config, bundle, &adapter, arithmetic_id, rows, pages)?;
     let hidden_size = bundle.config().hidden_size;
-    let sessions = DraftSessions::new(model, hidden_size, rows, pages);
+    let sessions = ModelDrafter::new(model, hidden_size, rows, pages);
     Ok(Some((Box::new(sessions), origin)))
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use crossbeam::channel::{Receiver, Sender};
 use hat_core::device::{DeviceConfig, DeviceCore, PageNamer};
-use hat_core::draft::trained::Trained;
+use hat_core::draft::drafter::Drafter;
 use hat_core::page::pages_for;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_core::wire::{self, BundleFacts};
@@ -15,7 +15,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::random::SystemRandom;
 
 use super::run::Device;
-use super::{Described, Submission, Shared, open_bundle, trained};
+use super::{Described, Submission, Shared, open_bundle, load_drafter};
 use crate::config::{self, CloudAddress, EngineConfig};
 use crate::{Error, endpoint, processor, watch};
 
@@ -24,7 +24,7 @@ pub(super) struct Start {
     pub(super) config: EngineConfig,
     pub(super) facts: BundleFacts,
     pub(super) model: Box<dyn DeviceForward>,
-    pub(super) trained: Option<Box<dyn Trained>>,
+    pub(super) drafter: Option<Box<dyn Drafter>>,
     pub(super) shared: Arc<Shared>,
     pub(super) incoming: Receiver<Submission>,
     pub(super) watch: watch::Start,
@@ -67,8 +67,8 @@ impl Start {
     }
 
     /// Description of the present backends.
-    pub(super) fn describe(&self, drafter: Option<&dyn Trained>) -> Described {
-        let drafter = drafter.map(Trained::describe);
+    pub(super) fn describe(&self, drafter: Option<&dyn Drafter>) -> Described {
+        let drafter = drafter.map(Drafter::describe);
         Described { device: self.model.describe(), drafter }
     }
 
@@ -86,7 +86,7 @@ impl Start {
             unreachable!("a cloud in this process has been started and has an address")
         };
         let address = config::remote(cloud)?;
-        let drafter = self.trained.take();
+        let drafter = self.drafter.take();
         let (config, facts) = (&self.config, &self.facts);
         let secret = match config.prefix_secret {
             Some(known) => known,
@@ -124,8 +124,8 @@ impl Start {
     /// drafter that goes with them.
     pub(super) fn load_again(
         &mut self,
-        drafter: Option<Box<dyn Trained>>,
-    ) -> Result<Option<Box<dyn Trained>>, Error> {
+        drafter: Option<Box<dyn Drafter>>,
+    ) -> Result<Option<Box<dyn Drafter>>, Error> {
         let config = &self.config;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         if *bundle.model_id().as_bytes() != self.facts.model_id {
@@ -138,7 +138,7 @@ impl Start {
         if drafter.as_ref().is_some_and(|drafter| drafter.arithmetic_id() == ARITHMETIC_CPU) {
             return Ok(drafter);
         }
-        let loaded = trained(config, &bundle, split_layer, ARITHMETIC_CPU);
+        let loaded = load_drafter(config, &bundle, split_layer, ARITHMETIC_CPU);
         let loaded = loaded.map(|found| found.map(|(drafter, _)| drafter));
         Ok(loaded.unwrap_or_else(|error| {
             tracing::warn!(%error, "requests go on without the trained drafter");

@@ -15,7 +15,7 @@ use files::gguf::Gguf;
 use hat_engine::options::Drafters;
 use hat_engine::{Engine, EngineConfig};
 use hat_loader::bundle::{MANIFEST, TOKENIZER, TOKENIZER_CONFIG};
-use hat_loader::{AdapterKind, DType, Role, SourceModel, TinyModel, generated};
+use hat_loader::{DrafterArchitecture, DType, Role, SourceModel, TinyModel, generated};
 use hat_program::out;
 use hat_program::pull::models::{Cut, Model};
 
@@ -389,16 +389,16 @@ fn a_bundle_finds_its_drafter_by_model_and_split() {
     };
     let file = |name: &str| directory.path().join(name);
     fs::write(file("0-bad.safetensors"), "no drafter").unwrap();
-    write_noise(&other.path, AdapterKind::Layer, 1, &file("1-other-model.safetensors"));
-    write_noise(&bundles.path, AdapterKind::Layer, 2, &file("2-other-split.safetensors"));
+    write_noise(&other.path, DrafterArchitecture::Layer, 1, &file("1-other-model.safetensors"));
+    write_noise(&bundles.path, DrafterArchitecture::Layer, 2, &file("2-other-split.safetensors"));
     fs::write(file("3.txt"), "no file of ours").unwrap();
     assert_eq!(origin(1), None);
-    write_noise(&bundles.path, AdapterKind::Layer, 1, &file("4-right.safetensors"));
+    write_noise(&bundles.path, DrafterArchitecture::Layer, 1, &file("4-right.safetensors"));
     assert_eq!(origin(1), Some(file("4-right.safetensors").display().to_string()));
     assert_eq!(origin(2), Some(file("2-other-split.safetensors").display().to_string()));
     // The bundle's own comes first, where it fits.
     let device = bundles.path.join(Role::Device.name());
-    hat_loader::add_adapter(&device, &file("4-right.safetensors")).unwrap();
+    hat_loader::add_drafter(&device, &file("4-right.safetensors")).unwrap();
     assert_eq!(origin(1).as_deref(), Some("in the bundle"));
     assert_eq!(origin(2), Some(file("2-other-split.safetensors").display().to_string()));
 }
@@ -411,7 +411,7 @@ fn a_drafter_of_another_model_is_left_out_without_a_word() {
     let place = Place::new();
     let drafters = place.cache.join("drafters");
     fs::create_dir_all(&drafters).unwrap();
-    write_noise(&other.path, AdapterKind::Layer, 1, &drafters.join("other.safetensors"));
+    write_noise(&other.path, DrafterArchitecture::Layer, 1, &drafters.join("other.safetensors"));
     let (_, said) = place.answer(&bundles.path);
     assert!(!said.contains("left out"), "{said}");
     fs::write(drafters.join("bad.safetensors"), "no drafter").unwrap();

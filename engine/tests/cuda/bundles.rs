@@ -8,7 +8,7 @@ use super::*;
 use crate::support::drafter::add_noise_at;
 
 /// Models that launch every product and heads of two sizes, each with a kind of drafter.
-fn models() -> [(TinyModel, AdapterKind); 5] {
+fn models() -> [(TinyModel, DrafterArchitecture); 5] {
     let wide = |dtype| TinyModel {
         head_dim: 128,
         hidden: 256,
@@ -22,11 +22,11 @@ fn models() -> [(TinyModel, AdapterKind); 5] {
     let narrow =
         |dtype| TinyModel { head_dim: 64, hidden: 64, heads: 3, kv_heads: 1, ..wide(dtype) };
     [
-        (narrow(DType::Q4_1), AdapterKind::Deep),
-        (narrow(DType::F16), AdapterKind::Deep),
-        (narrow(DType::Q4_0), AdapterKind::Layer),
-        (wide(DType::Q8_0), AdapterKind::Paper),
-        (wide(DType::Q6K), AdapterKind::Deep),
+        (narrow(DType::Q4_1), DrafterArchitecture::Deep),
+        (narrow(DType::F16), DrafterArchitecture::Deep),
+        (narrow(DType::Q4_0), DrafterArchitecture::Layer),
+        (wide(DType::Q8_0), DrafterArchitecture::Paper),
+        (wide(DType::Q6K), DrafterArchitecture::Deep),
     ]
 }
 

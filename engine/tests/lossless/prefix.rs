@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, LinkKind, SamplerConfig};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
-use hat_loader::AdapterKind;
+use hat_loader::DrafterArchitecture;
 
 use super::drafts::{few, whole};
 use super::support::drafter::add_noise;
@@ -100,7 +100,7 @@ fn held_pages_change_nothing_in_any_codec_cut_or_draft() {
 fn held_pages_change_nothing_for_a_trained_drafter() {
     let bundles = Bundles::generated(1, 0);
     let conversation = conversation(&bundles, Codec::default());
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     for mode in DraftMode::ALL {
         let config = EngineConfig::new(bundles.path.join("device"));
         let engine = Engine::open(config).unwrap();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hat_emulator::{Emulator, EmulatorConfig};
 use hat_engine::options::{Codec, DraftMode};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
-use hat_loader::AdapterKind;
+use hat_loader::DrafterArchitecture;
 
 use super::assert_same;
 use super::drafts::{request, requests, whole};
@@ -46,7 +46,7 @@ fn every_draft_mode_says_the_same_over_a_slow_link() {
     let requests: Vec<Request> =
         requests().into_iter().map(|request| request.max_tokens(24)).collect();
     let whole = whole(&bundles, 1, Codec::default(), &requests);
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let (_cloud, link) = far_cloud(&bundles, |_| {});
     let config = || EngineConfig::new(bundles.path.join("device"));
     for mode in DraftMode::ALL {
@@ -76,7 +76,7 @@ fn drafts_over_a_link_that_breaks_say_the_same() {
     let bundles = Bundles::generated(1, 1);
     let requests = requests();
     let whole = whole(&bundles, 1, Codec::default(), &requests);
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let (_cloud, link) = far_cloud(&bundles, |config| {
         config.cut.every = Some(Duration::from_millis(120));
         config.cut.away = Duration::from_millis(5);
@@ -148,7 +148,7 @@ fn verdicts_for_cancelled_requests_harm_nobody() {
     let bundles = Bundles::generated(1, 0);
     let requests = [request(Default::default())];
     let whole = whole(&bundles, 1, Codec::default(), &requests);
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let (cloud, link) = far_cloud(&bundles, |_| {});
     let config = EngineConfig::new(bundles.path.join("device"));
     let engine = Engine::open(config.cloud(link.address().to_string())).unwrap();
@@ -181,7 +181,7 @@ fn waves_that_are_void_before_their_step_are_dropped() {
     let requests: Vec<Request> =
         requests().into_iter().map(|request| request.max_tokens(24)).take(8).collect();
     let whole = whole(&bundles, 1, Codec::default(), &requests);
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let mut config = CloudConfig::new(bundles.path.join("cloud"));
     config.limits.step_rows_max = 40;
     let cloud = steps::cloud(config, || std::thread::sleep(Duration::from_millis(3)));

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 use hat_compute::DeviceModel;
 use hat_compute::open as processor;
 use hat_core::draft::Source;
-use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use hat_core::draft::tree::Guess;
 use hat_core::page::pages_for;
 use hat_engine::options::{Codec, DraftMode, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
-use hat_loader::AdapterKind;
+use hat_loader::DrafterArchitecture;
 use hat_plan::BackendFault;
 
 use super::drafts::{few, request, whole};
@@ -49,7 +49,7 @@ struct StandIn {
     fails: Option<(usize, bool)>,
 }
 
-impl Trained for StandIn {
+impl Drafter for StandIn {
     fn describe(&self) -> String {
         "a stand-in".into()
     }
@@ -112,7 +112,7 @@ impl Trained for StandIn {
         seen.asked += 1;
         if self.fails.is_some_and(|(at, _)| at == seen.asked) {
             // What a lost backend says is no number.
-            let guess = Guess { token: 1, probability: f32::NAN, source: Source::adapter(0, 0.5) };
+            let guess = Guess { token: 1, probability: f32::NAN, source: Source::of_model(0, 0.5) };
             guesses.extend(rows.new_nodes().map(|node| (node, guess)));
             return;
         }
@@ -148,7 +148,7 @@ impl Trained for StandIn {
             let tokens = [first % 512, right, 5, 6];
             let likely = tokens.into_iter().zip([0.6, 0.25, 0.1, 0.05]).take(width);
             for (rank, (token, probability)) in likely.enumerate() {
-                let source = Source::adapter(rank, probability);
+                let source = Source::of_model(rank, probability);
                 guesses.push((node, Guess { token, probability, source }));
             }
         }
@@ -182,7 +182,7 @@ fn engine_failing(
     let seen = Arc::new(Mutex::new(Seen::default()));
     let script = [long_prompt(75), answer.token_ids.clone()].concat();
     let stand_in = StandIn { script, seen: seen.clone(), fails };
-    let trained: Box<dyn Trained> = Box::new(stand_in);
+    let trained: Box<dyn Drafter> = Box::new(stand_in);
     (Engine::serve_drafting(config, &half, Box::new(model), Some(trained)).unwrap(), seen)
 }
 
@@ -272,7 +272,7 @@ fn a_drafter_that_fails_changes_nothing() {
 /// The drafter of the bundle, as `Engine::open` loads it; here it is hopeless.
 #[test]
 fn a_bundles_drafter_changes_nothing() {
-    for kind in AdapterKind::ALL {
+    for kind in DrafterArchitecture::ALL {
         let bundles = Bundles::generated(1, 0);
         let requests = [request(Default::default())];
         let answers = whole(&bundles, 1, Codec::default(), &requests);

@@ -3,26 +3,26 @@
 use std::path::Path;
 
 use hat_loader::layout::quantise_q8_0;
-use hat_loader::{AdapterKind, DType, add_adapter};
+use hat_loader::{DrafterArchitecture, DType, add_drafter};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 
 use super::Bundles;
 
 /// Puts a drafter of noise into the device's half: right by accident alone.
-pub fn add_noise(bundles: &Bundles, kind: AdapterKind) {
+pub fn add_noise(bundles: &Bundles, kind: DrafterArchitecture) {
     add_noise_at(&bundles.path, kind);
 }
 
 /// The same, given the folder of both halves.
-pub fn add_noise_at(bundles: &Path, kind: AdapterKind) {
+pub fn add_noise_at(bundles: &Path, kind: DrafterArchitecture) {
     let file = bundles.join("drafter.safetensors");
     write_noise(bundles, kind, 1, &file);
-    add_adapter(&bundles.join("device"), &file).unwrap();
+    add_drafter(&bundles.join("device"), &file).unwrap();
 }
 
 /// Writes a drafter of noise for the device's half and the rows after `split_layer` layers.
-pub fn write_noise(bundles: &Path, kind: AdapterKind, split_layer: usize, file: &Path) {
+pub fn write_noise(bundles: &Path, kind: DrafterArchitecture, split_layer: usize, file: &Path) {
     let path = bundles.join("device");
     let half = hat_loader::Bundle::open(&path).unwrap();
     let mut state = 1u32;

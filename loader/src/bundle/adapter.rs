@@ -20,14 +20,14 @@ use crate::split::Role;
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 
 /// The format of the file that this crate reads.
-pub const ADAPTER_FORMAT_VERSION: u32 = 1;
+pub const DRAFTER_FORMAT_VERSION: u32 = 1;
 /// Largest file that is read, in bytes.
 const BYTES_MAX: u64 = 1 << 30;
 
 /// Architecture of a drafter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum AdapterKind {
+pub enum DrafterArchitecture {
     /// A decoder layer that reads shallow rows and the deep rows of tokens before.
     Deep,
     /// A decoder layer that reads shallow rows alone.
@@ -36,7 +36,7 @@ pub enum AdapterKind {
     Paper,
 }
 
-impl AdapterKind {
+impl DrafterArchitecture {
     /// All kinds.
     pub const ALL: [Self; 3] = [Self::Deep, Self::Layer, Self::Paper];
 
@@ -86,8 +86,8 @@ impl AdapterKind {
 
 /// A trained drafter, in memory of its own.
 #[derive(Clone)]
-pub struct Adapter {
-    kind: AdapterKind,
+pub struct DrafterFile {
+    kind: DrafterArchitecture,
     split_layer: usize,
     vocabulary: Vec<u32>,
     training: String,
@@ -95,19 +95,19 @@ pub struct Adapter {
     tensors: BTreeMap<String, Tensor>,
 }
 
-impl Adapter {
+impl DrafterFile {
     /// Reads a drafter for the model of the device bundle at `device`.
     ///
     /// # Errors
-    /// The file can't be read or is no drafter for that model; [`BundleError::Adapter`] says why.
+    /// The file can't be read or is no drafter for that model; [`BundleError::DrafterFile`] says why.
     pub fn read(path: &Path, device: &super::Bundle) -> Result<Self, BundleError> {
         Self::from_bytes(path, &read_file(path)?, device.manifest())
     }
 
-    /// As [`Adapter::read`], of the content of a file; `name` is for messages.
+    /// As [`DrafterFile::read`], of the content of a file; `name` is for messages.
     ///
     /// # Errors
-    /// As [`Adapter::read`].
+    /// As [`DrafterFile::read`].
     pub fn of_bytes(
         name: &Path,
         bytes: &[u8],
@@ -122,7 +122,7 @@ impl Adapter {
     /// # Errors
     /// The file is no drafter; `name` is for the message.
     pub fn trained_for(name: &Path, bytes: &[u8]) -> Result<(ModelId, usize), BundleError> {
-        let wrong = |reason: String| BundleError::Adapter { path: name.to_owned(), reason };
+        let wrong = |reason: String| BundleError::Drafter { path: name.to_owned(), reason };
         let (_, texts) = header::read_with_metadata(bytes)
             .map_err(|error| BundleError::Header { path: name.to_owned(), error })?;
         let text =
@@ -142,7 +142,7 @@ impl Adapter {
         let (mut entries, texts) = header::read_with_metadata(bytes)
             .map_err(|error| BundleError::Header { path: path.to_owned(), error })?;
         Self::parse(bytes, &mut entries, &texts, manifest)
-            .map_err(|reason| BundleError::Adapter { path: path.to_owned(), reason })
+            .map_err(|reason| BundleError::Drafter { path: path.to_owned(), reason })
     }
 
     fn parse(
@@ -153,8 +153,8 @@ impl Adapter {
     ) -> Result<Self, String> {
         let text = |name: &str| texts.get(name).ok_or_else(|| format!("it states no {name}"));
         let version = text("format_version")?;
-        if version.parse() != Ok(ADAPTER_FORMAT_VERSION) {
-            let reads = ADAPTER_FORMAT_VERSION;
+        if version.parse() != Ok(DRAFTER_FORMAT_VERSION) {
+            let reads = DRAFTER_FORMAT_VERSION;
             return Err(format!("format_version {version:?}, this program reads {reads}"));
         }
         let (model_id, expected) = (text("model_id")?, manifest.model_id.to_string());
@@ -164,7 +164,7 @@ impl Adapter {
             ));
         }
         let name = text("kind")?;
-        let kind = AdapterKind::ALL.into_iter().find(|kind| kind.name() == name);
+        let kind = DrafterArchitecture::ALL.into_iter().find(|kind| kind.name() == name);
         let kind = kind.ok_or_else(|| format!("kind {name:?} is none of deep, layer, paper"))?;
         let layers = manifest.config.num_hidden_layers;
         let split = text("split_layer")?;
@@ -188,7 +188,7 @@ impl Adapter {
 
     /// Its architecture.
     #[must_use]
-    pub const fn kind(&self) -> AdapterKind {
+    pub const fn kind(&self) -> DrafterArchitecture {
         self.kind
     }
 
@@ -211,7 +211,7 @@ impl Adapter {
         &self.training
     }
 
-    /// A tensor of [`AdapterKind::tensors`], packed as the bundle's own are.
+    /// A tensor of [`DrafterArchitecture::tensors`], packed as the bundle's own are.
     ///
     /// # Errors
     /// The name, if a drafter of this kind has no such tensor.
@@ -228,7 +228,7 @@ impl Adapter {
     /// A tensor in row order.
     ///
     /// # Errors
-    /// As [`Adapter::tensor`].
+    /// As [`DrafterFile::tensor`].
     pub fn rows(&self, name: &str) -> Result<&Tensor, String> {
         self.tensors
             .get(name)
@@ -240,23 +240,23 @@ impl Adapter {
 /// names no drafter while the file is replaced, so the bundle can be opened at any moment.
 ///
 /// # Errors
-/// As [`Adapter::read`]; and if `directory` is no device's bundle, or the disk says no.
-pub fn add_adapter(directory: &Path, file: &Path) -> Result<(), BundleError> {
-    add_adapter_bytes(directory, file, &read_file(file)?)
+/// As [`DrafterFile::read`]; and if `directory` is no device's bundle, or the disk says no.
+pub fn add_drafter(directory: &Path, file: &Path) -> Result<(), BundleError> {
+    add_drafter_bytes(directory, file, &read_file(file)?)
 }
 
-/// As [`add_adapter`], of the content of a file; `name` is for messages.
+/// As [`add_drafter`], of the content of a file; `name` is for messages.
 ///
 /// # Errors
-/// As [`add_adapter`].
-pub fn add_adapter_bytes(directory: &Path, name: &Path, bytes: &[u8]) -> Result<(), BundleError> {
+/// As [`add_drafter`].
+pub fn add_drafter_bytes(directory: &Path, name: &Path, bytes: &[u8]) -> Result<(), BundleError> {
     let mut manifest = read_manifest(directory)?;
     if manifest.role != Role::Device {
         let (path, role) = (directory.to_owned(), manifest.role.name());
         let reason = format!("a drafter belongs to a device's bundle, this is a {role}'s");
         return Err(BundleError::NotABundle { path, reason });
     }
-    Adapter::from_bytes(name, bytes, &manifest)?;
+    DrafterFile::from_bytes(name, bytes, &manifest)?;
     if manifest.files.remove(ADAPTER).is_some() {
         replace_manifest(directory, &manifest)?;
     }

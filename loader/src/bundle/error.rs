@@ -148,7 +148,7 @@ pub enum BundleError {
     },
     /// The file of a trained drafter can't be used.
     #[error("{}: {reason}", path.display())]
-    Adapter {
+    Drafter {
         /// The file.
         path: PathBuf,
         /// Description of the fault.
@@ -258,7 +258,7 @@ mod tests {
             BundleError::TensorMismatch { path: path.clone(), name, expected, got },
             BundleError::MissingTensor { path: path.clone(), name: text() },
             BundleError::UnknownTensor { path: path.clone(), name: text(), role: "device" },
-            BundleError::Adapter { path, reason: text() },
+            BundleError::Drafter { path, reason: text() },
         ]
     }
 

@@ -29,7 +29,7 @@ use crate::source::TokenSettings;
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 
-pub use adapter::{ADAPTER_FORMAT_VERSION, Adapter, AdapterKind, add_adapter, add_adapter_bytes};
+pub use adapter::{DRAFTER_FORMAT_VERSION, DrafterFile, DrafterArchitecture, add_drafter, add_drafter_bytes};
 pub use error::BundleError;
 pub use manifest::{
     ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_OLDEST, FileEntry, MANIFEST, Manifest,
@@ -222,7 +222,7 @@ impl Bundle {
     ///
     /// # Errors
     /// The file can't be read, is not the one that was added, or is no drafter for this model.
-    pub fn adapter(&self) -> Result<Option<Adapter>, BundleError> {
+    pub fn adapter(&self) -> Result<Option<DrafterFile>, BundleError> {
         let Some(entry) = self.manifest.files.get(ADAPTER) else {
             return Ok(None);
         };
@@ -230,7 +230,7 @@ impl Bundle {
         check_size(&path, entry)?;
         let bytes = adapter::read_file(&path)?;
         check_hash(&path, entry, blake3::hash(&bytes))?;
-        Adapter::from_bytes(&path, &bytes, &self.manifest).map(Some)
+        DrafterFile::from_bytes(&path, &bytes, &self.manifest).map(Some)
     }
 
     /// Special tokens and chat template; `None` of a cloud's bundle.

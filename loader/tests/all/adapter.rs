@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use crate::files::bundle::{Written, options, tiny, write};
 use hat_loader::layout::{dequantise_row, quantise_q8_0, unpack_row};
-use hat_loader::{AdapterKind, DType, Role, Weights, add_adapter, generated};
+use hat_loader::{DrafterArchitecture, DType, Role, Weights, add_drafter, generated};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 
 type Parts = (HashMap<String, (Dtype, Vec<usize>, Vec<u8>)>, HashMap<String, String>);
 
 /// A drafter for the model of `written`, matrices in q8_0.
-fn drafter(written: &Written, kind: AdapterKind) -> Parts {
+fn drafter(written: &Written, kind: DrafterArchitecture) -> Parts {
     let device = written.open(Role::Device).unwrap();
     let mut tensors = HashMap::new();
     for (name, shape) in kind.tensors(device.config()) {
@@ -57,9 +57,9 @@ fn a_drafter_is_added_and_read_again() {
     let written = write(&generated(&tiny()), options(2, 0, Weights::Keep));
     let directory = tempfile::tempdir().unwrap();
     assert!(written.open(Role::Device).unwrap().adapter().unwrap().is_none());
-    for kind in AdapterKind::ALL {
+    for kind in DrafterArchitecture::ALL {
         let parts = drafter(&written, kind);
-        add_adapter(&written.path(Role::Device), &save(&parts, directory.path())).unwrap();
+        add_drafter(&written.path(Role::Device), &save(&parts, directory.path())).unwrap();
         let device = written.open(Role::Device).unwrap();
         device.verify().unwrap();
         let adapter = device.adapter().unwrap().unwrap();
@@ -85,7 +85,7 @@ fn a_drafter_is_added_and_read_again() {
 fn what_is_no_drafter_for_this_model_is_refused_and_changes_nothing() {
     let written = write(&generated(&tiny()), options(2, 0, Weights::Keep));
     let directory = tempfile::tempdir().unwrap();
-    let good = drafter(&written, AdapterKind::Deep);
+    let good = drafter(&written, DrafterArchitecture::Deep);
     let text = |name: &'static str, value: &'static str| {
         Box::new(move |(_, texts): &mut Parts| {
             texts.insert(name.to_owned(), value.to_owned());
@@ -125,19 +125,19 @@ fn what_is_no_drafter_for_this_model_is_refused_and_changes_nothing() {
     for (change, named) in changes {
         let mut parts = good.clone();
         change(&mut parts);
-        let text = add_adapter(&device, &save(&parts, directory.path())).unwrap_err().to_string();
+        let text = add_drafter(&device, &save(&parts, directory.path())).unwrap_err().to_string();
         assert!(text.contains("drafter.safetensors") && text.contains(named), "{text}");
     }
     let path = save(&good, directory.path());
     let bytes = std::fs::read(&path).unwrap();
     for keep in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
         std::fs::write(&path, &bytes[..keep]).unwrap();
-        let text = add_adapter(&device, &path).unwrap_err().to_string();
+        let text = add_drafter(&device, &path).unwrap_err().to_string();
         assert!(text.contains("drafter.safetensors"), "{keep}: {text}");
     }
     assert_eq!(std::fs::read(device.join("bundle.json")).unwrap(), before);
     std::fs::write(&path, &bytes).unwrap();
-    let text = add_adapter(&written.path(Role::Cloud), &path).unwrap_err().to_string();
+    let text = add_drafter(&written.path(Role::Cloud), &path).unwrap_err().to_string();
     assert!(text.contains("belongs to a device"), "{text}");
 }
 
@@ -146,8 +146,8 @@ fn a_drafter_that_changed_on_disk_is_refused() {
     let written = write(&generated(&tiny()), options(2, 0, Weights::Keep));
     let directory = tempfile::tempdir().unwrap();
     let device = written.path(Role::Device);
-    let parts = drafter(&written, AdapterKind::Deep);
-    add_adapter(&device, &save(&parts, directory.path())).unwrap();
+    let parts = drafter(&written, DrafterArchitecture::Deep);
+    add_drafter(&device, &save(&parts, directory.path())).unwrap();
     let path = device.join("adapter.safetensors");
     let mut bytes = std::fs::read(&path).unwrap();
     let last = bytes.len() - 1;

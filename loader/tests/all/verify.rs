@@ -9,7 +9,7 @@ use crate::files::write_directory;
 use hat_loader::bundle::{ADAPTER, MANIFEST, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS};
 use hat_loader::{
     Bundle, BundleError, BundleOptions, DType, SourceModel, TinyModel, Verified, Watch, Weights,
-    add_adapter, generated, write_bundles,
+    add_drafter, generated, write_bundles,
 };
 
 /// Limit on a wait that only a hang reaches.
@@ -318,7 +318,7 @@ fn nothing_but_a_regular_file_is_opened() {
     let half = bundles(directory.path()).join("device");
     let path = directory.path().join(ADAPTER);
     let file = path.clone();
-    refuses(&path, move || add_adapter(&half, &file).map_err(|error| error.to_string()));
+    refuses(&path, move || add_drafter(&half, &file).map_err(|error| error.to_string()));
     let path = directory.path().join("model.gguf");
     let file = path.clone();
     let open = |path: &Path| SourceModel::open(path).map(drop).map_err(|error| error.to_string());

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_loader::bundle::check_free;
-use hat_loader::{Adapter, BundleError, BundleOptions, Report, RoleReport, Weights, file};
+use hat_loader::{DrafterFile, BundleError, BundleOptions, Report, RoleReport, Weights, file};
 use hat_program::out::{self, OutError};
 use hat_program::{note, outln, pull};
 
@@ -99,7 +99,7 @@ impl Args {
             let bytes = file::read(path, u64::MAX)
                 .map_err(|error| BundleError::Io { path: path.clone(), error })
                 .context("--adapter")?;
-            Adapter::trained_for(path, &bytes).context("--adapter")?;
+            DrafterFile::trained_for(path, &bytes).context("--adapter")?;
         }
         if !self.is_default() {
             return Ok(());
@@ -120,7 +120,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let device = args.out.join("device");
     let has_drafter = match &args.adapter {
         Some(adapter) => {
-            let added = hat_loader::add_adapter(&device, adapter);
+            let added = hat_loader::add_drafter(&device, adapter);
             added.context("the bundles are written, but without the drafter")?;
             true
         }

@@ -17,7 +17,7 @@
 //! well.
 
 use hat_loader::layout;
-use hat_loader::{Adapter, AdapterKind, Bundle, DType, Layout, Tensor, TensorBytes};
+use hat_loader::{DrafterFile, DrafterArchitecture, Bundle, DType, Layout, Tensor, TensorBytes};
 use hat_plan::{AttendPlan, DraftForward, Likely};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
@@ -81,7 +81,7 @@ impl<B: Backend> DraftModel<B> {
     pub fn new(
         mut backend: B,
         bundle: &Bundle,
-        adapter: &Adapter,
+        adapter: &DrafterFile,
         capacity: usize,
         pages: usize,
     ) -> Result<Self, LoadError> {
@@ -91,14 +91,14 @@ impl<B: Backend> DraftModel<B> {
                 adapter.tensor(name).map_err(|reason| LoadError::bundle(bundle, reason))?;
             Ok(backend.weight(&tensor)?)
         };
-        let is_paper = adapter.kind() == AdapterKind::Paper;
+        let is_paper = adapter.kind() == DrafterArchitecture::Paper;
         let layer = DecoderLayer::of(&mut take, false, !is_paper)?;
         let around = match adapter.kind() {
-            AdapterKind::Paper => None,
+            DrafterArchitecture::Paper => None,
             kind => Some(Around {
                 shallow_proj: take("shallow_proj.weight")?,
                 deep: match kind {
-                    AdapterKind::Deep => {
+                    DrafterArchitecture::Deep => {
                         Some((take("deep_proj.weight")?, take("out_deep_proj.weight")?))
                     }
                     _ => None,

@@ -7,7 +7,7 @@ use super::request::Request;
 use crate::draft::DraftMode;
 use crate::draft::foresee::Draw;
 use crate::draft::policy::Asking;
-use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
+use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::sequence::PENDING_ROWS_MAX;
 use hat_plan::BackendFault;
 
@@ -66,7 +66,7 @@ impl Request {
 
     /// Lets the trained drafter take the decided rows that it has not: the tree's that were right,
     /// then those at the front of the rows at hand. Returns true if there were any.
-    pub(super) fn feed(&mut self, drafter: Option<&mut Box<dyn Trained>>, cx: &Common) -> bool {
+    pub(super) fn feed(&mut self, drafter: Option<&mut Box<dyn Drafter>>, cx: &Common) -> bool {
         let hidden_size = cx.facts.hidden_size;
         let Self { path, drafting, session, .. } = self;
         let Some(open) = session.open_mut() else { return false };
@@ -118,7 +118,7 @@ impl Request {
     /// The drafter's backend did not compute.
     pub(super) fn propose(
         &mut self,
-        drafter: Option<&mut Box<dyn Trained>>,
+        drafter: Option<&mut Box<dyn Drafter>>,
         cx: &mut Common,
     ) -> Result<(), BackendFault> {
         let Some(drafter) = drafter.filter(|_| self.asks()) else { return Ok(()) };

@@ -46,7 +46,7 @@ use self::work::Computations;
 pub use self::work::{DeviceWork, DraftWork, Verdict};
 use crate::answer::{Answer, Prepared};
 use crate::chunk::ChunkPolicy;
-use crate::draft::trained::Trained;
+use crate::draft::drafter::Drafter;
 use crate::draft::{DraftMode, DraftPolicy, Lookup};
 use crate::error::RequestError;
 use crate::estimate::Estimates;
@@ -149,7 +149,7 @@ pub struct DeviceCore {
     first_to_send: RequestId,
     pages: Pages,
     /// The trained drafter; it computes only within [`work::DeviceWork::run`].
-    pub drafter: Option<Box<dyn Trained>>,
+    pub drafter: Option<Box<dyn Drafter>>,
     cx: Common,
     cloud: Cloud,
     way: Way,
@@ -169,7 +169,7 @@ impl DeviceCore {
         bundle: &BundleFacts,
         vocab_size: usize,
         namer: Option<PageNamer>,
-        drafter: Option<Box<dyn Trained>>,
+        drafter: Option<Box<dyn Drafter>>,
     ) -> Self {
         Self {
             requests: BTreeMap::new(),
@@ -254,7 +254,7 @@ impl DeviceCore {
     }
 
     /// Other layers compute from now on, in another arithmetic, and maybe another drafter.
-    pub fn handle_model(&mut self, arithmetic_id: u32, drafter: Option<Box<dyn Trained>>) {
+    pub fn handle_model(&mut self, arithmetic_id: u32, drafter: Option<Box<dyn Drafter>>) {
         self.pages.computes_in(arithmetic_id);
         // Times of one processor say nothing of another's.
         self.cx.learned.forget_times();

@@ -19,9 +19,9 @@ use hat_transport::random::SeededRandom;
 use super::work::{DeviceWork, Verdict};
 use super::*;
 use crate::answer::EndTokens;
-use crate::draft::trained::{Decided, Drafted, SessionId};
+use crate::draft::drafter::{Decided, Drafted, SessionId};
 use crate::draft::tree::Guess;
-use crate::draft::{Drafter, Source};
+use crate::draft::{DrafterKind, Source};
 use crate::request::Request as Asked;
 use crate::wire;
 
@@ -160,7 +160,7 @@ struct Guesser {
     sessions: BTreeMap<SessionId, (u32, bool)>,
 }
 
-impl Trained for Guesser {
+impl Drafter for Guesser {
     fn describe(&self) -> String {
         "a rule".into()
     }
@@ -201,7 +201,7 @@ impl Trained for Guesser {
             let said = [(next(token), 0.7), (next(next(token)), 0.2)];
             for (class, (token, probability)) in said.into_iter().enumerate().take(width) {
                 let class = u8::try_from(class).unwrap();
-                let source = Source { drafter: Drafter::Adapter, class };
+                let source = Source { drafter: DrafterKind::Model, class };
                 guesses.push((at, Guess { token, probability, source }));
             }
         }

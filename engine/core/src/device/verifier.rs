@@ -201,11 +201,11 @@ impl Verifier {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::draft::Drafter;
+    use crate::draft::DrafterKind;
 
     fn verifier() -> Verifier {
         let mut verifier = Verifier::default();
-        let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
+        let source = Some(Source { drafter: DrafterKind::Lookup, class: 0 });
         verifier.push(10, 9, 5, None, 1);
         verifier.push(11, 10, 6, source, 1);
         verifier.push(12, 10, 7, source, 1);
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn verification_begins_anew_at_its_cursor() {
         let mut verifier = verifier();
-        let source = Some(Source { drafter: Drafter::Lookup, class: 0 });
+        let source = Some(Source { drafter: DrafterKind::Lookup, class: 0 });
         verifier.begin_batch();
         verifier.push(14, 13, 9, source, 1);
         verifier.push(15, 11, 9, source, 1);

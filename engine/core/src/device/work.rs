@@ -16,7 +16,7 @@ use super::select;
 use super::verify::{Head, TailRows};
 use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
-use crate::draft::trained::Trained;
+use crate::draft::drafter::Drafter;
 use hat_plan::DeviceForward;
 use hat_plan::{AttendPlan, BackendFault, RowMove, TokenId};
 
@@ -73,7 +73,7 @@ pub enum Verdict<'a> {
 
 /// Decided rows for the trained drafter to take, or nodes below which it guesses.
 pub struct DraftWork<'a> {
-    drafter: Option<&'a mut Box<dyn Trained>>,
+    drafter: Option<&'a mut Box<dyn Drafter>>,
     request: &'a mut Request,
     cx: &'a mut Common,
     guesses: bool,

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use hat_plan::TokenId;
 
 use super::tree::Guess;
-use super::{CLASSES, Drafter, Source};
+use super::{CLASSES, DrafterKind, Source};
 
 /// Longest run of tokens that is indexed.
 const NGRAM_MAX: usize = 3;
@@ -162,7 +162,7 @@ fn key(run: &[TokenId]) -> [TokenId; NGRAM_MAX] {
 fn source(rank: usize, matched: usize) -> Source {
     let class = matched.clamp(1, MATCH_MAX) - 1 + if rank == 0 { 0 } else { MATCH_MAX };
     debug_assert!(class < CLASSES);
-    Source { drafter: Drafter::Lookup, class: u8::try_from(class).expect("few classes") }
+    Source { drafter: DrafterKind::Lookup, class: u8::try_from(class).expect("few classes") }
 }
 
 #[cfg(test)]

@@ -16,34 +16,34 @@ pub mod lookup;
 mod mode;
 pub mod policy;
 mod sessions;
-pub mod trained;
+pub mod drafter;
 pub mod tree;
 
 pub use lookup::Lookup;
 pub use mode::DraftMode;
 pub use policy::{Acceptance, DraftPolicy};
-pub use sessions::DraftSessions;
+pub use sessions::ModelDrafter;
 pub use tree::{Node, Tree};
 
 /// Drafter that proposed a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Drafter {
+pub enum DrafterKind {
     /// [`Lookup`]: what followed the same words before.
     Lookup,
     /// [`trained`]: a small model.
-    Adapter,
+    Model,
 }
 
-impl Drafter {
+impl DrafterKind {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Lookup, Self::Adapter];
+    pub const ALL: [Self; 2] = [Self::Lookup, Self::Model];
 
     /// The name in JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
-            Self::Adapter => "adapter",
+            Self::Model => "adapter",
         }
     }
 }
@@ -52,7 +52,7 @@ impl Drafter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source {
     /// The drafter.
-    pub drafter: Drafter,
+    pub drafter: DrafterKind,
     /// Class of the drafter's confidence, `0..CLASSES`.
     pub class: u8,
 }
@@ -64,10 +64,10 @@ impl Source {
     /// A proposal of the trained drafter, which says itself how probable it is: alike are those
     /// of like probability, first choices and others apart.
     #[must_use]
-    pub fn adapter(rank: usize, probability: f32) -> Self {
+    pub fn of_model(rank: usize, probability: f32) -> Self {
         let bin = (probability.clamp(0.0, 1.0) * BINS as f32) as usize;
         let class = bin.min(BINS - 1) + if rank == 0 { 0 } else { BINS };
-        Self { drafter: Drafter::Adapter, class: u8::try_from(class).expect("few classes") }
+        Self { drafter: DrafterKind::Model, class: u8::try_from(class).expect("few classes") }
     }
 }
 

@@ -9,7 +9,7 @@
 
 use super::lookup::BRANCHES_MAX;
 use super::tree::Guess;
-use super::{BINS, CLASSES, Drafter, Source};
+use super::{BINS, CLASSES, DrafterKind, Source};
 use crate::estimate::{Average, Estimator};
 use crate::sequence::PENDING_ROWS_MAX;
 
@@ -133,7 +133,7 @@ impl Asking {
 /// Shares of guesses that were right, by drafter and class.
 #[derive(Clone, Debug)]
 pub struct Acceptance {
-    rates: [[f32; CLASSES]; Drafter::ALL.len()],
+    rates: [[f32; CLASSES]; DrafterKind::ALL.len()],
 }
 
 impl Default for Acceptance {
@@ -294,7 +294,7 @@ mod tests {
     fn what_the_trained_drafter_claims_is_corrected() {
         let mut acceptance = Acceptance::default();
         let guess = |rank, probability| {
-            let source = Source::adapter(rank, probability);
+            let source = Source::of_model(rank, probability);
             Guess { token: 1, probability, source }
         };
         assert_eq!(acceptance.corrected(&guess(0, 0.55)), 0.55);
@@ -305,14 +305,14 @@ mod tests {
         assert!((0.15..0.25).contains(&corrected), "{corrected}");
         assert!(acceptance.corrected(&guess(0, 0.6)) > corrected);
         assert_eq!(acceptance.corrected(&guess(1, 0.55)), 0.55, "another class");
-        assert_eq!(Source::adapter(0, 1.0).class, 7);
-        assert_eq!(Source::adapter(3, 0.0).class, 8);
+        assert_eq!(Source::of_model(0, 1.0).class, 7);
+        assert_eq!(Source::of_model(3, 0.0).class, 8);
     }
 
     #[test]
     fn acceptance_moves_towards_what_is_seen() {
         let mut acceptance = Acceptance::default();
-        let source = |class| Source { drafter: Drafter::Lookup, class };
+        let source = |class| Source { drafter: DrafterKind::Lookup, class };
         let before = acceptance.rate(source(2));
         (0..500).for_each(|_| acceptance.note(source(2), false));
         assert!(acceptance.rate(source(2)) < 0.01);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::draft::Source;
 use crate::draft::foresee::SHORTLIST;
-use crate::draft::trained::{Decided, Drafted, SessionId, Trained};
+use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::draft::tree::Guess;
 use crate::page::{PagePool, pages_for};
 use crate::prefix::{PageId, PrefixCache, PrefixScope};
@@ -13,7 +13,7 @@ use hat_plan::{BackendFault, TokenId};
 use hat_plan::{DraftForward, Likely};
 
 /// A [`DraftForward`] over the sessions of a device.
-pub struct DraftSessions {
+pub struct ModelDrafter {
     model: Box<dyn DraftForward>,
     hidden_size: usize,
     step_rows_max: usize,
@@ -48,7 +48,7 @@ struct Session {
     ids: Vec<u32>,
 }
 
-impl DraftSessions {
+impl ModelDrafter {
     /// Sessions of a model whose KV store has `pages` pages and whose steps take `step_rows_max`
     /// rows.
     pub fn new(
@@ -94,7 +94,7 @@ impl DraftSessions {
     }
 }
 
-impl DraftSessions {
+impl ModelDrafter {
     /// Runs the new nodes of one depth: what was said for their parents is known by now.
     fn guess_level(&mut self, session: SessionId, rows: &Drafted<'_>, depth: u32) {
         let Self { model, hidden_size, plan, level, sessions, .. } = self;
@@ -138,7 +138,7 @@ impl DraftSessions {
     }
 }
 
-impl Trained for DraftSessions {
+impl Drafter for ModelDrafter {
     fn describe(&self) -> String {
         let reads = if self.model.reads_deep() { "shallow and deep rows" } else { "shallow rows" };
         format!("a trained layer that reads {reads}; {}", self.model.describe())
@@ -235,7 +235,7 @@ impl Trained for DraftSessions {
             }
             for (rank, (token, probability)) in self.shortlist.iter().take(width).enumerate() {
                 let (token, probability) = (*token, *probability);
-                let source = Source::adapter(rank, probability);
+                let source = Source::of_model(rank, probability);
                 guesses.push((node, Guess { token, probability, source }));
             }
         }

@@ -214,10 +214,10 @@ impl Eq for Candidate {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::draft::Drafter;
+    use crate::draft::DrafterKind;
 
     fn branch(class: u8, tokens: &[(TokenId, f32)]) -> Vec<Guess> {
-        let source = Source { drafter: Drafter::Lookup, class };
+        let source = Source { drafter: DrafterKind::Lookup, class };
         tokens.iter().map(|&(token, probability)| Guess { token, probability, source }).collect()
     }
 

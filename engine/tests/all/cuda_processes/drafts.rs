@@ -1,6 +1,6 @@
 //! The trained drafter beside the device's layers on the GPU: it decides no text there either.
 
-use hat_loader::AdapterKind;
+use hat_loader::DrafterArchitecture;
 use serde_json::Value;
 
 use super::lost::DeviceProcess;
@@ -19,7 +19,7 @@ fn a_drafter_on_the_gpu_changes_nothing() {
         object(&driver.generate(&bundles.path, &more).output().unwrap())
     };
     // Drafters know nothing of each other's bundles; the model is one.
-    let bundles = AdapterKind::ALL.map(|kind| {
+    let bundles = DrafterArchitecture::ALL.map(|kind| {
         let bundles = Bundles::with_kernels();
         add_noise(&bundles, kind);
         (kind, bundles)
@@ -28,12 +28,12 @@ fn a_drafter_on_the_gpu_changes_nothing() {
         (
             greedy,
             &[
-                (AdapterKind::Deep, "tree"),
-                (AdapterKind::Layer, "chain"),
-                (AdapterKind::Paper, "tree"),
+                (DrafterArchitecture::Deep, "tree"),
+                (DrafterArchitecture::Layer, "chain"),
+                (DrafterArchitecture::Paper, "tree"),
             ][..],
         ),
-        (seeded, &[(AdapterKind::Deep, "chain"), (AdapterKind::Layer, "tree")][..]),
+        (seeded, &[(DrafterArchitecture::Deep, "chain"), (DrafterArchitecture::Layer, "tree")][..]),
     ] {
         let whole = run(&bundles[0].1, sampler, &["--whole"]);
         for (kind, mode) in modes {
@@ -54,7 +54,7 @@ fn a_drafter_on_the_gpu_changes_nothing() {
 fn a_drafter_follows_its_device() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     for (kind, processor, backend) in [
         ("", "cuda", "deep rows; cuda: "),
         ("", "auto", "deep rows; cpu"),
@@ -83,7 +83,7 @@ fn a_drafter_follows_its_device() {
 fn a_drafter_without_room_on_the_gpu_takes_the_cpu() {
     let Some(folder) = driver() else { return };
     let bundles = Bundles::with_kernels();
-    add_noise(&bundles, AdapterKind::Deep);
+    add_noise(&bundles, DrafterArchitecture::Deep);
     let cloud = Driver::new(&folder, "");
     let cloud = super::CloudProcess::start(&cloud, &bundles.path, &[]).unwrap();
     let more = ["--processor", "cuda", "--cloud", &cloud.address];

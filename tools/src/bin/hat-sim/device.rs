@@ -9,7 +9,7 @@ use hat_core::answer::{Answer, EndTokens, Prepared};
 use hat_core::device::{
     DeviceConfig, DeviceCore, DeviceWork, Inbound, PageNamer, RequestEvent, RequestId, Verdict,
 };
-use hat_core::draft::trained::Trained;
+use hat_core::draft::drafter::Drafter;
 use hat_core::request::{Event as Said, Request as Asked};
 use hat_core::wire::{self, BundleFacts};
 use hat_engine::options::DeviceLimits;
@@ -123,7 +123,7 @@ impl Device {
         let drafter = (policy.guesser != Guesser::Nobody).then(|| {
             let (texts, policy, desk) = (texts.clone(), policy.clone(), desk.clone());
             let sessions = BTreeMap::new();
-            Box::new(Modelled { texts, policy, costs, desk, sessions, next: 0 }) as Box<dyn Trained>
+            Box::new(Modelled { texts, policy, costs, desk, sessions, next: 0 }) as Box<dyn Drafter>
         });
         let now = queue.instant();
         let hello =

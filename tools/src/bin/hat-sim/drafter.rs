@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use hat_core::draft::tree::{Guess, Node};
 use hat_core::prefix::PageId;
 use hat_plan::TokenId;
@@ -114,7 +114,7 @@ impl Modelled {
     }
 }
 
-impl Trained for Modelled {
+impl Drafter for Modelled {
     fn describe(&self) -> String {
         "a drafter that is modelled".to_owned()
     }

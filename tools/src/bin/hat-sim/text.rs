@@ -103,7 +103,7 @@ impl Opinion {
         (0..self.width.min(width)).map(move |rank| Guess {
             token: if right == Some(rank) { right_token } else { wrong(parent, rank) },
             probability: probabilities[rank] as f32,
-            source: Source::adapter(rank, probabilities[rank] as f32),
+            source: Source::of_model(rank, probabilities[rank] as f32),
         })
     }
 }

@@ -121,7 +121,7 @@ fn guesses_that_were_held_back_are_tested() {
         while bed.step() {}
         bed.answer();
     }
-    let source = Source { drafter: Drafter::Adapter, class: 3 };
+    let source = Source { drafter: DrafterKind::Model, class: 3 };
     let rate = |bed: &Bed| bed.core.cx.learned.acceptance.rate(source);
     let request = bed.core.requests.values_mut().next().expect("it runs");
     let last = *request.path.tokens.last().expect("it has a prompt");

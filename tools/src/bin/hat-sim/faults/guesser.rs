@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use hat_core::draft::Source;
-use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use hat_core::draft::tree::Guess;
 use hat_plan::{BackendFault, TokenId};
 use hat_transport::message::PageId;
@@ -59,7 +59,7 @@ impl Guesser {
     }
 }
 
-impl Trained for Guesser {
+impl Drafter for Guesser {
     fn describe(&self) -> String {
         "a guesser".to_owned()
     }
@@ -145,7 +145,7 @@ impl Trained for Guesser {
             self.check(numbers, of_node[self.split - 1], "drafted", whole.position() - 1);
             for (rank, token) in self.guesses(&of_node).into_iter().take(width).enumerate() {
                 let probability = self.random.below(1000) as f32 / 1000.0;
-                let source = Source::adapter(rank, probability);
+                let source = Source::of_model(rank, probability);
                 guesses.push((index, Guess { token, probability, source }));
             }
         }

@@ -5,13 +5,13 @@ use anyhow::Context as _;
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use hat_compute::{DraftModel, open};
-use hat_core::draft::trained::{Decided, Drafted, Trained as _};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter as _};
 use hat_core::draft::tree::Guess;
-use hat_core::draft::{DraftSessions, Node, Source};
+use hat_core::draft::{ModelDrafter, Node, Source};
 use hat_core::page::pages_for;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_engine::options::Processor;
-use hat_loader::{Adapter, AdapterKind, Bundle};
+use hat_loader::{DrafterFile, DrafterArchitecture, Bundle};
 
 use super::play::Guesses;
 use crate::shard::Recording;
@@ -25,7 +25,7 @@ const ROWS_MAX: usize = 256;
 
 /// A trained drafter over recordings.
 pub(crate) struct Guesser {
-    drafter: DraftSessions,
+    drafter: ModelDrafter,
     hidden_size: usize,
     vocabulary: usize,
     /// Draft steps that say something of their own.
@@ -34,16 +34,16 @@ pub(crate) struct Guesser {
 
 impl Guesser {
     /// The drafter of a file, for recordings of at most `rows` positions.
-    pub(crate) fn new(adapter: &Adapter, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
+    pub(crate) fn new(adapter: &DrafterFile, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
         let pages = pages_for(rows + PENDING_ROWS_MAX);
         let model =
             DraftModel::new(open::cpu(Processor::Auto, 1)?, device, adapter, ROWS_MAX, pages)?;
         let hidden_size = device.config().hidden_size;
         Ok(Self {
-            drafter: DraftSessions::new(Box::new(model), hidden_size, ROWS_MAX, pages),
+            drafter: ModelDrafter::new(Box::new(model), hidden_size, ROWS_MAX, pages),
             hidden_size,
             vocabulary: adapter.vocabulary().len(),
-            steps: if adapter.kind() == AdapterKind::Deep { DEPTH_MAX } else { 1 },
+            steps: if adapter.kind() == DrafterArchitecture::Deep { DEPTH_MAX } else { 1 },
         })
     }
 
@@ -100,7 +100,7 @@ fn best(found: &[(usize, Guess)], temperature: f32) -> Vec<Guess> {
     let sum: f32 = found.iter().map(|(_, guess)| other(guess)).sum();
     let best = best.enumerate().map(|(rank, guess)| {
         let probability = other(&guess) / sum;
-        Guess { probability, source: Source::adapter(rank, probability), ..guess }
+        Guess { probability, source: Source::of_model(rank, probability), ..guess }
     });
     best.collect()
 }

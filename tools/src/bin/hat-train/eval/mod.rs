@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use hat_core::draft::DraftPolicy;
-use hat_loader::{Adapter, Bundle};
+use hat_loader::{DrafterFile, Bundle};
 use hat_program::outln;
 use hat_tools::plot::{self, Captions};
 use indicatif::ProgressBar;
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let shape = DraftPolicy { width: args.width, level_nodes: args.level, ..DraftPolicy::DEFAULT };
     let device = Bundle::open(&bundle_or_default(args.bundle.as_deref())?.join("device"))?;
     let vocab_size = device.config().vocab_size;
-    let adapter = args.adapter.as_deref().map(|path| Adapter::read(path, &device)).transpose()?;
+    let adapter = args.adapter.as_deref().map(|path| DrafterFile::read(path, &device)).transpose()?;
     if let (Some(adapter), Some(threads)) = (&adapter, args.time) {
         time::print(adapter, &device, threads)?;
     }
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             collection.model_id,
             device.model_id()
         );
-        let layer = adapter.as_ref().map_or(collection.split_layers[0], Adapter::split_layer);
+        let layer = adapter.as_ref().map_or(collection.split_layers[0], DrafterFile::split_layer);
         let recordings = answers(directory, &collection, layer, args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
         let rows = recordings.iter().map(|recording| recording.tokens.len()).max().unwrap_or(0);

@@ -13,7 +13,7 @@ use anyhow::{bail, ensure};
 use hat_core::answer::{Answer, EndTokens, Prepared};
 use hat_core::chunk::ChunkPolicy;
 use hat_core::device::{DeviceConfig, DeviceCore, DeviceWork, Inbound, RequestEvent, Verdict};
-use hat_core::draft::trained::{Decided, Drafted, SessionId, Trained};
+use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use hat_core::draft::tree::Guess;
 use hat_core::draft::{DraftMode, DraftPolicy};
 use hat_core::request::{Metrics, Request};
@@ -165,7 +165,7 @@ impl Player {
     pub(super) fn play(&mut self, trial: &Trial<'_>) -> anyhow::Result<Score> {
         let Trial { prompt, tokens, .. } = *trial;
         self.core.drafter = trial.guesses.clone().map(|guesses| {
-            let drafter: Box<dyn Trained> = Box::new(Recorded { prompt, guesses });
+            let drafter: Box<dyn Drafter> = Box::new(Recorded { prompt, guesses });
             drafter
         });
         let (before, said) = tokens.split_at(prompt);
@@ -305,7 +305,7 @@ struct Recorded {
     guesses: Arc<Guesses>,
 }
 
-impl Trained for Recorded {
+impl Drafter for Recorded {
     fn describe(&self) -> String {
         "recorded guesses".to_owned()
     }
@@ -346,7 +346,7 @@ mod tests {
         let guess = |(rank, &(token, probability)): (usize, &(u32, f32))| Guess {
             token,
             probability,
-            source: Source::adapter(rank, probability),
+            source: Source::of_model(rank, probability),
         };
         list.iter().enumerate().map(guess).collect()
     }

@@ -6,7 +6,7 @@ use hat_compute::DraftModel;
 use hat_compute::open;
 use hat_core::sequence::Sequence;
 use hat_engine::options::Processor;
-use hat_loader::{Adapter, Bundle};
+use hat_loader::{DrafterFile, Bundle};
 use hat_plan::{AttendPlan, DraftForward as _, PAGE_SIZE, PlanBuffers};
 use hat_program::outln;
 
@@ -18,7 +18,7 @@ const RUNS: usize = 41;
 const GUESSES: usize = 8;
 
 /// Prints times of one and of eight rows, with the head.
-pub(super) fn print(adapter: &Adapter, device: &Bundle, threads: usize) -> anyhow::Result<()> {
+pub(super) fn print(adapter: &DrafterFile, device: &Bundle, threads: usize) -> anyhow::Result<()> {
     let bytes = bytes(adapter, device)?;
     let rows_max = CONTEXT.max(8);
     let pages = rows_max.div_ceil(PAGE_SIZE) + 1;
@@ -73,7 +73,7 @@ fn median<B: hat_compute::backend::Backend>(
 }
 
 /// Bytes of the drafter's weights and its rows of the head.
-fn bytes(adapter: &Adapter, device: &Bundle) -> anyhow::Result<usize> {
+fn bytes(adapter: &DrafterFile, device: &Bundle) -> anyhow::Result<usize> {
     let mut bytes = 0;
     for (name, _) in adapter.kind().tensors(device.config()) {
         bytes += adapter.rows(name).map_err(anyhow::Error::msg)?.bytes.len();

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, ensure};
 use candle_core::{DType, Device, Tensor};
 use hat_loader::DType as Stored;
-use hat_loader::bundle::ADAPTER_FORMAT_VERSION;
+use hat_loader::bundle::DRAFTER_FORMAT_VERSION;
 use hat_loader::layout::quantise_q8_0;
 use serde::Serialize;
 
@@ -57,7 +57,7 @@ pub(super) fn write(
     }
     tensors.push(("vocabulary".to_owned(), Tensor::new(vocabulary, &Device::Cpu)?));
     let texts = [
-        ("format_version", ADAPTER_FORMAT_VERSION.to_string()),
+        ("format_version", DRAFTER_FORMAT_VERSION.to_string()),
         ("kind", drafter.kind.name().to_owned()),
         ("model_id", of.0.to_owned()),
         ("split_layer", of.1.to_string()),
@@ -76,7 +76,7 @@ pub(super) mod tests {
     use hat_core::sequence::Sequence;
     use hat_engine::options::Processor;
     use hat_loader::tiny_bundle;
-    use hat_loader::{AdapterKind, Bundle};
+    use hat_loader::{DrafterArchitecture, Bundle};
     use hat_plan::{DraftForward as _, PlanBuffers};
 
     use super::super::data::FinalNorm;
@@ -109,7 +109,7 @@ pub(super) mod tests {
     const VOCABULARY: [u32; 5] = [9, 2, 30, 4, 17];
 
     /// A device bundle with a random drafter of `kind`, and that drafter.
-    fn bundle(directory: &Path, kind: AdapterKind, half: bool) -> (Bundle, Drafter) {
+    fn bundle(directory: &Path, kind: DrafterArchitecture, half: bool) -> (Bundle, Drafter) {
         let device = Bundle::open(&tiny_bundle(directory).unwrap().join("device")).unwrap();
         let mut stream = 0;
         let drafter = Drafter::new(kind, device.config(), |_, shape| {
@@ -129,7 +129,7 @@ pub(super) mod tests {
         let path = directory.join("adapter.safetensors");
         let of = (&*device.model_id().to_string(), 1);
         write(&path, &drafter, of, &VOCABULARY, &training, half).unwrap();
-        hat_loader::add_adapter(device.directory(), &path).unwrap();
+        hat_loader::add_drafter(device.directory(), &path).unwrap();
         (Bundle::open(device.directory()).unwrap(), drafter)
     }
 
@@ -171,7 +171,7 @@ pub(super) mod tests {
     }
 
     /// The engine's drafter against the one that is trained, over a decided path and a tree.
-    fn same_forward(kind: AdapterKind, half: bool, share: f32) {
+    fn same_forward(kind: DrafterArchitecture, half: bool, share: f32) {
         let directory = tempfile::tempdir().unwrap();
         let (device, trained) = bundle(directory.path(), kind, half);
         let config = device.config();
@@ -229,7 +229,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_engine_drafts_what_was_trained() {
-        for kind in AdapterKind::ALL {
+        for kind in DrafterArchitecture::ALL {
             same_forward(kind, true, 0.01);
             same_forward(kind, false, 0.12);
         }
@@ -238,7 +238,7 @@ pub(super) mod tests {
     /// Guesses at each position and depth, as `eval` asks for them, against what is unrolled here.
     #[test]
     fn eval_asks_for_what_training_unrolls() {
-        for kind in AdapterKind::ALL {
+        for kind in DrafterArchitecture::ALL {
             let directory = tempfile::tempdir().unwrap();
             let (device, trained) = bundle(directory.path(), kind, true);
             let config = device.config();
@@ -258,7 +258,7 @@ pub(super) mod tests {
             let head =
                 weight(&device, crate::target::head_name(&device), Some(&VOCABULARY)).unwrap();
             let path = directory.path().join("adapter.safetensors");
-            let adapter = hat_loader::Adapter::read(&path, &device).unwrap();
+            let adapter = hat_loader::DrafterFile::read(&path, &device).unwrap();
             let mut guesser = Guesser::new(&adapter, &device, 15).unwrap();
             for temperature in [1.0, 2.0] {
                 let guesses = guesser.guess(&recording, temperature).unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use candle_core::{DType, Device, Tensor};
-use hat_loader::{AdapterKind, LlamaConfig};
+use hat_loader::{DrafterArchitecture, LlamaConfig};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
@@ -88,7 +88,7 @@ impl Checkpoint {
     /// The drafter and the optimiser's memory.
     pub(super) fn restore(
         &self,
-        kind: AdapterKind,
+        kind: DrafterArchitecture,
         config: &LlamaConfig,
     ) -> anyhow::Result<(Drafter, AdamW)> {
         let path = self.path.display();
@@ -166,7 +166,7 @@ mod tests {
     fn filled(number: f64) -> Drafter {
         let value =
             |_: &str, shape: &[usize]| Ok(Tensor::full(number as f32, shape, &Device::Cpu)?);
-        Drafter::new(AdapterKind::Paper, &config(), value).unwrap()
+        Drafter::new(DrafterArchitecture::Paper, &config(), value).unwrap()
     }
 
     /// Writes a checkpoint after 7 steps, in which each number says where it belongs.
@@ -194,7 +194,7 @@ mod tests {
         let read = Checkpoint::read(&path).unwrap();
         assert_eq!(read.step, 7);
         read.ensure_is_of(&Recipe { shards: 9, ..recipe() }).unwrap();
-        let (found, memory) = read.restore(AdapterKind::Paper, &config()).unwrap();
+        let (found, memory) = read.restore(DrafterArchitecture::Paper, &config()).unwrap();
         assert!(found.params.values().all(|value| is_all(value, 1.0)));
         let mut moments = memory.moments.values();
         assert!(moments.all(|[first, second]| is_all(first, 2.0) && is_all(second, 3.0)));
@@ -209,7 +209,7 @@ mod tests {
         written(&path, &later);
         let read = Checkpoint::read(&path).unwrap();
         read.ensure_is_of(&later).unwrap();
-        assert_eq!(read.restore(AdapterKind::Paper, &config()).unwrap().1.step, 14);
+        assert_eq!(read.restore(DrafterArchitecture::Paper, &config()).unwrap().1.step, 14);
         assert_eq!(read.origin(&recipe()).unwrap().steps(), 14);
     }
 
@@ -228,7 +228,7 @@ mod tests {
             let error = read.origin(&other).unwrap_err().to_string();
             assert!(error.contains("holds a paper drafter after layer 2"), "{error}");
         }
-        let error = read.restore(AdapterKind::Layer, &config()).map(|_| ()).unwrap_err();
+        let error = read.restore(DrafterArchitecture::Layer, &config()).map(|_| ()).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("shallow_proj.weight"), "{error}");
         let bytes = fs::read(&path).unwrap();
@@ -238,7 +238,7 @@ mod tests {
         }
         fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
         let read =
-            Checkpoint::read(&path).and_then(|read| read.restore(AdapterKind::Paper, &config()));
+            Checkpoint::read(&path).and_then(|read| read.restore(DrafterArchitecture::Paper, &config()));
         assert!(read.is_err());
     }
 }

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use hat_loader::layout::{dequantise_row, unpack_row};
-use hat_loader::{AdapterKind, Bundle, LlamaConfig};
+use hat_loader::{DrafterArchitecture, Bundle, LlamaConfig};
 
 pub(super) const W1: &str = "shallow_proj.weight";
 pub(super) const W2: &str = "deep_proj.weight";
@@ -34,7 +34,7 @@ pub(super) type Params = BTreeMap<&'static str, Var>;
 
 /// A drafter that learns.
 pub(super) struct Drafter {
-    pub(super) kind: AdapterKind,
+    pub(super) kind: DrafterArchitecture,
     pub(super) params: Params,
     config: LlamaConfig,
 }
@@ -61,7 +61,7 @@ pub(super) struct Step {
 impl Drafter {
     /// A drafter whose tensors have the values that `value` gives by name and shape.
     pub(super) fn new(
-        kind: AdapterKind,
+        kind: DrafterArchitecture,
         config: &LlamaConfig,
         mut value: impl FnMut(&str, &[usize]) -> anyhow::Result<Tensor>,
     ) -> anyhow::Result<Self> {
@@ -77,7 +77,7 @@ impl Drafter {
     /// Layer `index` of the model where the kind has one, `W1` the identity times `scale`; the
     /// outputs are left for a fit. The paper's attention starts from the layer too.
     pub(super) fn of_model(
-        kind: AdapterKind,
+        kind: DrafterArchitecture,
         bundles: &[&Bundle],
         index: usize,
         scale: f32,

@@ -1,7 +1,7 @@
 //! Loss of a drafter: against the target's distribution and its deep row.
 
 use candle_core::{DType, Device, Result, Tensor};
-use hat_loader::AdapterKind;
+use hat_loader::DrafterArchitecture;
 
 use super::data::draw;
 use super::drafter::{Drafter, Example, linear, log_softmax};
@@ -29,9 +29,9 @@ pub(super) struct StepLoss {
 }
 
 /// Weights of divergence and distance in the loss.
-const fn weights(kind: AdapterKind) -> [f64; 2] {
+const fn weights(kind: DrafterArchitecture) -> [f64; 2] {
     match kind {
-        AdapterKind::Paper => [0.1, 1.0],
+        DrafterArchitecture::Paper => [0.1, 1.0],
         _ => [1.0, 0.5],
     }
 }
@@ -132,7 +132,7 @@ mod tests {
         (generated(&tiny).config().clone(), [example(100, 7, 5), example(110, 4, 3)])
     }
 
-    fn drafter(kind: AdapterKind, config: &LlamaConfig) -> Drafter {
+    fn drafter(kind: DrafterArchitecture, config: &LlamaConfig) -> Drafter {
         let mut stream = 0;
         let random = |_: &str, shape: &[usize]| {
             stream += 1;
@@ -148,12 +148,12 @@ mod tests {
         let (config, examples) = scene();
         let loss = Loss { head: noise(&[40, 32], 1, 1.0), frequent: 10, drawn: 7, seed: 3 };
         assert_eq!(loss.choose_head(4).unwrap().0.dims(), [17, 32]);
-        for kind in AdapterKind::ALL {
+        for kind in DrafterArchitecture::ALL {
             let drafter = drafter(kind, &config);
             let of = || loss.of(&drafter, &examples, 3, 4).unwrap();
             let value = || f64::from(of().1.to_scalar::<f32>().unwrap());
             let (steps, total) = of();
-            assert_eq!(steps.len(), if kind == AdapterKind::Deep { 3 } else { 1 });
+            assert_eq!(steps.len(), if kind == DrafterArchitecture::Deep { 3 } else { 1 });
             let grads = total.backward().unwrap();
             for (name, param) in &drafter.params {
                 let grad = grads.get(param).unwrap();
@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn a_step_sees_no_later_tokens_and_reads_what_the_one_before_said() {
         let (config, [example, _]) = scene();
-        let drafter = drafter(AdapterKind::Deep, &config);
+        let drafter = drafter(DrafterArchitecture::Deep, &config);
         let plain = said(&drafter, &example);
         let with = |of: &Tensor, row: usize| {
             let other = noise(&[1, 32], 99, 1.0);

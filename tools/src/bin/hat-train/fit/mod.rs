@@ -15,7 +15,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use hat_loader::{AdapterKind, Bundle};
+use hat_loader::{DrafterArchitecture, Bundle};
 use hat_program::note;
 use serde::{Deserialize, Serialize};
 
@@ -60,8 +60,8 @@ struct Recipe {
     /// shallow rows alone, or the paper's attention and two norms.
     #[arg(
         long,
-        default_value = AdapterKind::Deep.name(),
-        value_parser = PossibleValuesParser::new(AdapterKind::ALL.map(AdapterKind::name))
+        default_value = DrafterArchitecture::Deep.name(),
+        value_parser = PossibleValuesParser::new(DrafterArchitecture::ALL.map(DrafterArchitecture::name))
     )]
     drafter: String,
     #[arg(skip)]
@@ -111,8 +111,8 @@ struct Recipe {
 }
 
 impl Recipe {
-    fn kind(&self) -> AdapterKind {
-        let named = AdapterKind::ALL.into_iter().find(|kind| kind.name() == self.drafter);
+    fn kind(&self) -> DrafterArchitecture {
+        let named = DrafterArchitecture::ALL.into_iter().find(|kind| kind.name() == self.drafter);
         named.expect("one of the possible values")
     }
 

@@ -4,11 +4,11 @@
 //! may read the *deep* rows that came back for decided tokens, as they go into the final norm. It
 //! keeps KV of its own. For each session the device calls, in this order:
 //!
-//! 1. [`Trained::commit`] with rows of the decided path: the prompt's, then each round's. Each
+//! 1. [`Drafter::commit`] with rows of the decided path: the prompt's, then each round's. Each
 //!    position once, in order, also over reconnects.
-//! 2. [`Trained::propose`] for node 0 of a new tree, which is the last committed row; then, as the
+//! 2. [`Drafter::propose`] for node 0 of a new tree, which is the last committed row; then, as the
 //!    tree grows level by level, for the nodes whose shallow rows were computed since.
-//! 3. [`Trained::rollback`] when the verdict is there: the tree's rows are void. What was right
+//! 3. [`Drafter::rollback`] when the verdict is there: the tree's rows are void. What was right
 //!    comes again as step 1, now with deep rows.
 
 use std::ops::Range;
@@ -60,7 +60,7 @@ impl Drafted<'_> {
 }
 
 /// A drafter that computes.
-pub trait Trained: Send {
+pub trait Drafter: Send {
     /// One line for people: what it reads, and what computes it.
     fn describe(&self) -> String;
 
@@ -98,7 +98,7 @@ pub trait Trained: Send {
     fn commit(&mut self, session: SessionId, rows: &Decided<'_>);
 
     /// Guesses what follows each of the new nodes, at most `width` tokens each: index of the node,
-    /// and a guess with its probability, into `guesses`. [`Trained::fault`] is asked after that.
+    /// and a guess with its probability, into `guesses`. [`Drafter::fault`] is asked after that.
     fn propose(
         &mut self,
         session: SessionId,
