@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use hat_benches::{millis, pair, spread};
-use hat_core::chunk::{ChunkCosts, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
+use hat_core::chunk::{CostModel, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::testkit::{open_cloud_bundle, pool_pages};
@@ -97,8 +97,8 @@ fn main() {
 }
 
 /// Costs of a phone's link before a GPU, of two slow ends, and of three equal places.
-fn regimes() -> [(&'static str, ChunkCosts); 4] {
-    let link = ChunkCosts {
+fn regimes() -> [(&'static str, CostModel); 4] {
+    let link = CostModel {
         device: Line { fixed: 2e-3, per_row: 60e-6 },
         frame_s: 0.5e-3,
         row_up_s: 1.1e-3,
@@ -108,19 +108,19 @@ fn regimes() -> [(&'static str, ChunkCosts); 4] {
         cloud_wait_s: 2e-3,
         return_s: 8e-3,
     };
-    let compute = ChunkCosts {
+    let compute = CostModel {
         row_up_s: 10e-6,
         cloud: CloudCost { fixed: 5e-3, per_row: 1.2e-3, per_row_context: 0.3e-6 },
         ..link
     };
-    let balanced = ChunkCosts {
+    let balanced = CostModel {
         device: Line { fixed: 1e-3, per_row: 1e-3 },
         row_up_s: 1e-3,
         cloud: CloudCost { fixed: 4e-3, per_row: 0.9e-3, per_row_context: 50e-9 },
         ..link
     };
     let stages =
-        ChunkCosts { stages: 4, cloud: CloudCost { per_row: 4e-3, ..balanced.cloud }, ..balanced };
+        CostModel { stages: 4, cloud: CloudCost { per_row: 4e-3, ..balanced.cloud }, ..balanced };
     [("link", link), ("compute", compute), ("balanced", balanced), ("4 stages", stages)]
 }
 
@@ -226,9 +226,9 @@ fn measure(args: &Args, wire: Codec) {
 }
 
 /// Costs that a plan assumes, as text.
-fn estimates(costs: &ChunkCosts) -> String {
+fn estimates(costs: &CostModel) -> String {
     let us = |seconds: f64| seconds * 1e6;
-    let ChunkCosts { device, cloud, .. } = costs;
+    let CostModel { device, cloud, .. } = costs;
     format!(
         "device {:.0} + {:.1} us a row, up {:.0} + {:.1} and {:.0} away, cloud {:.0} + {:.1} and \
          {:.4} a row before, waits {:.0}, back {:.0}",

@@ -131,7 +131,7 @@ impl CloudCost {
 /// Seconds that a chunk of a prompt takes on its way. Estimates that are not numbers or negative
 /// count as nothing, infinite ones as very long.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ChunkCosts {
+pub struct CostModel {
     /// The device's own layers.
     pub device: Line,
     /// A chunk on the uplink, whatever its size.
@@ -150,7 +150,7 @@ pub struct ChunkCosts {
     pub return_s: f64,
 }
 
-impl Default for ChunkCosts {
+impl Default for CostModel {
     /// All is free, with one stage.
     fn default() -> Self {
         Self {
@@ -166,7 +166,7 @@ impl Default for ChunkCosts {
     }
 }
 
-impl ChunkCosts {
+impl CostModel {
     /// The same with finite numbers from 0 up only.
     fn sane(&self) -> Self {
         let sane = |seconds: f64| if seconds > 0.0 { seconds.min(FOREVER_S) } else { 0.0 };
@@ -239,14 +239,14 @@ impl Ahead {
 
     /// The same with one more chunk of `rows` rows, which comes behind `prefix` rows.
     #[must_use]
-    pub fn behind(mut self, costs: &ChunkCosts, rows: u32, prefix: u32) -> Self {
+    pub fn behind(mut self, costs: &CostModel, rows: u32, prefix: u32) -> Self {
         self.push(&costs.sane(), rows, prefix);
         self
     }
 
     /// One more chunk of `rows` rows behind `prefix` rows. Costs are sane.
     #[inline]
-    fn push(&mut self, costs: &ChunkCosts, rows: u32, prefix: u32) {
+    fn push(&mut self, costs: &CostModel, rows: u32, prefix: u32) {
         self.device_s += costs.device.seconds(rows);
         let up_s = costs.frame_s + costs.row_up_s * f64::from(rows);
         self.uplink_s = self.uplink_s.max(self.device_s) + up_s;
@@ -270,13 +270,13 @@ pub struct Plan<'a> {
 /// Time of the first token, in seconds from the start of the first chunk, if a prompt with `cached`
 /// rows in place is cut into `sizes`.
 #[must_use]
-pub fn finish_s(costs: &ChunkCosts, cached: u32, sizes: &[u32]) -> f64 {
+pub fn finish_s(costs: &CostModel, cached: u32, sizes: &[u32]) -> f64 {
     finish_after_s(costs, Ahead::default(), cached, sizes)
 }
 
 /// As [`finish_s`], behind what is on its way already.
 #[must_use]
-pub fn finish_after_s(costs: &ChunkCosts, ahead: Ahead, cached: u32, sizes: &[u32]) -> f64 {
+pub fn finish_after_s(costs: &CostModel, ahead: Ahead, cached: u32, sizes: &[u32]) -> f64 {
     let costs = costs.sane();
     let (mut at, mut prefix) = (ahead, cached);
     for &rows in sizes {
@@ -301,7 +301,7 @@ impl Planner {
     pub fn plan(
         &mut self,
         policy: ChunkPolicy,
-        costs: &ChunkCosts,
+        costs: &CostModel,
         limits: &Limits,
         cached: u32,
         rows: u32,
@@ -316,7 +316,7 @@ impl Planner {
     pub fn plan_after(
         &mut self,
         policy: ChunkPolicy,
-        costs: &ChunkCosts,
+        costs: &CostModel,
         limits: &Limits,
         ahead: Ahead,
         cached: u32,
@@ -359,7 +359,7 @@ fn equal(rows: u32, size: u32, sizes: &mut Vec<u32>) {
 /// The published balance: upload of a chunk = wait + step / stages, the prefix left out of
 /// account. At least a grain; where a row is computed slower than it is uploaded there is no
 /// balance, and nothing is cut.
-fn balanced_rows(costs: &ChunkCosts, limits: &Limits) -> u32 {
+fn balanced_rows(costs: &CostModel, limits: &Limits) -> u32 {
     let stages = f64::from(costs.stages);
     let left = costs.cloud_wait_s + costs.cloud.fixed / stages;
     let slope = costs.row_up_s - costs.cloud.per_row / stages;

@@ -11,7 +11,7 @@ mod times;
 use std::time::Instant;
 
 pub use self::times::{RowTimes, StepTimes};
-use crate::chunk::{ChunkCosts, CloudCost, Line};
+use crate::chunk::{CostModel, CloudCost, Line};
 
 /// Share of the past in a moving average, as in the paper (arXiv 2503.18989).
 const PAST: f64 = 0.8;
@@ -103,7 +103,7 @@ pub struct Estimates {
     /// Round-trip time, seconds.
     pub rtt_s: Option<f64>,
     /// Costs of a chunk of a prompt.
-    pub chunk: Option<ChunkCosts>,
+    pub chunk: Option<CostModel>,
 }
 
 /// The first output after rows were sent together.
@@ -308,12 +308,12 @@ impl Estimator {
     /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
     /// device: `layers` are those of the device and of the cloud, which are `stages` runs.
     #[must_use]
-    pub fn chunk_costs(
+    pub fn cost_model(
         &self,
         row_bytes: usize,
         layers: (u32, u32),
         stages: u32,
-    ) -> Option<ChunkCosts> {
+    ) -> Option<CostModel> {
         let device = self.device.line(CHUNK_ROWS_MIN)?;
         let byte_s = self.up.is_reported.then(|| self.byte_up_s())?;
         let guess = || {
@@ -321,7 +321,7 @@ impl Estimator {
             let Line { fixed, per_row } = device;
             CloudCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
         };
-        Some(ChunkCosts {
+        Some(CostModel {
             device,
             frame_s: FRAME_S + FRAME_BYTES * byte_s,
             row_up_s: byte_s * row_bytes as f64,
@@ -333,14 +333,14 @@ impl Estimator {
         })
     }
 
-    /// A copy of the estimates as of now; arguments as for [`Estimator::chunk_costs`].
+    /// A copy of the estimates as of now; arguments as for [`Estimator::cost_model`].
     #[must_use]
     pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
         Estimates {
             uplink_bytes_s: self.up.rate(),
             downlink_bytes_s: self.down.rate(),
             rtt_s: self.rtt,
-            chunk: self.chunk_costs(row_bytes, layers, stages),
+            chunk: self.cost_model(row_bytes, layers, stages),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! end before the best plan so far, whatever follows, is dropped. All plans of one size are tried
 //! first, so the answer is never later than the best of them.
 
-use super::{Ahead, ChunkCosts, FOREVER_S, Limits, equal};
+use super::{Ahead, CostModel, FOREVER_S, Limits, equal};
 
 /// Cells of the prompt: a longer one is cut more coarsely than the grain.
 const CELLS_MAX: u32 = 256;
@@ -42,7 +42,7 @@ pub(super) struct Search {
 
 /// State of one search.
 struct Problem<'a> {
-    costs: &'a ChunkCosts,
+    costs: &'a CostModel,
     cached: u32,
     rows: u32,
     /// Rows of a cell.
@@ -71,7 +71,7 @@ impl Search {
     /// Writes the best sizes that it finds to `sizes`, and returns when the first token is there.
     pub(super) fn run(
         &mut self,
-        costs: &ChunkCosts,
+        costs: &CostModel,
         limits: &Limits,
         ahead: Ahead,
         cached: u32,

@@ -3,8 +3,8 @@ use proptest::prelude::*;
 use super::*;
 
 /// Milliseconds a chunk, microseconds a row: a phone's uplink, a GPU behind it.
-fn link_bound() -> ChunkCosts {
-    ChunkCosts {
+fn link_bound() -> CostModel {
+    CostModel {
         device: Line { fixed: 2e-3, per_row: 60e-6 },
         frame_s: 0.5e-3,
         row_up_s: 1.1e-3,
@@ -17,8 +17,8 @@ fn link_bound() -> ChunkCosts {
 }
 
 /// Two cores on one desk: everything but the link is slow.
-fn compute_bound() -> ChunkCosts {
-    ChunkCosts {
+fn compute_bound() -> CostModel {
+    CostModel {
         device: Line { fixed: 0.3e-3, per_row: 100e-6 },
         row_up_s: 10e-6,
         up_latency_s: 0.1e-3,
@@ -28,21 +28,21 @@ fn compute_bound() -> ChunkCosts {
     }
 }
 
-fn regimes() -> Vec<ChunkCosts> {
-    let mut all = vec![ChunkCosts::default(), link_bound(), compute_bound()];
+fn regimes() -> Vec<CostModel> {
+    let mut all = vec![CostModel::default(), link_bound(), compute_bound()];
     for stages in [2, 4, 8] {
-        all.push(ChunkCosts { stages, ..link_bound() });
-        all.push(ChunkCosts { stages, ..compute_bound() });
+        all.push(CostModel { stages, ..link_bound() });
+        all.push(CostModel { stages, ..compute_bound() });
     }
     // Balanced: each place takes about as long.
-    let balanced = ChunkCosts {
+    let balanced = CostModel {
         device: Line { fixed: 1e-3, per_row: 1e-3 },
         row_up_s: 1e-3,
         cloud: CloudCost { fixed: 4e-3, per_row: 0.9e-3, per_row_context: 50e-9 },
         ..link_bound()
     };
     all.push(balanced);
-    all.push(ChunkCosts {
+    all.push(CostModel {
         stages: 4,
         cloud: CloudCost { per_row: 4e-3, ..balanced.cloud },
         ..balanced
@@ -54,7 +54,7 @@ fn no_limits(rows_max: u32) -> Limits {
     Limits { rows_max, step_s_max: f64::INFINITY, ..Limits::default() }
 }
 
-fn any_costs() -> impl Strategy<Value = ChunkCosts> {
+fn any_costs() -> impl Strategy<Value = CostModel> {
     // Exponents: from microseconds to tens of milliseconds, or nothing at all.
     let seconds = |low: f64, high: f64| {
         let exponents = (low..high).prop_map(f64::exp2);
@@ -63,7 +63,7 @@ fn any_costs() -> impl Strategy<Value = ChunkCosts> {
     let places = (seconds(-14.0, -6.0), seconds(-16.0, -8.0), seconds(-14.0, -6.0));
     let ways = (seconds(-16.0, -8.0), seconds(-12.0, -4.0), seconds(-12.0, -5.0));
     let cloud = (seconds(-16.0, -8.0), seconds(-26.0, -18.0), seconds(-12.0, -5.0));
-    (places, ways, cloud, 1u32..6).prop_map(|(places, ways, cloud, stages)| ChunkCosts {
+    (places, ways, cloud, 1u32..6).prop_map(|(places, ways, cloud, stages)| CostModel {
         device: Line { fixed: places.0, per_row: places.1 },
         frame_s: places.2,
         row_up_s: ways.0,
@@ -76,7 +76,7 @@ fn any_costs() -> impl Strategy<Value = ChunkCosts> {
 }
 
 /// The flow shop with each stage written out.
-fn finish_by_stages(costs: &ChunkCosts, cached: u32, sizes: &[u32]) -> f64 {
+fn finish_by_stages(costs: &CostModel, cached: u32, sizes: &[u32]) -> f64 {
     let (mut device, mut uplink, mut prefix) = (0.0, 0.0f64, cached);
     let mut free = vec![0.0f64; costs.stages as usize];
     for &rows in sizes {
@@ -95,7 +95,7 @@ fn finish_by_stages(costs: &ChunkCosts, cached: u32, sizes: &[u32]) -> f64 {
 
 /// The earliest finish over all ways to cut `cells` cells of `grain` rows, chunks of at most
 /// `most` cells.
-fn exhaustive(costs: &ChunkCosts, cached: u32, rows: u32, grain: u32, most: u32) -> f64 {
+fn exhaustive(costs: &CostModel, cached: u32, rows: u32, grain: u32, most: u32) -> f64 {
     let cells = rows.div_ceil(grain);
     let mut best = f64::INFINITY;
     for cuts in 0u32..1 << (cells - 1) {
@@ -114,7 +114,7 @@ fn exhaustive(costs: &ChunkCosts, cached: u32, rows: u32, grain: u32, most: u32)
 }
 
 /// The exact optimum over cuts at the grain: all ways that none beats, no bound on their number.
-fn exact(costs: &ChunkCosts, rows: u32, grain: u32) -> f64 {
+fn exact(costs: &CostModel, rows: u32, grain: u32) -> f64 {
     let cells = rows.div_ceil(grain) as usize;
     let row = |cell: usize| (cell as u32 * grain).min(rows);
     let mut fronts: Vec<Vec<Ahead>> = vec![vec![]; cells + 1];
@@ -141,7 +141,7 @@ fn exact(costs: &ChunkCosts, rows: u32, grain: u32) -> f64 {
     ends.fold(f64::INFINITY, f64::min) + costs.return_s
 }
 
-fn best_equal(costs: &ChunkCosts, limits: &Limits, cached: u32, rows: u32) -> f64 {
+fn best_equal(costs: &CostModel, limits: &Limits, cached: u32, rows: u32) -> f64 {
     let mut planner = Planner::default();
     (GRAIN_DEFAULT..=rows.max(GRAIN_DEFAULT))
         .map(|size| planner.plan(ChunkPolicy::Fixed(size), costs, limits, cached, rows).finish_s)
@@ -150,7 +150,7 @@ fn best_equal(costs: &ChunkCosts, limits: &Limits, cached: u32, rows: u32) -> f6
 
 #[test]
 fn the_recurrence_by_hand() {
-    let costs = ChunkCosts {
+    let costs = CostModel {
         device: Line { fixed: 1.0, per_row: 0.5 },
         frame_s: 2.0,
         row_up_s: 1.0,
@@ -209,26 +209,26 @@ fn policies_have_names() {
 
 #[test]
 fn the_published_balance() {
-    let size = |costs: &ChunkCosts, rows_max| {
+    let size = |costs: &CostModel, rows_max| {
         let mut planner = Planner::default();
         planner.plan(ChunkPolicy::Paper, costs, &no_limits(rows_max), 0, 5000).sizes[0]
     };
-    let costs = ChunkCosts {
+    let costs = CostModel {
         row_up_s: 1e-3,
         cloud: CloudCost { fixed: 40e-3, per_row: 0.4e-3, per_row_context: 1.0 },
         cloud_wait_s: 10e-3,
         stages: 1,
-        ..ChunkCosts::default()
+        ..CostModel::default()
     };
     // X ms = 10 ms + 40 ms + 0.4 X ms
     assert_eq!(size(&costs, 512), 83);
     // X ms = 10 ms + 10 ms + 0.1 X ms, below the grain.
-    assert_eq!(size(&ChunkCosts { stages: 4, ..costs }, 512), 32);
+    assert_eq!(size(&CostModel { stages: 4, ..costs }, 512), 32);
     assert_eq!(size(&costs, 64), 64);
     // Compute is slower than the link: no balance.
-    assert_eq!(size(&ChunkCosts { row_up_s: 0.4e-3, ..costs }, 512), 512);
-    assert_eq!(size(&ChunkCosts { row_up_s: f64::NAN, ..costs }, 512), 512);
-    assert_eq!(size(&ChunkCosts { cloud_wait_s: f64::INFINITY, ..costs }, 512), 512);
+    assert_eq!(size(&CostModel { row_up_s: 0.4e-3, ..costs }, 512), 512);
+    assert_eq!(size(&CostModel { row_up_s: f64::NAN, ..costs }, 512), 512);
+    assert_eq!(size(&CostModel { cloud_wait_s: f64::INFINITY, ..costs }, 512), 512);
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn auto_overlaps_where_that_pays_and_cuts_little_where_not() {
     // both ends are small.
     let largest = auto.sizes.iter().max();
     assert!(auto.sizes.first().max(auto.sizes.last()) < largest, "{:?}", auto.sizes);
-    let free = planner.plan(ChunkPolicy::Auto, &ChunkCosts::default(), &no_limits(512), 0, 1024);
+    let free = planner.plan(ChunkPolicy::Auto, &CostModel::default(), &no_limits(512), 0, 1024);
     assert_eq!((free.sizes, free.finish_s), (&[512, 512][..], 0.0));
 }
 
@@ -379,7 +379,7 @@ proptest! {
         step_s_max in wild(),
     ) {
         let [fixed, per_row, frame_s, row_up_s, up_latency_s, step, each, context, wait] = numbers;
-        let costs = ChunkCosts {
+        let costs = CostModel {
             device: Line { fixed, per_row },
             frame_s,
             row_up_s,

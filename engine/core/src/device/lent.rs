@@ -189,8 +189,8 @@ impl Learned {
         &mut self,
         facts: &Facts,
         stages: u32,
-    ) -> Option<(&mut Planner, crate::chunk::ChunkCosts)> {
-        let costs = self.estimator.chunk_costs(facts.row_bytes(), facts.layers, stages)?;
+    ) -> Option<(&mut Planner, crate::chunk::CostModel)> {
+        let costs = self.estimator.cost_model(facts.row_bytes(), facts.layers, stages)?;
         Some((&mut self.planner, costs))
     }
 

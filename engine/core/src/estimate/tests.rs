@@ -181,21 +181,21 @@ fn the_links_rates_follow_what_came_in() {
 #[test]
 fn what_is_shown_is_what_comes_out() {
     let mut estimator = Estimator::default();
-    assert_eq!(estimator.chunk_costs(1152, (2, 28), 1), None);
+    assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     assert_eq!(estimator.uplink_busy_s(750_000), None);
     let device = Line { fixed: 0.5e-3, per_row: 0.1e-3 };
     for rows in [1, 32, 128, 256] {
         estimator.note_device(rows, 0, device.seconds(rows));
     }
-    assert_eq!(estimator.chunk_costs(1152, (2, 28), 1), None);
+    assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     // A link so fast that nobody saw bytes on their way costs nothing.
     estimator.note_uplink(0, 0.0);
-    assert_eq!(estimator.chunk_costs(1152, (2, 28), 1).unwrap().row_up_s, 0.0);
+    assert_eq!(estimator.cost_model(1152, (2, 28), 1).unwrap().row_up_s, 0.0);
     assert_eq!(estimator.uplink_busy_s(u64::MAX), Some(0.0));
     upload(&mut estimator, 7.5e6);
     estimator.note_rtt(10e-3);
     // No output yet: the cloud's 28 layers are as fast as the two here.
-    let guess = estimator.chunk_costs(1152, (2, 28), 1).unwrap();
+    let guess = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(guess.cloud.per_row, 14.0 * device.per_row, 0.01), "{guess:?}");
     let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
@@ -207,7 +207,7 @@ fn what_is_shown_is_what_comes_out() {
         estimator.note_returned(&seen);
     }
     estimator.note_head(1e-3);
-    let costs = estimator.chunk_costs(1152, (2, 28), 1).unwrap();
+    let costs = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(costs.device.per_row, device.per_row, 0.01), "{costs:?}");
     assert!(close(costs.row_up_s, 1152.0 / 7.5e6, 0.01), "{costs:?}");
     assert!(close(costs.up_latency_s, 5e-3, 1e-9) && close(costs.return_s, 6e-3, 1e-9));
@@ -241,7 +241,7 @@ fn hostile_estimates_give_a_plan() {
                 away_s: Some(seconds),
             };
             estimator.note_returned(&returned);
-            if let Some(costs) = estimator.chunk_costs(usize::MAX, (0, u32::MAX), u32::MAX) {
+            if let Some(costs) = estimator.cost_model(usize::MAX, (0, u32::MAX), u32::MAX) {
                 let mut planner = Planner::default();
                 let plan = planner.plan(ChunkPolicy::Auto, &costs, &Limits::default(), 0, 1000);
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
@@ -266,7 +266,7 @@ fn the_cloud_is_believed_that_rows_waited() {
     let (step_s, queue_s, away_s) = (1e-3, 4e-3, Some(0.2));
     let seen = Returned { rows, sent_bytes, prefix, step_rows, step_s, queue_s, away_s };
     estimator.note_returned(&seen);
-    let costs = estimator.chunk_costs(1152, (2, 28), 1).unwrap();
+    let costs = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(costs.cloud_wait_s, 4e-3, 1e-9), "{costs:?}");
 }
 
@@ -284,11 +284,11 @@ fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
         }
         // Before any piece of a prompt they are all there is.
         assert!(estimator.device_cost().is_some());
-        assert!(estimator.chunk_costs(1, (2, 28), 1).is_some());
+        assert!(estimator.cost_model(1, (2, 28), 1).is_some());
         for rows in [20, 64] {
             estimator.note_device(rows, 0, line.seconds(rows));
         }
-        let device = estimator.chunk_costs(1, (2, 28), 1).unwrap().device;
+        let device = estimator.cost_model(1, (2, 28), 1).unwrap().device;
         assert!(close(device.seconds(256), line.seconds(256), 1e-6), "{level_ms}: {device:?}");
         let piece = estimator.device_cost().unwrap();
         assert!(close(piece.seconds(64, 0), line.seconds(64), 1e-6), "{level_ms}: {piece:?}");
@@ -311,7 +311,7 @@ fn rounds_wait_for_the_whole_way_whether_the_rate_is_known_or_not() {
     seen(&mut estimator);
     let round = |estimator: &Estimator| estimator.round(4).unwrap();
     assert!(close(round(&estimator), 12e-3, 1e-9), "{}", round(&estimator));
-    assert!(close(estimator.chunk_costs(1, (1, 1), 1).unwrap().cloud_wait_s, 3e-3, 1e-9));
+    assert!(close(estimator.cost_model(1, (1, 1), 1).unwrap().cloud_wait_s, 3e-3, 1e-9));
     estimator.note_uplink(1 << 20, 1.0);
     assert!(close(round(&estimator), 12e-3, 1e-9), "{}", round(&estimator));
     seen(&mut estimator);
