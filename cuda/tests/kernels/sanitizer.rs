@@ -97,7 +97,7 @@ fn changed(mutant: &Mutant) -> Build {
 }
 
 /// Verdict of the sanitizer on a mutant.
-fn fate(mutant: &Mutant, launches: &[PathBuf]) -> &'static str {
+fn verdict(mutant: &Mutant, launches: &[PathBuf]) -> &'static str {
     let build = changed(mutant);
     let flags = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"];
     // What does not compile shows nothing of the tests.
@@ -125,10 +125,10 @@ fn mutants_die() {
         if !only.split(';').any(|words| mutant.what.contains(words)) {
             continue;
         }
-        let fate = fate(mutant, &launches);
-        println!("| {} | {} | {fate} |", mutant.file, mutant.what);
-        if (fate == "lives") != mutant.lives {
-            wrong.push(format!("{}: {}: {fate}", mutant.file, mutant.what));
+        let verdict = verdict(mutant, &launches);
+        println!("| {} | {} | {verdict} |", mutant.file, mutant.what);
+        if (verdict == "lives") != mutant.lives {
+            wrong.push(format!("{}: {}: {verdict}", mutant.file, mutant.what));
         }
     }
     assert!(wrong.is_empty(), "not as the list says:\n{}", wrong.join("\n"));

@@ -252,18 +252,18 @@ impl Sequence {
         if self.position_of(row).is_none() {
             return Err(SequenceError::BadCommit { row, tip: self.tip });
         }
-        let mut keep = [Fate::Pruned; PENDING_ROWS_MAX];
+        let mut keep = [RowState::Pruned; PENDING_ROWS_MAX];
         let mut cursor = row;
         while let Some(index) = self.index_of(cursor) {
-            keep[index] = Fate::Committed;
+            keep[index] = RowState::Committed;
             cursor = self.pending[index].parent;
         }
         for index in 0..self.pending.len() {
             let parent = self.pending[index].parent;
             let below = parent == row
-                || self.index_of(parent).is_some_and(|above| keep[above] == Fate::Survives);
-            if below && keep[index] == Fate::Pruned {
-                keep[index] = Fate::Survives;
+                || self.index_of(parent).is_some_and(|above| keep[above] == RowState::Survives);
+            if below && keep[index] == RowState::Pruned {
+                keep[index] = RowState::Survives;
             }
         }
         self.apply(&keep, moves);
@@ -273,16 +273,16 @@ impl Sequence {
 
     /// Slots were given out in order of arrival, so each target is at or before its source, and
     /// moving in order of arrival never overwrites a row that still has to move.
-    fn apply(&mut self, keep: &[Fate; PENDING_ROWS_MAX], moves: &mut Vec<RowMove>) {
+    fn apply(&mut self, keep: &[RowState; PENDING_ROWS_MAX], moves: &mut Vec<RowMove>) {
         let count = self.pending.len();
-        for index in (0..count).filter(|index| keep[*index] == Fate::Committed) {
+        for index in (0..count).filter(|index| keep[*index] == RowState::Committed) {
             let row = self.pending[index];
             self.move_row(row.slot, self.committed, moves);
             debug_assert_eq!(row.position, self.committed);
             self.committed += 1;
         }
         let mut survive = 0;
-        for index in (0..count).filter(|index| keep[*index] == Fate::Survives) {
+        for index in (0..count).filter(|index| keep[*index] == RowState::Survives) {
             let row = self.pending[index];
             let slot = self.committed + u32::try_from(survive).expect("at most 64 rows pend");
             self.move_row(row.slot, slot, moves);
@@ -356,7 +356,7 @@ impl Sequence {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum RowState {
     Committed,
     Survives,
     Pruned,

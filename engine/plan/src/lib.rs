@@ -10,7 +10,7 @@
 mod attend;
 mod buffers;
 mod fault;
-mod lent;
+mod shared_rows;
 mod model;
 
 pub use attend::{
@@ -18,7 +18,7 @@ pub use attend::{
 };
 pub use buffers::PlanBuffers;
 pub use fault::{BackendError, BackendFault};
-pub use lent::Lent;
+pub use shared_rows::SharedRows;
 pub use model::{
     ARITHMETIC_CPU, ARITHMETIC_CUDA, Computes, DeviceForward, DraftForward, Likely, MiddleForward,
     MiddleStep, TokenId,

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 
-use crate::{AttendPlan, BackendError, BackendFault, Lent, PlanBuffers, RowMove};
+use crate::{AttendPlan, BackendError, BackendFault, SharedRows, PlanBuffers, RowMove};
 
 /// An index into the vocabulary.
 pub type TokenId = u32;
@@ -64,7 +64,7 @@ pub struct MiddleStep {
     /// `hidden` holds of the others then means nothing.
     pub wanted: Option<Vec<Range<usize>>>,
     /// Between two stages: the rows where the next one takes them. `hidden` means nothing then.
-    pub lent: Option<Lent>,
+    pub shared: Option<SharedRows>,
 }
 
 /// The cloud's side of the model.

@@ -3,7 +3,7 @@
 //! of layers, with bounded queues between them; and a thread that waits for their end, and begins
 //! anew on the CPU where it may (`keep`).
 
-mod keep;
+mod supervisor;
 mod memory;
 mod shell;
 mod step;
@@ -20,7 +20,7 @@ use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
-use self::keep::{Keeper, Run, Seen};
+use self::supervisor::{Supervisor, Run, Seen};
 pub(crate) use self::step::LENT_MAX;
 use crate::config::CloudConfig;
 use crate::{Error, processor};
@@ -99,7 +99,7 @@ impl CloudCounters {
 pub struct Cloud {
     address: SocketAddr,
     seen: Arc<Seen>,
-    keeper: Option<JoinHandle<Option<BackendFault>>>,
+    supervisor: Option<JoinHandle<Option<BackendFault>>>,
 }
 
 impl Cloud {
@@ -129,9 +129,9 @@ impl Cloud {
         let seen = Arc::new(Seen::default());
         let run = Run::start(&config, bundle, stages, pages, &seen)?;
         let address = run.address;
-        let keeper = Keeper { config, model_id: bundle.model_id(), seen: seen.clone() };
-        let keeper = spawn("hat-cloud", move || keeper.keep(run))?;
-        Ok(Self { address, seen, keeper: Some(keeper) })
+        let supervisor = Supervisor { config, model_id: bundle.model_id(), seen: seen.clone() };
+        let supervisor = spawn("hat-cloud", move || supervisor.supervise(run))?;
+        Ok(Self { address, seen, supervisor: Some(supervisor) })
     }
 
     /// Address that it listens at; the port is the one that the system chose if 0 was configured.
@@ -156,7 +156,7 @@ impl Cloud {
     #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
-        self.keeper.as_ref().is_none_or(JoinHandle::is_finished)
+        self.supervisor.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until it stops by itself, which it does only when its link or its backend fails.
@@ -169,15 +169,15 @@ impl Cloud {
     #[doc(hidden)]
     #[must_use]
     pub fn join_for_fault(mut self) -> Option<BackendFault> {
-        self.keeper.take()?.join().ok()?
+        self.supervisor.take()?.join().ok()?
     }
 }
 
 impl Drop for Cloud {
     fn drop(&mut self) {
         self.seen.stop();
-        if let Some(keeper) = self.keeper.take() {
-            let _ = keeper.join();
+        if let Some(supervisor) = self.supervisor.take() {
+            let _ = supervisor.join();
         }
     }
 }

@@ -143,7 +143,7 @@ impl Stage {
                 job.fault = self.model.fault();
             }
             if job.fault.is_some() {
-                job.step.lent = None; // nobody will take them
+                job.step.shared = None; // nobody will take them
             }
             job.took += self.clock.now().duration_since(start);
             if self.next.send(job).is_err() {

@@ -5,12 +5,12 @@ use super::*;
 
 type Middle = MiddleModel<CudaBackend<TestGpu>>;
 
-/// One stage for both middle layers, and two that are linked, with room for `lent` steps.
-fn stages(cloud: &Bundle, lent: usize) -> (Middle, [Middle; 2]) {
+/// One stage for both middle layers, and two that are linked, with room for `shared` steps.
+fn stages(cloud: &Bundle, shared: usize) -> (Middle, [Middle; 2]) {
     let load = |layers| MiddleModel::load(backend().unwrap(), cloud, layers, 40, PAGES).unwrap();
     let (whole, mut first, second) = (load(1..3), load(1..2), load(2..3));
     assert_eq!(first.hands_over(), None);
-    first.link(&second, lent).unwrap();
+    first.link(&second, shared).unwrap();
     assert_eq!(first.hands_over(), Some("within the GPU"));
     (whole, [first, second])
 }
@@ -72,10 +72,10 @@ fn linked_stages_have_the_bits_of_one() {
         let before = step.hidden.clone();
         whole.forward(&mut expected);
         first.forward(&mut step);
-        assert_eq!(step.lent.is_some(), is_lent, "case {number}");
+        assert_eq!(step.shared.is_some(), is_lent, "case {number}");
         assert!(!is_lent || step.hidden == before, "case {number}: rows went to the host");
         second.forward(&mut step);
-        assert!(step.lent.is_none() && step.hidden != before, "case {number}");
+        assert!(step.shared.is_none() && step.hidden != before, "case {number}");
         assert_eq!(bits(&step.hidden), bits(&expected.hidden), "case {number}");
         assert!([&mut first, &mut second].map(Computes::fault).iter().all(Option::is_none));
     }
@@ -83,7 +83,7 @@ fn linked_stages_have_the_bits_of_one() {
     let mut none = MiddleStep { exit_layer: 3, ..MiddleStep::default() };
     first.forward(&mut none);
     second.forward(&mut none);
-    assert!(none.lent.is_none() && none.hidden.is_empty());
+    assert!(none.shared.is_none() && none.hidden.is_empty());
 }
 
 #[test]
@@ -101,8 +101,8 @@ fn steps_between_two_stages_keep_their_rows() {
         for [_, step] in &mut steps {
             first.forward(step);
         }
-        let lent: Vec<bool> = steps.iter().map(|[_, step]| step.lent.is_some()).collect();
-        assert_eq!(lent, [true, true, false]);
+        let shared: Vec<bool> = steps.iter().map(|[_, step]| step.shared.is_some()).collect();
+        assert_eq!(shared, [true, true, false]);
         for (number, [expected, step]) in steps.iter_mut().enumerate() {
             whole.forward(expected);
             second.forward(step);
@@ -114,10 +114,10 @@ fn steps_between_two_stages_keep_their_rows() {
     first.forward(&mut given_up);
     let [_, mut kept] = sessions.step(&[(1, 1)], 2, 3);
     first.forward(&mut kept);
-    given_up.lent = None;
+    given_up.shared = None;
     let [_, mut next] = sessions.step(&[(1, 1)], 2, 3);
     first.forward(&mut next);
-    assert!(kept.lent.is_some() && next.lent.is_some());
+    assert!(kept.shared.is_some() && next.shared.is_some());
 }
 
 #[test]
@@ -131,9 +131,9 @@ fn what_is_borrowed_goes_back_when_the_copy_is_over() {
     for step in 0..3 {
         let numbers: Vec<f32> = (0..128).map(|i| (i + 1000 * step) as f32).collect();
         first.upload(&numbers, &mut from);
-        let lent = first.lend(2, &from).unwrap();
+        let shared = first.lend(2, &from).unwrap();
         assert!(first.lend(2, &from).is_none(), "its one buffer is lent");
-        second.borrow(2, lent, &mut to);
+        second.borrow(2, shared, &mut to);
         // The copy may be on its way still.
         assert!(first.lend(2, &from).is_none(), "given back too early in step {step}");
         second.download(&to, 0, &mut rows);

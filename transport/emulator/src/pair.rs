@@ -25,7 +25,7 @@ const HELD_BYTES_MAX: usize = 64 << 20;
 const CONNECT_NS_MAX: u64 = 10_000_000_000;
 
 /// One direction of the link, and what passed it.
-pub(super) struct Lane {
+pub(super) struct Direction {
     pub(super) shape: Shape,
     pub(super) tally: Tally,
 }
@@ -33,7 +33,7 @@ pub(super) struct Lane {
 /// Context that a connection's relaying needs from the link.
 pub(super) struct Context<'a> {
     pub(super) clock: LinkClock,
-    pub(super) lanes: &'a mut [Lane; 2],
+    pub(super) directions: &'a mut [Direction; 2],
     pub(super) cuts: &'a mut Cuts,
     pub(super) to: SocketAddr,
     pub(super) scratch: &'a mut [u8],
@@ -116,9 +116,9 @@ pub(super) struct Pair {
 
 impl Pair {
     /// A connection that was just accepted.
-    pub(super) fn new(client: TcpStream, now: u64, lanes: &mut [Lane; 2]) -> Self {
+    pub(super) fn new(client: TcpStream, now: u64, directions: &mut [Direction; 2]) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
-        flows[UP].mark(&mut lanes[UP].shape, now, Kind::Ask);
+        flows[UP].mark(&mut directions[UP].shape, now, Kind::Ask);
         Self { ends: [Some(client), None], flows, stage: Stage::Asking }
     }
 
@@ -149,7 +149,7 @@ impl Pair {
     }
 
     /// Time of this connection's next event, and `true` if it has to be exact.
-    pub(super) fn next(&self, now: u64, lanes: &mut [Lane; 2]) -> Option<(u64, bool)> {
+    pub(super) fn next(&self, now: u64, directions: &mut [Direction; 2]) -> Option<(u64, bool)> {
         let mut next: Option<(u64, bool)> = None;
         let mut consider = |at: u64, exact: bool| {
             if next.is_none_or(|(known, _)| at < known) {
@@ -161,7 +161,7 @@ impl Pair {
                 consider(mark.piece.release, mark.kind != Kind::Data { last: false });
             }
             if self.may_read(end) && flow.readable && flow.bytes.len() < HELD_BYTES_MAX {
-                let shape = &mut lanes[end].shape;
+                let shape = &mut directions[end].shape;
                 let at = if shape.room(now) > 0 { now } else { shape.room_at() };
                 consider(at, false);
             }
@@ -192,9 +192,9 @@ impl Pair {
         if !self.may_read(end) || !self.flows[end].readable {
             return;
         }
-        let (flow, lane) = (&mut self.flows[end], &mut cx.lanes[end]);
+        let (flow, direction) = (&mut self.flows[end], &mut cx.directions[end]);
         let Some(stream) = &mut self.ends[end] else { return };
-        let room = lane.shape.room(cx.clock.now()).min(HELD_BYTES_MAX - flow.bytes.len());
+        let room = direction.shape.room(cx.clock.now()).min(HELD_BYTES_MAX - flow.bytes.len());
         let room = room.min(cx.scratch.len());
         if room == 0 {
             return;
@@ -202,16 +202,16 @@ impl Pair {
         match stream.read(&mut cx.scratch[..room]) {
             Ok(0) => {
                 flow.ended = true;
-                flow.mark(&mut lane.shape, cx.clock.now(), Kind::End);
+                flow.mark(&mut direction.shape, cx.clock.now(), Kind::End);
             }
             Ok(bytes) => {
                 let now = cx.clock.now();
                 flow.bytes.extend(&cx.scratch[..bytes]);
                 flow.readable = bytes == room;
-                lane.tally.bytes_in += bytes as u64;
+                direction.tally.bytes_in += bytes as u64;
                 let marks = &mut flow.marks;
                 let kind = Kind::Data { last: false };
-                lane.shape.enter(now, bytes, |piece| {
+                direction.shape.enter(now, bytes, |piece| {
                     marks.push_back(Mark { piece, entered: now, kind });
                 });
                 if let Some(mark) = marks.back_mut() {
@@ -222,7 +222,7 @@ impl Pair {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => {
                 flow.ended = true;
-                flow.mark(&mut lane.shape, cx.clock.now(), Kind::Reset);
+                flow.mark(&mut direction.shape, cx.clock.now(), Kind::Reset);
             }
         }
     }
@@ -237,7 +237,7 @@ impl Pair {
             match kind {
                 Kind::Data { .. } => {
                     self.flows[end].due += piece.bytes;
-                    cx.lanes[end].tally.count(piece, entered, now);
+                    cx.directions[end].tally.count(piece, entered, now);
                 }
                 Kind::Ask => self.connect(cx),
                 Kind::Answer => self.stage = Stage::Open,
@@ -261,7 +261,7 @@ impl Pair {
                 Ok(bytes) => {
                     flow.bytes.drain(..bytes);
                     flow.due -= bytes;
-                    cx.lanes[end].tally.bytes_out += bytes as u64;
+                    cx.directions[end].tally.bytes_out += bytes as u64;
                     if cx.cuts.pass(bytes as u64) {
                         return Outcome::Cut;
                     }
@@ -272,7 +272,7 @@ impl Pair {
                     // The receiver is gone: the sender hears of it over the link.
                     *flow = Flow { ended: true, ..Flow::default() };
                     let now = cx.clock.now();
-                    self.flows[1 - end].mark(&mut cx.lanes[1 - end].shape, now, Kind::Reset);
+                    self.flows[1 - end].mark(&mut cx.directions[1 - end].shape, now, Kind::Reset);
                     return Outcome::Alive;
                 }
             }
@@ -308,8 +308,8 @@ impl Pair {
         match answer.and_then(|()| tune(stream)) {
             Ok(()) => {
                 self.stage = Stage::Answering;
-                let (flow, lane) = (&mut self.flows[DOWN], &mut cx.lanes[DOWN]);
-                flow.mark(&mut lane.shape, cx.clock.now(), Kind::Answer);
+                let (flow, direction) = (&mut self.flows[DOWN], &mut cx.directions[DOWN]);
+                flow.mark(&mut direction.shape, cx.clock.now(), Kind::Answer);
             }
             Err(error) if error.kind() == ErrorKind::NotConnected => {
                 if cx.clock.now() >= since + CONNECT_NS_MAX {
@@ -325,9 +325,9 @@ impl Pair {
         tracing::warn!(to = %cx.to, ?from, %error, "a connection can't be relayed");
         self.ends[DOWN] = None;
         self.stage = Stage::Asking;
-        let (flow, lane) = (&mut self.flows[DOWN], &mut cx.lanes[DOWN]);
-        lane.tally.unreachable += 1;
-        flow.mark(&mut lane.shape, cx.clock.now(), Kind::Reset);
+        let (flow, direction) = (&mut self.flows[DOWN], &mut cx.directions[DOWN]);
+        direction.tally.unreachable += 1;
+        flow.mark(&mut direction.shape, cx.clock.now(), Kind::Reset);
     }
 
     /// Ends both connections with a reset.

@@ -14,7 +14,7 @@ use std::time::Instant;
 use mio::net::TcpStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::pair::{DOWN, Lane, Outcome, Pair, Context, UP, tune};
+use super::pair::{DOWN, Direction, Outcome, Pair, Context, UP, tune};
 use super::report::{Report, Tally};
 use super::schedule::{Cuts, Draws};
 use super::shape::Shape;
@@ -63,7 +63,7 @@ pub(super) struct Relay {
     inbox: Receiver<Order>,
     woken: PipeReader,
     clock: LinkClock,
-    lanes: [Lane; 2],
+    directions: [Direction; 2],
     cuts: Cuts,
     pairs: Vec<Pair>,
     connections: u64,
@@ -101,11 +101,11 @@ impl Relay {
             config.up.delay -= up;
             config.down.delay -= down;
         }
-        let lane = |direction, stream: usize| Lane {
+        let direction = |direction, stream: usize| Direction {
             shape: Shape::new(direction, config.seed, stream as u64),
             tally: Tally::new(),
         };
-        let lanes = [lane(&config.up, UP), lane(&config.down, DOWN)];
+        let directions = [direction(&config.up, UP), direction(&config.down, DOWN)];
         let cuts = Cuts::new(Draws::new(config.seed, CUT_DRAWS), config.cut);
         Self {
             address,
@@ -114,7 +114,7 @@ impl Relay {
             inbox,
             woken,
             clock: LinkClock { epoch: None },
-            lanes,
+            directions,
             cuts,
             pairs: Vec::new(),
             connections: 0,
@@ -167,7 +167,7 @@ impl Relay {
         while index < self.pairs.len() {
             let mut cx = Context {
                 clock: self.clock,
-                lanes: &mut self.lanes,
+                directions: &mut self.directions,
                 cuts: &mut self.cuts,
                 to: self.config.to,
                 scratch: &mut self.scratch,
@@ -191,8 +191,8 @@ impl Relay {
             self.back_at = Some(now + nanos(self.config.cut.away));
         }
         self.pairs.drain(..).for_each(Pair::reset);
-        for lane in &mut self.lanes {
-            lane.shape.clear(now);
+        for direction in &mut self.directions {
+            direction.shape.clear(now);
         }
     }
 
@@ -224,7 +224,7 @@ impl Relay {
                     self.connections += 1;
                     let client = client.set_nonblocking(true).map(|()| TcpStream::from_std(client));
                     match client.and_then(|client| tune(&client).map(|()| client)) {
-                        Ok(client) => self.pairs.push(Pair::new(client, now, &mut self.lanes)),
+                        Ok(client) => self.pairs.push(Pair::new(client, now, &mut self.directions)),
                         Err(error) => tracing::warn!(%from, %error, "a connection is dropped"),
                     }
                 }
@@ -245,7 +245,7 @@ impl Relay {
     fn next(&mut self, now: u64) -> Option<(u64, bool)> {
         let begun = self.clock.epoch.is_some();
         let cut = if begun { self.cuts.next() } else { None };
-        let pairs = self.pairs.iter().filter_map(|pair| pair.next(now, &mut self.lanes));
+        let pairs = self.pairs.iter().filter_map(|pair| pair.next(now, &mut self.directions));
         let others = cut.into_iter().chain(self.back_at).map(|at| (at, false));
         pairs.chain(others).min_by_key(|&(at, _)| at)
     }
@@ -329,16 +329,16 @@ impl Relay {
     fn report(&self) -> Report {
         let now = self.clock.now();
         let direction = |index: usize, rate: Option<u64>| {
-            let lane = &self.lanes[index];
-            let stalls = self.clock.epoch.map_or(0, |_| lane.shape.stalls_begun(now));
-            lane.tally.report(rate.is_some(), stalls)
+            let direction = &self.directions[index];
+            let stalls = self.clock.epoch.map_or(0, |_| direction.shape.stalls_begun(now));
+            direction.tally.report(rate.is_some(), stalls)
         };
         Report {
             up: direction(UP, self.config.up.rate_bits_s),
             down: direction(DOWN, self.config.down.rate_bits_s),
             connections: self.connections,
             open: self.pairs.len(),
-            unreachable: self.lanes[DOWN].tally.unreachable,
+            unreachable: self.directions[DOWN].tally.unreachable,
             cuts: self.cut_count,
             calibration: self.config.calibration,
         }

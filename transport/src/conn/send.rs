@@ -69,7 +69,7 @@ struct Queued {
 
 /// The queue of one session. Lanes of session 0 are free.
 #[derive(Debug)]
-struct Lane {
+struct SessionQueue {
     session: u32,
     frames: VecDeque<Queued>,
 }
@@ -88,7 +88,7 @@ struct Sent {
 
 #[derive(Debug, Default)]
 pub(super) struct SendState {
-    lanes: Vec<Lane>,
+    queues: Vec<SessionQueue>,
     /// Sessions whose first queued frame has this priority, in turn.
     ready: [VecDeque<u32>; Priority::COUNT],
     sent: VecDeque<Sent>,
@@ -117,9 +117,9 @@ impl SendState {
     }
 
     pub(super) fn held(&self, session: u32) -> usize {
-        let lane = self.lanes.iter().find(|lane| lane.session == session);
+        let queue = self.queues.iter().find(|queue| queue.session == session);
         let sent = self.sent.iter().filter(|sent| sent.session == session);
-        lane.map_or(0, |lane| lane.frames.len()) + sent.count()
+        queue.map_or(0, |queue| queue.frames.len()) + sent.count()
     }
 
     /// Bytes that were acknowledged, and those that are queued or sent and were not.
@@ -186,17 +186,17 @@ impl SendState {
         self.queued_frames += 1;
         self.held_bytes += queued.buf.wire().len();
         let priority = queued.priority;
-        let lane = self.lanes.iter().position(|lane| lane.session == session);
-        if let Some(lane) = lane {
-            self.lanes[lane].frames.push_back(queued);
+        let queue = self.queues.iter().position(|queue| queue.session == session);
+        if let Some(queue) = queue {
+            self.queues[queue].frames.push_back(queued);
             return;
         }
-        let lane = self.lanes.iter().position(|lane| lane.session == 0).unwrap_or_else(|| {
-            self.lanes.push(Lane { session: 0, frames: VecDeque::new() });
-            self.lanes.len() - 1
+        let queue = self.queues.iter().position(|queue| queue.session == 0).unwrap_or_else(|| {
+            self.queues.push(SessionQueue { session: 0, frames: VecDeque::new() });
+            self.queues.len() - 1
         });
-        self.lanes[lane].session = session;
-        self.lanes[lane].frames.push_back(queued);
+        self.queues[queue].session = session;
+        self.queues[queue].frames.push_back(queued);
         self.ready[priority as usize].push_back(session);
     }
 
@@ -205,16 +205,16 @@ impl SendState {
     fn choose(&mut self) -> Option<(u32, Queued)> {
         let urgency = self.ready.iter().position(|ready| !ready.is_empty())?;
         let session = *self.ready[urgency].front()?;
-        let lane = self.lanes.iter_mut().find(|lane| lane.session == session)?;
-        let bytes = lane.frames.front()?.buf.wire().len();
+        let queue = self.queues.iter_mut().find(|queue| queue.session == session)?;
+        let bytes = queue.frames.front()?.buf.wire().len();
         if before(self.credit, self.offset.wrapping_add(bytes as u32)) {
             return None;
         }
         self.ready[urgency].pop_front();
-        let queued = lane.frames.pop_front()?;
-        match lane.frames.front() {
+        let queued = queue.frames.pop_front()?;
+        match queue.frames.front() {
             Some(next) => self.ready[next.priority as usize].push_back(session),
-            None => lane.session = 0,
+            None => queue.session = 0,
         }
         self.queued_frames -= 1;
         self.offset = self.offset.wrapping_add(bytes as u32);
@@ -269,15 +269,15 @@ impl Connection {
     /// prompt needs no upload.
     pub fn discard(&mut self, session: u32) -> usize {
         let state = &mut self.send;
-        let lane = state.lanes.iter_mut().find(|lane| lane.session == session);
-        let Some(lane) = lane.filter(|_| session != 0) else {
+        let queue = state.queues.iter_mut().find(|queue| queue.session == session);
+        let Some(queue) = queue.filter(|_| session != 0) else {
             return 0;
         };
-        lane.session = 0;
-        let count = lane.frames.len();
+        queue.session = 0;
+        let count = queue.frames.len();
         state.queued_frames -= count;
         state.held_bytes -=
-            lane.frames.drain(..).map(|queued| queued.buf.wire().len()).sum::<usize>();
+            queue.frames.drain(..).map(|queued| queued.buf.wire().len()).sum::<usize>();
         state.ready.iter_mut().for_each(|ready| ready.retain(|other| *other != session));
         count
     }
@@ -425,8 +425,8 @@ impl SendState {
     /// Bytes of the frame that [`SendState::choose`] would look at.
     fn head_bytes(&self) -> Option<usize> {
         let session = *self.ready.iter().find_map(|ready| ready.front())?;
-        let lane = self.lanes.iter().find(|lane| lane.session == session)?;
-        lane.frames.front().map(|queued| queued.buf.wire().len())
+        let queue = self.queues.iter().find(|queue| queue.session == session)?;
+        queue.frames.front().map(|queued| queued.buf.wire().len())
     }
 }
 

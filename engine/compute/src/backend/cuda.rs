@@ -4,7 +4,7 @@
 //! for all layers. The trait's methods return no errors: the first one is kept for
 //! [`Computes::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
-mod lanes;
+mod shared;
 mod product;
 
 use hat_cuda::attend::{self, Cut, Parts};
@@ -22,10 +22,10 @@ use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 use hat_plan::{ARITHMETIC_CUDA, BackendFault};
 
-use self::lanes::Lanes;
+use self::shared::SharedBuffers;
 use self::product::Prepared;
 use super::{
-    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, Lent,
+    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, SharedRows,
     LinearArgs, RopeArgs, RowMove, TokenId, Top, Write,
 };
 
@@ -52,7 +52,7 @@ pub struct CudaBackend<G: Gpu> {
     parts: Option<(Parts<G::Memory>, usize)>,
     top: Option<(TopK<G::Memory>, [usize; 3])>,
     /// Rows for the next stage, and of the one before.
-    lanes: Lanes<G::Memory>,
+    shared_buffers: SharedBuffers<G::Memory>,
 }
 
 /// A plan that is on the GPU until the next one is begun.
@@ -133,7 +133,7 @@ impl<G: Gpu> CudaBackend<G> {
             plan: None,
             parts: None,
             top: None,
-            lanes: Lanes::default(),
+            shared_buffers: SharedBuffers::default(),
         }
     }
 
@@ -269,7 +269,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         self.queue(|this| this.gpu.download(&from.memory, at, to));
         match self.fault {
             Some(_) => to.fill(f32::NAN),
-            None => self.lanes.give_back(),
+            None => self.shared_buffers.give_back(),
         }
     }
 
@@ -449,11 +449,11 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         self.make_lanes(next, 4 * capacity * columns, count).map(Some)
     }
 
-    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<Lent> {
+    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<SharedRows> {
         self.lend_rows(rows, from)
     }
 
-    fn borrow(&mut self, rows: usize, lent: Lent, to: &mut Self::Buffer) {
-        self.borrow_rows(rows, lent, to);
+    fn borrow(&mut self, rows: usize, shared: SharedRows, to: &mut Self::Buffer) {
+        self.borrow_rows(rows, shared, to);
     }
 }

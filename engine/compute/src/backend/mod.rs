@@ -12,7 +12,7 @@ pub mod reference;
 
 use hat_loader::Tensor;
 use hat_plan::{
-    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, Computes, KvShape, Lent, PAGE_SIZE,
+    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, Computes, KvShape, SharedRows, PAGE_SIZE,
     RowMove, TokenId,
 };
 
@@ -212,13 +212,13 @@ pub trait Backend: Computes + Send + 'static {
     }
     /// Leaves the first rows of a buffer for the backend that this one is linked to, and waits for
     /// the work that fills them. `None` if something is wrong, or all room is lent.
-    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<Lent> {
+    fn lend(&mut self, rows: usize, from: &Self::Buffer) -> Option<SharedRows> {
         let _ = (rows, from);
         None
     }
     /// Lent rows into the front of a buffer. They go back once the step's rows were waited for.
-    fn borrow(&mut self, rows: usize, lent: Lent, to: &mut Self::Buffer) {
-        let _ = (rows, lent, to);
+    fn borrow(&mut self, rows: usize, shared: SharedRows, to: &mut Self::Buffer) {
+        let _ = (rows, shared, to);
         unreachable!("rows are lent to a backend that was linked");
     }
 }

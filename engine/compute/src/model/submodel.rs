@@ -196,9 +196,9 @@ impl<B: Backend> MiddleModel<B> {
     fn hand_over(&mut self, step: &mut MiddleStep) {
         let end = self.first_layer + self.layers.len();
         if self.hands_over.is_some() && step.exit_layer as usize > end {
-            step.lent = self.backend.lend(step.plan.rows(), &self.x);
+            step.shared = self.backend.lend(step.plan.rows(), &self.x);
         }
-        if step.lent.is_some() {
+        if step.shared.is_some() {
             return;
         }
         match &step.wanted {
@@ -243,8 +243,8 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
             return;
         }
         let Self { backend, shape, first_layer, layers, kv, scratch, x, .. } = self;
-        match step.lent.take() {
-            Some(lent) => backend.borrow(step.plan.rows(), lent, x),
+        match step.shared.take() {
+            Some(shared) => backend.borrow(step.plan.rows(), shared, x),
             None => backend.upload(&step.hidden, x),
         }
         scratch.start_step(backend, shape, step.plan.plan().positions);

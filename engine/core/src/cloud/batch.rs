@@ -43,7 +43,7 @@ impl StepBatch {
         self.step.moves.clear();
         self.step.hidden.clear();
         self.step.wanted.get_or_insert_default().clear();
-        self.step.lent = None;
+        self.step.shared = None;
         self.sessions.clear();
         self.rows.iter_mut().for_each(StepRows::clear);
         self.attended = 0;

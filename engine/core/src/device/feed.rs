@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::lent::Common;
+use super::context::Common;
 use super::request::Request;
 use crate::draft::DraftMode;
 use crate::draft::foresee::Draw;

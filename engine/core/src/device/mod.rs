@@ -3,7 +3,7 @@
 
 mod budget;
 mod feed;
-mod lent;
+mod context;
 mod link;
 mod outgoing;
 mod pages;
@@ -33,7 +33,7 @@ use hat_transport::planted::Planted;
 
 use self::budget::Budget;
 use self::feed::Drafting;
-use self::lent::Common;
+use self::context::Common;
 use self::link::Cloud;
 pub use self::pages::PageNamer;
 use self::pages::Pages;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::RequestEvent;
-use super::lent::{Common, Facts};
+use super::context::{Common, Facts};
 use super::request::Request;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::error::RequestError;

@@ -9,7 +9,7 @@ use hat_transport::frame::{HEADER_BYTES, Kind};
 
 use super::budget::{Budget, Waits};
 use super::feed::Drafting;
-use super::lent::Common;
+use super::context::Common;
 use super::session::OpenSession;
 use super::select::Ask;
 use super::violation::CloudViolation;

@@ -8,7 +8,7 @@ use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
 use hat_transport::message::{End, Message, Open};
 
 use super::DeviceCore;
-use super::lent::Common;
+use super::context::Common;
 use super::request::{Path, Request, Session};
 use super::session::Timed;
 use crate::wire::{self, KV_TYPE_F16};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use hat_transport::planted::Fault;
 
-use super::lent::Common;
+use super::context::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
 use super::session::Round;

@@ -6,7 +6,7 @@ use hat_transport::frame::HEADER_BYTES;
 use hat_transport::message::{Computed, Dropped, Output};
 
 use super::RequestEvent;
-use super::lent::{Common, Facts};
+use super::context::{Common, Facts};
 use super::request::{Outcome, Request};
 use super::session::Timed;
 use super::violation::CloudViolation;

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::lent::Common;
+use super::context::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
 use super::tree::{Bounds, Level, Stage};

@@ -156,15 +156,15 @@ fn hello(
 }
 
 /// Waiter for the end of a run.
-pub(super) struct Keeper {
+pub(super) struct Supervisor {
     pub(super) config: CloudConfig,
     pub(super) model_id: ModelId,
     pub(super) seen: Arc<Seen>,
 }
 
-impl Keeper {
+impl Supervisor {
     /// Waits for the end of the last run; says whether its backend was lost.
-    pub(super) fn keep(mut self, mut run: Run) -> Option<BackendFault> {
+    pub(super) fn supervise(mut self, mut run: Run) -> Option<BackendFault> {
         loop {
             let address = run.address;
             let fault = run.join()?;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 /// Rows on their way from one backend to another of the same type, without the host.
 ///
 /// Whoever lends keeps what they are in; it is free again when all copies of this are gone.
-pub struct Lent(Arc<dyn Any + Send + Sync>);
+pub struct SharedRows(Arc<dyn Any + Send + Sync>);
 
-impl Lent {
+impl SharedRows {
     /// Lends what `rows` holds.
     #[must_use]
     pub fn new<T: Send + Sync + 'static>(rows: &Arc<T>) -> Self {
@@ -23,7 +23,7 @@ impl Lent {
     }
 }
 
-impl fmt::Debug for Lent {
+impl fmt::Debug for SharedRows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Lent").field(&Arc::strong_count(&self.0)).finish()
     }
