@@ -60,10 +60,10 @@ fn speed() {
         for codec in Codec::ALL {
             let mut bytes = vec![0; rows * codec.row_bytes(hidden)];
             let packed_s = fastest(|| {
-                codec.pack(black_box(&numbers), hidden, &mut bytes).expect("finite");
+                codec.encode(black_box(&numbers), hidden, &mut bytes).expect("finite");
             });
             let unpacked_s = fastest(|| {
-                codec.unpack(black_box(&bytes), hidden, &mut copy).expect("its own bytes");
+                codec.decode(black_box(&bytes), hidden, &mut copy).expect("its own bytes");
             });
             let share = (4.0 + codec.row_bytes(hidden) as f64 / hidden as f64) / 8.0;
             println!(
@@ -255,8 +255,8 @@ fn crossed(codec: Option<Codec>, rows: &[f32], hidden: usize) -> Vec<f32> {
     };
     let mut bytes = vec![0; rows.len() / hidden * codec.row_bytes(hidden)];
     let mut back = vec![0.0; rows.len()];
-    codec.pack(rows, hidden, &mut bytes).expect("a good model's rows are finite");
-    codec.unpack(&bytes, hidden, &mut back).expect("its own bytes");
+    codec.encode(rows, hidden, &mut bytes).expect("a good model's rows are finite");
+    codec.decode(&bytes, hidden, &mut back).expect("its own bytes");
     back
 }
 

@@ -135,7 +135,7 @@ pub fn through_codec(codec: Codec) -> Box<Cross> {
         let codec = if crossing == Crossing::Up { codec } else { codec.down() };
         let columns = row.len();
         wire.resize(codec.row_bytes(columns), 0);
-        codec.pack(row, columns, &mut wire).is_ok() && codec.unpack(&wire, columns, row).is_ok()
+        codec.encode(row, columns, &mut wire).is_ok() && codec.decode(&wire, columns, row).is_ok()
     })
 }
 

@@ -66,8 +66,8 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
 fn over_the_wire(rows: &mut [f32]) {
     let mut bytes = vec![0; Codec::F16.row_bytes(64)];
     for row in rows.chunks_mut(64) {
-        Codec::F16.pack(row, 64, &mut bytes).unwrap();
-        Codec::F16.unpack(&bytes, 64, row).unwrap();
+        Codec::F16.encode(row, 64, &mut bytes).unwrap();
+        Codec::F16.decode(&bytes, 64, row).unwrap();
     }
 }
 

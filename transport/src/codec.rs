@@ -46,7 +46,7 @@ pub enum Codec {
 /// Rows that can't be packed, or bytes that are no rows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum PackError {
+pub enum CodecError {
     /// A number is NaN or infinite: BAD_VALUE on the wire.
     #[error("row {row} holds a value that is not finite, at column {column}")]
     NotFinite {
@@ -132,7 +132,7 @@ impl Codec {
     ///
     /// # Panics
     /// If the lengths do not fit together.
-    pub fn pack(self, rows: &[f32], hidden: usize, out: &mut [u8]) -> Result<(), PackError> {
+    pub fn encode(self, rows: &[f32], hidden: usize, out: &mut [u8]) -> Result<(), CodecError> {
         assert!(rows.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", rows.len());
         let row_bytes = self.row_bytes(hidden);
         assert_eq!(out.len(), rows.len() / hidden * row_bytes, "room for all rows");
@@ -145,11 +145,11 @@ impl Codec {
             }
             Self::F16 => {
                 for (row, out) in rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes)) {
-                    pack_f16(row, out);
+                    encode_f16(row, out);
                 }
             }
-            Self::Int8 => pack_blocks::<Bytes, INT8_BLOCK>(rows, hidden, row_bytes, out),
-            Self::Int4 => pack_blocks::<Nibbles, INT4_BLOCK>(rows, hidden, row_bytes, out),
+            Self::Int8 => encode_blocks::<Bytes, INT8_BLOCK>(rows, hidden, row_bytes, out),
+            Self::Int4 => encode_blocks::<Nibbles, INT4_BLOCK>(rows, hidden, row_bytes, out),
         }
         Ok(())
     }
@@ -162,12 +162,12 @@ impl Codec {
     ///
     /// # Panics
     /// If `out` is not a whole number of rows.
-    pub fn unpack(self, bytes: &[u8], hidden: usize, out: &mut [f32]) -> Result<(), PackError> {
+    pub fn decode(self, bytes: &[u8], hidden: usize, out: &mut [f32]) -> Result<(), CodecError> {
         assert!(out.len().is_multiple_of(hidden), "whole rows of {hidden}: {}", out.len());
         let row_bytes = self.row_bytes(hidden);
         let expected = out.len() / hidden * row_bytes;
         if bytes.len() != expected {
-            return Err(PackError::Length { expected, got: bytes.len() });
+            return Err(CodecError::Length { expected, got: bytes.len() });
         }
         match self {
             Self::F32 => {
@@ -178,11 +178,11 @@ impl Codec {
             Self::F16 => {
                 let rows = out.chunks_exact_mut(hidden);
                 rows.zip(bytes.chunks_exact(row_bytes)).for_each(|(row, bytes)| {
-                    unpack_f16(bytes, row);
+                    decode_f16(bytes, row);
                 });
             }
-            Self::Int8 => unpack_blocks::<Bytes, INT8_BLOCK>(bytes, hidden, row_bytes, out),
-            Self::Int4 => unpack_blocks::<Nibbles, INT4_BLOCK>(bytes, hidden, row_bytes, out),
+            Self::Int8 => decode_blocks::<Bytes, INT8_BLOCK>(bytes, hidden, row_bytes, out),
+            Self::Int4 => decode_blocks::<Nibbles, INT4_BLOCK>(bytes, hidden, row_bytes, out),
         }
         finite(out, hidden)?;
         if self != Self::F32 {
@@ -196,7 +196,7 @@ impl Codec {
 }
 
 /// Writes one row: its exponent, then its numbers.
-fn pack_f16(row: &[f32], out: &mut [u8]) {
+fn encode_f16(row: &[f32], out: &mut [u8]) {
     let exponent = Exponent::of(row, 0);
     let (byte, out) = out.split_at_mut(1);
     byte[0] = exponent.byte();
@@ -213,7 +213,7 @@ fn pack_f16(row: &[f32], out: &mut [u8]) {
 }
 
 /// Reads one row's numbers; its exponent is still to be put back.
-fn unpack_f16(bytes: &[u8], row: &mut [f32]) {
+fn decode_f16(bytes: &[u8], row: &mut [f32]) {
     for (to, from) in row.chunks_mut(BLOCK).zip(bytes[1..].chunks(2 * BLOCK)) {
         let mut narrow = [f16::ZERO; BLOCK];
         for (to, from) in narrow.iter_mut().zip(from.as_chunks().0) {
@@ -224,58 +224,58 @@ fn unpack_f16(bytes: &[u8], row: &mut [f32]) {
 }
 
 /// Writes rows in blocks, with the widest instructions that this CPU has.
-fn pack_blocks<G: Grid, const N: usize>(
+fn encode_blocks<G: Grid, const N: usize>(
     rows: &[f32],
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if avx2::pack::<G, N>(rows, hidden, row_bytes, out) {
+    if avx2::encode::<G, N>(rows, hidden, row_bytes, out) {
         return;
     }
-    pack_portable::<G, N>(rows, hidden, row_bytes, out);
+    encode_portable::<G, N>(rows, hidden, row_bytes, out);
 }
 
-fn pack_portable<G: Grid, const N: usize>(
+fn encode_portable<G: Grid, const N: usize>(
     rows: &[f32],
     hidden: usize,
     row_bytes: usize,
     out: &mut [u8],
 ) {
     let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
-    rows.for_each(|(row, out)| block::pack_row::<G, N>(row, out));
+    rows.for_each(|(row, out)| block::encode_row::<G, N>(row, out));
 }
 
-/// The inverse of [`pack_blocks`].
-fn unpack_blocks<G: Grid, const N: usize>(
+/// The inverse of [`encode_blocks`].
+fn decode_blocks<G: Grid, const N: usize>(
     bytes: &[u8],
     hidden: usize,
     row_bytes: usize,
     out: &mut [f32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if avx2::unpack::<G, N>(bytes, hidden, row_bytes, out) {
+    if avx2::decode::<G, N>(bytes, hidden, row_bytes, out) {
         return;
     }
-    unpack_portable::<G, N>(bytes, hidden, row_bytes, out);
+    decode_portable::<G, N>(bytes, hidden, row_bytes, out);
 }
 
-fn unpack_portable<G: Grid, const N: usize>(
+fn decode_portable<G: Grid, const N: usize>(
     bytes: &[u8],
     hidden: usize,
     row_bytes: usize,
     out: &mut [f32],
 ) {
     let rows = bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(hidden));
-    rows.for_each(|(bytes, row)| block::unpack_row::<G, N>(bytes, row));
+    rows.for_each(|(bytes, row)| block::decode_row::<G, N>(bytes, row));
 }
 
-fn finite(rows: &[f32], hidden: usize) -> Result<(), PackError> {
+fn finite(rows: &[f32], hidden: usize) -> Result<(), CodecError> {
     // Without an early exit, so that it runs as vectors.
     if rows.iter().fold(true, |all, x| all & x.is_finite()) {
         return Ok(());
     }
     let at = rows.iter().position(|x| !x.is_finite()).expect("one is not");
-    Err(PackError::NotFinite { row: at / hidden, column: at % hidden })
+    Err(CodecError::NotFinite { row: at / hidden, column: at % hidden })
 }

@@ -34,9 +34,9 @@ fn codecs_write_the_bytes_that_are_written_down() {
         let rows = rows(hidden, &mut random);
         for codec in Codec::ALL {
             let mut bytes = vec![0; 4 * codec.row_bytes(hidden)];
-            assert_eq!(codec.pack(&rows, hidden, &mut bytes), Ok(()));
+            assert_eq!(codec.encode(&rows, hidden, &mut bytes), Ok(()));
             let mut back = vec![0.0; rows.len()];
-            codec.unpack(&bytes, hidden, &mut back).expect("its own bytes");
+            codec.decode(&bytes, hidden, &mut back).expect("its own bytes");
             let back: Vec<u8> = back.iter().flat_map(|number| number.to_le_bytes()).collect();
             let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_owned();
             got += &format!("{} {hidden} {} {}\n", codec.name(), hash(&bytes), hash(&back));

@@ -89,7 +89,7 @@ pub(super) const fn row_bytes(hidden: usize, block: usize, bits: usize) -> usize
 
 /// Writes one row: its exponent, then its blocks.
 #[inline(always)]
-pub(super) fn pack_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) {
+pub(super) fn encode_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) {
     // The greatest scale is a normal f16, too: a subnormal one has few bits.
     let exponent = Exponent::of(row, G::BITS);
     let (byte, mut out) = out.split_at_mut(1);
@@ -111,7 +111,7 @@ pub(super) fn pack_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) {
 
 /// Reads one row's numbers; its exponent is still to be put back.
 #[inline(always)]
-pub(super) fn unpack_row<G: Grid, const N: usize>(bytes: &[u8], row: &mut [f32]) {
+pub(super) fn decode_row<G: Grid, const N: usize>(bytes: &[u8], row: &mut [f32]) {
     let mut bytes = &bytes[1..];
     for numbers in row.chunks_mut(N) {
         let (block, rest) = bytes.split_at(4 + G::bytes(numbers.len()));

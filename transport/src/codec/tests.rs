@@ -4,13 +4,13 @@ use super::*;
 
 fn packed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<u8> {
     let mut bytes = vec![0; codec.row_bytes(hidden) * (rows.len() / hidden)];
-    codec.pack(rows, hidden, &mut bytes).unwrap();
+    codec.encode(rows, hidden, &mut bytes).unwrap();
     bytes
 }
 
 fn crossed(codec: Codec, rows: &[f32], hidden: usize) -> Vec<f32> {
     let mut out = vec![0.0; rows.len()];
-    codec.unpack(&packed(codec, rows, hidden), hidden, &mut out).unwrap();
+    codec.decode(&packed(codec, rows, hidden), hidden, &mut out).unwrap();
     out
 }
 
@@ -121,13 +121,13 @@ fn a_row_has_the_least_exponent_that_holds_it() {
 
 #[test]
 fn what_is_not_finite_is_refused_on_both_sides() {
-    let refused = Err(PackError::NotFinite { row: 2, column: 7 });
+    let refused = Err(CodecError::NotFinite { row: 2, column: 7 });
     for codec in Codec::ALL {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut rows = vec![1.0f32; 3 * 300];
             let mut bytes = packed(codec, &rows, 300);
             rows[2 * 300 + 7] = bad;
-            assert_eq!(codec.pack(&rows, 300, &mut bytes.clone()), refused);
+            assert_eq!(codec.encode(&rows, 300, &mut bytes.clone()), refused);
             let row = 2 * codec.row_bytes(300);
             match codec {
                 Codec::F32 => bytes[row + 28..][..4].copy_from_slice(&bad.to_le_bytes()),
@@ -140,15 +140,15 @@ fn what_is_not_finite_is_refused_on_both_sides() {
                     bytes[row + 5] = if codec == Codec::Int8 { 1 } else { 0x11 };
                     let byte = row + 5 + 7;
                     bytes[byte] = if codec == Codec::Int8 { 0x80 } else { 0x18 };
-                    let refused = codec.unpack(&bytes, 300, &mut rows.clone());
-                    assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 7 }));
+                    let refused = codec.decode(&bytes, 300, &mut rows.clone());
+                    assert_eq!(refused, Err(CodecError::NotFinite { row: 2, column: 7 }));
                     bytes[row + 1..][..2].copy_from_slice(&f16::from_f32(bad).to_le_bytes());
-                    let refused = codec.unpack(&bytes, 300, &mut rows);
-                    assert_eq!(refused, Err(PackError::NotFinite { row: 2, column: 0 }));
+                    let refused = codec.decode(&bytes, 300, &mut rows);
+                    assert_eq!(refused, Err(CodecError::NotFinite { row: 2, column: 0 }));
                     continue;
                 }
             }
-            assert_eq!(codec.unpack(&bytes, 300, &mut rows), refused);
+            assert_eq!(codec.decode(&bytes, 300, &mut rows), refused);
         }
     }
 }
@@ -159,10 +159,10 @@ fn lengths_of_a_peer_are_checked() {
         let expected = 2 * codec.row_bytes(4);
         let bytes = vec![0; expected + 1];
         for got in [0, 1, expected - 1, expected + 1] {
-            let refused = Err(PackError::Length { expected, got });
-            assert_eq!(codec.unpack(&bytes[..got], 4, &mut [0.0; 8]), refused);
+            let refused = Err(CodecError::Length { expected, got });
+            assert_eq!(codec.decode(&bytes[..got], 4, &mut [0.0; 8]), refused);
         }
-        assert_eq!(codec.unpack(&[], 4, &mut []), Ok(()));
+        assert_eq!(codec.decode(&[], 4, &mut []), Ok(()));
     }
 }
 
@@ -191,9 +191,9 @@ proptest! {
         let hidden = rows.len();
         for codec in [Codec::F32, Codec::F16] {
             let mut bytes = vec![0; offset + codec.row_bytes(hidden)];
-            codec.pack(&rows, hidden, &mut bytes[offset..]).unwrap();
+            codec.encode(&rows, hidden, &mut bytes[offset..]).unwrap();
             let mut got = vec![0.0; hidden];
-            codec.unpack(&bytes[offset..], hidden, &mut got).unwrap();
+            codec.decode(&bytes[offset..], hidden, &mut got).unwrap();
             let bits = |rows: &[f32]| rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&crossed(codec, &got, hidden)), bits(&got));
             for (&x, &y) in rows.iter().zip(&got) {
@@ -291,11 +291,11 @@ proptest! {
             let mut portable = vec![0; bytes.len()];
             let mut back = vec![0.0; rows.len()];
             if codec == Codec::Int8 {
-                pack_portable::<Bytes, 64>(rows, hidden, row_bytes, &mut portable);
-                unpack_portable::<Bytes, 64>(&bytes, hidden, row_bytes, &mut back);
+                encode_portable::<Bytes, 64>(rows, hidden, row_bytes, &mut portable);
+                decode_portable::<Bytes, 64>(&bytes, hidden, row_bytes, &mut back);
             } else {
-                pack_portable::<Nibbles, 32>(rows, hidden, row_bytes, &mut portable);
-                unpack_portable::<Nibbles, 32>(&bytes, hidden, row_bytes, &mut back);
+                encode_portable::<Nibbles, 32>(rows, hidden, row_bytes, &mut portable);
+                decode_portable::<Nibbles, 32>(&bytes, hidden, row_bytes, &mut back);
             }
             for (row, bytes) in back.chunks_mut(hidden).zip(bytes.chunks(row_bytes)) {
                 Exponent::from_byte(bytes[0]).put_back(row);
@@ -315,7 +315,7 @@ proptest! {
         for codec in Codec::ALL {
             let rows = bytes.len() / codec.row_bytes(hidden);
             let mut out = vec![0.0; rows * hidden];
-            let taken = codec.unpack(&bytes[..rows * codec.row_bytes(hidden)], hidden, &mut out);
+            let taken = codec.decode(&bytes[..rows * codec.row_bytes(hidden)], hidden, &mut out);
             prop_assert_eq!(taken.is_ok(), out.iter().all(|number| number.is_finite()));
         }
     }

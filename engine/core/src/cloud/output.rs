@@ -5,7 +5,7 @@ use hat_transport::message::{Arrivals, Computed, OutputHead};
 use super::batch::StepBatch;
 use super::session::{Planned, Spent, StepRows};
 use crate::wire;
-use hat_transport::codec::{Codec, PackError};
+use hat_transport::codec::{Codec, CodecError};
 
 /// Cuts the wanted rows of one session into frames and writes them.
 pub(super) struct Outputs<'a> {
@@ -66,7 +66,7 @@ impl<'a> Outputs<'a> {
     ///
     /// # Errors
     /// If a row holds a number that is not finite.
-    pub(super) fn encode(&self, body: &mut [u8]) -> Result<(), PackError> {
+    pub(super) fn encode(&self, body: &mut [u8]) -> Result<(), CodecError> {
         let wanted = &self.rows.wanted[self.done..self.done + self.frame];
         let ids = &self.rows.wanted_ids[self.done..self.done + self.frame];
         let payload_start = self.head.encode(ids, body);
@@ -74,7 +74,7 @@ impl<'a> Outputs<'a> {
         let row_bytes = self.codec.row_bytes(self.hidden_size);
         for (index, out) in wanted.iter().zip(payload.chunks_exact_mut(row_bytes)) {
             let row = &self.hidden[*index as usize * self.hidden_size..][..self.hidden_size];
-            self.codec.pack(row, self.hidden_size, out)?;
+            self.codec.encode(row, self.hidden_size, out)?;
         }
         Ok(())
     }

@@ -307,7 +307,7 @@ impl Session {
             let part = frame.part(chunk.skip, left);
             let first = rows.ids.len();
             self.put_part(&frame, &part.head, plan, moves, rows)?;
-            self.unpack(frame.payload_of(&part), hidden_size, hidden)?;
+            self.decode(frame.payload_of(&part), hidden_size, hidden)?;
             let end = rows.ids.len();
             let wanted = match part.head.want {
                 Want::None => end..end,
@@ -385,7 +385,7 @@ impl Session {
         Ok(())
     }
 
-    fn unpack(
+    fn decode(
         &self,
         payload: &[u8],
         hidden_size: usize,
@@ -395,7 +395,7 @@ impl Session {
         let rows = payload.len() / self.codec.row_bytes(hidden_size);
         hidden.resize(start + rows * hidden_size, 0.0);
         self.codec
-            .unpack(payload, hidden_size, &mut hidden[start..])
+            .decode(payload, hidden_size, &mut hidden[start..])
             .map_err(SessionViolation::Value)
     }
 }

@@ -12,7 +12,7 @@ use super::clients::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
 use crate::sched::{Bound, SessionKey, BatchItem};
-use hat_transport::codec::PackError;
+use hat_transport::codec::CodecError;
 
 impl CloudCore {
     /// Bounds every step so, instead of by what steps took, and lets chunks of prompts be as long
@@ -124,7 +124,7 @@ impl CloudCore {
         batch: &StepBatch,
         index: usize,
         sink: &mut dyn FrameSink,
-    ) -> Result<(), PackError> {
+    ) -> Result<(), CodecError> {
         let hidden_size = self.hidden_size();
         let (key, to) = batch.sessions[index];
         let Some(session) = self.sessions.find(key) else { return Ok(()) };

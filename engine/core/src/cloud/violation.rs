@@ -7,7 +7,7 @@ use hat_transport::frame::Kind;
 use hat_transport::message::{MessageError, SessionErrorCode as Code};
 
 use crate::sequence::SequenceError;
-use hat_transport::codec::PackError;
+use hat_transport::codec::CodecError;
 
 /// A frame that breaks the rules of its session. The session ends with it, the connection lives on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -58,7 +58,7 @@ pub(super) enum SessionViolation {
     Sequence(#[from] SequenceError),
     /// A row holds a number that is not finite.
     #[error(transparent)]
-    Value(PackError),
+    Value(CodecError),
     /// A body that is no message of its kind.
     #[error(transparent)]
     Malformed(#[from] MessageError),
@@ -102,7 +102,7 @@ pub(super) enum SessionEnd {
     Evicted { silent: Duration },
     /// The model's rows hold numbers that cannot be sent.
     #[error("the model's output cannot be sent: {0}")]
-    Output(PackError),
+    Output(CodecError),
     /// An output is longer than any frame that the device takes.
     #[error("an output exceeds the frames that you take")]
     TooLong,
@@ -224,7 +224,7 @@ mod tests {
         ]
     }
 
-    const NOT_FINITE: PackError = PackError::NotFinite { row: 1, column: 2 };
+    const NOT_FINITE: CodecError = CodecError::NotFinite { row: 1, column: 2 };
 
     /// Programs go by codes, people by texts; both are the protocol's.
     #[test]

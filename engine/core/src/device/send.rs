@@ -176,7 +176,7 @@ impl Request {
         let start = head.encode(parents, body.body_mut());
         let hidden = &out.hidden[out.sent * hidden_size..][..rows * hidden_size];
         codec
-            .pack(hidden, hidden_size, &mut body.body_mut()[start..])
+            .encode(hidden, hidden_size, &mut body.body_mut()[start..])
             .expect("rows are checked when they are computed");
         sink.send(to, Kind::Rows, open.wire_id, priority, body).ok()?;
         // A chunk of a longer prompt waits for those before it as well.

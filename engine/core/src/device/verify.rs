@@ -65,7 +65,7 @@ impl Request {
             return Err(CloudViolation::Payload { bytes: output.payload.len(), rows: count });
         }
         cx.scratch.rows.resize(count * hidden_size, 0.0);
-        codec.unpack(output.payload, hidden_size, &mut cx.scratch.rows)?;
+        codec.decode(output.payload, hidden_size, &mut cx.scratch.rows)?;
         let Some(open) = self.session.open() else { return Ok(()) };
         if let Some(row) = output.ids.iter().find(|id| *id > open.outgoing.sent_id) {
             return Err(CloudViolation::NotSent { row });

@@ -5,7 +5,7 @@ use std::time::Duration;
 use hat_transport::frame::Kind;
 use hat_transport::message::{MessageError, SessionErrorCode};
 
-use hat_transport::codec::PackError;
+use hat_transport::codec::CodecError;
 
 /// Reason that a request can't go on with its cloud.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,7 +33,7 @@ pub(super) enum CloudViolation {
     Payload { bytes: usize, rows: usize },
     /// A row that is no number.
     #[error(transparent)]
-    Value(#[from] PackError),
+    Value(#[from] CodecError),
     /// A body that can't be read.
     #[error("a {kind:?} frame is malformed: {error}")]
     Malformed { kind: Kind, error: MessageError },

@@ -256,8 +256,8 @@ mod tests {
                     let mut numbers = vec![0.0; width];
                     write(row, &mut numbers);
                     let mut bytes = vec![0; codec.row_bytes(width)];
-                    codec.pack(&numbers, width, &mut bytes).unwrap();
-                    codec.unpack(&bytes, width, &mut numbers).unwrap();
+                    codec.encode(&numbers, width, &mut bytes).unwrap();
+                    codec.decode(&bytes, width, &mut numbers).unwrap();
                     assert_eq!(read(&numbers), row, "{} at width {width}", codec.name());
                 }
             }
