@@ -243,6 +243,6 @@ fn answer(engine: &Engine) -> (f64, f64) {
 }
 
 fn spread(values: Vec<f64>) -> String {
-    let (median, least, greatest) = hat_benches::spread(values);
-    format!("{median:.3} ({least:.3} - {greatest:.3})")
+    let (median, least, largest) = hat_benches::spread(values);
+    format!("{median:.3} ({least:.3} - {largest:.3})")
 }

@@ -219,7 +219,7 @@ fn measure(
         let deep = model.deep(&shallow);
         let last = deep[deep.len() - hidden..].to_vec();
         let logits = model.logits(&last);
-        let token = greatest(&logits);
+        let token = argmax(&logits);
         wanted.push(logits);
         if model.tokenizer.is_end(token) {
             break;
@@ -238,7 +238,7 @@ fn measure(
             let mut same = true;
             for (row, wanted) in rows.chunks_exact(hidden).zip(&wanted) {
                 let logits = model.logits(row);
-                let agrees = greatest(&logits) == greatest(wanted);
+                let agrees = argmax(&logits) == argmax(wanted);
                 damage.kl.push(divergence(wanted, &logits));
                 damage.agreed += usize::from(agrees);
                 same &= agrees;
@@ -260,7 +260,7 @@ fn crossed(codec: Option<Codec>, rows: &[f32], hidden: usize) -> Vec<f32> {
     back
 }
 
-fn greatest(logits: &[f32]) -> TokenId {
+fn argmax(logits: &[f32]) -> TokenId {
     let first = logits.iter().enumerate().rev().max_by(|a, b| a.1.total_cmp(b.1));
     first.expect("a vocabulary").0 as TokenId
 }

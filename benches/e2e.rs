@@ -21,8 +21,8 @@ fn request() -> Request {
 }
 
 fn line(name: &str, unit: &str, values: Vec<f64>) {
-    let (median, least, greatest) = spread(values);
-    println!("{name:<44} {median:9.2} {unit:<6} ({least:.2} - {greatest:.2})");
+    let (median, least, largest) = spread(values);
+    println!("{name:<44} {median:9.2} {unit:<6} ({least:.2} - {largest:.2})");
 }
 
 fn answer(engine: &Engine) -> Metrics {

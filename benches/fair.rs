@@ -170,8 +170,8 @@ fn spread(values: impl IntoIterator<Item = f64>) -> String {
     values.sort_by(f64::total_cmp);
     match values[..] {
         [] => "none".to_owned(),
-        [least, .., greatest] => {
-            format!("{:.2} ({least:.2} - {greatest:.2})", values[values.len() / 2])
+        [least, .., largest] => {
+            format!("{:.2} ({least:.2} - {largest:.2})", values[values.len() / 2])
         }
         [only] => format!("{only:.2}"),
     }

@@ -21,7 +21,7 @@ pub struct TopK<M> {
 /// One row's result is in `values[r * k..]` and `columns[r * k..]`, the largest first; equal ones
 /// stand in the order of their columns.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Top {
+pub struct TopRows {
     /// `[rows][k]`
     pub values: Vec<f32>,
     /// `[rows][k]`
@@ -69,9 +69,9 @@ impl<M: Memory> TopK<M> {
         rows: usize,
         k: usize,
         x: Slice<'_, f32>,
-    ) -> Result<Top, GpuError> {
+    ) -> Result<TopRows, GpuError> {
         if rows == 0 {
-            return Ok(Top::default());
+            return Ok(TopRows::default());
         }
         assert!(x.len().is_multiple_of(rows), "{} numbers, {rows} rows", x.len());
         let columns = x.len() / rows;
@@ -102,7 +102,7 @@ impl<M: Memory> TopK<M> {
         // `rows * k` is at most the candidates' count, and the room was made alike.
         unsafe { gpu.launch(Launch { kernel: Kernel::TopKMerge, grid }, &params) }?;
         let mut top =
-            Top { values: vec![0.0; rows * k], columns: vec![0; rows * k], finite: vec![] };
+            TopRows { values: vec![0.0; rows * k], columns: vec![0; rows * k], finite: vec![] };
         let mut not_finite = vec![0u32; rows];
         gpu.download(&self.values, 0, &mut top.values)?;
         gpu.download(&self.columns, 0, &mut top.columns)?;

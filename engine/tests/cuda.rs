@@ -107,10 +107,10 @@ impl Split {
         let head = |row: &[f32]| {
             let mut logits = vec![0.0; 300];
             self.device.head(row, &mut logits);
-            let greatest = self.device.greatest(row).unwrap();
+            let argmax = self.device.argmax(row).unwrap();
             let expected = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(
-                greatest,
+                argmax,
                 (logits.iter().position(|x| *x == expected).unwrap() as u32, expected)
             );
             logits

@@ -212,9 +212,9 @@ impl Answer {
     }
 
     /// True if it needs nothing but the token with the greatest logit: see
-    /// [`Answer::take_greatest`].
+    /// [`Answer::take_argmax`].
     #[must_use]
-    pub fn wants_greatest(&self) -> bool {
+    pub fn wants_argmax(&self) -> bool {
         self.sampler.config().is_plain_greedy()
             && self.logits_hash.is_none()
             && self.top_logprobs.is_none()
@@ -245,8 +245,8 @@ impl Answer {
         Ok(self.emit(token, logprobs, vocabulary))
     }
 
-    /// Takes the token with the greatest logit as the next, where [`Answer::wants_greatest`].
-    pub fn take_greatest(&mut self, token: TokenId, vocabulary: &dyn Vocabulary) -> Emitted {
+    /// Takes the token with the greatest logit as the next, where [`Answer::wants_argmax`].
+    pub fn take_argmax(&mut self, token: TokenId, vocabulary: &dyn Vocabulary) -> Emitted {
         self.emit(token, None, vocabulary)
     }
 

@@ -241,7 +241,7 @@ impl Sampler {
     }
 
     fn choose_adjusted(&mut self, logits: &[f32], position: u32) -> Result<Choice, SampleError> {
-        let first = greatest(logits, position)?;
+        let first = argmax(logits, position)?;
         if self.config.temperature == 0.0 {
             return Ok(first);
         }
@@ -320,7 +320,7 @@ pub(crate) fn seeded_noise(seed: u64, choice: u32, position: u32) -> impl FnMut(
 }
 
 /// The greatest logit, the lowest id among equals; refuses what is no number.
-fn greatest(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
+fn argmax(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
     let mut best = Choice { token: 0, logit: f32::NEG_INFINITY };
     for (token, &logit) in (0..).zip(logits) {
         if logit.is_nan() || logit == f32::INFINITY {
@@ -402,7 +402,7 @@ pub fn log_probabilities(
     top: usize,
     out: &mut Vec<(TokenId, f32)>,
 ) -> Result<f32, SampleError> {
-    let max = f64::from(greatest(logits, position)?.logit);
+    let max = f64::from(argmax(logits, position)?.logit);
     let mut mass = 0.0;
     out.clear();
     for (token, &logit) in (0..).zip(logits) {

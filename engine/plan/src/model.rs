@@ -41,7 +41,7 @@ pub trait DeviceForward: Computes + Send {
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
     /// As [`DeviceForward::head`], but only the token with the greatest logit and that logit, of
     /// equal ones the lowest. `None` if some logit is not finite.
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)>;
+    fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)>;
     /// Moves KV rows of all layers.
     fn compact(&mut self, moves: &[RowMove]);
 }

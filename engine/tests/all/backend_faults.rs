@@ -306,10 +306,10 @@ impl DeviceForward for Device {
         }
     }
 
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
-        let mut greatest = None;
-        self.run(|inner| greatest = inner.greatest(hidden));
-        greatest
+    fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+        let mut argmax = None;
+        self.run(|inner| argmax = inner.argmax(hidden));
+        argmax
     }
 
     fn compact(&mut self, moves: &[RowMove]) {

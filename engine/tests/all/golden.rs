@@ -176,9 +176,9 @@ fn the_default_model_says_what_numpy_says() {
 }
 
 fn log_probability(logits: &[f32], token: u32) -> f64 {
-    let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|logit| f64::from(logit - greatest).exp()).sum();
-    f64::from(logits[token as usize] - greatest) - sum.ln()
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - largest).exp()).sum();
+    f64::from(logits[token as usize] - largest) - sum.ln()
 }
 
 /// A file that says nothing of its pattern is known by its merges, and refused with one of them

@@ -69,8 +69,8 @@ impl DeviceForward for Device {
         }
     }
 
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
-        if hidden[0] == MARK { None } else { self.inner.greatest(hidden) }
+    fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+        if hidden[0] == MARK { None } else { self.inner.argmax(hidden) }
     }
 
     fn compact(&mut self, moves: &[RowMove]) {

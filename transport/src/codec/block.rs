@@ -132,9 +132,9 @@ pub(super) fn decode_row<G: Grid, const N: usize>(bytes: &[u8], row: &mut [f32])
 fn quantise<G: Grid, const N: usize>(block: &[f32; N], codes: &mut [i8; N]) -> (f16, f16) {
     // Magnitudes order as their bits do.
     let sizes = block.map(|number| (number.to_bits() & 0x7FFF_FFFF).cast_signed());
-    let greatest = sizes.iter().fold(0, |most, &size| size.max(most));
+    let largest = sizes.iter().fold(0, |most, &size| size.max(most));
     let places: [i32; N] = std::array::from_fn(|index| index as i32);
-    let place = |(&size, &place)| if size == greatest { place } else { i32::MAX };
+    let place = |(&size, &place)| if size == largest { place } else { i32::MAX };
     let at = sizes.iter().zip(&places).map(place).fold(i32::MAX, i32::min);
     let apart = f16::from_f32(block[at as usize]);
     let other = |(&size, &place)| if place == at { 0 } else { size };

@@ -23,14 +23,14 @@ impl Exponent {
     pub(super) fn of(row: &[f32], bits: i32) -> Self {
         // Magnitudes order as their bits do.
         let size = |number: &f32| (number.to_bits() & 0x7FFF_FFFF).cast_signed();
-        let greatest = row.iter().fold(0, |most, number| size(number).max(most));
+        let largest = row.iter().fold(0, |most, number| size(number).max(most));
         let within = LEAST + (bits << 23)..BEYOND;
-        if greatest == 0 || within.contains(&greatest) {
+        if largest == 0 || within.contains(&largest) {
             return Self(0);
         }
         // Subnormal numbers have no exponent of their own in their bits.
-        let lift = if greatest < 0x0080_0000 { 24 } else { 0 };
-        let lifted = f32::from_bits(greatest.cast_unsigned()) * power(lift);
+        let lift = if largest < 0x0080_0000 { 24 } else { 0 };
+        let lifted = f32::from_bits(largest.cast_unsigned()) * power(lift);
         let steps = ((lifted.to_bits().cast_signed() - BEYOND) >> 23) + 1 - lift;
         Self(steps.max(-EXCESS))
     }

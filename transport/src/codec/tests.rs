@@ -44,7 +44,7 @@ fn bytes_are_little_endian_and_dense() {
 }
 
 #[test]
-fn blocks_are_a_scale_the_greatest_number_and_codes() {
+fn blocks_are_a_scale_the_largest_number_and_codes() {
     // The greatest is 1000, the next 127: scale 1. Ties go to even.
     let row = [3.0f32, -127.0, 1000.0, 2.5, 3.5];
     let bytes = [142, 0, 0x3C, 0xD0, 0x63, 3, 0x81, 0x80, 2, 4];
@@ -179,8 +179,8 @@ fn any_rows() -> impl Strategy<Value = Vec<f32>> {
 
 /// True if a codec whose codes have so many bits takes a row without an exponent.
 fn within_reach(rows: &[f32], bits: i32) -> bool {
-    let greatest = rows.iter().copied().map(f32::abs).fold(0.0, f32::max);
-    greatest == 0.0 || (2f32.powi(bits - 14)..65520.0).contains(&greatest)
+    let largest = rows.iter().copied().map(f32::abs).fold(0.0, f32::max);
+    largest == 0.0 || (2f32.powi(bits - 14)..65520.0).contains(&largest)
 }
 
 proptest! {
@@ -221,15 +221,15 @@ proptest! {
         }
         let power = 2f64.powi(if apart { exponent - 3 } else { exponent });
         let rows: Vec<f32> = rows.iter().map(|x| (f64::from(*x) * power) as f32).collect();
-        let greatest = rows.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
+        let largest = rows.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
         let steps = [(Codec::F16, 2048.0), (Codec::Int8, 253.0), (Codec::Int4, 13.9)];
         for (codec, steps) in steps {
             let got = crossed(codec, &rows, rows.len());
             for (&got, &wanted) in got.iter().zip(&rows) {
                 // Where f32 is subnormal it has steps of its own.
-                let allowed = greatest / steps + f64::from(f32::from_bits(1));
+                let allowed = largest / steps + f64::from(f32::from_bits(1));
                 let error = (f64::from(got) - f64::from(wanted)).abs();
-                prop_assert!(error <= allowed, "{codec:?}: {got} for {wanted} of {greatest}");
+                prop_assert!(error <= allowed, "{codec:?}: {got} for {wanted} of {largest}");
             }
             if codec == Codec::F16 || (apart && exponent > -120) {
                 let bytes = packed(codec, &rows, rows.len());
@@ -265,8 +265,8 @@ proptest! {
             }
             for (got, rows) in got.chunks(block).zip(rows.chunks(block)) {
                 let mut sizes: Vec<f32> = rows.iter().map(|x| x.abs()).collect();
-                let greatest = sizes.iter().copied().fold(0.0, f32::max);
-                let at = sizes.iter().position(|&size| size == greatest).unwrap();
+                let largest = sizes.iter().copied().fold(0.0, f32::max);
+                let at = sizes.iter().position(|&size| size == largest).unwrap();
                 sizes.remove(at);
                 let scale = sizes.iter().copied().fold(0.0, f32::max) / most;
                 prop_assert_eq!(got[at], f16::from_f32(rows[at]).to_f32());

@@ -26,7 +26,7 @@ use self::shared::SharedBuffers;
 use self::product::Prepared;
 use super::{
     AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, SharedRows,
-    LinearArgs, RopeArgs, RowMove, TokenId, Top, Write,
+    LinearArgs, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
 const NAME: &str = "cuda";
@@ -329,7 +329,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         rows: usize,
         x: &Self::Buffer,
         weight: &Self::Weight,
-        top: &mut [Top],
+        top: &mut [TopLogit],
     ) -> bool {
         let (k, columns) = (top.len() / rows.max(1), weight.n);
         assert!(k <= K_MAX.min(columns), "the {k} largest of {columns}");
@@ -351,7 +351,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
             for (to, (value, column)) in
                 top.iter_mut().zip(found.values.into_iter().zip(found.columns))
             {
-                *to = Top { value, column };
+                *to = TopLogit { value, column };
             }
             finite = found.finite.into_iter().all(|finite| finite);
             this.other = logits;

@@ -28,27 +28,27 @@ pub enum Write {
 
 /// One of the largest numbers of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Top {
+pub struct TopLogit {
     /// The number: a logit.
     pub value: f32,
     /// Its column: a token.
     pub column: u32,
 }
 
-impl Top {
+impl TopLogit {
     /// Below every finite number.
     pub const NONE: Self = Self { value: f32::NEG_INFINITY, column: u32::MAX };
 
     /// True if it comes before another.
     #[must_use]
-    pub fn is_before(&self, other: &Self) -> bool {
+    pub fn outranks(&self, other: &Self) -> bool {
         self.value > other.value || (self.value == other.value && self.column < other.column)
     }
 
     /// Puts it in its place of a list that falls, whose last number gives way; if it has one.
     pub fn insert(self, list: &mut [Self]) {
         let mut at = list.len();
-        while at > 0 && self.is_before(&list[at - 1]) {
+        while at > 0 && self.outranks(&list[at - 1]) {
             at -= 1;
         }
         if at < list.len() {
@@ -152,7 +152,7 @@ pub trait Backend: Computes + Send + 'static {
         rows: usize,
         x: &Self::Buffer,
         weight: &Self::Weight,
-        top: &mut [Top],
+        top: &mut [TopLogit],
     ) -> bool;
     /// Several `linear`s of the same rows (q, k and v) as one, [`Write::Store`] each: one wait for
     /// all threads, the input read once.

@@ -9,7 +9,7 @@ use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 use super::{
     AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
-    PAGE_SIZE, RopeArgs, RowMove, TokenId, Top, Write,
+    PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
 const NAME: &str = "reference";
@@ -176,13 +176,13 @@ impl Backend for Reference {
         }
     }
 
-    fn linear_top(&mut self, rows: usize, x: &Buffer, weight: &Weight, top: &mut [Top]) -> bool {
+    fn linear_top(&mut self, rows: usize, x: &Buffer, weight: &Weight, top: &mut [TopLogit]) -> bool {
         let mut out = Buffer { data: vec![0.0; rows * weight.n], columns: weight.n };
         self.linear(rows, x, Write::Store, LinearArgs::of(weight, &mut out));
-        top.fill(Top::NONE);
+        top.fill(TopLogit::NONE);
         for (row, top) in top.chunks_exact_mut(top.len() / rows.max(1)).enumerate() {
             for (column, value) in (0..).zip(out.row(row)) {
-                Top { value: *value, column }.insert(top);
+                TopLogit { value: *value, column }.insert(top);
             }
         }
         out.data.iter().all(|value| value.is_finite())

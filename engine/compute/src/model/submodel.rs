@@ -10,7 +10,7 @@ use hat_plan::{
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, Tensors, weight};
 use crate::LoadError;
-use crate::backend::{Backend, LinearArgs, Top, Write};
+use crate::backend::{Backend, LinearArgs, TopLogit, Write};
 
 /// Embedding, first layers, last layers, final norm and head on one backend.
 pub struct DeviceModel<B: Backend> {
@@ -121,10 +121,10 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
         backend.download(&self.logits, 0, logits);
     }
 
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+    fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
         self.norm_row(hidden);
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let mut top = [Top::NONE];
+        let mut top = [TopLogit::NONE];
         let finite = self.backend.linear_top(1, &self.normed, head, &mut top);
         finite.then_some((top[0].column, top[0].value))
     }

@@ -1,7 +1,7 @@
 //! Inputs at the edges, and one way to run each operation on any backend.
 
 use half::f16;
-use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Top, Write};
+use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, TopLogit, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE, RowMove, TokenId};
 
@@ -216,11 +216,11 @@ pub(crate) fn linear_top<B: Backend>(
     weight: &Tensor,
     x: &[f32],
     k: usize,
-) -> Option<Vec<Top>> {
+) -> Option<Vec<TopLogit>> {
     let rows = x.len() / weight.shape[1];
     let x = buffer(b, rows, weight.shape[1], x);
     let weight = b.weight(weight).expect("a matrix");
-    let mut top = vec![Top { value: f32::NAN, column: 7 }; rows * k];
+    let mut top = vec![TopLogit { value: f32::NAN, column: 7 }; rows * k];
     b.linear_top(rows, &x, &weight, &mut top).then_some(top)
 }
 

@@ -1,7 +1,7 @@
 //! Bits don't depend on the level, the threads, the batch, the chunks, the pages or the tree.
 
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level, Op};
-use hat_compute::backend::{Backend, LinearArgs, Top, Write};
+use hat_compute::backend::{Backend, LinearArgs, TopLogit, Write};
 use hat_loader::DType;
 use hat_plan::{AttendShape, Computes as _, PAGE_SIZE, RowMove};
 use proptest::prelude::*;
@@ -127,9 +127,9 @@ fn the_largest_are_those_of_all() {
                 for row in numbers.chunks_exact(n) {
                     let mut order: Vec<usize> = (0..n).collect();
                     order.sort_by(|a, b| row[*b].total_cmp(&row[*a]).then(a.cmp(b)));
-                    let top = |i: &usize| Top { value: row[*i], column: *i as u32 };
+                    let top = |i: &usize| TopLogit { value: row[*i], column: *i as u32 };
                     want.extend(order.iter().take(count).map(top));
-                    want.extend((n..count).map(|_| Top::NONE));
+                    want.extend((n..count).map(|_| TopLogit::NONE));
                 }
                 for b in &mut all {
                     let got = linear_top(b, &weight, &x, count).expect("finite");

@@ -79,7 +79,7 @@ pub(super) struct Scratch {
     pub(super) guesses: Vec<(usize, Guess)>,
     pub(super) logits: Vec<f32>, // [vocab_size]
     /// The token with the greatest logit, and that logit.
-    pub(super) greatest: Option<(TokenId, f32)>,
+    pub(super) argmax: Option<(TokenId, f32)>,
     pub(super) rows: Vec<f32>, // [rows of one OUTPUT frame, hidden_size]
 }
 
@@ -249,7 +249,7 @@ impl Common {
                 kept: Vec::with_capacity(PENDING_ROWS_MAX),
                 guesses: Vec::with_capacity(PENDING_ROWS_MAX),
                 logits: vec![0.0; vocab_size],
-                greatest: None,
+                argmax: None,
                 rows: vec![0.0; bundle.hidden_size],
             },
             moves: Vec::with_capacity(PENDING_ROWS_MAX),

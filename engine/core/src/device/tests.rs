@@ -144,8 +144,8 @@ fn compute(work: DeviceWork<'_>) {
                 row.fill(f32::from(u16::try_from(*token).unwrap()));
             }
         }
-        DeviceWork::Head { hidden, verdict: Verdict::Greatest(greatest), .. } => {
-            *greatest = Some((next(hidden[0] as TokenId), 1.0));
+        DeviceWork::Head { hidden, verdict: Verdict::Argmax(argmax), .. } => {
+            *argmax = Some((next(hidden[0] as TokenId), 1.0));
         }
         DeviceWork::Draft(work) => work.run(),
         _ => unreachable!("there are no tail layers, and greedy answers"),

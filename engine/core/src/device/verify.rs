@@ -35,7 +35,7 @@ pub(super) struct Tail {
     rows: Vec<f32>,
 }
 
-/// A row that is back and decides the next token: `scratch.greatest` or `scratch.logits` say which,
+/// A row that is back and decides the next token: `scratch.argmax` or `scratch.logits` say which,
 /// as the answer wants it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
@@ -256,9 +256,9 @@ impl Request {
         self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
         cx.learned.note_head(took);
         let position = self.path.rows() - 1;
-        let emitted = if self.answer.wants_greatest() {
-            let greatest = cx.scratch.greatest.take();
-            let emitted = greatest.map(|(token, _)| self.answer.take_greatest(token, vocabulary));
+        let emitted = if self.answer.wants_argmax() {
+            let argmax = cx.scratch.argmax.take();
+            let emitted = argmax.map(|(token, _)| self.answer.take_argmax(token, vocabulary));
             emitted.ok_or(RequestError::NotFinite { position })
         } else {
             self.answer.take(&cx.scratch.logits, position, vocabulary)

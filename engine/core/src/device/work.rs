@@ -66,7 +66,7 @@ pub enum DeviceWork<'a> {
 /// The part of a row's logits that an answer wants to know.
 pub enum Verdict<'a> {
     /// The token with the greatest one, and that one; `None` if some are no numbers.
-    Greatest(&'a mut Option<(TokenId, f32)>),
+    Argmax(&'a mut Option<(TokenId, f32)>),
     /// All of them. `[vocab_size]`
     Logits(&'a mut [f32]),
 }
@@ -98,7 +98,7 @@ impl DeviceWork<'_> {
                     model.tail(&plan, hidden);
                 }
                 match verdict {
-                    Verdict::Greatest(greatest) => *greatest = model.greatest(hidden),
+                    Verdict::Argmax(argmax) => *argmax = model.argmax(hidden),
                     Verdict::Logits(logits) => model.head(hidden, logits),
                 }
             }
@@ -212,8 +212,8 @@ impl DeviceCore {
         Some(match step {
             Computation::Tail(_) => DeviceWork::Tail { moves, plan, hidden: request.tail_rows() },
             Computation::Head(head) => {
-                let verdict = match request.answer.wants_greatest() {
-                    true => Verdict::Greatest(&mut scratch.greatest),
+                let verdict = match request.answer.wants_argmax() {
+                    true => Verdict::Argmax(&mut scratch.argmax),
                     false => Verdict::Logits(&mut scratch.logits),
                 };
                 let (tail, position) = (head.needs_tail.then_some(plan), request.path.rows() - 1);

@@ -64,7 +64,7 @@ fn by_definition(config: &SamplerConfig, logits: &[f32], position: u32) -> Token
 }
 
 #[test]
-fn greedy_takes_the_greatest_and_the_lowest_id_among_equals() {
+fn greedy_takes_the_argmax_and_the_lowest_id_among_equals() {
     let greedy = SamplerConfig::default();
     assert!(greedy.is_plain_greedy());
     assert_eq!(token(&greedy, &[1.0, 3.0, 3.0, -1.0], 0), 1);

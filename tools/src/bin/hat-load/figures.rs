@@ -169,7 +169,7 @@ impl Tally {
 }
 
 /// The greatest of the devices' means, over the median of them; `None` without any.
-fn greatest_over_median(means: &[f64]) -> Option<f64> {
+fn largest_over_median(means: &[f64]) -> Option<f64> {
     let mut means: Vec<f64> = means.iter().copied().filter(|mean| *mean > 0.0).collect();
     means.sort_by(f64::total_cmp);
     Some(means.last()? / quantile(&means, 0.5))
@@ -206,7 +206,7 @@ impl Figures {
     /// Max/median over devices of the mean gap, and of the mean TTFT.
     fn fairness(&self) -> [Option<f64>; 2] {
         let over = |of: &dyn Fn(&Tally) -> f64| {
-            greatest_over_median(&self.each.iter().map(of).collect::<Vec<_>>())
+            largest_over_median(&self.each.iter().map(of).collect::<Vec<_>>())
         };
         [over(&|tally| mean(&tally.gap_ms)), over(&|tally| mean(&tally.ttft_ms))]
     }
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn one_starved_device_shows() {
-        assert_eq!(greatest_over_median(&[2.0, 2.0, 0.0, 20.0]), Some(10.0));
-        assert_eq!(greatest_over_median(&[]), None);
+        assert_eq!(largest_over_median(&[2.0, 2.0, 0.0, 20.0]), Some(10.0));
+        assert_eq!(largest_over_median(&[]), None);
     }
 }

@@ -278,8 +278,8 @@ impl Device {
             DeviceWork::Head { request, position, moves, verdict, .. } => {
                 moves.clear();
                 let tokens = &self.texts.tokens[self.requests[&request]].tokens;
-                if let Verdict::Greatest(greatest) = verdict {
-                    *greatest = Some((tokens[position as usize + 1], 0.0));
+                if let Verdict::Argmax(argmax) = verdict {
+                    *argmax = Some((tokens[position as usize + 1], 0.0));
                 }
                 (request, Next::Head)
             }

@@ -26,7 +26,7 @@ mod neon;
 mod portable;
 #[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
 mod threads;
-mod top;
+mod top_logits;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
 mod x86;
@@ -43,10 +43,10 @@ pub use self::matrix::CpuWeight;
 use self::matrix::{Finish, Linear};
 pub use self::threads::compute_priority;
 use self::threads::{PerThread, Threads};
-use self::top::TopScratch;
+use self::top_logits::TopScratch;
 use super::{
     AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
-    PAGE_SIZE, RopeArgs, RowMove, TokenId, Top, Write,
+    PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
 const NAME: &str = "cpu";
@@ -412,7 +412,7 @@ impl Backend for CpuBackend {
         rows: usize,
         x: &CpuBuffer,
         weight: &CpuWeight,
-        top: &mut [Top],
+        top: &mut [TopLogit],
     ) -> bool {
         if rows == 0 || top.is_empty() {
             return true;
@@ -427,7 +427,7 @@ impl Backend for CpuBackend {
         self.threads.ranges(weight.n, grain(rows, [weight]), |thread, columns| {
             each.with(thread, |scratch| scratch.add(kernels, &job, columns));
         });
-        top.fill(Top::NONE);
+        top.fill(TopLogit::NONE);
         let mut finite = true;
         scratch.each(|scratch| finite &= scratch.merge_into(top, k));
         finite

@@ -15,8 +15,8 @@ struct Text;
 
 impl Compute for Text {
     fn device(&mut self, _: usize, work: DeviceWork<'_>) -> Ran {
-        if let DeviceWork::Head { verdict: Verdict::Greatest(greatest), .. } = work {
-            *greatest = Some((300, 1.0));
+        if let DeviceWork::Head { verdict: Verdict::Argmax(argmax), .. } = work {
+            *argmax = Some((300, 1.0));
         }
         Ran { took: Some(Duration::from_millis(1)), fault: None }
     }

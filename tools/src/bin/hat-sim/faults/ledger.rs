@@ -179,7 +179,7 @@ impl DeviceForward for DeviceLedger {
         logits[token_of(read(hidden), self.alphabet) as usize] = 1.0;
     }
 
-    fn greatest(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
+    fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
         Some((token_of(read(hidden), self.alphabet), 1.0))
     }
 

@@ -256,8 +256,8 @@ fn compute(work: DeviceWork<'_>, text: &[TokenId]) {
                 *row = *position as f32;
             }
         }
-        DeviceWork::Head { hidden, verdict: Verdict::Greatest(greatest), .. } => {
-            *greatest = text.get(hidden[0] as usize + 1).map(|token| (*token, 1.0));
+        DeviceWork::Head { hidden, verdict: Verdict::Argmax(argmax), .. } => {
+            *argmax = text.get(hidden[0] as usize + 1).map(|token| (*token, 1.0));
         }
         DeviceWork::Draft(work) => work.run(),
         _ => unreachable!("there are no tail layers, and greedy answers"),

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use hat_loader::layout::PANEL;
 
-use super::super::Top;
+use super::super::TopLogit;
 use super::kernels::Kernels;
 use super::matrix::Linear;
 use super::threads::Part;
@@ -18,7 +18,7 @@ pub(super) struct TopScratch {
     /// `[rows][COLUMNS]`
     sums: Vec<f32>,
     /// The largest that this thread has seen. `[rows][k]`
-    top: Vec<Top>,
+    top: Vec<TopLogit>,
     /// True if all of them are finite.
     finite: bool,
 }
@@ -28,7 +28,7 @@ impl TopScratch {
     pub(super) fn start(&mut self, rows: usize, k: usize) {
         self.sums.resize((rows * COLUMNS).max(self.sums.len()), 0.0);
         self.top.clear();
-        self.top.resize(rows * k, Top::NONE);
+        self.top.resize(rows * k, TopLogit::NONE);
         self.finite = true;
     }
 
@@ -51,7 +51,7 @@ impl TopScratch {
                     for (column, value) in (column..).zip(sums) {
                         if *value > top[k - 1].value {
                             let column = u32::try_from(column).expect("a vocabulary fits u32");
-                            Top { value: *value, column }.insert(top);
+                            TopLogit { value: *value, column }.insert(top);
                         }
                     }
                 }
@@ -60,7 +60,7 @@ impl TopScratch {
     }
 
     /// Merges the lists of this thread, of `k` each, into `top`; returns true if all was finite.
-    pub(super) fn merge_into(&self, top: &mut [Top], k: usize) -> bool {
+    pub(super) fn merge_into(&self, top: &mut [TopLogit], k: usize) -> bool {
         for (mine, all) in self.top.chunks_exact(k).zip(top.chunks_exact_mut(k)) {
             for one in mine {
                 one.insert(all);
