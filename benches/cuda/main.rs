@@ -38,7 +38,7 @@ use hat_cuda::linear::linear;
 use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::testkit::peak;
 
 use crate::model::Model;
@@ -277,7 +277,7 @@ impl Kernels<'_> {
             })?;
             Ok(products.flops as f64 / seconds)
         };
-        let (multiply, bytes) = (rate(peak::Numbers::Halves)?, rate(peak::Numbers::Bytes)?);
+        let (multiply, bytes) = (rate(peak::ProductDType::Halves)?, rate(peak::ProductDType::Bytes)?);
         println!(
             "peaks: copies {:.1} GB/s by the driver, {:.1} by a kernel, silu_mul of large arrays \
              {:.1} GB/s, f16 products {:.1} TFLOP/s, of bytes {:.1} TOP/s",
@@ -299,11 +299,11 @@ impl Kernels<'_> {
 
     fn products(&mut self) -> Result<(), GpuError> {
         let (columns, outputs) = if self.bench.small { (256, 64) } else { (4096, 4096) };
-        for numbers in [Numbers::Q4_1, Numbers::Q4_0, Numbers::Q8_0, Numbers::Q6K] {
+        for numbers in [WeightDType::Q4_1, WeightDType::Q4_0, WeightDType::Q8_0, WeightDType::Q6K] {
             let bytes = numbers.panel_bytes(outputs, columns).expect("whole blocks");
             let copies = self.copies(bytes);
             for rows in [1, 8, 16, 64, 512] {
-                if self.bench.quick && !matches!((numbers, rows), (Numbers::Q4_1, _) | (_, 1)) {
+                if self.bench.quick && !matches!((numbers, rows), (WeightDType::Q4_1, _) | (_, 1)) {
                     continue;
                 }
                 let what = format!("linear {numbers:?} {columns}x{outputs}, {rows} rows");

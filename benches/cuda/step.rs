@@ -3,7 +3,7 @@
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::Cuda;
 use hat_cuda::plan::AttendShape;
-use hat_cuda::table::Numbers;
+use hat_cuda::table::WeightDType;
 use hat_loader::DType;
 
 use crate::model::{Load, Middle, Model, Room};
@@ -43,14 +43,14 @@ pub struct Timed {
 }
 
 /// The launches of one layer: the least seconds of each, by bytes or by operations.
-fn layer_bounds(model: &Model, numbers: Numbers, load: &Load, peaks: &Peaks) -> Vec<f64> {
+fn layer_bounds(model: &Model, numbers: WeightDType, load: &Load, peaks: &Peaks) -> Vec<f64> {
     let config = &model.config;
     let (hidden, inner, rows) = (config.hidden_size, config.intermediate_size, load.all());
     let (query, key_value) = (config.query_size(), config.key_value_size());
     let least =
         |work: Work, peak: f64| (work.bytes as f64 / peaks.copy).max(work.flops as f64 / peak);
     let moved = |bytes: usize| bytes as f64 / peaks.copy;
-    let halves = matches!(numbers, Numbers::F16 | Numbers::Bf16);
+    let halves = matches!(numbers, WeightDType::F16 | WeightDType::Bf16);
     let peak = if halves { peaks.multiply } else { peaks.bytes };
     let product =
         |columns: usize, outputs: usize| least(bound::gemv(numbers, rows, columns, outputs), peak);
@@ -113,14 +113,14 @@ fn loads(wanted: &Wanted, small: bool) -> Vec<Load> {
 }
 
 /// The type of weights on the GPU.
-fn numbers(dtype: DType) -> Option<Numbers> {
+fn numbers(dtype: DType) -> Option<WeightDType> {
     match dtype {
-        DType::F16 => Some(Numbers::F16),
-        DType::Bf16 => Some(Numbers::Bf16),
-        DType::Q8_0 => Some(Numbers::Q8_0),
-        DType::Q4_0 => Some(Numbers::Q4_0),
-        DType::Q4_1 => Some(Numbers::Q4_1),
-        DType::Q6K => Some(Numbers::Q6K),
+        DType::F16 => Some(WeightDType::F16),
+        DType::Bf16 => Some(WeightDType::Bf16),
+        DType::Q8_0 => Some(WeightDType::Q8_0),
+        DType::Q4_0 => Some(WeightDType::Q4_0),
+        DType::Q4_1 => Some(WeightDType::Q4_1),
+        DType::Q6K => Some(WeightDType::Q6K),
         _ => None,
     }
 }

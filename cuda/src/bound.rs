@@ -3,7 +3,7 @@
 
 use crate::plan::AttendShape;
 use crate::quantise_rows::BLOCK;
-use crate::table::Numbers;
+use crate::table::WeightDType;
 
 /// Bytes and operations of one or several launches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub struct Work {
 }
 
 /// Bytes of a row of activations as a product takes it: int8 blocks, or numbers of 16 bits.
-fn prepared_bytes(numbers: Numbers, columns: usize) -> usize {
+fn prepared_bytes(numbers: WeightDType, columns: usize) -> usize {
     match numbers.block() {
         1 => columns * size_of::<u16>(),
         _ => columns + columns / BLOCK * 2 * size_of::<f32>(),
@@ -26,7 +26,7 @@ fn prepared_bytes(numbers: Numbers, columns: usize) -> usize {
 /// [`crate::quantise_rows::round_rows`]: rows in f32 are read, and written as the products of such
 /// weights take them.
 #[must_use]
-pub fn prepare(numbers: Numbers, rows: usize, columns: usize) -> Work {
+pub fn prepare(numbers: WeightDType, rows: usize, columns: usize) -> Work {
     let bytes = rows * (columns * size_of::<f32>() + prepared_bytes(numbers, columns));
     Work { bytes: bytes as u64, flops: 0 }
 }
@@ -35,7 +35,7 @@ pub fn prepare(numbers: Numbers, rows: usize, columns: usize) -> Work {
 /// many tiles of rows there are (those with the same weights run side by side, so the L2 can have
 /// them), the rows as the product takes them, the outputs.
 #[must_use]
-pub fn gemv(numbers: Numbers, rows: usize, columns: usize, outputs: usize) -> Work {
+pub fn gemv(numbers: WeightDType, rows: usize, columns: usize, outputs: usize) -> Work {
     let weights = numbers.panel_bytes(outputs, columns).unwrap_or(0);
     let row = prepared_bytes(numbers, columns);
     let bytes = weights + rows * row + rows * outputs * size_of::<f32>();

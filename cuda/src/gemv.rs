@@ -4,7 +4,7 @@ use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::quantise_rows::{BLOCK, Q8};
-use crate::table::{Numbers, Table};
+use crate::table::{WeightDType, Table};
 
 /// Rows that one pass over the weights serves at most.
 pub const ROWS_MAX: usize = 16;
@@ -46,14 +46,14 @@ pub struct Gemv<'a> {
 pub fn gemv(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuError> {
     let few = rows <= ROWS;
     let kernel = match to.weight.numbers() {
-        Numbers::Q8_0 if few => Kernel::GemvQ80x8,
-        Numbers::Q8_0 => Kernel::GemvQ80x16,
-        Numbers::Q4_0 if few => Kernel::GemvQ40x8,
-        Numbers::Q4_0 => Kernel::GemvQ40x16,
-        Numbers::Q4_1 if few => Kernel::GemvQ41x8,
-        Numbers::Q4_1 => Kernel::GemvQ41x16,
-        Numbers::Q6K if few => Kernel::GemvQ6Kx8,
-        Numbers::Q6K => Kernel::GemvQ6Kx16,
+        WeightDType::Q8_0 if few => Kernel::GemvQ80x8,
+        WeightDType::Q8_0 => Kernel::GemvQ80x16,
+        WeightDType::Q4_0 if few => Kernel::GemvQ40x8,
+        WeightDType::Q4_0 => Kernel::GemvQ40x16,
+        WeightDType::Q4_1 if few => Kernel::GemvQ41x8,
+        WeightDType::Q4_1 => Kernel::GemvQ41x16,
+        WeightDType::Q6K if few => Kernel::GemvQ6Kx8,
+        WeightDType::Q6K => Kernel::GemvQ6Kx16,
         other => panic!("gemv has no kernel for {other:?}"),
     };
     let panels = to.weight.rows().div_ceil(abi::HAT_PANEL as usize);

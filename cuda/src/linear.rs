@@ -3,7 +3,7 @@
 use crate::gemv::{self, Gemv, gemv};
 use crate::gpu::{Gpu, GpuError};
 use crate::kernel::Kernel;
-use crate::table::Numbers;
+use crate::table::WeightDType;
 
 /// Rows of a tile: one pass over the weights serves as many.
 pub const TILE_ROWS: usize = 64;
@@ -32,10 +32,10 @@ pub fn linear(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuEr
 /// If a length does not fit, or there is no kernel for the type of the weights.
 pub fn tiled(gpu: &mut impl Gpu, rows: usize, to: Gemv<'_>) -> Result<(), GpuError> {
     let kernel = match to.weight.numbers() {
-        Numbers::Q8_0 => Kernel::LinearQ80,
-        Numbers::Q4_0 => Kernel::LinearQ40,
-        Numbers::Q4_1 => Kernel::LinearQ41,
-        Numbers::Q6K => Kernel::LinearQ6K,
+        WeightDType::Q8_0 => Kernel::LinearQ80,
+        WeightDType::Q4_0 => Kernel::LinearQ40,
+        WeightDType::Q4_1 => Kernel::LinearQ41,
+        WeightDType::Q6K => Kernel::LinearQ6K,
         other => panic!("linear has no kernel for {other:?}"),
     };
     let grid = [rows.div_ceil(TILE_ROWS), to.weight.rows().div_ceil(TILE_OUTPUTS)];

@@ -5,7 +5,7 @@ use crate::gemv::Write;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::linear::{TILE_OUTPUTS, TILE_ROWS};
-use crate::table::{Numbers, Table};
+use crate::table::{WeightDType, Table};
 
 /// Columns are a multiple of this.
 pub const COLUMNS: usize = 8;
@@ -41,8 +41,8 @@ pub fn linear_float(
 ) -> Result<(), GpuError> {
     let (columns, outputs) = (to.weight.columns(), to.weight.rows());
     let kernel = match to.weight.numbers() {
-        Numbers::F16 => Kernel::LinearF16,
-        Numbers::Bf16 => Kernel::LinearBf16,
+        WeightDType::F16 => Kernel::LinearF16,
+        WeightDType::Bf16 => Kernel::LinearBf16,
         other => panic!("linear_float has no kernel for {other:?}"),
     };
     assert!(columns.is_multiple_of(COLUMNS), "{columns} columns are no multiple of {COLUMNS}");

@@ -3,7 +3,7 @@
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
-use crate::table::Numbers;
+use crate::table::WeightDType;
 
 /// Numbers that share a scale.
 pub const BLOCK: usize = abi::HAT_BLOCK as usize;
@@ -75,13 +75,13 @@ pub fn quantise_q8(
 /// If a length does not fit, is odd, or the type is another one.
 pub fn round_rows(
     gpu: &mut impl Gpu,
-    numbers: Numbers,
+    numbers: WeightDType,
     x: Slice<'_, f32>,
     mut out: SliceMut<'_, u16>,
 ) -> Result<(), GpuError> {
     let kernel = match numbers {
-        Numbers::F16 => Kernel::RoundF16,
-        Numbers::Bf16 => Kernel::RoundBf16,
+        WeightDType::F16 => Kernel::RoundF16,
+        WeightDType::Bf16 => Kernel::RoundBf16,
         other => panic!("numbers are not rounded to {other:?}"),
     };
     assert!(x.len().is_multiple_of(2) && out.len() >= x.len(), "{} in {}", x.len(), out.len());

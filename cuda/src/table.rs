@@ -5,7 +5,7 @@ use crate::gpu::Slice;
 
 /// Number format of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numbers {
+pub enum WeightDType {
     /// IEEE binary32.
     F32,
     /// IEEE binary16.
@@ -22,7 +22,7 @@ pub enum Numbers {
     Q6K,
 }
 
-impl Numbers {
+impl WeightDType {
     /// Numbers of a row that are written together.
     #[must_use]
     pub const fn block(self) -> usize {
@@ -74,7 +74,7 @@ impl Numbers {
 #[derive(Clone, Copy, Debug)]
 pub struct Table<'a> {
     bytes: Slice<'a, u8>,
-    numbers: Numbers,
+    numbers: WeightDType,
     rows: usize,
     columns: usize,
 }
@@ -85,7 +85,7 @@ impl<'a> Table<'a> {
     /// # Panics
     /// If they are fewer, or the shape is none of this type.
     #[must_use]
-    pub fn new(bytes: Slice<'a, u8>, numbers: Numbers, rows: usize, columns: usize) -> Self {
+    pub fn new(bytes: Slice<'a, u8>, numbers: WeightDType, rows: usize, columns: usize) -> Self {
         let needed = numbers.panel_bytes(rows, columns);
         let fits = needed.is_some_and(|needed| needed <= bytes.len());
         assert!(fits, "{numbers:?} [{rows}, {columns}] in {} bytes", bytes.len());
@@ -94,7 +94,7 @@ impl<'a> Table<'a> {
 
     /// Number format of its elements.
     #[must_use]
-    pub fn numbers(&self) -> Numbers {
+    pub fn numbers(&self) -> WeightDType {
         self.numbers
     }
 

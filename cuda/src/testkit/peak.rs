@@ -42,7 +42,7 @@ pub fn copy(
 
 /// Number formats of the products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numbers {
+pub enum ProductDType {
     /// f16, f32 sums.
     Halves,
     /// Signed bytes, i32 sums: products of twice the depth.
@@ -59,7 +59,7 @@ pub enum Numbers {
 /// If a length is not that, or there is no block.
 pub fn multiply(
     gpu: &mut impl Gpu,
-    what: Numbers,
+    what: ProductDType,
     blocks: usize,
     steps: usize,
     from: Slice<'_, u32>,
@@ -74,8 +74,8 @@ pub fn multiply(
         reserved: 0,
     };
     let (kernel, flops) = match what {
-        Numbers::Halves => (Kernel::PeakMultiply, PRODUCT_FLOPS),
-        Numbers::Bytes => (Kernel::PeakMultiplyBytes, 2 * PRODUCT_FLOPS),
+        ProductDType::Halves => (Kernel::PeakMultiply, PRODUCT_FLOPS),
+        ProductDType::Bytes => (Kernel::PeakMultiplyBytes, 2 * PRODUCT_FLOPS),
     };
     let launch = Launch { kernel, grid: [count(blocks), 1, 1] };
     // SAFETY: each thread reads words below 128 and writes its own number.

@@ -3,7 +3,7 @@
 use hat_cuda::attend::Cut;
 use hat_cuda::bound::{Work, attend, gemv, prepare, silu_mul};
 use hat_cuda::plan::AttendShape;
-use hat_cuda::table::Numbers;
+use hat_cuda::table::WeightDType;
 
 use crate::gemv::product;
 use crate::panels::Matrix;
@@ -16,16 +16,16 @@ const MMA_FLOPS: u64 = 2 * 16 * 8 * 16;
 #[test]
 fn bytes_are_those_of_the_buffers() {
     // 16,777,216 weights of 20 bytes in 32; 4,096 bytes and 128 pairs of scales; 4,096 outputs.
-    let one = gemv(Numbers::Q4_1, 1, 4096, 4096);
+    let one = gemv(WeightDType::Q4_1, 1, 4096, 4096);
     assert_eq!(one, Work { bytes: 10_485_760 + 4096 + 1024 + 16_384, flops: 33_554_432 });
-    let many = gemv(Numbers::Q4_1, 17, 4096, 4096);
+    let many = gemv(WeightDType::Q4_1, 17, 4096, 4096);
     assert_eq!(many.bytes, 10_485_760 + 17 * (4096 + 1024 + 16_384));
-    assert_eq!(gemv(Numbers::Q4_1, 65, 4096, 4096).bytes, 10_485_760 + 65 * 21_504);
+    assert_eq!(gemv(WeightDType::Q4_1, 65, 4096, 4096).bytes, 10_485_760 + 65 * 21_504);
     // Numbers of two bytes.
-    assert_eq!(gemv(Numbers::F16, 2, 64, 32).bytes, 4096 + 2 * (128 + 128));
+    assert_eq!(gemv(WeightDType::F16, 2, 64, 32).bytes, 4096 + 2 * (128 + 128));
     // Rows of 64 numbers of four bytes become bytes and two pairs of scales, or numbers of two.
-    assert_eq!(prepare(Numbers::Q8_0, 3, 64).bytes, 3 * (256 + 64 + 16));
-    assert_eq!(prepare(Numbers::Bf16, 3, 64).bytes, 3 * (256 + 128));
+    assert_eq!(prepare(WeightDType::Q8_0, 3, 64).bytes, 3 * (256 + 64 + 16));
+    assert_eq!(prepare(WeightDType::Bf16, 3, 64).bytes, 3 * (256 + 128));
     // 1,024 keys of 32 heads of 128 in two bytes, K and V; 8 rows in and out.
     let heads = AttendShape { heads: 32, kv_heads: 32, head_dim: 128, window: None };
     let work = attend(&heads, &[1017, 1018, 1019, 1020, 1021, 1022, 1023, 1024]);
@@ -69,7 +69,7 @@ mod emulated {
         let Some(mut gpu) = gpu() else { return };
         let mut random = Random(8);
         for rows in [8, 16, 64, 128] {
-            let matrix = Matrix::random(Numbers::Q4_0, 128, 96, &mut random);
+            let matrix = Matrix::random(WeightDType::Q4_0, 128, 96, &mut random);
             let x = random.numbers(rows * 96, 1.0);
             let before = counts(&gpu);
             product(&mut gpu, &x, &matrix);
@@ -77,7 +77,7 @@ mod emulated {
             // m16n8k32.
             let (done, needed) = (
                 (after.mma - before.mma) * 2 * MMA_FLOPS,
-                gemv(Numbers::Q4_0, rows, 96, 128).flops,
+                gemv(WeightDType::Q4_0, rows, 96, 128).flops,
             );
             assert_eq!(done, needed, "{rows} rows");
         }

@@ -5,7 +5,7 @@ use hat_cuda::gemv::Write;
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::linear_float::{LinearFloat, linear_float};
 use hat_cuda::quantise_rows::round_rows;
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;
@@ -13,18 +13,18 @@ use crate::stand::{
     Random, assert_close, bits, gpu, memory, numbers, room, same_under_all_schedules,
 };
 
-const KINDS: [Numbers; 2] = [Numbers::F16, Numbers::Bf16];
+const KINDS: [WeightDType; 2] = [WeightDType::F16, WeightDType::Bf16];
 
-fn rounded(kind: Numbers, x: f32) -> u16 {
+fn rounded(kind: WeightDType, x: f32) -> u16 {
     match kind {
-        Numbers::F16 => f16::from_f32(x).to_bits(),
+        WeightDType::F16 => f16::from_f32(x).to_bits(),
         _ => bf16::from_f32(x).to_bits(),
     }
 }
 
-fn meant(kind: Numbers, bits: u16) -> f64 {
+fn meant(kind: WeightDType, bits: u16) -> f64 {
     match kind {
-        Numbers::F16 => f16::from_bits(bits).to_f64(),
+        WeightDType::F16 => f16::from_bits(bits).to_f64(),
         _ => bf16::from_bits(bits).to_f64(),
     }
 }
@@ -72,7 +72,7 @@ fn expected(x: &[f32], matrix: &Matrix, bias: Option<&[f32]>, old: Option<&[f32]
 }
 
 /// A matrix of whole numbers.
-fn whole(kind: Numbers, rows: usize, columns: usize, random: &mut Random) -> Matrix {
+fn whole(kind: WeightDType, rows: usize, columns: usize, random: &mut Random) -> Matrix {
     let mut number = || f16::from_f32(random.below(17) as f32 - 8.0);
     Matrix::of(kind, rows, columns, |_| (number(), f16::ZERO, [0; 34]))
 }

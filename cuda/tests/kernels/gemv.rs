@@ -5,13 +5,13 @@ use hat_cuda::gemv::{Gemv, Write, gemv};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::linear::{linear, tiled};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;
 use crate::stand::{Random, bits, counts, gpu, memory, numbers, room, same_under_all_schedules};
 
-const KINDS: [Numbers; 4] = [Numbers::Q8_0, Numbers::Q4_0, Numbers::Q4_1, Numbers::Q6K];
+const KINDS: [WeightDType; 4] = [WeightDType::Q8_0, WeightDType::Q4_0, WeightDType::Q4_1, WeightDType::Q6K];
 
 /// Launcher that multiplies.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +60,7 @@ fn expected(x: &[f32], matrix: &Matrix, bias: Option<&[f32]>, old: Option<&[f32]
                 };
                 let whole = w.sub[0] * part(0) + w.sub[1] * part(1);
                 sum = (whole as f32).mul_add(w.d * x.d[at], sum);
-                if matrix.numbers == Numbers::Q4_1 {
+                if matrix.numbers == WeightDType::Q4_1 {
                     sum = w.m.mul_add(x.s[at], sum);
                 }
             }
@@ -203,7 +203,7 @@ fn the_largest_sums_are_exact() {
 fn gemv_and_linear_add_their_bias_and_their_result() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(21);
-    let matrix = Matrix::random(Numbers::Q4_1, 41, 96, &mut random);
+    let matrix = Matrix::random(WeightDType::Q4_1, 41, 96, &mut random);
     let (x, bias) = (random.numbers(2 * 96, 2.0), random.numbers(41, 3.0));
     let old = random.numbers(2 * 41, 3.0);
     for (bias, old) in [(Some(&bias[..]), Some(&old[..])), (Some(&bias[..]), None)] {

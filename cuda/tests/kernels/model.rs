@@ -14,7 +14,7 @@ use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::testkit::test_gpu::{TestGpu, TestMemory};
 use hat_cuda::top_k::TopK;
 
@@ -33,7 +33,7 @@ const EPS: f32 = 1e-5;
 /// A matrix on the GPU.
 struct Weight {
     bytes: TestMemory,
-    numbers: Numbers,
+    numbers: WeightDType,
     rows: usize,
     columns: usize,
 }
@@ -62,7 +62,7 @@ struct Half {
 }
 
 impl Weight {
-    fn random(gpu: &mut TestGpu, kind: Numbers, rows: usize, columns: usize) -> Self {
+    fn random(gpu: &mut TestGpu, kind: WeightDType, rows: usize, columns: usize) -> Self {
         let mut random = Random((rows * 1000 + columns) as u64);
         let matrix = Matrix::random(kind, rows, columns, &mut random);
         Self { bytes: memory(gpu, &matrix.bytes), numbers: kind, rows, columns }
@@ -94,7 +94,7 @@ impl Weight {
 
 impl Layer {
     fn random(gpu: &mut TestGpu, random: &mut Random) -> Self {
-        let mut matrix = |rows, columns| Weight::random(gpu, Numbers::Q4_1, rows, columns);
+        let mut matrix = |rows, columns| Weight::random(gpu, WeightDType::Q4_1, rows, columns);
         let (q, kv) = (HEADS.heads * HEADS.head_dim, HEADS.kv_heads * HEADS.head_dim);
         let (q, k, v, o) =
             (matrix(q, HIDDEN), matrix(kv, HIDDEN), matrix(kv, HIDDEN), matrix(HIDDEN, q));
@@ -129,7 +129,7 @@ impl Model {
     fn random(gpu: &mut TestGpu) -> Self {
         let mut random = Random(50);
         let layers = (0..LAYERS).map(|_| Layer::random(gpu, &mut random)).collect();
-        let embedding = Weight::random(gpu, Numbers::Q8_0, VOCABULARY, HIDDEN);
+        let embedding = Weight::random(gpu, WeightDType::Q8_0, VOCABULARY, HIDDEN);
         Self { embedding, norm: memory(gpu, &random.numbers(HIDDEN, 1.0)), layers }
     }
 

@@ -1,7 +1,7 @@
 //! Random matrices in the panel layout, and their numbers.
 
 use half::{bf16, f16};
-use hat_cuda::table::Numbers;
+use hat_cuda::table::WeightDType;
 
 use crate::stand::Random;
 
@@ -19,7 +19,7 @@ pub struct Unit {
 
 /// A matrix: its bytes in panels, its numbers in row order.
 pub struct Matrix {
-    pub numbers: Numbers,
+    pub numbers: WeightDType,
     pub rows: usize,
     pub columns: usize,
     pub bytes: Vec<u8>,
@@ -38,41 +38,41 @@ impl Unit {
 
 /// A block of one row: bytes in row order, what they mean, and the same in whole numbers.
 fn block(
-    numbers: Numbers,
+    numbers: WeightDType,
     d: f16,
     m: f16,
     quants: &mut Vec<u8>,
 ) -> (Vec<u8>, Vec<f64>, Option<Unit>) {
     let unit = |w: [i32; 32]| {
-        let m = if numbers == Numbers::Q4_1 { m.to_f32() } else { 0.0 };
+        let m = if numbers == WeightDType::Q4_1 { m.to_f32() } else { 0.0 };
         let unit = Unit { w, sub: [1; 2], d: d.to_f32(), m };
         (unit.values().collect(), Some(unit))
     };
     // Of numbers without blocks, `d` is one.
     let single = |bytes: Vec<u8>, value: f64| (bytes, vec![value], None);
     match numbers {
-        Numbers::F32 => single(d.to_f32().to_le_bytes().to_vec(), d.to_f64()),
-        Numbers::F16 => single(d.to_le_bytes().to_vec(), d.to_f64()),
-        Numbers::Bf16 => {
+        WeightDType::F32 => single(d.to_f32().to_le_bytes().to_vec(), d.to_f64()),
+        WeightDType::F16 => single(d.to_le_bytes().to_vec(), d.to_f64()),
+        WeightDType::Bf16 => {
             let x = bf16::from_f32(d.to_f32());
             single(x.to_le_bytes().to_vec(), x.to_f64())
         }
-        Numbers::Q8_0 => {
+        WeightDType::Q8_0 => {
             let (values, unit) = unit(std::array::from_fn(|i| quants[i].cast_signed().into()));
             ([d.to_le_bytes().to_vec(), quants.clone()].concat(), values, unit)
         }
-        Numbers::Q4_0 | Numbers::Q4_1 => {
+        WeightDType::Q4_0 | WeightDType::Q4_1 => {
             quants.truncate(16);
-            let less = if numbers == Numbers::Q4_0 { 8 } else { 0 };
+            let less = if numbers == WeightDType::Q4_0 { 8 } else { 0 };
             let nibble = |i: usize| i32::from(quants[i % 16] >> (i / 16 * 4) & 15) - less;
             let (values, unit) = unit(std::array::from_fn(nibble));
             let mut head = d.to_le_bytes().to_vec();
-            if numbers == Numbers::Q4_1 {
+            if numbers == WeightDType::Q4_1 {
                 head.extend(m.to_le_bytes());
             }
             ([head, quants.clone()].concat(), values, unit)
         }
-        Numbers::Q6K => unreachable!("has blocks of its own"),
+        WeightDType::Q6K => unreachable!("has blocks of its own"),
     }
 }
 
@@ -99,8 +99,8 @@ fn q6_k_unit(
 
 impl Matrix {
     /// A random matrix, packed as `loader/src/layout.rs` says.
-    pub fn random(numbers: Numbers, rows: usize, columns: usize, random: &mut Random) -> Self {
-        let scale = if numbers == Numbers::Q6K { 5e-4 } else { 0.02 };
+    pub fn random(numbers: WeightDType, rows: usize, columns: usize, random: &mut Random) -> Self {
+        let scale = if numbers == WeightDType::Q6K { 5e-4 } else { 0.02 };
         let scale = if numbers.block() == 1 { 1.0 } else { scale };
         Self::of(numbers, rows, columns, |_| {
             let d = f16::from_f32(random.number() * scale);
@@ -113,7 +113,7 @@ impl Matrix {
     /// A matrix of what `block` gives for a row: scale, minimum, and 32 quantised numbers with
     /// two scales behind them.
     pub fn of(
-        numbers: Numbers,
+        numbers: WeightDType,
         rows: usize,
         columns: usize,
         mut block_of: impl FnMut(usize) -> (f16, f16, [u8; 34]),
@@ -127,7 +127,7 @@ impl Matrix {
             for b in 0..blocks {
                 let panel = &mut bytes[(row / 16 * blocks + b) * size * 16..][..size * 16];
                 let (d, m, mut quants) = block_of(row);
-                if numbers == Numbers::Q6K {
+                if numbers == WeightDType::Q6K {
                     for index in 0..8 {
                         let subs = [quants[32], quants[33]];
                         let unit = q6_k_unit(panel, c, index, d, &quants[..32], subs);
@@ -146,7 +146,7 @@ impl Matrix {
                     panel[c * size..][..size].copy_from_slice(&from);
                     continue;
                 }
-                let head = if numbers == Numbers::Q4_1 { 4 } else { 2 };
+                let head = if numbers == WeightDType::Q4_1 { 4 } else { 2 };
                 let words = (size - head) / 4;
                 for (i, byte) in from[head..].iter().enumerate() {
                     panel[i / 4 * 64 + c / 8 * 32 + c % 8 * 4 + i % 4] = *byte;

@@ -1,7 +1,7 @@
 //! Tests of the yardsticks of benches: the copies are copies, and the products as many as they say.
 
 use hat_cuda::gpu::Memory as _;
-use hat_cuda::testkit::peak::{Numbers, copy, multiply};
+use hat_cuda::testkit::peak::{ProductDType, copy, multiply};
 
 use crate::stand::{Random, gpu, memory, numbers, room};
 
@@ -23,8 +23,8 @@ fn products_are_as_many_as_they_say() {
     let Some(mut gpu) = gpu() else { return };
     // Ones of f16, and of bytes; the sums of whole numbers cancel where all are the same.
     for (what, one, deep, sum) in [
-        (Numbers::Halves, 0x3c00_3c00, 1, 3.0 * 16.0 * 32.0),
-        (Numbers::Bytes, 0x0101_0101, 2, 0.0),
+        (ProductDType::Halves, 0x3c00_3c00, 1, 3.0 * 16.0 * 32.0),
+        (ProductDType::Bytes, 0x0101_0101, 2, 0.0),
     ] {
         let (from, mut out) = (memory(&mut gpu, &[one; 128]), room::<f32>(&mut gpu, 2 * 256));
         let before = gpu.counts();

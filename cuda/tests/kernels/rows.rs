@@ -4,7 +4,7 @@
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::quantise_rows::{Q8Mut, quantise_q8};
 use hat_cuda::rope_angles::rope_angles;
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;
@@ -17,7 +17,7 @@ use crate::stand::{
 fn embed_gives_the_tables_numbers() {
     let Some(mut gpu) = gpu() else { return };
     let mut random = Random(10);
-    use Numbers::{Bf16, F16, F32, Q4_0, Q4_1, Q6K, Q8_0};
+    use WeightDType::{Bf16, F16, F32, Q4_0, Q4_1, Q6K, Q8_0};
     for kind in [F32, F16, Bf16, Q8_0, Q4_0, Q4_1, Q6K] {
         let (vocabulary, columns) = (35, if kind == Q6K { 768 } else { 576 });
         let matrix = Matrix::random(kind, vocabulary, columns, &mut random);
@@ -46,7 +46,7 @@ fn embed_gives_the_tables_numbers() {
 fn a_token_beyond_the_table_is_refused() {
     let Some(mut gpu) = gpu() else { panic!("token 35 of 35: no compiler") };
     let table_bytes = room::<u8>(&mut gpu, 48 * 34);
-    let table = Table::new(table_bytes.slice(), Numbers::Q8_0, 35, 32);
+    let table = Table::new(table_bytes.slice(), WeightDType::Q8_0, 35, 32);
     let (mut staging, mut out) = (room::<u32>(&mut gpu, 1), room::<f32>(&mut gpu, 32));
     let _ = hat_cuda::embed::embed(&mut gpu, &[35], table, &mut staging, out.slice_mut());
 }

@@ -17,7 +17,7 @@ use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{Numbers, Table};
+use hat_cuda::table::{WeightDType, Table};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 use hat_plan::{ARITHMETIC_CUDA, BackendFault};
@@ -71,7 +71,7 @@ pub struct Buffer<M> {
 /// A weight; `k` is 0 for a vector.
 pub struct Weight<M> {
     memory: M,
-    numbers: Numbers,
+    numbers: WeightDType,
     n: usize,
     k: usize,
 }
@@ -82,14 +82,14 @@ impl<M: hat_cuda::gpu::Memory> Weight<M> {
     }
 }
 
-fn numbers(dtype: DType) -> Option<Numbers> {
+fn numbers(dtype: DType) -> Option<WeightDType> {
     match dtype {
-        DType::Q8_0 => Some(Numbers::Q8_0),
-        DType::Q4_0 => Some(Numbers::Q4_0),
-        DType::Q4_1 => Some(Numbers::Q4_1),
-        DType::Q6K => Some(Numbers::Q6K),
-        DType::F16 => Some(Numbers::F16),
-        DType::Bf16 => Some(Numbers::Bf16),
+        DType::Q8_0 => Some(WeightDType::Q8_0),
+        DType::Q4_0 => Some(WeightDType::Q4_0),
+        DType::Q4_1 => Some(WeightDType::Q4_1),
+        DType::Q6K => Some(WeightDType::Q6K),
+        DType::F16 => Some(WeightDType::F16),
+        DType::Bf16 => Some(WeightDType::Bf16),
         _ => None,
     }
 }
@@ -224,14 +224,14 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
 
     fn weight(&mut self, tensor: &Tensor) -> Result<Self::Weight, BackendError> {
         let (n, k, kind, needed) = match (&tensor.shape[..], tensor.layout, tensor.dtype) {
-            (&[n], Layout::Rows, DType::F32) => (n, 0, Some(Numbers::F32), n.checked_mul(4)),
+            (&[n], Layout::Rows, DType::F32) => (n, 0, Some(WeightDType::F32), n.checked_mul(4)),
             (&[n, k], Layout::Panel16, dtype) => {
                 (n, k, numbers(dtype), layout::packed_bytes(dtype, n, k))
             }
             _ => (0, 0, None, None),
         };
         // Float matrices are copied by 16 bytes of a row of activations.
-        let fits = |kind: &Numbers| k == 0 || kind.block() > 1 || k.is_multiple_of(COLUMNS);
+        let fits = |kind: &WeightDType| k == 0 || kind.block() > 1 || k.is_multiple_of(COLUMNS);
         let (Some(numbers), Some(needed)) = (kind.filter(fits), needed) else {
             return Err(Self::unsupported(tensor));
         };

@@ -96,20 +96,20 @@ struct KeyTile {
 /// One tile of K, `[head_dim][PAGE_SIZE]`, and V, `[PAGE_SIZE][head_dim]`, as it is read.
 #[derive(Clone, Copy)]
 struct Keys<'a> {
-    k: Numbers<'a>,
-    v: Numbers<'a>,
+    k: KvData<'a>,
+    v: KvData<'a>,
 }
 
 /// Numbers of a tile.
 #[derive(Clone, Copy)]
-pub(super) enum Numbers<'a> {
+pub(super) enum KvData<'a> {
     /// f16, as they are stored.
     Half(&'a [u16]),
     /// Widened.
     Full(&'a [f32]),
 }
 
-impl<'a> Numbers<'a> {
+impl<'a> KvData<'a> {
     fn range(self, range: Range<usize>) -> Self {
         match self {
             Self::Half(numbers) => Self::Half(&numbers[range]),
@@ -127,7 +127,7 @@ pub(super) trait Key: Copy {
 impl Key for u16 {
     #[inline(always)]
     fn number(self) -> f32 {
-        math::widen(self)
+        math::f16_to_f32(self)
     }
 }
 
@@ -173,7 +173,7 @@ pub(super) fn attend_task<O: TileOps>(
         let all_plain = task.rows.iter().all(|row| row.is_plain(start, &row.part_of(start)));
         if all_plain {
             let keys = if queries > O::TOGETHER {
-                tile.widen(task.page(index), ops)
+                tile.f16_to_f32(task.page(index), ops)
             } else {
                 task.page(index)
             };
@@ -213,20 +213,20 @@ impl AttendTask<'_> {
     #[inline(always)]
     fn page(&self, index: usize) -> Keys<'_> {
         let (k, v) = self.kv.page(self.layer, self.pages[index], self.kv_head);
-        Keys { k: Numbers::Half(k), v: Numbers::Half(v) }
+        Keys { k: KvData::Half(k), v: KvData::Half(v) }
     }
 }
 
 impl KeyTile {
     #[inline(always)]
-    fn widen(&mut self, keys: Keys<'_>, ops: impl TileOps) -> Keys<'_> {
+    fn f16_to_f32(&mut self, keys: Keys<'_>, ops: impl TileOps) -> Keys<'_> {
         for (from, to) in [(keys.k, &mut self.k), (keys.v, &mut self.v)] {
             match from {
-                Numbers::Half(from) => ops.widen(from, to),
-                Numbers::Full(from) => to.copy_from_slice(from),
+                KvData::Half(from) => ops.f16_to_f32(from, to),
+                KvData::Full(from) => to.copy_from_slice(from),
             }
         }
-        Keys { k: Numbers::Full(&self.k), v: Numbers::Full(&self.v) }
+        Keys { k: KvData::Full(&self.k), v: KvData::Full(&self.v) }
     }
 
     /// Copies the keys `part` of the tile that begins at `start`, one by one.
@@ -255,7 +255,7 @@ impl KeyTile {
             let from = &v[slot % PAGE_SIZE * head_dim..][..head_dim];
             self.gathered_v[j * head_dim..][..head_dim].copy_from_slice(from);
         }
-        Keys { k: Numbers::Half(&self.gathered_k), v: Numbers::Half(&self.gathered_v) }
+        Keys { k: KvData::Half(&self.gathered_k), v: KvData::Half(&self.gathered_v) }
     }
 }
 
@@ -373,21 +373,21 @@ pub(super) trait TileOps: Copy {
     const TOGETHER: usize;
 
     /// Converts a run of f16; both have the same length.
-    fn widen(self, from: &[u16], to: &mut [f32]);
+    fn f16_to_f32(self, from: &[u16], to: &mut [f32]);
     /// The largest, by folding the upper half onto the lower.
     fn largest(self, tile: &Tile) -> f32;
     /// The sum, by folding the upper half onto the lower.
     fn total(self, tile: &Tile) -> f32;
     /// `q . k` of the 32 keys of a tile, K as `[head_dim][PAGE_SIZE]`: one chain of fused
     /// multiply-adds over the head for each key.
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q];
+    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: KvData<'_>) -> [Tile; Q];
     /// `sums = sums * fade`, then for each key in order `sums = weight * v + sums`; V and the
     /// weights are those of the keys that are seen.
     fn add_values<const Q: usize>(
         self,
         weights: [&[f32]; Q],
         fades: [f32; Q],
-        v: Numbers<'_>,
+        v: KvData<'_>,
         sums: [&mut [f32]; Q],
     );
 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use hat_loader::DType;
 
 use super::super::PAGE_SIZE;
-use super::attend::{AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
+use super::attend::{AttendScratch, AttendTask, Key, KvData, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
 use super::matrix::{Linear, Sums, weight_types};
@@ -33,8 +33,8 @@ level! {
 
 attend_steps! {
     "avx2,fma,f16c", __m256, 8, together 2,
-    zero: _mm256_setzero_ps, spread: _mm256_set1_ps, mul: _mm256_mul_ps, fmadd: _mm256_fmadd_ps,
-    load: _mm256_loadu_ps, load_halves: _mm_loadu_si128, widen: _mm256_cvtph_ps
+    zero: _mm256_setzero_ps, broadcast: _mm256_set1_ps, mul: _mm256_mul_ps, fmadd: _mm256_fmadd_ps,
+    load: _mm256_loadu_ps, load_halves: _mm_loadu_si128, f16_to_f32: _mm256_cvtph_ps
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -59,7 +59,7 @@ fn halves(bytes: &Word) -> [__m256; HALVES] {
 
 /// Activations `4 j..4 j + 4` in every lane.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn spread(q: &[i8; BLOCK], j: usize) -> __m256i {
+fn broadcast(q: &[i8; BLOCK], j: usize) -> __m256i {
     _mm256_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
 }
 
@@ -118,10 +118,10 @@ fn nibbles<const R: usize, const WORDS: usize>(panel: &[u8], rows: [&[Block]; R]
             let low = both.map(|v| _mm256_and_si256(v, mask));
             let high = both.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
             for r in 0..R {
-                let q = spread(&a[r].q, j);
+                let q = broadcast(&a[r].q, j);
                 dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(low[0], q));
                 dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(low[1], q));
-                let q = spread(&a[r].q, j + 4);
+                let q = broadcast(&a[r].q, j + 4);
                 dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(high[0], q));
                 dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(high[1], q));
             }
@@ -172,7 +172,7 @@ fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
             let w: [__m256i; HALVES] = from_fn(|h| word(&block[j * 2 + h]));
             let magnitude = w.map(|w| _mm256_abs_epi8(w));
             for r in 0..R {
-                let a = spread(&a[r].q, j);
+                let a = broadcast(&a[r].q, j);
                 // 2 * 128 * 127 = 32512 fits 16 bits.
                 let dot = |h: usize| {
                     let pairs = _mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(a, w[h]));
@@ -232,8 +232,8 @@ fn q6_k_dots<const R: usize>(unit: &[Word; 13], rows: [&Block; R]) -> [[__m256i;
             for r in 0..R {
                 let a = &rows[r];
                 let pairs = |s: usize| {
-                    let first = _mm256_maddubs_epi16(q[s], spread(&a.q, g * 4 + s));
-                    let second = _mm256_maddubs_epi16(q[s + 1], spread(&a.q, g * 4 + s + 1));
+                    let first = _mm256_maddubs_epi16(q[s], broadcast(&a.q, g * 4 + s));
+                    let second = _mm256_maddubs_epi16(q[s + 1], broadcast(&a.q, g * 4 + s + 1));
                     _mm256_madd_epi16(_mm256_add_epi16(first, second), scales[h])
                 };
                 // 16 * 2032 = 32512 fits 16 bits.
@@ -267,17 +267,17 @@ fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     sums(acc)
 }
 
-/// The float types: `N` words hold one k of 16 columns; `widen` makes f32 of them.
+/// The float types: `N` words hold one k of 16 columns; `f16_to_f32` makes f32 of them.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn numbers<const R: usize, const N: usize>(
     panel: &[u8],
     rows: [&[f32]; R],
-    widen: impl Fn(&[Word; N]) -> [__m256; HALVES],
+    f16_to_f32: impl Fn(&[Word; N]) -> [__m256; HALVES],
 ) -> Sums<R> {
     let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
     for (k, words) in panel.as_chunks::<32>().0.as_chunks::<N>().0.iter().enumerate() {
-        let w = widen(words);
+        let w = f16_to_f32(words);
         for r in 0..R {
             let x = _mm256_set1_ps(rows[r][k]);
             acc[r][0] = _mm256_fmadd_ps(x, w[0], acc[r][0]);

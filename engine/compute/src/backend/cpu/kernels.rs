@@ -17,7 +17,7 @@ pub(super) struct Kernels {
     pub(super) quantise_row: fn(x: &[f32], out: &mut [Block]),
     pub(super) rms_norm_row: fn(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]),
     /// f32 to f16, to nearest, ties to even; both have the same length.
-    pub(super) narrow: fn(from: &[f32], to: &mut [u16]),
+    pub(super) f32_to_f16: fn(from: &[f32], to: &mut [u16]),
     /// cos and sin of `position * inv_freq`; `angles` is twice as long as `inv_freq`.
     pub(super) rope_angles_row: fn(position: u32, inv_freq: &[f32], angles: &mut [f32]),
     pub(super) rotate: fn(head: &mut [f32], angles: &[f32]),

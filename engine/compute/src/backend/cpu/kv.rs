@@ -88,12 +88,12 @@ pub(super) fn put_key(
     key: &[f32],
     row: usize,
     page: &mut [u16],
-    narrow: fn(from: &[f32], to: &mut [u16]),
+    f32_to_f16: fn(from: &[f32], to: &mut [u16]),
 ) {
     let mut halves = [0; 64];
     for (key, page) in key.chunks(halves.len()).zip(page.chunks_mut(halves.len() * PAGE_SIZE)) {
         let halves = &mut halves[..key.len()];
-        narrow(key, halves);
+        f32_to_f16(key, halves);
         for (to, half) in page[row..].iter_mut().step_by(PAGE_SIZE).zip(halves) {
             *to = *half;
         }
@@ -105,7 +105,7 @@ pub(super) fn put_value(
     value: &[f32],
     row: usize,
     page: &mut [u16],
-    narrow: fn(from: &[f32], to: &mut [u16]),
+    f32_to_f16: fn(from: &[f32], to: &mut [u16]),
 ) {
-    narrow(value, &mut page[row * value.len()..][..value.len()]);
+    f32_to_f16(value, &mut page[row * value.len()..][..value.len()]);
 }

@@ -188,7 +188,7 @@ pub(super) fn rotate(head: &mut [f32], angles: &[f32]) {
 
 /// f16 to f32, exact; without a branch.
 #[inline(always)]
-pub(super) fn widen(half: u16) -> f32 {
+pub(super) fn f16_to_f32(half: u16) -> f32 {
     let half = u32::from(half);
     let (sign, rest) = ((half & 0x8000) << 16, half & 0x7fff);
     let normal = (rest << 13) + (112 << 23);
@@ -200,7 +200,7 @@ pub(super) fn widen(half: u16) -> f32 {
 
 /// f32 to f16, to nearest, ties to even, infinite beyond the range; without a branch.
 #[inline(always)]
-pub(super) fn narrow(x: f32) -> u16 {
+pub(super) fn f32_to_f16(x: f32) -> u16 {
     let bits = x.to_bits();
     let (sign, rest) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
     let normal = rest.wrapping_sub(112 << 23).wrapping_add(0xfff + (rest >> 13 & 1)) >> 13;
@@ -211,11 +211,11 @@ pub(super) fn narrow(x: f32) -> u16 {
     (sign | if rest >= 143 << 23 { special } else { magnitude }) as u16
 }
 
-/// [`narrow`] of each number.
+/// [`f32_to_f16`] of each number.
 #[inline(always)]
-pub(super) fn narrow_all(from: &[f32], to: &mut [u16]) {
+pub(super) fn f32_to_f16_all(from: &[f32], to: &mut [u16]) {
     for (to, from) in to.iter_mut().zip(from) {
-        *to = narrow(*from);
+        *to = f32_to_f16(*from);
     }
 }
 
@@ -269,20 +269,20 @@ mod tests {
     #[test]
     fn halves_convert_as_ieee_says() {
         for half in 0..=u16::MAX {
-            let (ours, theirs) = (widen(half), half::f16::from_bits(half).to_f32());
+            let (ours, theirs) = (f16_to_f32(half), half::f16::from_bits(half).to_f32());
             assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan());
         }
         for i in 0..1u32 << 22 {
             let x = f32::from_bits(i << 10 | i.wrapping_mul(2_654_435_761) >> 22);
-            let (ours, theirs) = (narrow(x), half::f16::from_f32(x));
+            let (ours, theirs) = (f32_to_f16(x), half::f16::from_f32(x));
             assert!(ours == theirs.to_bits() || x.is_nan() && theirs.is_nan(), "{x:e}");
         }
         // Ties and the ends of the ranges.
         for base in 0..0x7c00u16 {
-            let (low, high) = (widen(base), widen(base + 1));
+            let (low, high) = (f16_to_f32(base), f16_to_f32(base + 1));
             let middle = if high.is_finite() { low / 2.0 + high / 2.0 } else { 65520.0 };
             for x in [middle.next_down(), middle, middle.next_up(), -middle] {
-                assert_eq!(narrow(x), half::f16::from_f32(x).to_bits(), "{x:e}");
+                assert_eq!(f32_to_f16(x), half::f16::from_f32(x).to_bits(), "{x:e}");
             }
         }
     }

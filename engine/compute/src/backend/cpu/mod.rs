@@ -525,7 +525,7 @@ impl Backend for CpuBackend {
         self.strike(Op::RopeAppend, q.rows_mut(rows));
         let (pages, width, head) = (kv.shape().pages, kv.page_width(), kv.head_numbers());
         let grain = if rows * k.columns < NUMBERS_MIN { width } else { head };
-        let (from, narrow) = ([k.rows(rows), v.rows(rows)], self.kernels.narrow);
+        let (from, f32_to_f16) = ([k.rows(rows), v.rows(rows)], self.kernels.f32_to_f16);
         let stores = kv.layer_mut(layer).map(|store| (store, width));
         self.threads.columns_each(stores, pages, grain, |i, columns, part| {
             let heads = columns.start / head..columns.end / head;
@@ -534,9 +534,9 @@ impl Backend for CpuBackend {
                 for (to, head) in part.row(page).chunks_exact_mut(head).zip(heads.clone()) {
                     let from = &heads_of_row[head * head_dim..][..head_dim];
                     if i == 0 {
-                        kv::put_key(from, at, to, narrow)
+                        kv::put_key(from, at, to, f32_to_f16)
                     } else {
-                        kv::put_value(from, at, to, narrow)
+                        kv::put_value(from, at, to, f32_to_f16)
                     }
                 }
             }

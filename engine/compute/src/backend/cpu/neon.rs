@@ -98,7 +98,7 @@ fn word(bytes: &Word) -> uint8x16_t {
 fn halves(words: &[Word]) -> [float32x4_t; QUARTERS] {
     from_fn(|i| {
         let (halves, _) = words[i / 2][i % 2 * 8..].as_chunks::<2>();
-        let four: [f32; 4] = from_fn(|c| math::widen(u16::from_le_bytes(halves[c])));
+        let four: [f32; 4] = from_fn(|c| math::f16_to_f32(u16::from_le_bytes(halves[c])));
         // SAFETY: a load of exactly the 4 numbers of the array.
         unsafe { vld1q_f32(four.as_ptr()) }
     })
@@ -107,7 +107,7 @@ fn halves(words: &[Word]) -> [float32x4_t; QUARTERS] {
 /// Activations `4 j..4 j + 4` in every lane.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn spread(q: &[i8; BLOCK], j: usize) -> int8x16_t {
+fn broadcast(q: &[i8; BLOCK], j: usize) -> int8x16_t {
     vreinterpretq_s8_s32(vdupq_n_s32(bytemuck::cast(q.as_chunks::<4>().0[j])))
 }
 
@@ -151,8 +151,8 @@ fn nibble_dots<const R: usize>(plane: &[Word], rows: [&Block; R]) -> [[int32x4_t
             let low = vreinterpretq_s8_u8(vandq_u8(both, mask));
             let high = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
             for r in 0..R {
-                dots[r][i] = sdot(dots[r][i], low, spread(&rows[r].q, j));
-                dots[r][i] = sdot(dots[r][i], high, spread(&rows[r].q, j + 4));
+                dots[r][i] = sdot(dots[r][i], low, broadcast(&rows[r].q, j));
+                dots[r][i] = sdot(dots[r][i], high, broadcast(&rows[r].q, j + 4));
             }
         }
     }
@@ -202,7 +202,7 @@ fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
             for i in 0..QUARTERS {
                 let weights = vreinterpretq_s8_u8(word(&block[j * QUARTERS + i]));
                 for r in 0..R {
-                    dots[r][i] = sdot(dots[r][i], weights, spread(&a[r].q, j));
+                    dots[r][i] = sdot(dots[r][i], weights, broadcast(&a[r].q, j));
                 }
             }
         }
@@ -234,7 +234,7 @@ fn q6_k_dots<const R: usize>(unit: &[Word; 26], rows: [&Block; R]) -> [[int32x4_
                 let low = if g == 0 { vandq_u8(both, mask) } else { vshrq_n_u8::<4>(both) };
                 let q = vreinterpretq_s8_u8(vorrq_u8(low, vandq_u8(high[s], two_bits)));
                 for r in 0..R {
-                    part[r] = sdot(part[r], q, spread(&rows[r].q, g * 4 + s));
+                    part[r] = sdot(part[r], q, broadcast(&rows[r].q, g * 4 + s));
                 }
             }
             for r in 0..R {

@@ -6,7 +6,7 @@ use hat_loader::DType;
 use hat_loader::layout::{PANEL, Q6K_UNIT_BYTES};
 
 use super::super::PAGE_SIZE;
-use super::attend::{self, AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
+use super::attend::{self, AttendScratch, AttendTask, Key, KvData, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
 use super::matrix::{Linear, Sums, weight_types};
@@ -17,7 +17,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     name: "portable",
     quantise_row: math::quantise_row,
     rms_norm_row: math::rms_norm_row,
-    narrow: math::narrow_all,
+    f32_to_f16: math::f32_to_f16_all,
     rope_angles_row: math::rope_angles_row,
     rotate: math::rotate,
     attend,
@@ -40,9 +40,9 @@ struct Plain;
 impl TileOps for Plain {
     const TOGETHER: usize = 2;
 
-    fn widen(self, from: &[u16], to: &mut [f32]) {
+    fn f16_to_f32(self, from: &[u16], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
-            *to = math::widen(*from);
+            *to = math::f16_to_f32(*from);
         }
     }
 
@@ -54,10 +54,10 @@ impl TileOps for Plain {
         attend::fold(*tile, |a, b| a + b)
     }
 
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q] {
+    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: KvData<'_>) -> [Tile; Q] {
         match k {
-            Numbers::Half(k) => scores(q, k),
-            Numbers::Full(k) => scores(q, k),
+            KvData::Half(k) => scores(q, k),
+            KvData::Full(k) => scores(q, k),
         }
     }
 
@@ -65,12 +65,12 @@ impl TileOps for Plain {
         self,
         weights: [&[f32]; Q],
         fades: [f32; Q],
-        v: Numbers<'_>,
+        v: KvData<'_>,
         sums: [&mut [f32]; Q],
     ) {
         match v {
-            Numbers::Half(v) => add_values(weights, fades, v, sums),
-            Numbers::Full(v) => add_values(weights, fades, v, sums),
+            KvData::Half(v) => add_values(weights, fades, v, sums),
+            KvData::Full(v) => add_values(weights, fades, v, sums),
         }
     }
 }
@@ -116,7 +116,7 @@ weight_types! { plainly, 4 }
 
 /// The 16 f16 numbers at `at`.
 fn halves(block: &[u8], at: usize) -> [f32; PANEL] {
-    from_fn(|c| math::widen(u16::from_le_bytes([block[at + c * 2], block[at + c * 2 + 1]])))
+    from_fn(|c| math::f16_to_f32(u16::from_le_bytes([block[at + c * 2], block[at + c * 2 + 1]])))
 }
 
 /// Exact sums of a nibble plane with 32 activations, for weights 0..16 and 16..32 apart.
@@ -248,7 +248,7 @@ pub(super) fn f32_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Su
 
 #[inline(always)]
 pub(super) fn f16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
-    numbers(panel, rows, |bytes| math::widen(u16::from_le_bytes(bytes)))
+    numbers(panel, rows, |bytes| math::f16_to_f32(u16::from_le_bytes(bytes)))
 }
 
 #[inline(always)]

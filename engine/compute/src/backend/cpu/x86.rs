@@ -23,7 +23,7 @@ macro_rules! level {
             name: $name,
             quantise_row,
             rms_norm_row,
-            narrow,
+            f32_to_f16,
             rope_angles_row,
             rotate,
             attend,
@@ -35,7 +35,7 @@ macro_rules! level {
             fn rms_norm_row(x: &[f32], weight: &[u8], eps: f32, out: &mut [f32]) {
                 math::rms_norm_row(x, weight, eps, out)
             }
-            fn narrow(from: &[f32], to: &mut [u16]) { x86::narrow(from, to) }
+            fn f32_to_f16(from: &[f32], to: &mut [u16]) { x86::f32_to_f16(from, to) }
             fn rope_angles_row(position: u32, inv_freq: &[f32], angles: &mut [f32]) {
                 math::rope_angles_row(position, inv_freq, angles)
             }
@@ -91,8 +91,8 @@ pub(super) use enter;
 macro_rules! attend_steps {
     (
         $features:tt, $Register:ty, $lanes:literal, together $together:literal,
-        zero: $zero:ident, spread: $spread:ident, mul: $mul:ident, fmadd: $fmadd:ident,
-        load: $load:ident, load_halves: $load_halves:ident, widen: $widen:ident
+        zero: $zero:ident, broadcast: $broadcast:ident, mul: $mul:ident, fmadd: $fmadd:ident,
+        load: $load:ident, load_halves: $load_halves:ident, f16_to_f32: $f16_to_f32:ident
     ) => {
         /// Numbers in a register.
         const LANES: usize = $lanes;
@@ -107,9 +107,9 @@ macro_rules! attend_steps {
             const TOGETHER: usize = $together;
 
             #[inline(always)]
-            fn widen(self, from: &[u16], to: &mut [f32]) {
+            fn f16_to_f32(self, from: &[u16], to: &mut [f32]) {
                 // SAFETY: `Steps` are made only in `attend`, which is inside this level.
-                unsafe { widen(from, to) }
+                unsafe { f16_to_f32(from, to) }
             }
 
             #[inline(always)]
@@ -125,12 +125,12 @@ macro_rules! attend_steps {
             }
 
             #[inline(always)]
-            fn scores<const Q: usize>(self, q: [&[f32]; Q], k: Numbers<'_>) -> [Tile; Q] {
+            fn scores<const Q: usize>(self, q: [&[f32]; Q], k: KvData<'_>) -> [Tile; Q] {
                 // SAFETY: `Steps` are made only in `attend`, which is inside this level.
                 unsafe {
                     match k {
-                        Numbers::Half(k) => scores(q, k, |k| wide::<TILE>(k)),
-                        Numbers::Full(k) => scores(q, k, |k| full::<TILE>(k)),
+                        KvData::Half(k) => scores(q, k, |k| wide::<TILE>(k)),
+                        KvData::Full(k) => scores(q, k, |k| full::<TILE>(k)),
                     }
                 }
             }
@@ -140,16 +140,16 @@ macro_rules! attend_steps {
                 self,
                 weights: [&[f32]; Q],
                 fades: [f32; Q],
-                v: Numbers<'_>,
+                v: KvData<'_>,
                 sums: [&mut [f32]; Q],
             ) {
                 // SAFETY: `Steps` are made only in `attend`, which is inside this level.
                 unsafe {
                     match v {
-                        Numbers::Half(v) => {
+                        KvData::Half(v) => {
                             add_values(weights, fades, v, sums, |v| wide::<4>(v), |v| wide::<1>(v));
                         }
-                        Numbers::Full(v) => {
+                        KvData::Full(v) => {
                             add_values(weights, fades, v, sums, |v| full::<4>(v), |v| full::<1>(v));
                         }
                     }
@@ -163,7 +163,7 @@ macro_rules! attend_steps {
         fn wide<const N: usize>(numbers: &[u16]) -> [$Register; N] {
             let (runs, _) = numbers[..LANES * N].as_chunks::<LANES>();
             // SAFETY: loads of exactly the numbers that each array has.
-            from_fn(|i| unsafe { $widen($load_halves(runs[i].as_ptr().cast())) })
+            from_fn(|i| unsafe { $f16_to_f32($load_halves(runs[i].as_ptr().cast())) })
         }
 
         /// Runs of numbers, from the front.
@@ -176,14 +176,14 @@ macro_rules! attend_steps {
         }
 
         #[target_feature(enable = $features)]
-        fn widen(from: &[u16], to: &mut [f32]) {
+        fn f16_to_f32(from: &[u16], to: &mut [f32]) {
             let (from, from_rest) = from.as_chunks::<LANES>();
             let (to, to_rest) = to[..from.len() * LANES + from_rest.len()].as_chunks_mut::<LANES>();
             for (from, to) in from.iter().zip(to) {
                 *to = bytemuck::cast(wide::<1>(from));
             }
             for (to, from) in to_rest.iter_mut().zip(from_rest) {
-                *to = math::widen(*from);
+                *to = math::f16_to_f32(*from);
             }
         }
 
@@ -200,7 +200,7 @@ macro_rules! attend_steps {
             for (d, keys) in k.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
                 let keys = load(keys);
                 for r in 0..Q {
-                    let q = $spread(q[r][d]);
+                    let q = $broadcast(q[r][d]);
                     for i in 0..TILE {
                         sums[r][i] = $fmadd(q, keys[i], sums[r][i]);
                     }
@@ -251,7 +251,7 @@ macro_rules! attend_steps {
         ) {
             let mut run = [[$zero(); N]; Q];
             for r in 0..Q {
-                let fade = $spread(fades[r]);
+                let fade = $broadcast(fades[r]);
                 run[r] = full::<N>(&sums[r][at..]).map(|sum| $mul(sum, fade));
             }
             let keys = weights[0].len();
@@ -259,7 +259,7 @@ macro_rules! attend_steps {
             for (j, v) in v.chunks_exact(sums[0].len()).enumerate().take(keys) {
                 let v = load(&v[at..]);
                 for r in 0..Q {
-                    let weight = $spread(weights[r][j]);
+                    let weight = $broadcast(weights[r][j]);
                     for i in 0..N {
                         run[r][i] = $fmadd(weight, v[i], run[r][i]);
                     }
@@ -276,9 +276,9 @@ macro_rules! attend_steps {
 }
 pub(super) use attend_steps;
 
-/// As [`math::narrow_all`].
+/// As [`math::f32_to_f16_all`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn narrow(from: &[f32], to: &mut [u16]) {
+pub(super) fn f32_to_f16(from: &[f32], to: &mut [u16]) {
     let (eights, rest) = from.as_chunks::<8>();
     let (to, to_rest) = to.as_chunks_mut::<8>();
     for (from, to) in eights.iter().zip(to) {
@@ -286,7 +286,7 @@ pub(super) fn narrow(from: &[f32], to: &mut [u16]) {
         let eight = unsafe { _mm256_loadu_ps(from.as_ptr()) };
         *to = bytemuck::cast(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(eight));
     }
-    math::narrow_all(rest, to_rest);
+    math::f32_to_f16_all(rest, to_rest);
 }
 
 /// The largest and the sum of a tile, by folding the upper half onto the lower.

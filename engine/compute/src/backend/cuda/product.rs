@@ -5,7 +5,7 @@ use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
 use hat_cuda::linear::linear;
 use hat_cuda::linear_float::{LinearFloat, linear_float};
 use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8, round_rows};
-use hat_cuda::table::Numbers;
+use hat_cuda::table::WeightDType;
 
 use super::{CudaBackend, Weight, Write, room};
 
@@ -25,7 +25,7 @@ impl<M> Default for Prepared<M> {
 
 impl<M> Weight<M> {
     /// The type to which activations are rounded; `None` if they become int8 blocks.
-    fn rounds_to(&self) -> Option<Numbers> {
+    fn rounds_to(&self) -> Option<WeightDType> {
         (self.numbers.block() == 1).then_some(self.numbers)
     }
 

@@ -14,7 +14,7 @@ use std::ops::Range;
 use hat_loader::DType;
 
 use super::super::PAGE_SIZE;
-use super::attend::{AttendScratch, AttendTask, Key, Numbers, Tile, TileOps, attend_task};
+use super::attend::{AttendScratch, AttendTask, Key, KvData, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
 use super::math::{self, BLOCK, Block};
 use super::matrix::{Linear, Sums, weight_types};
@@ -36,8 +36,8 @@ level! {
 
 attend_steps! {
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", __m512, 16, together 4,
-    zero: _mm512_setzero_ps, spread: _mm512_set1_ps, mul: _mm512_mul_ps, fmadd: _mm512_fmadd_ps,
-    load: _mm512_loadu_ps, load_halves: _mm256_loadu_si256, widen: _mm512_cvtph_ps
+    zero: _mm512_setzero_ps, broadcast: _mm512_set1_ps, mul: _mm512_mul_ps, fmadd: _mm512_fmadd_ps,
+    load: _mm512_loadu_ps, load_halves: _mm256_loadu_si256, f16_to_f32: _mm512_cvtph_ps
 }
 
 #[inline]
@@ -64,7 +64,7 @@ fn halves(bytes: &Halves) -> __m512 {
 /// Activations `4 j..4 j + 4` in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn spread(q: &[i8; BLOCK], j: usize) -> __m512i {
+fn broadcast(q: &[i8; BLOCK], j: usize) -> __m512i {
     _mm512_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
 }
 
@@ -114,10 +114,10 @@ fn nibble_dots<const R: usize>(
         let low = _mm512_and_si512(both, mask);
         let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
         for r in 0..R {
-            dots[r] = _mm512_dpbusd_epi32(dots[r], low, spread(&rows[r].q, j));
+            dots[r] = _mm512_dpbusd_epi32(dots[r], low, broadcast(&rows[r].q, j));
         }
         for r in 0..R {
-            dots[r] = _mm512_dpbusd_epi32(dots[r], high, spread(&rows[r].q, j + 4));
+            dots[r] = _mm512_dpbusd_epi32(dots[r], high, broadcast(&rows[r].q, j + 4));
         }
     }
     dots
@@ -178,7 +178,7 @@ fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
             // The weight and 128: unsigned.
             let w = _mm512_xor_si512(word(&plane[j]), sign);
             for r in 0..R {
-                dots[r] = _mm512_dpbusd_epi32(dots[r], w, spread(&a[r].q, j));
+                dots[r] = _mm512_dpbusd_epi32(dots[r], w, broadcast(&a[r].q, j));
             }
         }
         let d = halves(&scales.as_chunks().0[0]);
@@ -212,7 +212,7 @@ fn q6_k_dots<const R: usize>(unit: &[u8; 416], rows: [&Block; R]) -> [__m512i; R
             let (low, high) = (_mm512_and_si512(low, mask), _mm512_and_si512(high[s], two_bits));
             let q = _mm512_or_si512(low, high);
             for r in 0..R {
-                part[r] = _mm512_dpbusd_epi32(part[r], q, spread(&rows[r].q, g * 4 + s));
+                part[r] = _mm512_dpbusd_epi32(part[r], q, broadcast(&rows[r].q, g * 4 + s));
             }
         }
         let scales: &[[u8; 16]] = scales.as_chunks().0;
@@ -242,17 +242,17 @@ fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
     sums(acc)
 }
 
-/// The float types: `N` bytes hold one k of 16 columns; `widen` makes f32 of them.
+/// The float types: `N` bytes hold one k of 16 columns; `f16_to_f32` makes f32 of them.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn numbers<const R: usize, const N: usize>(
     panel: &[u8],
     rows: [&[f32]; R],
-    widen: impl Fn(&[u8; N]) -> __m512,
+    f16_to_f32: impl Fn(&[u8; N]) -> __m512,
 ) -> Sums<R> {
     let mut acc = [_mm512_setzero_ps(); R];
     for (k, weights) in panel.as_chunks::<N>().0.iter().enumerate() {
-        let w = widen(weights);
+        let w = f16_to_f32(weights);
         for r in 0..R {
             acc[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r][k]), w, acc[r]);
         }
