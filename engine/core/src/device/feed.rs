@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::context::Common;
 use super::request::Request;
 use crate::draft::DraftMode;
-use crate::draft::foresee::Draw;
+use crate::draft::gumbel::Draw;
 use crate::draft::policy::Asking;
 use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::sequence::PENDING_ROWS_MAX;

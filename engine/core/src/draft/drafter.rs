@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use hat_plan::{ARITHMETIC_CPU, BackendFault, TokenId};
 
-use super::foresee::Draw;
+use super::gumbel::Draw;
 use super::tree::{Guess, Node};
 use crate::prefix::PageId;
 

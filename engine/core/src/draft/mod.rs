@@ -6,12 +6,12 @@
 //! emits, whatever was guessed: drafters are free to be wrong, and only speed depends on them.
 //!
 //! - [`tree`]: guesses of several drafters merged, the most probable ones first
-//! - [`foresee`]: what seeded noise says of a choice to come
+//! - [`gumbel_rank`]: what seeded noise says of a choice to come
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
 //! - [`trained`]: the seam of drafters that compute
 //! - [`policy`]: sizes and thresholds, and how many guesses pay
 
-pub mod foresee;
+pub mod gumbel;
 pub mod lookup;
 mod mode;
 pub mod policy;

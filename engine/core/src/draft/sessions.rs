@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::draft::Source;
-use crate::draft::foresee::SHORTLIST;
+use crate::draft::gumbel::SHORTLIST;
 use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::draft::tree::Guess;
 use crate::page::{PagePool, pages_for};
@@ -231,7 +231,7 @@ impl Drafter for ModelDrafter {
             if let Some(draw) = rows.draw {
                 // The token after a node stands one behind it.
                 let position = rows.root_position + rows.nodes[node].depth + 1;
-                draw.foresee(position, &mut self.shortlist);
+                draw.gumbel_rank(position, &mut self.shortlist);
             }
             for (rank, (token, probability)) in self.shortlist.iter().take(width).enumerate() {
                 let (token, probability) = (*token, *probability);

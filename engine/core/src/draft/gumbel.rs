@@ -31,7 +31,7 @@ impl<'a> Draw<'a> {
     /// Tokens and their probabilities without noise, the likeliest first, become tokens and the
     /// probabilities that they are chosen at `position`, the likeliest first. Filters drop
     /// some; penalties and bias are left out of account.
-    pub fn foresee(&self, position: u32, likely: &mut Vec<(TokenId, f32)>) {
+    pub fn gumbel_rank(&self, position: u32, likely: &mut Vec<(TokenId, f32)>) {
         let Self { config, choice } = *self;
         let Some((_, first)) = likely.first().copied() else { return };
         if config.top_k > 0 {
@@ -100,7 +100,7 @@ mod tests {
             let (choice, position) = (seed % 3, seed * 7);
             let mut sampler = Sampler::new(config.clone(), logits.len(), choice).unwrap();
             let chosen = sampler.choose(&logits, position).unwrap().token;
-            Draw::new(&config, choice).unwrap().foresee(position, &mut likely);
+            Draw::new(&config, choice).unwrap().gumbel_rank(position, &mut likely);
             assert_eq!(likely[0].0, chosen, "seed {seed}");
             let sum: f32 = likely.iter().map(|(_, probability)| probability).sum();
             assert!((sum - 1.0).abs() < 1e-4 && likely.windows(2).all(|two| two[0].1 >= two[1].1));
@@ -114,7 +114,7 @@ mod tests {
         assert!(Draw::new(&SamplerConfig::default(), 0).is_none());
         let config = SamplerConfig { temperature: 1.0, ..SamplerConfig::default() };
         let mut none = Vec::new();
-        Draw::new(&config, 0).unwrap().foresee(3, &mut none);
+        Draw::new(&config, 0).unwrap().gumbel_rank(3, &mut none);
         assert!(none.is_empty());
     }
 }
