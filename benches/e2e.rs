@@ -8,7 +8,7 @@
 use hat_benches::{read_bandwidth, spread};
 use hat_compute::open;
 use hat_engine::options::{Codec, LinkKind, Processor};
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Engine, EngineConfig, Event, Metrics, Request};
 use hat_loader::Bundle;
 use hat_program::pull;
@@ -51,7 +51,7 @@ fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
     println!("== {threads} threads, {TOKENS} tokens, {bytes} bytes of weights");
     let backend = open::cpu(Processor::Auto, threads).expect("a backend");
     let mut whole =
-        Whole::open(backend, bundle, None, Codec::default(), 1024).expect("both halves are there");
+        ReferenceRun::open(backend, bundle, None, Codec::default(), 1024).expect("both halves are there");
     let engines = [LinkKind::Mio, LinkKind::IoUring].map(|link| {
         let config =
             EngineConfig::new(bundle.join("device")).link(link).threads(threads).prefix(false);

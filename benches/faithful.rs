@@ -12,7 +12,7 @@ use std::io::{BufRead as _, BufWriter, Write as _};
 use hat_compute::WholeModel;
 use hat_compute::open;
 use hat_engine::options::{Codec, Processor, TokenId};
-use hat_engine::whole::through_codec;
+use hat_engine::reference_run::through_codec;
 use hat_loader::Bundle;
 use hat_program::pull;
 

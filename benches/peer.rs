@@ -28,7 +28,7 @@ use hat_core::page::pages_for;
 use hat_core::sample::Sampler;
 use hat_core::sequence::Sequence;
 use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
-use hat_engine::whole::through_codec;
+use hat_engine::reference_run::through_codec;
 use hat_loader::Bundle;
 use hat_plan::{Computes as _, DeviceForward as _, MiddleForward as _, MiddleStep};
 use hat_program::pull;

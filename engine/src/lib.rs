@@ -31,7 +31,7 @@
 //! ```
 //!
 //! Nine names are the interface; what their fields and methods speak of is in [`options`]. The
-//! feature `http` adds the HTTP API; [`whole`] is the yardstick.
+//! feature `http` adds the HTTP API; [`reference_run`] is the yardstick.
 //!
 //! What the two roles decide is in `hat-core`, what they compute in `hat-compute`; here are links,
 //! threads, clocks and loading. Map of the crate:
@@ -60,7 +60,7 @@ pub mod testkit;
 mod text;
 mod verify;
 mod watch;
-pub mod whole;
+pub mod reference_run;
 
 #[cfg(not(feature = "text"))]
 use ids as text;

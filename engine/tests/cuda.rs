@@ -24,7 +24,7 @@ use hat_compute::{DeviceModel, DraftModel, MiddleModel, WholeModel};
 use hat_core::page::pages_for;
 use hat_core::sequence::Sequence;
 use hat_cuda::testkit::test_gpu::TestGpu;
-use hat_engine::whole::through_codec;
+use hat_engine::reference_run::through_codec;
 use hat_loader::{DrafterArchitecture, Bundle, DType};
 use hat_plan::{
     BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,

@@ -27,7 +27,7 @@ use hat_compute::{DeviceModel, MiddleModel};
 use hat_core::page::pages_for;
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
 use hat_engine::testkit::pool_pages;
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use support::{Bundles, collect, long_prompt};
 
@@ -54,7 +54,7 @@ fn requests() -> Vec<Request> {
 fn yardstick(bundles: &Bundles, split_layer: u32, wire: Codec) -> Vec<Metrics> {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
     let path = &bundles.path;
-    let mut whole = Whole::open(backend, path, Some(split_layer), wire, 8192).unwrap();
+    let mut whole = ReferenceRun::open(backend, path, Some(split_layer), wire, 8192).unwrap();
     requests().into_iter().map(|request| *whole.generate(request, |_| {}).unwrap().1).collect()
 }
 

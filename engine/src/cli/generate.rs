@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::Args;
 use hat_compute::open;
 use hat_engine::options::{Codec, DeviceLimits, FinishReason, Message, Role, SamplerConfig};
-use hat_engine::whole::whole_answer;
+use hat_engine::reference_run::whole_answer;
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_program::out::OutError;
 use hat_program::{note, out, outln};

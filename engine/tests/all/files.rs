@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::support::{Bundles, collect, long_prompt};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig};
 use hat_engine::options::{Codec, Verify};
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 
 const WEIGHTS: &str = "weights.safetensors";
@@ -87,7 +87,7 @@ fn three_flipped_bytes_before_start_are_refused() {
         let config = EngineConfig::new(bundles.path.join("device"));
         named(&Engine::open(config.clone()).err().expect("refused"), half);
         let backend = CpuBackend::new(CpuConfig::default()).unwrap();
-        let whole = Whole::open(backend, &bundles.path, None, Codec::default(), 64);
+        let whole = ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 64);
         named(&whole.err().expect("refused"), half);
         let cloud = cloud(&bundles, rarely());
         match (half, cloud) {

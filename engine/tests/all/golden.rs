@@ -7,7 +7,7 @@ use crate::support::collect;
 use hat_compute::WholeModel;
 use hat_compute::open;
 use hat_engine::options::{Codec, Processor};
-use hat_engine::whole::through_codec;
+use hat_engine::reference_run::through_codec;
 use hat_engine::{Engine, EngineConfig, Request};
 use hat_loader::{Bundle, BundleOptions, SourceModel, Submodel, Weights, write_bundles};
 use hat_program::pull;

@@ -10,7 +10,7 @@ use hat_compute::{DeviceModel, MiddleModel};
 use hat_core::page::pages_for;
 use hat_engine::options::{Codec, ErrorKind, Processor};
 use hat_engine::testkit::pool_pages;
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, DType, Submodel};
 use hat_plan::{AttendPlan, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
@@ -151,7 +151,7 @@ fn bad(number: usize) -> Request {
 }
 
 fn whole(bundles: &Bundles, number: usize) -> Metrics {
-    let mut whole = Whole::open(backend(), &bundles.path, None, Codec::F32, 8192).unwrap();
+    let mut whole = ReferenceRun::open(backend(), &bundles.path, None, Codec::F32, 8192).unwrap();
     *whole.generate(good(number), |_| {}).unwrap().1
 }
 

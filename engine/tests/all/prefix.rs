@@ -9,7 +9,7 @@ use crate::support::{Bundles, collect, script};
 use hat_compute::backend::Backend;
 use hat_compute::open;
 use hat_engine::options::{Codec, DraftMode, ErrorKind, Message as Says, Processor, Role};
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_loader::TinyModel;
 use hat_transport::clock::SystemClock;
@@ -24,7 +24,7 @@ fn text_of(letters: usize) -> String {
 }
 
 /// One turn of a conversation, compared with what the whole model says to the ids that it has.
-fn turn(engine: &Engine, whole: &mut Whole<impl Backend>, says: &[Says]) -> Metrics {
+fn turn(engine: &Engine, whole: &mut ReferenceRun<impl Backend>, says: &[Says]) -> Metrics {
     let request = |request: Request| request.max_tokens(6).hash_logits().draft(DraftMode::Off);
     let asked = request(Request::conversation(says.to_vec()));
     let ids = engine.prompt_ids(asked.clone()).unwrap();
@@ -40,7 +40,7 @@ fn later_turns_send_their_own_rows() {
     let bundles = Bundles::of(&TinyModel::default(), 1, 0);
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let backend = open::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = Whole::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
+    let mut whole = ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     let mut says = vec![Says::new(Role::User, text_of(1350))];
     let first = turn(&engine, &mut whole, &says);
     assert!(first.timings.prompt_n > 900, "{} tokens", first.timings.prompt_n);

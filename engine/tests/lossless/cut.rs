@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hat_compute::open as processor;
 use hat_engine::options::{ChunkPolicy, Codec, Processor};
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use hat_transport::endpoint::Event;
 use hat_transport::message::{Computed, Message, RowsHead, Want};
@@ -34,7 +34,7 @@ fn slow_cloud(bundles: &Bundles) -> (Cloud, Ran) {
 
 fn whole(bundles: &Bundles, request: &Request) -> Metrics {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = Whole::open(backend, &bundles.path, Some(1), Codec::default(), 8192).unwrap();
+    let mut whole = ReferenceRun::open(backend, &bundles.path, Some(1), Codec::default(), 8192).unwrap();
     *whole.generate(request.clone(), |_| {}).unwrap().1
 }
 

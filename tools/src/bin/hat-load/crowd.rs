@@ -17,7 +17,7 @@ use crate::figures::{Figures, Tally};
 use crate::plan::Plan;
 use crate::role::{self, DeviceSetup};
 use crate::speech::{Ask, End, Outcome, Said};
-use crate::whole::Kept;
+use crate::compare::Kept;
 
 /// The longest that the loop sleeps.
 const LOOK: Duration = Duration::from_millis(50);

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::cloud::CloudFigures;
 use crate::speech::{End, Outcome};
-use crate::whole::Compared;
+use crate::compare::Compared;
 
 /// Number of devices up to which all are printed, and not only those with the slowest tokens.
 const LINES_MAX: usize = 40;

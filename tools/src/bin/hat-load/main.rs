@@ -8,7 +8,7 @@ mod plan;
 mod prompts;
 mod role;
 mod speech;
-mod whole;
+mod compare;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -243,7 +243,7 @@ fn run(mut args: Args) -> anyhow::Result<()> {
     let Ended { mut figures, kept, first_failure } = crowd.run(&interrupted)?;
     if args.check_whole {
         let ask = |id| plan.ask(id);
-        let compared = whole::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;
+        let compared = compare::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;
         figures.compared = Some(compared);
     }
     figures.print()?;

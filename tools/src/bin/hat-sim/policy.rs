@@ -25,7 +25,7 @@ pub(crate) enum Cut {
     /// As the engine's cloud does: a step takes as long as others bear.
     ByTime,
     /// Not at all: a chunk runs in one step.
-    Whole,
+    ReferenceRun,
     /// Into steps of this many rows of each.
     Rows(u32),
 }
@@ -106,7 +106,7 @@ impl Policy {
         Self {
             name: "u-shape".to_owned(),
             chunks: ChunkPolicy::Off,
-            cut: Cut::Whole,
+            cut: Cut::ReferenceRun,
             whole_chunks: true,
             guesser: Guesser::Nobody,
             draft: DraftMode::Off,
@@ -234,7 +234,7 @@ impl Policy {
     pub(crate) fn bound(&self) -> Option<Bound> {
         match self.cut {
             Cut::ByTime => None,
-            Cut::Whole => Some(Bound::NONE),
+            Cut::ReferenceRun => Some(Bound::NONE),
             Cut::Rows(rows) => Some(Bound::of_rows(rows)),
         }
     }

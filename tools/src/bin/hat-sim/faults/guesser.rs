@@ -10,7 +10,7 @@ use hat_plan::{BackendFault, TokenId};
 use hat_transport::message::PageId;
 use hat_transport::random::SeededRandom;
 
-use super::ledger::{self, LAYERS, Whole, read, token_of};
+use super::ledger::{self, LAYERS, ReferenceRun, read, token_of};
 
 /// Rows of a page.
 const PAGE: usize = hat_plan::PAGE_SIZE;
@@ -25,9 +25,9 @@ pub struct Guesser {
     /// True if it fails now and then.
     fails: bool,
     /// Sessions: the whole model behind each number of decided tokens.
-    sessions: BTreeMap<SessionId, Vec<Whole>>,
+    sessions: BTreeMap<SessionId, Vec<ReferenceRun>>,
     /// Paths whose pages were kept.
-    kept: BTreeMap<PageId, Vec<Whole>>,
+    kept: BTreeMap<PageId, Vec<ReferenceRun>>,
     next: SessionId,
     fault: Option<BackendFault>,
 }
@@ -73,7 +73,7 @@ impl Drafter for Guesser {
             return None;
         }
         self.next += 1;
-        self.sessions.insert(self.next, vec![Whole::new()]);
+        self.sessions.insert(self.next, vec![ReferenceRun::new()]);
         Some(self.next)
     }
 
@@ -134,7 +134,7 @@ impl Drafter for Guesser {
         }
         let path = &self.sessions[&session];
         let root = path[rows.root_position as usize];
-        let mut behind: Vec<(Whole, [u64; LAYERS])> = Vec::new(); // each node
+        let mut behind: Vec<(ReferenceRun, [u64; LAYERS])> = Vec::new(); // each node
         for node in rows.nodes {
             let mut whole = if behind.is_empty() { root } else { behind[node.parent].0 };
             let of_node = whole.push(node.token);

@@ -1,7 +1,7 @@
 //! A model that keeps accounts: each layer turns a row into a hash of the K/V rows that its plan
 //! lets it see, in logical order, and a K/V row into one of the row that went in and its position.
 //! A wrong page, slot, move, commit, parent or position changes the text with certainty, and the
-//! text without any of these is known in closed form, without pages: [`Whole`].
+//! text without any of these is known in closed form, without pages: [`ReferenceRun`].
 
 use hat_plan::{
     AttendPlan, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, PAGE_SIZE,
@@ -191,12 +191,12 @@ impl DeviceForward for DeviceLedger {
 
 /// The whole model behind some tokens: no pages, no plan.
 #[derive(Clone, Copy)]
-pub struct Whole {
+pub struct ReferenceRun {
     seen: [u64; LAYERS],
     position: u32,
 }
 
-impl Whole {
+impl ReferenceRun {
     pub fn new() -> Self {
         Self { seen: std::array::from_fn(|layer| layer as u64), position: 0 }
     }
@@ -225,7 +225,7 @@ impl Whole {
 
 /// The answer to a prompt: this many tokens.
 pub fn answer(prompt: &[TokenId], tokens: u32, alphabet: u32) -> Vec<TokenId> {
-    let mut whole = Whole::new();
+    let mut whole = ReferenceRun::new();
     let mut last = 0;
     prompt.iter().for_each(|token| last = whole.push(*token)[LAYERS - 1]);
     let said = (0..tokens).map(|_| {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use hat_compute::open::{self, ComputeConfig, GpuWeights, Processor};
 use hat_compute::{LoadError, WholeModel};
-use hat_engine::whole::through_codec;
+use hat_engine::reference_run::through_codec;
 use hat_loader::{Bundle, BundleOptions, TinyModel, Weights, generated, write_bundles};
 use hat_plan::{DeviceForward, MiddleForward, TokenId};
 use tempfile::TempDir;

@@ -19,7 +19,7 @@ use crate::{Error, Event, Metrics, Request};
 use hat_transport::clock::{Clock, SystemClock};
 
 /// The whole model with its tokenizer. One answer at a time.
-pub struct Whole<B: Backend> {
+pub struct ReferenceRun<B: Backend> {
     device: Bundle,
     text: Text,
     model: WholeModel<B>,
@@ -28,7 +28,7 @@ pub struct Whole<B: Backend> {
     clock: SystemClock,
 }
 
-impl<B: Backend> Whole<B> {
+impl<B: Backend> ReferenceRun<B> {
     /// Loads both halves below `bundle` (`device/` and `cloud/`). Rows go through `wire` where
     /// they would cross the link if the device ran `split_layer` layers.
     ///
@@ -44,10 +44,10 @@ impl<B: Backend> Whole<B> {
         Self::open_verified(backend, bundle, split_layer, wire, context_max, &Verify::default())
     }
 
-    /// As [`Whole::open`], with its files verified as `verify` says.
+    /// As [`ReferenceRun::open`], with its files verified as `verify` says.
     ///
     /// # Errors
-    /// As [`Whole::open`].
+    /// As [`ReferenceRun::open`].
     pub fn open_verified(
         backend: B,
         bundle: &Path,
@@ -139,10 +139,10 @@ pub fn through_codec(codec: Codec) -> Box<Cross> {
     })
 }
 
-/// One answer by the whole model on the backend that was chosen; see [`Whole`].
+/// One answer by the whole model on the backend that was chosen; see [`ReferenceRun`].
 ///
 /// # Errors
-/// As [`Whole::open`] and [`Whole::generate`].
+/// As [`ReferenceRun::open`] and [`ReferenceRun::generate`].
 #[expect(clippy::too_many_arguments, reason = "the parts of one command")]
 pub fn whole_answer(
     chosen: Chosen,
@@ -155,7 +155,7 @@ pub fn whole_answer(
     on_event: impl FnMut(&Event),
 ) -> Result<(FinishReason, Box<Metrics>), Error> {
     with_backend!(chosen, backend => {
-        Whole::open_verified(backend, bundle, split_layer, wire, context_max, verify)?
+        ReferenceRun::open_verified(backend, bundle, split_layer, wire, context_max, verify)?
             .generate(request, on_event)
     })
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use hat_compute::open;
 use hat_engine::options::{Codec, DeviceLimits, Processor};
-use hat_engine::whole::Whole;
+use hat_engine::reference_run::ReferenceRun;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -65,7 +65,7 @@ pub(crate) fn compare(
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let backend = open::cpu(Processor::Auto, threads)?;
     let wire = Codec::from_name(wire).expect("a codec's own name");
-    let mut whole = Whole::open(backend, bundle, None, wire, DeviceLimits::default().context_max)?;
+    let mut whole = ReferenceRun::open(backend, bundle, None, wire, DeviceLimits::default().context_max)?;
     let mut by_prompt: BTreeMap<u64, Vec<&Kept>> = BTreeMap::new();
     for answer in kept.iter().filter(|answer| !answer.tokens.is_empty()) {
         by_prompt.entry(prompts.number(answer.ask)).or_default().push(answer);
