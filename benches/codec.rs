@@ -141,7 +141,7 @@ impl Model {
         self.step.plan.push_committed(place, count);
         self.step.plan.end_sequence(sequence.pages());
         let mut hidden = vec![0.0; tokens.len() * self.hidden];
-        self.device.input(&self.step.plan.plan(), tokens, &mut hidden);
+        self.device.input(&self.step.plan.batch(), tokens, &mut hidden);
         hidden
     }
 

@@ -11,7 +11,7 @@ use hat_benches::{Limits, Timing, time};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
-use hat_plan::{AttendPlan, AttendShape, Computes as _, KvShape, PAGE_SIZE};
+use hat_plan::{AttendBatch, AttendShape, Computes as _, KvShape, PAGE_SIZE};
 
 const BUDGET: Duration = Duration::from_millis(250);
 /// Bytes of weights, more than the last cache of most machines.
@@ -162,8 +162,8 @@ impl Sequence {
         }
     }
 
-    fn plan(&self) -> AttendPlan<'_> {
-        AttendPlan {
+    fn plan(&self) -> AttendBatch<'_> {
+        AttendBatch {
             positions: &self.positions,
             slots: &self.positions,
             prefix_len: &self.prefix_len,

@@ -153,7 +153,7 @@ impl Peer {
         plan.push_committed(place, number(tokens.len()));
         plan.end_sequence(sequence.pages());
         hidden.resize(tokens.len() * self.hidden_size, 0.0);
-        self.device.input(&plan.plan(), tokens, hidden);
+        self.device.input(&plan.batch(), tokens, hidden);
         self.middle.forward(&mut self.step);
     }
 

@@ -35,7 +35,7 @@ use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::linear::linear;
-use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
+use hat_cuda::plan::{AttendBatch, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{WeightDType, Table};
@@ -461,8 +461,8 @@ impl PlanArrays {
         all
     }
 
-    fn plan(&self) -> AttendPlan<'_> {
-        AttendPlan {
+    fn plan(&self) -> AttendBatch<'_> {
+        AttendBatch {
             positions: &self.positions,
             slots: &self.slots,
             prefix_len: &self.prefix_len,

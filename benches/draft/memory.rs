@@ -49,7 +49,7 @@ impl FromMemory {
     fn keys(&self, step: &MiddleStep) -> Vec<(u32, Vec<u32>)> {
         let bits = |row: &[f32]| row.iter().map(|number| number.to_bits()).collect();
         let rows = step.hidden.chunks_exact(self.hidden_size).map(bits);
-        step.plan.plan().positions.iter().copied().zip(rows).collect()
+        step.plan.batch().positions.iter().copied().zip(rows).collect()
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-pub use hat_plan::{AttendPlan, AttendShape, PAGE_SIZE};
+pub use hat_plan::{AttendBatch, AttendShape, PAGE_SIZE};
 
 use crate::abi;
 use crate::gpu::{Gpu, GpuError, Memory, Slice, count};
@@ -101,7 +101,7 @@ impl<M: Memory> PlanOnGpu<M> {
     pub fn write(
         &mut self,
         gpu: &mut impl Gpu<Memory = M>,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         heads: &AttendShape,
         pages: usize,
     ) -> Result<(), GpuError> {
@@ -199,7 +199,7 @@ impl<M: Memory> PlanOnGpu<M> {
 }
 
 /// Rows and pages of each sequence.
-fn sequences(plan: &AttendPlan<'_>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+fn sequences(plan: &AttendBatch<'_>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let range = |pair: &[u32]| pair[0] as usize..pair[1] as usize;
     plan.q_indptr
         .windows(2)
@@ -208,7 +208,7 @@ fn sequences(plan: &AttendPlan<'_>) -> impl Iterator<Item = (Range<usize>, Range
 }
 
 fn task(
-    plan: &AttendPlan<'_>,
+    plan: &AttendBatch<'_>,
     heads: &AttendShape,
     rows: Range<usize>,
     first_page: usize,
@@ -245,7 +245,7 @@ fn is_indptr(indptr: &[u32], len: usize) -> bool {
         && indptr.is_sorted()
 }
 
-fn check(plan: &AttendPlan<'_>, heads: &AttendShape, pages: usize) {
+fn check(plan: &AttendBatch<'_>, heads: &AttendShape, pages: usize) {
     assert!(is_supported(heads), "no kernel for {heads:?}");
     let rows = plan.positions.len();
     assert_eq!((plan.slots.len(), plan.prefix_len.len()), (rows, rows), "arrays of {rows} rows");

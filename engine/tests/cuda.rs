@@ -28,7 +28,7 @@ use hat_engine::reference_run::through_codec;
 use hat_loader::{DrafterArchitecture, Bundle, DType};
 use hat_plan::{
     BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,
-    MiddleStep, PlanBuffers,
+    MiddleStep, BatchBuffers,
 };
 use hat_transport::codec::Codec;
 use support::Bundles;
@@ -89,9 +89,9 @@ impl Split {
     }
 
     /// The rows of a plan through both halves; logits of each.
-    fn step(&mut self, plan: PlanBuffers, tokens: &[u32]) -> Vec<Vec<f32>> {
+    fn step(&mut self, plan: BatchBuffers, tokens: &[u32]) -> Vec<Vec<f32>> {
         let mut hidden = vec![0.0; tokens.len() * 64];
-        self.device.input(&plan.plan(), tokens, &mut hidden);
+        self.device.input(&plan.batch(), tokens, &mut hidden);
         over_the_wire(&mut hidden);
         let (entry_layers, moves) = (vec![1], Vec::new());
         let mut step = MiddleStep {
@@ -123,7 +123,7 @@ impl Split {
         let (count, tip) = (tokens.len() as u32, self.sequence.tip());
         let first = self.sequence.append_committed(self.next_id, count, tip).unwrap();
         self.next_id += count;
-        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        let mut plan = BatchBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, count);
         plan.end_sequence(self.sequence.pages());
@@ -137,7 +137,7 @@ impl Split {
         let parents: Vec<u32> = parents.iter().map(id).collect();
         self.sequence.append_pending(first, &parents).unwrap();
         self.next_id += parents.len() as u32;
-        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        let mut plan = BatchBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         for id in first..self.next_id {
             assert!(self.sequence.push_row(id, &mut plan));
@@ -152,7 +152,7 @@ impl Split {
         self.sequence.commit(self.next_id - count + row - 1, &mut moves).unwrap();
         assert!(!moves.is_empty(), "a commit that moves nothing shows nothing");
         self.device.compact(&moves);
-        let (plan, entry_layers) = (PlanBuffers::default(), Vec::new());
+        let (plan, entry_layers) = (BatchBuffers::default(), Vec::new());
         let mut step =
             MiddleStep { plan, entry_layers, exit_layer: 3, moves, ..MiddleStep::default() };
         self.middle.forward(&mut step);
@@ -218,7 +218,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
         (0..rows * 64).map(|at| (at as f32 * 0.37 + salt).sin()).collect()
     };
     let mut sequence = Sequence::new(vec![5, 1, 8, 3], POSITIONS);
-    let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+    let mut plan = BatchBuffers::with_capacity(64, 1, PAGES);
     let mut said = Vec::new();
     for (id, rows) in [(1, 37), (38, 3)] {
         let first = sequence.append_committed(id, rows, sequence.tip()).unwrap();
@@ -228,8 +228,8 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
         let (shallow, deep) = (noise(rows as usize, 0.1), noise(rows as usize, 0.7));
         said.resize(rows as usize * 64, 0.0);
         match id {
-            1 => model.remember(&plan.plan(), &shallow, &deep),
-            _ => model.decide(&plan.plan(), &shallow, &deep, &mut said),
+            1 => model.remember(&plan.batch(), &shallow, &deep),
+            _ => model.decide(&plan.batch(), &shallow, &deep, &mut said),
         }
     }
     sequence.append_pending(41, [40, 40]).unwrap();
@@ -238,7 +238,7 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
     plan.end_sequence(sequence.pages());
     let mut guessed = vec![0.0; 2 * 64];
     let before = [&said[2 * 64..], &said[2 * 64..]].concat();
-    model.guess(&plan.plan(), &noise(2, 0.3), &before, &mut guessed);
+    model.guess(&plan.batch(), &noise(2, 0.3), &before, &mut guessed);
     said.extend(guessed);
     let mut likely = Vec::new();
     model.likeliest(&noise(3, 0.9), 5, &mut likely);
@@ -291,17 +291,17 @@ fn a_drafted_level_waits_three_times() {
     let drafter = drafter.as_mut().unwrap().as_mut().unwrap();
     let mut sequence = Sequence::new(vec![5, 1, 8], POSITIONS);
     let first = sequence.append_committed(1, 4, 0).unwrap();
-    let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+    let mut plan = BatchBuffers::with_capacity(64, 1, PAGES);
     plan.clear();
     plan.push_committed(first, 4);
     plan.end_sequence(sequence.pages());
     let (mut rows, mut y, mut likely) = (vec![0.0; 4 * 64], vec![0.0; 4 * 64], Vec::new());
     let (before, drafts_before) = (tally.downloads(), drafts.downloads());
-    layers.input(&plan.plan(), &[3, 1, 4, 1], &mut rows);
+    layers.input(&plan.batch(), &[3, 1, 4, 1], &mut rows);
     assert_eq!(tally.downloads().0 - before.0, 1);
-    drafter.remember(&plan.plan(), &rows, &rows);
+    drafter.remember(&plan.batch(), &rows, &rows);
     assert_eq!(drafts.downloads(), drafts_before);
-    drafter.guess(&plan.plan(), &rows, &rows, &mut y);
+    drafter.guess(&plan.batch(), &rows, &rows, &mut y);
     drafter.likeliest(&y, 8, &mut likely);
     let bytes = (y.len() + 4 * 300) as u64 * 4;
     assert_eq!(drafts.downloads(), (drafts_before.0 + 2, drafts_before.1 + bytes));
@@ -323,12 +323,12 @@ fn weights_in_place_and_copied_have_the_same_bits() {
         println!("{}", model.describe());
         let mut sequence = Sequence::new(vec![5, 1], POSITIONS);
         let first = sequence.append_committed(1, 40, 0).unwrap();
-        let mut plan = PlanBuffers::with_capacity(64, 1, PAGES);
+        let mut plan = BatchBuffers::with_capacity(64, 1, PAGES);
         plan.clear();
         plan.push_committed(first, 40);
         plan.end_sequence(sequence.pages());
         let (mut rows, mut logits) = (vec![0.0; 40 * 64], vec![0.0; 300]);
-        model.input(&plan.plan(), &tokens()[..40], &mut rows);
+        model.input(&plan.batch(), &tokens()[..40], &mut rows);
         model.head(&rows[39 * 64..], &mut logits);
         rows.extend(logits);
         bits(&rows)

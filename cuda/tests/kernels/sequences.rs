@@ -4,7 +4,7 @@ use half::f16;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::gpu::{Gpu as _, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
-use hat_cuda::plan::{AttendPlan, AttendShape, PAGE_SIZE, PlanOnGpu};
+use hat_cuda::plan::{AttendBatch, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::testkit::test_gpu::{TestGpu, TestMemory};
 
 use crate::stand::{Random, memory, numbers, room};
@@ -96,8 +96,8 @@ impl Batch {
         batch
     }
 
-    pub fn plan(&self) -> AttendPlan<'_> {
-        AttendPlan {
+    pub fn plan(&self) -> AttendBatch<'_> {
+        AttendBatch {
             positions: &self.positions,
             slots: &self.slots,
             prefix_len: &self.prefix_len,

@@ -5,7 +5,7 @@ mod counting;
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, Level};
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
-use hat_plan::{AttendPlan, AttendShape, KvShape, RowMove};
+use hat_plan::{AttendBatch, AttendShape, KvShape, RowMove};
 
 use counting::allocations;
 
@@ -66,7 +66,7 @@ impl Model {
         }
     }
 
-    fn step(&mut self, plan: &AttendPlan<'_>, tokens: &[u32]) {
+    fn step(&mut self, plan: &AttendBatch<'_>, tokens: &[u32]) {
         let Self { b, weights, norm, kv, x, q, k, v, gated, up, angles, host } = self;
         let rows = plan.rows();
         b.rope_angles(plan.positions, &[0.5; 32], angles);
@@ -97,7 +97,7 @@ fn steps_allocate_nothing_after_the_first() {
     let tokens: Vec<u32> = (0..ROWS as u32).collect();
     let (pages, page_indptr, q_indptr) = ([3, 1], [0, 2], [0, ROWS as u32]);
     let (tail_indptr, prefix) = (vec![0; ROWS + 1], (1..=ROWS as u32).collect::<Vec<_>>());
-    let plan = AttendPlan {
+    let plan = AttendBatch {
         positions: &tokens,
         slots: &tokens,
         prefix_len: &prefix,
@@ -107,7 +107,7 @@ fn steps_allocate_nothing_after_the_first() {
         page_indptr: &page_indptr,
         page_indices: &pages,
     };
-    let one = AttendPlan {
+    let one = AttendBatch {
         positions: &tokens[39..],
         slots: &tokens[39..],
         prefix_len: &prefix[39..],

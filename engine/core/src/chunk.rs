@@ -306,14 +306,14 @@ impl Planner {
         cached: u32,
         rows: u32,
     ) -> Plan<'_> {
-        self.plan_after(policy, costs, limits, Ahead::default(), cached, rows)
+        self.plan_behind(policy, costs, limits, Ahead::default(), cached, rows)
     }
 
     /// As [`Planner::plan`], behind what is on its way already.
     ///
     /// # Panics
     /// If `rows` exceeds [`ROWS_MAX`].
-    pub fn plan_after(
+    pub fn plan_behind(
         &mut self,
         policy: ChunkPolicy,
         costs: &CostModel,

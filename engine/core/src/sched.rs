@@ -224,7 +224,7 @@ impl Scheduler {
 
     /// Chooses the works of the next step into `step`. One that is cut comes with its first rows;
     /// the others wait for a later step, and nothing of the session runs before them.
-    pub fn plan(&mut self, bound: Bound, step: &mut Vec<BatchItem>) {
+    pub fn schedule(&mut self, bound: Bound, step: &mut Vec<BatchItem>) {
         step.clear();
         let prompt = self.prompts.next();
         let is_bounded = bound.is_timed();

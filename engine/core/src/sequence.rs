@@ -12,7 +12,7 @@
 use std::borrow::Borrow;
 
 use hat_plan::{PAGE_SIZE, RowMove};
-pub use hat_plan::{PENDING_ROWS_MAX, PlanBuffers, RowPlace};
+pub use hat_plan::{PENDING_ROWS_MAX, BatchBuffers, RowPlace};
 
 /// An error in rows or a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -300,7 +300,7 @@ impl Sequence {
     }
 
     /// Adds row `id` to a plan, if it pends; returns true if it does.
-    pub fn push_row(&self, id: u32, plan: &mut PlanBuffers) -> bool {
+    pub fn push_row(&self, id: u32, plan: &mut BatchBuffers) -> bool {
         let Some(place) = self.place(id) else { return false };
         // Slots that it sees beyond the committed rows, in logical order, its own last.
         let mut tail = [0; PENDING_ROWS_MAX];

@@ -15,7 +15,7 @@ pub const PENDING_ROWS_MAX: usize = 64;
 /// row itself if it is not at its own position's slot) are named one by one in `tail_slots`, in
 /// logical order. So row `r` sees `prefix_len[r] + tail` keys, and `positions[r]` is one less.
 #[derive(Clone, Copy, Debug)]
-pub struct AttendPlan<'a> {
+pub struct AttendBatch<'a> {
     /// Logical position of each row. `[rows]`
     pub positions: &'a [u32],
     /// Slot that each row's own K and V go to. `[rows]`
@@ -35,7 +35,7 @@ pub struct AttendPlan<'a> {
     pub page_indices: &'a [u32],
 }
 
-impl AttendPlan<'_> {
+impl AttendBatch<'_> {
     /// Rows in the batch.
     #[must_use]
     pub fn rows(&self) -> usize {

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use crate::{AttendPlan, PENDING_ROWS_MAX, RowPlace};
+use crate::{AttendBatch, PENDING_ROWS_MAX, RowPlace};
 
-/// The arrays of an [`AttendPlan`], reused from step to step.
+/// The arrays of an [`AttendBatch`], reused from step to step.
 #[derive(Debug, Default)]
-pub struct PlanBuffers {
+pub struct BatchBuffers {
     positions: Vec<u32>,
     slots: Vec<u32>,
     prefix_len: Vec<u32>,
@@ -17,7 +17,7 @@ pub struct PlanBuffers {
     page_indices: Vec<u32>,
 }
 
-impl PlanBuffers {
+impl BatchBuffers {
     /// Room for this many rows, sequences and pages, so that a step allocates nothing.
     #[must_use]
     pub fn with_capacity(rows: usize, sequences: usize, pages: usize) -> Self {
@@ -84,15 +84,15 @@ impl PlanBuffers {
 
     /// The plan of everything so far.
     #[must_use]
-    pub fn plan(&self) -> AttendPlan<'_> {
+    pub fn batch(&self) -> AttendBatch<'_> {
         self.plan_front(self.q_indptr.len() - 1)
     }
 
     /// The plan of the first `sequences` sequences.
     #[must_use]
-    pub fn plan_front(&self, sequences: usize) -> AttendPlan<'_> {
+    pub fn plan_front(&self, sequences: usize) -> AttendBatch<'_> {
         let rows = self.q_indptr[sequences] as usize;
-        AttendPlan {
+        AttendBatch {
             positions: &self.positions[..rows],
             slots: &self.slots[..rows],
             prefix_len: &self.prefix_len[..rows],

@@ -1,7 +1,7 @@
 //! The vocabulary that roles, models and kernels share: which rows are computed, what can go wrong,
 //! and the traits of the submodels. No dependency, no computation.
 //!
-//! Which rows attend to what is an [`AttendPlan`], made in [`PlanBuffers`]; where K and V live is a
+//! Which rows attend to what is an [`AttendBatch`], made in [`BatchBuffers`]; where K and V live is a
 //! store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`], [`MiddleForward`] and
 //! [`DraftForward`] are the submodels, whatever backend computes them.
 
@@ -14,9 +14,9 @@ mod shared_rows;
 mod model;
 
 pub use attend::{
-    AttendPlan, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove, RowPlace,
+    AttendBatch, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove, RowPlace,
 };
-pub use buffers::PlanBuffers;
+pub use buffers::BatchBuffers;
 pub use fault::{BackendError, BackendFault};
 pub use shared_rows::SharedRows;
 pub use model::{

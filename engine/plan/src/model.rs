@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 
-use crate::{AttendPlan, BackendError, BackendFault, SharedRows, PlanBuffers, RowMove};
+use crate::{AttendBatch, BackendError, BackendFault, SharedRows, BatchBuffers, RowMove};
 
 /// An index into the vocabulary.
 pub type TokenId = u32;
@@ -33,10 +33,10 @@ pub trait Computes {
 pub trait DeviceForward: Computes + Send {
     /// Embedding and layers `0..split_layer` for the rows of `plan`; `hidden` gets
     /// `[rows, hidden_size]`.
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]);
+    fn input(&mut self, plan: &AttendBatch<'_>, tokens: &[TokenId], hidden: &mut [f32]);
     /// The last layers, for rows that came back from the cloud, in place. Fills their KV. Does
     /// nothing without tail layers.
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]);
+    fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]);
     /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
     /// As [`DeviceForward::head`], but only the token with the greatest logit and that logit, of
@@ -51,7 +51,7 @@ pub trait DeviceForward: Computes + Send {
 pub struct MiddleStep {
     /// Plan of the rows, sequence after sequence; sequences stand in ascending order of entry
     /// layer.
-    pub plan: PlanBuffers,
+    pub plan: BatchBuffers,
     /// Entry layer of each sequence, ascending. `[sequences]`
     pub entry_layers: Vec<u32>,
     /// Layer before which all rows leave.
@@ -110,17 +110,17 @@ pub trait DraftForward: Computes + Send {
     /// Fills the keys of decided rows from which nothing is drafted. `shallow` and `deep_before`
     /// are `[rows, hidden_size]`; `deep_before` holds what the cloud returned for the token before
     /// each, zeros where it returned nothing (within the prompt).
-    fn remember(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep_before: &[f32]);
+    fn remember(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], deep_before: &[f32]);
     /// As [`DraftForward::remember`], and says in `y` (`[rows, hidden_size]`) what follows.
     fn decide(
         &mut self,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         shallow: &[f32],
         deep_before: &[f32],
         y: &mut [f32],
     );
     /// Rows of drafted tokens: `y_before` is what was said for their parents.
-    fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
+    fn guess(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
     /// The `count` likeliest tokens after each row of `y`, best first, appended to `out`: `count`
     /// for each row, or the whole draft vocabulary where it is smaller.
     fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>);

@@ -109,7 +109,7 @@ impl Shell {
                 return Err(std::io::Error::other(reason.to_owned()));
             }
             if self.guard.is_clear() {
-                self.plan();
+                self.schedule();
             }
             self.transmit();
         }
@@ -152,7 +152,7 @@ impl Shell {
     }
 
     /// Hands out steps while the first stage has room for one.
-    fn plan(&mut self) {
+    fn schedule(&mut self) {
         while self.stages.at_first() < self.core.steps_ahead(self.now)
             && let Some(batch) = self.core.poll_step(self.now)
         {

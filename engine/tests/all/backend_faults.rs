@@ -16,7 +16,7 @@ use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{
-    AttendPlan, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
+    AttendBatch, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
 };
 
 fn backend() -> CpuBackend {
@@ -288,13 +288,13 @@ impl Computes for Device {
 }
 
 impl DeviceForward for Device {
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+    fn input(&mut self, plan: &AttendBatch<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         if !self.run(|inner| inner.input(plan, tokens, hidden)) {
             hidden.fill(f32::NAN);
         }
     }
 
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+    fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]) {
         if !self.run(|inner| inner.tail(plan, hidden)) {
             hidden.fill(f32::NAN);
         }

@@ -13,7 +13,7 @@ use hat_engine::testkit::pool_pages;
 use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, DType, Submodel};
-use hat_plan::{AttendPlan, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
+use hat_plan::{AttendBatch, Computes, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId};
 
 /// The token whose rows go wrong.
 const BAD: TokenId = 251;
@@ -47,7 +47,7 @@ impl Computes for Device {
 }
 
 impl DeviceForward for Device {
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+    fn input(&mut self, plan: &AttendBatch<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         self.inner.input(plan, tokens, hidden);
         let width = hidden.len() / tokens.len();
         for (row, _) in tokens.iter().enumerate().filter(|(_, token)| **token == BAD) {
@@ -58,7 +58,7 @@ impl DeviceForward for Device {
         }
     }
 
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+    fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]) {
         self.inner.tail(plan, hidden);
     }
 

@@ -25,8 +25,8 @@ impl Sessions {
 
     /// The next `rows` rows of sequences that enter at these layers, with random numbers.
     fn step(&mut self, entries: &[(usize, u32)], rows: u32, exit_layer: u32) -> [MiddleStep; 2] {
-        let mut plans = [(); 2].map(|()| PlanBuffers::with_capacity(64, 2, PAGES));
-        plans.iter_mut().for_each(PlanBuffers::clear);
+        let mut plans = [(); 2].map(|()| BatchBuffers::with_capacity(64, 2, PAGES));
+        plans.iter_mut().for_each(BatchBuffers::clear);
         let mut seed = 1;
         for (index, _) in entries {
             let (sequence, next_id) = &mut self.0[*index];

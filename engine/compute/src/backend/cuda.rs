@@ -25,7 +25,7 @@ use hat_plan::{ARITHMETIC_CUDA, BackendFault};
 use self::shared::SharedBuffers;
 use self::product::Prepared;
 use super::{
-    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, SharedRows,
+    AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, SharedRows,
     LinearArgs, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
@@ -152,7 +152,7 @@ impl<G: Gpu> CudaBackend<G> {
     /// Puts a plan on the GPU, and makes room for the parts of its attention.
     fn write_plan(
         &mut self,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         shape: &AttendShape,
         pages: usize,
     ) -> Result<(), GpuError> {
@@ -400,7 +400,7 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
         });
     }
 
-    fn begin(&mut self, plan: AttendPlan<'_>, shape: &AttendShape, kv: &Self::Kv) -> Begun {
+    fn begin(&mut self, plan: AttendBatch<'_>, shape: &AttendShape, kv: &Self::Kv) -> Begun {
         self.begun += 1;
         self.queue(|this| this.write_plan(&plan, shape, kv.shape().pages));
         Begun { number: self.begun, shape: *shape }

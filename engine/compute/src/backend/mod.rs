@@ -1,6 +1,6 @@
 //! The seam under the model: one method for each kernel, in place, nothing allocated per step.
 //!
-//! Activations are f32 rows. Which rows attend to what is an [`AttendPlan`]; where K and V live is
+//! Activations are f32 rows. Which rows attend to what is an [`AttendBatch`]; where K and V live is
 //! the backend's [`Backend::Kv`], in pages of [`PAGE_SIZE`] rows. The arithmetic that every CPU
 //! backend reproduces to the bit is written in `docs/ARITHMETIC.md` under its arithmetic id.
 
@@ -12,7 +12,7 @@ pub mod reference;
 
 use hat_loader::Tensor;
 use hat_plan::{
-    ARITHMETIC_CPU, AttendPlan, AttendShape, BackendError, Computes, KvShape, SharedRows, PAGE_SIZE,
+    ARITHMETIC_CPU, AttendBatch, AttendShape, BackendError, Computes, KvShape, SharedRows, PAGE_SIZE,
     RowMove, TokenId,
 };
 
@@ -182,7 +182,7 @@ pub trait Backend: Computes + Send + 'static {
     /// Takes a plan over a KV store, for all layers of a step. It holds until the next is begun.
     fn begin<'p>(
         &mut self,
-        plan: AttendPlan<'p>,
+        plan: AttendBatch<'p>,
         shape: &AttendShape,
         kv: &Self::Kv,
     ) -> Self::Plan<'p>;

@@ -8,7 +8,7 @@ use half::f16;
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
 
 use super::{
-    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
+    AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
     PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
@@ -77,7 +77,7 @@ impl Kv {
 }
 
 /// Place in the KV store of a slot of the sequence that `row` belongs to.
-fn place(plan: &AttendPlan<'_>, row: usize, slot: u32) -> (u32, u32) {
+fn place(plan: &AttendBatch<'_>, row: usize, slot: u32) -> (u32, u32) {
     let ends = plan.q_indptr.iter().skip(1);
     let sequence = ends.take_while(|end| **end as usize <= row).count();
     let pages = plan.page_indptr[sequence] as usize..plan.page_indptr[sequence + 1] as usize;
@@ -103,7 +103,7 @@ impl Backend for Reference {
     type Buffer = Buffer;
     type Weight = Weight;
     type Kv = Kv;
-    type Plan<'p> = (AttendPlan<'p>, AttendShape);
+    type Plan<'p> = (AttendBatch<'p>, AttendShape);
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<Buffer, BackendError> {
         Ok(Buffer { data: vec![0.0; capacity * columns], columns })
@@ -210,7 +210,7 @@ impl Backend for Reference {
         }
     }
 
-    fn begin<'p>(&mut self, plan: AttendPlan<'p>, shape: &AttendShape, _: &Kv) -> Self::Plan<'p> {
+    fn begin<'p>(&mut self, plan: AttendBatch<'p>, shape: &AttendShape, _: &Kv) -> Self::Plan<'p> {
         (plan, *shape)
     }
 

@@ -18,7 +18,7 @@
 
 use hat_loader::layout;
 use hat_loader::{DrafterFile, DrafterArchitecture, Bundle, DType, Layout, Tensor, TensorBytes};
-use hat_plan::{AttendPlan, DraftForward, Likely};
+use hat_plan::{AttendBatch, DraftForward, Likely};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
 use crate::LoadError;
@@ -159,7 +159,7 @@ impl<B: Backend> DraftModel<B> {
     }
 
     /// Runs what [`DraftModel::read`] left through the layer; `y` gets the output.
-    fn say(&mut self, plan: &AttendPlan<'_>, y: &mut [f32]) {
+    fn say(&mut self, plan: &AttendBatch<'_>, y: &mut [f32]) {
         let Self { backend, shape, ones, layer, around, kv, scratch, buffers, .. } = self;
         let Buffers { deep, x, .. } = buffers;
         let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
@@ -190,7 +190,7 @@ impl<B: Backend> DraftForward for DraftModel<B> {
         self.around.as_ref().is_some_and(|around| around.deep.is_some())
     }
 
-    fn remember(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], deep_before: &[f32]) {
+    fn remember(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], deep_before: &[f32]) {
         self.read(plan.rows(), shallow, deep_before, true);
         let Self { backend, shape, layer, kv, scratch, buffers, .. } = self;
         scratch.start_step(backend, shape, plan.positions);
@@ -200,7 +200,7 @@ impl<B: Backend> DraftForward for DraftModel<B> {
 
     fn decide(
         &mut self,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         shallow: &[f32],
         deep_before: &[f32],
         y: &mut [f32],
@@ -209,7 +209,7 @@ impl<B: Backend> DraftForward for DraftModel<B> {
         self.say(plan, y);
     }
 
-    fn guess(&mut self, plan: &AttendPlan<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
+    fn guess(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
         self.read(plan.rows(), shallow, y_before, false);
         self.say(plan, y);
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use hat_loader::{Bundle, LlamaConfig, Tensor};
-use hat_plan::{AttendPlan, AttendShape, BackendError, KvShape};
+use hat_plan::{AttendBatch, AttendShape, BackendError, KvShape};
 
 use crate::LoadError;
 use crate::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
@@ -151,7 +151,7 @@ pub struct Step<'p, B: Backend> {
 
 impl<'p, B: Backend> Step<'p, B> {
     /// Begins the rows of `plan` over a KV store.
-    pub fn begin(backend: &mut B, shape: &ModelShape, plan: AttendPlan<'p>, kv: &B::Kv) -> Self {
+    pub fn begin(backend: &mut B, shape: &ModelShape, plan: AttendBatch<'p>, kv: &B::Kv) -> Self {
         let (rows, eps) = (plan.rows(), shape.rms_norm_eps);
         Self { rows, eps, plan: backend.begin(plan, &shape.attend, kv) }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use hat_loader::Bundle;
 use hat_plan::{
-    AttendPlan, BackendError, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
+    AttendBatch, BackendError, DeviceForward, MiddleForward, MiddleStep, RowMove, TokenId,
 };
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, Tensors, weight};
@@ -87,7 +87,7 @@ impl<B: Backend> DeviceModel<B> {
 as_its_backend!(DeviceModel);
 
 impl<B: Backend> DeviceForward for DeviceModel<B> {
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+    fn input(&mut self, plan: &AttendBatch<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         assert_eq!(plan.rows(), tokens.len(), "one token a row");
         let Self { backend, shape, input, kv, scratch, x, .. } = self;
         backend.embed(tokens, &self.embed_tokens, x);
@@ -99,7 +99,7 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
         backend.download(x, 0, hidden);
     }
 
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+    fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]) {
         let Self { backend, shape, input, tail, kv, scratch, x, .. } = self;
         if tail.is_empty() {
             return;
@@ -247,7 +247,7 @@ impl<B: Backend> MiddleForward for MiddleModel<B> {
             Some(shared) => backend.borrow(step.plan.rows(), shared, x),
             None => backend.upload(&step.hidden, x),
         }
-        scratch.start_step(backend, shape, step.plan.plan().positions);
+        scratch.start_step(backend, shape, step.plan.batch().positions);
         let (mut sequences, mut front) = (0, None);
         for (kv_layer, layer) in layers.iter().enumerate() {
             let index = *first_layer + kv_layer;

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use hat_loader::Bundle;
-use hat_plan::{AttendPlan, PAGE_SIZE, TokenId};
+use hat_plan::{AttendBatch, PAGE_SIZE, TokenId};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};
 use crate::backend::{Backend, LinearArgs, Write};
@@ -118,7 +118,7 @@ impl<B: Backend> WholeModel<B> {
         assert!((slot[0] as usize) < self.pages.len() * PAGE_SIZE, "the context is full");
         let prefix_len = [self.position + 1];
         let pages = std::mem::take(&mut self.pages);
-        let plan = AttendPlan {
+        let plan = AttendBatch {
             positions: &slot,
             slots: &slot,
             prefix_len: &prefix_len,
@@ -140,7 +140,7 @@ impl<B: Backend> WholeModel<B> {
     fn run(
         &mut self,
         token: TokenId,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         logits: Option<&mut [f32]>,
     ) -> Result<(), StepError> {
         self.backend.embed(&[token], &self.embed_tokens, &mut self.x);

@@ -3,7 +3,7 @@
 use half::f16;
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, TopLogit, Write};
 use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
-use hat_plan::{AttendPlan, AttendShape, KvShape, PAGE_SIZE, RowMove, TokenId};
+use hat_plan::{AttendBatch, AttendShape, KvShape, PAGE_SIZE, RowMove, TokenId};
 
 pub(crate) const DTYPES: [DType; 7] =
     [DType::F32, DType::F16, DType::Bf16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q6K];
@@ -258,7 +258,7 @@ pub(crate) fn inv_freq(head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2).map(|i| 1.0 / (1 + i * i) as f32).collect()
 }
 
-/// The parts of an [`AttendPlan`], built row by row.
+/// The parts of an [`AttendBatch`], built row by row.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) positions: Vec<u32>,
@@ -302,8 +302,8 @@ impl Plan {
         self.page_indptr.push(self.page_indices.len() as u32);
     }
 
-    pub(crate) fn borrow(&self) -> AttendPlan<'_> {
-        AttendPlan {
+    pub(crate) fn borrow(&self) -> AttendBatch<'_> {
+        AttendBatch {
             positions: &self.positions,
             slots: &self.slots,
             prefix_len: &self.prefix_len,

@@ -296,7 +296,7 @@ fn what_is_ahead_moves_the_plan() {
     let mut planner = Planner::default();
     let now = planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, 512).finish_s;
     let ahead = Ahead { uplink_s: 1.0, ..Ahead::default() };
-    let later = planner.plan_after(ChunkPolicy::Auto, &costs, &limits, ahead, 0, 512);
+    let later = planner.plan_behind(ChunkPolicy::Auto, &costs, &limits, ahead, 0, 512);
     assert!(later.finish_s > now + 0.9, "{} {now}", later.finish_s);
     assert_eq!(later.finish_s, finish_after_s(&costs, ahead, 0, later.sizes));
 }
@@ -312,7 +312,7 @@ fn planning_again_at_each_chunk_keeps_what_was_promised() {
         let (mut ahead, mut done, mut sizes) = (Ahead::default(), 0, vec![]);
         while done < 2000 {
             let plan =
-                planner.plan_after(ChunkPolicy::Auto, &costs, &limits, ahead, done, 2000 - done);
+                planner.plan_behind(ChunkPolicy::Auto, &costs, &limits, ahead, done, 2000 - done);
             let next = plan.sizes[0];
             sizes.push(next);
             ahead.push(&costs, next, done);

@@ -106,7 +106,7 @@ impl Planner {
         batch.step.moves.append(&mut self.moves);
         let is_decoding = self.pace.is_decoding(now);
         let bound = self.bound.unwrap_or_else(|| self.pace.bound(is_decoding));
-        self.scheduler.plan(bound, items);
+        self.scheduler.schedule(bound, items);
         Some(batch)
     }
 

@@ -12,7 +12,7 @@ use super::rows::RowsFrame;
 use super::violation::SessionViolation;
 use super::prune::Pruning;
 use crate::prefix::{PageId, PrefixScope};
-use crate::sequence::{PlanBuffers, Sequence};
+use crate::sequence::{BatchBuffers, Sequence};
 use hat_transport::codec::Codec;
 
 /// Scope that the rows of a new session depend on.
@@ -289,7 +289,7 @@ impl Session {
         &mut self,
         count: u32,
         hidden_size: usize,
-        plan: &mut PlanBuffers,
+        plan: &mut BatchBuffers,
         moves: &mut Vec<RowMove>,
         hidden: &mut Vec<f32>,
         rows: &mut StepRows,
@@ -362,7 +362,7 @@ impl Session {
         &mut self,
         frame: &RowsFrame,
         head: &RowsHead,
-        plan: &mut PlanBuffers,
+        plan: &mut BatchBuffers,
         moves: &mut Vec<RowMove>,
         rows: &mut StepRows,
     ) -> Result<(), SessionViolation> {

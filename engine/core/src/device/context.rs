@@ -19,7 +19,7 @@ use crate::draft::tree::Guess;
 use crate::draft::{Acceptance, DraftPolicy};
 use crate::estimate::{Estimates, Estimator, Returned};
 use crate::page::pages_for;
-use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers};
+use crate::sequence::{PENDING_ROWS_MAX, BatchBuffers};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
 
 /// Facts of this device's model and configuration that requests compute by.
@@ -72,7 +72,7 @@ impl From<&Hello> for CloudFacts {
 
 /// Buffers that all requests use in turn.
 pub(super) struct Scratch {
-    pub(super) plan: PlanBuffers,
+    pub(super) plan: BatchBuffers,
     /// Of the rows that are computed next.
     pub(super) tokens: Vec<TokenId>,
     pub(super) kept: Vec<usize>, // nodes of a tree
@@ -244,7 +244,7 @@ impl Common {
             policy: DraftPolicy::default(),
             learned: Learned::default(),
             scratch: Scratch {
-                plan: PlanBuffers::with_capacity(config.step_rows_max as usize, 1, pages),
+                plan: BatchBuffers::with_capacity(config.step_rows_max as usize, 1, pages),
                 tokens: Vec::with_capacity(PENDING_ROWS_MAX),
                 kept: Vec::with_capacity(PENDING_ROWS_MAX),
                 guesses: Vec::with_capacity(PENDING_ROWS_MAX),

@@ -18,7 +18,7 @@ use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
 use crate::draft::drafter::Drafter;
 use hat_plan::DeviceForward;
-use hat_plan::{AttendPlan, BackendFault, RowMove, TokenId};
+use hat_plan::{AttendBatch, BackendFault, RowMove, TokenId};
 
 /// A computation for the owner of the model, in place.
 pub enum DeviceWork<'a> {
@@ -29,7 +29,7 @@ pub enum DeviceWork<'a> {
         /// Moves that come first; they are taken.
         moves: &'a mut Vec<RowMove>,
         /// Rows and the keys that they attend to.
-        plan: AttendPlan<'a>,
+        plan: AttendBatch<'a>,
         /// Their tokens.
         tokens: &'a [TokenId],
         /// The rows, out. `[tokens, hidden_size]`
@@ -40,7 +40,7 @@ pub enum DeviceWork<'a> {
         /// Moves that come first; they are taken.
         moves: &'a mut Vec<RowMove>,
         /// Rows and the keys that they attend to.
-        plan: AttendPlan<'a>,
+        plan: AttendBatch<'a>,
         /// The rows, in and out. `[rows, hidden_size]`
         hidden: &'a mut [f32],
     },
@@ -53,7 +53,7 @@ pub enum DeviceWork<'a> {
         /// Moves that come before the tail layers; they are taken with them.
         moves: &'a mut Vec<RowMove>,
         /// The row and its keys in the tail layers, if these are due.
-        tail: Option<AttendPlan<'a>>,
+        tail: Option<AttendBatch<'a>>,
         /// The row. `[hidden_size]`
         hidden: &'a mut [f32],
         /// The part of its logits that is asked for, out.
@@ -208,7 +208,7 @@ impl DeviceCore {
             return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, guesses, fault }));
         }
         let Common { scratch, facts, moves, .. } = cx;
-        let plan = scratch.plan.plan();
+        let plan = scratch.plan.batch();
         Some(match step {
             Computation::Tail(_) => DeviceWork::Tail { moves, plan, hidden: request.tail_rows() },
             Computation::Head(head) => {

@@ -8,7 +8,7 @@ use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::draft::tree::Guess;
 use crate::page::{PagePool, pages_for};
 use crate::prefix::{PageId, PrefixCache, PrefixScope};
-use crate::sequence::{PENDING_ROWS_MAX, PlanBuffers, Sequence};
+use crate::sequence::{PENDING_ROWS_MAX, BatchBuffers, Sequence};
 use hat_plan::{BackendFault, TokenId};
 use hat_plan::{DraftForward, Likely};
 
@@ -21,7 +21,7 @@ pub struct ModelDrafter {
     prefixes: PrefixCache,
     sessions: BTreeMap<SessionId, Session>,
     next: SessionId,
-    plan: PlanBuffers,
+    plan: BatchBuffers,
     zeros: Vec<f32>, // [step_rows_max, hidden_size]
     level: Level,
     likely: Vec<Likely>,
@@ -66,7 +66,7 @@ impl ModelDrafter {
             prefixes: PrefixCache::default(),
             sessions: BTreeMap::new(),
             next: 1,
-            plan: PlanBuffers::with_capacity(step_rows_max, 1, pages),
+            plan: BatchBuffers::with_capacity(step_rows_max, 1, pages),
             zeros: vec![0.0; step_rows_max * hidden_size],
             level: Level::default(),
             likely: Vec::new(),
@@ -86,10 +86,10 @@ impl ModelDrafter {
         self.plan.end_sequence(sequence.pages());
         if says {
             said.resize(shallow.len(), 0.0);
-            self.model.decide(&self.plan.plan(), shallow, deep, said);
+            self.model.decide(&self.plan.batch(), shallow, deep, said);
             said.drain(..shallow.len() - self.hidden_size);
         } else {
-            self.model.remember(&self.plan.plan(), shallow, deep);
+            self.model.remember(&self.plan.batch(), shallow, deep);
         }
     }
 }
@@ -131,7 +131,7 @@ impl ModelDrafter {
         }
         plan.end_sequence(sequence.pages());
         y.resize(shallow.len(), 0.0);
-        model.guess(&plan.plan(), shallow, y_before, y);
+        model.guess(&plan.batch(), shallow, y_before, y);
         for (node, y) in nodes.iter().zip(y.chunks_exact(hidden_size)) {
             said[row(*node)].copy_from_slice(y);
         }

@@ -11,7 +11,7 @@ fn item(session: SessionKey, rows: u32, urgent: bool) -> BatchItem {
 
 fn planned(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32)> {
     let mut step = vec![];
-    scheduler.plan(Bound::NONE, &mut step);
+    scheduler.schedule(Bound::NONE, &mut step);
     step.iter().map(|item| (item.session, item.rows)).collect()
 }
 
@@ -101,7 +101,7 @@ fn served(devices: &[(u64, u32, bool)], steps: u32, rows_max: u32) -> Vec<u64> {
     }
     let (mut step, mut served) = (vec![], vec![0; devices.len()]);
     for _ in 0..steps {
-        scheduler.plan(Bound::NONE, &mut step);
+        scheduler.schedule(Bound::NONE, &mut step);
         for item in &step {
             served[item.device as usize] += u64::from(item.rows);
             scheduler.enqueue(*item);
@@ -136,7 +136,7 @@ fn a_step_costs_as_much_with_ten_thousand_sessions_as_with_a_hundred() {
         let mut step = vec![];
         for _ in 0..1000 {
             let before = scheduler.looks;
-            scheduler.plan(Bound::NONE, &mut step);
+            scheduler.schedule(Bound::NONE, &mut step);
             let (looks, items) = (scheduler.looks - before, step.len() as u64);
             assert!(looks <= items + 2 * MISSES_MAX as u64, "{looks} looks for {items} works");
             for item in &step {
@@ -185,7 +185,7 @@ fn feed(scheduler: &mut Scheduler, queues: &Queues) {
 fn check_step(scheduler: &mut Scheduler, waiting: &mut Queues) -> usize {
     feed(scheduler, waiting);
     let mut step = vec![];
-    scheduler.plan(Bound::NONE, &mut step);
+    scheduler.schedule(Bound::NONE, &mut step);
     assert!(step.iter().map(|item| item.rows).sum::<u32>() <= scheduler.rows_max);
     for (index, item) in step.iter().enumerate() {
         assert_eq!(item.class, step[0].class);
@@ -206,7 +206,7 @@ const BOUND: Bound = Bound { step: 4000, fixed: 1000, row: 100, row_context: 1, 
 
 fn bounded(scheduler: &mut Scheduler) -> Vec<(SessionKey, u32, u32)> {
     let mut step = vec![];
-    scheduler.plan(BOUND, &mut step);
+    scheduler.schedule(BOUND, &mut step);
     step.iter().map(|item| (item.session, item.context, item.rows)).collect()
 }
 
@@ -319,7 +319,7 @@ proptest! {
         let mut step = vec![];
         feed(&mut scheduler, &queues);
         while scheduler.queued() > 0 {
-            scheduler.plan(bound, &mut step);
+            scheduler.schedule(bound, &mut step);
             prop_assert!(!step.is_empty());
             prop_assert!(step.iter().all(|item| item.urgent == step[0].urgent));
             let cost = |item: &BatchItem| bound.cost(item.rows, item.context);
@@ -407,7 +407,7 @@ proptest! {
         }
         let (mut step, mut served) = (vec![], vec![0; devices.len()]);
         for _ in 0..200 {
-            scheduler.plan(Bound::NONE, &mut step);
+            scheduler.schedule(Bound::NONE, &mut step);
             let first = step[0].device as usize;
             // What a device could not use for want of sessions is not kept for it.
             let level = scheduler.tier(urgent).level;
@@ -438,7 +438,7 @@ proptest! {
         let mut step = vec![];
         let mut left = prompts.len();
         for _ in 0..prompts.len() as u32 * (PROMPT_PATIENCE + 1) {
-            scheduler.plan(Bound::NONE, &mut step);
+            scheduler.schedule(Bound::NONE, &mut step);
             for item in &step {
                 if item.urgent {
                     scheduler.enqueue(*item);

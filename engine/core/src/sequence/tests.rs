@@ -99,13 +99,13 @@ fn a_plan_names_the_ancestors_of_a_tree_row() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
     rows.append_pending(11, [10, 10, 12, 11]).unwrap();
-    let mut plan = PlanBuffers::default();
+    let mut plan = BatchBuffers::default();
     plan.clear();
     for id in 11..=14 {
         assert!(rows.push_row(id, &mut plan));
     }
     plan.end_sequence(rows.pages());
-    let plan = plan.plan();
+    let plan = plan.batch();
     assert_eq!(plan.positions, [10, 10, 11, 11]);
     assert_eq!(plan.slots, [10, 11, 12, 13]);
     assert_eq!(plan.prefix_len, [11, 10, 10, 11]);
@@ -139,12 +139,12 @@ struct Model {
 
 impl Model {
     fn check(&self, rows: &Sequence) {
-        let mut plan = PlanBuffers::default();
+        let mut plan = BatchBuffers::default();
         for row in &rows.pending {
             plan.clear();
             assert!(rows.push_row(row.id, &mut plan));
             plan.end_sequence(rows.pages());
-            let plan = plan.plan();
+            let plan = plan.batch();
             let slots = (0..plan.prefix_len[0]).chain(plan.tail_slots.iter().copied());
             let seen: Vec<u32> = slots.map(|slot| self.kv[&rows.page_row(slot)]).collect();
             assert_eq!(seen, self.paths[&row.id], "row {}", row.id);

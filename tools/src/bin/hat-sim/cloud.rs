@@ -187,7 +187,7 @@ impl Cloud {
             let Some(batch) = self.core.poll_step(now) else { return };
             self.clock.took += began.elapsed();
             self.clock.plans += 1;
-            let stage = nanoseconds(self.server.seconds(&batch.step.plan.plan()));
+            let stage = nanoseconds(self.server.seconds(&batch.step.plan.batch()));
             self.stages[0].push_back(Step { batch, stage });
         }
     }

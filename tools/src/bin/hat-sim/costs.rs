@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, bail, ensure};
 use hat_core::draft::DraftPolicy;
-use hat_plan::AttendPlan;
+use hat_plan::AttendBatch;
 use serde::Deserialize;
 
 use crate::policy::{Place, Policy};
@@ -405,7 +405,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// A step of these rows.
-    pub(crate) fn seconds(&self, plan: &AttendPlan<'_>) -> f64 {
+    pub(crate) fn seconds(&self, plan: &AttendBatch<'_>) -> f64 {
         let ends = plan.q_indptr.windows(2).map(|ends| ends[0] as usize..ends[1] as usize);
         let ends = ends.filter(|rows| !rows.is_empty());
         let before = |rows: std::ops::Range<usize>| plan.positions[rows.start] as usize;

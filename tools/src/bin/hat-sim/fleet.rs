@@ -120,7 +120,7 @@ fn scheduler_us(sessions: u64, rows: u32) -> f64 {
     let mut times = Vec::with_capacity(PLANS);
     for _ in 0..PLANS {
         let began = Instant::now();
-        scheduler.plan(Bound::NONE, &mut step);
+        scheduler.schedule(Bound::NONE, &mut step);
         for done in &step {
             scheduler.enqueue(work(done.session));
         }

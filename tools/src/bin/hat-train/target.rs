@@ -147,7 +147,7 @@ impl Target {
         }
         step.hidden.clear();
         step.hidden.resize(tokens.len() * *hidden_size, 0.0);
-        self.device.input(&step.plan.plan(), &tokens, &mut step.hidden);
+        self.device.input(&step.plan.batch(), &tokens, &mut step.hidden);
         out.taps.resize_with(self.taps.len(), Vec::new);
         for (model, first, last) in &mut self.middles {
             if let Some(tap) = self.taps.iter().position(|tap| tap == first) {

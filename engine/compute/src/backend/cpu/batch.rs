@@ -2,18 +2,18 @@
 
 use std::ops::Range;
 
-use super::super::{AttendPlan, AttendShape};
+use super::super::{AttendBatch, AttendShape};
 use super::attend::{AttendTask, ROWS_MAX, Row, rows_together};
 use super::kv::CpuKv;
 
 /// The row of the batch -> the index of its sequence.
-pub(super) fn sequence_of(plan: &AttendPlan<'_>, row: usize) -> usize {
+pub(super) fn sequence_of(plan: &AttendBatch<'_>, row: usize) -> usize {
     plan.q_indptr.partition_point(|first| *first as usize <= row) - 1
 }
 
 /// Operands of `attend`.
 pub(super) struct Batch<'a> {
-    pub(super) plan: &'a AttendPlan<'a>,
+    pub(super) plan: &'a AttendBatch<'a>,
     pub(super) shape: &'a AttendShape,
     pub(super) layer: usize,
     pub(super) q: &'a [f32],

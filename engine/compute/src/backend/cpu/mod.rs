@@ -45,7 +45,7 @@ pub use self::threads::compute_priority;
 use self::threads::{PerThread, Threads};
 use self::top_logits::TopScratch;
 use super::{
-    AttendArgs, AttendPlan, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
+    AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
     PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write,
 };
 
@@ -245,7 +245,7 @@ fn grain<const N: usize>(rows: usize, weights: [&CpuWeight; N]) -> usize {
 }
 
 /// Page and row within it of a row of the plan.
-fn place(plan: &AttendPlan<'_>, row: usize) -> (usize, usize) {
+fn place(plan: &AttendBatch<'_>, row: usize) -> (usize, usize) {
     let sequence = sequence_of(plan, row);
     let slot = plan.slots[row] as usize;
     let page = plan.page_indptr[sequence] as usize + slot / PAGE_SIZE;
@@ -312,7 +312,7 @@ impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Weight = CpuWeight;
     type Kv = CpuKv;
-    type Plan<'p> = (AttendPlan<'p>, AttendShape);
+    type Plan<'p> = (AttendBatch<'p>, AttendShape);
 
     fn alloc(&mut self, capacity: usize, columns: usize) -> Result<CpuBuffer, BackendError> {
         let (buffer, numbers) = CpuBuffer::new(NAME, capacity, columns)?;
@@ -494,7 +494,7 @@ impl Backend for CpuBackend {
 
     fn begin<'p>(
         &mut self,
-        plan: AttendPlan<'p>,
+        plan: AttendBatch<'p>,
         shape: &AttendShape,
         kv: &CpuKv,
     ) -> Self::Plan<'p> {

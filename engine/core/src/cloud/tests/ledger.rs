@@ -23,7 +23,7 @@ impl Ledger {
             let row = self.0.get(&of.from).copied().unwrap_or(0);
             self.0.insert(of.to, row);
         }
-        let plan = step.plan.plan();
+        let plan = step.plan.batch();
         let mut seen = Vec::new();
         for sequence in 0..plan.q_indptr.len() - 1 {
             let pages =

@@ -4,7 +4,7 @@
 //! text without any of these is known in closed form, without pages: [`ReferenceRun`].
 
 use hat_plan::{
-    AttendPlan, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, PAGE_SIZE,
+    AttendBatch, BackendFault, Computes, DeviceForward, MiddleForward, MiddleStep, PAGE_SIZE,
     RowMove, TokenId,
 };
 
@@ -87,7 +87,7 @@ impl Ledger {
     /// Runs the rows of a plan in place; `runs` says whether a sequence goes through a layer.
     fn forward(
         &mut self,
-        plan: &AttendPlan<'_>,
+        plan: &AttendBatch<'_>,
         hidden: &mut [f32],
         runs: impl Fn(usize, usize) -> bool,
     ) {
@@ -141,7 +141,7 @@ impl MiddleForward for Ledger {
         self.compact(&step.moves);
         let (entry, exit) = (&step.entry_layers, step.exit_layer as usize);
         let runs = |sequence: usize, layer| (entry[sequence] as usize..exit).contains(&layer);
-        Self::forward(self, &step.plan.plan(), &mut step.hidden, runs);
+        Self::forward(self, &step.plan.batch(), &mut step.hidden, runs);
     }
 }
 
@@ -160,7 +160,7 @@ impl Computes for DeviceLedger {
 }
 
 impl DeviceForward for DeviceLedger {
-    fn input(&mut self, plan: &AttendPlan<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
+    fn input(&mut self, plan: &AttendBatch<'_>, tokens: &[TokenId], hidden: &mut [f32]) {
         let width = self.input.width;
         for (token, numbers) in tokens.iter().zip(hidden.chunks_exact_mut(width)) {
             write(embed(*token), numbers);
@@ -168,7 +168,7 @@ impl DeviceForward for DeviceLedger {
         self.input.forward(plan, hidden, |_, _| true);
     }
 
-    fn tail(&mut self, plan: &AttendPlan<'_>, hidden: &mut [f32]) {
+    fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]) {
         if let Some(tail) = &mut self.tail {
             tail.forward(plan, hidden, |_, _| true);
         }

@@ -7,7 +7,7 @@ use hat_compute::open;
 use hat_core::sequence::Sequence;
 use hat_engine::options::Processor;
 use hat_loader::{DrafterFile, Bundle};
-use hat_plan::{AttendPlan, DraftForward as _, PAGE_SIZE, PlanBuffers};
+use hat_plan::{AttendBatch, DraftForward as _, PAGE_SIZE, BatchBuffers};
 use hat_program::outln;
 
 /// Positions before the draft.
@@ -28,12 +28,12 @@ pub(super) fn print(adapter: &DrafterFile, device: &Bundle, threads: usize) -> a
     let row: Vec<f32> = (0..hidden * rows_max).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
     let pages = (0..u32::try_from(pages)?).collect();
     let mut sequence = Sequence::new(pages, u32::try_from(CONTEXT + 8)?);
-    let mut plan = PlanBuffers::default();
+    let mut plan = BatchBuffers::default();
     let place = sequence.append_committed(1, u32::try_from(CONTEXT)?, 0)?;
     plan.clear();
     plan.push_committed(place, u32::try_from(CONTEXT)?);
     plan.end_sequence(sequence.pages());
-    drafter.remember(&plan.plan(), &row[..CONTEXT * hidden], &row[..CONTEXT * hidden]);
+    drafter.remember(&plan.batch(), &row[..CONTEXT * hidden], &row[..CONTEXT * hidden]);
     for rows in [1u32, 8] {
         let tip = sequence.tip();
         let first = sequence.last_id() + 1;
@@ -43,7 +43,7 @@ pub(super) fn print(adapter: &DrafterFile, device: &Bundle, threads: usize) -> a
             sequence.push_row(id, &mut plan);
         }
         plan.end_sequence(sequence.pages());
-        let took = median(&mut drafter, &plan.plan(), &row[..rows as usize * hidden]);
+        let took = median(&mut drafter, &plan.batch(), &row[..rows as usize * hidden]);
         sequence.commit(tip, &mut Vec::new())?;
         outln!(
             "a draft step of {rows} rows with its head: {:.2} ms, reading {:.1} MB of weights",
@@ -56,7 +56,7 @@ pub(super) fn print(adapter: &DrafterFile, device: &Bundle, threads: usize) -> a
 
 fn median<B: hat_compute::backend::Backend>(
     drafter: &mut DraftModel<B>,
-    plan: &AttendPlan<'_>,
+    plan: &AttendBatch<'_>,
     rows: &[f32],
 ) -> Duration {
     let (mut y, mut likely) = (vec![0.0; rows.len()], Vec::new());

@@ -77,7 +77,7 @@ pub(super) mod tests {
     use hat_engine::options::Processor;
     use hat_loader::tiny_bundle;
     use hat_loader::{DrafterArchitecture, Bundle};
-    use hat_plan::{DraftForward as _, PlanBuffers};
+    use hat_plan::{DraftForward as _, BatchBuffers};
 
     use super::super::data::FinalNorm;
     use super::super::drafter::{Example, linear, log_softmax, rms_norm, weight};
@@ -137,7 +137,7 @@ pub(super) mod tests {
     struct Session {
         drafter: DraftModel<CpuBackend>,
         sequence: Sequence,
-        plan: PlanBuffers,
+        plan: BatchBuffers,
     }
 
     impl Session {
@@ -150,9 +150,9 @@ pub(super) mod tests {
             plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
             if drafts {
-                drafter.decide(&plan.plan(), shallow, deep, &mut y);
+                drafter.decide(&plan.batch(), shallow, deep, &mut y);
             } else {
-                drafter.remember(&plan.plan(), shallow, deep);
+                drafter.remember(&plan.batch(), shallow, deep);
             }
             y
         }
@@ -165,7 +165,7 @@ pub(super) mod tests {
             assert!(sequence.push_row(id, plan));
             plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
-            drafter.guess(&plan.plan(), shallow, y_before, &mut y);
+            drafter.guess(&plan.batch(), shallow, y_before, &mut y);
             (id, y)
         }
     }
@@ -193,7 +193,7 @@ pub(super) mod tests {
         let drafter = DraftModel::load(backend, &device, 16, 4).unwrap().unwrap();
         assert_eq!(drafter.split_layer(), 1);
         let sequence = Sequence::new(vec![2, 1], 60);
-        let mut session = Session { drafter, sequence, plan: PlanBuffers::default() };
+        let mut session = Session { drafter, sequence, plan: BatchBuffers::default() };
         let none = vec![0.0; 4 * config.hidden_size];
         session.decided(4, &rows(&shallow, 0, 3), &none, false);
         let y1 = session.decided(2, &rows(&shallow, 4, 5), &rows(&deep, 3, 4), true);
