@@ -10,7 +10,7 @@ use hat_tools::statistics::quantile;
 use serde_json::{Value, json};
 
 use crate::child::Child;
-use crate::speech::{CloudSaid, Counters};
+use crate::protocol::{CloudReport, Counters};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Length of the parts of a run whose memory is compared, in seconds.
@@ -18,7 +18,7 @@ const PART_S: f64 = 60.0;
 
 pub(crate) struct CloudProcess {
     child: Child,
-    heard: Receiver<CloudSaid>,
+    heard: Receiver<CloudReport>,
     address: String,
     memory: Vec<Memory>,
 }
@@ -44,17 +44,17 @@ impl CloudProcess {
         let (say, heard) = channel();
         let child = Child::start("cloud", line, move |line| {
             // An end, and what is no word of ours, closes the channel.
-            if let Some(said) = line.and_then(|line| serde_json::from_str(line).ok()) {
-                let _ = say.send(said);
+            if let Some(report) = line.and_then(|line| serde_json::from_str(line).ok()) {
+                let _ = say.send(report);
             }
         })?;
         match heard.recv_timeout(PATIENCE).context("the cloud process did not start")? {
-            CloudSaid::Listening(address, describe) => {
+            CloudReport::Listening(address, describe) => {
                 note!("cloud: {describe}; process {}, at {address}", child.id());
                 Ok(Self { child, heard, address, memory: vec![] })
             }
-            CloudSaid::Failed(reason) => bail!("cloud: {reason}"),
-            CloudSaid::Counters(_) => bail!("the cloud process says counters before its address"),
+            CloudReport::Failed(reason) => bail!("cloud: {reason}"),
+            CloudReport::Counters(_) => bail!("the cloud process says counters before its address"),
         }
     }
 
@@ -65,8 +65,8 @@ impl CloudProcess {
     pub(crate) fn counters(&mut self) -> anyhow::Result<Counters> {
         self.child.say(&()).context("the cloud process has ended")?;
         match self.heard.recv_timeout(PATIENCE).context("the cloud process has ended")? {
-            CloudSaid::Counters(counters) => Ok(counters),
-            said => bail!("the cloud process says {said:?} for counters"),
+            CloudReport::Counters(counters) => Ok(counters),
+            report => bail!("the cloud process says {report:?} for counters"),
         }
     }
 

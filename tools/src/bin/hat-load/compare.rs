@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::prompts::Prompts;
-use crate::speech::Ask;
+use crate::protocol::Ask;
 
 /// An answer, or what came of it before it was given up.
 #[derive(Clone, Debug, PartialEq, Eq)]

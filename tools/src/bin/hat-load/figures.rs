@@ -10,7 +10,7 @@ use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
 use crate::cloud::CloudFigures;
-use crate::speech::{End, Outcome};
+use crate::protocol::{End, Outcome};
 use crate::compare::Compared;
 
 /// Number of devices up to which all are printed, and not only those with the slowest tokens.

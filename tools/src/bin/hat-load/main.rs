@@ -2,12 +2,12 @@
 
 mod child;
 mod cloud;
-mod crowd;
+mod fleet;
 mod figures;
 mod plan;
 mod prompts;
 mod role;
-mod speech;
+mod protocol;
 mod compare;
 
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use tracing_subscriber::EnvFilter;
 
 use crate::cloud::CloudProcess;
-use crate::crowd::{Crowd, Ended};
+use crate::fleet::{Fleet, Ended};
 use crate::plan::Plan;
 use crate::prompts::{Lengths, Prompts};
 use crate::role::DeviceSetup;
@@ -239,8 +239,8 @@ fn run(mut args: Args) -> anyhow::Result<()> {
     }
     let setup = args.device_setup();
     let plan = Plan::new(&args, prompts);
-    let crowd = Crowd::start(&plan, setup, cloud, &interrupted)?;
-    let Ended { mut figures, kept, first_failure } = crowd.run(&interrupted)?;
+    let fleet = Fleet::start(&plan, setup, cloud, &interrupted)?;
+    let Ended { mut figures, kept, first_failure } = fleet.run(&interrupted)?;
     if args.check_whole {
         let ask = |id| plan.ask(id);
         let compared = compare::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;

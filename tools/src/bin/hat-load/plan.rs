@@ -4,7 +4,7 @@ use hat_tools::random::{Purpose, exponential, unit};
 
 use crate::Args;
 use crate::prompts::Prompts;
-use crate::speech::Ask;
+use crate::protocol::Ask;
 
 pub(crate) struct Plan<'a> {
     pub(crate) args: &'a Args,
@@ -46,7 +46,7 @@ mod tests {
     use clap::Parser as _;
 
     use super::*;
-    use crate::speech::Prompt;
+    use crate::protocol::Prompt;
 
     #[test]
     fn requests_come_at_the_rate_and_a_share_of_them_is_given_up() {

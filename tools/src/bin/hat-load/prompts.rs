@@ -9,7 +9,7 @@ use hat_text::{Tokenizer, token_settings};
 use hat_tools::random::{Purpose, unit};
 use serde_json::Value;
 
-use crate::speech::Prompt;
+use crate::protocol::Prompt;
 
 /// Words of made prompts.
 const WORDS: [&str; 48] = [

@@ -12,7 +12,7 @@ use hat_program::note;
 use serde::Serialize;
 use signal_hook::consts::SIGINT;
 
-use crate::speech::{Ask, CloudSaid, Counters, End, Outcome, Said};
+use crate::protocol::{Ask, CloudReport, Counters, End, Outcome, DeviceReport};
 
 /// Interval at which an answer's reader looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
@@ -37,12 +37,12 @@ pub(crate) fn cloud(config: CloudConfig) -> anyhow::Result<()> {
     outlive_interrupts()?;
     let cloud = match Cloud::start(config) {
         Ok(cloud) => cloud,
-        Err(error) => return print(&CloudSaid::Failed(error.to_string())),
+        Err(error) => return print(&CloudReport::Failed(error.to_string())),
     };
-    print(&CloudSaid::Listening(cloud.address().to_string(), cloud.describe().to_owned()))?;
+    print(&CloudReport::Listening(cloud.address().to_string(), cloud.describe().to_owned()))?;
     for line in std::io::stdin().lock().lines() {
         line.context("reading from the tool")?;
-        print(&CloudSaid::Counters(counters(&cloud)))?;
+        print(&CloudReport::Counters(counters(&cloud)))?;
     }
     Ok(())
 }
@@ -72,9 +72,9 @@ pub(crate) fn device(setup: &DeviceSetup) -> anyhow::Result<()> {
         }
         ask
     });
-    serve(setup, asks, &|said| {
+    serve(setup, asks, &|report| {
         // Nobody listens any more: stdin ends, too.
-        let _ = print(&said);
+        let _ = print(&report);
     });
     Ok(())
 }
@@ -86,8 +86,8 @@ fn outlive_interrupts() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print(said: &impl Serialize) -> anyhow::Result<()> {
-    let mut line = serde_json::to_string(said)?;
+fn print(report: &impl Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(report)?;
     line.push('\n');
     let mut out = std::io::stdout().lock();
     out.write_all(line.as_bytes()).and_then(|()| out.flush()).context("writing to the tool")
@@ -98,18 +98,18 @@ fn print(said: &impl Serialize) -> anyhow::Result<()> {
 pub(crate) fn serve(
     setup: &DeviceSetup,
     asks: impl Iterator<Item = Ask>,
-    say: &(impl Fn(Said) + Sync),
+    say: &(impl Fn(DeviceReport) + Sync),
 ) {
     let engine = match open(setup) {
         Ok(engine) => engine,
-        Err(error) => return say(Said::Failed(format!("{error:#}"))),
+        Err(error) => return say(DeviceReport::Failed(format!("{error:#}"))),
     };
-    say(Said::Ready);
+    say(DeviceReport::Ready);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for ask in asks {
             let (engine, stop) = (&engine, &stop);
-            scope.spawn(move || say(Said::Ended(answer(engine, &ask, stop))));
+            scope.spawn(move || say(DeviceReport::Ended(answer(engine, &ask, stop))));
         }
         stop.store(true, Ordering::Release);
     });

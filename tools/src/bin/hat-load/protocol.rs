@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// Report of a cloud.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum CloudSaid {
+pub(crate) enum CloudReport {
     /// Address at which it listens, and one line about its backend.
     Listening(String, String),
     /// Reason that it can't listen.
@@ -67,7 +67,7 @@ impl Ask {
 
 /// Report of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum Said {
+pub(crate) enum DeviceReport {
     /// The device is connected.
     Ready,
     /// The device could not begin.

@@ -16,7 +16,7 @@ use crate::cloud::{CloudFigures, CloudProcess};
 use crate::figures::{Figures, Tally};
 use crate::plan::Plan;
 use crate::role::{self, DeviceSetup};
-use crate::speech::{Ask, End, Outcome, Said};
+use crate::protocol::{Ask, End, Outcome, DeviceReport};
 use crate::compare::Kept;
 
 /// The longest that the loop sleeps.
@@ -31,8 +31,8 @@ const DRAIN: Duration = Duration::from_secs(300);
 /// Report of a device, with its number and generation.
 struct Note {
     device: usize,
-    life: u64,
-    said: Said,
+    generation: u64,
+    report: DeviceReport,
 }
 
 /// A device under way. Dropping it ends it.
@@ -45,12 +45,12 @@ impl Device {
     fn start(
         setup: &DeviceSetup,
         process: bool,
-        hear: impl Fn(Said) + Send + Sync + 'static,
+        hear: impl Fn(DeviceReport) + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
         if process {
             let child = Child::start("device", &setup.line, move |line| {
-                hear(line.map_or(Said::Gone, |line| {
-                    let wrong = |error| Said::Failed(format!("it says {line:?}: {error}"));
+                hear(line.map_or(DeviceReport::Gone, |line| {
+                    let wrong = |error| DeviceReport::Failed(format!("it says {line:?}: {error}"));
                     serde_json::from_str(line).unwrap_or_else(wrong)
                 }));
             })?;
@@ -61,7 +61,7 @@ impl Device {
         let thread = std::thread::Builder::new().name("a device's requests".to_owned());
         let thread = thread.spawn(move || {
             role::serve(&setup, asked.into_iter(), &hear);
-            hear(Said::Gone);
+            hear(DeviceReport::Gone);
         });
         Ok(Self::Thread { asks: Some(asks), thread: Some(thread.context("starting a thread")?) })
     }
@@ -103,7 +103,7 @@ impl Drop for Device {
 #[derive(Default)]
 struct Place {
     device: Option<Device>,
-    life: u64,
+    generation: u64,
     ready: bool,
     /// Requests under way: how late they began, milliseconds.
     away: HashMap<u64, f64>,
@@ -112,7 +112,7 @@ struct Place {
 }
 
 /// A run under way.
-pub(crate) struct Crowd<'a> {
+pub(crate) struct Fleet<'a> {
     plan: &'a Plan<'a>,
     setup: DeviceSetup,
     cloud: Option<CloudProcess>,
@@ -138,7 +138,7 @@ pub(crate) struct Ended {
     pub(crate) first_failure: Option<String>,
 }
 
-impl<'a> Crowd<'a> {
+impl<'a> Fleet<'a> {
     /// Starts all devices, and waits until they are connected.
     pub(crate) fn start(
         plan: &'a Plan<'a>,
@@ -147,7 +147,7 @@ impl<'a> Crowd<'a> {
         interrupted: &AtomicBool,
     ) -> anyhow::Result<Self> {
         let (say, notes) = channel();
-        let mut crowd = Self {
+        let mut fleet = Self {
             due_s: plan.gap_s(0),
             places: (0..plan.args.devices).map(|_| Place::default()).collect(),
             plan,
@@ -164,51 +164,51 @@ impl<'a> Crowd<'a> {
             first_failure: None,
             bar: bar(plan),
         };
-        for device in 0..crowd.places.len() {
-            crowd.bear(device)?;
+        for device in 0..fleet.places.len() {
+            fleet.spawn(device)?;
         }
-        let end = Instant::now() + crowd.setup.connect + START;
-        while crowd.places.iter().any(|place| !place.ready) {
+        let end = Instant::now() + fleet.setup.connect + START;
+        while fleet.places.iter().any(|place| !place.ready) {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
             }
             if Instant::now() > end {
-                bail!("not all devices are ready after {} s", (end - crowd.begun).as_secs());
+                bail!("not all devices are ready after {} s", (end - fleet.begun).as_secs());
             }
-            let Ok(note) = crowd.notes.recv_timeout(LOOK) else { continue };
-            match note.said {
-                Said::Ready => crowd.places[note.device].ready = true,
-                Said::Failed(reason) => bail!("device {}: {reason}", note.device),
+            let Ok(note) = fleet.notes.recv_timeout(LOOK) else { continue };
+            match note.report {
+                DeviceReport::Ready => fleet.places[note.device].ready = true,
+                DeviceReport::Failed(reason) => bail!("device {}: {reason}", note.device),
                 _ => bail!("device {} ended before it was ready", note.device),
             }
         }
-        crowd.begun = Instant::now();
-        for device in 0..crowd.places.len() {
-            crowd.places[device].ends = crowd.end_of_life(device);
+        fleet.begun = Instant::now();
+        for device in 0..fleet.places.len() {
+            fleet.places[device].ends = fleet.end_of_generation(device);
         }
-        Ok(crowd)
+        Ok(fleet)
     }
 
     /// Starts the device of a place.
-    fn bear(&mut self, device: usize) -> anyhow::Result<()> {
+    fn spawn(&mut self, device: usize) -> anyhow::Result<()> {
         let place = &mut self.places[device];
-        let (say, life) = (self.say.clone(), place.life);
-        let hear = move |said| {
+        let (say, generation) = (self.say.clone(), place.generation);
+        let hear = move |report| {
             // Nobody listens once the run is over.
-            let _ = say.send(Note { device, life, said });
+            let _ = say.send(Note { device, generation, report });
         };
         place.device = Some(Device::start(&self.setup, !self.plan.args.threads_only, hear)?);
         Ok(())
     }
 
-    fn end_of_life(&self, device: usize) -> Option<Instant> {
-        let life = self.places[device].life;
+    fn end_of_generation(&self, device: usize) -> Option<Instant> {
+        let generation = self.places[device].generation;
         let seconds = exponential(
             1.0 / self.plan.args.life_s?,
             self.plan.args.seed,
             Purpose::Life,
             device as u64,
-            2 * life,
+            2 * generation,
         );
         Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)
     }
@@ -306,32 +306,32 @@ impl<'a> Crowd<'a> {
                 continue;
             }
             let Some(mut ended) = place.device.take() else { continue };
-            let share = unit(self.plan.args.seed, Purpose::Life, device as u64, 2 * place.life + 1);
+            let share = unit(self.plan.args.seed, Purpose::Life, device as u64, 2 * place.generation + 1);
             if share < 0.5 {
                 ended.kill();
             }
             self.ending.retain(|thread| !thread.is_finished());
             self.ending.push(std::thread::spawn(move || drop(ended)));
             place.tally.lost += place.away.drain().count() as u64;
-            place.life += 1;
+            place.generation += 1;
             place.ready = false;
             self.replaced += 1;
-            self.bear(device)?;
-            self.places[device].ends = self.end_of_life(device);
+            self.spawn(device)?;
+            self.places[device].ends = self.end_of_generation(device);
         }
         Ok(())
     }
 
     fn hear(&mut self, note: Note) {
         let place = &mut self.places[note.device];
-        if place.life != note.life {
+        if place.generation != note.generation {
             return;
         }
-        match note.said {
-            Said::Ready => place.ready = true,
-            Said::Ended(outcome) => self.end(note.device, outcome),
-            Said::Failed(why) => self.fail(note.device, &why),
-            Said::Gone => self.fail(note.device, "it ended by itself"),
+        match note.report {
+            DeviceReport::Ready => place.ready = true,
+            DeviceReport::Ended(outcome) => self.end(note.device, outcome),
+            DeviceReport::Failed(why) => self.fail(note.device, &why),
+            DeviceReport::Gone => self.fail(note.device, "it ended by itself"),
         }
     }
 
@@ -411,7 +411,7 @@ impl<'a> Crowd<'a> {
     }
 }
 
-impl Drop for Crowd<'_> {
+impl Drop for Fleet<'_> {
     fn drop(&mut self) {
         self.end_all();
     }
