@@ -6,8 +6,8 @@ use indicatif::ProgressBar;
 use crate::costs::{CostFile, Ranged};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Guessing;
-use crate::world::{Run, World};
+use crate::text::Predictability;
+use crate::simulation::{Run, Simulation};
 
 /// Requests of one trial, and how many seeds are averaged.
 const REQUESTS: usize = 500;
@@ -35,7 +35,7 @@ pub(crate) struct Outcome {
 /// Tries points all over the ranges, then searches from the best ones along one number after the
 /// other, in ever smaller steps.
 pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
-    let guessing = Guessing::fit(&file.drafters);
+    let predictability = Predictability::fit(&file.drafters);
     let mut points: Vec<(f64, CostFile)> = (0..POINTS)
         .map(|point| {
             let mut trial = file.clone();
@@ -44,16 +44,16 @@ pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
                 ranged.value = ranged.low + share * (ranged.high - ranged.low);
             }
             bar.inc(1);
-            (error(&trial, &guessing), trial)
+            (error(&trial, &predictability), trial)
         })
         .collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     points.truncate(STARTS);
-    let searched = points.into_iter().map(|(least, from)| search(from, least, &guessing, bar));
+    let searched = points.into_iter().map(|(least, from)| search(from, least, &predictability, bar));
     let (least, mut best) =
         searched.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are starting points");
     let good: [[f64; 2]; 5] =
-        std::array::from_fn(|index| reach(&best, least, index, &guessing, bar));
+        std::array::from_fn(|index| reach(&best, least, index, &predictability, bar));
     // A cost that the rows do not ask for is not assumed.
     best.calibrated.message_ms.value = good[4][0];
     for ranged in best.calibrated.each_mut() {
@@ -65,7 +65,7 @@ pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
 fn search(
     mut best: CostFile,
     mut least: f64,
-    guessing: &Guessing,
+    predictability: &Predictability,
     bar: &ProgressBar,
 ) -> (f64, CostFile) {
     let mut step = STEP_FIRST;
@@ -73,7 +73,7 @@ fn search(
         let before = least;
         for (index, sign) in (0..5).flat_map(|index| [(index, 1.0), (index, -1.0)]) {
             while let Some(trial) = moved(&best, index, sign * step) {
-                let trial_error = error(&trial, guessing);
+                let trial_error = error(&trial, predictability);
                 bar.inc(1);
                 if trial_error >= least {
                     break;
@@ -94,14 +94,14 @@ fn reach(
     best: &CostFile,
     least: f64,
     index: usize,
-    guessing: &Guessing,
+    predictability: &Predictability,
     bar: &ProgressBar,
 ) -> [f64; 2] {
     [-1.0, 1.0].map(|sign| {
         let mut at = best.clone();
         while let Some(next) = moved(&at, index, sign * 0.04) {
             bar.inc(1);
-            if error(&next, guessing).sqrt() > least.sqrt() + SLACK {
+            if error(&next, predictability).sqrt() > least.sqrt() + SLACK {
                 break;
             }
             at = next;
@@ -120,7 +120,7 @@ fn moved(file: &CostFile, index: usize, share: f64) -> Option<CostFile> {
 }
 
 /// Mean square deviation from the rows that calibrate.
-fn error(file: &CostFile, guessing: &Guessing) -> f64 {
+fn error(file: &CostFile, predictability: &Predictability) -> f64 {
     let (mut sum, mut weights) = (0.0, 0.0);
     let mut add = |weight: f64, published: f64, simulated: f64| {
         let off = simulated / published - 1.0;
@@ -132,7 +132,7 @@ fn error(file: &CostFile, guessing: &Guessing) -> f64 {
         let same =
             |(policy, rate, _): &&(&str, f64, Figures)| *policy == row.policy && *rate == row.rate;
         if !known.iter().any(|run| same(&run)) {
-            let figures = simulate(file, guessing, &row.policy, row.rate);
+            let figures = simulate(file, predictability, &row.policy, row.rate);
             known.push((&row.policy, row.rate, figures));
         }
         let (_, _, figures) = known.iter().find(same).expect("it was just put there");
@@ -146,13 +146,13 @@ fn error(file: &CostFile, guessing: &Guessing) -> f64 {
     sum / f64::max(weights, 1e-9)
 }
 
-fn simulate(file: &CostFile, guessing: &Guessing, policy: &str, rate: f64) -> Figures {
+fn simulate(file: &CostFile, predictability: &Predictability, policy: &str, rate: f64) -> Figures {
     let policy = Policy::named(policy).expect("a published row names a policy");
     let run = |seed| {
         let run = Run { rate, requests: REQUESTS, ..Run::of(&policy, seed) };
-        let mut world = World::new(file, guessing, run);
-        world.live(&mut |_| {});
-        Figures::of(&policy.name, &world)
+        let mut simulation = Simulation::new(file, predictability, run);
+        simulation.simulate(&mut |_| {});
+        Figures::of(&policy.name, &simulation)
     };
     Figures::pool((1..=SEEDS).map(run).collect())
 }

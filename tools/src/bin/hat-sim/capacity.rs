@@ -11,8 +11,8 @@ use serde_json::json;
 use crate::costs::CostFile;
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Guessing;
-use crate::world::{Run, World};
+use crate::text::Predictability;
+use crate::simulation::{Run, Simulation};
 
 /// Most clients of a search.
 const CLIENTS_MAX: usize = 1000;
@@ -59,7 +59,7 @@ struct Served {
 
 struct Search<'a> {
     file: CostFile,
-    guessing: &'a Guessing,
+    predictability: &'a Predictability,
     policy: Policy,
     args: &'a CapacityArgs,
     bar: &'a ProgressBar,
@@ -71,11 +71,11 @@ impl Search<'_> {
         let file = self.file.clone().with_devices(clients);
         let requests = clients * self.args.requests as usize;
         let run = Run { requests, closed: true, ..Run::of(&self.policy, self.args.seed) };
-        let mut world = World::new(&file, self.guessing, run);
+        let mut simulation = Simulation::new(&file, self.predictability, run);
         self.bar.set_message(format!("{}, {clients} clients", self.policy.name));
-        world.live(&mut |_| self.bar.tick());
-        ensure!(world.failed.is_empty(), "{}: {}", self.policy.name, world.failed.join(", "));
-        Ok(Figures::of(&self.policy.name, &world))
+        simulation.simulate(&mut |_| self.bar.tick());
+        ensure!(simulation.failed.is_empty(), "{}: {}", self.policy.name, simulation.failed.join(", "));
+        Ok(Figures::of(&self.policy.name, &simulation))
     }
 
     /// The most clients that are served in time.
@@ -116,7 +116,7 @@ pub(crate) fn capacity(args: &CapacityArgs) -> anyhow::Result<()> {
     ensure!(positive(&args.rtt_ms), "--rtt-ms: allowed are 0.001 to 10000");
     ensure!(positive(&args.speeds), "--speeds: allowed are 0.001 to 10000");
     let file = CostFile::open(&args.workload)?;
-    let guessing = Guessing::fit(&file.drafters);
+    let predictability = Predictability::fit(&file.drafters);
     let bar = ProgressBar::new_spinner();
     outln!("{}", file.describe())?;
     let (tbt_ms, ttft_ms) = (args.tbt_ms, args.ttft_ms);
@@ -140,8 +140,8 @@ pub(crate) fn capacity(args: &CapacityArgs) -> anyhow::Result<()> {
                 kind.read_gb_s *= speed;
                 kind.tera_flop_s *= speed;
             }
-            let (guessing, policy) = (&guessing, policy.clone());
-            let served = Search { file, guessing, policy, args, bar: &bar }.served()?;
+            let (predictability, policy) = (&predictability, policy.clone());
+            let served = Search { file, predictability, policy, args, bar: &bar }.served()?;
             let row = served.figures.as_ref().map(Figures::row).unwrap_or_default();
             let row = row.splitn(3, '|').nth(2).unwrap_or(" nobody is served in time |");
             outln!("| {name} | {rtt_ms} | {speed} | {} |{row}", served.clients)?;

@@ -16,7 +16,7 @@ use crate::device::{Around, facts};
 use crate::end::{End, SendQueue, Way};
 use crate::policy::Policy;
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
-use crate::world::UNCUT_ROWS_MAX;
+use crate::simulation::UNCUT_ROWS_MAX;
 
 /// Sessions of whole contexts that a cloud of a testbed has pages for.
 const SESSIONS: usize = 256;

@@ -22,7 +22,7 @@ use crate::drafter::{Desk, Modelled, Texts, open};
 use crate::end::{End, SendQueue, Way};
 use crate::policy::{Guesser, Policy};
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
-use crate::world::{Request, UNCUT_ROWS_MAX};
+use crate::simulation::{Request, UNCUT_ROWS_MAX};
 
 /// Tokens that are told apart by whoever checks a request: all numbers.
 const VOCAB_SIZE: usize = usize::MAX;

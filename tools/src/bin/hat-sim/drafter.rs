@@ -11,18 +11,18 @@ use hat_plan::TokenId;
 
 use crate::costs::DeviceCosts;
 use crate::policy::{AHEAD_WIDTH, Guesser, Policy};
-use crate::text::{Guessing, Opinion, Text, Tokens, WIDTH_MAX, request_of};
+use crate::text::{Predictability, Opinion, Text, Tokens, WIDTH_MAX, request_of};
 
 /// All texts of a run.
 pub(crate) struct Texts {
-    pub(crate) guessing: Guessing,
+    pub(crate) predictability: Predictability,
     pub(crate) seed: u64,
     pub(crate) tokens: Vec<Tokens>,
 }
 
 impl Texts {
     fn of(&self, request: usize) -> Text<'_> {
-        Text { guessing: &self.guessing, seed: self.seed, request: request as u64 }
+        Text { predictability: &self.predictability, seed: self.seed, request: request as u64 }
     }
 }
 

@@ -4,7 +4,7 @@ use hat_core::metrics::Timings;
 use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
-use crate::world::{Request, World};
+use crate::simulation::{Request, Simulation};
 
 /// Share of the requests at either end of a run that is not counted: the load is not there yet,
 /// or not any more.
@@ -31,10 +31,10 @@ pub(crate) struct Figures {
 
 impl Figures {
     /// Of a world in which all has happened.
-    pub(crate) fn of(policy: &str, world: &World<'_>) -> Self {
-        let count = world.requests.len();
+    pub(crate) fn of(policy: &str, simulation: &Simulation<'_>) -> Self {
+        let count = simulation.requests.len();
         let edge = if count >= 20 { (count as f64 * EDGE) as usize } else { 0 };
-        let counted = world.requests[edge..count - edge].iter();
+        let counted = simulation.requests[edge..count - edge].iter();
         let counted: Vec<(&Request, &Timings)> =
             counted.filter_map(|request| Some((request, request.timings.as_ref()?))).collect();
         let sum = |of: &dyn Fn(&Request, &Timings) -> f64| {
@@ -48,11 +48,11 @@ impl Figures {
         let requests = counted.len() as f64;
         let tokens = sum(&|request, _| f64::from(request.emitted - 1));
         let step_s: Vec<f64> =
-            world.clouds.iter().flat_map(|cloud| cloud.step_s.iter().copied()).collect();
+            simulation.clouds.iter().flat_map(|cloud| cloud.step_s.iter().copied()).collect();
         let steps = step_s.len().max(1) as f64;
         let step = step_s.iter().sum::<f64>() / steps;
         let square = step_s.iter().map(|s| (s - step) * (s - step)).sum::<f64>() / steps;
-        let way_s = 2.0 * world.one_way_s();
+        let way_s = 2.0 * simulation.one_way_s();
         Self {
             policy: policy.to_owned(),
             ttft_ms: sorted(&|request| 1e3 * (way_s + request.first_s - request.ask.at_s)),

@@ -18,7 +18,7 @@ mod queue;
 mod show;
 mod text;
 mod trial;
-mod world;
+mod simulation;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -39,7 +39,7 @@ pub(crate) const REQUESTS_MAX: usize = 1 << 17;
 
 /// Predictability of texts.
 #[derive(Clone, Debug)]
-pub(crate) struct Guessing {
+pub(crate) struct Predictability {
     /// Middle of the logits of an adapter's confidences at the first draft step.
     adapter: f64,
     /// The same of heads.
@@ -55,7 +55,7 @@ pub(crate) struct Guessing {
 /// One answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Text<'a> {
-    pub(crate) guessing: &'a Guessing,
+    pub(crate) predictability: &'a Predictability,
     pub(crate) seed: u64,
     pub(crate) request: u64,
 }
@@ -114,10 +114,10 @@ fn wrong(parent: u32, rank: usize) -> u32 {
     WRONG_FIRST + (share * f64::from(1u32 << 30)) as u32
 }
 
-impl Guessing {
+impl Predictability {
     /// Middles and rates that give the stated tokens a round.
     pub(crate) fn fit(drafters: &Drafters) -> Self {
-        let mut guessing = Self {
+        let mut predictability = Self {
             adapter: 0.0,
             heads: 0.0,
             spread: drafters.spread,
@@ -126,17 +126,17 @@ impl Guessing {
             begins: 0.1,
             goes_on: drafters.lookup_goes_on,
         };
-        guessing.adapter = bisect(-8.0, 8.0, drafters.adapter.tokens, |middle| {
-            Self { adapter: middle, ..guessing.clone() }.tokens_a_round(chain)
+        predictability.adapter = bisect(-8.0, 8.0, drafters.adapter.tokens, |middle| {
+            Self { adapter: middle, ..predictability.clone() }.tokens_a_round(chain)
         });
-        guessing.heads = bisect(-8.0, 8.0, drafters.heads.tokens, |middle| {
-            Self { adapter: middle, ..guessing.clone() }
+        predictability.heads = bisect(-8.0, 8.0, drafters.heads.tokens, |middle| {
+            Self { adapter: middle, ..predictability.clone() }
                 .tokens_a_round(|text, at| tree(text, at, HEADS_NODES))
         });
-        guessing.begins = bisect(0.0, 1.0, drafters.lookup_tokens, |begins| {
-            Self { begins, ..guessing.clone() }.tokens_a_round(lookup)
+        predictability.begins = bisect(0.0, 1.0, drafters.lookup_tokens, |begins| {
+            Self { begins, ..predictability.clone() }.tokens_a_round(lookup)
         });
-        guessing
+        predictability
     }
 
     /// The same texts, guessed by an adapter whose tree of this many nodes gives this many tokens a
@@ -154,7 +154,7 @@ impl Guessing {
         const TEXTS: u64 = 48;
         let (mut tokens, mut rounds) = (0, 0);
         for request in 0..TEXTS {
-            let text = Text { guessing: self, seed: 0x5EED, request };
+            let text = Text { predictability: self, seed: 0x5EED, request };
             let mut last = 0; // decided already
             while last + 1 < TOKENS {
                 let next = (last + 1 + drafts(&text, last)).min(TOKENS - 1);
@@ -222,7 +222,7 @@ impl Text<'_> {
     pub(crate) fn opinion(&self, position: u32, step: u32, heads: bool) -> Opinion {
         let (request, position) = (self.request, u64::from(position));
         let quantile = unit(self.seed, Purpose::Confidence, request, position);
-        let mut opinion = self.guessing.opinion(quantile, step, heads);
+        let mut opinion = self.predictability.opinion(quantile, step, heads);
         let draw = unit(self.seed, Purpose::Rank, request, position);
         let mut sum = 0.0;
         opinion.right = opinion.probabilities[..opinion.width].iter().position(|probability| {
@@ -235,7 +235,7 @@ impl Text<'_> {
     /// Candidates of the drafter below a wrong token: none is right.
     pub(crate) fn opinion_on_wrong(&self, token: u32, step: u32, heads: bool) -> Opinion {
         let quantile = unit(self.seed, Purpose::Wrong, self.request, u64::from(token));
-        self.guessing.opinion(quantile, step, heads)
+        self.predictability.opinion(quantile, step, heads)
     }
 
     /// A prompt of which `known_rows` rows are like all others', and an answer of `count` tokens.
@@ -272,7 +272,7 @@ impl Text<'_> {
 
     /// True if the token at answer position `position` is of a run, the one before of one or not.
     fn goes_on(&self, copied: bool, position: u32) -> bool {
-        let Guessing { begins, goes_on, .. } = *self.guessing;
+        let Predictability { begins, goes_on, .. } = *self.predictability;
         let draw = unit(self.seed, Purpose::Copied, self.request, u64::from(position));
         draw < if copied { goes_on } else { begins }
     }
@@ -286,7 +286,7 @@ impl Text<'_> {
     }
 }
 
-impl Guessing {
+impl Predictability {
     fn opinion(&self, quantile: f64, step: u32, heads: bool) -> Opinion {
         let middle = if heads { self.heads } else { self.adapter };
         let quantile = quantile.clamp(1e-9, 1.0 - 1e-9);
@@ -332,11 +332,11 @@ mod tests {
     #[test]
     fn the_stated_tokens_a_round_come_out() {
         let drafters = drafters();
-        let guessing = Guessing::fit(&drafters);
-        let by_heads = Guessing { adapter: guessing.heads, ..guessing.clone() };
+        let predictability = Predictability::fit(&drafters);
+        let by_heads = Predictability { adapter: predictability.heads, ..predictability.clone() };
         for (tokens, wanted) in [
-            (guessing.tokens_a_round(chain), drafters.adapter.tokens),
-            (guessing.tokens_a_round(lookup), drafters.lookup_tokens),
+            (predictability.tokens_a_round(chain), drafters.adapter.tokens),
+            (predictability.tokens_a_round(lookup), drafters.lookup_tokens),
             (
                 by_heads.tokens_a_round(|text, at| tree(text, at, HEADS_NODES)),
                 drafters.heads.tokens,
@@ -350,16 +350,16 @@ mod tests {
     /// (docs/DRAFTER.md), the trees come out as measured too.
     #[test]
     fn the_shape_is_that_of_the_measured_drafter() {
-        let mut guessing = Guessing::fit(&drafters());
-        let top1 = |guessing: &Guessing| {
-            let text = Text { guessing, seed: 1, request: 1 };
+        let mut predictability = Predictability::fit(&drafters());
+        let top1 = |predictability: &Predictability| {
+            let text = Text { predictability, seed: 1, request: 1 };
             (1..4000).filter(|at| text.opinion(*at, 1, false).holds(1)).count() as f64 / 4000.0
         };
-        guessing.adapter = bisect(-8.0, 8.0, 0.355, |middle| {
-            top1(&Guessing { adapter: middle, ..guessing.clone() })
+        predictability.adapter = bisect(-8.0, 8.0, 0.355, |middle| {
+            top1(&Predictability { adapter: middle, ..predictability.clone() })
         });
         for (nodes, measured) in [(8, 1.77), (16, 1.91), (32, 2.04)] {
-            let tokens = guessing.tokens_a_round(|text, at| tree(text, at, nodes));
+            let tokens = predictability.tokens_a_round(|text, at| tree(text, at, nodes));
             assert!(
                 (tokens / measured - 1.0).abs() < 0.08,
                 "{nodes}: {tokens}, {measured} measured"
@@ -369,8 +369,8 @@ mod tests {
 
     #[test]
     fn probabilities_are_true() {
-        let guessing = Guessing::fit(&drafters());
-        let text = Text { guessing: &guessing, seed: 3, request: 5 };
+        let predictability = Predictability::fit(&drafters());
+        let text = Text { predictability: &predictability, seed: 3, request: 5 };
         for width in 1..=WIDTH_MAX {
             let (mut hits, mut expected) = (0.0, 0.0);
             for position in 1..20_000 {
@@ -386,10 +386,10 @@ mod tests {
     #[test]
     fn lookup_finds_the_stated_tokens_a_round() {
         let drafters = drafters();
-        let guessing = Guessing::fit(&drafters);
+        let predictability = Predictability::fit(&drafters);
         let (mut decided, mut rounds, mut stated) = (0, 0, 0);
         for request in 0..40 {
-            let text = Text { guessing: &guessing, seed: 2, request };
+            let text = Text { predictability: &predictability, seed: 2, request };
             let Tokens { tokens, prompt_rows } = text.tokens(300, 32, 128);
             assert_eq!((tokens.len(), request_of(tokens[0])), (428, None));
             assert_eq!(request_of(tokens[299]), Some(request as usize));

@@ -7,8 +7,8 @@ use indicatif::ProgressBar;
 use crate::costs::{CostFile, Published};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Guessing;
-use crate::world::{Run, World};
+use crate::text::Predictability;
+use crate::simulation::{Run, Simulation};
 
 /// Requests of a run in which each device is alone, and their rate.
 const ALONE: (usize, f64) = (90, 0.01);
@@ -16,7 +16,7 @@ const ALONE: (usize, f64) = (90, 0.01);
 /// Runs on one cost file.
 pub(crate) struct Trials<'a> {
     file: &'a CostFile,
-    guessing: Guessing,
+    predictability: Predictability,
     /// First seed, and how many.
     seed: u64,
     runs: u64,
@@ -27,17 +27,17 @@ pub(crate) struct Trials<'a> {
 
 impl<'a> Trials<'a> {
     pub(crate) fn new(file: &'a CostFile, seed: u64, runs: u64, requests: usize) -> Self {
-        let guessing = Guessing::fit(&file.drafters);
+        let predictability = Predictability::fit(&file.drafters);
         let bar = ProgressBar::new(0).with_style(
             indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} requests, {msg}")
                 .expect("the template is well-formed"),
         );
-        Self { file, guessing, seed, runs, requests, bar, done: vec![] }
+        Self { file, predictability, seed, runs, requests, bar, done: vec![] }
     }
 
     /// Sets the hypothetical tokens a round of the adapter's tree of 32 nodes.
     pub(crate) fn what_if(&mut self, tree_tokens: f64) {
-        self.guessing = self.guessing.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
+        self.predictability = self.predictability.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
     }
 
     /// Figures of a policy at a rate.
@@ -53,11 +53,11 @@ impl<'a> Trials<'a> {
         let mut parts = vec![];
         for index in 0..self.runs {
             let run = Run { rate, requests, ..Run::of(&policy, self.seed + index) };
-            let mut world = World::new(self.file, &self.guessing, run);
+            let mut simulation = Simulation::new(self.file, &self.predictability, run);
             let before = index * requests as u64;
-            world.live(&mut |finished| self.bar.set_position(before + finished as u64));
-            ensure!(world.failed.is_empty(), "{name}: {}", world.failed.join(", "));
-            parts.push(Figures::of(name, &world));
+            simulation.simulate(&mut |finished| self.bar.set_position(before + finished as u64));
+            ensure!(simulation.failed.is_empty(), "{name}: {}", simulation.failed.join(", "));
+            parts.push(Figures::of(name, &simulation));
         }
         self.bar.finish_and_clear();
         let figures = Figures::pool(parts);

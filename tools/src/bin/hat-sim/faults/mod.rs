@@ -9,7 +9,7 @@ mod real;
 mod setting;
 #[cfg(test)]
 mod tests;
-mod world;
+mod simulation;
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,7 +22,7 @@ use hat_transport::planted::{Fault, Planted};
 use self::models::Seen;
 use self::real::Real;
 use self::setting::{Act, Setting};
-use self::world::live;
+use self::simulation::simulate;
 
 #[derive(Args)]
 pub struct FaultsArgs {
@@ -67,7 +67,7 @@ const REAL_EVERY: u64 = 10;
 /// Runs a schedule; a panic is one of the things that must not be.
 fn attempt(setting: &Setting, schedule: &[(Duration, Act)], real: &Real) -> Result<Seen, String> {
     let real = setting.is_real.then_some(real);
-    catch_unwind(AssertUnwindSafe(|| live(setting, schedule, real))).unwrap_or_else(|panic| {
+    catch_unwind(AssertUnwindSafe(|| simulate(setting, schedule, real))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
         Err(format!("a panic{}: {text}", PANICKED_AT.with_borrow(String::clone)))

@@ -15,16 +15,16 @@ fn run(policy: &str, seed: u64, rate: f64, requests: usize) -> Run {
     Run { rate, requests, ..Run::of(&Policy::named(policy).unwrap(), seed) }
 }
 
-fn lived<'a>(file: &'a CostFile, guessing: &Guessing, run: Run) -> World<'a> {
-    let mut world = World::new(file, guessing, run);
-    world.live(&mut |_| {});
-    assert_eq!(world.failed, [""; 0]);
-    world
+fn lived<'a>(file: &'a CostFile, predictability: &Predictability, run: Run) -> Simulation<'a> {
+    let mut simulation = Simulation::new(file, predictability, run);
+    simulation.simulate(&mut |_| {});
+    assert_eq!(simulation.failed, [""; 0]);
+    simulation
 }
 
 fn figures(file: &CostFile, policy: &str, seed: u64, rate: f64, requests: usize) -> Figures {
-    let guessing = Guessing::fit(&file.drafters);
-    Figures::of(policy, &lived(file, &guessing, run(policy, seed, rate, requests)))
+    let predictability = Predictability::fit(&file.drafters);
+    Figures::of(policy, &lived(file, &predictability, run(policy, seed, rate, requests)))
 }
 
 /// One device of the first kind, whose link and prompts are all alike.
@@ -41,28 +41,28 @@ fn alone() -> CostFile {
 fn every_request_ends_with_its_text_under_every_policy() {
     let mut file = file("specbench-7b");
     file.workload.new_tokens = 40;
-    let guessing = Guessing::fit(&file.drafters);
+    let predictability = Predictability::fit(&file.drafters);
     for policy in ABLATION.into_iter().chain(ALL) {
-        let world = lived(&file, &guessing, run(policy, 3, 6.0, 40));
-        assert_eq!(world.over, 40, "{policy}");
-        for request in &world.requests {
+        let simulation = lived(&file, &predictability, run(policy, 3, 6.0, 40));
+        assert_eq!(simulation.over, 40, "{policy}");
+        for request in &simulation.requests {
             let timings = request.timings.as_ref().unwrap();
             assert_eq!((request.emitted, timings.predicted_n), (40, 40), "{policy}");
             let sent: u32 = timings.chunks.iter().sum();
             let known = timings.pages_reused * 32;
             assert_eq!(sent + known, request.ask.prompt_rows, "{policy}");
-            assert!(known == 0 || world.run.policy.prefix, "{policy}");
-            if world.run.policy.draft == hat_engine::options::DraftMode::Off {
+            assert!(known == 0 || simulation.run.policy.prefix, "{policy}");
+            if simulation.run.policy.draft == hat_engine::options::DraftMode::Off {
                 assert_eq!((request.rows_up, timings.rounds), (39, 39), "{policy}");
             }
             assert!(timings.rounds <= 39, "{policy}");
             assert!(request.ask.at_s < request.first_s && request.first_s < request.last_s);
         }
-        let reused = world.requests.iter().filter_map(|request| request.timings.as_ref());
+        let reused = simulation.requests.iter().filter_map(|request| request.timings.as_ref());
         let reused: u32 = reused.map(|timings| timings.pages_reused).sum();
-        assert_eq!(reused > 0, world.run.policy.prefix, "{policy}");
-        assert!(world.devices.values().all(Device::is_quiet), "{policy}");
-        assert!(world.clouds.iter().all(Cloud::is_quiet), "{policy}");
+        assert_eq!(reused > 0, simulation.run.policy.prefix, "{policy}");
+        assert!(simulation.devices.values().all(Device::is_quiet), "{policy}");
+        assert!(simulation.clouds.iter().all(Cloud::is_quiet), "{policy}");
     }
 }
 
@@ -80,12 +80,12 @@ fn one_device_alone_takes_the_sum_of_its_parts() {
     file.link.up_mb_s = [6.0, 6.0];
     file.link.down_mb_s = [12.0, 12.0];
     file.link.one_way_ms = 3.0;
-    let guessing = Guessing::fit(&file.drafters);
-    let world = lived(&file, &guessing, run("u-shape", 1, 0.01, 3));
+    let predictability = Predictability::fit(&file.drafters);
+    let simulation = lived(&file, &predictability, run("u-shape", 1, 0.01, 3));
     let device = file.device(&file.devices[0], Place::Device);
-    let row_bytes = world.run.policy.codec.row_bytes(file.model.hidden_size) as f64;
+    let row_bytes = simulation.run.policy.codec.row_bytes(file.model.hidden_size) as f64;
     let stages = f64::from(file.cloud.stages);
-    let server = file.server(&world.run.policy);
+    let server = file.server(&simulation.run.policy);
     // A frame has 56 bytes beside its rows, seven of which fit one.
     let trip = |rows: u32, context: u32| {
         device.layers.seconds(rows as usize)
@@ -97,7 +97,7 @@ fn one_device_alone_takes_the_sum_of_its_parts() {
     };
     // A session is opened first.
     let open_s = 2.0 * 3e-3 + 150.0 / 6e6;
-    for request in &world.requests {
+    for request in &simulation.requests {
         let rows = request.ask.prompt_rows;
         let (took_s, expected_s) = (request.first_s - request.ask.at_s, open_s + trip(rows, 0));
         assert!((took_s / expected_s - 1.0).abs() < 1e-3, "{took_s} s, {expected_s} s expected");
@@ -118,10 +118,10 @@ fn a_prompt_in_chunks_takes_what_the_planner_says() {
     file.link.down_mb_s = [12.5, 12.5];
     file.workload.prompts[0].mean_rows = 1000.0;
     file.workload.new_tokens = 4;
-    let guessing = Guessing::fit(&file.drafters);
+    let predictability = Predictability::fit(&file.drafters);
     for policy in ["hat+auto", "hat"] {
-        let world = lived(&file, &guessing, run(policy, 1, 0.01, 8));
-        let timings = world.requests[7].timings.as_ref().unwrap();
+        let simulation = lived(&file, &predictability, run(policy, 1, 0.01, 8));
+        let timings = simulation.requests[7].timings.as_ref().unwrap();
         let ratio = timings.ttft_ms / timings.ttft_predicted_ms;
         assert!(timings.chunks.len() > 2, "{policy}: {:?}", timings.chunks);
         assert!((ratio - 1.0).abs() < 0.05, "{policy}: {ratio}, {:?}", timings.chunks);
@@ -197,10 +197,10 @@ fn drafts_are_sent_ahead_where_the_link_is_long_and_nowhere_else() {
     let mut file = alone();
     let mut without = Policy::named("ours").unwrap();
     without.drafts.batch_nodes = 0;
-    let guessing = Guessing::fit(&file.drafters);
+    let predictability = Predictability::fit(&file.drafters);
     let mut both = |one_way_ms: f64| {
         file.link.one_way_ms = one_way_ms;
-        let of = |run: Run| Figures::of("", &lived(&file, &guessing, run));
+        let of = |run: Run| Figures::of("", &lived(&file, &predictability, run));
         let without = Run { rate: 0.01, requests: 24, ..Run::of(&without, 1) };
         (of(run("ours", 1, 0.01, 24)), of(without))
     };

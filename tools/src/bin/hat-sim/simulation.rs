@@ -19,7 +19,7 @@ use crate::end::{Way, buffers};
 use crate::load::{Ask, requests};
 use crate::policy::{Place, Policy};
 use crate::queue::{Event, Queue, Role, nanoseconds, seconds};
-use crate::text::{Guessing, Text};
+use crate::text::{Predictability, Text};
 
 /// Rows of a step where prompts go through in one piece.
 pub(crate) const UNCUT_ROWS_MAX: u32 = 16_384;
@@ -65,7 +65,7 @@ pub(crate) struct Request {
 }
 
 /// All there is.
-pub(crate) struct World<'a> {
+pub(crate) struct Simulation<'a> {
     file: &'a CostFile,
     pub(crate) run: Run,
     queue: Queue,
@@ -84,16 +84,16 @@ pub(crate) struct World<'a> {
     asked: usize,
 }
 
-impl<'a> World<'a> {
+impl<'a> Simulation<'a> {
     /// A world in which nothing has happened.
-    pub(crate) fn new(file: &'a CostFile, guessing: &Guessing, run: Run) -> Self {
+    pub(crate) fn new(file: &'a CostFile, predictability: &Predictability, run: Run) -> Self {
         let mut asks = requests(&file.workload, run.rate, run.requests, run.seed);
         let tokens = asks.iter().enumerate().map(|(index, ask)| {
-            let text = Text { guessing, seed: run.seed, request: index as u64 };
+            let text = Text { predictability, seed: run.seed, request: index as u64 };
             let known = file.workload.known_rows.min(ask.prompt_rows - 1);
             text.tokens(ask.prompt_rows, known, file.workload.new_tokens)
         });
-        let texts = Texts { tokens: tokens.collect(), guessing: guessing.clone(), seed: run.seed };
+        let texts = Texts { tokens: tokens.collect(), predictability: predictability.clone(), seed: run.seed };
         let kinds: Vec<_> =
             file.devices.iter().flat_map(|kind| std::iter::repeat_n(kind, kind.count)).collect();
         let mut queue = Queue::new();
@@ -126,10 +126,10 @@ impl<'a> World<'a> {
     }
 
     /// Lets all happen; `progress` hears of each request that is over.
-    pub(crate) fn live(&mut self, progress: &mut dyn FnMut(usize)) {
+    pub(crate) fn simulate(&mut self, progress: &mut dyn FnMut(usize)) {
         while let Some(event) = self.queue.pop() {
             let before = self.over;
-            self.happen(event);
+            self.dispatch(event);
             if self.over != before {
                 progress(self.over);
             }
@@ -151,7 +151,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn happen(&mut self, event: Event) {
+    fn dispatch(&mut self, event: Event) {
         let device = match &event {
             Event::Ask(request) => Some(self.device_for(*request)),
             Event::Worked(device)

@@ -55,7 +55,7 @@ enum State {
 }
 
 /// The world of a seed.
-pub struct World<'a> {
+pub struct Simulation<'a> {
     setting: &'a Setting,
     bed: Bed<Act>,
     models: Models,
@@ -76,26 +76,26 @@ fn device_pages(device: &DeviceSetting) -> usize {
 ///
 /// # Errors
 /// What did not hold.
-pub fn live(
+pub fn simulate(
     setting: &Setting,
     schedule: &[(Duration, Act)],
     real: Option<&Real>,
 ) -> Result<Seen, String> {
-    let mut world = World::new(setting, real).map_err(|error| error.to_string())?;
+    let mut simulation = Simulation::new(setting, real).map_err(|error| error.to_string())?;
     for (at, act) in schedule {
-        world.bed.act_in(*at, *act);
-        world.stalls |=
+        simulation.bed.act_in(*at, *act);
+        simulation.stalls |=
             matches!(act, Act::Stop(..) | Act::Stall(..) | Act::Jump(_) | Act::StageHangs(_));
         if let Act::Ask(number) = act {
-            world.answers[*number].state = State::Later;
+            simulation.answers[*number].state = State::Later;
         }
     }
-    world.bed.act_in(setting.quiet_at, Act::Quiet);
-    world.live()?;
-    Ok(world.seen())
+    simulation.bed.act_in(setting.quiet_at, Act::Quiet);
+    simulation.simulate()?;
+    Ok(simulation.seen())
 }
 
-impl<'a> World<'a> {
+impl<'a> Simulation<'a> {
     fn new(setting: &'a Setting, real: Option<&Real>) -> anyhow::Result<Self> {
         let (width, alphabet) = (setting.width, setting.alphabet);
         let device_model = |device: &DeviceSetting| -> anyhow::Result<_> {
@@ -144,7 +144,7 @@ impl<'a> World<'a> {
             let (id, got, state) = (None, Vec::new(), State::Never);
             Ok(Answered { id, right: right(asked)?, got, state })
         });
-        let mut world = Self {
+        let mut simulation = Self {
             setting,
             bed: Bed::new(setting.conditions.clone(), setting.seed),
             models,
@@ -153,9 +153,9 @@ impl<'a> World<'a> {
             ended_at: Duration::ZERO,
             faulted: vec![false; setting.devices.len()],
         };
-        (0..setting.clouds).for_each(|cloud| world.begin_cloud(cloud));
-        (0..setting.devices.len()).for_each(|device| world.begin_device(device));
-        Ok(world)
+        (0..setting.clouds).for_each(|cloud| simulation.begin_cloud(cloud));
+        (0..setting.devices.len()).for_each(|device| simulation.begin_device(device));
+        Ok(simulation)
     }
 
     fn begin_cloud(&mut self, cloud: usize) {
@@ -235,7 +235,7 @@ impl<'a> World<'a> {
         seen
     }
 
-    fn live(&mut self) -> Result<(), String> {
+    fn simulate(&mut self) -> Result<(), String> {
         while let Some(happened) = self.bed.next(&mut self.models) {
             if let Some(wrong) = self.models.wrong.take() {
                 return Err(wrong);
