@@ -236,10 +236,10 @@ fn drafts<B: Backend>(backend: B, device: &Bundle) -> (Vec<f32>, Vec<Likely>) {
     plan.clear();
     assert!([41, 42].into_iter().all(|id| sequence.push_row(id, &mut plan)));
     plan.end_sequence(sequence.pages());
-    let mut guessed = vec![0.0; 2 * 64];
+    let mut drafted = vec![0.0; 2 * 64];
     let before = [&said[2 * 64..], &said[2 * 64..]].concat();
-    model.guess(&plan.batch(), &noise(2, 0.3), &before, &mut guessed);
-    said.extend(guessed);
+    model.draft(&plan.batch(), &noise(2, 0.3), &before, &mut drafted);
+    said.extend(drafted);
     let mut likely = Vec::new();
     model.likeliest(&noise(3, 0.9), 5, &mut likely);
     assert!(model.fault().is_none());
@@ -301,7 +301,7 @@ fn a_drafted_level_waits_three_times() {
     assert_eq!(tally.downloads().0 - before.0, 1);
     drafter.remember(&plan.batch(), &rows, &rows);
     assert_eq!(drafts.downloads(), drafts_before);
-    drafter.guess(&plan.batch(), &rows, &rows, &mut y);
+    drafter.draft(&plan.batch(), &rows, &rows, &mut y);
     drafter.likeliest(&y, 8, &mut likely);
     let bytes = (y.len() + 4 * 300) as u64 * 4;
     assert_eq!(drafts.downloads(), (drafts_before.0 + 2, drafts_before.1 + bytes));

@@ -316,7 +316,7 @@ impl Estimator {
     ) -> Option<CostModel> {
         let device = self.device.line(CHUNK_ROWS_MIN)?;
         let byte_s = self.up.is_reported.then(|| self.byte_up_s())?;
-        let guess = || {
+        let assumed = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
             let Line { fixed, per_row } = device;
             CloudCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
@@ -326,7 +326,7 @@ impl Estimator {
             frame_s: FRAME_S + FRAME_BYTES * byte_s,
             row_up_s: byte_s * row_bytes as f64,
             up_latency_s: self.rtt_s() / 2.0,
-            cloud: self.step.cost(0.0).unwrap_or_else(guess),
+            cloud: self.step.cost(0.0).unwrap_or_else(assumed),
             stages,
             cloud_wait_s: self.away.cloud.mean(),
             return_s: self.rtt_s() / 2.0 + self.down.byte_s.mean() * row_bytes as f64 + self.head(),

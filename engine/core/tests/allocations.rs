@@ -18,7 +18,7 @@ use hat_core::device::{
     DeviceConfig, DeviceCore, DeviceWork, Inbound, PageNamer, RequestEvent, Verdict,
 };
 use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_core::draft::{DraftMode, Source};
 use hat_core::request::{Event, Prompt, Request};
 use hat_core::wire::{self, BundleFacts};
@@ -86,7 +86,7 @@ impl Drafter for TestDrafter {
         _: SessionId,
         rows: &Drafted<'_>,
         _: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         for node in rows.new_nodes() {
             let token = rows.nodes[node].token;
@@ -98,7 +98,7 @@ impl Drafter for TestDrafter {
             for (rank, (token, probability)) in [(first, 0.6), (second, 0.3)].iter().enumerate() {
                 let (token, probability) = (*token, *probability);
                 let source = Source::of_model(rank, probability);
-                guesses.push((node, Guess { token, probability, source }));
+                proposals.push((node, Proposal { token, probability, source }));
             }
         }
     }

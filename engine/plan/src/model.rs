@@ -120,7 +120,7 @@ pub trait DraftForward: Computes + Send {
         y: &mut [f32],
     );
     /// Rows of drafted tokens: `y_before` is what was said for their parents.
-    fn guess(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
+    fn draft(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]);
     /// The `count` likeliest tokens after each row of `y`, best first, appended to `out`: `count`
     /// for each row, or the whole draft vocabulary where it is smaller.
     fn likeliest(&mut self, y: &[f32], count: usize, out: &mut Vec<Likely>);

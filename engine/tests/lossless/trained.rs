@@ -8,7 +8,7 @@ use hat_compute::DeviceModel;
 use hat_compute::open as processor;
 use hat_core::draft::Source;
 use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_core::page::pages_for;
 use hat_engine::options::{Codec, DraftMode, Processor};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
@@ -106,13 +106,13 @@ impl Drafter for StandIn {
         _: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        guesses: &mut Vec<(usize, Proposal)>,
     ) {
         let seen = &mut *self.seen.lock().unwrap();
         seen.asked += 1;
         if self.fails.is_some_and(|(at, _)| at == seen.asked) {
             // What a lost backend says is no number.
-            let guess = Guess { token: 1, probability: f32::NAN, source: Source::of_model(0, 0.5) };
+            let guess = Proposal { token: 1, probability: f32::NAN, source: Source::of_model(0, 0.5) };
             guesses.extend(rows.new_nodes().map(|node| (node, guess)));
             return;
         }
@@ -149,7 +149,7 @@ impl Drafter for StandIn {
             let likely = tokens.into_iter().zip([0.6, 0.25, 0.1, 0.05]).take(width);
             for (rank, (token, probability)) in likely.enumerate() {
                 let source = Source::of_model(rank, probability);
-                guesses.push((node, Guess { token, probability, source }));
+                guesses.push((node, Proposal { token, probability, source }));
             }
         }
     }

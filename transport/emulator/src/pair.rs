@@ -53,7 +53,7 @@ pub(super) enum Outcome {
 
 /// Progress of a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum Progress {
     /// The wish to connect travels up.
     Asking,
     /// The far socket connects, since this time.
@@ -111,7 +111,7 @@ impl Flow {
 pub(super) struct Pair {
     ends: [Option<TcpStream>; 2],
     flows: [Flow; 2],
-    stage: Stage,
+    progress: Progress,
 }
 
 impl Pair {
@@ -119,13 +119,13 @@ impl Pair {
     pub(super) fn new(client: TcpStream, now: u64, directions: &mut [Direction; 2]) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
         flows[UP].mark(&mut directions[UP].shape, now, Kind::Ask);
-        Self { ends: [Some(client), None], flows, stage: Stage::Asking }
+        Self { ends: [Some(client), None], flows, progress: Progress::Asking }
     }
 
     /// The socket at `end`, and whether it is waited for to be readable and writable.
     pub(super) fn interest(&self, end: usize) -> Option<(&TcpStream, bool, bool)> {
         let stream = self.ends[end].as_ref()?;
-        let connecting = end == DOWN && matches!(self.stage, Stage::Connecting(_));
+        let connecting = end == DOWN && matches!(self.progress, Progress::Connecting(_));
         let read = self.may_read(end) && !self.flows[end].readable;
         let write = connecting || self.flows[1 - end].blocked;
         (read || write).then_some((stream, read, write))
@@ -142,8 +142,8 @@ impl Pair {
     /// True if the link takes bytes from this end.
     fn may_read(&self, end: usize) -> bool {
         let open = match end {
-            UP => self.stage == Stage::Open,
-            _ => matches!(self.stage, Stage::Answering | Stage::Open),
+            UP => self.progress == Progress::Open,
+            _ => matches!(self.progress, Progress::Answering | Progress::Open),
         };
         open && !self.flows[end].ended
     }
@@ -166,7 +166,7 @@ impl Pair {
                 consider(at, false);
             }
         }
-        if let Stage::Connecting(since) = self.stage {
+        if let Progress::Connecting(since) = self.progress {
             consider(since + CONNECT_NS_MAX, false);
         }
         next
@@ -174,7 +174,7 @@ impl Pair {
 
     /// Does all that can be done now.
     pub(super) fn relay(&mut self, cx: &mut Context<'_>) -> Outcome {
-        if let Stage::Connecting(since) = self.stage {
+        if let Progress::Connecting(since) = self.progress {
             self.connected(since, cx);
         }
         for end in [UP, DOWN] {
@@ -240,7 +240,7 @@ impl Pair {
                     cx.directions[end].tally.count(piece, entered, now);
                 }
                 Kind::Ask => self.connect(cx),
-                Kind::Answer => self.stage = Stage::Open,
+                Kind::Answer => self.progress = Progress::Open,
                 Kind::End => self.flows[end].end_due = true,
                 Kind::Reset => return Outcome::Reset,
             }
@@ -291,7 +291,7 @@ impl Pair {
             Ok(stream) => {
                 let since = cx.clock.now();
                 self.ends[DOWN] = Some(stream);
-                self.stage = Stage::Connecting(since);
+                self.progress = Progress::Connecting(since);
                 self.connected(since, cx);
             }
             Err(error) => self.refuse(&error, cx),
@@ -307,7 +307,7 @@ impl Pair {
         };
         match answer.and_then(|()| tune(stream)) {
             Ok(()) => {
-                self.stage = Stage::Answering;
+                self.progress = Progress::Answering;
                 let (flow, direction) = (&mut self.flows[DOWN], &mut cx.directions[DOWN]);
                 flow.mark(&mut direction.shape, cx.clock.now(), Kind::Answer);
             }
@@ -324,7 +324,7 @@ impl Pair {
         let from = self.ends[UP].as_ref().and_then(|client| client.peer_addr().ok());
         tracing::warn!(to = %cx.to, ?from, %error, "a connection can't be relayed");
         self.ends[DOWN] = None;
-        self.stage = Stage::Asking;
+        self.progress = Progress::Asking;
         let (flow, direction) = (&mut self.flows[DOWN], &mut cx.directions[DOWN]);
         direction.tally.unreachable += 1;
         flow.mark(&mut direction.shape, cx.clock.now(), Kind::Reset);

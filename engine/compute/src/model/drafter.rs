@@ -209,7 +209,7 @@ impl<B: Backend> DraftForward for DraftModel<B> {
         self.say(plan, y);
     }
 
-    fn guess(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
+    fn draft(&mut self, plan: &AttendBatch<'_>, shallow: &[f32], y_before: &[f32], y: &mut [f32]) {
         self.read(plan.rows(), shallow, y_before, false);
         self.say(plan, y);
     }

@@ -15,7 +15,7 @@ use super::session::Timed;
 use super::select;
 use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
-use crate::draft::tree::Guess;
+use crate::draft::tree::Proposal;
 use crate::draft::{Acceptance, DraftPolicy};
 use crate::estimate::{Estimates, Estimator, Returned};
 use crate::page::pages_for;
@@ -76,7 +76,7 @@ pub(super) struct Scratch {
     /// Of the rows that are computed next.
     pub(super) tokens: Vec<TokenId>,
     pub(super) kept: Vec<usize>, // nodes of a tree
-    pub(super) guesses: Vec<(usize, Guess)>,
+    pub(super) proposals: Vec<(usize, Proposal)>,
     pub(super) logits: Vec<f32>, // [vocab_size]
     /// The token with the greatest logit, and that logit.
     pub(super) argmax: Option<(TokenId, f32)>,
@@ -247,7 +247,7 @@ impl Common {
                 plan: BatchBuffers::with_capacity(config.step_rows_max as usize, 1, pages),
                 tokens: Vec::with_capacity(PENDING_ROWS_MAX),
                 kept: Vec::with_capacity(PENDING_ROWS_MAX),
-                guesses: Vec::with_capacity(PENDING_ROWS_MAX),
+                proposals: Vec::with_capacity(PENDING_ROWS_MAX),
                 logits: vec![0.0; vocab_size],
                 argmax: None,
                 rows: vec![0.0; bundle.hidden_size],

@@ -142,31 +142,31 @@ impl Request {
             root_position: kv.committed() - 1,
             shallow: &open.outgoing.hidden[first * hidden_size..end * hidden_size],
         };
-        let guesses = &mut cx.scratch.guesses;
-        guesses.clear();
+        let proposals = &mut cx.scratch.proposals;
+        proposals.clear();
         let width = if is_chain { 1 } else { cx.policy.width };
-        drafter.propose(session, &rows, width, guesses);
+        drafter.propose(session, &rows, width, proposals);
         if let Some(fault) = drafter.fault() {
-            guesses.clear();
+            proposals.clear();
             return Err(fault);
         }
         drafting.has_rows = true;
         drafts.asked = end;
-        for (node, mut guess) in guesses.drain(..) {
+        for (node, mut proposal) in proposals.drain(..) {
             assert!((first..end).contains(&node), "guesses are for nodes that were asked about");
             if is_chain {
                 // The paper's rule: the first guess that is not sure enough is the last.
                 if drafts.is_unsure {
                     continue;
                 }
-                drafts.is_unsure = guess.probability < cx.policy.chain_probability_min;
+                drafts.is_unsure = proposal.probability < cx.policy.chain_probability_min;
                 if drafts.is_unsure && !cx.policy.sends_unsure {
                     continue;
                 }
             } else {
-                guess.probability = cx.learned.acceptance.corrected(&guess);
+                proposal.probability = cx.learned.acceptance.corrected(&proposal);
             }
-            drafts.tree.offer(node, [guess]);
+            drafts.tree.offer(node, [proposal]);
         }
         Ok(())
     }

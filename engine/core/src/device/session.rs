@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::outgoing::Outgoing;
 use super::prompt::{Chunk, Sizing};
 use super::request::Path;
-use super::tree::Stage;
+use super::tree::TreePhase;
 use super::verify::Tail;
 use super::verifier::Verifier;
 use crate::draft::{Source, Tree};
@@ -80,7 +80,7 @@ pub(super) struct OpenSession {
     pub(super) verifier: Verifier,
     pub(super) drafts: Drafts,
     /// The next step of the tree, if it grows.
-    pub(super) stage: Stage,
+    pub(super) tree_phase: TreePhase,
     /// The round at hand; `None` before the first.
     pub(super) round: Option<Round>,
     /// Rows that lead to tokens; `None` if they are back, or can't be timed.
@@ -109,7 +109,7 @@ impl OpenSession {
             outgoing: Outgoing::default(),
             verifier: Verifier::default(),
             drafts: Drafts::default(),
-            stage: Stage::Idle,
+            tree_phase: TreePhase::Idle,
             round: None,
             timed: None,
             due: 1..1,
@@ -156,7 +156,7 @@ impl OpenSession {
         assert!(self.drafts.ids.is_sorted(), "{:?}", self.drafts.ids);
         assert!(self.drafts.ids.len() <= self.drafts.tree.nodes().len());
         assert!(self.chunk.left == 0 || self.verifier.is_over(), "a token of half a chunk");
-        let grows = !matches!(self.stage, Stage::Idle);
+        let grows = !matches!(self.tree_phase, TreePhase::Idle);
         assert!(!out.grows || self.chunk.left > 0 || grows, "MORE is promised, and nothing comes");
         self.verifier.check(kv);
     }

@@ -20,7 +20,7 @@ use super::work::{DeviceWork, Verdict};
 use super::*;
 use crate::answer::EndTokens;
 use crate::draft::drafter::{Decided, Drafted, SessionId};
-use crate::draft::tree::Guess;
+use crate::draft::tree::Proposal;
 use crate::draft::{DrafterKind, Source};
 use crate::request::Request as Asked;
 use crate::wire;
@@ -154,13 +154,13 @@ fn compute(work: DeviceWork<'_>) {
 
 /// A drafter that guesses right and wrong, and looks at what it is told.
 #[derive(Default)]
-struct Guesser {
+struct Proposer {
     opened: SessionId,
     /// Positions that each session has taken, and whether it holds rows of a tree.
     sessions: BTreeMap<SessionId, (u32, bool)>,
 }
 
-impl Drafter for Guesser {
+impl Drafter for Proposer {
     fn describe(&self) -> String {
         "a rule".into()
     }
@@ -190,7 +190,7 @@ impl Drafter for Guesser {
         session: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         let (taken, has_tree) = self.sessions.get_mut(&session).unwrap();
         assert_eq!(rows.root_position + 1, *taken, "the root is the last that it has taken");
@@ -202,7 +202,7 @@ impl Drafter for Guesser {
             for (class, (token, probability)) in said.into_iter().enumerate().take(width) {
                 let class = u8::try_from(class).unwrap();
                 let source = Source { drafter: DrafterKind::Model, class };
-                guesses.push((at, Guess { token, probability, source }));
+                proposals.push((at, Proposal { token, probability, source }));
             }
         }
     }
@@ -235,7 +235,7 @@ impl Bed {
             has_tail: false,
         };
         let now = Instant::now();
-        let drafter = has_drafter.then(|| Box::new(Guesser::default()) as _);
+        let drafter = has_drafter.then(|| Box::new(Proposer::default()) as _);
         let random = Box::new(SeededRandom::new(1));
         let hello = wire::hello(Role::Device, [0; 32], HIDDEN, 1..4);
         let core = DeviceCore::new(now, config, &facts, VOCAB, None, drafter);

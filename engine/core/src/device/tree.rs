@@ -41,14 +41,14 @@ pub(super) struct Level {
 
 /// The next step of a tree that grows.
 #[derive(Debug, Default)]
-pub(super) enum Stage {
+pub(super) enum TreePhase {
     /// None grows.
     #[default]
     Idle,
     /// The rows of a level are to be computed.
     Level(Level),
     /// The level is computed: the trained drafter may say what follows.
-    Guess(Level),
+    Propose(Level),
     /// The trained drafter may say what to add to a tree that is away.
     Pipelined(Bounds),
 }
@@ -88,7 +88,7 @@ impl Request {
         }
         let open = self.session.open_mut()?;
         let nodes = 0..open.drafts.tree.nodes().len();
-        open.stage = Stage::Level(Level { nodes, bounds });
+        open.tree_phase = TreePhase::Level(Level { nodes, bounds });
         Some(())
     }
 
@@ -146,7 +146,7 @@ impl Request {
         if let Some(bounds) = self.batch_bounds(now, cx)
             && let Some(open) = self.session.open_mut()
         {
-            open.stage = Stage::Pipelined(bounds);
+            open.tree_phase = TreePhase::Pipelined(bounds);
         }
     }
 
@@ -179,7 +179,7 @@ impl Request {
         }
         if let Some(open) = self.session.open_mut() {
             open.drafts.is_full = false;
-            open.stage = Stage::Level(Level { nodes, bounds });
+            open.tree_phase = TreePhase::Level(Level { nodes, bounds });
         }
     }
 
@@ -273,7 +273,7 @@ impl Request {
             self.note_drafts(nodes.clone());
             if nodes.end < level.bounds.nodes_max && self.asks() {
                 if let Some(open) = self.session.open_mut() {
-                    open.stage = Stage::Guess(level);
+                    open.tree_phase = TreePhase::Propose(level);
                 }
             } else {
                 self.end_tree(now, level.bounds, cx);
@@ -314,7 +314,7 @@ impl Request {
         if !bounds.is_pipelined && cx.policy.sends_levels {
             open.outgoing.release(true);
         }
-        open.stage = Stage::Level(Level { nodes, bounds });
+        open.tree_phase = TreePhase::Level(Level { nodes, bounds });
         self.check();
     }
 

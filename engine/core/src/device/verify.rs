@@ -269,7 +269,7 @@ impl Request {
         };
         if let Some(token) = emitted.token {
             self.meter.token(now);
-            self.note_guesses(token, cx);
+            self.note_drafts_tested(token, cx);
             self.push_token(token);
         }
         if let Some(event) = emitted.event {
@@ -294,14 +294,14 @@ impl Request {
     }
 
     /// Guesses at `token`, which is decided, are right or wrong.
-    fn note_guesses(&mut self, token: TokenId, cx: &mut Common) {
+    fn note_drafts_tested(&mut self, token: TokenId, cx: &mut Common) {
         let Some(open) = self.session.open_mut() else { return };
-        for (guess, source) in open.drafts.withheld.drain(..) {
-            cx.learned.acceptance.note(source, guess == token);
+        for (proposal, source) in open.drafts.withheld.drain(..) {
+            cx.learned.acceptance.note(source, proposal == token);
         }
-        for (guess, source) in open.verifier.drafts() {
-            self.meter.tested(source.drafter.name(), guess == token);
-            cx.learned.acceptance.note(source, guess == token);
+        for (proposal, source) in open.verifier.drafts() {
+            self.meter.tested(source.drafter.name(), proposal == token);
+            cx.learned.acceptance.note(source, proposal == token);
         }
     }
 

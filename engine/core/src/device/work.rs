@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::context::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
-use super::tree::{Bounds, Level, Stage};
+use super::tree::{Bounds, Level, TreePhase};
 use super::select;
 use super::verify::{Head, TailRows};
 use super::{DeviceCore, Inbound};
@@ -76,7 +76,7 @@ pub struct DraftWork<'a> {
     drafter: Option<&'a mut Box<dyn Drafter>>,
     request: &'a mut Request,
     cx: &'a mut Common,
-    guesses: bool,
+    proposals: bool,
     fault: &'a mut Option<BackendFault>,
 }
 
@@ -116,7 +116,7 @@ impl DraftWork<'_> {
 
     /// Computes.
     pub fn run(self) {
-        if self.guesses {
+        if self.proposals {
             *self.fault = self.request.propose(self.drafter, self.cx).err();
         } else {
             self.request.feed(self.drafter, self.cx);
@@ -146,7 +146,7 @@ enum Computation {
     /// Decided rows, by the trained drafter.
     Feed,
     /// Guesses of the trained drafter below a level.
-    Guess(Level),
+    Propose(Level),
     /// Guesses of the trained drafter below a tree that is away.
     Pipelined(Bounds),
 }
@@ -202,10 +202,10 @@ impl DeviceCore {
         let (id, step) = self.work.out.as_ref()?;
         let request = self.requests.get_mut(id)?;
         let cx = &mut self.cx;
-        if let Computation::Feed | Computation::Guess(_) | Computation::Pipelined(_) = step {
+        if let Computation::Feed | Computation::Propose(_) | Computation::Pipelined(_) = step {
             let (drafter, fault) = (self.drafter.as_mut(), &mut self.work.draft_fault);
-            let guesses = !matches!(step, Computation::Feed);
-            return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, guesses, fault }));
+            let proposals = !matches!(step, Computation::Feed);
+            return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, proposals, fault }));
         }
         let Common { scratch, facts, moves, .. } = cx;
         let plan = scratch.plan.batch();
@@ -254,7 +254,7 @@ impl DeviceCore {
                 request.end_tail(tail, &cx.facts);
                 Outcome::Goes
             }
-            Computation::Guess(level) => {
+            Computation::Propose(level) => {
                 request.grow_level(now, &level, cx);
                 Outcome::Goes
             }
@@ -280,18 +280,18 @@ impl DeviceCore {
     fn poll_tree(&mut self) -> Option<(RequestId, Computation)> {
         let id = self.work.growing?;
         let request = self.requests.get_mut(&id);
-        let stage = request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.stage)));
-        let step = match stage.unwrap_or_default() {
-            Stage::Idle => {
+        let tree_phase = request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.tree_phase)));
+        let step = match tree_phase.unwrap_or_default() {
+            TreePhase::Idle => {
                 self.work.growing = None;
                 return None;
             }
-            Stage::Level(level) => {
+            TreePhase::Level(level) => {
                 self.requests.get_mut(&id)?.begin_level(&level, &mut self.cx);
                 Computation::Level(level)
             }
-            Stage::Guess(level) => Computation::Guess(level),
-            Stage::Pipelined(bounds) => Computation::Pipelined(bounds),
+            TreePhase::Propose(level) => Computation::Propose(level),
+            TreePhase::Pipelined(bounds) => Computation::Pipelined(bounds),
         };
         Some((id, step))
     }

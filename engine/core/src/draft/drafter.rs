@@ -16,7 +16,7 @@ use std::ops::Range;
 use hat_plan::{ARITHMETIC_CPU, BackendFault, TokenId};
 
 use super::gumbel::Draw;
-use super::tree::{Guess, Node};
+use super::tree::{Proposal, Node};
 use crate::prefix::PageId;
 
 /// A session of a trained drafter.
@@ -98,13 +98,13 @@ pub trait Drafter: Send {
     fn commit(&mut self, session: SessionId, rows: &Decided<'_>);
 
     /// Guesses what follows each of the new nodes, at most `width` tokens each: index of the node,
-    /// and a guess with its probability, into `guesses`. [`Drafter::fault`] is asked after that.
+    /// and a guess with its probability, into `proposals`. [`Drafter::fault`] is asked after that.
     fn propose(
         &mut self,
         session: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     );
 
     /// Forgets the rows of the tree.

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use hat_plan::TokenId;
 
-use super::tree::Guess;
+use super::tree::Proposal;
 use super::{CLASSES, DrafterKind, Source};
 
 /// Longest run of tokens that is indexed.
@@ -95,7 +95,7 @@ impl Lookup {
         &self,
         branches_max: usize,
         probability: impl Fn(Source) -> f32,
-        mut branch: impl FnMut(&[Guess]),
+        mut branch: impl FnMut(&[Proposal]),
     ) {
         let mut firsts = [NONE; BRANCHES_MAX];
         let mut places = [Place { next: 0, matched: 0 }; BRANCHES_MAX];
@@ -114,20 +114,20 @@ impl Lookup {
         }
         let mut left = 1.0;
         for (rank, place) in places[..found].iter().enumerate() {
-            let mut guesses =
-                [Guess { token: 0, probability: 0.0, source: source(0, 0) }; BRANCH_MAX];
+            let mut proposals =
+                [Proposal { token: 0, probability: 0.0, source: source(0, 0) }; BRANCH_MAX];
             for depth in 0..BRANCH_MAX {
                 // Behind the newest token the branch itself goes on: a loop stays a loop.
                 let token = match self.tokens.get(place.next + depth) {
                     Some(token) => *token,
-                    None => guesses[place.next + depth - self.tokens.len()].token,
+                    None => proposals[place.next + depth - self.tokens.len()].token,
                 };
                 let source = source(rank, place.matched + depth);
-                guesses[depth] = Guess { token, probability: probability(source), source };
+                proposals[depth] = Proposal { token, probability: probability(source), source };
             }
-            guesses[0].probability = guesses[0].probability.min(left);
-            left -= guesses[0].probability;
-            branch(&guesses);
+            proposals[0].probability = proposals[0].probability.min(left);
+            left -= proposals[0].probability;
+            branch(&proposals);
         }
     }
 
@@ -180,7 +180,7 @@ mod tests {
             branches_max,
             |_| 0.5,
             |branch| {
-                let tokens = branch.iter().map(|guess| guess.token).collect();
+                let tokens = branch.iter().map(|proposal| proposal.token).collect();
                 out.push((branch[0].source.class, tokens));
             },
         );

@@ -8,7 +8,7 @@
 //! measures.
 
 use super::lookup::BRANCHES_MAX;
-use super::tree::Guess;
+use super::tree::Proposal;
 use super::{BINS, CLASSES, DrafterKind, Source};
 use crate::estimate::{Average, Estimator};
 use crate::sequence::PENDING_ROWS_MAX;
@@ -167,9 +167,9 @@ impl Acceptance {
     /// Probability of a guess of the trained drafter: its claim, times the share of its class that
     /// was right over the share that was claimed.
     #[must_use]
-    pub fn corrected(&self, guess: &Guess) -> f32 {
-        let claimed = middle_of_bin(usize::from(guess.source.class) % BINS);
-        (guess.probability * self.rate(guess.source) / claimed).min(1.0)
+    pub fn corrected(&self, proposal: &Proposal) -> f32 {
+        let claimed = middle_of_bin(usize::from(proposal.source.class) % BINS);
+        (proposal.probability * self.rate(proposal.source) / claimed).min(1.0)
     }
 
     /// A guess from `source` was compared with the decided token.
@@ -293,18 +293,18 @@ mod tests {
     #[test]
     fn what_the_trained_drafter_claims_is_corrected() {
         let mut acceptance = Acceptance::default();
-        let guess = |rank, probability| {
+        let proposal = |rank, probability| {
             let source = Source::of_model(rank, probability);
-            Guess { token: 1, probability, source }
+            Proposal { token: 1, probability, source }
         };
-        assert_eq!(acceptance.corrected(&guess(0, 0.55)), 0.55);
+        assert_eq!(acceptance.corrected(&proposal(0, 0.55)), 0.55);
         for round in 0..2000 {
-            acceptance.note(guess(0, 0.55).source, round % 5 == 0);
+            acceptance.note(proposal(0, 0.55).source, round % 5 == 0);
         }
-        let corrected = acceptance.corrected(&guess(0, 0.55));
+        let corrected = acceptance.corrected(&proposal(0, 0.55));
         assert!((0.15..0.25).contains(&corrected), "{corrected}");
-        assert!(acceptance.corrected(&guess(0, 0.6)) > corrected);
-        assert_eq!(acceptance.corrected(&guess(1, 0.55)), 0.55, "another class");
+        assert!(acceptance.corrected(&proposal(0, 0.6)) > corrected);
+        assert_eq!(acceptance.corrected(&proposal(1, 0.55)), 0.55, "another class");
         assert_eq!(Source::of_model(0, 1.0).class, 7);
         assert_eq!(Source::of_model(3, 0.0).class, 8);
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::draft::Source;
 use crate::draft::gumbel::SHORTLIST;
 use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use crate::draft::tree::Guess;
+use crate::draft::tree::Proposal;
 use crate::page::{PagePool, pages_for};
 use crate::prefix::{PageId, PrefixCache, PrefixScope};
 use crate::sequence::{PENDING_ROWS_MAX, BatchBuffers, Sequence};
@@ -96,7 +96,7 @@ impl ModelDrafter {
 
 impl ModelDrafter {
     /// Runs the new nodes of one depth: what was said for their parents is known by now.
-    fn guess_level(&mut self, session: SessionId, rows: &Drafted<'_>, depth: u32) {
+    fn draft_level(&mut self, session: SessionId, rows: &Drafted<'_>, depth: u32) {
         let Self { model, hidden_size, plan, level, sessions, .. } = self;
         let hidden_size = *hidden_size;
         let Some(Session { sequence, said, ids }) = sessions.get_mut(&session) else { return };
@@ -131,7 +131,7 @@ impl ModelDrafter {
         }
         plan.end_sequence(sequence.pages());
         y.resize(shallow.len(), 0.0);
-        model.guess(&plan.batch(), shallow, y_before, y);
+        model.draft(&plan.batch(), shallow, y_before, y);
         for (node, y) in nodes.iter().zip(y.chunks_exact(hidden_size)) {
             said[row(*node)].copy_from_slice(y);
         }
@@ -210,13 +210,13 @@ impl Drafter for ModelDrafter {
         session: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         let hidden_size = self.hidden_size;
         let depths = rows.nodes[rows.first..].iter().map(|node| node.depth);
         let deepest = depths.max().unwrap_or(0);
         for depth in 1..=deepest {
-            self.guess_level(session, rows, depth);
+            self.draft_level(session, rows, depth);
         }
         let Some(Session { said, .. }) = self.sessions.get(&session) else { return };
         let new = rows.new_nodes();
@@ -236,7 +236,7 @@ impl Drafter for ModelDrafter {
             for (rank, (token, probability)) in self.shortlist.iter().take(width).enumerate() {
                 let (token, probability) = (*token, *probability);
                 let source = Source::of_model(rank, probability);
-                guesses.push((node, Guess { token, probability, source }));
+                proposals.push((node, Proposal { token, probability, source }));
             }
         }
     }

@@ -33,7 +33,7 @@ pub struct Node {
 
 /// One token of a branch: what follows, and how probably.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Guess {
+pub struct Proposal {
     /// The token.
     pub token: TokenId,
     /// Probability that it follows, given that the token before it is right. `0..=1`
@@ -49,7 +49,7 @@ pub struct Tree {
     /// Candidates that became nodes, and which; several may have become one.
     taken: Vec<(Candidate, usize)>,
     candidates: BinaryHeap<Candidate>,
-    guesses: Vec<Guess>,
+    proposals: Vec<Proposal>,
     depth_max: u32,
 }
 
@@ -58,8 +58,8 @@ pub struct Tree {
 struct Candidate {
     probability: f32,
     parent: usize,
-    guess: usize,
-    end: usize, // of the branch, in `guesses`
+    proposal: usize,
+    end: usize, // of the branch, in `proposals`
 }
 
 impl Tree {
@@ -76,7 +76,7 @@ impl Tree {
         self.nodes.clear();
         self.taken.clear();
         self.candidates.clear();
-        self.guesses.clear();
+        self.proposals.clear();
     }
 
     /// The nodes, the root first and parents before children.
@@ -86,10 +86,10 @@ impl Tree {
     }
 
     /// Offers a branch below node `parent`: it becomes nodes as far as [`Tree::grow`] gets to it.
-    pub fn offer(&mut self, parent: usize, branch: impl IntoIterator<Item = Guess>) {
-        let first = self.guesses.len();
-        self.guesses.extend(branch);
-        self.consider(parent, first, self.guesses.len());
+    pub fn offer(&mut self, parent: usize, branch: impl IntoIterator<Item = Proposal>) {
+        let first = self.proposals.len();
+        self.proposals.extend(branch);
+        self.consider(parent, first, self.proposals.len());
     }
 
     /// Makes nodes of the best candidates until there are `nodes_max` nodes, the root included,
@@ -102,22 +102,22 @@ impl Tree {
                 break;
             }
             self.candidates.pop();
-            let guess = self.guesses[candidate.guess];
-            let node = match self.child(candidate.parent, guess.token) {
+            let proposal = self.proposals[candidate.proposal];
+            let node = match self.child(candidate.parent, proposal.token) {
                 Some(known) => known,
                 None => {
                     self.nodes.push(Node {
-                        token: guess.token,
+                        token: proposal.token,
                         parent: candidate.parent,
                         depth: self.nodes[candidate.parent].depth + 1,
                         probability: candidate.probability,
-                        source: Some(guess.source),
+                        source: Some(proposal.source),
                     });
                     self.nodes.len() - 1
                 }
             };
             self.taken.push((candidate, node));
-            self.consider(node, candidate.guess + 1, candidate.end);
+            self.consider(node, candidate.proposal + 1, candidate.end);
         }
         before..self.nodes.len()
     }
@@ -146,7 +146,7 @@ impl Tree {
     pub fn reroot(&mut self, node: usize, depth_max: u32, kept: &mut Vec<usize>) {
         self.taken.clear();
         self.candidates.clear();
-        self.guesses.clear();
+        self.proposals.clear();
         self.depth_max = depth_max;
         let Node { token, depth, probability, .. } = self.nodes[node];
         kept.clear();
@@ -180,11 +180,11 @@ impl Tree {
             .map(|(index, _)| index)
     }
 
-    fn consider(&mut self, parent: usize, guess: usize, end: usize) {
+    fn consider(&mut self, parent: usize, proposal: usize, end: usize) {
         let Node { depth, probability, .. } = self.nodes[parent];
-        if guess < end && depth < self.depth_max {
-            let probability = probability * self.guesses[guess].probability.clamp(0.0, 1.0);
-            self.candidates.push(Candidate { probability, parent, guess, end });
+        if proposal < end && depth < self.depth_max {
+            let probability = probability * self.proposals[proposal].probability.clamp(0.0, 1.0);
+            self.candidates.push(Candidate { probability, parent, proposal, end });
         }
     }
 }
@@ -193,7 +193,7 @@ impl Tree {
 impl Ord for Candidate {
     fn cmp(&self, other: &Self) -> Ordering {
         let probability = self.probability.total_cmp(&other.probability);
-        probability.then(other.guess.cmp(&self.guess)).then(other.parent.cmp(&self.parent))
+        probability.then(other.proposal.cmp(&self.proposal)).then(other.parent.cmp(&self.parent))
     }
 }
 
@@ -216,9 +216,9 @@ mod tests {
     use super::*;
     use crate::draft::DrafterKind;
 
-    fn branch(class: u8, tokens: &[(TokenId, f32)]) -> Vec<Guess> {
+    fn branch(class: u8, tokens: &[(TokenId, f32)]) -> Vec<Proposal> {
         let source = Source { drafter: DrafterKind::Lookup, class };
-        tokens.iter().map(|&(token, probability)| Guess { token, probability, source }).collect()
+        tokens.iter().map(|&(token, probability)| Proposal { token, probability, source }).collect()
     }
 
     /// Token, parent and probability of each node.
@@ -374,8 +374,8 @@ mod tests {
                 if lens.iter().sum::<usize>() <= size {
                     let sum = lens.iter().zip(branches).map(|(len, branch)| {
                         let mut product = 1.0;
-                        branch[..*len].iter().fold(0.0, |sum, guess| {
-                            product *= guess.1;
+                        branch[..*len].iter().fold(0.0, |sum, proposal| {
+                            product *= proposal.1;
                             sum + product
                         })
                     });

@@ -195,8 +195,8 @@ fn what_is_shown_is_what_comes_out() {
     upload(&mut estimator, 7.5e6);
     estimator.note_rtt(10e-3);
     // No output yet: the cloud's 28 layers are as fast as the two here.
-    let guess = estimator.cost_model(1152, (2, 28), 1).unwrap();
-    assert!(close(guess.cloud.per_row, 14.0 * device.per_row, 0.01), "{guess:?}");
+    let assumed = estimator.cost_model(1152, (2, 28), 1).unwrap();
+    assert!(close(assumed.cloud.per_row, 14.0 * device.per_row, 0.01), "{assumed:?}");
     let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
         let step_s = cloud.seconds(step_rows, 100);

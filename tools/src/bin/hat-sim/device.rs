@@ -20,7 +20,7 @@ use hat_transport::pool::Pool;
 use crate::costs::{CostFile, DeviceCosts};
 use crate::drafter::{Desk, Modelled, Texts, open};
 use crate::end::{End, SendQueue, Way};
-use crate::policy::{Guesser, Policy};
+use crate::policy::{Proposer, Policy};
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
 use crate::simulation::{Request, UNCUT_ROWS_MAX};
 
@@ -120,7 +120,7 @@ impl Device {
             secret[..8].copy_from_slice(&index.to_le_bytes());
             PageNamer::new(policy.codec, &facts, ARITHMETIC_CPU, secret.into())
         });
-        let drafter = (policy.guesser != Guesser::Nobody).then(|| {
+        let drafter = (policy.proposer != Proposer::Nobody).then(|| {
             let (texts, policy, desk) = (texts.clone(), policy.clone(), desk.clone());
             let sessions = BTreeMap::new();
             Box::new(Modelled { texts, policy, costs, desk, sessions, next: 0 }) as Box<dyn Drafter>
@@ -336,8 +336,8 @@ impl Device {
             return 0.0;
         }
         // Rows below heads' guesses are all known at once, and computed in one pass.
-        match self.policy.guesser {
-            Guesser::Heads if before > 0 => {
+        match self.policy.proposer {
+            Proposer::Heads if before > 0 => {
                 self.costs.layers.seconds(before + rows) - self.costs.layers.seconds(before)
             }
             _ => self.costs.layers.seconds(rows),

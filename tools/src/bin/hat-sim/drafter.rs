@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::{Guess, Node};
+use hat_core::draft::tree::{Proposal, Node};
 use hat_core::prefix::PageId;
 use hat_plan::TokenId;
 
 use crate::costs::DeviceCosts;
-use crate::policy::{AHEAD_WIDTH, Guesser, Policy};
+use crate::policy::{AHEAD_WIDTH, Proposer, Policy};
 use crate::text::{Predictability, Opinion, Text, Tokens, WIDTH_MAX, request_of};
 
 /// All texts of a run.
@@ -62,7 +62,7 @@ impl Modelled {
 
     /// Opinions of each node from `first` on: of the token behind it.
     fn opinions(&self, request: usize, rows: &Drafted<'_>, first: usize) -> Vec<Opinion> {
-        let heads = self.policy.guesser == Guesser::Heads;
+        let heads = self.policy.proposer == Proposer::Heads;
         let (text, tokens) = (self.texts.of(request), &self.texts.tokens[request]);
         let mut right = vec![true; rows.nodes.len()];
         for (index, node) in rows.nodes.iter().enumerate().skip(1) {
@@ -80,17 +80,17 @@ impl Modelled {
     }
 
     /// Guesses behind a node of which there is an opinion.
-    fn guesses(
+    fn proposals(
         &self,
         request: usize,
         (node, at): (&Node, u32),
         opinion: &Opinion,
         width: usize,
-    ) -> impl Iterator<Item = Guess> + use<> {
+    ) -> impl Iterator<Item = Proposal> + use<> {
         let tokens = &self.texts.tokens[request].tokens;
         // Behind the last token of an answer nothing is asked for.
         let right = tokens.get(at as usize + 1).copied().unwrap_or_default();
-        opinion.guesses(right, node.token, width)
+        opinion.proposals(right, node.token, width)
     }
 
     /// Notes where drafting would go on below a tree whose rows are away.
@@ -102,9 +102,9 @@ impl Modelled {
             let at = rows.root_position + node.depth;
             if is_leaf(index) {
                 let above = if index == 0 { 1.0 } else { node.probability };
-                let guesses = self.guesses(request, (node, at), opinion, AHEAD_WIDTH);
+                let proposals = self.proposals(request, (node, at), opinion, AHEAD_WIDTH);
                 tails.extend(
-                    guesses.map(|guess| (above * guess.probability, (at + 1, guess.token))),
+                    proposals.map(|proposal| (above * proposal.probability, (at + 1, proposal.token))),
                 );
             }
         }
@@ -139,7 +139,7 @@ impl Drafter for Modelled {
         let request = self.sessions.entry(session).or_default();
         *request = request.or_else(|| rows.tokens.iter().copied().find_map(request_of));
         // Heads read the last deep row and keep nothing.
-        if self.policy.guesser == Guesser::Adapter {
+        if self.policy.proposer == Proposer::Adapter {
             self.spend(self.costs.adapter.seconds(rows.tokens.len()));
         }
     }
@@ -149,7 +149,7 @@ impl Drafter for Modelled {
         session: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         let Some(Some(request)) = self.sessions.get(&session).copied() else { return };
         let new = rows.new_nodes();
@@ -157,13 +157,13 @@ impl Drafter for Modelled {
         for (index, opinion) in new.clone().zip(&opinions) {
             let node = &rows.nodes[index];
             let at = rows.root_position + node.depth;
-            let of_node = self.guesses(request, (node, at), opinion, width.min(WIDTH_MAX));
-            guesses.extend(of_node.map(|guess| (index, guess)));
+            let of_node = self.proposals(request, (node, at), opinion, width.min(WIDTH_MAX));
+            proposals.extend(of_node.map(|proposal| (index, proposal)));
         }
-        self.spend(match self.policy.guesser {
-            Guesser::Heads if new.start == 0 => self.costs.heads.seconds(1),
-            Guesser::Heads | Guesser::Nobody => 0.0,
-            Guesser::Adapter => self.policy.proposal_seconds(&self.costs, new.len()),
+        self.spend(match self.policy.proposer {
+            Proposer::Heads if new.start == 0 => self.costs.heads.seconds(1),
+            Proposer::Heads | Proposer::Nobody => 0.0,
+            Proposer::Adapter => self.policy.proposal_seconds(&self.costs, new.len()),
         });
         if self.policy.ahead {
             self.note_tails(request, rows);

@@ -10,7 +10,7 @@ use crate::costs::DeviceCosts;
 
 /// Trained drafter of a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Guesser {
+pub(crate) enum Proposer {
     Nobody,
     /// An adapter behind the input submodel.
     Adapter,
@@ -48,7 +48,7 @@ pub(crate) struct Policy {
     pub(crate) cut: Cut,
     /// A chunk is computed as a whole before any of it goes up.
     pub(crate) whole_chunks: bool,
-    pub(crate) guesser: Guesser,
+    pub(crate) proposer: Proposer,
     pub(crate) draft: DraftMode,
     pub(crate) drafts: DraftPolicy,
     /// Drafting goes on below the likeliest tails while rows are away, as far as the device has
@@ -108,7 +108,7 @@ impl Policy {
             chunks: ChunkPolicy::Off,
             cut: Cut::ReferenceRun,
             whole_chunks: true,
-            guesser: Guesser::Nobody,
+            proposer: Proposer::Nobody,
             draft: DraftMode::Off,
             drafts: DraftPolicy {
                 sends_unsure: false,
@@ -131,7 +131,7 @@ impl Policy {
     fn hat() -> Self {
         Self {
             chunks: ChunkPolicy::Paper,
-            guesser: Guesser::Adapter,
+            proposer: Proposer::Adapter,
             draft: DraftMode::Chain,
             ahead: true,
             ..Self::u_shape()
@@ -147,7 +147,7 @@ impl Policy {
             chunks: config.chunks,
             cut: Cut::ByTime,
             whole_chunks: false,
-            guesser: if draft.asks_trained() { Guesser::Adapter } else { Guesser::Nobody },
+            proposer: if draft.asks_trained() { Proposer::Adapter } else { Proposer::Nobody },
             draft,
             drafts: DraftPolicy::DEFAULT,
             heads_together: false,
@@ -162,7 +162,7 @@ impl Policy {
     fn cloud_only() -> Self {
         Self {
             draft: DraftMode::Off,
-            guesser: Guesser::Nobody,
+            proposer: Proposer::Nobody,
             place: Place::Cloud,
             ..Self::ours()
         }
@@ -181,7 +181,7 @@ impl Policy {
             "u-shape" => u_shape,
             "u-sarathi" => Self { cut: Cut::Rows(CLOUD_CHUNK_ROWS), ..u_shape },
             "u-medusa" => Self {
-                guesser: Guesser::Heads,
+                proposer: Proposer::Heads,
                 draft: DraftMode::Tree,
                 drafts: DraftPolicy { nodes_max: HEADS_NODES, ..u_shape.drafts },
                 ..u_shape
@@ -214,7 +214,7 @@ impl Policy {
             }
             "lookup" => Self {
                 draft: DraftMode::Lookup,
-                guesser: Guesser::Nobody,
+                proposer: Proposer::Nobody,
                 codec: Codec::F16,
                 prefix: false,
                 ..ours
@@ -222,7 +222,7 @@ impl Policy {
             "cloud-only" => Self::cloud_only(),
             "cloud-only+drafts" => Self {
                 draft: DraftMode::default(),
-                guesser: Guesser::Adapter,
+                proposer: Proposer::Adapter,
                 ..Self::cloud_only()
             },
             _ => bail!("policy {name:?} is none of {}, {}", OTHERS.join(", "), ABLATION.join(", ")),

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_core::draft::{DraftPolicy, Source};
 use hat_plan::TokenId;
 use hat_tools::random::{Purpose, unit};
@@ -93,14 +93,14 @@ impl Opinion {
     }
 
     /// The first `width` guesses where `right_token` is right, below token `parent`.
-    pub(crate) fn guesses(
+    pub(crate) fn proposals(
         &self,
         right_token: TokenId,
         parent: TokenId,
         width: usize,
-    ) -> impl Iterator<Item = Guess> + use<> {
+    ) -> impl Iterator<Item = Proposal> + use<> {
         let Self { right, probabilities, .. } = *self;
-        (0..self.width.min(width)).map(move |rank| Guess {
+        (0..self.width.min(width)).map(move |rank| Proposal {
             token: if right == Some(rank) { right_token } else { wrong(parent, rank) },
             probability: probabilities[rank] as f32,
             source: Source::of_model(rank, probabilities[rank] as f32),
@@ -198,8 +198,8 @@ fn tree(text: &Text<'_>, last: u32, nodes: usize) -> u32 {
             text.opinion_on_wrong(at.token, at.depth + 1, false)
         };
         let position = last + at.depth + 1;
-        for guess in opinion.guesses(position, at.token, WIDTH_MAX) {
-            tree.offer(node, [guess]);
+        for proposal in opinion.proposals(position, at.token, WIDTH_MAX) {
+            tree.offer(node, [proposal]);
         }
         if tree.nodes().len() <= nodes {
             let len = tree.nodes().len();
@@ -402,7 +402,7 @@ mod tests {
                     |_| 0.5,
                     |branch| {
                         let pairs = branch.iter().zip(&tokens[at + 1..]);
-                        right = pairs.take_while(|(guess, token)| guess.token == **token).count();
+                        right = pairs.take_while(|(proposal, token)| proposal.token == **token).count();
                     },
                 );
                 stated += super::lookup(&text, (at - prompt_rows) as u32);

@@ -2,7 +2,7 @@
 //! as a seed has it. A seed that finds something repeats exactly, and is told with the shortest
 //! schedule that still does.
 
-mod guesser;
+mod proposer;
 mod ledger;
 mod models;
 mod real;

@@ -18,7 +18,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::pool::PoolConfig;
 use hat_transport::random::SeededRandom;
 
-use super::guesser::Guesser;
+use super::proposer::Proposer;
 use super::ledger::{self, DeviceLedger, LAYERS, Ledger};
 use super::models::{DeviceModel, Models, Seen, StageModel, is_honest};
 use super::real::Real;
@@ -211,7 +211,7 @@ impl<'a> Simulation<'a> {
             let random = SeededRandom::new(self.models.random.next_u64());
             let fails = !self.setting.calm;
             let facts = (width, setting.split, self.setting.alphabet);
-            Box::new(Guesser::new(random, facts, fails)) as _
+            Box::new(Proposer::new(random, facts, fails)) as _
         });
         let mut core = DeviceCore::new(now, config, &facts, VOCAB, namer, drafter);
         core.plant(self.setting.planted);

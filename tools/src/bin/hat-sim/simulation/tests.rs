@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::figures::Figures;
-use crate::policy::{ABLATION, Guesser};
+use crate::policy::{ABLATION, Proposer};
 
 const ALL: [&str; 6] =
     ["u-sarathi", "u-medusa", "lookup", "auto", "cloud-only", "cloud-only+drafts"];
@@ -224,7 +224,7 @@ fn text_from_a_server_does_not_wait_for_the_link() {
         assert!((far.tbt() / near.tbt() - 1.0).abs() < 1e-6, "{policy}");
         assert!((far.ttft() - near.ttft() - 78.0).abs() < 0.1, "{policy}");
         file.link.one_way_ms = 1.0;
-        assert!(Policy::named(policy).unwrap().guesser != Guesser::Heads);
+        assert!(Policy::named(policy).unwrap().proposer != Proposer::Heads);
     }
     let plain = at(&file, "cloud-only");
     let stage_s = file.server(&Policy::named("cloud-only").unwrap()).rows_seconds(1, 200);

@@ -1,7 +1,7 @@
 //! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
 
 mod curves;
-pub(crate) mod guesses;
+pub(crate) mod proposals;
 mod play;
 mod table;
 mod time;
@@ -19,7 +19,7 @@ use hat_tools::plot::{self, Captions};
 use indicatif::ProgressBar;
 
 use self::curves::Curves;
-use self::guesses::{DEPTH_MAX, GUESSES_MAX, Guesser};
+use self::proposals::{DEPTH_MAX, PROPOSALS_MAX, Proposer};
 use self::play::Trial;
 use self::table::Table;
 use crate::shard::{self, Collection, Recording, Shard};
@@ -67,7 +67,7 @@ pub(crate) struct EvalArgs {
 /// Prints a table for each directory.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(args.every > 0, "--every: at least 1");
-    ensure!((1..=GUESSES_MAX).contains(&args.width), "--width: 1 to {GUESSES_MAX}");
+    ensure!((1..=PROPOSALS_MAX).contains(&args.width), "--width: 1 to {PROPOSALS_MAX}");
     ensure!(args.level > 0, "--level: at least 1");
     ensure!(args.temperature > 0.0, "--temperature: above 0");
     let shape = DraftPolicy { width: args.width, level_nodes: args.level, ..DraftPolicy::DEFAULT };
@@ -92,13 +92,13 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         let recordings = answers(directory, &collection, layer, args)?;
         ensure!(!recordings.is_empty(), "{}: no answers to measure with", directory.display());
         let rows = recordings.iter().map(|recording| recording.tokens.len()).max().unwrap_or(0);
-        let guesser = adapter.as_ref().map(|adapter| Guesser::new(adapter, &device, rows));
-        let mut guesser = guesser.transpose()?;
+        let proposer = adapter.as_ref().map(|adapter| Proposer::new(adapter, &device, rows));
+        let mut proposer = proposer.transpose()?;
         let bar = ProgressBar::new(recordings.len() as u64);
         let mut table = Table::new(&recordings, adapter.is_some(), shape, vocab_size);
         for recording in &recordings {
-            let guesses = guesser.as_mut().map(|it| it.guess(recording, args.temperature));
-            let trial = Trial::new(recording, guesses.transpose()?);
+            let proposals = proposer.as_mut().map(|it| it.proposal(recording, args.temperature));
+            let trial = Trial::new(recording, proposals.transpose()?);
             table.take(&trial)?;
             if let Some(curves) = &mut curves {
                 curves.take(&trial)?;

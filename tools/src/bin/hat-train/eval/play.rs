@@ -14,7 +14,7 @@ use hat_core::answer::{Answer, EndTokens, Prepared};
 use hat_core::chunk::ChunkPolicy;
 use hat_core::device::{DeviceConfig, DeviceCore, DeviceWork, Inbound, RequestEvent, Verdict};
 use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_core::draft::{DraftMode, DraftPolicy};
 use hat_core::request::{Metrics, Request};
 use hat_core::sequence::PENDING_ROWS_MAX;
@@ -30,15 +30,15 @@ use crate::shard::Recording;
 
 /// Guesses by draft step and position of the answer; a drafter that reads no deep rows has one
 /// step for all.
-pub(crate) struct Guesses {
+pub(crate) struct Proposals {
     /// `[steps][positions]`, best first.
-    pub(crate) steps: Vec<Vec<Vec<Guess>>>,
+    pub(crate) steps: Vec<Vec<Vec<Proposal>>>,
 }
 
-impl Guesses {
+impl Proposals {
     /// Guesses at the token after `position`, `depth` tokens below the last decided one. Below the
     /// last step its guesses stand in.
-    fn at(&self, position: usize, depth: usize) -> Option<&[Guess]> {
+    fn at(&self, position: usize, depth: usize) -> Option<&[Proposal]> {
         let step = &self.steps[(depth - 1).min(self.steps.len() - 1)];
         step.get(position).map(Vec::as_slice)
     }
@@ -49,25 +49,25 @@ pub(super) struct Trial<'a> {
     pub(super) source: &'a str,
     prompt: usize,
     tokens: &'a [TokenId],
-    guesses: Option<Arc<Guesses>>,
+    proposals: Option<Arc<Proposals>>,
 }
 
 impl<'a> Trial<'a> {
-    pub(super) fn new(recording: &'a Recording, guesses: Option<Guesses>) -> Self {
+    pub(super) fn new(recording: &'a Recording, proposals: Option<Proposals>) -> Self {
         let facts = &recording.facts;
         let (source, prompt) = (facts.source.as_str(), facts.prompt);
-        Self { source, prompt, tokens: &recording.tokens, guesses: guesses.map(Arc::new) }
+        Self { source, prompt, tokens: &recording.tokens, proposals: proposals.map(Arc::new) }
     }
 
     /// Of the positions where draft step `step` has its say: how many, how often its first
     /// guess was right, and how often one of its first five.
     pub(super) fn hits(&self, step: usize) -> [usize; 3] {
         let mut hits = [0; 3];
-        let Some(guesses) = &self.guesses else { return hits };
+        let Some(proposals) = &self.proposals else { return hits };
         let answer = &self.tokens[self.prompt..];
         for (position, right) in answer[1..].iter().enumerate().skip(step - 1) {
-            let Some(at) = guesses.at(position, step) else { break };
-            let rank = at.iter().position(|guess| guess.token == *right);
+            let Some(at) = proposals.at(position, step) else { break };
+            let rank = at.iter().position(|proposal| proposal.token == *right);
             hits[0] += 1;
             hits[1] += usize::from(rank == Some(0));
             hits[2] += usize::from(rank.is_some_and(|rank| rank < 5));
@@ -164,8 +164,8 @@ impl Player {
     /// Plays the whole answer. The first token comes with the prompt and does not count.
     pub(super) fn play(&mut self, trial: &Trial<'_>) -> anyhow::Result<Score> {
         let Trial { prompt, tokens, .. } = *trial;
-        self.core.drafter = trial.guesses.clone().map(|guesses| {
-            let drafter: Box<dyn Drafter> = Box::new(Recorded { prompt, guesses });
+        self.core.drafter = trial.proposals.clone().map(|proposals| {
+            let drafter: Box<dyn Drafter> = Box::new(Recorded { prompt, proposals });
             drafter
         });
         let (before, said) = tokens.split_at(prompt);
@@ -302,7 +302,7 @@ impl FrameSink for Frames {
 struct Recorded {
     /// Tokens before the answer.
     prompt: usize,
-    guesses: Arc<Guesses>,
+    proposals: Arc<Proposals>,
 }
 
 impl Drafter for Recorded {
@@ -323,13 +323,13 @@ impl Drafter for Recorded {
         _: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         let root = rows.root_position as usize - self.prompt;
         for node in rows.new_nodes() {
             let depth = rows.nodes[node].depth as usize;
-            let at = self.guesses.at(root + depth, depth + 1).unwrap_or_default();
-            guesses.extend(at.iter().take(width).map(|guess| (node, *guess)));
+            let at = self.proposals.at(root + depth, depth + 1).unwrap_or_default();
+            proposals.extend(at.iter().take(width).map(|proposal| (node, *proposal)));
         }
     }
 
@@ -342,17 +342,17 @@ mod tests {
 
     use super::*;
 
-    fn guess(list: &[(u32, f32)]) -> Vec<Guess> {
-        let guess = |(rank, &(token, probability)): (usize, &(u32, f32))| Guess {
+    fn proposal(list: &[(u32, f32)]) -> Vec<Proposal> {
+        let proposal = |(rank, &(token, probability)): (usize, &(u32, f32))| Proposal {
             token,
             probability,
             source: Source::of_model(rank, probability),
         };
-        list.iter().enumerate().map(guess).collect()
+        list.iter().enumerate().map(proposal).collect()
     }
 
-    fn trial<'a>(tokens: &'a [u32], prompt: usize, guesses: Option<Guesses>) -> Trial<'a> {
-        Trial { source: "test", prompt, tokens, guesses: guesses.map(Arc::new) }
+    fn trial<'a>(tokens: &'a [u32], prompt: usize, proposals: Option<Proposals>) -> Trial<'a> {
+        Trial { source: "test", prompt, tokens, proposals: proposals.map(Arc::new) }
     }
 
     fn play(trial: &Trial<'_>, rule: Rule) -> Score {
@@ -368,8 +368,8 @@ mod tests {
         // Answer 5 6 7 8 9 10; guesses at each position, the same at each depth.
         let tokens = [1, 5, 6, 7, 8, 9, 10];
         let right = [(6, 0.9), (7, 0.9), (0, 0.9), (9, 0.9), (0, 0.9)];
-        let steps = vec![right.iter().map(|pair| guess(&[*pair])).collect()];
-        let trial = trial(&tokens, 1, Some(Guesses { steps }));
+        let steps = vec![right.iter().map(|pair| proposal(&[*pair])).collect()];
+        let trial = trial(&tokens, 1, Some(Proposals { steps }));
         // 5: 6 and 7 are accepted, 8 follows; 8: 9 is accepted, and 10, the last, needs no draft.
         let score = Score { tokens: 5, rounds: 2, nodes: 2 + 1 };
         assert_eq!(play(&trial, Rule::chain(2)), score);
@@ -380,9 +380,9 @@ mod tests {
     #[test]
     fn each_depth_asks_its_own_draft_step_and_deeper_ones_the_last() {
         let tokens = [1, 5, 6, 7, 8, 9, 10];
-        let step = |said: [u32; 5]| said.iter().map(|token| guess(&[(*token, 0.1)])).collect();
+        let step = |said: [u32; 5]| said.iter().map(|token| proposal(&[(*token, 0.1)])).collect();
         let steps = vec![step([6, 0, 0, 0, 0]), step([0, 7, 8, 0, 0])];
-        let trial = trial(&tokens, 1, Some(Guesses { steps }));
+        let trial = trial(&tokens, 1, Some(Proposals { steps }));
         let score = Score { tokens: 5, rounds: 2, nodes: 3 };
         assert_eq!(play(&trial, Rule::chain(3)), score);
         assert_eq!([trial.hits(1), trial.hits(2)], [[5, 1, 1], [4, 2, 2]]);
@@ -392,12 +392,12 @@ mod tests {
     fn a_tree_takes_the_most_probable_nodes() {
         let tokens = [1, 5, 6, 7, 2, 3];
         let steps = vec![vec![
-            guess(&[(9, 0.6), (6, 0.3)]),
-            guess(&[(7, 0.9), (8, 0.05)]),
-            guess(&[(4, 0.5), (2, 0.4)]),
-            guess(&[(3, 0.9)]),
+            proposal(&[(9, 0.6), (6, 0.3)]),
+            proposal(&[(7, 0.9), (8, 0.05)]),
+            proposal(&[(4, 0.5), (2, 0.4)]),
+            proposal(&[(3, 0.9)]),
         ]];
-        let trial = trial(&tokens, 1, Some(Guesses { steps }));
+        let trial = trial(&tokens, 1, Some(Proposals { steps }));
         // The first level takes both guesses for 5. Below 9 stands what follows 6, so that its
         // path is worth .54, below 6 it is worth .27: the third node is wrong, the fourth right.
         let score = |nodes| {
@@ -413,7 +413,7 @@ mod tests {
         let alone = trial(&tokens, 11, None); // the answer is 3 4 9 5
         assert_eq!(play(&alone, Rule::lookup(6)), Score { tokens: 3, rounds: 1, nodes: 2 });
         // A drafter that is surer than lookup, and always wrong, has the only node at first.
-        let wrong = Guesses { steps: vec![vec![guess(&[(0, 0.9)]); 3]] };
+        let wrong = Proposals { steps: vec![vec![proposal(&[(0, 0.9)]); 3]] };
         let both = trial(&tokens, 11, Some(wrong));
         let mut player = Player::new(tree(1, true), 20);
         let rounds: Vec<usize> = (0..40).map(|_| player.play(&both).unwrap().rounds).collect();
@@ -424,11 +424,11 @@ mod tests {
     fn drafter_and_lookup_share_one_tree() {
         // Lookup copies 4 9 after "1 2 3"; the drafter has only the first of these, and 6 6 6.
         let tokens = [7, 1, 2, 3, 4, 9, 8, 1, 2, 3, 4, 9, 6, 5];
-        let guesses = || {
+        let proposals = || {
             let at = [(4, 0.9), (6, 0.2), (6, 0.9), (0, 0.1)];
-            Some(Guesses { steps: vec![at.iter().map(|pair| guess(&[*pair])).collect()] })
+            Some(Proposals { steps: vec![at.iter().map(|pair| proposal(&[*pair])).collect()] })
         };
-        let with = trial(&tokens, 9, guesses());
+        let with = trial(&tokens, 9, proposals());
         let rounds = |lookup| play(&with, tree(8, lookup)).rounds;
         assert_eq!([rounds(false), rounds(true)], [2, 1]);
         assert_eq!(play(&trial(&tokens, 9, None), Rule::lookup(8)).rounds, 2);

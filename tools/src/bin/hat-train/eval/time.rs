@@ -15,7 +15,7 @@ const CONTEXT: usize = 256;
 /// Runs of which the median counts.
 const RUNS: usize = 41;
 /// Guesses of each row.
-const GUESSES: usize = 8;
+const PROPOSALS: usize = 8;
 
 /// Prints times of one and of eight rows, with the head.
 pub(super) fn print(adapter: &DrafterFile, device: &Bundle, threads: usize) -> anyhow::Result<()> {
@@ -63,9 +63,9 @@ fn median<B: hat_compute::backend::Backend>(
     let mut times = Vec::with_capacity(RUNS);
     for _ in 0..RUNS {
         let start = Instant::now();
-        drafter.guess(plan, rows, rows, &mut y);
+        drafter.draft(plan, rows, rows, &mut y);
         likely.clear();
-        drafter.likeliest(&y, GUESSES, &mut likely);
+        drafter.likeliest(&y, PROPOSALS, &mut likely);
         times.push(start.elapsed());
     }
     times.sort_unstable();

@@ -82,7 +82,7 @@ pub(super) mod tests {
     use super::super::data::FinalNorm;
     use super::super::drafter::{Example, linear, log_softmax, rms_norm, weight};
     use super::*;
-    use crate::eval::guesses::Guesser;
+    use crate::eval::proposals::Proposer;
     use crate::shard::{Recording, SequenceFacts};
 
     /// Numbers that look random, of about the size that weights have.
@@ -157,7 +157,7 @@ pub(super) mod tests {
             y
         }
 
-        fn guess(&mut self, parent: u32, shallow: &[f32], y_before: &[f32]) -> (u32, Vec<f32>) {
+        fn proposal(&mut self, parent: u32, shallow: &[f32], y_before: &[f32]) -> (u32, Vec<f32>) {
             let Self { drafter, sequence, plan } = self;
             let id = sequence.last_id() + 1;
             sequence.append_pending(id, &[parent]).unwrap();
@@ -165,7 +165,7 @@ pub(super) mod tests {
             assert!(sequence.push_row(id, plan));
             plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
-            drafter.guess(&plan.batch(), shallow, y_before, &mut y);
+            drafter.proposal(&plan.batch(), shallow, y_before, &mut y);
             (id, y)
         }
     }
@@ -201,10 +201,10 @@ pub(super) mod tests {
 
         // Below position 5: a wrong guess, the right one, and the right one below that.
         let (tip, root) = (session.sequence.tip(), &y1[config.hidden_size..]);
-        session.guess(tip, &rows(&deep, 0, 0), root);
-        let (child, y2) = session.guess(tip, &rows(&shallow, 6, 6), root);
+        session.proposal(tip, &rows(&deep, 0, 0), root);
+        let (child, y2) = session.proposal(tip, &rows(&shallow, 6, 6), root);
         close(&y2, &rows(y(2), 2, 2), share, "a child");
-        let (_, y3) = session.guess(child, &rows(&shallow, 7, 7), &y2);
+        let (_, y3) = session.proposal(child, &rows(&shallow, 7, 7), &y2);
         close(&y3, &rows(y(3), 3, 3), share, "a grandchild");
         let head = weight(&device, crate::target::head_name(&device), Some(&VOCABULARY)).unwrap();
         check_likeliest(&mut session.drafter, &head, y3);
@@ -259,20 +259,20 @@ pub(super) mod tests {
                 weight(&device, crate::target::head_name(&device), Some(&VOCABULARY)).unwrap();
             let path = directory.path().join("adapter.safetensors");
             let adapter = hat_loader::DrafterFile::read(&path, &device).unwrap();
-            let mut guesser = Guesser::new(&adapter, &device, 15).unwrap();
+            let mut proposer = Proposer::new(&adapter, &device, 15).unwrap();
             for temperature in [1.0, 2.0] {
-                let guesses = guesser.guess(&recording, temperature).unwrap();
-                assert_eq!(guesses.steps.len(), steps.len());
-                for (step, (said, wanted)) in guesses.steps.iter().zip(&steps).enumerate() {
+                let proposals = proposer.proposal(&recording, temperature).unwrap();
+                assert_eq!(proposals.steps.len(), steps.len());
+                for (step, (said, wanted)) in proposals.steps.iter().zip(&steps).enumerate() {
                     let logits =
                         (linear(&wanted.y, &head).unwrap() / f64::from(temperature)).unwrap();
                     let wanted = log_softmax(&logits).unwrap().exp().unwrap().to_vec2::<f32>();
                     for (said, wanted) in said.iter().zip(wanted.unwrap()).skip(step) {
                         assert_eq!(said.len(), VOCABULARY.len());
-                        for guess in said {
-                            let at = VOCABULARY.iter().position(|token| *token == guess.token);
+                        for proposal in said {
+                            let at = VOCABULARY.iter().position(|token| *token == proposal.token);
                             let wanted = wanted[at.unwrap()];
-                            assert!((guess.probability - wanted).abs() < 0.03, "{step}: {guess:?}");
+                            assert!((proposal.probability - wanted).abs() < 0.03, "{step}: {proposal:?}");
                         }
                     }
                 }

@@ -6,25 +6,25 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use hat_compute::{DraftModel, open};
 use hat_core::draft::drafter::{Decided, Drafted, Drafter as _};
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_core::draft::{ModelDrafter, Node, Source};
 use hat_core::page::pages_for;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_engine::options::Processor;
 use hat_loader::{DrafterFile, DrafterArchitecture, Bundle};
 
-use super::play::Guesses;
+use super::play::Proposals;
 use crate::shard::Recording;
 
 /// Draft steps that are computed.
 pub(super) const DEPTH_MAX: usize = 8;
 /// Guesses that are kept of each draft step.
-pub(super) const GUESSES_MAX: usize = 16;
+pub(super) const PROPOSALS_MAX: usize = 16;
 /// Rows of one step of the drafter.
 const ROWS_MAX: usize = 256;
 
 /// A trained drafter over recordings.
-pub(crate) struct Guesser {
+pub(crate) struct Proposer {
     drafter: ModelDrafter,
     hidden_size: usize,
     vocabulary: usize,
@@ -32,7 +32,7 @@ pub(crate) struct Guesser {
     steps: usize,
 }
 
-impl Guesser {
+impl Proposer {
     /// The drafter of a file, for recordings of at most `rows` positions.
     pub(crate) fn new(adapter: &DrafterFile, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
         let pages = pages_for(rows + PENDING_ROWS_MAX);
@@ -48,11 +48,11 @@ impl Guesser {
     }
 
     /// Guesses at each position and depth; logits are divided by `temperature`.
-    pub(crate) fn guess(
+    pub(crate) fn proposal(
         &mut self,
         recording: &Recording,
         temperature: f32,
-    ) -> anyhow::Result<Guesses> {
+    ) -> anyhow::Result<Proposals> {
         let (facts, hidden) = (&recording.facts, self.hidden_size);
         let (rows, tokens) = (facts.tokens - 1, &recording.tokens);
         let (shallow, deep) = (f32s(&recording.shallow[0]), f32s(&recording.deep));
@@ -66,7 +66,7 @@ impl Guesser {
         };
         // A device has no deep rows of a prompt but the last.
         self.drafter.commit(session, &decided(0, facts.prompt, None));
-        let width = if temperature == 1.0 { GUESSES_MAX } else { self.vocabulary };
+        let width = if temperature == 1.0 { PROPOSALS_MAX } else { self.vocabulary };
         let mut steps = vec![vec![Vec::new(); rows - facts.prompt]; self.steps];
         let mut found = Vec::new();
         for root in facts.prompt..rows {
@@ -86,21 +86,21 @@ impl Guesser {
             }
         }
         self.drafter.close(session);
-        Ok(Guesses { steps })
+        Ok(Proposals { steps })
     }
 }
 
 /// The first guesses of a node as they are with another temperature.
-fn best(found: &[(usize, Guess)], temperature: f32) -> Vec<Guess> {
-    let best = found.iter().take(GUESSES_MAX).map(|(_, guess)| *guess);
+fn best(found: &[(usize, Proposal)], temperature: f32) -> Vec<Proposal> {
+    let best = found.iter().take(PROPOSALS_MAX).map(|(_, proposal)| *proposal);
     if temperature == 1.0 {
         return best.collect();
     }
-    let other = |guess: &Guess| guess.probability.powf(1.0 / temperature);
-    let sum: f32 = found.iter().map(|(_, guess)| other(guess)).sum();
-    let best = best.enumerate().map(|(rank, guess)| {
-        let probability = other(&guess) / sum;
-        Guess { probability, source: Source::of_model(rank, probability), ..guess }
+    let other = |proposal: &Proposal| proposal.probability.powf(1.0 / temperature);
+    let sum: f32 = found.iter().map(|(_, proposal)| other(proposal)).sum();
+    let best = best.enumerate().map(|(rank, proposal)| {
+        let probability = other(&proposal) / sum;
+        Proposal { probability, source: Source::of_model(rank, probability), ..proposal }
     });
     best.collect()
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use hat_core::draft::Source;
 use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::Guess;
+use hat_core::draft::tree::Proposal;
 use hat_plan::{BackendFault, TokenId};
 use hat_transport::message::PageId;
 use hat_transport::random::SeededRandom;
@@ -16,7 +16,7 @@ use super::ledger::{self, LAYERS, ReferenceRun, read, token_of};
 const PAGE: usize = hat_plan::PAGE_SIZE;
 
 /// A drafter, and the facts that it guesses by.
-pub struct Guesser {
+pub struct Proposer {
     random: SeededRandom,
     width: usize,
     /// Layers before the cloud's.
@@ -32,7 +32,7 @@ pub struct Guesser {
     fault: Option<BackendFault>,
 }
 
-impl Guesser {
+impl Proposer {
     /// A drafter over rows of this width, behind the device's layers, of this many tokens.
     pub fn new(
         random: SeededRandom,
@@ -48,7 +48,7 @@ impl Guesser {
     }
 
     /// The token behind a node, and a wrong one in most cases, in any order.
-    fn guesses(&mut self, rows: &[u64; LAYERS]) -> [TokenId; 2] {
+    fn proposals(&mut self, rows: &[u64; LAYERS]) -> [TokenId; 2] {
         let right = token_of(rows[LAYERS - 1], self.alphabet);
         let other = 300 + self.random.below(u64::from(self.alphabet)) as TokenId;
         match self.random.below(10) {
@@ -59,7 +59,7 @@ impl Guesser {
     }
 }
 
-impl Drafter for Guesser {
+impl Drafter for Proposer {
     fn describe(&self) -> String {
         "a guesser".to_owned()
     }
@@ -126,7 +126,7 @@ impl Drafter for Guesser {
         session: SessionId,
         rows: &Drafted<'_>,
         width: usize,
-        guesses: &mut Vec<(usize, Guess)>,
+        proposals: &mut Vec<(usize, Proposal)>,
     ) {
         if self.fails && self.random.below(64) == 0 {
             self.fault = Some(ledger::fault(self.random.below(2) == 0));
@@ -143,10 +143,10 @@ impl Drafter for Guesser {
         for (index, numbers) in rows.new_nodes().zip(rows.shallow.chunks_exact(self.width)) {
             let (whole, of_node) = behind[index];
             self.check(numbers, of_node[self.split - 1], "drafted", whole.position() - 1);
-            for (rank, token) in self.guesses(&of_node).into_iter().take(width).enumerate() {
+            for (rank, token) in self.proposals(&of_node).into_iter().take(width).enumerate() {
                 let probability = self.random.below(1000) as f32 / 1000.0;
                 let source = Source::of_model(rank, probability);
-                guesses.push((index, Guess { token, probability, source }));
+                proposals.push((index, Proposal { token, probability, source }));
             }
         }
     }
