@@ -3,7 +3,7 @@
 //!
 //! While it learns it is the middle submodel, and notes what each row led to. A row below a path
 //! that was not learnt gets zeros. That is no matter where the path of each answer was learnt
-//! before: the walk over a draft tree never visits a row that is off the path.
+//! before: verification over a draft tree never visits a row that is off the path.
 
 use hat_plan::{Computes, MiddleForward, MiddleStep};
 use std::collections::HashMap;

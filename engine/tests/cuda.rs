@@ -177,7 +177,7 @@ fn split_and_whole_have_the_same_bits() {
         }
         at = end;
     }
-    // Wrong guesses stand before the right ones, so that a commit moves rows.
+    // Wrong drafts stand before the right ones, so that a commit moves rows.
     while at + 3 <= tokens.len() {
         let right = &tokens[at..at + 3];
         let text = [right[0] + 1, right[0], right[1] + 1, right[1], right[2], 7];

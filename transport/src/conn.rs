@@ -429,7 +429,7 @@ impl Connection {
         match kind {
             Some(Kind::Ping) => self.pong = Some(eight(Kind::Ping, &body)?),
             Some(Kind::Pong) => self.timers.ponged(now, eight(Kind::Pong, &body)?),
-            // ACK has said everything in its header; an ignorable stranger is ignored.
+            // ACK has said everything in its header; an ignorable frame is ignored.
             _ => {}
         }
         Ok(())

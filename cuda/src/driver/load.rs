@@ -12,7 +12,7 @@ use crate::kernel::Kernel;
 /// Bytes for each log of the driver's compiler.
 const LOG_BYTES: usize = 16 << 10;
 /// Shared memory of a block from which a kernel wants all of it that an SM can have. By itself the
-/// driver guesses the share, and the tables of docs/KERNELS.md count with all of it.
+/// driver assumes the share, and the tables of docs/KERNELS.md count with all of it.
 const SHARED_BYTES_MIN: i32 = 16 << 10;
 
 /// A kernel's registers and memory as the driver has loaded it.

@@ -313,7 +313,7 @@ fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
         (begin, other) = (end, other + 9);
     }
 
-    // Rounds: the decided token, two wrong guesses, two right ones, a wrong one below the first.
+    // Rounds: the decided token, two wrong drafts, two right ones, a wrong one below the first.
     let mut at = prompt_len;
     while (at as usize) + 3 < tokens.len() {
         let right = |i: u32| tokens[(at + i) as usize];

@@ -7,7 +7,7 @@
 //! | module | content |
 //! |---|---|
 //! | [`device`], [`cloud`] | requests and sessions of the two roles |
-//! | [`draft`] | guesses at the tokens to come |
+//! | [`draft`] | drafts of the tokens to come |
 //! | [`chunk`], [`estimate`] | how a prompt is cut; estimates of device, link and cloud |
 //! | [`sched`], [`sequence`], [`page`], [`prefix`] | rows: which run, where, and which are kept |
 //! | [`request`], [`answer`], [`sample`], [`stop`], [`metrics`] | from a request to its answer |

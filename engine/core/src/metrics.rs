@@ -45,7 +45,7 @@ pub struct Timings {
     pub drafters: BTreeMap<&'static str, DraftCounts>,
     /// Most rows away at one time, prompt included.
     pub rows_in_flight_max: u32,
-    /// Times that the walk went on into drafts made while those above were away.
+    /// Times that verification went on into drafts made while those above were away.
     pub predraft_hits: u32,
     /// Time spent on drafts and on the device's own layers for them, decided rows of rounds with
     /// drafts included.

@@ -166,7 +166,7 @@ pub struct Choice {
     pub logit: f32,
 }
 
-/// Chooses tokens along one path. [`Sampler::accept`] and [`Sampler::undo`] walk the path forward
+/// Chooses tokens along one path. [`Sampler::accept`] and [`Sampler::undo`] follow the path forward
 /// and back; [`Sampler::fork`] starts a second one.
 pub struct Sampler {
     config: SamplerConfig,

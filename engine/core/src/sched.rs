@@ -18,7 +18,7 @@
 //! get as much of the time as if both shared each step where a round is short, and more where it
 //! is long: a verify's way through a shared step costs it all of the prompts' time once more.)
 //!
-//! A step costs as many looks as it has works, and a few more: nobody walks over all that waits.
+//! A step costs as many looks as it has works, and a few more: nobody looks over all that waits.
 //! Integers only: no clock, no transport, no model.
 
 #[cfg(test)]

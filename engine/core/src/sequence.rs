@@ -7,7 +7,7 @@
 //! - A commit names one row; the path from the root to it is kept, everything that does not
 //!   descend from it is pruned. Committed rows stand at the slot of their own position.
 //! - Decided rows (of a prompt, of plain decoding, at the root of a draft tree) never pend. They
-//!   follow the committed tip, so whatever pended is void.
+//!   follow the committed tip, so whatever pended is stale.
 
 use std::borrow::Borrow;
 
@@ -164,7 +164,7 @@ impl Sequence {
     }
 
     /// Takes `count` decided rows with ids `first_id..`: each the child of the one before, the
-    /// first a child of the committed tip. Rows that pended there are void: what follows the tip
+    /// first a child of the committed tip. Rows that pended there are stale: what follows the tip
     /// is decided.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ const HIDDEN: usize = 8;
 const SESSIONS: usize = 4;
 /// Turns of a measurement.
 const TURNS: usize = 200;
-/// Turns before it: trees and waves have their largest sizes by then.
+/// Turns before it: trees and batches of drafts have their largest sizes by then.
 const WARM_UP: usize = 600;
 const TOKENS: u32 = 30_000;
 const VOCAB: usize = 400;
@@ -64,7 +64,7 @@ fn compute(work: DeviceWork<'_>) {
     }
 }
 
-/// Guesses two tokens below each node: the first is right, or the second, or, behind one of six
+/// Drafts two tokens below each node: the first is right, or the second, or, behind one of six
 /// tokens, neither.
 struct TestDrafter;
 
@@ -253,7 +253,7 @@ fn a_decode_round_allocates_the_text_of_its_events_alone() {
         let count = allocations() - before;
         assert!(pair.tokens > SESSIONS * 100, "{name}: {} tokens", pair.tokens);
         assert_eq!(count, pair.tokens, "{name}: allocations, and tokens");
-        // Trees are left beside their first branch, and waves are void while they wait.
+        // Trees are left beside their first branch, and batches of drafts are stale while they wait.
         let tree = matches!(draft, DraftMode::Auto | DraftMode::Tree | DraftMode::Stream);
         assert!(!tree || pair.moves > 0, "{name}: no row moves");
         let dropped = pair.cloud.figures().dropped;

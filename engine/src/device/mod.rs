@@ -108,7 +108,7 @@ pub struct Engine {
     split_layer: usize,
     wire: Codec,
     queue_max: u32,
-    cloud: Option<Cloud>, // dropped last: the engine thread still says goodbye to it
+    cloud: Option<Cloud>, // dropped last: the engine thread still sends it a CLOSE
 }
 
 impl Engine {
@@ -319,7 +319,7 @@ impl Engine {
         self.shared.describe().device.clone()
     }
 
-    /// One line about the trained drafter that guesses now, if one does.
+    /// One line about the trained drafter that drafts now, if one does.
     #[doc(hidden)]
     #[must_use]
     pub fn describe_drafter(&self) -> Option<String> {

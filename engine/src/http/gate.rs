@@ -112,7 +112,7 @@ impl Gate {
     }
 
     /// A name that resolves to this machine by DNS tricks is not one of this machine's names: a
-    /// web page of a stranger would reach us under its own name.
+    /// foreign web page would reach us under its own name.
     fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
         let Some(host) = single(headers, header::HOST) else {
             let message = "exactly one Host header is needed";

@@ -368,7 +368,7 @@ fn a_device_without_its_backend_says_so() {
     }
 }
 
-/// A fault that passes is no wrong guess: whichever computation it befalls, be it drafts alone, the
+/// A fault that passes is no wrong draft: whichever computation it befalls, be it drafts alone, the
 /// request ends with it.
 #[test]
 fn a_fault_that_passes_is_noticed_wherever_it_happens() {
@@ -376,7 +376,7 @@ fn a_fault_that_passes_is_noticed_wherever_it_happens() {
     let whole = yardstick(&bundles);
     let fuse = Arc::new(AtomicI64::new(-1));
     let engine = engine_with(&bundles, &fuse, false);
-    // What stood there before is guessed, and more of it while the guesses are away.
+    // What stood there before is drafted, and more of it while the drafts are away.
     let again = || Request::tokens(long_prompt(12).repeat(6)).max_tokens(40).ignore_eos();
     let mut burned = 0;
     for burns_at in 0..80 {

@@ -469,7 +469,7 @@ fn pending_rows(first_id: u32, parent: u32, commit: u32) -> RowsHead {
     RowsHead { decided: false, want: Want::All, commit, ..chain(first_id, 2, parent) }
 }
 
-/// Waves that wait while the device goes another way are not computed. What the new way passes
+/// Batches of drafts that wait while the device goes another way are not computed. What the new way passes
 /// through is, and so is what that hangs from.
 #[test]
 fn stale_batches_are_dropped_and_nothing_else() {
@@ -495,7 +495,7 @@ fn stale_batches_are_dropped_and_nothing_else() {
         hand.rows(3, &chain(1, 1, 0), &[], &rows(1, 1));
         hand.rows(3, &pending_rows(2, 1, 0), &[], &rows(2, 2));
         hand.rows(3, &pending_rows(4, 3, 0), &[], &rows(4, 2));
-        // This one keeps the path to row 2, and is void but for that.
+        // This one keeps the path to row 2, and is stale but for that.
         hand.rows(3, &pending_rows(6, 2, 2), &[], &rows(6, 2));
         // Now the device goes on behind row 2.
         let head = RowsHead { commit: 0, ..chain(8, 1, 2) };

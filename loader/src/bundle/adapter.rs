@@ -198,7 +198,7 @@ impl DrafterFile {
         self.split_layer
     }
 
-    /// Tokens that it may guess, most frequent first. Each at most once, all in the model's
+    /// Tokens that it may draft, most frequent first. Each at most once, all in the model's
     /// vocabulary.
     #[must_use]
     pub fn vocabulary(&self) -> &[u32] {

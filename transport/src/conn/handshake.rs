@@ -7,7 +7,7 @@ use crate::frame::{Deframed, Deframer, Kind, RawFrame};
 use crate::message::Hello;
 use crate::pool::{Buf, Pool};
 
-/// Waits for one HELLO. A stranger costs a buffer or two and a deadline, and nothing else.
+/// Waits for one HELLO. An unknown peer costs a buffer or two and a deadline, and nothing else.
 #[derive(Debug)]
 pub struct Handshake {
     deframer: Deframer,

@@ -87,7 +87,7 @@ impl Endpoint {
         }
     }
 
-    /// Buffers to receive into for strangers, farewells, and sockets whose time is over.
+    /// Buffers to receive into for handshakes, close frames, and sockets whose time is over.
     pub(super) fn service_peers(&mut self, now: Instant) {
         let mut late = Vec::new();
         for (id, peer) in &mut self.peers {
@@ -231,7 +231,7 @@ impl Endpoint {
         }
     }
 
-    /// A stranger said HELLO: its socket becomes that of a new connection, or of one that it had.
+    /// An unknown peer said HELLO: its socket becomes that of a new connection, or of one that it had.
     fn admit(&mut self, now: Instant, id: PeerId, hello: &Hello) {
         let ours = &self.config.connection.hello;
         if hello.role == ours.role {
@@ -308,7 +308,7 @@ impl Endpoint {
         }
     }
 
-    /// Turns a stranger away, with a CLOSE frame if it would understand one.
+    /// Turns an unknown peer away, with a CLOSE frame if it would understand one.
     fn refuse(&mut self, now: Instant, id: PeerId, code: Option<CloseCode>, error: GoneError) {
         let reason = match &error {
             GoneError::Protocol { error, .. } => error.to_string(),

@@ -1,4 +1,4 @@
-//! The trained drafter of a device's bundle: one layer that guesses the deep row of a token
+//! The trained drafter of a device's bundle: one layer that predicts the deep row of a token
 //! before the cloud has computed it.
 //!
 //! For a token with shallow row `s` (after `split_layer` layers) whose predecessor has the deep
@@ -12,7 +12,7 @@
 //!
 //! `y` times some rows of the LM head gives the likeliest next tokens. Decided tokens leave keys
 //! that were made with true deep rows; a draft tree hangs keys below them that were made with
-//! guessed ones, and those are made again once the tokens are decided. Kinds without deep rows
+//! drafted ones, and those are made again once the tokens are decided. Kinds without deep rows
 //! lack `W2` and `Wf`, and the paper's (arXiv 2503.18989) lacks the feed-forward part and `W1` as
 //! well.
 

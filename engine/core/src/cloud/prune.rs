@@ -1,7 +1,7 @@
 //! Rows that wait and can no longer matter: a device that streams has sent them before it heard
-//! how its walk went, and now says that it went another way.
+//! how its verification went, and now says that it went another way.
 //!
-//! Decided rows follow the committed path, so whatever pends beside that path is void once they
+//! Decided rows follow the committed path, so whatever pends beside that path is stale once they
 //! are applied. Chunks of pending rows that still wait then are not computed at all. A chunk is
 //! kept whole if anything that stays names a row of it: a commit, or a row that hangs below.
 
@@ -12,7 +12,7 @@ use hat_transport::message::Dropped;
 
 use super::session::{QueueItem, Session};
 
-/// Rows that became void, and the ids by which others stay. Reused from frame to frame.
+/// Rows that became stale, and the ids by which others stay. Reused from frame to frame.
 #[derive(Default)]
 pub(super) struct Pruning {
     /// Rows that were to come back, those of the latest chunk first.
@@ -34,7 +34,7 @@ impl Pruning {
 
 impl Session {
     /// A frame of decided rows has come, and with it the order to keep the path to row `commit`
-    /// (0: nothing): takes the chunks out of the queue that are void by that. Rows of them that
+    /// (0: nothing): takes the chunks out of the queue that are stale by that. Rows of them that
     /// were to come back are put to the end of `pruning.dropped`. Returns true if there were any
     /// chunks.
     pub(super) fn prune_stale(&mut self, commit: u32, pruning: &mut Pruning) -> bool {

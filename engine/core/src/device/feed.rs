@@ -34,7 +34,7 @@ impl Drafting {
     }
 }
 
-/// Drafted rows that were decided, copied when the walk passed them.
+/// Drafted rows that were decided, copied when verification passed them.
 #[derive(Default)]
 struct RightRows {
     /// True if there is a verdict on a tree that the drafter has not been told of.
@@ -111,7 +111,7 @@ impl Request {
         true
     }
 
-    /// Offers what the trained drafter guesses below the nodes that it has not been asked about,
+    /// Offers what the trained drafter drafts below the nodes that it has not been asked about,
     /// and whose rows are computed.
     ///
     /// # Errors
@@ -155,7 +155,7 @@ impl Request {
         for (node, mut proposal) in proposals.drain(..) {
             assert!((first..end).contains(&node), "guesses are for nodes that were asked about");
             if is_chain {
-                // The paper's rule: the first guess that is not sure enough is the last.
+                // The paper's rule: the first draft that is not sure enough is the last.
                 if drafts.is_unsure {
                     continue;
                 }
@@ -171,9 +171,9 @@ impl Request {
         Ok(())
     }
 
-    /// The walk has moved: copies the rows of the tree that were right, up to the row before which
-    /// the walk stands, or that it has visited last, whose position is `end - 1`. Keeps the deep
-    /// row that the next guesses may read.
+    /// Verification has moved: copies the rows of the tree that were right, up to the row before which
+    /// verification stands, or that it has visited last, whose position is `end - 1`. Keeps the deep
+    /// row that the next drafts may read.
     ///
     /// The drafter has taken the root before: [`Request::feed`] runs before heads do.
     pub(super) fn keep_right_rows(&mut self, end: usize, cx: &Common) {
@@ -202,7 +202,7 @@ impl Request {
             let at = node * hidden_size;
             right.shallow.extend_from_slice(&open.outgoing.hidden[at..at + hidden_size]);
         }
-        // The rows before them: the first of the walk comes first, the last one is left out.
+        // The rows before them: the first of verification comes first, the last one is left out.
         for back in (1..=count).rev() {
             let before = rows.clone().nth(back).flatten();
             right.deep.extend_from_slice(before.expect("the walk has been there"));

@@ -86,7 +86,7 @@ impl Outgoing {
         &self.parents[self.sent - self.begin.max(self.decided)..][..rows]
     }
 
-    /// Rows of which the cloud has not heard are void; a chunk that it has in part goes up whole.
+    /// Rows of which the cloud has not heard are stale; a chunk that it has in part goes up whole.
     pub(super) fn drop_unheard(&mut self) {
         if self.sent == self.begin {
             (self.computed, self.released) = (self.sent, self.sent);

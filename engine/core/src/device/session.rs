@@ -26,13 +26,13 @@ pub(super) struct Drafts {
     pub(super) is_unsure: bool,
     /// True if nothing is to be added before the next verdict.
     pub(super) is_full: bool,
-    /// Guesses right below the last decided token that were not sent: they are tested all the
+    /// Drafts right below the last decided token that were not sent: they are tested all the
     /// same, so that a drafter that is not asked can become better.
     pub(super) withheld: Vec<(TokenId, Source)>,
 }
 
 impl Drafts {
-    /// Forgets the tree, but not the guesses that were held back.
+    /// Forgets the tree, but not the drafts that were held back.
     pub(super) fn clear(&mut self) {
         self.tree.clear();
         self.ids.clear();
@@ -166,7 +166,7 @@ impl OpenSession {
 mod tests {
     use super::*;
 
-    /// A wave is queued below row 2, where the walk stands; row 2 has not come back.
+    /// A batch of drafts is queued below row 2, where verification stands; row 2 has not come back.
     #[test]
     fn end_names_no_row_that_may_never_have_left() {
         let mut kv = Sequence::new(vec![0, 1, 2, 3], 64);

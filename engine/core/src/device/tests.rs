@@ -152,7 +152,7 @@ fn compute(work: DeviceWork<'_>) {
     }
 }
 
-/// A drafter that guesses right and wrong, and looks at what it is told.
+/// A drafter that drafts right and wrong, and looks at what it is told.
 #[derive(Default)]
 struct Proposer {
     opened: SessionId,

@@ -1,8 +1,8 @@
-//! A draft tree as it grows: guesses, the rows that they need, and what those rows make the
-//! trained drafter guess next.
+//! A draft tree as it grows: drafts, the rows that they need, and what those rows make the
+//! trained drafter draft next.
 //!
 //! A tree goes up level by level, each while the next one is computed. Once it is away, requests
-//! that stream add to it, below what is likely or, as verdicts come, below where the walk stands.
+//! that stream add to it, below what is likely or, as verdicts come, below where verification stands.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -54,7 +54,7 @@ pub(super) enum TreePhase {
 }
 
 impl Request {
-    /// Begins a draft tree below the last decided token with what lookup guesses; its first level
+    /// Begins a draft tree below the last decided token with what lookup drafts; its first level
     /// has the decided token's own row. Returns true if there is, or may become, a tree.
     pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
         self.seed_tree(now, has_drafter, cx).is_some()
@@ -183,7 +183,7 @@ impl Request {
         }
     }
 
-    /// The walk stands further down the tree, before a row that is away: what it has passed is
+    /// Verification stands further down the tree, before a row that is away: what it has passed is
     /// decided and committed, and the tree begins there.
     fn follow_verdict(&mut self, cx: &mut Common) {
         let Some(open) = self.session.open() else { return };
@@ -250,8 +250,8 @@ impl Request {
         out.hidden.resize(nodes.end * cx.facts.hidden_size, 0.0);
     }
 
-    /// The rows of a level are computed. A guess may be as wrong as it likes: if its row holds
-    /// something that is no number, zeros go up instead, the walk never goes there, and the tree
+    /// The rows of a level are computed. A draft may be as wrong as it likes: if its row holds
+    /// something that is no number, zeros go up instead, verification never goes there, and the tree
     /// ends.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
-//! Rows that lead to tokens: which are away, which are back, and how far the walk has come.
+//! Rows that lead to tokens: which are away, which are back, and how far verification has come.
 //!
-//! The walk stands before one row, whose output decides the next token. If a row of that token
-//! hangs below, the walk goes on there; if not, it has left the tree and everything below is
-//! void. Rows of a prompt but the last are not in here: they lead to no token.
+//! Verification stands before one row, whose output decides the next token. If a row of that token
+//! hangs below, verification goes on there; if not, it has left the tree and everything below is
+//! stale. Rows of a prompt but the last are not in here: they lead to no token.
 
 use crate::draft::Source;
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
@@ -37,7 +37,7 @@ impl Row {
     }
 }
 
-/// The rows below the last decided token, and the place of the walk.
+/// The rows below the last decided token, and the place of verification.
 #[derive(Debug, Default)]
 pub(super) struct Verifier {
     rows: Vec<Row>, // in order of ids
@@ -46,7 +46,7 @@ pub(super) struct Verifier {
     spare: Vec<Vec<f32>>,
 }
 
-/// The walk goes on below.
+/// Verification goes on below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Advance {
     /// True if the row there was made while the one above was away.
@@ -69,7 +69,7 @@ pub(super) struct Visit<'a> {
 pub(super) enum Taken {
     /// It was waited for.
     Awaited,
-    /// Its row is not here: void, or never known.
+    /// Its row is not here: stale, or never known.
     Unknown,
     /// It had come before.
     Twice,
@@ -81,7 +81,7 @@ impl Verifier {
         self.batch = self.batch.wrapping_add(1);
     }
 
-    /// A row goes up. If the walk stands nowhere it stands before this one.
+    /// A row goes up. If verification stands nowhere it stands before this one.
     pub(super) fn push(
         &mut self,
         id: u32,
@@ -126,12 +126,12 @@ impl Verifier {
         Some(Visit { id: at, round: row.round, was_drafted: row.was_drafted, output })
     }
 
-    /// The row before which the walk stands.
+    /// The row before which verification stands.
     pub(super) fn at(&self) -> Option<u32> {
         self.at
     }
 
-    /// Drafted rows right below the place of the walk: their tokens and who drafted them.
+    /// Drafted rows right below the place of verification: their tokens and who drafted them.
     pub(super) fn drafts(&self) -> impl Iterator<Item = (TokenId, Source)> {
         let below = self.rows.iter().filter(|row| Some(row.parent) == self.at);
         below.filter_map(|row| Some((row.token, row.source?)))
@@ -146,7 +146,7 @@ impl Verifier {
         Some(Advance { into_next_batch: batch != Some(row.batch) })
     }
 
-    /// Makes the row before which the walk stands the first one: those that do not hang below it
+    /// Makes the row before which verification stands the first one: those that do not hang below it
     /// are forgotten.
     pub(super) fn begin_here(&mut self) {
         let Some(at) = self.at else { return };
@@ -166,7 +166,7 @@ impl Verifier {
         }
     }
 
-    /// The rows from the root to where the walk stands, the last first.
+    /// The rows from the root to where verification stands, the last first.
     pub(super) fn path(&self) -> impl Iterator<Item = &Row> + Clone {
         let find = |id: u32| self.rows.iter().find(|row| row.id == id);
         std::iter::successors(self.at.and_then(find), move |row| find(row.parent))

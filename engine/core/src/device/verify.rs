@@ -1,4 +1,4 @@
-//! Outputs that come back, and the walk that turns them into tokens.
+//! Outputs that come back, and verification that turns them into tokens.
 
 use std::time::{Duration, Instant};
 
@@ -146,7 +146,7 @@ impl Request {
         self.session.open_mut().map_or(&mut [], |open| &mut open.tail.rows)
     }
 
-    /// The tail layers have seen decided rows. The last of all leads to a token; the walk doesn't
+    /// The tail layers have seen decided rows. The last of all leads to a token; verification doesn't
     /// know the others.
     pub(super) fn end_tail(&mut self, tail: TailRows, facts: &Facts) {
         let Some(open) = self.session.open_mut() else { return };
@@ -155,7 +155,7 @@ impl Request {
     }
 
     /// Takes `scratch.rows` from number `first` on, which pend, in whatever order. Returns true if
-    /// any was waited for; those that have become void are let go.
+    /// any was waited for; those that have become stale are let go.
     fn take_pending(
         &mut self,
         output: &Output<'_>,
@@ -176,7 +176,7 @@ impl Request {
         Ok(has_news)
     }
 
-    /// Takes the news that rows will not come back. They were void before the cloud was told so,
+    /// Takes the news that rows will not come back. They were stale before the cloud was told so,
     /// and nobody here waits for them.
     pub(super) fn handle_dropped(&mut self, dropped: &Dropped) -> Result<(), CloudViolation> {
         let Some(open) = self.session.open_mut() else { return Ok(()) };
@@ -216,7 +216,7 @@ impl Request {
         Ok(())
     }
 
-    /// The row before which the walk stands, if it is back. The LM head runs for such rows alone.
+    /// The row before which verification stands, if it is back. The LM head runs for such rows alone.
     pub(super) fn begin_head(&mut self, cx: &mut Common) -> Option<Head> {
         let open = self.session.open_mut()?;
         let visit = open.verifier.next()?;
@@ -284,7 +284,7 @@ impl Request {
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
         if let Some(step) = emitted.token.and_then(|token| open.verifier.step(token)) {
             self.meter.counts.predraft_hits += u32::from(step.into_next_batch);
-            // Where the walk stands now, more may be drafted.
+            // Where verification stands now, more may be drafted.
             open.drafts.is_full = false;
         } else {
             self.leave_tree(now, head.id, cx);
@@ -293,7 +293,7 @@ impl Request {
         Outcome::Goes
     }
 
-    /// Guesses at `token`, which is decided, are right or wrong.
+    /// Drafts at `token`, which is decided, are right or wrong.
     fn note_drafts_tested(&mut self, token: TokenId, cx: &mut Common) {
         let Some(open) = self.session.open_mut() else { return };
         for (proposal, source) in open.drafts.withheld.drain(..) {
@@ -305,7 +305,7 @@ impl Request {
         }
     }
 
-    /// The walk has left the tree after row `id`: keeps the path to it, here now and in the cloud
+    /// Verification has left the tree after row `id`: keeps the path to it, here now and in the cloud
     /// with the next rows, and forgets the rest.
     fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
         // The last decided token has no row yet.

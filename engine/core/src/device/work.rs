@@ -71,7 +71,7 @@ pub enum Verdict<'a> {
     Logits(&'a mut [f32]),
 }
 
-/// Decided rows for the trained drafter to take, or nodes below which it guesses.
+/// Decided rows for the trained drafter to take, or nodes below which it drafts.
 pub struct DraftWork<'a> {
     drafter: Option<&'a mut Box<dyn Drafter>>,
     request: &'a mut Request,
@@ -145,9 +145,9 @@ enum Computation {
     Head(Head),
     /// Decided rows, by the trained drafter.
     Feed,
-    /// Guesses of the trained drafter below a level.
+    /// Drafts of the trained drafter below a level.
     Propose(Level),
-    /// Guesses of the trained drafter below a tree that is away.
+    /// Drafts of the trained drafter below a tree that is away.
     Pipelined(Bounds),
 }
 
@@ -323,7 +323,7 @@ impl DeviceCore {
                 if let Some(tail) = request.begin_tail(&mut self.cx) {
                     return Some((id, Computation::Tail(tail)));
                 }
-                // The drafter takes the root before what the walk finds right below it.
+                // The drafter takes the root before what verification finds right below it.
                 if request.is_unfed() {
                     return Some((id, Computation::Feed));
                 }

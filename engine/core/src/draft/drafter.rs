@@ -8,7 +8,7 @@
 //!    position once, in order, also over reconnects.
 //! 2. [`Drafter::propose`] for node 0 of a new tree, which is the last committed row; then, as the
 //!    tree grows level by level, for the nodes whose shallow rows were computed since.
-//! 3. [`Drafter::rollback`] when the verdict is there: the tree's rows are void. What was right
+//! 3. [`Drafter::rollback`] when the verdict is there: the tree's rows are stale. What was right
 //!    comes again as step 1, now with deep rows.
 
 use std::ops::Range;
@@ -97,8 +97,8 @@ pub trait Drafter: Send {
     /// Takes rows of the decided path.
     fn commit(&mut self, session: SessionId, rows: &Decided<'_>);
 
-    /// Guesses what follows each of the new nodes, at most `width` tokens each: index of the node,
-    /// and a guess with its probability, into `proposals`. [`Drafter::fault`] is asked after that.
+    /// Drafts what follows each of the new nodes, at most `width` tokens each: index of the node,
+    /// and a draft with its probability, into `proposals`. [`Drafter::fault`] is asked after that.
     fn propose(
         &mut self,
         session: SessionId,

@@ -90,7 +90,7 @@ impl Lookup {
     }
 
     /// Branches that may follow the last token: longest match first, then the latest place. Each
-    /// begins differently. `probability` says how often a guess of a class was right.
+    /// begins differently. `probability` says how often a draft of a class was right.
     pub fn propose(
         &self,
         branches_max: usize,
@@ -173,7 +173,7 @@ mod tests {
         tokens.iter().copied().collect()
     }
 
-    /// Class of the first guess, and the tokens, of each branch.
+    /// Class of the first draft, and the tokens, of each branch.
     fn branches(lookup: &Lookup, branches_max: usize) -> Vec<(u8, Vec<TokenId>)> {
         let mut out = Vec::new();
         lookup.propose(

@@ -1,15 +1,15 @@
-//! Drafting: guesses at the tokens to come, so that one round trip may yield several.
+//! Drafting: drafts of the tokens to come, so that one round trip may yield several.
 //!
-//! A [`Tree`] of guesses hangs below the last decided token. Its rows go to the cloud in one
-//! frame; when they are back, the device walks from the root: each visited row's logits decide a
-//! token, and the walk goes on as long as a child has it. What is emitted is what plain decoding
-//! emits, whatever was guessed: drafters are free to be wrong, and only speed depends on them.
+//! A [`Tree`] of drafts hangs below the last decided token. Its rows go to the cloud in one
+//! frame; when they are back, the device verifies from the root: each visited row's logits decide a
+//! token, and verification goes on as long as a child has it. What is emitted is what plain decoding
+//! emits, whatever was drafted: drafters are free to be wrong, and only speed depends on them.
 //!
-//! - [`tree`]: guesses of several drafters merged, the most probable ones first
+//! - [`tree`]: drafts of several drafters merged, the most probable ones first
 //! - [`gumbel_rank`]: what seeded noise says of a choice to come
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
 //! - [`trained`]: the seam of drafters that compute
-//! - [`policy`]: sizes and thresholds, and how many guesses pay
+//! - [`policy`]: sizes and thresholds, and how many drafts pay
 
 pub mod gumbel;
 pub mod lookup;

@@ -49,7 +49,7 @@ impl DraftMode {
         matches!(self, Self::Auto | Self::Stream | Self::All)
     }
 
-    /// True if what followed the same words before is guessed; `has_trained` says if there is a
+    /// True if what followed the same words before is drafted; `has_trained` says if there is a
     /// trained drafter.
     #[must_use]
     pub const fn looks_up(self, has_trained: bool) -> bool {

@@ -4,7 +4,7 @@
 //! each draft with its probability) and to take
 //! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`, as [`Estimator::round`]
 //! has it. Zero drafts may win. Rows that go up while others are away pay by other rules, since
-//! nobody waits for them unless the walk comes by: see [`Estimator::wave`]. Pure: the caller
+//! nobody waits for them unless verification comes by: see [`Estimator::draft_batch`]. Pure: the caller
 //! measures.
 
 use super::lookup::BRANCHES_MAX;
@@ -18,7 +18,7 @@ use crate::sequence::PENDING_ROWS_MAX;
 pub struct DraftPolicy {
     /// Nodes of a tree at most, the decided token at its root not counted.
     pub nodes_max: usize,
-    /// Guesses of the trained drafter for one node at most.
+    /// Drafts of the trained drafter for one node at most.
     pub width: usize,
     /// Branches of prompt lookup at most.
     pub branches_max: usize,
@@ -30,10 +30,10 @@ pub struct DraftPolicy {
     pub pending_max: usize,
     /// Drafts of a chain at most (Kangaroo, arXiv 2404.18911, whose adapter HAT uses).
     pub chain_max: usize,
-    /// Probability of a chain's guesses: the first that is less probable is the last, as in HAT
+    /// Probability of a chain's drafts: the first that is less probable is the last, as in HAT
     /// (arXiv 2503.18989).
     pub chain_probability_min: f32,
-    /// True if that last guess goes up, too. (HAT keeps it to draft on from.)
+    /// True if that last draft goes up, too. (HAT keeps it to draft on from.)
     pub sends_unsure: bool,
     /// True if each level of a tree leaves while the next is computed; otherwise all leave
     /// together.
@@ -130,7 +130,7 @@ impl Asking {
     }
 }
 
-/// Shares of guesses that were right, by drafter and class.
+/// Shares of drafts that were right, by drafter and class.
 #[derive(Clone, Debug)]
 pub struct Acceptance {
     rates: [[f32; CLASSES]; DrafterKind::ALL.len()],
@@ -149,7 +149,7 @@ const LOOKUP_FIRST: [f32; CLASSES] = [
     0.08, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.82,
 ];
 
-/// The probability that guesses of a class of the trained drafter claim, by and large.
+/// The probability that drafts of a class of the trained drafter claim, by and large.
 fn middle_of_bin(bin: usize) -> f32 {
     (bin as f32 + 0.5) / BINS as f32
 }
@@ -158,13 +158,13 @@ fn middle_of_bin(bin: usize) -> f32 {
 const PRESENT: f32 = 0.02;
 
 impl Acceptance {
-    /// Share of the guesses from `source` that are right. `0..=1`
+    /// Share of the drafts from `source` that are right. `0..=1`
     #[must_use]
     pub fn rate(&self, source: Source) -> f32 {
         self.rates[source.drafter as usize][usize::from(source.class)]
     }
 
-    /// Probability of a guess of the trained drafter: its claim, times the share of its class that
+    /// Probability of a draft of the trained drafter: its claim, times the share of its class that
     /// was right over the share that was claimed.
     #[must_use]
     pub fn corrected(&self, proposal: &Proposal) -> f32 {
@@ -172,7 +172,7 @@ impl Acceptance {
         (proposal.probability * self.rate(proposal.source) / claimed).min(1.0)
     }
 
-    /// A guess from `source` was compared with the decided token.
+    /// A draft from `source` was compared with the decided token.
     pub fn note(&mut self, source: Source, right: bool) {
         let rate = &mut self.rates[source.drafter as usize][usize::from(source.class)];
         *rate += PRESENT * (f32::from(u8::from(right)) - *rate);
@@ -210,12 +210,12 @@ mod tests {
             ((0.1, 7.0, 1.0, 1.0), (0.5, 0.8), 0),
             ((0.1, 7.0, 40.0, 1.0), (0.5, 0.8), 4),
             ((0.1, 7.0, 400.0, 1.0), (0.5, 0.8), 11),
-            // No link at all: only sure guesses.
+            // No link at all: only sure drafts.
             ((2.0, 2.0, 0.0, 1.0), (0.5, 0.8), 0),
             ((2.0, 2.0, 0.0, 1.0), (0.98, 0.98), 9),
             // A hopeless drafter.
             ((7.0, 0.5, 40.0, 1.0), (0.01, 0.5), 0),
-            // A tree of many faint guesses.
+            // A tree of many faint drafts.
             ((7.0, 0.1, 100.0, 1.0), (0.05, 1.0), 32),
         ];
         for (index, ((fixed, each, wait, head), (first, by), drafts)) in

@@ -1,9 +1,9 @@
-//! A draft tree as it grows: the most probable guess first, whoever made it.
+//! A draft tree as it grows: the most probable draft first, whoever made it.
 //!
 //! Drafters offer *branches*, runs of tokens each with the probability that it follows the one
 //! before. A candidate's cumulative probability is the product along its path, so growing by the
 //! best candidate keeps every prefix of the nodes a tree, and the best one of its size. A token
-//! that several drafters guess at one place is one node. Pure: no backend, no clock.
+//! that several drafters draft at one place is one node. Pure: no backend, no clock.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -25,7 +25,7 @@ pub struct Node {
     pub parent: usize,
     /// Tokens between it and the root.
     pub depth: u32,
-    /// Probability that the walk comes by, as its drafters see it. `0..=1`
+    /// Probability that verification comes by, as its drafters see it. `0..=1`
     pub probability: f32,
     /// Drafter that proposed it; `None` for the root, which is decided.
     pub source: Option<Source>,

@@ -1,4 +1,4 @@
-//! Nonsense, attacks and strangers. After each one a fixed question has its usual answer.
+//! Nonsense, attacks and unknown peers. After each one a fixed question has its usual answer.
 
 use std::io::{Read, Write};
 use std::time::Duration;

@@ -82,7 +82,7 @@ impl Device {
         }
     }
 
-    /// Without a goodbye, where that is possible.
+    /// Without a close frame, where that is possible.
     fn kill(&mut self) {
         if let Self::Process(child) = self {
             child.kill();
@@ -298,7 +298,7 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    /// Ends the devices whose time has come, one half without a goodbye, and starts others.
+    /// Ends the devices whose time has come, one half without a close frame, and starts others.
     fn end_lives(&mut self, now: Instant) -> anyhow::Result<()> {
         for device in 0..self.places.len() {
             let place = &mut self.places[device];
@@ -395,7 +395,7 @@ impl<'a> Fleet<'a> {
         Ok(Ended { figures, kept, first_failure: self.first_failure.take() })
     }
 
-    /// All devices at one time: those that are connected say goodbye.
+    /// All devices at one time: those that are connected send a close frame.
     fn end_all(&mut self) {
         for place in &mut self.places {
             let ready = place.ready;

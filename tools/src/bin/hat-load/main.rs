@@ -115,7 +115,7 @@ struct Args {
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     cancel: f64,
     /// Devices come and go: mean life of one, seconds, 0.1 to 1000000. One half ends with a
-    /// goodbye, the other half is killed (not with --threads-only).
+    /// close frame, the other half is killed (not with --threads-only).
     #[arg(long, value_name = "S", value_parser = seconds)]
     life_s: Option<f64>,
     /// Longest time to connect at first, in seconds, 0.1 to 1000000.

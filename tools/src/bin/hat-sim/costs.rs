@@ -175,13 +175,13 @@ pub(crate) struct Drafters {
     pub(crate) spread: f64,
     /// Loss of a logit with each draft step.
     pub(crate) fall: f64,
-    /// Shares of what the first guess leaves, of the second guess and those that follow.
+    /// Shares of what the first draft leaves, of the second draft and those that follow.
     pub(crate) ranks: Vec<f64>,
     /// Tokens that the draft head tells apart where a policy asks for a short one.
     pub(crate) short_vocab: u32,
 }
 
-/// A model that guesses.
+/// A model that drafts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Drafter {
@@ -395,7 +395,7 @@ impl Roofline {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Server {
     pub(crate) work: Roofline,
-    /// A level of guesses for all sessions at once.
+    /// A level of drafts for all sessions at once.
     pub(crate) draft: Roofline,
     /// Reading the KV of one row that came before.
     pub(crate) context_s: f64,

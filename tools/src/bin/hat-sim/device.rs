@@ -335,7 +335,7 @@ impl Device {
         if round.levels <= round.ahead {
             return 0.0;
         }
-        // Rows below heads' guesses are all known at once, and computed in one pass.
+        // Rows below heads' drafts are all known at once, and computed in one pass.
         match self.policy.proposer {
             Proposer::Heads if before > 0 => {
                 self.costs.layers.seconds(before + rows) - self.costs.layers.seconds(before)

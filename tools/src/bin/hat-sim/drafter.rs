@@ -1,4 +1,4 @@
-//! A trained drafter that is known only by how well it guesses: the seam through which the engine's
+//! A trained drafter that is known only by how well it drafts: the seam through which the engine's
 //! device asks one, answered with a text's opinions.
 
 use std::collections::BTreeMap;
@@ -79,7 +79,7 @@ impl Modelled {
         rows.nodes.iter().zip(&right).skip(first).map(opinion).collect()
     }
 
-    /// Guesses behind a node of which there is an opinion.
+    /// Drafts behind a node of which there is an opinion.
     fn proposals(
         &self,
         request: usize,

@@ -126,7 +126,7 @@ impl Policy {
         }
     }
 
-    /// HAT as published. The guess with which a chain ends is not sent: drafting ahead begins with
+    /// HAT as published. The draft with which a chain ends is not sent: drafting ahead begins with
     /// it and its siblings.
     fn hat() -> Self {
         Self {

@@ -1,9 +1,9 @@
-//! A text that is known only by how well it can be guessed.
+//! A text that is known only by how well it can be predicted.
 //!
 //! At each position of an answer a trained drafter has a confidence, and is right that often; the
-//! right token may also be its second guess, its third, and so on. Confidences are logistic in
+//! right token may also be its second draft, its third, and so on. Confidences are logistic in
 //! their logits around a middle that a published number of tokens a round fixes; the spread over
-//! positions, the fall with each draft step and the shares of the later guesses are those of our
+//! positions, the fall with each draft step and the shares of the later drafts are those of our
 //! measured drafter. Prompt lookup is right in runs: a copied run begins now and then, and goes on
 //! with one probability. Both are functions of the seed, the request and the position, so all
 //! policies meet the same texts.
@@ -22,7 +22,7 @@ use hat_tools::random::{Purpose, unit};
 use crate::costs::Drafters;
 use crate::policy::HEADS_NODES;
 
-/// Guesses of one drafter for one position that are modelled. (The engine takes up to
+/// Drafts of one drafter for one position that are modelled. (The engine takes up to
 /// `DraftPolicy::width` of them, 8.)
 pub(crate) const WIDTH_MAX: usize = 5;
 /// Drafts of prompt lookup at most.
@@ -92,7 +92,7 @@ impl Opinion {
         self.right.is_some_and(|rank| rank < width)
     }
 
-    /// The first `width` guesses where `right_token` is right, below token `parent`.
+    /// The first `width` drafts where `right_token` is right, below token `parent`.
     pub(crate) fn proposals(
         &self,
         right_token: TokenId,
@@ -108,7 +108,7 @@ impl Opinion {
     }
 }
 
-/// The number of a wrong token: the same for the same guess below the same token.
+/// The number of a wrong token: the same for the same draft below the same token.
 fn wrong(parent: u32, rank: usize) -> u32 {
     let share = unit(0, Purpose::Wrong, u64::from(parent), rank as u64);
     WRONG_FIRST + (share * f64::from(1u32 << 30)) as u32
@@ -139,7 +139,7 @@ impl Predictability {
         predictability
     }
 
-    /// The same texts, guessed by an adapter whose tree of this many nodes gives this many tokens a
+    /// The same texts, drafted by an adapter whose tree of this many nodes gives this many tokens a
     /// round: for a what-if.
     pub(crate) fn with_tree(&self, nodes: usize, tokens: f64) -> Self {
         let with = |middle| Self { adapter: middle, ..self.clone() };
@@ -298,7 +298,7 @@ impl Predictability {
         for (probability, share) in probabilities[1..].iter_mut().zip(&self.ranks) {
             *probability = (1.0 - confidence) * share;
         }
-        // A later guess that is more probable than the first would not be a later guess.
+        // A later draft that is more probable than the first would not be a later draft.
         probabilities.sort_by(|a, b| b.total_cmp(a));
         let width = WIDTH_MAX.min(1 + self.ranks.len());
         Opinion { probabilities, width, right: None }
@@ -346,7 +346,7 @@ mod tests {
         }
     }
 
-    /// The shape is that of our own drafter: first guesses right as often as measured
+    /// The shape is that of our own drafter: first drafts right as often as measured
     /// (docs/DRAFTER.md), the trees come out as measured too.
     #[test]
     fn the_shape_is_that_of_the_measured_drafter() {

@@ -1,4 +1,4 @@
-//! `hat-train`: makes the drafter that a device guesses tokens with.
+//! `hat-train`: makes the drafter that a device drafts tokens with.
 //!
 //! `collect` lets the target model answer prompts and keeps the rows that a device would see;
 //! `fit` trains a drafter on them; `eval` says how many tokens a round trip it is worth.

@@ -52,7 +52,7 @@ fn each_hello_error() {
     let role = ProtocolError::Role { role: Role::Cloud };
     assert_eq!(hello_error(&hello(|hello| hello.role = Role::Cloud)), role);
     assert_eq!(hello_error(&hello(|hello| hello.link_id[0] = 0)), ProtocolError::Link);
-    // A stranger does not get a large buffer by announcing a large frame.
+    // An unknown peer does not get a large buffer by announcing a large frame.
     let long = frame(|header| (header.kind, header.session) = (1, 0), &[0; 2000]);
     let length = HeaderError::Length { len: 2000, max: 1024 };
     assert_eq!(hello_error(&long), ProtocolError::Frame(length.into()));

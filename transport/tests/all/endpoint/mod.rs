@@ -1,4 +1,4 @@
-//! Endpoints over each link: sessions, reconnects, strangers, counts.
+//! Endpoints over each link: sessions, reconnects, unknown peers, counts.
 mod counts;
 mod pair;
 mod reconnect;

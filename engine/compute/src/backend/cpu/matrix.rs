@@ -1,6 +1,6 @@
-//! A weight matrix in panels, and the walk over it that every level shares.
+//! A weight matrix in panels, and the loop over it that every level shares.
 //!
-//! The walk cuts rows into tiles of 8, 4, 2 and 1 and hands each tile with one panel to the level's
+//! The loop cuts rows into tiles of 8, 4, 2 and 1 and hands each tile with one panel to the level's
 //! kernel, which gives back 16 sums a row. Everything that has an order (blocks of K, then bias,
 //! then the old content) is the same for each tile, so the cut can't change a bit.
 
@@ -179,7 +179,7 @@ macro_rules! weight_types {
 }
 pub(super) use weight_types;
 
-/// Walks the panels of `columns` over all rows. `x` is `[rows][width]`.
+/// Goes over the panels of `columns` over all rows. `x` is `[rows][width]`.
 #[inline(always)]
 pub(super) fn for_each_panel<T>(
     linear: &Linear<'_>,

@@ -45,7 +45,7 @@ fn a_fault_closes_everybody_and_the_step_behind_it_finds_nobody() {
     }
 }
 
-/// A commit's moves that wait for a step are void by a fault: the pages are others' by then.
+/// A commit's moves that wait for a step are stale by a fault: the pages are others' by then.
 #[test]
 fn a_fault_drops_the_moves_that_wait() {
     let mut bed = Bed::new();

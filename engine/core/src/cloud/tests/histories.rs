@@ -87,7 +87,7 @@ fn a_session_has_one_work_in_a_step_and_rows_in_several_steps() {
     assert_eq!(heard, [Heard::Opened(0), Heard::Computed(1, 10), Heard::Computed(11, 10), last]);
 }
 
-/// Waves that wait while their device goes another way are dropped, with what they committed kept.
+/// Batches of drafts that wait while their device goes another way are dropped, with what they committed kept.
 #[test]
 fn stale_batches_are_dropped_and_what_they_committed_stays() {
     let mut bed = Bed::new();
@@ -112,7 +112,7 @@ fn stale_batches_are_dropped_and_what_they_committed_stays() {
     assert_eq!(bed.heard(device, 1), [Heard::Rows(vec![(7, digest([1, 2, 7]))])]);
 }
 
-/// A wave stays whole if its device goes on behind any row of it, and so does what leads there.
+/// A batch of drafts stays whole if its device goes on behind any row of it, and so does what leads there.
 #[test]
 fn waves_that_lead_to_the_row_that_is_kept_stay_whole() {
     let mut bed = Bed::new();
@@ -140,7 +140,7 @@ fn waves_that_lead_to_the_row_that_is_kept_stay_whole() {
     assert_eq!(bed.heard(device, 1), [first, second, rows(&[(8, &[1, 2, 4, 5, 8])])]);
 }
 
-/// A chunk that is begun names rows as well: the wave below which it hangs is needed.
+/// A chunk that is begun names rows as well: the batch of drafts below which it hangs is needed.
 #[test]
 fn a_wave_below_which_a_chunk_is_begun_stays() {
     let mut bed = Bed::new();

@@ -125,7 +125,7 @@ fn act(
                 bed.frame(device, Kind::Rows, session, Priority::Prompt, &body);
             }
         }
-        // A verify: a root and a chain of guesses below it.
+        // A verify: a root and a chain of drafts below it.
         4..=7 => {
             let kept = random.below(client.pending.len() as u64 + 1) as usize;
             let commit = client.commit(kept);
@@ -134,7 +134,7 @@ fn act(
             let body = client.pending_rows(1 + random.below(7) as u16, 0);
             bed.frame(device, Kind::Rows, session, Priority::Verify, &body);
         }
-        // A wave below what pends, or a commit alone.
+        // A batch of drafts below what pends, or a commit alone.
         8 if !client.pending.is_empty() && client.pending.len() < 40 => {
             let body = client.pending_rows(1 + random.below(6) as u16, 0);
             bed.frame(device, Kind::Rows, session, Priority::Verify, &body);

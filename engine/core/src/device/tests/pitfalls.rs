@@ -111,7 +111,7 @@ fn rows_that_come_late_or_never_are_not_timed() {
     assert!(timed(&bed).is_none());
 }
 
-/// A drafter that is not asked can become better: its guesses are tested all the same.
+/// A drafter that is not asked can become better: its drafts are tested all the same.
 #[test]
 fn guesses_that_were_held_back_are_tested() {
     let mut bed = Bed::with(false);

@@ -1,4 +1,4 @@
-//! A trained drafter that knows the whole model: it guesses right, second or not at all, as chance
+//! A trained drafter that knows the whole model: it drafts right, second or not at all, as chance
 //! has it, and it looks at each row that it is given.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use super::ledger::{self, LAYERS, ReferenceRun, read, token_of};
 /// Rows of a page.
 const PAGE: usize = hat_plan::PAGE_SIZE;
 
-/// A drafter, and the facts that it guesses by.
+/// A drafter, and the facts that it drafts by.
 pub struct Proposer {
     random: SeededRandom,
     width: usize,

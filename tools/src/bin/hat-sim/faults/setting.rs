@@ -325,7 +325,7 @@ impl Setting {
         setting
     }
 
-    /// The same over real models, of one width and split, for which nobody guesses.
+    /// The same over real models, of one width and split, for which nobody drafts.
     pub fn on_real_models(mut self) -> Self {
         (self.is_real, self.width) = (true, TinyModel::default().hidden);
         for device in &mut self.devices {

@@ -1,4 +1,4 @@
-//! `eval`: how well a drafter guesses, and how many tokens a round trip that is worth.
+//! `eval`: how well a drafter drafts, and how many tokens a round trip that is worth.
 
 mod curves;
 pub(crate) mod proposals;
@@ -50,13 +50,13 @@ pub(crate) struct EvalArgs {
     /// Draw tokens a round against the node budget, of all answers together, as SVG.
     #[arg(long, value_name = "FILE", requires = "adapter")]
     plot: Option<PathBuf>,
-    /// Guesses of the drafter for each node of a tree; the device's own number otherwise.
+    /// Drafts of the drafter for each node of a tree; the device's own number otherwise.
     #[arg(long, value_name = "N", default_value_t = DraftPolicy::DEFAULT.width)]
     width: usize,
     /// Nodes of a tree that are computed together; the device's own number otherwise.
     #[arg(long, value_name = "N", default_value_t = DraftPolicy::DEFAULT.level_nodes)]
     level: usize,
-    /// Divide the drafter's logits by so much: below 1 it is surer of its first guesses.
+    /// Divide the drafter's logits by so much: below 1 it is surer of its first drafts.
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
     /// Write the table as JSON too.

@@ -2,8 +2,8 @@
 //!
 //! A device's core drafts as it does at work; its cloud is a stand-in that answers each row at
 //! once, and a row is its position. A device computes the shallow rows of its own drafts exactly,
-//! so what its drafter says below right guesses is known from the recording. Below a wrong guess it
-//! isn't: there the guesses at the same depth of the right path stand in. They decide only which
+//! so what its drafter says below right drafts is known from the recording. Below a wrong draft it
+//! isn't: there the drafts at the same depth of the right path stand in. They decide only which
 //! nodes a wrong branch takes from the budget, never what is kept.
 
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use hat_transport::pool::{Buf, Pool, PoolConfig};
 
 use crate::shard::Recording;
 
-/// Guesses by draft step and position of the answer; a drafter that reads no deep rows has one
+/// Drafts by draft step and position of the answer; a drafter that reads no deep rows has one
 /// step for all.
 pub(crate) struct Proposals {
     /// `[steps][positions]`, best first.
@@ -36,15 +36,15 @@ pub(crate) struct Proposals {
 }
 
 impl Proposals {
-    /// Guesses at the token after `position`, `depth` tokens below the last decided one. Below the
-    /// last step its guesses stand in.
+    /// Drafts at the token after `position`, `depth` tokens below the last decided one. Below the
+    /// last step its drafts stand in.
     fn at(&self, position: usize, depth: usize) -> Option<&[Proposal]> {
         let step = &self.steps[(depth - 1).min(self.steps.len() - 1)];
         step.get(position).map(Vec::as_slice)
     }
 }
 
-/// An answer and what was guessed.
+/// An answer and what was drafted.
 pub(super) struct Trial<'a> {
     pub(super) source: &'a str,
     prompt: usize,
@@ -60,7 +60,7 @@ impl<'a> Trial<'a> {
     }
 
     /// Of the positions where draft step `step` has its say: how many, how often its first
-    /// guess was right, and how often one of its first five.
+    /// draft was right, and how often one of its first five.
     pub(super) fn hits(&self, step: usize) -> [usize; 3] {
         let mut hits = [0; 3];
         let Some(proposals) = &self.proposals else { return hits };
@@ -98,13 +98,13 @@ impl Rule {
         Self { mode: DraftMode::Lookup, policy: DraftPolicy { nodes_max, ..DraftPolicy::DEFAULT } }
     }
 
-    /// The trained drafter's first guesses, one below the other, however unsure.
+    /// The trained drafter's first drafts, one below the other, however unsure.
     pub(super) fn chain(chain_max: usize) -> Self {
         let policy = DraftPolicy { chain_max, chain_probability_min: 0.0, ..DraftPolicy::DEFAULT };
         Self { mode: DraftMode::Chain, policy }
     }
 
-    /// The most probable guesses first, in levels and of a width as in `shape`.
+    /// The most probable drafts first, in levels and of a width as in `shape`.
     pub(super) fn tree(nodes_max: usize, with_lookup: bool, shape: DraftPolicy) -> Self {
         let branches_max = if with_lookup { shape.branches_max } else { 0 };
         Self { mode: DraftMode::Tree, policy: DraftPolicy { nodes_max, branches_max, ..shape } }
@@ -298,7 +298,7 @@ impl FrameSink for Frames {
     }
 }
 
-/// The guesses over one answer, in the trained drafter's place.
+/// The drafts over one answer, in the trained drafter's place.
 struct Recorded {
     /// Tokens before the answer.
     prompt: usize,
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn a_chain_accepts_what_is_right_from_its_front() {
-        // Answer 5 6 7 8 9 10; guesses at each position, the same at each depth.
+        // Answer 5 6 7 8 9 10; drafts at each position, the same at each depth.
         let tokens = [1, 5, 6, 7, 8, 9, 10];
         let right = [(6, 0.9), (7, 0.9), (0, 0.9), (9, 0.9), (0, 0.9)];
         let steps = vec![right.iter().map(|pair| proposal(&[*pair])).collect()];
@@ -398,7 +398,7 @@ mod tests {
             proposal(&[(3, 0.9)]),
         ]];
         let trial = trial(&tokens, 1, Some(Proposals { steps }));
-        // The first level takes both guesses for 5. Below 9 stands what follows 6, so that its
+        // The first level takes both drafts for 5. Below 9 stands what follows 6, so that its
         // path is worth .54, below 6 it is worth .27: the third node is wrong, the fourth right.
         let score = |nodes| {
             let score = play(&trial, tree(nodes, false));

@@ -1,4 +1,4 @@
-//! Guesses of a trained drafter along recorded answers: the engine's own drafter, with the rows
+//! Drafts of a trained drafter along recorded answers: the engine's own drafter, with the rows
 //! that a device has.
 
 use anyhow::Context as _;
@@ -18,7 +18,7 @@ use crate::shard::Recording;
 
 /// Draft steps that are computed.
 pub(super) const DEPTH_MAX: usize = 8;
-/// Guesses that are kept of each draft step.
+/// Drafts that are kept of each draft step.
 pub(super) const PROPOSALS_MAX: usize = 16;
 /// Rows of one step of the drafter.
 const ROWS_MAX: usize = 256;
@@ -47,7 +47,7 @@ impl Proposer {
         })
     }
 
-    /// Guesses at each position and depth; logits are divided by `temperature`.
+    /// Drafts at each position and depth; logits are divided by `temperature`.
     pub(crate) fn proposal(
         &mut self,
         recording: &Recording,
@@ -90,7 +90,7 @@ impl Proposer {
     }
 }
 
-/// The first guesses of a node as they are with another temperature.
+/// The first drafts of a node as they are with another temperature.
 fn best(found: &[(usize, Proposal)], temperature: f32) -> Vec<Proposal> {
     let best = found.iter().take(PROPOSALS_MAX).map(|(_, proposal)| *proposal);
     if temperature == 1.0 {

@@ -24,7 +24,7 @@ fn rules(shape: DraftPolicy) -> [(&'static str, Rule); RULES] {
     ]
 }
 
-/// Draft steps whose guesses are counted.
+/// Draft steps whose drafts are counted.
 const STEPS: usize = 4;
 
 /// Spec-Bench names the eight kinds of MT-bench one by one.
@@ -35,7 +35,7 @@ const MT_BENCH: [&str; 8] =
 #[derive(Clone, Default)]
 struct Sums {
     answers: usize,
-    /// Positions, first guesses right, one of five right.
+    /// Positions, first drafts right, one of five right.
     hits: [[usize; 3]; STEPS],
     /// Tokens, rounds and nodes by rule.
     scores: [[usize; 3]; RULES],

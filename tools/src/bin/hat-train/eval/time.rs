@@ -14,7 +14,7 @@ use hat_program::outln;
 const CONTEXT: usize = 256;
 /// Runs of which the median counts.
 const RUNS: usize = 41;
-/// Guesses of each row.
+/// Drafts of each row.
 const PROPOSALS: usize = 8;
 
 /// Prints times of one and of eight rows, with the head.

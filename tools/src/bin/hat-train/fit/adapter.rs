@@ -25,7 +25,7 @@ pub(super) struct TrainingFacts {
     pub(super) prompts: Vec<(String, String)>,
 }
 
-/// Writes a drafter of the model and the split layer `of`, which may guess the tokens of
+/// Writes a drafter of the model and the split layer `of`, which may draft the tokens of
 /// `vocabulary`, most frequent first; matrices as f16 if `half`, as q8_0 otherwise.
 pub(super) fn write(
     path: &Path,
@@ -199,7 +199,7 @@ pub(super) mod tests {
         let y1 = session.decided(2, &rows(&shallow, 4, 5), &rows(&deep, 3, 4), true);
         close(&y1, &rows(y(1), 0, 1), share, "decided rows");
 
-        // Below position 5: a wrong guess, the right one, and the right one below that.
+        // Below position 5: a wrong draft, the right one, and the right one below that.
         let (tip, root) = (session.sequence.tip(), &y1[config.hidden_size..]);
         session.proposal(tip, &rows(&deep, 0, 0), root);
         let (child, y2) = session.proposal(tip, &rows(&shallow, 6, 6), root);
@@ -235,7 +235,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Guesses at each position and depth, as `eval` asks for them, against what is unrolled here.
+    /// Drafts at each position and depth, as `eval` asks for them, against what is unrolled here.
     #[test]
     fn eval_asks_for_what_training_unrolls() {
         for kind in DrafterArchitecture::ALL {

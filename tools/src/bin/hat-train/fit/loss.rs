@@ -201,7 +201,7 @@ mod tests {
             assert_ne!(plain[step][3], later[step][3]);
             assert_ne!(plain[step][4], later[step][4]);
         }
-        // The deep row before query 3 is read by step 1 alone: step 2 there reads step 1's guess.
+        // The deep row before query 3 is read by step 1 alone: step 2 there reads step 1's draft.
         assert_ne!(plain[0][3], deep[0][3]);
         assert_eq!(plain[1][3], deep[1][3]);
         assert_ne!(plain[1][4], deep[1][4]);
