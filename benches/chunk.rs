@@ -6,7 +6,7 @@
 //!
 //! Planning: the bound is a millisecond for 4,096 rows at a grain of 32. With `--measure`, the
 //! default model's TTFT over an emulated link, policies in turn, all against the first policy of
-//! the list in pairs of one round. Its bound is the greatest of upload, device and cloud, each
+//! the list in pairs of one round. Its bound is the largest of upload, device and cloud, each
 //! alone, and one round trip: bytes up over the rate, and the device's and the cloud's own
 //! estimates of their time. Both roles run on this machine. `--tiny` takes a generated model with
 //! rows of 64 numbers instead: over a slow link it shows the overlap where computing is next to

@@ -164,7 +164,7 @@ impl Engines {
     }
 }
 
-/// Median, least and greatest.
+/// Median, least and largest.
 fn spread(values: impl IntoIterator<Item = f64>) -> String {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);

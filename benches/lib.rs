@@ -31,7 +31,7 @@ pub fn millis(text: &str) -> Result<Duration, String> {
     time.and_then(Result::ok).ok_or_else(|| format!("{text} is no time"))
 }
 
-/// Median, least and greatest.
+/// Median, least and largest.
 ///
 /// # Panics
 /// If there is no value.

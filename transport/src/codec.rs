@@ -34,11 +34,11 @@ pub enum Codec {
     F32,
     /// IEEE binary16, rounded to nearest even, with one exponent for the row.
     F16,
-    /// Blocks of 64 numbers as 8-bit integers with one scale, the greatest number of each apart as
+    /// Blocks of 64 numbers as 8-bit integers with one scale, the largest number of each apart as
     /// f16: 8.5 bits a number, and one exponent for the row.
     #[default]
     Int8,
-    /// Blocks of 32 numbers as 4-bit integers with one scale, the greatest number of each apart as
+    /// Blocks of 32 numbers as 4-bit integers with one scale, the largest number of each apart as
     /// f16: 5 bits a number, and one exponent for the row.
     Int4,
 }

@@ -175,7 +175,7 @@ fn gemv_and_linear_give_the_bits_of_the_arithmetic() {
 fn the_largest_sums_are_exact() {
     let Some(mut gpu) = gpu() else { return };
     for kind in KINDS {
-        // Rows of the least, the greatest and the middle numbers, with the greatest scales.
+        // Rows of the least, the largest and the middle numbers, with the largest scales.
         let matrix = Matrix::of(kind, 24, 256, |row| {
             let mut quants = [[0x00, 0xff, 0x80, 0x7f, 0x08, 0xf7][row % 6]; 34];
             quants[32..].fill([0x80, 0x7f][row / 6 % 2]);

@@ -178,7 +178,7 @@ impl Model {
         }
     }
 
-    /// Logits of each row, and the greatest one's token.
+    /// Logits of each row, and the largest one's token.
     fn head(&self, gpu: &mut TestGpu, rows: usize, x: &TestMemory) -> (Vec<Vec<u32>>, Vec<u32>) {
         let normed = norm(gpu, rows, x, &self.norm);
         let mut logits = room::<f32>(gpu, rows * VOCABULARY);

@@ -211,7 +211,7 @@ impl Answer {
         }
     }
 
-    /// True if it needs nothing but the token with the greatest logit: see
+    /// True if it needs nothing but the token with the largest logit: see
     /// [`Answer::take_argmax`].
     #[must_use]
     pub fn wants_argmax(&self) -> bool {
@@ -245,7 +245,7 @@ impl Answer {
         Ok(self.emit(token, logprobs, vocabulary))
     }
 
-    /// Takes the token with the greatest logit as the next, where [`Answer::wants_argmax`].
+    /// Takes the token with the largest logit as the next, where [`Answer::wants_argmax`].
     pub fn take_argmax(&mut self, token: TokenId, vocabulary: &dyn Vocabulary) -> Emitted {
         self.emit(token, None, vocabulary)
     }

@@ -11,8 +11,8 @@
 //!    each filter keeps a prefix of the ranking, never less than the first token:
 //!    `top_k` the first k; `top_p` the shortest prefix whose share of the probability left by
 //!    `top_k` reaches p; `min_p` those with at least `min_p` times the probability of the first.
-//! 4. **Temperature and noise**: the token with the greatest `logit / temperature + noise` in f64,
-//!    noise as in [`noise`]. Temperature 0 is greedy: the greatest logit.
+//! 4. **Temperature and noise**: the token with the largest `logit / temperature + noise` in f64,
+//!    noise as in [`noise`]. Temperature 0 is greedy: the largest logit.
 //!
 //! Ties go to the lowest id. Sums run in ascending order of ids (mass) or in ranking order
 //! (prefix), so results are the same bits on every platform.
@@ -115,7 +115,7 @@ impl SamplerConfig {
         Ok(())
     }
 
-    /// True if the choice is the greatest logit, of equal ones the lowest token, so that no full
+    /// True if the choice is the largest logit, of equal ones the lowest token, so that no full
     /// row of logits is needed.
     #[must_use]
     pub fn is_plain_greedy(&self) -> bool {
@@ -254,7 +254,7 @@ impl Sampler {
         Ok(self.draw(all, position, first, &kept))
     }
 
-    /// `argmax(logit / temperature + noise)` over what the filters kept. Tokens that the greatest
+    /// `argmax(logit / temperature + noise)` over what the filters kept. Tokens that the largest
     /// possible noise would not lift over the best so far are passed over; that changes nothing,
     /// since rounding keeps order.
     fn draw(
@@ -319,7 +319,7 @@ pub(crate) fn seeded_noise(seed: u64, choice: u32, position: u32) -> impl FnMut(
     move |token| gumbel(noise.word(token))
 }
 
-/// The greatest logit, the lowest id among equals; refuses what is no number.
+/// The largest logit, the lowest id among equals; refuses what is no number.
 fn argmax(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
     let mut best = Choice { token: 0, logit: f32::NEG_INFINITY };
     for (token, &logit) in (0..).zip(logits) {

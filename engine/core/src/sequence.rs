@@ -97,8 +97,8 @@ impl Sequence {
         }
     }
 
-    /// As [`Sequence::new`], with `pages_cached` full pages of committed rows in front, which may be
-    /// shared with others and are never written: their rows have the ids `1..=committed`.
+    /// As [`Sequence::new`], with `pages_cached` full pages of committed rows in front, which may
+    /// be shared with others and are never written: their rows have the ids `1..=committed`.
     ///
     /// # Panics
     /// If they are more than `rows_max`.

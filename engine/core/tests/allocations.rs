@@ -253,7 +253,8 @@ fn a_decode_round_allocates_the_text_of_its_events_alone() {
         let count = allocations() - before;
         assert!(pair.tokens > SESSIONS * 100, "{name}: {} tokens", pair.tokens);
         assert_eq!(count, pair.tokens, "{name}: allocations, and tokens");
-        // Trees are left beside their first branch, and batches of drafts are stale while they wait.
+        // Trees are left beside their first branch, and batches of drafts are stale while they
+        // wait.
         let tree = matches!(draft, DraftMode::Auto | DraftMode::Tree | DraftMode::Stream);
         assert!(!tree || pair.moves > 0, "{name}: no row moves");
         let dropped = pair.cloud.figures().dropped;

@@ -1,8 +1,8 @@
 //! The vocabulary that roles, models and kernels share: which rows are computed, what can go wrong,
 //! and the traits of the submodels. No dependency, no computation.
 //!
-//! Which rows attend to what is an [`AttendBatch`], made in [`BatchBuffers`]; where K and V live is a
-//! store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`], [`MiddleForward`] and
+//! Which rows attend to what is an [`AttendBatch`], made in [`BatchBuffers`]; where K and V live is
+//! a store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`], [`MiddleForward`] and
 //! [`DraftForward`] are the submodels, whatever backend computes them.
 
 #![forbid(unsafe_code)]

@@ -39,7 +39,7 @@ pub trait DeviceForward: Computes + Send {
     fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]);
     /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
-    /// As [`DeviceForward::head`], but only the token with the greatest logit and that logit, of
+    /// As [`DeviceForward::head`], but only the token with the largest logit and that logit, of
     /// equal ones the lowest. `None` if some logit is not finite.
     fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)>;
     /// Moves KV rows of all layers.

@@ -127,8 +127,8 @@ fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
         .with_context(|| format!("{flag}: a number of seconds from 0 up is wanted"))
 }
 
-/// The signals that ask a role to end. The first is seen by [`EndSignal::signal`]; one more ends the
-/// process where it stands, as it would without this.
+/// The signals that ask a role to end. The first is seen by [`EndSignal::signal`]; one more ends
+/// the process where it stands, as it would without this.
 struct EndSignal {
     asked: Vec<(&'static str, Arc<AtomicBool>)>,
 }

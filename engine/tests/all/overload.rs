@@ -469,8 +469,8 @@ fn pending_rows(first_id: u32, parent: u32, commit: u32) -> RowsHead {
     RowsHead { decided: false, want: Want::All, commit, ..chain(first_id, 2, parent) }
 }
 
-/// Batches of drafts that wait while the device goes another way are not computed. What the new way passes
-/// through is, and so is what that hangs from.
+/// Batches of drafts that wait while the device goes another way are not computed. What the new way
+/// passes through is, and so is what that hangs from.
 #[test]
 fn stale_batches_are_dropped_and_nothing_else() {
     let bundles = Bundles::generated(1, 0);

@@ -51,8 +51,9 @@ fn a_tree_and_its_commit_give_the_bytes_of_the_chain() {
     hand.rows(2, &third, &[], &row(103));
     assert_eq!(hand.outputs(2, 1)[0].1, expected[43].1, "decided, below a second commit");
 
-    // Session 3: three batches of drafts without waiting. The second hangs below a row of the first, the
-    // third comes with the commit of that row and hangs below a row of the second, which survives.
+    // Session 3: three batches of drafts without waiting. The second hangs below a row of the
+    // first, the third comes with the commit of that row and hangs below a row of the second, which
+    // survives.
     hand.open(3, |_| {});
     hand.rows(3, &chain(1, 40, 0), &[], &rows(&prompt));
     hand.rows(3, &tree, &[40, 40, 42, 42, 41], &rows(&[200, 100, 201, 101, 202]));

@@ -26,8 +26,8 @@ pub enum PrepareError {
 }
 
 /// Checks and tokenises a request, for a model of `vocab_size` tokens and sessions of `context`
-/// positions. A conversation that goes on from one of `history` keeps its ids; templates may ask for
-/// the date. Returns the text of a conversation with it.
+/// positions. A conversation that goes on from one of `history` keeps its ids; templates may ask
+/// for the date. Returns the text of a conversation with it.
 ///
 /// # Errors
 /// [`PrepareError`].

@@ -1,8 +1,8 @@
-//! Rows as small integers: blocks with a scale, and the greatest number of each block apart.
+//! Rows as small integers: blocks with a scale, and the largest number of each block apart.
 //!
 //! A row is its exponent, and then blocks of up to `N` numbers. A block's bytes: the scale and the
-//! greatest number, both f16, then a code for each number. A code is a signed integer times the
-//! scale; the lowest code, which rounding never gives, stands where the greatest number was.
+//! largest number, both f16, then a code for each number. A code is a signed integer times the
+//! scale; the lowest code, which rounding never gives, stands where the largest number was.
 //! Residual streams hold a few channels that are hundreds of times greater than the rest: in one
 //! scale with them, their neighbours would all be rounded to nothing.
 //!
@@ -18,7 +18,7 @@ const ROUND: f32 = 12_582_912.0;
 
 /// Integers of one width.
 pub(super) trait Grid {
-    /// The greatest code; the least one is its negative.
+    /// The largest code; the least one is its negative.
     const MOST: i8;
     /// Bits of a code's magnitude.
     const BITS: i32;
@@ -90,7 +90,7 @@ pub(super) const fn row_bytes(hidden: usize, block: usize, bits: usize) -> usize
 /// Writes one row: its exponent, then its blocks.
 #[inline(always)]
 pub(super) fn encode_row<G: Grid, const N: usize>(row: &[f32], out: &mut [u8]) {
-    // The greatest scale is a normal f16, too: a subnormal one has few bits.
+    // The largest scale is a normal f16, too: a subnormal one has few bits.
     let exponent = Exponent::of(row, G::BITS);
     let (byte, mut out) = out.split_at_mut(1);
     byte[0] = exponent.byte();

@@ -1,7 +1,7 @@
 //! One power of two for a row, so that no row is too great or too small for f16.
 //!
 //! A row within reach has exponent 0, and its bytes are those that it would have without one.
-//! Other rows are multiplied by a power of two that brings their greatest magnitude just below
+//! Other rows are multiplied by a power of two that brings their largest magnitude just below
 //! where f16 ends. Of a row whose numbers come back rounded, the exponent is the same.
 
 /// Bits of the least f32 that f16 would round to infinity, 65520.
@@ -9,7 +9,7 @@ const BEYOND: i32 = 0x477F_F000;
 /// Bits of the least f32 that f16 rounds to a normal number, 2^-14.
 const LEAST: i32 = BEYOND - (30 << 23);
 /// The byte of exponent 0. The byte 0 lifts the least f32, 2^-149, to 2^-7, where int8 has all
-/// its bits; the byte of the greatest f32 is [`EXCESS`] + 113.
+/// its bits; the byte of the largest f32 is [`EXCESS`] + 113.
 const EXCESS: i32 = 142;
 
 /// The numbers of a row are what its codec says times two to the power of this.
@@ -17,7 +17,7 @@ const EXCESS: i32 = 142;
 pub(super) struct Exponent(i32);
 
 impl Exponent {
-    /// The exponent of a row of finite numbers. It is 0 if the greatest magnitude, over two to the
+    /// The exponent of a row of finite numbers. It is 0 if the largest magnitude, over two to the
     /// power of `bits`, is a normal f16 and the magnitude itself is one too.
     #[inline(always)]
     pub(super) fn of(row: &[f32], bits: i32) -> Self {
@@ -51,7 +51,7 @@ impl Exponent {
         numbers.iter_mut().for_each(|number| *number = *number * half * rest);
     }
 
-    /// The inverse. A number that was rounded up beyond f32 becomes its greatest.
+    /// The inverse. A number that was rounded up beyond f32 becomes its largest.
     pub(super) fn put_back(self, numbers: &mut [f32]) {
         if self.0 == 0 {
             return;

@@ -45,12 +45,12 @@ fn bytes_are_little_endian_and_dense() {
 
 #[test]
 fn blocks_are_a_scale_the_largest_number_and_codes() {
-    // The greatest is 1000, the next 127: scale 1. Ties go to even.
+    // The largest is 1000, the next 127: scale 1. Ties go to even.
     let row = [3.0f32, -127.0, 1000.0, 2.5, 3.5];
     let bytes = [142, 0, 0x3C, 0xD0, 0x63, 3, 0x81, 0x80, 2, 4];
     assert_eq!(packed(Codec::Int8, &row, 5), bytes);
     assert_eq!(crossed(Codec::Int8, &row, 5), [3.0, -127.0, 1000.0, 2.0, 4.0]);
-    // Scale 0.5; of two greatest ones the first is apart. Low halves: 8, 7, -2; high: -7, 1.
+    // Scale 0.5; of two largest ones the first is apart. Low halves: 8, 7, -2; high: -7, 1.
     let row = [-10.0f32, 3.5, -1.0, -3.5, 0.5];
     assert_eq!(packed(Codec::Int4, &row, 5), [142, 0, 0x38, 0, 0xC9, 0x98, 0x17, 0x0E]);
     assert_eq!(crossed(Codec::Int4, &row, 5), row);
@@ -83,7 +83,7 @@ fn f16_rounds_to_even() {
     assert_eq!(got[5..], [65504.0, 65504.0, -1.0]);
 }
 
-/// The exponent's byte, and what comes back, where a row's greatest number is at an edge.
+/// The exponent's byte, and what comes back, where a row's largest number is at an edge.
 #[test]
 fn a_row_has_the_least_exponent_that_holds_it() {
     let edges = [
@@ -109,7 +109,7 @@ fn a_row_has_the_least_exponent_that_holds_it() {
             assert!(error <= f64::from(number) / 2048.0, "{codec:?}: {number} came as {}", got[1]);
         }
     }
-    // The greatest numbers would be rounded up beyond f32.
+    // The largest numbers would be rounded up beyond f32.
     assert_eq!(crossed(Codec::F16, &[f32::MAX, -f32::MAX], 2), [f32::MAX, -f32::MAX]);
     // int8 and int4 need more room below, for their scales.
     for (codec, least) in [(Codec::Int8, 2f32.powi(-7)), (Codec::Int4, 2f32.powi(-11))] {
@@ -207,8 +207,8 @@ proptest! {
     }
 
     /// No row is out of reach: each number comes back within the codec's step of the row's
-    /// greatest, be that as great or as small as f32 has. f16 writes what came back as it was
-    /// written, and so do the others where the greatest number of each block is well apart.
+    /// largest, be that as great or as small as f32 has. f16 writes what came back as it was
+    /// written, and so do the others where the largest number of each block is well apart.
     #[test]
     fn rows_of_any_size_come_back(
         rows in prop::collection::vec(-1.0f32..1.0, 1..200), exponent in -148i32..=127,
@@ -254,8 +254,8 @@ proptest! {
         }
     }
 
-    /// In each block the greatest number comes back as f16, and the others within half a step of
-    /// the next greatest one's scale.
+    /// In each block the largest number comes back as f16, and the others within half a step of
+    /// the next largest one's scale.
     #[test]
     fn blocks_keep_their_promise(rows in any_rows()) {
         for (codec, block, most) in [(Codec::Int8, 64, 127.0f32), (Codec::Int4, 32, 7.0)] {

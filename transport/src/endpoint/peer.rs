@@ -231,7 +231,8 @@ impl Endpoint {
         }
     }
 
-    /// An unknown peer said HELLO: its socket becomes that of a new connection, or of one that it had.
+    /// An unknown peer said HELLO: its socket becomes that of a new connection, or of one that it
+    /// had.
     fn admit(&mut self, now: Instant, id: PeerId, hello: &Hello) {
         let ours = &self.config.connection.hello;
         if hello.role == ours.role {

@@ -17,7 +17,7 @@ use super::session::{QueueItem, Session};
 pub(super) struct Pruning {
     /// Rows that were to come back, those of the latest chunk first.
     pub(super) dropped: Vec<Dropped>,
-    /// Ids that are named by something that stays, the greatest first.
+    /// Ids that are named by something that stays, the largest first.
     needed: BinaryHeap<u32>,
 }
 

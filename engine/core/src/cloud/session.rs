@@ -218,8 +218,8 @@ impl Session {
         })
     }
 
-    /// Takes a `ROWS` frame. Rows that wait and are stale by it come to the end of `pruning.dropped`.
-    /// Returns true if chunks were taken out of the queue.
+    /// Takes a `ROWS` frame. Rows that wait and are stale by it come to the end of
+    /// `pruning.dropped`. Returns true if chunks were taken out of the queue.
     pub(super) fn take_rows(
         &mut self,
         now: Instant,

@@ -78,7 +78,7 @@ pub(super) struct Scratch {
     pub(super) kept: Vec<usize>, // nodes of a tree
     pub(super) proposals: Vec<(usize, Proposal)>,
     pub(super) logits: Vec<f32>, // [vocab_size]
-    /// The token with the greatest logit, and that logit.
+    /// The token with the largest logit, and that logit.
     pub(super) argmax: Option<(TokenId, f32)>,
     pub(super) rows: Vec<f32>, // [rows of one OUTPUT frame, hidden_size]
 }

@@ -171,9 +171,9 @@ impl Request {
         Ok(())
     }
 
-    /// Verification has moved: copies the rows of the tree that were right, up to the row before which
-    /// verification stands, or that it has visited last, whose position is `end - 1`. Keeps the deep
-    /// row that the next drafts may read.
+    /// Verification has moved: copies the rows of the tree that were right, up to the row before
+    /// which verification stands, or that it has visited last, whose position is `end - 1`. Keeps
+    /// the deep row that the next drafts may read.
     ///
     /// The drafter has taken the root before: [`Request::feed`] runs before heads do.
     pub(super) fn keep_right_rows(&mut self, end: usize, cx: &Common) {

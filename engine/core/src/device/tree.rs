@@ -2,7 +2,8 @@
 //! trained drafter draft next.
 //!
 //! A tree goes up level by level, each while the next one is computed. Once it is away, requests
-//! that stream add to it, below what is likely or, as verdicts come, below where verification stands.
+//! that stream add to it, below what is likely or, as verdicts come, below where verification
+//! stands.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -251,8 +252,8 @@ impl Request {
     }
 
     /// The rows of a level are computed. A draft may be as wrong as it likes: if its row holds
-    /// something that is no number, zeros go up instead, verification never goes there, and the tree
-    /// ends.
+    /// something that is no number, zeros go up instead, verification never goes there, and the
+    /// tree ends.
     ///
     /// # Errors
     /// The decided token's own row is no number.

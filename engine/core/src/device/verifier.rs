@@ -146,8 +146,8 @@ impl Verifier {
         Some(Advance { into_next_batch: batch != Some(row.batch) })
     }
 
-    /// Makes the row before which verification stands the first one: those that do not hang below it
-    /// are forgotten.
+    /// Makes the row before which verification stands the first one: those that do not hang below
+    /// it are forgotten.
     pub(super) fn begin_here(&mut self) {
         let Some(at) = self.at else { return };
         let (mut kept, mut count) = ([0; PENDING_ROWS_MAX + 1], 0);

@@ -146,8 +146,8 @@ impl Request {
         self.session.open_mut().map_or(&mut [], |open| &mut open.tail.rows)
     }
 
-    /// The tail layers have seen decided rows. The last of all leads to a token; verification doesn't
-    /// know the others.
+    /// The tail layers have seen decided rows. The last of all leads to a token; verification
+    /// doesn't know the others.
     pub(super) fn end_tail(&mut self, tail: TailRows, facts: &Facts) {
         let Some(open) = self.session.open_mut() else { return };
         let row = open.tail.rows.chunks_exact(facts.hidden_size).next_back();
@@ -216,7 +216,8 @@ impl Request {
         Ok(())
     }
 
-    /// The row before which verification stands, if it is back. The LM head runs for such rows alone.
+    /// The row before which verification stands, if it is back. The LM head runs for such rows
+    /// alone.
     pub(super) fn begin_head(&mut self, cx: &mut Common) -> Option<Head> {
         let open = self.session.open_mut()?;
         let visit = open.verifier.next()?;
@@ -305,8 +306,8 @@ impl Request {
         }
     }
 
-    /// Verification has left the tree after row `id`: keeps the path to it, here now and in the cloud
-    /// with the next rows, and forgets the rest.
+    /// Verification has left the tree after row `id`: keeps the path to it, here now and in the
+    /// cloud with the next rows, and forgets the rest.
     fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
         // The last decided token has no row yet.
         self.keep_right_rows(self.path.tokens.len() - 1, cx);

@@ -65,7 +65,7 @@ pub enum DeviceWork<'a> {
 
 /// The part of a row's logits that an answer wants to know.
 pub enum Verdict<'a> {
-    /// The token with the greatest one, and that one; `None` if some are no numbers.
+    /// The token with the largest one, and that one; `None` if some are no numbers.
     Argmax(&'a mut Option<(TokenId, f32)>),
     /// All of them. `[vocab_size]`
     Logits(&'a mut [f32]),

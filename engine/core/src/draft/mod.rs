@@ -2,8 +2,9 @@
 //!
 //! A [`Tree`] of drafts hangs below the last decided token. Its rows go to the cloud in one
 //! frame; when they are back, the device verifies from the root: each visited row's logits decide a
-//! token, and verification goes on as long as a child has it. What is emitted is what plain decoding
-//! emits, whatever was drafted: drafters are free to be wrong, and only speed depends on them.
+//! token, and verification goes on as long as a child has it. What is emitted is what plain
+//! decoding emits, whatever was drafted: drafters are free to be wrong, and only speed depends on
+//! them.
 //!
 //! - [`tree`]: drafts of several drafters merged, the most probable ones first
 //! - [`gumbel_rank`]: what seeded noise says of a choice to come

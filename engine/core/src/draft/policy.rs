@@ -4,8 +4,8 @@
 //! each draft with its probability) and to take
 //! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`, as [`Estimator::round`]
 //! has it. Zero drafts may win. Rows that go up while others are away pay by other rules, since
-//! nobody waits for them unless verification comes by: see [`Estimator::draft_batch`]. Pure: the caller
-//! measures.
+//! nobody waits for them unless verification comes by: see [`Estimator::draft_batch`]. Pure: the
+//! caller measures.
 
 use super::lookup::BRANCHES_MAX;
 use super::tree::Proposal;

@@ -172,7 +172,7 @@ fn least_squares(
     model: [bool; TERMS],
 ) -> Option<[f64; TERMS]> {
     let mut matrix = [[0.0; TERMS + 1]; TERMS];
-    // Terms in units of their greatest value, so that pivots can be compared with 1.
+    // Terms in units of their largest value, so that pivots can be compared with 1.
     let mut units = [f64::MIN_POSITIVE; TERMS];
     for (terms, _) in points.clone() {
         units.iter_mut().zip(terms).for_each(|(unit, term)| *unit = unit.max(term));

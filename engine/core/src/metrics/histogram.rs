@@ -39,7 +39,7 @@ impl Histogram {
     }
 
     /// The number that a share of `quantile` (0 to 1) does not exceed; 0 if there is none. Between
-    /// the least and the greatest number, within one part in 32.
+    /// the least and the largest number, within one part in 32.
     #[must_use]
     pub fn percentile(&self, quantile: f64) -> u64 {
         if self.count() == 0 {

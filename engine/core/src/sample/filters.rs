@@ -40,7 +40,7 @@ fn rank(a: &Ranked, b: &Ranked) -> Ordering {
     logits.then(a.token.cmp(&b.token))
 }
 
-/// Runs the filters over all of `logits`, whose greatest is `first`.
+/// Runs the filters over all of `logits`, whose largest is `first`.
 pub(super) fn keep(
     config: &SamplerConfig,
     logits: &[f32],

@@ -25,7 +25,7 @@ fn model_like(vocab: usize, seed: u32) -> Vec<f32> {
         .collect()
 }
 
-/// The definition, without shortcuts: rank all, cut, add noise, take the greatest.
+/// The definition, without shortcuts: rank all, cut, add noise, take the largest.
 fn by_definition(config: &SamplerConfig, logits: &[f32], position: u32) -> TokenId {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     // Equal as numbers is equal: -0 ties with 0, which `total_cmp` would tell apart.

@@ -168,7 +168,7 @@ impl Tally {
     }
 }
 
-/// The greatest of the devices' means, over the median of them; `None` without any.
+/// The largest of the devices' means, over the median of them; `None` without any.
 fn largest_over_median(means: &[f64]) -> Option<f64> {
     let mut means: Vec<f64> = means.iter().copied().filter(|mean| *mean > 0.0).collect();
     means.sort_by(f64::total_cmp);

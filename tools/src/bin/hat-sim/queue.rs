@@ -57,7 +57,7 @@ impl PartialOrd for Entry {
     }
 }
 
-/// The earliest is the greatest; of equal ones the first that was pushed.
+/// The earliest is the largest; of equal ones the first that was pushed.
 impl Ord for Entry {
     fn cmp(&self, other: &Self) -> Ordering {
         (other.at, other.number).cmp(&(self.at, self.number))

@@ -87,7 +87,8 @@ fn a_session_has_one_work_in_a_step_and_rows_in_several_steps() {
     assert_eq!(heard, [Heard::Opened(0), Heard::Computed(1, 10), Heard::Computed(11, 10), last]);
 }
 
-/// Batches of drafts that wait while their device goes another way are dropped, with what they committed kept.
+/// Batches of drafts that wait while their device goes another way are dropped, with what they
+/// committed kept.
 #[test]
 fn stale_batches_are_dropped_and_what_they_committed_stays() {
     let mut bed = Bed::new();
@@ -112,7 +113,8 @@ fn stale_batches_are_dropped_and_what_they_committed_stays() {
     assert_eq!(bed.heard(device, 1), [Heard::Rows(vec![(7, digest([1, 2, 7]))])]);
 }
 
-/// A batch of drafts stays whole if its device goes on behind any row of it, and so does what leads there.
+/// A batch of drafts stays whole if its device goes on behind any row of it, and so does what leads
+/// there.
 #[test]
 fn waves_that_lead_to_the_row_that_is_kept_stay_whole() {
     let mut bed = Bed::new();

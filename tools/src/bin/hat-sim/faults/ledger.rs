@@ -36,7 +36,7 @@ fn write(row: u64, numbers: &mut [f32]) {
     for (index, number) in numbers[..PIECES].iter_mut().enumerate() {
         *number = (row >> (PIECE_BITS * index) & 7) as f32;
     }
-    // Codecs keep the greatest number of a block apart, and scale by the next one.
+    // Codecs keep the largest number of a block apart, and scale by the next one.
     numbers[PIECES] = 7.0;
 }
 
