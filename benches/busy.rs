@@ -88,7 +88,7 @@ fn round_trips(bundle: &Path, args: &Args) {
     }
     println!(
         "== round trips of {ROW_BYTES} bytes on {} cores, {} rounds of {ROUND_TRIPS}; \
-         median (least - greatest) of the rounds",
+         median (least - largest) of the rounds",
         cores(),
         args.rounds
     );
@@ -215,7 +215,7 @@ fn tokens(bundle: &Path, args: &Args) {
         }
     }
     println!(
-        "== {TOKENS} tokens beside {} processes that spin, {} rounds; median (least - greatest)",
+        "== {TOKENS} tokens beside {} processes that spin, {} rounds; median (least - largest)",
         args.processes, args.rounds
     );
     for ((nice, _), [idle, beside, ratio, idle_ttft, busy_ttft]) in engines.iter().zip(figures) {

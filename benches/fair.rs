@@ -247,7 +247,7 @@ impl Policy {
     fn print(&self, args: &Args) {
         println!(
             "== {} rows beside {} answers of {} tokens a user, chunks {}, {} device(s), \
-             {} rounds; median (least - greatest)",
+             {} rounds; median (least - largest)",
             args.rows, args.answers, args.tokens, self.chunks, args.devices, args.rounds
         );
         println!("prompt alone, TTFT ms             {}", spread(self.prompt_ms.clone()));

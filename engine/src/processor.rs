@@ -7,7 +7,7 @@ use hat_loader::{DrafterFile, Bundle};
 use hat_plan::{DeviceForward, DraftForward, MiddleForward};
 
 use crate::Error;
-use crate::cloud::LENT_MAX;
+use crate::cloud::SHARED_MAX;
 use crate::config::{CloudConfig, EngineConfig};
 
 fn place(config: &EngineConfig) -> ComputeConfig {
@@ -58,5 +58,5 @@ pub fn middle(
     let rows = config.limits.step_rows_max as usize;
     let CloudConfig { processor, weights, nice, .. } = *config;
     let place = ComputeConfig { processor, weights, threads, nice };
-    Ok(open::middle(&place, &config.gpus, bundle, runs, rows, pages, LENT_MAX)?)
+    Ok(open::middle(&place, &config.gpus, bundle, runs, rows, pages, SHARED_MAX)?)
 }

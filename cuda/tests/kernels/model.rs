@@ -323,7 +323,7 @@ fn chunks_trees_and_batch_mates_leave_the_logits_as_they_are() {
         let batch = [Sequence { rows: tree_of(at, &parents), pages: pages.clone() }];
         let (logits, choices) = split.step(gpu, &model, &text, &batch);
         let (path, next) = verify(&parents, &text, &choices);
-        assert_eq!(path, [0, 2, 4], "the right guesses are taken");
+        assert_eq!(path, [0, 2, 4], "the right drafts are taken");
         assert_eq!(next, tokens[at as usize + 3]);
         let place = |slot: u32| (pages[slot as usize / PAGE_SIZE], slot % PAGE_SIZE as u32);
         let moves: Vec<RowMove> = (0u32..)

@@ -39,7 +39,7 @@ pub(crate) fn drafter(engine: &Engine) -> String {
     match engine.drafter_origin() {
         Some(origin) => format!("drafter: trained for this model after {after} ({origin})"),
         None => format!(
-            "drafter: none was trained for {} after {after}, so guesses come from the prompt's own \
+            "drafter: none was trained for {} after {after}, so drafts come from the prompt's own \
              words, and a round trip brings fewer tokens; hat-train makes one",
             engine.model_name()
         ),

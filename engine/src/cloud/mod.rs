@@ -21,7 +21,7 @@ use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
 use self::supervisor::{Supervisor, Run, Seen};
-pub(crate) use self::step::LENT_MAX;
+pub(crate) use self::step::SHARED_MAX;
 use crate::config::CloudConfig;
 use crate::{Error, processor};
 

@@ -16,7 +16,7 @@ use crate::Error;
 
 /// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
 /// queue between them, one that the next stage computes; and one to spare.
-pub(crate) const LENT_MAX: usize = 4;
+pub(crate) const SHARED_MAX: usize = 4;
 
 /// Wakes the io thread when a step thread ends, however it ends.
 struct WakeAtEnd(Waker, #[expect(dead_code, reason = "held for its drop")] Sender<()>);
@@ -82,7 +82,7 @@ pub(super) struct Queues {
 }
 
 /// Starts a thread for each of `stages`: steps go from stage to stage, and back to the io thread,
-/// which is woken by `waker`. A queue between two stages holds one step ([`LENT_MAX`]
+/// which is woken by `waker`. A queue between two stages holds one step ([`SHARED_MAX`]
 /// counts on it). When one thread ends, so do the others: their queues close, and with the last of
 /// them so does the queue that is returned.
 ///

@@ -72,7 +72,7 @@ fn a_device_names_what_it_can_not_work_with() {
             Some(Event::Gone { error: GoneError::ClosedByPeer { code, reason, .. }, .. }) => {
                 heard.lock().unwrap().push((code, reason));
             }
-            Some(Event::Frame { frame, .. }) => panic!("{:?} for a stranger", frame.kind),
+            Some(Event::Frame { frame, .. }) => panic!("{:?} for an unknown peer", frame.kind),
             _ => {}
         });
         let mut config = device(&bundles, cloud.address);

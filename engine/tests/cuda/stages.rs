@@ -67,13 +67,13 @@ fn linked_stages_have_the_bits_of_one() {
         (&[(1, 2)], 4, 3, false),        // all enter at it
         (&[(0, 1), (1, 1)], 1, 3, true),
     ];
-    for (number, (entries, rows, exit_layer, is_lent)) in cases.into_iter().enumerate() {
+    for (number, (entries, rows, exit_layer, is_shared)) in cases.into_iter().enumerate() {
         let [mut expected, mut step] = sessions.step(entries, rows, exit_layer);
         let before = step.hidden.clone();
         whole.forward(&mut expected);
         first.forward(&mut step);
-        assert_eq!(step.shared.is_some(), is_lent, "case {number}");
-        assert!(!is_lent || step.hidden == before, "case {number}: rows went to the host");
+        assert_eq!(step.shared.is_some(), is_shared, "case {number}");
+        assert!(!is_shared || step.hidden == before, "case {number}: rows went to the host");
         second.forward(&mut step);
         assert!(step.shared.is_none() && step.hidden != before, "case {number}");
         assert_eq!(bits(&step.hidden), bits(&expected.hidden), "case {number}");

@@ -153,7 +153,7 @@ impl Request {
         drafting.has_rows = true;
         drafts.asked = end;
         for (node, mut proposal) in proposals.drain(..) {
-            assert!((first..end).contains(&node), "guesses are for nodes that were asked about");
+            assert!((first..end).contains(&node), "drafts are for nodes that were asked about");
             if is_chain {
                 // The paper's rule: the first draft that is not sure enough is the last.
                 if drafts.is_unsure {
@@ -198,14 +198,14 @@ impl Request {
         open.deep.extend(rows.clone().next().into_iter().flatten().flatten());
         right.positions = end - count..end;
         for id in ids[..count].iter().rev() {
-            let node = open.drafts.ids.binary_search(id).expect("the walk is in the tree");
+            let node = open.drafts.ids.binary_search(id).expect("verification is in the tree");
             let at = node * hidden_size;
             right.shallow.extend_from_slice(&open.outgoing.hidden[at..at + hidden_size]);
         }
         // The rows before them: the first of verification comes first, the last one is left out.
         for back in (1..=count).rev() {
             let before = rows.clone().nth(back).flatten();
-            right.deep.extend_from_slice(before.expect("the walk has been there"));
+            right.deep.extend_from_slice(before.expect("verification has passed it"));
         }
     }
 }

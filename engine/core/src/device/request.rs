@@ -270,7 +270,7 @@ impl Request {
     /// moves in the KV store run before any other row is computed.
     pub(super) fn commit(&mut self, id: u32, cx: &mut Common) {
         let Some(open) = self.session.open_mut() else { return };
-        self.kv.commit(id, &mut cx.moves).expect("the walk stands on rows that pend");
+        self.kv.commit(id, &mut cx.moves).expect("verification stands on pending rows");
         open.outgoing.commit = id;
     }
 

@@ -374,7 +374,7 @@ fn a_request_runs_without_a_model() {
         bed.submit(draft);
         assert_eq!(bed.run(|_, _| {}), expected(), "{}", draft.name());
         assert_eq!(bed.opens, 1);
-        assert_eq!(bed.ends, 1, "it says goodbye");
+        assert_eq!(bed.ends, 1, "it sends END");
         assert_eq!(bed.core.running(), 0);
         assert!(!bed.step(), "nothing is left to compute");
     }

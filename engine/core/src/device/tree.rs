@@ -195,7 +195,7 @@ impl Request {
         let hidden_size = cx.facts.hidden_size;
         let Some(open) = self.session.open_mut() else { return };
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
-        let node = drafts.ids.iter().position(|id| *id == at).expect("the walk is in the tree");
+        let node = drafts.ids.iter().position(|id| *id == at).expect("verification is in the tree");
         let kept = &mut cx.scratch.kept;
         drafts.tree.reroot(node, depth_max, kept);
         for (new, old) in kept.iter().enumerate() {

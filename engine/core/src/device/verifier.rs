@@ -185,7 +185,7 @@ impl Verifier {
         let mut before = 0;
         for row in &self.rows {
             assert!(row.id > before, "row {} behind row {before}", row.id);
-            assert!(row.id == kv.tip() || kv.place(row.id).is_some(), "row {} is void", row.id);
+            assert!(row.id == kv.tip() || kv.place(row.id).is_some(), "row {} is stale", row.id);
             before = row.id;
         }
         assert!(self.at.is_none_or(|at| self.rows.iter().any(|row| row.id == at)), "it is nowhere");

@@ -351,7 +351,7 @@ fn rows_in_the_shadow_of_others_pay_by_the_link() {
     assert_eq!(rows, 16);
     // 0.6 ms a row against (100 + 5.5 + 0.4 + 1) / 3 ms a token.
     assert!((floor - 0.6 / 35.63).abs() < 1e-3, "{floor}");
-    assert!(of(40.0).1 > floor, "a nearer cloud asks for surer guesses");
+    assert!(of(40.0).1 > floor, "a nearer cloud asks for surer drafts");
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn commit_moves_the_path_and_keeps_the_branch_below() {
 }
 
 #[test]
-fn a_decided_row_voids_what_pended() {
+fn a_decided_row_makes_pending_rows_stale() {
     let mut rows = sequence();
     rows.append_committed(1, 10, 0).unwrap();
     rows.append_pending(11, [10, 11, 10]).unwrap();

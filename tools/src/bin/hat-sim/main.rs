@@ -164,7 +164,7 @@ fn run(load: &Load, names: &[&str], table: Option<&str>) -> anyhow::Result<()> {
     outln!("{rate} requests a second, {} x {} of them", load.runs, load.requests)?;
     if let Some(tokens) = load.what_if_tree {
         trials.what_if(tokens);
-        outln!("WHAT IF a tree of 32 guesses gave {tokens} tokens a round?")?;
+        outln!("WHAT IF a tree of 32 drafts gave {tokens} tokens a round?")?;
     }
     outln!()?;
     outln!("{}", Figures::HEAD)?;

@@ -307,7 +307,7 @@ struct Recorded {
 
 impl Drafter for Recorded {
     fn describe(&self) -> String {
-        "recorded guesses".to_owned()
+        "recorded drafts".to_owned()
     }
 
     fn open(&mut self, _: u32) -> Option<SessionId> {
