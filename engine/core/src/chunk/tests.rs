@@ -339,7 +339,8 @@ fn wild() -> impl Strategy<Value = f64> {
 proptest! {
     #[test]
     fn the_recurrence_is_the_flow_shop(
-        costs in any_costs(), cached in 0u32..2000, sizes in prop::collection::vec(1u32..400, 0..24),
+        costs in any_costs(), cached in 0u32..2000,
+        sizes in prop::collection::vec(1u32..400, 0..24),
     ) {
         let short = finish_s(&costs, cached, &sizes);
         let long = finish_by_stages(&costs, cached, &sizes);

@@ -312,7 +312,8 @@ proptest! {
         let mut queues = Queues::new();
         for (session, rows, urgent) in items {
             let end = &mut ends[session as usize];
-            let add = BatchItem { context: *end, device: session % 2, ..item(session, rows, urgent) };
+            let of_device = BatchItem { device: session % 2, ..item(session, rows, urgent) };
+            let add = BatchItem { context: *end, ..of_device };
             queues.entry(session).or_default().push_back(add);
             *end += rows;
         }

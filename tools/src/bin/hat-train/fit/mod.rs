@@ -61,7 +61,8 @@ struct Recipe {
     #[arg(
         long,
         default_value = DrafterArchitecture::Deep.name(),
-        value_parser = PossibleValuesParser::new(DrafterArchitecture::ALL.map(DrafterArchitecture::name))
+        value_parser =
+            PossibleValuesParser::new(DrafterArchitecture::ALL.map(DrafterArchitecture::name))
     )]
     drafter: String,
     #[arg(skip)]
