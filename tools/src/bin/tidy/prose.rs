@@ -1,10 +1,10 @@
 //! Rules on all text: documents that must be there, paths and links that must lead somewhere,
 //! hosts and machine paths that must not be named.
 
-use crate::code::check_lines;
+use crate::code::{check_lines, is_word_char};
 use crate::rules::{
-    BANS, BORDERS, GENERATED, HOSTS, MACHINE_PATHS, README_COMMANDS, REGISTRIES, REQUIRED, TOP,
-    UNSAFE_ROOMS,
+    BANS, BORDERS, FROZEN, GENERATED, HOSTS, MACHINE_PATHS, OPENINGS, README_COMMANDS, REGISTRIES,
+    REQUIRED, TOP, UNSAFE_ROOMS,
 };
 use crate::{Finding, Tree, code};
 
@@ -18,6 +18,9 @@ pub(crate) fn check(file: &str, text: &str, tree: &Tree, findings: &mut Vec<Find
         return;
     }
     check_lines(file, text, findings);
+    if file.ends_with(".rs") && !code::is_in(file, FROZEN) {
+        check_openings(file, text, findings);
+    }
     if DATA.iter().any(|end| file.ends_with(end)) {
         return;
     }
@@ -47,6 +50,23 @@ pub(crate) fn check(file: &str, text: &str, tree: &Tree, findings: &mut Vec<Find
     }
     if file.ends_with(".md") {
         check_links(file, text, tree, &mut report);
+    }
+}
+
+/// The first word of a doc comment is none of [`OPENINGS`].
+fn check_openings(file: &str, text: &str, findings: &mut Vec<Finding>) {
+    let mut before = None;
+    for (number, line) in (1..).zip(text.lines().map(str::trim_start)) {
+        let mark = ["///", "//!"].into_iter().find(|mark| line.starts_with(mark));
+        let first = mark.filter(|_| mark != before).map_or("", |mark| line[mark.len()..].trim());
+        before = mark;
+        let begins = |opening: &&&str| {
+            first.strip_prefix(**opening).is_some_and(|rest| !rest.starts_with(is_word_char))
+        };
+        if let Some(opening) = OPENINGS.iter().find(begins) {
+            let reason = format!("`{opening} ..`: a doc line says what the thing is");
+            findings.push(Finding::new(file, number, reason));
+        }
     }
 }
 

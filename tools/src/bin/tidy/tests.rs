@@ -62,6 +62,17 @@ fn a_good_tree_has_nothing_to_be_said_of() {
 }
 
 #[test]
+fn riddles() {
+    for opening in ["What waits", "Whether it waits.", "So many of them", "Why."] {
+        let text = format!("\nstruct A {{\n    /// {opening}\n    b: u8,\n}}\n");
+        one(&[(PAGE, &text)], "engine/src/page.rs:3", "what the thing is");
+    }
+    let good = "//! Howl.\n\n/// Pages,\n/// Which are free.\n// What\npub fn pages() {}\n";
+    assert!(said(&[(PAGE, good)]).is_empty());
+    one(&[(PAGE, "//! How pages\npub fn f() {}")], "engine/src/page.rs:1", "`How ..`");
+}
+
+#[test]
 fn sizes() {
     let long = format!("// {}\n", "é".repeat(98));
     one(&[(PAGE, &long)], "engine/src/page.rs:1", "101 columns");
