@@ -131,7 +131,8 @@ fn compute(bundle: &Path, nice: u8, runs: &AtomicBool, stop: &AtomicBool) {
     let at = ComputeConfig { processor, weights, threads: cores(), nice };
     let chosen = open::choose(&at).expect("a CPU");
     let Chosen::Cpu(backend) = chosen else { unreachable!("a CPU was asked for") };
-    let mut whole = ReferenceRun::open(backend, bundle, None, Codec::F16, 512).expect("both halves");
+    let mut whole =
+        ReferenceRun::open(backend, bundle, None, Codec::F16, 512).expect("both halves");
     while !stop.load(Ordering::SeqCst) {
         let request = Request::chat("Tell me about the sea.").max_tokens(16).ignore_eos();
         whole.generate(request, |_| {}).expect("an answer");

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use hat_benches::{millis, pair, spread};
-use hat_core::chunk::{CostModel, ChunkPolicy, CloudCost, GRAIN_DEFAULT, Limits, Line, Planner};
+use hat_core::chunk::{ChunkPolicy, CloudCost, CostModel, GRAIN_DEFAULT, Limits, Line, Planner};
 use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::testkit::{open_cloud_bundle, pool_pages};

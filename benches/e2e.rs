@@ -50,8 +50,8 @@ fn main() {
 fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
     println!("== {threads} threads, {TOKENS} tokens, {bytes} bytes of weights");
     let backend = open::cpu(Processor::Auto, threads).expect("a backend");
-    let mut whole =
-        ReferenceRun::open(backend, bundle, None, Codec::default(), 1024).expect("both halves are there");
+    let mut whole = ReferenceRun::open(backend, bundle, None, Codec::default(), 1024)
+        .expect("both halves are there");
     let engines = [LinkKind::Mio, LinkKind::IoUring].map(|link| {
         let config =
             EngineConfig::new(bundle.join("device")).link(link).threads(threads).prefix(false);

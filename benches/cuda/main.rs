@@ -38,7 +38,7 @@ use hat_cuda::linear::linear;
 use hat_cuda::plan::{AttendBatch, AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::peak;
 
 use crate::model::Model;
@@ -277,7 +277,8 @@ impl Kernels<'_> {
             })?;
             Ok(products.flops as f64 / seconds)
         };
-        let (multiply, bytes) = (rate(peak::ProductDType::Halves)?, rate(peak::ProductDType::Bytes)?);
+        let (multiply, bytes) =
+            (rate(peak::ProductDType::Halves)?, rate(peak::ProductDType::Bytes)?);
         println!(
             "peaks: copies {:.1} GB/s by the driver, {:.1} by a kernel, silu_mul of large arrays \
              {:.1} GB/s, f16 products {:.1} TFLOP/s, of bytes {:.1} TOP/s",

@@ -4,7 +4,7 @@ use crate::abi;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::quantise_rows::{BLOCK, Q8};
-use crate::table::{WeightDType, Table};
+use crate::table::{Table, WeightDType};
 
 /// Rows that one pass over the weights serves at most.
 pub const ROWS_MAX: usize = 16;

@@ -5,7 +5,7 @@ use crate::gemv::Write;
 use crate::gpu::{Gpu, GpuError, Launch, Slice, SliceMut, count};
 use crate::kernel::Kernel;
 use crate::linear::{TILE_OUTPUTS, TILE_ROWS};
-use crate::table::{WeightDType, Table};
+use crate::table::{Table, WeightDType};
 
 /// Columns are a multiple of this.
 pub const COLUMNS: usize = 8;

@@ -54,13 +54,13 @@ pub mod http;
 #[cfg(not(feature = "text"))]
 mod ids;
 mod processor;
+pub mod reference_run;
 #[cfg(feature = "testkit")]
 pub mod testkit;
 #[cfg(feature = "text")]
 mod text;
 mod verify;
 mod watch;
-pub mod reference_run;
 
 #[cfg(not(feature = "text"))]
 use ids as text;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use hat_compute::open::{self, ComputeConfig};
-use hat_loader::{DrafterFile, Bundle};
+use hat_loader::{Bundle, DrafterFile};
 use hat_plan::{DeviceForward, DraftForward, MiddleForward};
 
 use crate::Error;

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use hat_core::answer::{Prepared, Vocabulary};
 use hat_core::request::{Metrics, Request};
 use hat_loader::Bundle;
-use hat_text::{ChatText, PrepareError, TokenError, Tokenizer, TokenHistory};
+use hat_text::{ChatText, PrepareError, TokenError, TokenHistory, Tokenizer};
 use hat_transport::clock::unix_seconds;
 
 use crate::Error;

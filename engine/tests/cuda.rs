@@ -25,10 +25,10 @@ use hat_core::page::pages_for;
 use hat_core::sequence::Sequence;
 use hat_cuda::testkit::test_gpu::TestGpu;
 use hat_engine::reference_run::through_codec;
-use hat_loader::{DrafterArchitecture, Bundle, DType};
+use hat_loader::{Bundle, DType, DrafterArchitecture};
 use hat_plan::{
-    BackendError, Computes, DeviceForward as _, DraftForward as _, Likely, MiddleForward,
-    MiddleStep, BatchBuffers,
+    BackendError, BatchBuffers, Computes, DeviceForward as _, DraftForward as _, Likely,
+    MiddleForward, MiddleStep,
 };
 use hat_transport::codec::Codec;
 use support::Bundles;

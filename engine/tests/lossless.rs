@@ -26,8 +26,8 @@ use hat_compute::open as processor;
 use hat_compute::{DeviceModel, MiddleModel};
 use hat_core::page::pages_for;
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, LinkKind, Processor, SamplerConfig};
-use hat_engine::testkit::pool_pages;
 use hat_engine::reference_run::ReferenceRun;
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Metrics, Request};
 use support::{Bundles, collect, long_prompt};
 

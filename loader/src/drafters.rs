@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::{DrafterFile, Bundle, BundleError, file};
+use crate::{Bundle, BundleError, DrafterFile, file};
 
 /// Largest file of a drafter that is looked at, in bytes.
 const BYTES_MAX: u64 = 1 << 30;

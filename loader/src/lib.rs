@@ -49,8 +49,8 @@ pub mod split;
 mod tensor;
 
 pub use bundle::{
-    DrafterFile, DrafterArchitecture, Bundle, BundleError, BundleOptions, ModelId, Progress, Report,
-    RoleReport, Verified, Watch, Weights, add_drafter, check_same_model, write_bundles,
+    Bundle, BundleError, BundleOptions, DrafterArchitecture, DrafterFile, ModelId, Progress,
+    Report, RoleReport, Verified, Watch, Weights, add_drafter, check_same_model, write_bundles,
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
 pub use control::{ControlTokens, TextFacts};

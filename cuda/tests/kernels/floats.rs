@@ -5,7 +5,7 @@ use hat_cuda::gemv::Write;
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::linear_float::{LinearFloat, linear_float};
 use hat_cuda::quantise_rows::round_rows;
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;

@@ -5,13 +5,14 @@ use hat_cuda::gemv::{Gemv, Write, gemv};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::linear::{linear, tiled};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;
 use crate::stand::{Random, bits, counts, gpu, memory, numbers, room, same_under_all_schedules};
 
-const KINDS: [WeightDType; 4] = [WeightDType::Q8_0, WeightDType::Q4_0, WeightDType::Q4_1, WeightDType::Q6K];
+const KINDS: [WeightDType; 4] =
+    [WeightDType::Q8_0, WeightDType::Q4_0, WeightDType::Q4_1, WeightDType::Q6K];
 
 /// Launcher that multiplies.
 #[derive(Clone, Copy, Debug)]

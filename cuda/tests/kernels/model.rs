@@ -14,7 +14,7 @@ use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::{TestGpu, TestMemory};
 use hat_cuda::top_k::TopK;
 

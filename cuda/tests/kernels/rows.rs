@@ -4,7 +4,7 @@
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::quantise_rows::{Q8Mut, quantise_q8};
 use hat_cuda::rope_angles::rope_angles;
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::TestGpu;
 
 use crate::panels::Matrix;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use hat_cuda::driver::Cuda;
 #[cfg(feature = "cuda")]
 use hat_cuda::gpu::Gpu as _;
-use hat_loader::{DrafterFile, Bundle};
+use hat_loader::{Bundle, DrafterFile};
 
 use hat_plan::{ARITHMETIC_CPU, DeviceForward, DraftForward, MiddleForward};
 

@@ -330,7 +330,8 @@ impl Planner {
             ChunkPolicy::Fixed(size) => size.clamp(1, rows_max),
             ChunkPolicy::Paper => balanced_rows(&costs, limits),
             ChunkPolicy::Auto => {
-                let finish_s = self.search.run(&costs, limits, ahead, cached, rows, &mut self.sizes);
+                let finish_s =
+                    self.search.run(&costs, limits, ahead, cached, rows, &mut self.sizes);
                 return Plan { sizes: &self.sizes, finish_s };
             }
         };

@@ -11,7 +11,7 @@ mod times;
 use std::time::Instant;
 
 pub use self::times::{RowTimes, StepTimes};
-use crate::chunk::{CostModel, CloudCost, Line};
+use crate::chunk::{CloudCost, CostModel, Line};
 
 /// Share of the past in a moving average, as in the paper (arXiv 2503.18989).
 const PAST: f64 = 0.8;

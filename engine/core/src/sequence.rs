@@ -11,8 +11,8 @@
 
 use std::borrow::Borrow;
 
+pub use hat_plan::{BatchBuffers, PENDING_ROWS_MAX, RowPlace};
 use hat_plan::{PAGE_SIZE, RowMove};
-pub use hat_plan::{PENDING_ROWS_MAX, BatchBuffers, RowPlace};
 
 /// An error in rows or a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -17,7 +17,7 @@ use hat_core::cloud::{CloudCore, CloudCoreConfig, CloudFigures, LinkEvent, StepB
 use hat_core::device::{
     DeviceConfig, DeviceCore, DeviceWork, Inbound, PageNamer, RequestEvent, Verdict,
 };
-use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use hat_core::draft::tree::Proposal;
 use hat_core::draft::{DraftMode, Source};
 use hat_core::request::{Event, Prompt, Request};

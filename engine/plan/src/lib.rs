@@ -10,16 +10,16 @@
 mod attend;
 mod buffers;
 mod fault;
-mod shared_rows;
 mod model;
+mod shared_rows;
 
 pub use attend::{
     AttendBatch, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove, RowPlace,
 };
 pub use buffers::BatchBuffers;
 pub use fault::{BackendError, BackendFault};
-pub use shared_rows::SharedRows;
 pub use model::{
     ARITHMETIC_CPU, ARITHMETIC_CUDA, Computes, DeviceForward, DraftForward, Likely, MiddleForward,
     MiddleStep, TokenId,
 };
+pub use shared_rows::SharedRows;

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 
-use crate::{AttendBatch, BackendError, BackendFault, SharedRows, BatchBuffers, RowMove};
+use crate::{AttendBatch, BackendError, BackendFault, BatchBuffers, RowMove, SharedRows};
 
 /// An index into the vocabulary.
 pub type TokenId = u32;

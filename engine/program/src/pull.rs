@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use hat_loader::bundle::MANIFEST;
 use hat_loader::file::NewDirectory;
 use hat_loader::{
-    DrafterFile, BundleError, BundleOptions, Drafters, Report, SourceModel, Split, Watch, Weights,
+    BundleError, BundleOptions, DrafterFile, Drafters, Report, SourceModel, Split, Watch, Weights,
     write_bundles,
 };
 use hat_transport::clock::unix_seconds;

@@ -3,10 +3,10 @@
 //! of layers, with bounded queues between them; and a thread that waits for their end, and begins
 //! anew on the CPU where it may (`keep`).
 
-mod supervisor;
 mod memory;
 mod shell;
 mod step;
+mod supervisor;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -20,8 +20,8 @@ use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
-use self::supervisor::{Supervisor, Run, Seen};
 pub(crate) use self::step::SHARED_MAX;
+use self::supervisor::{Run, Seen, Supervisor};
 use crate::config::CloudConfig;
 use crate::{Error, processor};
 

@@ -217,7 +217,8 @@ impl Engine {
         let (events, receiver) = unbounded();
         let cancelled = Arc::new(AtomicBool::new(false));
         let waits = Some(Waits::new(&self.shared));
-        let submission = Submission { prepared, rendered, events, cancelled: cancelled.clone(), asked, waits };
+        let submission =
+            Submission { prepared, rendered, events, cancelled: cancelled.clone(), asked, waits };
         match self.submissions.try_send(submission) {
             Ok(()) => {
                 fence(Ordering::SeqCst);

@@ -15,7 +15,7 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::random::SystemRandom;
 
 use super::run::Device;
-use super::{Described, Submission, Shared, open_bundle, load_drafter};
+use super::{Described, Shared, Submission, load_drafter, open_bundle};
 use crate::config::{self, CloudAddress, EngineConfig};
 use crate::{Error, endpoint, processor, watch};
 
@@ -49,7 +49,8 @@ impl Drop for ShutdownGuard {
 impl Start {
     /// Opens the link, says so, and serves until told to stop.
     pub(super) fn run(self, ready: &Sender<Result<Waker, Error>>) {
-        let _last_of_all = ShutdownGuard { shared: self.shared.clone(), incoming: self.incoming.clone() };
+        let _last_of_all =
+            ShutdownGuard { shared: self.shared.clone(), incoming: self.incoming.clone() };
         let mut device = match self.open() {
             Ok((device, waker)) => {
                 let _ = ready.send(Ok(waker));

@@ -11,8 +11,8 @@ use hat_compute::open;
 use hat_compute::{DeviceModel, MiddleModel};
 use hat_core::page::pages_for;
 use hat_engine::options::{ChunkPolicy, CloudAddress, Codec, DraftMode, ErrorKind, Processor};
-use hat_engine::testkit::pool_pages;
 use hat_engine::reference_run::ReferenceRun;
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{
@@ -28,7 +28,8 @@ fn request() -> Request {
 }
 
 fn yardstick(bundles: &Bundles) -> Metrics {
-    let mut whole = ReferenceRun::open(backend(), &bundles.path, Some(1), Codec::default(), 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend(), &bundles.path, Some(1), Codec::default(), 8192).unwrap();
     *whole.generate(request(), |_| {}).unwrap().1
 }
 

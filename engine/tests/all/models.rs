@@ -15,7 +15,7 @@ use files::gguf::Gguf;
 use hat_engine::options::Drafters;
 use hat_engine::{Engine, EngineConfig};
 use hat_loader::bundle::{MANIFEST, TOKENIZER, TOKENIZER_CONFIG};
-use hat_loader::{DrafterArchitecture, DType, Role, SourceModel, TinyModel, generated};
+use hat_loader::{DType, DrafterArchitecture, Role, SourceModel, TinyModel, generated};
 use hat_program::out;
 use hat_program::pull::models::{Cut, Model};
 

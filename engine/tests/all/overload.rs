@@ -11,8 +11,8 @@ use hat_compute::open;
 use hat_engine::options::{
     ChunkPolicy, CloudCounters, CloudLimits, Codec, DeviceLimits, ErrorKind, Processor,
 };
-use hat_engine::testkit::pool_pages;
 use hat_engine::reference_run::ReferenceRun;
+use hat_engine::testkit::pool_pages;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Metrics, Request};
 use hat_plan::{Computes, MiddleForward, MiddleStep};
 use hat_transport::endpoint::Event as LinkEvent;
@@ -24,7 +24,8 @@ fn request() -> Request {
 
 fn whole(bundles: &Bundles, request: &Request) -> Metrics {
     let backend = open::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     *whole.generate(request.clone(), |_| {}).unwrap().1
 }
 

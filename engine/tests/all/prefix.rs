@@ -40,7 +40,8 @@ fn later_turns_send_their_own_rows() {
     let bundles = Bundles::of(&TinyModel::default(), 1, 0);
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let backend = open::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     let mut says = vec![Says::new(Role::User, text_of(1350))];
     let first = turn(&engine, &mut whole, &says);
     assert!(first.timings.prompt_n > 900, "{} tokens", first.timings.prompt_n);

@@ -34,7 +34,8 @@ fn slow_cloud(bundles: &Bundles) -> (Cloud, Ran) {
 
 fn whole(bundles: &Bundles, request: &Request) -> Metrics {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = ReferenceRun::open(backend, &bundles.path, Some(1), Codec::default(), 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend, &bundles.path, Some(1), Codec::default(), 8192).unwrap();
     *whole.generate(request.clone(), |_| {}).unwrap().1
 }
 

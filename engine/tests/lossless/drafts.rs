@@ -54,7 +54,8 @@ pub(super) fn whole(
     requests: &[Request],
 ) -> Vec<Metrics> {
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = ReferenceRun::open(backend, &bundles.path, Some(split_layer), wire, 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend, &bundles.path, Some(split_layer), wire, 8192).unwrap();
     let mut answer = |request: &Request| *whole.generate(request.clone(), |_| {}).unwrap().1;
     requests.iter().map(&mut answer).collect()
 }
@@ -238,7 +239,8 @@ fn end_of(events: impl Iterator<Item = Event>) -> (String, FinishReason, Vec<u32
 fn answers_are_cut_inside_accepted_paths() {
     let bundles = Bundles::generated(1, 0);
     let backend = processor::cpu(Processor::Auto, 1).unwrap();
-    let mut whole = ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
+    let mut whole =
+        ReferenceRun::open(backend, &bundles.path, None, Codec::default(), 8192).unwrap();
     let engine = Engine::open(EngineConfig::new(bundles.path.join("device"))).unwrap();
     let base = request(few(3, SamplerConfig::default()));
     let text = whole.generate(base.clone(), |_| {}).unwrap().1.text;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use hat_compute::DeviceModel;
 use hat_compute::open as processor;
 use hat_core::draft::Source;
-use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use hat_core::draft::tree::Proposal;
 use hat_core::page::pages_for;
 use hat_engine::options::{Codec, DraftMode, Processor};
@@ -112,7 +112,8 @@ impl Drafter for StandIn {
         seen.asked += 1;
         if self.fails.is_some_and(|(at, _)| at == seen.asked) {
             // What a lost backend says is no number.
-            let guess = Proposal { token: 1, probability: f32::NAN, source: Source::of_model(0, 0.5) };
+            let guess =
+                Proposal { token: 1, probability: f32::NAN, source: Source::of_model(0, 0.5) };
             guesses.extend(rows.new_nodes().map(|node| (node, guess)));
             return;
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use hat_loader::layout::quantise_q8_0;
-use hat_loader::{DrafterArchitecture, DType, add_drafter};
+use hat_loader::{DType, DrafterArchitecture, add_drafter};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 

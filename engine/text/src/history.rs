@@ -69,10 +69,13 @@ impl TokenHistory {
             return;
         }
         self.conversations.retain(|conversation| conversation.text != text);
-        self.text_bytes = self.conversations.iter().map(|conversation| conversation.text.len()).sum::<usize>() + text.len();
+        self.text_bytes =
+            self.conversations.iter().map(|conversation| conversation.text.len()).sum::<usize>()
+                + text.len();
         self.conversations.push_back(Conversation { text, ids: [prompt_ids, answer].concat() });
         while self.conversations.len() > CONVERSATIONS_MAX || self.text_bytes > TEXT_BYTES_MAX {
-            let oldest = self.conversations.pop_front().expect("the sum counts texts that are here");
+            let oldest =
+                self.conversations.pop_front().expect("the sum counts texts that are here");
             self.text_bytes -= oldest.text.len();
         }
     }

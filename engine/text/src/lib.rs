@@ -5,10 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+mod history;
 mod prepare;
 mod token;
-mod history;
 
+pub use history::TokenHistory;
 pub use prepare::{BundleTextError, PrepareError, prepare, token_settings};
 pub use token::*;
-pub use history::TokenHistory;

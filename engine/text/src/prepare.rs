@@ -8,11 +8,11 @@ use hat_core::request::{Prompt, Request};
 use hat_loader::{Bundle, BundleError};
 use hat_plan::TokenId;
 
+use crate::history::TokenHistory;
 use crate::token::{
     ChatOptions, ChatText, Detokenizer, Special, SpecialText, Start, TokenError, TokenSettings,
     Tokenizer,
 };
-use crate::history::TokenHistory;
 
 /// Reason to refuse a request before it is tokenised or while it is.
 #[derive(Debug, thiserror::Error)]

@@ -29,7 +29,9 @@ use crate::source::TokenSettings;
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout, Tensor, TensorBytes};
 
-pub use adapter::{DRAFTER_FORMAT_VERSION, DrafterFile, DrafterArchitecture, add_drafter, add_drafter_bytes};
+pub use adapter::{
+    DRAFTER_FORMAT_VERSION, DrafterArchitecture, DrafterFile, add_drafter, add_drafter_bytes,
+};
 pub use error::BundleError;
 pub use manifest::{
     ADAPTER, ALIGNMENT, FORMAT_VERSION, FORMAT_VERSION_OLDEST, FileEntry, MANIFEST, Manifest,

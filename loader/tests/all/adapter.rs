@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::files::bundle::{Written, options, tiny, write};
 use hat_loader::layout::{dequantise_row, quantise_q8_0, unpack_row};
-use hat_loader::{DrafterArchitecture, DType, Role, Weights, add_drafter, generated};
+use hat_loader::{DType, DrafterArchitecture, Role, Weights, add_drafter, generated};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 

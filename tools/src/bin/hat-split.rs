@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_loader::bundle::check_free;
-use hat_loader::{DrafterFile, BundleError, BundleOptions, Report, RoleReport, Weights, file};
+use hat_loader::{BundleError, BundleOptions, DrafterFile, Report, RoleReport, Weights, file};
 use hat_program::out::{self, OutError};
 use hat_program::{note, outln, pull};
 

@@ -14,7 +14,7 @@ use std::time::Instant;
 use mio::net::TcpStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::pair::{DOWN, Direction, Outcome, Pair, Context, UP, tune};
+use super::pair::{Context, DOWN, Direction, Outcome, Pair, UP, tune};
 use super::report::{Report, Tally};
 use super::schedule::{Cuts, Draws};
 use super::shape::Shape;

@@ -1,6 +1,6 @@
 //! The block codecs compiled for AVX2. No intrinsics: the loops are the portable ones.
 
-use super::block::{Grid, encode_row, decode_row};
+use super::block::{Grid, decode_row, encode_row};
 
 /// As [`encode_row`], for each row; returns true if this CPU has AVX2, and if not does nothing.
 pub(super) fn encode<G: Grid, const N: usize>(

@@ -52,7 +52,9 @@ impl Peer {
 
     pub(super) fn is_sending_close(&self) -> bool {
         match &self.state {
-            State::Leaving { close_frame, closed: false, .. } => close_frame.is_some() || self.sending,
+            State::Leaving { close_frame, closed: false, .. } => {
+                close_frame.is_some() || self.sending
+            }
             _ => false,
         }
     }
@@ -272,7 +274,8 @@ impl Endpoint {
         }
         let peer = self.peers.get_mut(&id).expect("the caller read from it");
         peer.owner = Some(owner);
-        let State::Handshake(handshake) = std::mem::replace(&mut peer.state, State::Attached) else {
+        let State::Handshake(handshake) = std::mem::replace(&mut peer.state, State::Attached)
+        else {
             return;
         };
         let slot = self.connections.get_mut(&owner).expect("it was found or made above");

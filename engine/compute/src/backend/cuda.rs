@@ -4,8 +4,8 @@
 //! for all layers. The trait's methods return no errors: the first one is kept for
 //! [`Computes::fault`], and until that asks nothing is computed and what is downloaded is NaN.
 
-mod shared;
 mod product;
+mod shared;
 
 use hat_cuda::attend::{self, Cut, Parts};
 use hat_cuda::embed;
@@ -17,16 +17,16 @@ use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
 use hat_cuda::silu_mul::silu_mul;
-use hat_cuda::table::{WeightDType, Table};
+use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::top_k::{K_MAX, TopK};
 use hat_loader::{DType, Layout, Tensor, layout};
 use hat_plan::{ARITHMETIC_CUDA, BackendFault};
 
-use self::shared::SharedBuffers;
 use self::product::Prepared;
+use self::shared::SharedBuffers;
 use super::{
-    AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, SharedRows,
-    LinearArgs, RopeArgs, RowMove, TokenId, TopLogit, Write,
+    AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
+    RopeArgs, RowMove, SharedRows, TokenId, TopLogit, Write,
 };
 
 const NAME: &str = "cuda";

@@ -12,8 +12,8 @@ pub mod reference;
 
 use hat_loader::Tensor;
 use hat_plan::{
-    ARITHMETIC_CPU, AttendBatch, AttendShape, BackendError, Computes, KvShape, SharedRows, PAGE_SIZE,
-    RowMove, TokenId,
+    ARITHMETIC_CPU, AttendBatch, AttendShape, BackendError, Computes, KvShape, PAGE_SIZE, RowMove,
+    SharedRows, TokenId,
 };
 
 /// Treatment of the old content of a `linear`'s output.

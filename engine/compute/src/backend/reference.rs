@@ -176,7 +176,13 @@ impl Backend for Reference {
         }
     }
 
-    fn linear_top(&mut self, rows: usize, x: &Buffer, weight: &Weight, top: &mut [TopLogit]) -> bool {
+    fn linear_top(
+        &mut self,
+        rows: usize,
+        x: &Buffer,
+        weight: &Weight,
+        top: &mut [TopLogit],
+    ) -> bool {
         let mut out = Buffer { data: vec![0.0; rows * weight.n], columns: weight.n };
         self.linear(rows, x, Write::Store, LinearArgs::of(weight, &mut out));
         top.fill(TopLogit::NONE);

@@ -17,7 +17,7 @@
 //! well.
 
 use hat_loader::layout;
-use hat_loader::{DrafterFile, DrafterArchitecture, Bundle, DType, Layout, Tensor, TensorBytes};
+use hat_loader::{Bundle, DType, DrafterArchitecture, DrafterFile, Layout, Tensor, TensorBytes};
 use hat_plan::{AttendBatch, DraftForward, Likely};
 
 use super::llama::{DecoderLayer, ModelShape, Scratch, Step, weight};

@@ -129,7 +129,13 @@ impl Search {
     }
 
     /// End of chunks of `size`, if they are allowed and end before `best_s`.
-    fn try_size(&mut self, problem: &Problem<'_>, ahead: Ahead, size: u32, best_s: f64) -> Option<f64> {
+    fn try_size(
+        &mut self,
+        problem: &Problem<'_>,
+        ahead: Ahead,
+        size: u32,
+        best_s: f64,
+    ) -> Option<f64> {
         if problem.bound_of(&ahead, size) >= best_s {
             return None;
         }
@@ -182,7 +188,9 @@ impl Search {
                 for index in 0..=self.steps.len() {
                     // The sizes that are tried, and the rest of the prompt.
                     let step = self.steps.get(index).copied().unwrap_or(rest).min(rest);
-                    if step == last || !problem.allows(problem.rows_of(from, step), from * problem.cell) {
+                    if step == last
+                        || !problem.allows(problem.rows_of(from, step), from * problem.cell)
+                    {
                         break;
                     }
                     last = step;

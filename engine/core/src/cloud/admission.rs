@@ -204,7 +204,10 @@ mod tests {
         let (mut admission, now) = (Admission::default(), Instant::now());
         admission.note_life(Duration::from_secs(1 << 40));
         let retries: Vec<_> = (0..64).map(|_| admission.next_retry(now, 3)).collect();
-        assert!(retries.iter().all(|retry| (RETRY_MAX / 2..=RETRY_MAX).contains(retry)), "{retries:?}");
+        assert!(
+            retries.iter().all(|retry| (RETRY_MAX / 2..=RETRY_MAX).contains(retry)),
+            "{retries:?}"
+        );
         let apart: std::collections::HashSet<_> = retries.iter().collect();
         assert_eq!(apart.len(), 16);
     }

@@ -7,7 +7,7 @@ use hat_transport::conn::ConnectionId;
 
 use super::session::{Session, StepRows};
 use super::violation::SessionViolation;
-use crate::sched::{SessionKey, BatchItem};
+use crate::sched::{BatchItem, SessionKey};
 
 /// A step on its way: rows to compute, and whose they are. There is one more of these than stages,
 /// so that the next step is planned while all stages run.

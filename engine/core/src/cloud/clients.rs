@@ -176,7 +176,9 @@ impl Clients {
 
     /// Asks for a connection to be closed.
     pub(super) fn close(&mut self, id: ConnectionId, code: CloseCode, reason: String) {
-        let Some(client) = self.by_id.get_mut(&id).filter(|client| !client.is_closing) else { return };
+        let Some(client) = self.by_id.get_mut(&id).filter(|client| !client.is_closing) else {
+            return;
+        };
         client.is_closing = true;
         client.send_queue.clear();
         client.send_queue_bytes = 0;
@@ -221,7 +223,9 @@ impl Clients {
 
     /// Keeps an output until it can be sent.
     pub(super) fn keep_output(&mut self, to: ConnectionId, session: u32, body: Vec<u8>) {
-        let Some(client) = self.by_id.get_mut(&to).filter(|client| !client.is_closing) else { return };
+        let Some(client) = self.by_id.get_mut(&to).filter(|client| !client.is_closing) else {
+            return;
+        };
         if client.send_queue.is_empty() {
             self.unsent.push_back(to);
         }
@@ -272,8 +276,9 @@ impl Clients {
                 self.send_away(to);
             }
         }
-        let waits =
-            |to: &ConnectionId| self.by_id.get(to).is_some_and(|client| !client.send_queue.is_empty());
+        let waits = |to: &ConnectionId| {
+            self.by_id.get(to).is_some_and(|client| !client.send_queue.is_empty())
+        };
         self.unsent.retain(waits);
         self.retry_at = (!self.unsent.is_empty()).then(|| now + retry);
         too_long

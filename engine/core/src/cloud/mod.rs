@@ -14,6 +14,7 @@ mod output;
 mod pace;
 mod pages;
 mod planner;
+mod prune;
 mod rows;
 mod session;
 mod sessions;
@@ -21,7 +22,6 @@ mod steps;
 #[cfg(test)]
 mod tests;
 mod violation;
-mod prune;
 
 use std::time::{Duration, Instant};
 
@@ -37,13 +37,13 @@ pub use self::clients::SEND_QUEUE_BYTES_MAX;
 use self::clients::{Clients, Reply};
 use self::pages::Pages;
 use self::planner::Planner;
+use self::prune::Pruning;
 use self::rows::RowsFrame;
 use self::session::{Session, check_names, scope_of};
 use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
-use self::prune::Pruning;
 use crate::page::pages_for;
-use crate::sched::{SessionKey, BatchItem};
+use crate::sched::{BatchItem, SessionKey};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, KV_TYPE_F16};
 use hat_transport::codec::Codec;

@@ -7,7 +7,7 @@ use hat_transport::message::Hello;
 
 use super::batch::StepBatch;
 use super::pace::Pace;
-use crate::sched::{Bound, Scheduler, SessionKey, BatchItem};
+use crate::sched::{BatchItem, Bound, Scheduler, SessionKey};
 
 /// Planner of the next step.
 pub(super) struct Planner {

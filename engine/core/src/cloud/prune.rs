@@ -39,7 +39,8 @@ impl Session {
     /// chunks.
     pub(super) fn prune_stale(&mut self, commit: u32, pruning: &mut Pruning) -> bool {
         // What stands before the last decided chunk was looked at when that came.
-        let decided = |item: &QueueItem| matches!(item, QueueItem::Chunk(chunk) if chunk.decided > 0);
+        let decided =
+            |item: &QueueItem| matches!(item, QueueItem::Chunk(chunk) if chunk.decided > 0);
         let start = self.items.iter().rposition(decided).map_or(0, |index| index + 1);
         pruning.needed.clear();
         pruning.needed.push(commit);

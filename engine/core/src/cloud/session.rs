@@ -8,9 +8,9 @@ use hat_transport::conn::ConnectionId;
 use hat_transport::frame::Priority;
 use hat_transport::message::{Open, RowsHead, Want};
 
+use super::prune::Pruning;
 use super::rows::RowsFrame;
 use super::violation::SessionViolation;
-use super::prune::Pruning;
 use crate::prefix::{PageId, PrefixScope};
 use crate::sequence::{BatchBuffers, Sequence};
 use hat_transport::codec::Codec;

@@ -11,7 +11,7 @@ use super::batch::StepBatch;
 use super::clients::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
-use crate::sched::{Bound, SessionKey, BatchItem};
+use crate::sched::{BatchItem, Bound, SessionKey};
 use hat_transport::codec::CodecError;
 
 impl CloudCore {

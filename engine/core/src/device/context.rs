@@ -11,15 +11,15 @@ use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
 use hat_transport::planted::Planted;
 
 use super::request::RequestId;
-use super::session::Timed;
 use super::select;
+use super::session::Timed;
 use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::draft::tree::Proposal;
 use crate::draft::{Acceptance, DraftPolicy};
 use crate::estimate::{Estimates, Estimator, Returned};
 use crate::page::pages_for;
-use crate::sequence::{PENDING_ROWS_MAX, BatchBuffers};
+use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
 
 /// Facts of this device's model and configuration that requests compute by.

@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::context::Common;
 use super::request::Request;
 use crate::draft::DraftMode;
+use crate::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use crate::draft::gumbel::Draw;
 use crate::draft::policy::Asking;
-use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::sequence::PENDING_ROWS_MAX;
 use hat_plan::BackendFault;
 

@@ -2,20 +2,20 @@
 //! `poll_*`. Link, threads, clock and model are its owner's.
 
 mod budget;
-mod feed;
 mod context;
+mod feed;
 mod link;
 mod outgoing;
 mod pages;
 mod prompt;
 mod request;
+mod select;
 mod send;
 mod session;
 mod tree;
-mod select;
+mod verifier;
 mod verify;
 mod violation;
-mod verifier;
 mod way;
 mod work;
 
@@ -32,8 +32,8 @@ use hat_transport::message::Hello;
 use hat_transport::planted::Planted;
 
 use self::budget::Budget;
-use self::feed::Drafting;
 use self::context::Common;
+use self::feed::Drafting;
 use self::link::Cloud;
 pub use self::pages::PageNamer;
 use self::pages::Pages;

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use hat_transport::frame::{HEADER_BYTES, Kind};
 
 use super::budget::{Budget, Waits};
-use super::feed::Drafting;
 use super::context::Common;
-use super::session::OpenSession;
+use super::feed::Drafting;
 use super::select::Ask;
+use super::session::OpenSession;
 use super::violation::CloudViolation;
 use crate::answer::{Answer, Prepared};
 use crate::chunk::CHUNK_ROWS_DEFAULT;

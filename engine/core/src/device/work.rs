@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use super::context::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
-use super::tree::{Bounds, Level, TreePhase};
 use super::select;
+use super::tree::{Bounds, Level, TreePhase};
 use super::verify::{Head, TailRows};
 use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
@@ -280,7 +280,8 @@ impl DeviceCore {
     fn poll_tree(&mut self) -> Option<(RequestId, Computation)> {
         let id = self.work.growing?;
         let request = self.requests.get_mut(&id);
-        let tree_phase = request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.tree_phase)));
+        let tree_phase =
+            request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.tree_phase)));
         let step = match tree_phase.unwrap_or_default() {
             TreePhase::Idle => {
                 self.work.growing = None;

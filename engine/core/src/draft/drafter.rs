@@ -16,7 +16,7 @@ use std::ops::Range;
 use hat_plan::{ARITHMETIC_CPU, BackendFault, TokenId};
 
 use super::gumbel::Draw;
-use super::tree::{Proposal, Node};
+use super::tree::{Node, Proposal};
 use crate::prefix::PageId;
 
 /// A session of a trained drafter.

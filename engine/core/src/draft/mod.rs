@@ -12,12 +12,12 @@
 //! - [`trained`]: the seam of drafters that compute
 //! - [`policy`]: sizes and thresholds, and how many drafts pay
 
+pub mod drafter;
 pub mod gumbel;
 pub mod lookup;
 mod mode;
 pub mod policy;
 mod sessions;
-pub mod drafter;
 pub mod tree;
 
 pub use lookup::Lookup;

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use crate::draft::Source;
+use crate::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use crate::draft::gumbel::SHORTLIST;
-use crate::draft::drafter::{Decided, Drafted, SessionId, Drafter};
 use crate::draft::tree::Proposal;
 use crate::page::{PagePool, pages_for};
 use crate::prefix::{PageId, PrefixCache, PrefixScope};
-use crate::sequence::{PENDING_ROWS_MAX, BatchBuffers, Sequence};
+use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX, Sequence};
 use hat_plan::{BackendFault, TokenId};
 use hat_plan::{DraftForward, Likely};
 

@@ -110,7 +110,8 @@ fn texts_are_bounded() {
     for index in 0..8 {
         history.note(&ask(&format!("{index}{long}")), &[1], &[], "", &tokenizer);
     }
-    let bytes: usize = history.conversations.iter().map(|conversation| conversation.text.len()).sum();
+    let bytes: usize =
+        history.conversations.iter().map(|conversation| conversation.text.len()).sum();
     assert_eq!(bytes, history.text_bytes);
     assert_eq!((history.conversations.len(), bytes <= TEXT_BYTES_MAX), (4, true));
 }

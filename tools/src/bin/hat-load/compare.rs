@@ -65,7 +65,8 @@ pub(crate) fn compare(
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let backend = open::cpu(Processor::Auto, threads)?;
     let wire = Codec::from_name(wire).expect("a codec's own name");
-    let mut whole = ReferenceRun::open(backend, bundle, None, wire, DeviceLimits::default().context_max)?;
+    let mut whole =
+        ReferenceRun::open(backend, bundle, None, wire, DeviceLimits::default().context_max)?;
     let mut by_prompt: BTreeMap<u64, Vec<&Kept>> = BTreeMap::new();
     for answer in kept.iter().filter(|answer| !answer.tokens.is_empty()) {
         by_prompt.entry(prompts.number(answer.ask)).or_default().push(answer);

@@ -10,8 +10,8 @@ use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
 use crate::cloud::CloudFigures;
-use crate::protocol::{End, Outcome};
 use crate::compare::Compared;
+use crate::protocol::{End, Outcome};
 
 /// Number of devices up to which all are printed, and not only those with the slowest tokens.
 const LINES_MAX: usize = 40;

@@ -13,11 +13,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::child::Child;
 use crate::cloud::{CloudFigures, CloudProcess};
+use crate::compare::Kept;
 use crate::figures::{Figures, Tally};
 use crate::plan::Plan;
+use crate::protocol::{Ask, DeviceReport, End, Outcome};
 use crate::role::{self, DeviceSetup};
-use crate::protocol::{Ask, End, Outcome, DeviceReport};
-use crate::compare::Kept;
 
 /// The longest that the loop sleeps.
 const LOOK: Duration = Duration::from_millis(50);
@@ -306,7 +306,8 @@ impl<'a> Fleet<'a> {
                 continue;
             }
             let Some(mut ended) = place.device.take() else { continue };
-            let share = unit(self.plan.args.seed, Purpose::Life, device as u64, 2 * place.generation + 1);
+            let share =
+                unit(self.plan.args.seed, Purpose::Life, device as u64, 2 * place.generation + 1);
             if share < 0.5 {
                 ended.kill();
             }

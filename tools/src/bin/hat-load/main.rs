@@ -2,13 +2,13 @@
 
 mod child;
 mod cloud;
-mod fleet;
+mod compare;
 mod figures;
+mod fleet;
 mod plan;
 mod prompts;
-mod role;
 mod protocol;
-mod compare;
+mod role;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use tracing_subscriber::EnvFilter;
 
 use crate::cloud::CloudProcess;
-use crate::fleet::{Fleet, Ended};
+use crate::fleet::{Ended, Fleet};
 use crate::plan::Plan;
 use crate::prompts::{Lengths, Prompts};
 use crate::role::DeviceSetup;

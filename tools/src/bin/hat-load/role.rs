@@ -12,7 +12,7 @@ use hat_program::note;
 use serde::Serialize;
 use signal_hook::consts::SIGINT;
 
-use crate::protocol::{Ask, CloudReport, Counters, End, Outcome, DeviceReport};
+use crate::protocol::{Ask, CloudReport, Counters, DeviceReport, End, Outcome};
 
 /// Interval at which an answer's reader looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);

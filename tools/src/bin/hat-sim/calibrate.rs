@@ -6,8 +6,8 @@ use indicatif::ProgressBar;
 use crate::costs::{CostFile, Ranged};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Predictability;
 use crate::simulation::{Run, Simulation};
+use crate::text::Predictability;
 
 /// Requests of one trial, and how many seeds are averaged.
 const REQUESTS: usize = 500;
@@ -49,7 +49,8 @@ pub(crate) fn calibrate(file: &CostFile, bar: &ProgressBar) -> Outcome {
         .collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     points.truncate(STARTS);
-    let searched = points.into_iter().map(|(least, from)| search(from, least, &predictability, bar));
+    let searched =
+        points.into_iter().map(|(least, from)| search(from, least, &predictability, bar));
     let (least, mut best) =
         searched.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are starting points");
     let good: [[f64; 2]; 5] =

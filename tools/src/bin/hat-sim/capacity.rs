@@ -11,8 +11,8 @@ use serde_json::json;
 use crate::costs::CostFile;
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Predictability;
 use crate::simulation::{Run, Simulation};
+use crate::text::Predictability;
 
 /// Most clients of a search.
 const CLIENTS_MAX: usize = 1000;
@@ -74,7 +74,12 @@ impl Search<'_> {
         let mut simulation = Simulation::new(&file, self.predictability, run);
         self.bar.set_message(format!("{}, {clients} clients", self.policy.name));
         simulation.simulate(&mut |_| self.bar.tick());
-        ensure!(simulation.failed.is_empty(), "{}: {}", self.policy.name, simulation.failed.join(", "));
+        ensure!(
+            simulation.failed.is_empty(),
+            "{}: {}",
+            self.policy.name,
+            simulation.failed.join(", ")
+        );
         Ok(Figures::of(&self.policy.name, &simulation))
     }
 

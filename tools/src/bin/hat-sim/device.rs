@@ -20,7 +20,7 @@ use hat_transport::pool::Pool;
 use crate::costs::{CostFile, DeviceCosts};
 use crate::drafter::{Desk, Modelled, Texts, open};
 use crate::end::{End, SendQueue, Way};
-use crate::policy::{Proposer, Policy};
+use crate::policy::{Policy, Proposer};
 use crate::queue::{Event, Queue, Role, Time, nanoseconds, seconds};
 use crate::simulation::{Request, UNCUT_ROWS_MAX};
 

@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
-use hat_core::draft::tree::{Proposal, Node};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter, SessionId};
+use hat_core::draft::tree::{Node, Proposal};
 use hat_core::prefix::PageId;
 use hat_plan::TokenId;
 
 use crate::costs::DeviceCosts;
-use crate::policy::{AHEAD_WIDTH, Proposer, Policy};
-use crate::text::{Predictability, Opinion, Text, Tokens, WIDTH_MAX, request_of};
+use crate::policy::{AHEAD_WIDTH, Policy, Proposer};
+use crate::text::{Opinion, Predictability, Text, Tokens, WIDTH_MAX, request_of};
 
 /// All texts of a run.
 pub(crate) struct Texts {
@@ -104,7 +104,8 @@ impl Modelled {
                 let above = if index == 0 { 1.0 } else { node.probability };
                 let proposals = self.proposals(request, (node, at), opinion, AHEAD_WIDTH);
                 tails.extend(
-                    proposals.map(|proposal| (above * proposal.probability, (at + 1, proposal.token))),
+                    proposals
+                        .map(|proposal| (above * proposal.probability, (at + 1, proposal.token))),
                 );
             }
         }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Args;
-use hat_core::sched::{Bound, Scheduler, BatchItem};
+use hat_core::sched::{BatchItem, Bound, Scheduler};
 use hat_program::outln;
 use indicatif::ProgressBar;
 use serde_json::json;
@@ -12,8 +12,8 @@ use serde_json::json;
 use crate::costs::CostFile;
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::{Predictability, REQUESTS_MAX};
 use crate::simulation::{Run, Simulation};
+use crate::text::{Predictability, REQUESTS_MAX};
 
 /// A step that the scheduler's time is held against.
 const STEP_MS: f64 = 7.0;

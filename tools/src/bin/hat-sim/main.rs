@@ -16,9 +16,9 @@ mod load;
 mod policy;
 mod queue;
 mod show;
+mod simulation;
 mod text;
 mod trial;
-mod simulation;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

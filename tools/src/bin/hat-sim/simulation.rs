@@ -93,7 +93,11 @@ impl<'a> Simulation<'a> {
             let known = file.workload.known_rows.min(ask.prompt_rows - 1);
             text.tokens(ask.prompt_rows, known, file.workload.new_tokens)
         });
-        let texts = Texts { tokens: tokens.collect(), predictability: predictability.clone(), seed: run.seed };
+        let texts = Texts {
+            tokens: tokens.collect(),
+            predictability: predictability.clone(),
+            seed: run.seed,
+        };
         let kinds: Vec<_> =
             file.devices.iter().flat_map(|kind| std::iter::repeat_n(kind, kind.count)).collect();
         let mut queue = Queue::new();

@@ -402,7 +402,8 @@ mod tests {
                     |_| 0.5,
                     |branch| {
                         let pairs = branch.iter().zip(&tokens[at + 1..]);
-                        right = pairs.take_while(|(proposal, token)| proposal.token == **token).count();
+                        right =
+                            pairs.take_while(|(proposal, token)| proposal.token == **token).count();
                     },
                 );
                 stated += super::lookup(&text, (at - prompt_rows) as u32);

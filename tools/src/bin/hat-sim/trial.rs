@@ -7,8 +7,8 @@ use indicatif::ProgressBar;
 use crate::costs::{CostFile, Published};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::text::Predictability;
 use crate::simulation::{Run, Simulation};
+use crate::text::Predictability;
 
 /// Requests of a run in which each device is alone, and their rate.
 const ALONE: (usize, f64) = (90, 0.01);
@@ -37,7 +37,8 @@ impl<'a> Trials<'a> {
 
     /// Sets the hypothetical tokens a round of the adapter's tree of 32 nodes.
     pub(crate) fn what_if(&mut self, tree_tokens: f64) {
-        self.predictability = self.predictability.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
+        self.predictability =
+            self.predictability.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
     }
 
     /// Figures of a policy at a rate.

@@ -1,9 +1,9 @@
 //! Endpoints over each link: sessions, reconnects, unknown peers, counts.
 mod counts;
+mod handshakes;
 mod pair;
 mod reconnect;
 mod repeat;
-mod handshakes;
 
 use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::GoneError;

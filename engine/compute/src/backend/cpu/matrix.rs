@@ -194,7 +194,15 @@ pub(super) fn for_each_panel<T>(
         let end = linear.rows.min(first + ROWS_IN_CACHE);
         for column in columns.clone().step_by(PANEL) {
             let panel = &weight[column / PANEL * panel_bytes..][..panel_bytes];
-            for_each_tile(linear, x, first..end, panel, (column, column - columns.start), out, tiles);
+            for_each_tile(
+                linear,
+                x,
+                first..end,
+                panel,
+                (column, column - columns.start),
+                out,
+                tiles,
+            );
         }
     }
 }

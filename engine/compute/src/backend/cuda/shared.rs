@@ -52,7 +52,11 @@ impl<G: Gpu> CudaBackend<G> {
         Ok(reach.to_string())
     }
 
-    pub(super) fn lend_rows(&mut self, rows: usize, from: &Buffer<G::Memory>) -> Option<SharedRows> {
+    pub(super) fn lend_rows(
+        &mut self,
+        rows: usize,
+        from: &Buffer<G::Memory>,
+    ) -> Option<SharedRows> {
         if self.fault.is_some() {
             return None;
         }
@@ -70,7 +74,12 @@ impl<G: Gpu> CudaBackend<G> {
         shared
     }
 
-    pub(super) fn borrow_rows(&mut self, rows: usize, shared: SharedRows, to: &mut Buffer<G::Memory>) {
+    pub(super) fn borrow_rows(
+        &mut self,
+        rows: usize,
+        shared: SharedRows,
+        to: &mut Buffer<G::Memory>,
+    ) {
         let bytes = 4 * rows * to.columns;
         self.queue(|this| {
             let from = shared.rows::<G::Memory>().expect("lent by a backend of this type");

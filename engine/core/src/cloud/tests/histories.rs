@@ -4,7 +4,7 @@ use hat_transport::message::{
     Commit, End, Message, Open, RowsHead, SessionErrorCode as Code, Want,
 };
 
-use super::bed::{Bed, Heard, MS, open, prompt, pending_rows};
+use super::bed::{Bed, Heard, MS, open, pending_rows, prompt};
 use super::ledger::digest;
 
 /// A prompt in two frames, a tree below it, and a commit of a path that has to move.

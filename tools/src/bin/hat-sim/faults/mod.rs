@@ -2,14 +2,14 @@
 //! as a seed has it. A seed that finds something repeats exactly, and is told with the shortest
 //! schedule that still does.
 
-mod proposer;
 mod ledger;
 mod models;
+mod proposer;
 mod real;
 mod setting;
+mod simulation;
 #[cfg(test)]
 mod tests;
-mod simulation;
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

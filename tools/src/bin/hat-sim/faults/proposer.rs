@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use hat_core::draft::Source;
-use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use hat_core::draft::tree::Proposal;
 use hat_plan::{BackendFault, TokenId};
 use hat_transport::message::PageId;

@@ -18,9 +18,9 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::pool::PoolConfig;
 use hat_transport::random::SeededRandom;
 
-use super::proposer::Proposer;
 use super::ledger::{self, DeviceLedger, LAYERS, Ledger};
 use super::models::{DeviceModel, Models, Seen, StageModel, is_honest};
+use super::proposer::Proposer;
 use super::real::Real;
 use super::setting::{Act, Asked, CloudSetting, DeviceSetting, Manner, Setting};
 use crate::bed::{Bed, Happened, Node, VOCAB};

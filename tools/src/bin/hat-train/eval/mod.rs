@@ -1,8 +1,8 @@
 //! `eval`: how well a drafter drafts, and how many tokens a round trip that is worth.
 
 mod curves;
-pub(crate) mod proposals;
 mod play;
+pub(crate) mod proposals;
 mod table;
 mod time;
 
@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use hat_core::draft::DraftPolicy;
-use hat_loader::{DrafterFile, Bundle};
+use hat_loader::{Bundle, DrafterFile};
 use hat_program::outln;
 use hat_tools::plot::{self, Captions};
 use indicatif::ProgressBar;
 
 use self::curves::Curves;
-use self::proposals::{DEPTH_MAX, PROPOSALS_MAX, Proposer};
 use self::play::Trial;
+use self::proposals::{DEPTH_MAX, PROPOSALS_MAX, Proposer};
 use self::table::Table;
 use crate::shard::{self, Collection, Recording, Shard};
 use crate::target::bundle_or_default;
@@ -73,7 +73,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let shape = DraftPolicy { width: args.width, level_nodes: args.level, ..DraftPolicy::DEFAULT };
     let device = Bundle::open(&bundle_or_default(args.bundle.as_deref())?.join("device"))?;
     let vocab_size = device.config().vocab_size;
-    let adapter = args.adapter.as_deref().map(|path| DrafterFile::read(path, &device)).transpose()?;
+    let adapter =
+        args.adapter.as_deref().map(|path| DrafterFile::read(path, &device)).transpose()?;
     if let (Some(adapter), Some(threads)) = (&adapter, args.time) {
         time::print(adapter, &device, threads)?;
     }

@@ -13,7 +13,7 @@ use anyhow::{bail, ensure};
 use hat_core::answer::{Answer, EndTokens, Prepared};
 use hat_core::chunk::ChunkPolicy;
 use hat_core::device::{DeviceConfig, DeviceCore, DeviceWork, Inbound, RequestEvent, Verdict};
-use hat_core::draft::drafter::{Decided, Drafted, SessionId, Drafter};
+use hat_core::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use hat_core::draft::tree::Proposal;
 use hat_core::draft::{DraftMode, DraftPolicy};
 use hat_core::request::{Metrics, Request};

@@ -11,7 +11,7 @@ use hat_core::draft::{ModelDrafter, Node, Source};
 use hat_core::page::pages_for;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_engine::options::Processor;
-use hat_loader::{DrafterFile, DrafterArchitecture, Bundle};
+use hat_loader::{Bundle, DrafterArchitecture, DrafterFile};
 
 use super::play::Proposals;
 use crate::shard::Recording;

@@ -6,8 +6,8 @@ use hat_compute::DraftModel;
 use hat_compute::open;
 use hat_core::sequence::Sequence;
 use hat_engine::options::Processor;
-use hat_loader::{DrafterFile, Bundle};
-use hat_plan::{AttendBatch, DraftForward as _, PAGE_SIZE, BatchBuffers};
+use hat_loader::{Bundle, DrafterFile};
+use hat_plan::{AttendBatch, BatchBuffers, DraftForward as _, PAGE_SIZE};
 use hat_program::outln;
 
 /// Positions before the draft.

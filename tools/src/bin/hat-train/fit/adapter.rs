@@ -76,8 +76,8 @@ pub(super) mod tests {
     use hat_core::sequence::Sequence;
     use hat_engine::options::Processor;
     use hat_loader::tiny_bundle;
-    use hat_loader::{DrafterArchitecture, Bundle};
-    use hat_plan::{DraftForward as _, BatchBuffers};
+    use hat_loader::{Bundle, DrafterArchitecture};
+    use hat_plan::{BatchBuffers, DraftForward as _};
 
     use super::super::data::FinalNorm;
     use super::super::drafter::{Example, linear, log_softmax, rms_norm, weight};
@@ -272,7 +272,10 @@ pub(super) mod tests {
                         for proposal in said {
                             let at = VOCABULARY.iter().position(|token| *token == proposal.token);
                             let wanted = wanted[at.unwrap()];
-                            assert!((proposal.probability - wanted).abs() < 0.03, "{step}: {proposal:?}");
+                            assert!(
+                                (proposal.probability - wanted).abs() < 0.03,
+                                "{step}: {proposal:?}"
+                            );
                         }
                     }
                 }

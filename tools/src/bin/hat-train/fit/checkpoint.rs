@@ -237,8 +237,8 @@ mod tests {
             assert!(Checkpoint::read(&path).is_err(), "{keep} bytes");
         }
         fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
-        let read =
-            Checkpoint::read(&path).and_then(|read| read.restore(DrafterArchitecture::Paper, &config()));
+        let read = Checkpoint::read(&path)
+            .and_then(|read| read.restore(DrafterArchitecture::Paper, &config()));
         assert!(read.is_err());
     }
 }

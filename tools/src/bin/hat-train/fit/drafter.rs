@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use hat_loader::layout::{dequantise_row, unpack_row};
-use hat_loader::{DrafterArchitecture, Bundle, LlamaConfig};
+use hat_loader::{Bundle, DrafterArchitecture, LlamaConfig};
 
 pub(super) const W1: &str = "shallow_proj.weight";
 pub(super) const W2: &str = "deep_proj.weight";

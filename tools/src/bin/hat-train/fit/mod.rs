@@ -15,7 +15,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use hat_loader::{DrafterArchitecture, Bundle};
+use hat_loader::{Bundle, DrafterArchitecture};
 use hat_program::note;
 use serde::{Deserialize, Serialize};
 
