@@ -7,9 +7,9 @@
 //! them.
 //!
 //! - [`tree`]: drafts of several drafters merged, the most probable ones first
-//! - [`gumbel_rank`]: what seeded noise says of a choice to come
+//! - [`gumbel`]: what seeded noise says of a choice to come
 //! - [`lookup`]: tokens that followed the same words earlier in the prompt or the answer
-//! - [`trained`]: the seam of drafters that compute
+//! - [`drafter`]: the seam of drafters that compute
 //! - [`policy`]: sizes and thresholds, and how many drafts pay
 
 pub mod drafter;
@@ -31,7 +31,7 @@ pub use tree::{Node, Tree};
 pub enum DrafterKind {
     /// [`Lookup`]: what followed the same words before.
     Lookup,
-    /// [`trained`]: a small model.
+    /// [`drafter`]: a small model.
     Model,
 }
 
