@@ -201,6 +201,12 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Works of prompts that wait.
+    #[must_use]
+    pub fn prompts(&self) -> usize {
+        self.prompts.works
+    }
+
     /// True if a work of the session, or what is left of one, waits.
     #[must_use]
     pub fn holds(&self, session: SessionKey) -> bool {
@@ -318,6 +324,8 @@ struct Tier {
     spare: Vec<Share>,
     /// Rows that the device chosen last had been served before: where newcomers start.
     level: u64,
+    /// Works that wait.
+    works: usize,
 }
 
 /// Rows that one device has had, and works that it has waiting.
@@ -409,7 +417,7 @@ impl Tier {
 
     /// Changes what a device has, and keeps its places in order.
     fn edit(&mut self, device: DeviceKey, edit: impl FnOnce(&mut Share)) {
-        let Self { shares, ready, ahead, spare, level } = self;
+        let Self { shares, ready, ahead, spare, level, works } = self;
         let newcomer = || Share { served: 0, ..spare.pop().unwrap_or_default() };
         let share = shares.entry(device).or_insert_with(newcomer);
         if share.items.is_empty() {
@@ -420,7 +428,9 @@ impl Tier {
             let of_class = ready.get_mut(&class).expect("it was ready");
             of_class.remove(&(share.served, arrival, device));
         }
+        let before = share.items.len();
         edit(share);
+        *works = *works + share.items.len() - before;
         for (class, arrival) in share.oldest() {
             ready.entry(class).or_default().insert((share.served, arrival, device));
         }

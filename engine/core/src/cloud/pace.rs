@@ -90,17 +90,21 @@ impl Pace {
         seconds(&cost, f64::from(rows), context) > LONG_S
     }
 
-    /// The bound of the next step.
-    pub(super) fn bound(&self, is_decoding: bool) -> Bound {
+    /// The bound of the next step, while so many works of prompts wait. Each of them brings the
+    /// time for its own rows, so that they share the fixed cost of a step: with less, a full cloud
+    /// would compute fixed costs and hardly a row.
+    pub(super) fn bound(&self, is_decoding: bool, prompts: usize) -> Bound {
         let Some(cost) = self.steps.cost(0.0) else { return Bound::NONE };
+        let quiet_s = QUIET_S.max(QUIET_TIMES * cost.fixed);
         if !is_decoding {
-            return bound_of(&cost, QUIET_S.max(QUIET_TIMES * cost.fixed));
+            return bound_of(&cost, quiet_s);
         }
         let context = self.context.value().unwrap_or(0.0);
         let one_s = seconds(&cost, 1.0, context);
         let verifies_s = seconds(&cost, self.verify_rows.value().unwrap_or(1.0), context);
         let left_s = (ROUND_TIMES * one_s - verifies_s).max(PROMPT_TIMES_MIN * one_s);
-        bound_of(&cost, left_s.max(PROMPT_S_MIN))
+        let rows_s = left_s.max(PROMPT_S_MIN) - cost.fixed;
+        bound_of(&cost, (cost.fixed + rows_s * prompts.max(1) as f64).min(quiet_s))
     }
 }
 
@@ -149,11 +153,15 @@ mod tests {
         let mut pace = taught();
         let start = Instant::now();
         assert!(!pace.is_decoding(start));
-        assert!((146..=150).contains(&rows_in(&pace.bound(false))), "{:?}", pace.bound(false));
+        assert!(
+            (146..=150).contains(&rows_in(&pace.bound(false, 1))),
+            "{:?}",
+            pace.bound(false, 1)
+        );
         pace.note_decoder(7, start);
         assert!(pace.is_decoding(start + DECODES_FOR / 2));
         // Two and a half verifies of 3 ms, less the one that follows, less the fixed cost.
-        assert!((2..=3).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
+        assert!((2..=3).contains(&rows_in(&pace.bound(true, 1))), "{:?}", pace.bound(true, 1));
         assert!(!pace.is_decoding(start + DECODES_FOR));
         pace.note_decoder(7, start);
         pace.note_decoder(8, start);
@@ -169,13 +177,23 @@ mod tests {
         for _ in 0..50 {
             pace.note_step(200, 0, 200, Duration::from_millis(202));
         }
-        assert!((1..=2).contains(&rows_in(&pace.bound(true))), "{:?}", pace.bound(true));
+        assert!((1..=2).contains(&rows_in(&pace.bound(true, 1))), "{:?}", pace.bound(true, 1));
+    }
+
+    #[test]
+    fn prompts_share_the_fixed_cost_of_a_step() {
+        let mut pace = taught();
+        pace.note_decoder(7, Instant::now());
+        let rows = |prompts| rows_in(&pace.bound(true, prompts));
+        let one = rows(1);
+        assert!((4 * one..=4 * one + 4).contains(&rows(4)), "{one} {}", rows(4));
+        assert_eq!(rows(10_000), rows_in(&pace.bound(false, 1)));
     }
 
     #[test]
     fn nothing_is_bounded_before_anything_is_known() {
         let pace = Pace::default();
-        assert_eq!((pace.bound(true), pace.is_long(512, 0)), (Bound::NONE, false));
+        assert_eq!((pace.bound(true, 1), pace.is_long(512, 0)), (Bound::NONE, false));
         assert!(taught().is_long(19, 0) && !taught().is_long(17, 0));
     }
 }

@@ -105,7 +105,8 @@ impl Planner {
         batch.clear();
         batch.step.moves.append(&mut self.moves);
         let is_decoding = self.pace.is_decoding(now);
-        let bound = self.bound.unwrap_or_else(|| self.pace.bound(is_decoding));
+        let bound =
+            self.bound.unwrap_or_else(|| self.pace.bound(is_decoding, self.scheduler.prompts()));
         self.scheduler.schedule(bound, items);
         Some(batch)
     }

@@ -181,7 +181,7 @@ fn rows(head: RowsHead) -> Vec<u8> {
     body
 }
 
-/// Steps are planned as they were before the cloud was a core, but for the shorter steps of prompts
+/// Steps are planned as they were before the cloud was a core, but for the time of steps with prompts
 /// while somebody decodes.
 #[test]
 fn steps_are_planned_as_they_always_were() {
@@ -191,7 +191,7 @@ fn steps_are_planned_as_they_always_were() {
     let digest = blake3::hash(log.join("\n").as_bytes());
     assert_eq!(
         digest.to_hex().as_str(),
-        "fc40e6cf66278f4f3ac077f9a58a60d0619efb31ac59d511ceb7f0d0e4630153"
+        "20ccfb90ad5f38478da26c7e79aaa9fa5f670d5cabed9ca87f90ce385a355c9d"
     );
 }
 

@@ -168,6 +168,14 @@ fn more_load_takes_longer_where_prompts_are_not_cut() {
     assert!(tbt[0] < tbt[1] && tbt[1] < tbt[2], "{tbt:?}");
 }
 
+/// Chunks of 32 rows, in a cloud that bounds its steps by time at the load of the paper.
+#[test]
+fn a_full_cloud_that_cuts_its_steps_starves_no_prompt() {
+    let file = file("specbench-7b");
+    let [whole, cut] = ["hat", "hat+cut"].map(|policy| figures(&file, policy, 1, 6.0, 150).ttft());
+    assert!(cut < 3.0 * whole, "{cut} to the first token, {whole} where nothing is cut");
+}
+
 #[test]
 fn each_switch_does_what_it_says() {
     let file = file("specbench-7b");
