@@ -99,7 +99,7 @@ impl DrafterFile {
     /// Reads a drafter for the model of the device bundle at `device`.
     ///
     /// # Errors
-    /// The file can't be read or is no drafter for that model; [`BundleError::DrafterFile`] says
+    /// The file can't be read or is no drafter for that model; [`BundleError::Drafter`] says
     /// why.
     pub fn read(path: &Path, device: &super::Bundle) -> Result<Self, BundleError> {
         Self::from_bytes(path, &read_file(path)?, device.manifest())
