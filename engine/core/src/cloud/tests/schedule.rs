@@ -181,8 +181,8 @@ fn rows(head: RowsHead) -> Vec<u8> {
     body
 }
 
-/// Steps are planned as they were before the cloud was a core, but for the time of steps with prompts
-/// while somebody decodes.
+/// Steps are planned as they were before the cloud was a core, but for the time of steps with
+/// prompts while somebody decodes.
 #[test]
 fn steps_are_planned_as_they_always_were() {
     let (log, bed) = run(7, 20_000, None);

@@ -165,7 +165,7 @@ pub(super) mod tests {
             assert!(sequence.push_row(id, plan));
             plan.end_sequence(sequence.pages());
             let mut y = vec![0.0; shallow.len()];
-            drafter.proposal(&plan.batch(), shallow, y_before, &mut y);
+            drafter.draft(&plan.batch(), shallow, y_before, &mut y);
             (id, y)
         }
     }
