@@ -160,7 +160,7 @@ pub(super) mod tests {
         fn proposal(&mut self, parent: u32, shallow: &[f32], y_before: &[f32]) -> (u32, Vec<f32>) {
             let Self { drafter, sequence, plan } = self;
             let id = sequence.last_id() + 1;
-            sequence.append_pending(id, &[parent]).unwrap();
+            sequence.append_pending(id, [parent]).unwrap();
             plan.clear();
             assert!(sequence.push_row(id, plan));
             plan.end_sequence(sequence.pages());
