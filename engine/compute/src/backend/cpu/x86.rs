@@ -3,7 +3,6 @@
 
 use std::arch::x86_64::*;
 
-use super::attend::Tile;
 use super::math;
 
 /// The table of a level and the functions that enter it: each body is compiled for its
@@ -87,6 +86,25 @@ macro_rules! enter {
 }
 pub(super) use enter;
 
+/// The largest or the sum of a tile, by folding the upper half onto the lower; of the level itself,
+/// so that it is compiled into the loop that calls it.
+macro_rules! fold {
+    ($features:tt, $name:ident: $eight:ident, $four:ident, $one:ident) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $name(tile: &Tile) -> f32 {
+            // SAFETY: loads of exactly the 8 numbers that each array has.
+            let load = |eight: &[f32; 8]| unsafe { _mm256_loadu_ps(eight.as_ptr()) };
+            let [a, b, c, d] = bytemuck::cast_ref::<Tile, [[f32; 8]; 4]>(tile).each_ref().map(load);
+            let eight = $eight($eight(a, c), $eight(b, d));
+            let four = $four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = $four(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32($one(two, _mm_movehdup_ps(two)))
+        }
+    };
+}
+pub(super) use fold;
+
 /// Attention's steps over registers of so many numbers, for some queries at a time.
 macro_rules! attend_steps {
     (
@@ -115,13 +133,13 @@ macro_rules! attend_steps {
             #[inline(always)]
             fn largest(self, tile: &Tile) -> f32 {
                 // SAFETY: `Steps` are made only in `attend`, which is inside this level.
-                unsafe { x86::largest(tile) }
+                unsafe { largest(tile) }
             }
 
             #[inline(always)]
             fn total(self, tile: &Tile) -> f32 {
                 // SAFETY: `Steps` are made only in `attend`, which is inside this level.
-                unsafe { x86::total(tile) }
+                unsafe { total(tile) }
             }
 
             #[inline(always)]
@@ -156,6 +174,9 @@ macro_rules! attend_steps {
                 }
             }
         }
+
+        x86::fold! { $features, largest: _mm256_max_ps, _mm_max_ps, _mm_max_ss }
+        x86::fold! { $features, total: _mm256_add_ps, _mm_add_ps, _mm_add_ss }
 
         /// Runs of f16 numbers as f32, from the front.
         #[inline]
@@ -206,7 +227,7 @@ macro_rules! attend_steps {
                     }
                 }
             }
-            sums.map(|row| bytemuck::cast(row.map(bytemuck::cast::<$Register, [f32; LANES]>)))
+            sums.map(bytemuck::cast)
         }
 
         #[inline]
@@ -287,26 +308,4 @@ pub(super) fn f32_to_f16(from: &[f32], to: &mut [u16]) {
         *to = bytemuck::cast(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(eight));
     }
     math::f32_to_f16_all(rest, to_rest);
-}
-
-/// The largest and the sum of a tile, by folding the upper half onto the lower.
-macro_rules! folds {
-    ($($name:ident: $eight:ident, $four:ident, $one:ident;)*) => {$(
-        #[inline]
-        #[target_feature(enable = "avx2,fma,f16c")]
-        pub(super) fn $name(tile: &Tile) -> f32 {
-            // SAFETY: loads of exactly the 8 numbers that each array has.
-            let load = |eight: &[f32; 8]| unsafe { _mm256_loadu_ps(eight.as_ptr()) };
-            let [a, b, c, d] = bytemuck::cast_ref::<Tile, [[f32; 8]; 4]>(tile).each_ref().map(load);
-            let eight = $eight($eight(a, c), $eight(b, d));
-            let four = $four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-            let two = $four(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32($one(two, _mm_movehdup_ps(two)))
-        }
-    )*};
-}
-
-folds! {
-    largest: _mm256_max_ps, _mm_max_ps, _mm_max_ss;
-    total: _mm256_add_ps, _mm_add_ps, _mm_add_ss;
 }
