@@ -33,8 +33,8 @@
 //! Nine names are the interface; what their fields and methods speak of is in [`options`]. The
 //! feature `http` adds the HTTP API; [`reference_run`] is the yardstick.
 //!
-//! What the two roles decide is in `hat-core`, what they compute in `hat-compute`; here are links,
-//! threads, clocks and loading. Map of the crate:
+//! Decisions of the two roles are in `hat-core`, their computations in `hat-compute`; here are
+//! links, threads, clocks and loading. Map of the crate:
 //!
 //! | room | content |
 //! |---|---|

@@ -163,7 +163,7 @@ impl NewFile {
     /// Puts the file in the target's place, on the disk.
     ///
     /// # Errors
-    /// What the system says; the target is then as it was.
+    /// The operating system's error; the target is then as it was.
     pub fn publish(self) -> io::Result<()> {
         self.file.sync_all()?;
         fs::rename(&self.path, &self.target)?;
@@ -173,7 +173,7 @@ impl NewFile {
     /// Puts the file where the target is to be, on the disk, unless somebody was there first.
     ///
     /// # Errors
-    /// What the system says; `AlreadyExists` if there is a target, which stays as it is.
+    /// The operating system's error; `AlreadyExists` if there is a target, which stays as it is.
     pub fn publish_new(self) -> io::Result<()> {
         self.file.sync_all()?;
         fs::hard_link(&self.path, &self.target)?;
@@ -201,7 +201,7 @@ impl Drop for NewFile {
 /// Writes `bytes` to the file at `path`, whole or not at all.
 ///
 /// # Errors
-/// What the system says; the file is then as it was.
+/// The operating system's error; the file is then as it was.
 pub fn replace(path: &Path, bytes: &[u8], is_private: bool) -> io::Result<()> {
     let mut file = NewFile::create(path, is_private)?;
     file.write_all(bytes)?;
@@ -240,7 +240,7 @@ impl NewDirectory {
     /// Puts the directory in the target's place, which is free or an empty directory.
     ///
     /// # Errors
-    /// What the system says; nothing is at the target then that was not.
+    /// The operating system's error; nothing is at the target then that was not.
     pub fn publish(self, target: &Path) -> io::Result<()> {
         sync_directory(&self.path)?;
         fs::rename(&self.path, target)?;

@@ -149,7 +149,7 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
 /// A generated 4-layer model, split after its first layer, below `directory`.
 ///
 /// # Errors
-/// What writing files says.
+/// A file can't be written.
 pub fn tiny_bundle(directory: &Path) -> Result<PathBuf, BundleError> {
     let out = directory.join("tiny");
     let options = BundleOptions { split_layer: 1, tail_layers: 0, weights: Weights::Keep };

@@ -20,7 +20,7 @@ const READ_BYTES: usize = 128 << 10;
 /// bytes of each piece that the calling thread has hashed.
 ///
 /// # Errors
-/// What the system says; `UnexpectedEof` if the file is shorter.
+/// The operating system's error; `UnexpectedEof` if the file is shorter.
 pub(crate) fn hash(
     file: &File,
     bytes: u64,

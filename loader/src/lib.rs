@@ -1,6 +1,6 @@
 //! Checkpoints and bundles: files of weights as borrowed tensors.
 //!
-//! What comes in is a Hugging Face directory or a GGUF file, a [`SourceModel`]; what goes out is a
+//! The input is a Hugging Face directory or a GGUF file, a [`SourceModel`]; the output is a
 //! *bundle*, one directory a role, whose tensors are used straight from the memory map, a
 //! [`Bundle`]. The loader computes nothing with weights except, on request, other storage types
 //! for them. It knows no network, no backend and no text.

@@ -24,7 +24,7 @@ impl FileMap {
     /// Maps the file at `path`. Reads no byte of it.
     ///
     /// # Errors
-    /// What the system says; something that is no regular file is `InvalidInput`.
+    /// The operating system's error; something that is no regular file is `InvalidInput`.
     pub(crate) fn open(path: &Path) -> io::Result<Arc<Self>> {
         Self::of(&crate::file::open(path)?)
     }

@@ -1,9 +1,9 @@
 //! The vocabulary that roles, models and kernels share: which rows are computed, what can go wrong,
 //! and the traits of the submodels. No dependency, no computation.
 //!
-//! Which rows attend to what is an [`AttendBatch`], made in [`BatchBuffers`]; where K and V live is
-//! a store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`], [`MiddleForward`] and
-//! [`DraftForward`] are the submodels, whatever backend computes them.
+//! An [`AttendBatch`] says which rows attend to which; it is made in [`BatchBuffers`]. K and V
+//! live in a store of pages of [`PAGE_SIZE`] rows ([`KvShape`]). [`DeviceForward`],
+//! [`MiddleForward`] and [`DraftForward`] are the submodels, whatever backend computes them.
 
 #![forbid(unsafe_code)]
 

@@ -27,7 +27,7 @@ impl OutError {
 /// Writes to standard output, and past its buffer.
 ///
 /// # Errors
-/// What the system says.
+/// The operating system's error.
 pub fn write(text: fmt::Arguments<'_>) -> Result<(), OutError> {
     // One call for the whole text: a reader never sees half a line because of us.
     let mut buffer = String::new();
@@ -122,7 +122,7 @@ pub fn finish(program: &str, result: anyhow::Result<()>) -> ExitCode {
 /// The way in which a program has ended: a reader of its output that went away is no failure.
 ///
 /// # Errors
-/// What went wrong, as one line for people.
+/// The error, as one line for people.
 pub fn ended(result: anyhow::Result<()>) -> Result<(), String> {
     let Err(error) = result else { return Ok(()) };
     let closed = error.chain().any(|cause| cause.downcast_ref().is_some_and(OutError::is_closed));

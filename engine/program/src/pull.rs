@@ -278,7 +278,7 @@ fn with_drafter(device: &Path) -> anyhow::Result<bool> {
 /// Splits a model into the bundle `out`, behind a progress bar.
 ///
 /// # Errors
-/// What reading and writing say.
+/// An error of reading or writing.
 pub fn split(model: &Path, options: BundleOptions, out: &Path) -> anyhow::Result<Report> {
     split_with(model, None, options, out)
 }

@@ -77,7 +77,7 @@ impl Device {
     /// Serves until told to stop.
     ///
     /// # Errors
-    /// What keeps it from serving on.
+    /// The fault that keeps the device from serving on.
     pub(super) fn serve(&mut self) -> io::Result<()> {
         while !self.start.shared.stop.load(Ordering::Acquire) {
             if let Some(fault) = self.lost.take() {
@@ -162,7 +162,7 @@ impl Device {
     /// is left in the cloud. Requests that come meanwhile wait.
     ///
     /// # Errors
-    /// What was lost, and why the CPU can't go on where it may: the device ends.
+    /// The backend is lost, and the CPU can't or may not go on in its place: the device ends.
     fn go_on_without(&mut self, fault: BackendFault) -> io::Result<()> {
         if !self.start.config.processor.falls_back() {
             return Err(io::Error::other(fault));

@@ -210,7 +210,7 @@ impl Watch {
 /// remembers what it read. `now` and `on_piece` are as in [`Watch::verify`].
 ///
 /// # Errors
-/// What the system says; a file that somebody keeps writing to.
+/// The operating system's error; a file that somebody keeps writing to.
 pub fn content_hash(
     path: &Path,
     memory: Option<&Path>,

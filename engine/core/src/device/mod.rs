@@ -190,11 +190,6 @@ impl DeviceCore {
         }
     }
 
-    /// Drafts by another policy than the default one: for comparisons.
-    pub fn draft_by(&mut self, drafts: DraftPolicy) {
-        self.cx.policy = drafts;
-    }
-
     /// Does this wrong from now on, in tests.
     pub fn plant(&mut self, planted: Planted) {
         self.cx.planted = planted;

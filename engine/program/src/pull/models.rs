@@ -139,7 +139,7 @@ impl Model {
     /// `cache` as `cut` says, unless that was done before.
     ///
     /// # Errors
-    /// What reading, splitting and writing say. A split is there as a whole or not at all.
+    /// An error of reading, splitting or writing. A split is there as a whole or not at all.
     pub fn bundle(&self, cache: &Path, cut: Cut) -> anyhow::Result<PathBuf> {
         match self {
             Self::Bundle(path) => Ok(path.clone()),

@@ -6,9 +6,10 @@
 //! whitespace rules are those that templates are written for: `raise_exception`, `strftime_now`,
 //! `tojson` as Python writes it, `trim_blocks`, `lstrip_blocks`, Python's methods on strings.
 //!
-//! What fuel does not bound: minijinja's lists are lazy, so a template can double one sixty times
-//! for next to nothing (`x + x`, `x * 99999999`) and then compare or print it, which takes for
-//! ever. Messages are plain strings and can't do that, only the author of the model's files can.
+//! Fuel does not bound everything: minijinja's lists are lazy, so a template can double one sixty
+//! times for next to nothing (`x + x`, `x * 99999999`) and then compare or print it, which takes
+//! for ever. Messages are plain strings and can't do that, only the author of the model's files
+//! can.
 //! Therefore each rendering has a thread and a limit of its own (see [`super::limited`]).
 
 use std::collections::BTreeMap;

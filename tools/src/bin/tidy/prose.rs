@@ -59,7 +59,8 @@ fn check_openings(file: &str, text: &str, findings: &mut Vec<Finding>) {
     for (number, line) in (1..).zip(text.lines().map(str::trim_start)) {
         let mark = ["///", "//!"].into_iter().find(|mark| line.starts_with(mark));
         let first = mark.filter(|_| mark != before).map_or("", |mark| line[mark.len()..].trim());
-        before = mark;
+        // A line below a heading begins anew.
+        before = mark.filter(|mark| !line[mark.len()..].trim_start().starts_with("# "));
         let begins = |opening: &&&str| {
             first.strip_prefix(**opening).is_some_and(|rest| !rest.starts_with(is_word_char))
         };

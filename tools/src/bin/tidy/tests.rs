@@ -67,6 +67,8 @@ fn riddles() {
         let text = format!("\nstruct A {{\n    /// {opening}\n    b: u8,\n}}\n");
         one(&[(PAGE, &text)], "engine/src/page.rs:3", "what the thing is");
     }
+    let below = "/// Reads.\n///\n/// # Errors\n/// What the disk says.\npub fn f() {}\n";
+    one(&[(PAGE, below)], "engine/src/page.rs:4", "`What ..`");
     let good = "//! Howl.\n\n/// Pages,\n/// Which are free.\n// What\npub fn pages() {}\n";
     assert!(said(&[(PAGE, good)]).is_empty());
     one(&[(PAGE, "//! How pages\npub fn f() {}")], "engine/src/page.rs:1", "`How ..`");

@@ -1,7 +1,7 @@
 //! Rows from one GPU to the next: buffers on the GPU that made them, from which the next one
 //! copies.
 //!
-//! Who lends waits for its own stream first, so a fault is found by the stage that made it, and
+//! A lender waits for its own stream first, so a fault is found by the stage that made it, and
 //! the next one needs no event. A buffer is free when nobody else holds it.
 
 use std::sync::Arc;

@@ -75,7 +75,7 @@ fn device_pages(device: &DeviceSetting) -> usize {
 /// Runs a seed's world through a schedule.
 ///
 /// # Errors
-/// What did not hold.
+/// The invariant that did not hold.
 pub fn simulate(
     setting: &Setting,
     schedule: &[(Duration, Act)],

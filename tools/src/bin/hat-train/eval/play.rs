@@ -149,7 +149,7 @@ impl Player {
         };
         let now = Instant::now();
         let mut core = DeviceCore::new(now, config, &facts, vocab_size, None, None);
-        core.draft_by(rule.policy);
+        core.work_by(rule.policy, false);
         let hello = Hello {
             row_budget: 512,
             rows_pending_max: PENDING_ROWS_MAX as u16,
