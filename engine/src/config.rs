@@ -330,9 +330,7 @@ impl EngineConfig {
     /// another process.
     pub fn check(&self) -> Result<(), Error> {
         self.limits.check()?;
-        if self.threads == 0 {
-            return Err(Error::field("threads", "0 threads compute nothing: at least 1"));
-        }
+        hat_compute::open::check_threads(self.threads)?;
         match &self.cloud {
             CloudAddress::InProcess(cloud) => cloud.check(),
             CloudAddress::Remote(_) if self.link == LinkKind::Memory && self.memory.is_none() => {
@@ -449,9 +447,9 @@ impl CloudConfig {
     /// would cross the network in the clear and anybody could open sessions. A bound of 0.
     pub fn check(&self) -> Result<(), Error> {
         self.limits.check()?;
-        if self.threads == 0 || self.stages == 0 {
-            let field = if self.threads == 0 { "threads" } else { "stages" };
-            return Err(Error::field(field, format!("0 {field} compute nothing: at least 1")));
+        hat_compute::open::check_threads(self.threads)?;
+        if self.stages == 0 {
+            return Err(Error::field("stages", "0 stages compute nothing: at least 1"));
         }
         check_loopback("listen", self.listen.ip())
     }

@@ -152,7 +152,7 @@ macro_rules! with_backend {
 /// The backend of a configuration: a GPU if one is asked for.
 ///
 /// # Errors
-/// [`LoadError::Field`] if there are no threads, [`LoadError::Backend`] with the reason why a GPU,
+/// [`LoadError::Field`] as [`check_threads`], [`LoadError::Backend`] with the reason why a GPU,
 /// or a level of the CPU, can't be had.
 pub fn choose(config: &ComputeConfig) -> Result<Chosen, LoadError> {
     match config.processor {
@@ -343,6 +343,24 @@ pub fn gpus() -> Vec<String> {
     lines
 }
 
+/// Most compute threads of one model: more than any machine has cores for.
+const THREADS_MAX: usize = 1024;
+
+/// Refuses a number of compute threads that no machine can use.
+///
+/// # Errors
+/// [`LoadError::Field`] `threads` for 0, and above 1,024.
+pub fn check_threads(threads: usize) -> Result<(), LoadError> {
+    let reason = match threads {
+        0 => "0 threads compute nothing: at least 1".to_owned(),
+        1..=THREADS_MAX => return Ok(()),
+        _ => format!(
+            "{threads} threads are more than any machine has use for: at most {THREADS_MAX}"
+        ),
+    };
+    Err(LoadError::Field { field: "threads", reason })
+}
+
 /// A CPU backend; for a processor that is none, the best level.
 ///
 /// # Errors
@@ -353,10 +371,7 @@ pub fn cpu(processor: Processor, threads: usize) -> Result<CpuBackend, LoadError
 
 fn cpu_of(config: &ComputeConfig) -> Result<CpuBackend, LoadError> {
     let ComputeConfig { processor, threads, nice, .. } = *config;
-    if threads == 0 {
-        let reason = "0 threads compute nothing; at least 1".to_owned();
-        return Err(LoadError::Field { field: "threads", reason });
-    }
+    check_threads(threads)?;
     let level = match processor {
         Processor::Portable => Level::Portable,
         _ => Level::Auto,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use hat_engine::http::{HttpConfig, HttpServer};
+use hat_engine::http::{HttpConfig, HttpServer, HttpSocket};
 use hat_engine::options::{Address, CloudAddress, LinkKind, kv_rows};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig};
 use hat_loader::{Bundle, Role};
@@ -204,10 +204,11 @@ impl DeviceArgs {
         self.limit(self.device.flags(PathBuf::new(), cache)).check().map_err(flagged)?;
         self.device.bundle.check_half(Role::Device)?;
         let end_signal = EndSignal::watch()?;
-        // All flags are right: from here on things are fetched, made and opened for them.
         if let Some(path) = &key_file {
             secret::check_api_key(path)?;
         }
+        let socket = HttpSocket::bind(&config)?;
+        // All flags are right: from here on things are fetched, made and opened for them.
         let engine_config = self.limit(self.device.config(cache)?);
         let limits = engine_config.limits;
         let half = words::layers(&Bundle::open(&engine_config.bundle)?);
@@ -218,7 +219,7 @@ impl DeviceArgs {
         let context = engine.context();
         tell(&format!("{}; more of them wait", words::room(limits.sessions_of(context), context)));
         config.api_key = key_file.as_deref().map(secret::api_key).transpose()?;
-        let server = HttpServer::start(engine.clone(), config)?;
+        let server = HttpServer::start_at(socket, engine.clone(), config)?;
         if let Some(path) = &key_file {
             tell(&format!("http: the API key is in {}", path.display()));
         }

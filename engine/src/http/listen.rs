@@ -35,6 +35,14 @@ impl Socket {
     }
 }
 
+/// A bound socket of the API. Who connects waits until [`HttpServer::start_at`] serves it.
+///
+/// [`HttpServer::start_at`]: super::HttpServer::start_at
+pub struct HttpSocket {
+    pub(super) socket: Socket,
+    pub(super) bound: Bound,
+}
+
 /// The place of a socket. Dropping it removes the file of a Unix socket, if it is still that one.
 pub(super) struct Bound {
     pub(super) address: SocketAddr,
@@ -75,24 +83,27 @@ fn file_id(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Binds what the configuration says.
-///
-/// # Errors
-/// [`Error::Io`] if the address can't be had; [`Error::Field`] `http` if the path of a Unix socket
-/// is taken by another server or another kind of file.
-pub(super) fn bind(config: &HttpConfig) -> Result<(Socket, Bound), Error> {
-    let mut bound = Bound { address: config.listen, file: None };
-    let Some(path) = &config.unix else {
-        let failed = |error| Error::io(format!("listening at http://{}", config.listen), error);
-        let listener = TcpListener::bind(config.listen).map_err(failed)?;
-        bound.address = listener.local_addr().map_err(failed)?;
-        return Ok((Socket::Tcp(listener), bound));
-    };
-    make_room(path)?;
-    let failed = |error| Error::io(format!("listening at unix:{}", path.display()), error);
-    let listener = bind_unix(path).map_err(failed)?;
-    bound.file = Some(File { path: path.clone(), id: file_id(path).map_err(failed)? });
-    Ok((Socket::Unix(listener), bound))
+impl HttpSocket {
+    /// Binds the address or the path of `config`.
+    ///
+    /// # Errors
+    /// [`Error::Field`] as [`HttpConfig::check`], or `http` if the path of a Unix socket is taken
+    /// by another server or another kind of file; [`Error::Io`] if the address can't be had.
+    pub fn bind(config: &HttpConfig) -> Result<Self, Error> {
+        config.check()?;
+        let mut bound = Bound { address: config.listen, file: None };
+        let Some(path) = &config.unix else {
+            let failed = |error| Error::io(format!("listening at http://{}", config.listen), error);
+            let listener = TcpListener::bind(config.listen).map_err(failed)?;
+            bound.address = listener.local_addr().map_err(failed)?;
+            return Ok(Self { socket: Socket::Tcp(listener), bound });
+        };
+        make_room(path)?;
+        let failed = |error| Error::io(format!("listening at unix:{}", path.display()), error);
+        let listener = bind_unix(path).map_err(failed)?;
+        bound.file = Some(File { path: path.clone(), id: file_id(path).map_err(failed)? });
+        Ok(Self { socket: Socket::Unix(listener), bound })
+    }
 }
 
 /// Nobody can connect before `listen`, so the mode holds from the first connection on.
@@ -144,10 +155,10 @@ mod tests {
     fn a_socket_is_its_owners_and_goes_with_the_server() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("http.sock");
-        let (_socket, bound) = bind(&config(&path)).unwrap();
+        let HttpSocket { socket: _socket, bound } = HttpSocket::bind(&config(&path)).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(bound.place(), format!("unix:{}", path.display()));
-        let error = bind(&config(&path)).err().unwrap().to_string();
+        let error = HttpSocket::bind(&config(&path)).err().unwrap().to_string();
         assert!(error.contains("a server listens there"), "{error}");
         drop(bound);
         assert!(!path.exists());
@@ -157,25 +168,26 @@ mod tests {
     fn a_stale_socket_is_replaced_and_another_file_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("http.sock");
-        let (socket, mut bound) = bind(&config(&path)).unwrap();
+        let HttpSocket { socket, mut bound } = HttpSocket::bind(&config(&path)).unwrap();
         bound.file = None; // as after a kill
         drop((socket, bound));
         assert!(path.exists());
-        let (_socket, bound) = bind(&config(&path)).unwrap();
+        let HttpSocket { socket: _socket, bound } = HttpSocket::bind(&config(&path)).unwrap();
         // A successor's socket stays when this one goes.
         fs::remove_file(&path).unwrap();
-        let (_other, _successor) = bind(&config(&path)).unwrap();
+        let _successor = HttpSocket::bind(&config(&path)).unwrap();
         drop(bound);
         assert!(path.exists());
 
         let file = directory.path().join("file");
         fs::write(&file, "precious").unwrap();
-        let error = bind(&config(&file)).err().unwrap().to_string();
+        let error = HttpSocket::bind(&config(&file)).err().unwrap().to_string();
         assert!(error.contains("no socket"), "{error}");
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
-        let error = bind(&config(&directory.path().join("no/such.sock"))).err().unwrap();
+        let error =
+            HttpSocket::bind(&config(&directory.path().join("no/such.sock"))).err().unwrap();
         assert!(error.to_string().contains("no/such.sock"), "{error}");
         let long = directory.path().join("x".repeat(200));
-        assert!(bind(&config(&long)).is_err());
+        assert!(HttpSocket::bind(&config(&long)).is_err());
     }
 }

@@ -47,6 +47,7 @@ use tokio::sync::{Semaphore, watch};
 use self::counters::Counters;
 use self::gate::Gate;
 use self::listen::Bound;
+pub use self::listen::HttpSocket;
 use self::relay::Relay;
 use self::route::Route;
 use crate::{Engine, Error};
@@ -221,8 +222,20 @@ impl HttpServer {
     /// [`Error::Field`] for an address that other machines can reach or an unusable key,
     /// [`Error::Io`] if the address or a thread can't be had.
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
+        Self::start_at(HttpSocket::bind(&config)?, engine, config)
+    }
+
+    /// As [`HttpServer::start`], at a socket that was bound before the engine was opened.
+    ///
+    /// # Errors
+    /// As [`HttpServer::start`].
+    pub fn start_at(
+        socket: HttpSocket,
+        engine: Arc<Engine>,
+        config: HttpConfig,
+    ) -> Result<Self, Error> {
         config.check()?;
-        let (listener, bound) = listen::bind(&config)?;
+        let HttpSocket { socket, bound } = socket;
         let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)
             .map_err(|error| Error::io("starting the HTTP relay thread", error))?;
         let shared = Arc::new(Shared {
@@ -245,7 +258,7 @@ impl HttpServer {
             .map_err(|error| Error::io("starting the HTTP runtime", error))?;
         let listener = {
             let _inside = runtime.enter();
-            listener.on_runtime().map_err(|error| Error::io(bound.what(), error))?
+            socket.on_runtime().map_err(|error| Error::io(bound.what(), error))?
         };
         let serve = move || {
             let router = route::router(shared.clone());

@@ -40,9 +40,10 @@ const BOTH: &[(&[&str], Verdict)] = &[
     (&["dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"], Harmless),
     (&["xtc_threshold"], Harmless),
     // Constraints on the text.
-    (&["grammar", "json_schema", "guided_json", "guided_regex", "guided_choice"], Changes(empty)),
-    (&["guided_grammar", "guided_whitespace_pattern", "structured_outputs"], Changes(empty)),
-    (&["structural_tag", "regex", "ebnf", "format", "bad_words"], Changes(empty)),
+    (&["json_schema", "guided_json", "structured_outputs", "format"], Changes(no_schema)),
+    (&["grammar", "guided_regex", "guided_choice", "guided_grammar"], Changes(empty)),
+    (&["guided_whitespace_pattern", "structural_tag", "regex", "ebnf"], Changes(empty)),
+    (&["bad_words"], Changes(empty)),
     (&["allowed_token_ids", "logits_processors", "custom_logit_processor"], Changes(empty)),
     // Ends and lengths under other names.
     (&["stop_token_ids", "stop_sequences", "include_stop_str_in_output"], Changes(empty)),
@@ -58,7 +59,9 @@ const BOTH: &[(&[&str], Verdict)] = &[
     (&["num_beams"], Changes(one)),
     (&["top_n_sigma"], Changes(none_or_zero)),
     (&["use_beam_search", "early_stopping", "temperature_last", "watermark"], Changes(empty)),
-    (&["samplers", "penalize_nl", "negative_prompt", "do_sample"], Changes(empty)),
+    (&["samplers", "penalize_nl", "negative_prompt"], Changes(empty)),
+    // Its other word is `temperature`, which the model's own defaults set where it is absent.
+    (&["do_sample"], Changes(never)),
     // Other prompts, models and outputs.
     (&["options", "system", "template", "context", "images", "image_data"], Changes(empty)),
     (&["multi_modal_data", "mm_processor_kwargs", "lora", "lora_path"], Changes(empty)),
@@ -95,6 +98,15 @@ fn empty(value: &Value) -> bool {
         Value::Null => true,
         Value::Number(_) => false,
     }
+}
+
+/// An empty schema is one: it allows JSON alone.
+fn no_schema(value: &Value) -> bool {
+    !value.is_object() && empty(value)
+}
+
+fn never(_: &Value) -> bool {
+    false
 }
 
 fn none_or_zero(value: &Value) -> bool {
@@ -239,9 +251,19 @@ mod tests {
                     json!(["text"]),
                 ];
                 let passes = neutral.into_iter().any(|value| judge(shape, &body(value)).is_ok());
-                assert!(passes, "{name} has no value that changes nothing");
+                assert_eq!(passes, name != "do_sample", "{name}: a value that changes nothing");
                 assert!(judge(shape, &body(Value::Null)).is_ok());
             }
+        }
+    }
+
+    /// An empty grammar allows everything, an empty schema no more than JSON.
+    #[test]
+    fn an_empty_schema_is_a_constraint() {
+        for name in ["json_schema", "guided_json", "structured_outputs", "format"] {
+            let body = |value| Map::from_iter([(name.to_owned(), value)]);
+            assert!(judge(Shape::Chat, &body(json!({}))).is_err(), "{name}");
+            assert!(judge(Shape::Chat, &body(json!(""))).is_ok(), "{name}");
         }
     }
 

@@ -1,5 +1,6 @@
 //! Flags and variables of the daemon: what they take, and that nothing is done before all are
 //! right.
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -58,11 +59,15 @@ fn a_wrong_flag_is_named_and_has_no_effect() {
     let short = at("short-key");
     std::fs::write(&short, "short").unwrap();
     let unix = format!("unix:{}", socket.display());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap().to_string();
     for (line, words) in [
         (&["device", "--http", "0.0.0.0:8080"][..], &["--http", "ssh -L"][..]),
         (&["device", "--http", "http://localhost"], &["--http", "scheme"]),
         (&["device", "--http", "nowhere.invalid"], &["--http", "nowhere.invalid"]),
+        (&["device", "--http", &taken], &["listening at", &taken, "in use"]),
         (&["device", "--http", &unix, "--threads", "0"], &["--threads", "at least 1"]),
+        (&["device", "--http", &unix, "--threads", "100000"], &["--threads", "at most 1024"]),
         (&["device", "--http", &unix, "--cloud", "10.1.2.3"], &["--cloud", "ssh -L"]),
         (&["device", "--http", &unix, "--cloud", "a b"], &["--cloud", "host name"]),
         (&["device", "--http", &unix, "--cloud", "localhost:0"], &["--cloud", "port 0"]),
@@ -82,6 +87,7 @@ fn a_wrong_flag_is_named_and_has_no_effect() {
         (&["cloud", "--kv-rows-max", "0"], &["--kv-rows-max"]),
         (&["cloud", "--stages", "0"], &["--stages"]),
         (&["cloud", "--threads", "0"], &["--threads", "at least 1"]),
+        (&["cloud", "--threads", "5000"], &["--threads", "at most 1024"]),
         (&["cloud", "--link", "memory"], &["--link", "mio"]),
         (&["generate", "-p", "x", "--cloud", "box:70000"], &["--cloud", "65535"]),
         (&["generate", "-p", "x", "--temperature", "-1"], &["--temperature", "0..=100"]),
