@@ -127,26 +127,44 @@ struct Entry {
     used: u64,
 }
 
-/// Pages by their ids. What nobody holds goes first when pages are wanted, the longest unused
-/// before all others; of one path the later pages, which are of no use without the earlier ones.
-#[derive(Debug, Default)]
-pub struct PrefixCache {
+/// The pages of one KV store: those in use, and those that are kept by their ids. What nobody holds
+/// goes first when pages are wanted, the longest unused before all others; of one path the later
+/// pages, which are of no use without the earlier ones.
+#[derive(Debug)]
+pub struct PageStore {
+    pool: PagePool,
     entries: BTreeMap<Key, Entry>,
     by_use: BTreeMap<u64, Key>,
     uses: u64,
 }
 
-impl PrefixCache {
+impl PageStore {
+    /// A store of this many pages, all free.
+    #[must_use]
+    pub fn new(pages: usize) -> Self {
+        Self {
+            pool: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
+            entries: BTreeMap::new(),
+            by_use: BTreeMap::new(),
+            uses: 0,
+        }
+    }
+
+    /// Its pages: who holds them, and which are free.
+    #[must_use]
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
     /// Pages for a session, `wanted` in all, its own holder's: the leading ones of `ids` that are
     /// there, then fresh ones, for which idle pages give way. Returns how many were there, too;
     /// `None` if there is no room, and nothing is changed then. There is room whenever there
-    /// would be without this cache.
+    /// would be if no page were kept.
     ///
     /// # Panics
     /// If there are more `ids` than pages wanted.
     pub fn admit(
         &mut self,
-        pool: &mut PagePool,
         scope: PrefixScope,
         ids: &[PageId],
         wanted: usize,
@@ -155,15 +173,15 @@ impl PrefixCache {
         let found = ids.iter().map_while(|id| self.entries.get(&(scope, *id)));
         let mut pages: Vec<u32> = found.map(|entry| entry.page).collect();
         let held = pages.len();
-        pages.iter().for_each(|page| pool.hold(*page));
+        pages.iter().for_each(|page| self.pool.hold(*page));
         let fresh = wanted - held;
-        if fresh > pool.available() {
-            pool.give_back(pages);
+        if fresh > self.pool.available() {
+            self.pool.give_back(pages);
             return None;
         }
-        self.make_room(pool, fresh);
+        self.make_room(fresh);
         self.touch(scope, &ids[..held]);
-        pages.extend(pool.take(fresh));
+        pages.extend(self.pool.take(fresh));
         Some((pages, held))
     }
 
@@ -172,23 +190,18 @@ impl PrefixCache {
     ///
     /// # Panics
     /// If the sequence shares its pages: there might be no room for as many.
-    pub fn begin_behind(
-        &mut self,
-        pool: &mut PagePool,
-        sequence: &mut Sequence,
-        ids: &[PageId],
-    ) -> usize {
+    pub fn begin_behind(&mut self, sequence: &mut Sequence, ids: &[PageId]) -> usize {
         let rows_max = sequence.rows_max();
         let own = std::mem::replace(sequence, Sequence::new(Vec::new(), 0)).into_pages();
         let wanted = own.len();
-        pool.give_back(own);
+        self.pool.give_back(own);
         let idle = |id: &&PageId| {
             let entry = self.entries.get(&(PrefixScope::ONE, **id));
-            entry.is_some_and(|entry| pool.references(entry.page) == 0)
+            entry.is_some_and(|entry| self.pool.references(entry.page) == 0)
         };
         let idle = ids.iter().take_while(idle).count();
         let (pages, held) = self
-            .admit(pool, PrefixScope::ONE, &ids[..idle], wanted)
+            .admit(PrefixScope::ONE, &ids[..idle], wanted)
             .expect("there is room for the pages that it had");
         *sequence = Sequence::on_cached(pages, rows_max, held);
         held
@@ -196,11 +209,11 @@ impl PrefixCache {
 
     /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known
     /// keep the page that they have, and pages that are kept their id.
-    pub fn keep(&mut self, pool: &mut PagePool, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
+    pub fn keep(&mut self, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
         for (id, page) in ids.iter().zip(pages) {
-            if !pool.is_cached(*page) {
+            if !self.pool.is_cached(*page) {
                 self.entries.entry((scope, *id)).or_insert_with(|| {
-                    pool.keep(*page);
+                    self.pool.keep(*page);
                     Entry { page: *page, used: 0 }
                 });
             }
@@ -208,40 +221,48 @@ impl PrefixCache {
         self.touch(scope, ids);
     }
 
-    /// Forgets all pages: what they hold means nothing any more.
-    pub fn clear(&mut self, pool: &mut PagePool) {
+    /// A session is done with its pages.
+    ///
+    /// # Panics
+    /// If nobody holds one of them.
+    pub fn give_back(&mut self, pages: Vec<u32>) {
+        self.pool.give_back(pages);
+    }
+
+    /// Forgets all ids: what pages hold means nothing any more.
+    pub fn clear(&mut self) {
         self.by_use.clear();
-        std::mem::take(&mut self.entries).values().for_each(|entry| pool.release(entry.page));
+        std::mem::take(&mut self.entries).values().for_each(|entry| self.pool.release(entry.page));
     }
 
     /// Forgets these pages: what they hold is no good. Who holds them keeps them.
-    pub fn forget(&mut self, pool: &mut PagePool, pages: &[u32]) {
+    pub fn forget(&mut self, pages: &[u32]) {
         let bad = |entry: &Entry| pages.contains(&entry.page);
         self.by_use.retain(|_, key| !bad(&self.entries[key]));
         self.entries.retain(|_, entry| {
             let is_bad = bad(entry);
             if is_bad {
-                pool.release(entry.page);
+                self.pool.release(entry.page);
             }
             !is_bad
         });
     }
 
     /// Evicts until `wanted` pages are free, or nothing is idle.
-    fn make_room(&mut self, pool: &mut PagePool, wanted: usize) {
-        let missing = wanted.saturating_sub(pool.free());
+    fn make_room(&mut self, wanted: usize) {
+        let missing = wanted.saturating_sub(self.pool.free());
         let page_of = |key: &Key| self.entries[key].page;
         let oldest: Vec<(u64, Key)> = self
             .by_use
             .iter()
-            .filter(|(_, key)| pool.references(page_of(key)) == 0)
+            .filter(|(_, key)| self.pool.references(page_of(key)) == 0)
             .take(missing)
             .map(|(used, key)| (*used, *key))
             .collect();
         for (used, key) in oldest {
             self.by_use.remove(&used);
             let entry = self.entries.remove(&key).expect("both maps have the same keys");
-            pool.release(entry.page);
+            self.pool.release(entry.page);
         }
     }
 

@@ -12,7 +12,6 @@ mod batch;
 mod clients;
 mod output;
 mod pace;
-mod pages;
 mod planner;
 mod prune;
 mod rows;
@@ -35,7 +34,6 @@ use self::admission::Admission;
 pub use self::batch::StepBatch;
 pub use self::clients::SEND_QUEUE_BYTES_MAX;
 use self::clients::{Clients, Reply};
-use self::pages::Pages;
 use self::planner::Planner;
 use self::prune::Pruning;
 use self::rows::RowsFrame;
@@ -43,6 +41,7 @@ use self::session::{Session, check_names, scope_of};
 use self::sessions::Sessions;
 use self::violation::{SessionEnd, SessionViolation};
 use crate::page::pages_for;
+use crate::prefix::PageStore;
 use crate::sched::{BatchItem, SessionKey};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::{self, KV_TYPE_F16};
@@ -122,7 +121,7 @@ pub struct CloudCore {
     hello: Hello,
     clients: Clients,
     sessions: Sessions,
-    pages: Pages,
+    pages: PageStore,
     admission: Admission,
     planner: Planner,
     begun_frames_max: usize,
@@ -145,7 +144,7 @@ impl CloudCore {
             hello,
             clients: Clients::default(),
             sessions: Sessions::default(),
-            pages: Pages::new(pages),
+            pages: PageStore::new(pages as usize),
             admission: Admission::default(),
             planner: Planner::new(&hello),
             begun_frames_max: BEGUN_FRAMES_MAX,
@@ -260,12 +259,12 @@ impl CloudCore {
     /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
         let refused = self.figures.refused + self.clients.sent_away();
-        let (free, idle) = self.pages.free_and_idle();
+        let pool = self.pages.pool();
         CloudFigures {
             refused,
             sessions: self.sessions.len() as u64,
-            pages_free: (free + idle) as u64,
-            pages_idle: idle as u64,
+            pages_free: pool.available() as u64,
+            pages_idle: pool.idle() as u64,
             ..self.figures
         }
     }
@@ -292,7 +291,8 @@ impl CloudCore {
             self.clients.answer(from, frame.session, Reply::Busy(Busy { retry_after_ms }));
             return Ok(());
         }
-        let (pages, held) = self.pages.admit(scope_of(&open), open.pages, wanted);
+        let admitted = self.pages.admit(scope_of(&open), open.pages, wanted);
+        let (pages, held) = admitted.expect("there is room");
         let sequence = Sequence::on_cached(pages, open.rows_max, held);
         self.sessions.insert(Session::new(from, frame.session, codec, &open, sequence, now));
         if let Some(device) = self.clients.device(from) {
@@ -440,7 +440,7 @@ impl CloudCore {
     fn room(&self) -> admission::Room {
         let sessions_max = self.config.sessions_max as usize;
         let places = sessions_max.saturating_sub(self.sessions.len());
-        admission::Room { pages: self.pages.available(), places }
+        admission::Room { pages: self.pages.pool().available(), places }
     }
 
     /// Ends sessions of `idle`, the first first, until there is room; none if they are too few.

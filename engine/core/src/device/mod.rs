@@ -36,7 +36,6 @@ use self::context::Common;
 use self::feed::Drafting;
 use self::link::Cloud;
 pub use self::pages::PageNamer;
-use self::pages::Pages;
 pub use self::request::RequestId;
 use self::request::{Path, Request, Session};
 use self::send::Leaving;
@@ -52,6 +51,7 @@ use crate::error::RequestError;
 use crate::estimate::Estimates;
 use crate::metrics::Meter;
 use crate::page::pages_for;
+use crate::prefix::{PageStore, PrefixScope};
 use crate::request::{Event, FinishReason, Metrics};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use crate::wire::BundleFacts;
@@ -147,7 +147,10 @@ pub struct DeviceCore {
     next_wire_id: u32,
     /// The request whose prompt is sent first.
     first_to_send: RequestId,
-    pages: Pages,
+    /// Pages of the device's own layers.
+    pages: PageStore,
+    /// Names pages; `None` if all rows go up.
+    namer: Option<PageNamer>,
     /// The trained drafter; it computes only within [`work::DeviceWork::run`].
     pub drafter: Option<Box<dyn Drafter>>,
     cx: Common,
@@ -177,7 +180,8 @@ impl DeviceCore {
             next_request: 1,
             next_wire_id: 1,
             first_to_send: 0,
-            pages: Pages::new(pages_for(config.kv_rows_max + PENDING_ROWS_MAX), namer),
+            pages: PageStore::new(pages_for(config.kv_rows_max + PENDING_ROWS_MAX)),
+            namer,
             drafter,
             cx: Common::new(&config, bundle, vocab_size),
             cloud: Cloud::new(now),
@@ -228,7 +232,7 @@ impl DeviceCore {
 
     /// Pages that a request can have now, those that are kept for others included.
     pub fn pages_free(&self) -> usize {
-        self.pages.available()
+        self.pages.pool().available()
     }
 
     /// Nobody wants a request's answer any more. No computation may be out.
@@ -250,7 +254,9 @@ impl DeviceCore {
 
     /// Other layers compute from now on, in another arithmetic, and maybe another drafter.
     pub fn handle_model(&mut self, arithmetic_id: u32, drafter: Option<Box<dyn Drafter>>) {
-        self.pages.computes_in(arithmetic_id);
+        if let Some(namer) = &mut self.namer {
+            namer.arithmetic_id = arithmetic_id;
+        }
         // Times of one processor say nothing of another's.
         self.cx.learned.forget_times();
         self.drafter = drafter;
@@ -280,7 +286,11 @@ impl DeviceCore {
     fn admit(&mut self, now: Instant) {
         while self.requests.len() < self.config.sessions_max {
             let Some(waiting) = self.waiting.front() else { return };
-            let Some(kv) = self.pages.reserve(waiting.prepared.rows_max()) else { return };
+            let rows_max = waiting.prepared.rows_max();
+            let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
+            let admitted = self.pages.admit(PrefixScope::ONE, &[], wanted);
+            let Some((pages, _)) = admitted else { return };
+            let kv = Sequence::new(pages, rows_max);
             let waiting = self.waiting.pop_front().expect("looked at above");
             let id = waiting.id;
             let request = self.begin(now, waiting, kv);
@@ -389,7 +399,8 @@ impl DeviceCore {
         if let (Some(drafter), Some(session)) = (&mut self.drafter, request.drafting.session) {
             drafter.close(session);
         }
-        self.pages.give_back(std::mem::replace(&mut request.kv, Sequence::new(Vec::new(), 0)));
+        let kv = std::mem::replace(&mut request.kv, Sequence::new(Vec::new(), 0));
+        self.pages.give_back(kv.into_pages());
         Some(request)
     }
 }

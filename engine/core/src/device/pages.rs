@@ -7,16 +7,15 @@ use hat_transport::codec::Codec;
 
 use super::DeviceCore;
 use super::request::{Request, RequestId};
-use crate::page::{PagePool, pages_for};
-use crate::prefix::{PageNames, PrefixCache, PrefixScope, PrefixSecret};
-use crate::sequence::{PENDING_ROWS_MAX, Sequence};
+use crate::prefix::{PageNames, PrefixScope, PrefixSecret};
 use crate::wire::{BundleFacts, KV_TYPE_F16};
 
 /// Names the pages of a device's paths.
 pub struct PageNamer {
     secret: PrefixSecret,
     model_id: [u8; 32],
-    arithmetic_id: u32,
+    /// The arithmetic of the device's own layers.
+    pub(super) arithmetic_id: u32,
     scope: PrefixScope,
 }
 
@@ -58,46 +57,6 @@ impl PageNamer {
     }
 }
 
-/// Pages of the device's own layers: those in use, and those kept from earlier requests.
-pub(super) struct Pages {
-    pool: PagePool,
-    kept: PrefixCache,
-    /// Names pages; `None` if all rows go up.
-    pub(super) namer: Option<PageNamer>,
-}
-
-impl Pages {
-    /// A store of pages, all of them free.
-    pub(super) fn new(pages: usize, namer: Option<PageNamer>) -> Self {
-        let pool = PagePool::new(u32::try_from(pages).expect("row counts are u32"));
-        Self { pool, kept: PrefixCache::default(), namer }
-    }
-
-    /// Room for a request of `rows_max` rows; `None` if there is none now.
-    pub(super) fn reserve(&mut self, rows_max: u32) -> Option<Sequence> {
-        let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-        let (pages, _) = self.kept.admit(&mut self.pool, PrefixScope::ONE, &[], wanted)?;
-        Some(Sequence::new(pages, rows_max))
-    }
-
-    /// The device's own layers compute in another arithmetic from now on.
-    pub(super) fn computes_in(&mut self, arithmetic_id: u32) {
-        if let Some(namer) = &mut self.namer {
-            namer.arithmetic_id = arithmetic_id;
-        }
-    }
-
-    /// Pages that are free, and those that are kept and give way.
-    pub(super) fn available(&self) -> usize {
-        self.pool.available()
-    }
-
-    /// A request is done with its pages.
-    pub(super) fn give_back(&mut self, kv: Sequence) {
-        self.pool.give_back(kv.into_pages());
-    }
-}
-
 impl DeviceCore {
     /// `OPEN` was answered: the cloud holds so many of the pages that were named.
     pub(super) fn begin_behind_pages(&mut self, id: RequestId, pages: u16) {
@@ -115,7 +74,7 @@ impl DeviceCore {
             }
             pages = pages.min(drafting.fed as usize / PAGE_SIZE);
         }
-        self.pages.kept.begin_behind(&mut self.pages.pool, kv, &names[..pages]);
+        self.pages.begin_behind(kv, &names[..pages]);
         request.check();
     }
 
@@ -123,7 +82,7 @@ impl DeviceCore {
     pub(super) fn keep_pages(&mut self, id: RequestId) {
         let Some(Request { path, kv, drafting, .. }) = self.requests.get(&id) else { return };
         let names = path.pages_of(kv.committed() as usize);
-        self.pages.kept.keep(&mut self.pages.pool, PrefixScope::ONE, names, kv.pages());
+        self.pages.keep(PrefixScope::ONE, names, kv.pages());
         if let (Some(drafter), Some(session)) = (&mut self.drafter, drafting.session) {
             drafter.keep(session, path.pages_of(drafting.fed as usize));
         }
@@ -132,7 +91,7 @@ impl DeviceCore {
     /// The KV store means nothing now.
     pub(super) fn forget_pages(&mut self) {
         self.cx.moves.clear();
-        self.pages.kept.clear(&mut self.pages.pool);
+        self.pages.clear();
         if let Some(drafter) = &mut self.drafter {
             drafter.forget();
         }

@@ -113,7 +113,7 @@ impl DeviceCore {
             }
             let path = &mut request.path;
             path.names_max = wire::pages_per_frame(cloud.frame_max);
-            let namer = self.pages.namer.as_ref();
+            let namer = self.namer.as_ref();
             let rows_max = request.prepared.rows_max();
             path.names = namer.map(|namer| namer.names(cloud.arithmetic, &path.tokens, rows_max));
             let open = Message::Open(Open {

@@ -6,8 +6,8 @@ use crate::draft::Source;
 use crate::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use crate::draft::gumbel::SHORTLIST;
 use crate::draft::tree::Proposal;
-use crate::page::{PagePool, pages_for};
-use crate::prefix::{PageId, PrefixCache, PrefixScope};
+use crate::page::pages_for;
+use crate::prefix::{PageId, PageStore, PrefixScope};
 use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX, Sequence};
 use hat_plan::{BackendFault, TokenId};
 use hat_plan::{DraftForward, Likely};
@@ -17,8 +17,7 @@ pub struct ModelDrafter {
     model: Box<dyn DraftForward>,
     hidden_size: usize,
     step_rows_max: usize,
-    pages: PagePool,
-    prefixes: PrefixCache,
+    pages: PageStore,
     sessions: BTreeMap<SessionId, Session>,
     next: SessionId,
     plan: BatchBuffers,
@@ -62,8 +61,7 @@ impl ModelDrafter {
             model,
             hidden_size,
             step_rows_max,
-            pages: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
-            prefixes: PrefixCache::default(),
+            pages: PageStore::new(pages),
             sessions: BTreeMap::new(),
             next: 1,
             plan: BatchBuffers::with_capacity(step_rows_max, 1, pages),
@@ -154,7 +152,7 @@ impl Drafter for ModelDrafter {
 
     fn open(&mut self, rows_max: u32) -> Option<SessionId> {
         let wanted = pages_for(rows_max as usize + PENDING_ROWS_MAX);
-        let (pages, _) = self.prefixes.admit(&mut self.pages, PrefixScope::ONE, &[], wanted)?;
+        let (pages, _) = self.pages.admit(PrefixScope::ONE, &[], wanted)?;
         let session = self.next;
         self.next += 1;
         let sequence = Sequence::new(pages, rows_max);
@@ -166,19 +164,18 @@ impl Drafter for ModelDrafter {
     fn begin_behind(&mut self, session: SessionId, pages: &[PageId]) -> usize {
         let Some(Session { sequence, .. }) = self.sessions.get_mut(&session) else { return 0 };
         debug_assert_eq!(sequence.committed(), 0, "the session has rows");
-        self.prefixes.begin_behind(&mut self.pages, sequence, pages)
+        self.pages.begin_behind(sequence, pages)
     }
 
     fn keep(&mut self, session: SessionId, pages: &[PageId]) {
         if let Some(Session { sequence, .. }) = self.sessions.get(&session) {
             let full = pages.len().min(sequence.full_pages());
-            let (ids, pages) = (&pages[..full], sequence.pages());
-            self.prefixes.keep(&mut self.pages, PrefixScope::ONE, ids, pages);
+            self.pages.keep(PrefixScope::ONE, &pages[..full], sequence.pages());
         }
     }
 
     fn forget(&mut self) {
-        self.prefixes.clear(&mut self.pages);
+        self.pages.clear();
     }
 
     fn close(&mut self, session: SessionId) {

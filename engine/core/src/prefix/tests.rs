@@ -1,4 +1,4 @@
-//! Names, and a cache and its pool against a model of both.
+//! Names, and a store against a model of it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -54,55 +54,55 @@ fn names_depend_on_all_that_rows_depend_on() {
 
 #[test]
 fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
-    let (mut pool, mut cache) = (PagePool::new(6), PrefixCache::default());
+    let mut store = PageStore::new(6);
     let [a, b] = [[[1; 16], [2; 16], [3; 16]], [[1; 16], [2; 16], [4; 16]]];
-    let (pages, held) = cache.admit(&mut pool, SCOPE, &a, 3).unwrap();
+    let (pages, held) = store.admit(SCOPE, &a, 3).unwrap();
     assert_eq!(held, 0);
-    cache.keep(&mut pool, SCOPE, &a, &pages);
-    pool.give_back(pages.clone());
-    let (also, held) = cache.admit(&mut pool, SCOPE, &b, 3).unwrap();
+    store.keep(SCOPE, &a, &pages);
+    store.give_back(pages.clone());
+    let (also, held) = store.admit(SCOPE, &b, 3).unwrap();
     assert_eq!((held, &also[..2]), (2, &pages[..2]));
-    cache.keep(&mut pool, SCOPE, &b, &also);
-    pool.give_back(also);
-    assert_eq!((pool.free(), pool.idle(), cache.entries.len()), (2, 4, 4));
+    store.keep(SCOPE, &b, &also);
+    store.give_back(also);
+    assert_eq!((store.pool.free(), store.pool.idle(), store.entries.len()), (2, 4, 4));
     // One page more than are free: the end of the older path goes.
-    let (mine, _) = cache.admit(&mut pool, SCOPE, &[], 3).unwrap();
-    assert!(!cache.entries.contains_key(&(SCOPE, a[2])));
-    assert!(b.iter().all(|id| cache.entries.contains_key(&(SCOPE, *id))));
+    let (mine, _) = store.admit(SCOPE, &[], 3).unwrap();
+    assert!(!store.entries.contains_key(&(SCOPE, a[2])));
+    assert!(b.iter().all(|id| store.entries.contains_key(&(SCOPE, *id))));
     // Of one path the last.
-    let (one, _) = cache.admit(&mut pool, SCOPE, &[], 1).unwrap();
-    assert_eq!(b.map(|id| cache.entries.contains_key(&(SCOPE, id))), [true, true, false]);
-    pool.give_back(one);
+    let (one, _) = store.admit(SCOPE, &[], 1).unwrap();
+    assert_eq!(b.map(|id| store.entries.contains_key(&(SCOPE, id))), [true, true, false]);
+    store.give_back(one);
     // Another scope finds nothing; all that is idle gives way, and no more.
     let other = PrefixScope { codec: 0, ..SCOPE };
-    assert!(cache.admit(&mut pool, other, &b, 4).is_none());
-    assert_eq!(cache.entries.len(), 2);
-    let (rest, held) = cache.admit(&mut pool, other, &b, 3).unwrap();
-    assert_eq!((held, cache.entries.len(), pool.free(), pool.idle()), (0, 0, 0, 0));
+    assert!(store.admit(other, &b, 4).is_none());
+    assert_eq!(store.entries.len(), 2);
+    let (rest, held) = store.admit(other, &b, 3).unwrap();
+    assert_eq!((held, store.entries.len(), store.pool.free(), store.pool.idle()), (0, 0, 0, 0));
     // Nothing is kept when all is forgotten, whoever holds it.
-    cache.keep(&mut pool, SCOPE, &a, &mine);
-    pool.give_back(mine);
-    cache.keep(&mut pool, other, &b, &rest);
-    cache.clear(&mut pool);
-    assert_eq!((cache.by_use.len(), pool.free(), pool.idle()), (0, 3, 0));
-    pool.give_back(rest);
-    assert_eq!(pool.free(), 6);
+    store.keep(SCOPE, &a, &mine);
+    store.give_back(mine);
+    store.keep(other, &b, &rest);
+    store.clear();
+    assert_eq!((store.by_use.len(), store.pool.free(), store.pool.idle()), (0, 3, 0));
+    store.give_back(rest);
+    assert_eq!(store.pool.free(), 6);
 }
 
 #[test]
 fn names_that_contradict_each_other_break_nothing() {
-    let (mut pool, mut cache) = (PagePool::new(4), PrefixCache::default());
+    let mut store = PageStore::new(4);
     let [x, y] = [[1; 16], [2; 16]];
-    let (pages, _) = cache.admit(&mut pool, SCOPE, &[x, x, x], 4).unwrap();
-    cache.keep(&mut pool, SCOPE, &[x, x, x], &pages);
-    cache.keep(&mut pool, SCOPE, &[y, y], &pages);
-    assert_eq!(cache.entries[&(SCOPE, x)].page, pages[0]);
-    assert_eq!(cache.entries[&(SCOPE, y)].page, pages[1]);
-    pool.give_back(pages);
-    let (pages, held) = cache.admit(&mut pool, SCOPE, &[x, x, y], 4).unwrap();
+    let (pages, _) = store.admit(SCOPE, &[x, x, x], 4).unwrap();
+    store.keep(SCOPE, &[x, x, x], &pages);
+    store.keep(SCOPE, &[y, y], &pages);
+    assert_eq!(store.entries[&(SCOPE, x)].page, pages[0]);
+    assert_eq!(store.entries[&(SCOPE, y)].page, pages[1]);
+    store.give_back(pages);
+    let (pages, held) = store.admit(SCOPE, &[x, x, y], 4).unwrap();
     assert_eq!((held, pages[0], pages[1]), (3, pages[1], pages[0]));
-    pool.give_back(pages);
-    assert_eq!((pool.free(), pool.idle()), (2, 2));
+    store.give_back(pages);
+    assert_eq!((store.pool.free(), store.pool.idle()), (2, 2));
 }
 
 /// Act of a session.
@@ -151,10 +151,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     /// No page is lost, none is given twice, none that is shared can be written; a page stands
-    /// for one id as long as anybody can find it; and the cache refuses nobody.
+    /// for one id as long as anybody can find it; and what is kept refuses nobody.
     #[test]
     fn pages_are_shared_and_none_is_lost(acts in acts()) {
-        let (mut pool, mut cache) = (PagePool::new(PAGES), PrefixCache::default());
+        let mut store = PageStore::new(PAGES as usize);
         let mut sessions: Vec<Session> = Vec::new();
         let mut holds: HashMap<u32, PageId> = HashMap::new(); // what was last written where
         for act in acts {
@@ -165,8 +165,8 @@ proptest! {
                         sessions.iter().flat_map(|session| session.pages.clone()).collect();
                     let wanted = pages + extra;
                     let would_fit = wanted <= PAGES as usize - held.len();
-                    let admitted = cache.admit(&mut pool, SCOPE, &ids, wanted);
-                    prop_assert!(admitted.is_some() || !would_fit, "the cache refused somebody");
+                    let admitted = store.admit(SCOPE, &ids, wanted);
+                    prop_assert!(admitted.is_some() || !would_fit, "somebody was refused for what is kept");
                     let Some((pages, full)) = admitted else { continue };
                     prop_assert_eq!(pages.len(), wanted);
                     for (page, id) in pages[..full].iter().zip(&ids) {
@@ -187,11 +187,11 @@ proptest! {
                     }
                     *full = named.max(*full);
                     let ids: Vec<PageId> = (0..named).map(|page| id(*trunk, page)).collect();
-                    cache.keep(&mut pool, SCOPE, &ids, own);
+                    store.keep(SCOPE, &ids, own);
                 }
                 Act::End { session } if !sessions.is_empty() => {
                     let at = session.index(sessions.len());
-                    pool.give_back(sessions.swap_remove(at).pages);
+                    store.give_back(sessions.swap_remove(at).pages);
                 }
                 _ => {}
             }
@@ -199,17 +199,17 @@ proptest! {
             for session in &sessions {
                 for page in &session.pages[session.full..] {
                     prop_assert!(writers.insert(*page), "two may write page {}", page);
-                    prop_assert_eq!(pool.references(*page), 1);
+                    prop_assert_eq!(store.pool.references(*page), 1);
                 }
             }
             let held: HashSet<u32> =
                 sessions.iter().flat_map(|session| session.pages.clone()).collect();
-            prop_assert_eq!(pool.free() + pool.idle() + held.len(), PAGES as usize);
-            let kept: HashSet<u32> = cache.entries.values().map(|entry| entry.page).collect();
-            prop_assert_eq!(kept.len(), cache.entries.len(), "two ids, one page");
-            prop_assert_eq!(cache.by_use.len(), cache.entries.len());
+            prop_assert_eq!(store.pool.free() + store.pool.idle() + held.len(), PAGES as usize);
+            let kept: HashSet<u32> = store.entries.values().map(|entry| entry.page).collect();
+            prop_assert_eq!(kept.len(), store.entries.len(), "two ids, one page");
+            prop_assert_eq!(store.by_use.len(), store.entries.len());
             prop_assert!(kept.is_disjoint(&writers), "a page that is kept can be written");
-            prop_assert_eq!(kept.difference(&held).count(), pool.idle());
+            prop_assert_eq!(kept.difference(&held).count(), store.pool.idle());
         }
     }
 }
