@@ -257,7 +257,7 @@ impl<'a> Collector<'a> {
             row += work.tokens.len();
         }
         let vocab = self.target.vocab_size;
-        let logits = self.target.logits(&last_rows).to_vec();
+        let logits = self.target.logits(&last_rows);
         for (index, logits) in choosing.into_iter().zip(logits.chunks_exact(vocab)) {
             let slot = self.slots[index].as_mut().expect("only filled slots work");
             let is_over = slot.choose(logits, &self.target.tokenizer, &self.template)?;
