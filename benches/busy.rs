@@ -13,15 +13,15 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
+use hat_benches::{cores, seconds, spread};
 use hat_compute::backend::cpu::compute_priority;
 use hat_compute::open::{self, Chosen, ComputeConfig};
 use hat_engine::options::{CloudAddress, Codec, GpuWeights, Processor};
 use hat_engine::reference_run::ReferenceRun;
-use hat_engine::{Engine, EngineConfig, Event, Request};
-use hat_program::pull;
+use hat_engine::{Engine, EngineConfig, Request};
 
 /// A verify row at hidden 576 in f16, with its head and the frame's.
 const ROW_BYTES: usize = 1200;
@@ -45,8 +45,7 @@ fn main() {
         spin(&AtomicBool::new(false));
     }
     let args: Args = hat_benches::arguments();
-    let cache = pull::cache_dir().expect("a cache directory");
-    let bundle = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
+    let bundle = hat_benches::default_bundle();
     round_trips(&bundle, &args);
     tokens(&bundle, &args);
 }
@@ -55,10 +54,6 @@ fn spin(stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         std::hint::spin_loop();
     }
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get())
 }
 
 /// The work beside the round trips.
@@ -157,10 +152,10 @@ fn ping_pong() -> Vec<f64> {
         let mut times: Vec<f64> = (0..ROUND_TRIPS)
             .map(|_| {
                 std::thread::sleep(PAUSE);
-                let began = Instant::now();
-                stream.write_all(&bytes).expect("the other end reads");
-                stream.read_exact(&mut bytes).expect("the other end writes");
-                began.elapsed().as_secs_f64()
+                seconds(|| {
+                    stream.write_all(&bytes).expect("the other end reads");
+                    stream.read_exact(&mut bytes).expect("the other end writes");
+                })
             })
             .collect();
         times.sort_by(f64::total_cmp);
@@ -232,18 +227,6 @@ fn tokens(bundle: &Path, args: &Args) {
 /// Milliseconds to the first token, and of each after it.
 fn answer(engine: &Engine) -> (f64, f64) {
     let request = Request::chat("Tell me about the sea.").max_tokens(TOKENS).ignore_eos();
-    let began = Instant::now();
-    for event in engine.generate(request).expect("a good request") {
-        if let Event::Done { metrics, .. } = event.expect("an answer") {
-            let ttft_ms = metrics.timings.ttft_ms;
-            let whole_ms = began.elapsed().as_secs_f64() * 1e3;
-            return (ttft_ms, (whole_ms - ttft_ms) / f64::from(TOKENS - 1));
-        }
-    }
-    unreachable!("an answer ends with Done")
-}
-
-fn spread(values: Vec<f64>) -> String {
-    let (median, least, largest) = hat_benches::spread(values);
-    format!("{median:.3} ({least:.3} - {largest:.3})")
+    let timings = hat_benches::answer(engine, request, |_| {}).timings;
+    (timings.ttft_ms, 1e3 / timings.tokens_per_second)
 }

@@ -14,18 +14,18 @@
 //! steps wait and compute nothing, as a GPU's look from here: the cores are the device's own.
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
-use hat_benches::{millis, pair, spread};
+use hat_benches::{
+    answer, codec, cores, default_bundle, millis, pair, prompt, seconds, spread, start_link,
+};
 use hat_core::chunk::{ChunkPolicy, CloudCost, CostModel, GRAIN_DEFAULT, Limits, Line, Planner};
-use hat_emulator::{Calibration, Emulator, EmulatorConfig};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::testkit::{open_cloud_bundle, pool_pages};
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig};
 use hat_loader::tiny_bundle;
 use hat_plan::{Computes, MiddleForward, MiddleStep};
-use hat_program::pull;
 
 /// Arguments of the command line.
 #[derive(Parser)]
@@ -50,10 +50,6 @@ struct Args {
     stages: usize,
     #[arg(long, value_parser = pair)]
     cloud_us: Option<(f64, f64)>,
-}
-
-fn codec(name: &str) -> Result<Codec, String> {
-    Codec::from_name(name).ok_or_else(|| format!("{name} is no codec"))
 }
 
 /// A run of layers that takes its time and computes nothing.
@@ -133,24 +129,16 @@ fn planning() {
     for (name, costs) in regimes() {
         for rows_max in [512, 4096] {
             let limits = Limits { rows_max, ..Limits::default() };
-            let mut times: Vec<f64> = (0..50)
-                .map(|_| {
-                    let began = Instant::now();
-                    black_box(planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, 4096));
-                    began.elapsed().as_secs_f64() * 1e3
-                })
-                .collect();
-            times.sort_by(f64::total_cmp);
+            let mut plan = || {
+                black_box(planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, 4096));
+            };
+            let ms = spread((0..50).map(|_| 1e3 * seconds(&mut plan)));
             let evaluated = planner.evaluated();
             let mut finish = |policy| planner.plan(policy, &costs, &limits, 0, 4096).finish_s * 1e3;
             let sizes = (GRAIN_DEFAULT..=rows_max).map(ChunkPolicy::Fixed);
             let best = sizes.map(&mut finish).fold(f64::INFINITY, f64::min);
             println!(
-                "{name:<10} {rows_max:9}   {:5.3} ({:.3} - {:.3})   {evaluated:9}   \
-                 {:.1}, {best:.1}, {:.1} ms",
-                times[25],
-                times[0],
-                times[49],
+                "{name:<10} {rows_max:9}   {ms}   {evaluated:9}   {:.1}, {best:.1}, {:.1} ms",
                 finish(ChunkPolicy::Auto),
                 finish(ChunkPolicy::Paper),
             );
@@ -159,23 +147,19 @@ fn planning() {
 }
 
 fn measure(args: &Args, wire: Codec) {
-    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = cores();
     let scratch = std::env::temp_dir().join(format!("hat-bench-chunk-{}", std::process::id()));
     let bundle = if args.tiny {
         tiny_bundle(&scratch).expect("a place for a small model")
     } else {
-        let cache = pull::cache_dir().expect("a cache directory");
-        pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the default model")
+        default_bundle()
     };
     let cloud = CloudConfig::new(bundle.join("cloud")).threads(threads).stages(args.stages);
     let cloud = self::cloud(args, cloud).expect("the cloud starts");
     let mut links = Vec::new();
     let mut engines = Vec::new();
     for policy in &args.chunks {
-        let config = EmulatorConfig::new(cloud.address()).rtt(args.rtt_ms);
-        let mut config = config.mbit(args.mbit.0, args.mbit.1);
-        config.calibration = Some(Calibration::measure(&config).expect("a link"));
-        let link = Emulator::start(config).expect("a link");
+        let link = start_link(cloud.address(), args.rtt_ms, args.mbit);
         let mut config = EngineConfig::new(bundle.join("device")).threads(threads).prefix(false);
         config = config.wire(wire).chunks(*policy);
         config.cloud = CloudAddress::Remote(link.address().to_string());
@@ -187,7 +171,8 @@ fn measure(args: &Args, wire: Codec) {
     for round in 0..=args.rounds {
         for turn in 0..engines.len() {
             let index = (round + turn) % engines.len();
-            let timed = ask(&engines[index], args.rows);
+            let request = prompt(args.rows).draft(DraftMode::Off);
+            let timed = answer(&engines[index], request, |_| {}).timings;
             if round > 0 {
                 timings[index].push(timed);
             }
@@ -205,13 +190,13 @@ fn measure(args: &Args, wire: Codec) {
     );
     println!("chunks  TTFT ms (least - most)       / first  expected  bound  chunks of the last");
     for ((policy, engine), timed) in args.chunks.iter().zip(&engines).zip(&timings) {
-        let (ttft, least, most) = spread(timed.iter().map(|timing| timing.ttft_ms));
+        let ttft = spread(timed.iter().map(|timing| timing.ttft_ms));
         let pairs = timed.iter().zip(&timings[0]).map(|(this, first)| this.ttft_ms / first.ttft_ms);
         let last = timed.last().expect("at least one round");
         println!(
-            "{:<6} {ttft:8.1} ({least:.1} - {most:.1})   {:6.3}   {:7.1}  {:6.1}  {:?}",
+            "{:<6} {ttft:<28.1} {:6.3}   {:7.1}  {:6.1}  {:?}",
             policy.to_string(),
-            spread(pairs).0,
+            spread(pairs).median,
             last.ttft_predicted_ms,
             bound_ms(args, engine, last),
             last.chunks,
@@ -254,17 +239,4 @@ fn bound_ms(args: &Args, engine: &Engine, timings: &Timings) -> f64 {
             costs.device.seconds(rows).max(costs.cloud.seconds(rows, 0)) * 1e3
         });
     upload_ms.max(compute_ms) + args.rtt_ms.as_secs_f64() * 1e3
-}
-
-/// A prompt of `rows` tokens that no other is like, and one token of an answer.
-fn ask(engine: &Engine, rows: usize) -> Timings {
-    // Ids that each vocabulary has.
-    let tokens = (0..rows).map(|index| (index * 7919 % 200 + 10) as u32).collect();
-    let request = Request::tokens(tokens).max_tokens(1).ignore_eos().draft(DraftMode::Off);
-    for event in engine.generate(request).expect("a good request") {
-        if let Event::Done { metrics, .. } = event.expect("an answer") {
-            return metrics.timings;
-        }
-    }
-    unreachable!("an answer ends with Done")
 }

@@ -16,18 +16,12 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 
-use hat_compute::backend::cpu::CpuBackend;
-use hat_compute::open;
-use hat_compute::{DeviceModel, MiddleModel};
-use hat_core::sequence::Sequence;
-use hat_engine::options::{Codec, Message, Processor, Role, TokenId};
-use hat_loader::Bundle;
-use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
-use hat_program::pull;
-use hat_text::ChatOptions;
-use hat_text::{Tokenizer, token_settings};
+use hat_benches::halves::Halves;
+use hat_benches::{seconds, spread};
+use hat_engine::options::{Codec, Message, Role, TokenId};
+use hat_plan::DeviceForward as _;
+use hat_text::{ChatOptions, Tokenizer};
 
-const SPLIT_LAYER: usize = 2;
 const ANSWER_TOKENS: usize = 64;
 const ROWS_MAX: usize = 512;
 const PROMPTS: usize = 100;
@@ -82,83 +76,46 @@ fn speed() {
 
 /// Seconds of the fastest of some runs.
 fn fastest(mut run: impl FnMut()) -> f64 {
-    let times = (0..30).map(|_| {
-        let began = Instant::now();
-        run();
-        began.elapsed().as_secs_f64()
-    });
-    times.fold(f64::INFINITY, f64::min)
+    spread((0..30).map(|_| seconds(&mut run))).least
 }
 
-/// The default model, both halves.
+/// The default model, both halves, and its text.
 struct Model {
-    device: DeviceModel<CpuBackend>,
-    middle: MiddleModel<CpuBackend>,
+    halves: Halves,
     tokenizer: Tokenizer,
-    layers: u32,
     hidden: usize,
     vocab: usize,
-    step: MiddleStep,
 }
 
 impl Model {
     fn open() -> Self {
-        let cache = pull::cache_dir().expect("a cache directory");
-        let path = pull::default_bundle(&cache, SPLIT_LAYER, 0).expect("the default model");
-        let device = Bundle::open(&path.join("device")).expect("a bundle");
-        let cloud = Bundle::open(&path.join("cloud")).expect("a bundle");
-        let config = device.config();
-        let layers = config.num_hidden_layers;
-        let json = device.tokenizer_json().expect("readable").expect("a device has a tokenizer");
-        let settings = token_settings(&device);
-        let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let backend = || open::cpu(Processor::Auto, threads).expect("a backend");
-        let pages = ROWS_MAX / PAGE_SIZE;
-        let middle = SPLIT_LAYER..layers;
+        let halves = Halves::open(hat_benches::cores(), ROWS_MAX, 1, ROWS_MAX);
+        let (bundle, config) = (&halves.bundle, halves.bundle.config());
         Self {
-            tokenizer: Tokenizer::from_json(json.as_bytes(), &settings).expect("a tokenizer"),
-            layers: layers as u32,
+            tokenizer: Tokenizer::of_bundle(bundle).expect("a tokenizer"),
             hidden: config.hidden_size,
             vocab: config.vocab_size,
-            middle: MiddleModel::load(backend(), &cloud, middle, ROWS_MAX, pages).expect("layers"),
-            device: DeviceModel::load(backend(), &device, SPLIT_LAYER, ROWS_MAX, pages)
-                .expect("layers"),
-            step: MiddleStep::default(),
+            halves,
         }
     }
 
-    fn sequence() -> Sequence {
-        Sequence::new((0..(ROWS_MAX / PAGE_SIZE) as u32).collect(), ROWS_MAX as u32)
-    }
-
-    /// The shallow rows of `tokens`, which go on behind `sequence`; the plan stays for
-    /// [`Model::deep`].
-    fn shallow(&mut self, sequence: &mut Sequence, tokens: &[TokenId]) -> Vec<f32> {
-        let count = tokens.len() as u32;
-        let (id, parent) = (sequence.last_id() + 1, sequence.tip());
-        let place = sequence.append_committed(id, count, parent).expect("within the context");
-        self.step.plan.clear();
-        self.step.plan.push_committed(place, count);
-        self.step.plan.end_sequence(sequence.pages());
-        let mut hidden = vec![0.0; tokens.len() * self.hidden];
-        self.device.input(&self.step.plan.batch(), tokens, &mut hidden);
-        hidden
+    /// The shallow rows of `tokens`, which stand at the positions from `first` on; the plan stays
+    /// for [`Model::deep`].
+    fn shallow(&mut self, first: usize, tokens: &[TokenId]) -> Vec<f32> {
+        self.halves.shallow(first, tokens);
+        self.halves.step.hidden.clone()
     }
 
     /// The deep rows of shallow ones.
     fn deep(&mut self, shallow: &[f32]) -> &[f32] {
-        self.step.hidden.clear();
-        self.step.hidden.extend_from_slice(shallow);
-        self.step.entry_layers.clear();
-        self.step.entry_layers.push(SPLIT_LAYER as u32);
-        self.step.exit_layer = self.layers;
-        self.middle.forward(&mut self.step);
-        &self.step.hidden
+        self.halves.step.hidden.copy_from_slice(shallow);
+        self.halves.deep();
+        &self.halves.step.hidden
     }
 
     fn logits(&mut self, deep: &[f32]) -> Vec<f32> {
         let mut logits = vec![0.0; self.vocab];
-        self.device.head(deep, &mut logits);
+        self.halves.device.head(deep, &mut logits);
         logits
     }
 }
@@ -210,10 +167,9 @@ fn measure(
     damages: &mut [[Damage; 2]],
 ) {
     let mut tokens = prompt.to_vec();
-    let (mut wanted, mut sequence) = (vec![], Model::sequence());
-    let mut fresh = 0;
+    let (mut wanted, mut fresh) = (vec![], 0);
     while wanted.len() < ANSWER_TOKENS {
-        let shallow = model.shallow(&mut sequence, &tokens[fresh..]);
+        let shallow = model.shallow(fresh, &tokens[fresh..]);
         fresh = tokens.len();
         let hidden = model.hidden;
         let deep = model.deep(&shallow);
@@ -229,7 +185,7 @@ fn measure(
     // The last decision's token has no row.
     tokens.truncate(prompt.len() + wanted.len() - 1);
     let hidden = model.hidden;
-    let shallow = model.shallow(&mut Model::sequence(), &tokens);
+    let shallow = model.shallow(0, &tokens);
     let first = prompt.len() - 1;
     for (codec, damages) in codecs.iter().zip(damages) {
         let deep = model.deep(&crossed(*codec, &shallow, hidden))[first * hidden..].to_vec();

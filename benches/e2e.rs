@@ -5,13 +5,12 @@
 //! bandwidth. The split engine's bound is the whole model's time: both roles compute on this
 //! machine, and the link adds to it. Rounds are run in turn; medians with min and max.
 
-use hat_benches::{read_bandwidth, spread};
+use hat_benches::{Spread, answer, read_bandwidth, spread};
 use hat_compute::open;
 use hat_engine::options::{Codec, LinkKind, Processor};
 use hat_engine::reference_run::ReferenceRun;
-use hat_engine::{Engine, EngineConfig, Event, Metrics, Request};
+use hat_engine::{Engine, EngineConfig, Request};
 use hat_loader::Bundle;
-use hat_program::pull;
 
 const ROUNDS: usize = 5;
 const TOKENS: u32 = 96;
@@ -21,23 +20,12 @@ fn request() -> Request {
 }
 
 fn line(name: &str, unit: &str, values: Vec<f64>) {
-    let (median, least, largest) = spread(values);
-    println!("{name:<44} {median:9.2} {unit:<6} ({least:.2} - {largest:.2})");
-}
-
-fn answer(engine: &Engine) -> Metrics {
-    let generation = engine.generate(request()).expect("a good request");
-    for event in generation {
-        if let Event::Done { metrics, .. } = event.expect("an answer") {
-            return *metrics;
-        }
-    }
-    unreachable!("an answer ends with Done")
+    let Spread { median, least, most } = spread(values);
+    println!("{name:<44} {median:9.2} {unit:<6} ({least:.2} - {most:.2})");
 }
 
 fn main() {
-    let cache = pull::cache_dir().expect("a cache directory");
-    let bundle = pull::default_bundle(&cache, 2, 0).expect("the default model");
+    let bundle = hat_benches::default_bundle();
     let bytes: u64 = ["device", "cloud"]
         .map(|role| Bundle::open(&bundle.join(role)).expect("a bundle").weights_bytes())
         .iter()
@@ -67,7 +55,7 @@ fn decode(bundle: &std::path::Path, bytes: u64, threads: usize) {
         wholes.push(whole_ms);
         shares.push(100.0 * bound_ms / whole_ms);
         for ((_, engine), (ttft, tbt, ratio)) in engines.iter().zip(&mut splits) {
-            let timings = answer(engine).timings;
+            let timings = answer(engine, request(), |_| {}).timings;
             ttft.push(timings.ttft_ms);
             tbt.push(1e3 / timings.tokens_per_second);
             ratio.push(1e3 / timings.tokens_per_second / whole_ms);

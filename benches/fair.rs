@@ -16,50 +16,28 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use clap::Parser;
+use hat_benches::{answer, prompt, spread};
 use hat_core::chunk::ChunkPolicy;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
-use hat_program::pull;
 
+/// Arguments of the command line.
+#[derive(Parser)]
 struct Args {
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
+    #[arg(long, default_value_t = 3000)]
     rows: usize,
+    #[arg(long, default_value_t = 24)]
     tokens: u32,
+    #[arg(long, value_delimiter = ',', default_value = "1,4")]
     shorts: Vec<usize>,
+    #[arg(long, default_value_t = 2)]
     answers: usize,
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
     chunks: Vec<ChunkPolicy>,
+    #[arg(long, default_value_t = 1)]
     devices: usize,
-}
-
-impl Args {
-    fn parse(mut args: impl Iterator<Item = String>) -> Option<Self> {
-        let mut parsed = Self {
-            rounds: 3,
-            rows: 3000,
-            tokens: 24,
-            shorts: vec![1, 4],
-            answers: 2,
-            chunks: vec![ChunkPolicy::default()],
-            devices: 1,
-        };
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                "--bench" => {}
-                "--rounds" => parsed.rounds = args.next()?.parse().ok()?,
-                "--rows" => parsed.rows = args.next()?.parse().ok()?,
-                "--tokens" => parsed.tokens = args.next()?.parse().ok()?,
-                "--answers" => parsed.answers = args.next()?.parse().ok()?,
-                "--devices" => parsed.devices = args.next()?.parse().ok()?,
-                "--shorts" => parsed.shorts = list(&args.next()?)?,
-                "--chunks" => parsed.chunks = list(&args.next()?)?,
-                _ => return None,
-            }
-        }
-        Some(parsed)
-    }
-}
-
-fn list<T: std::str::FromStr>(text: &str) -> Option<Vec<T>> {
-    text.split(',').map(|one| one.parse().ok()).collect()
 }
 
 /// One answer as a user sees it.
@@ -74,41 +52,27 @@ struct Seen {
 
 fn short(engine: &Engine, tokens: u32) -> Seen {
     let request = Request::chat("Tell me about the sea.").max_tokens(tokens).ignore_eos();
-    let (began, mut last, mut longest) = (Instant::now(), None, Duration::ZERO);
-    for event in engine.generate(request).expect("a good request") {
-        match event.expect("an answer") {
-            Event::Token { .. } => {
-                let now = Instant::now();
-                longest = longest.max(now.duration_since(last.unwrap_or(now)));
-                last = Some(now);
-            }
-            Event::Done { metrics, .. } => {
-                let ttft_ms = metrics.timings.ttft_ms;
-                let whole_ms = began.elapsed().as_secs_f64() * 1e3;
-                return Seen {
-                    ttft_ms,
-                    token_ms: (whole_ms - ttft_ms) / f64::from(tokens - 1),
-                    longest_gap_ms: longest.as_secs_f64() * 1e3,
-                };
-            }
-            _ => {}
+    let (mut last, mut longest) = (None, Duration::ZERO);
+    let timings = answer(engine, request, |event| {
+        if let Event::Token { .. } = event {
+            let now = Instant::now();
+            longest = longest.max(now.duration_since(last.replace(now).unwrap_or(now)));
         }
+    })
+    .timings;
+    Seen {
+        ttft_ms: timings.ttft_ms,
+        token_ms: 1e3 / timings.tokens_per_second,
+        longest_gap_ms: longest.as_secs_f64() * 1e3,
     }
-    unreachable!("an answer ends with Done")
 }
 
 /// TTFT of a prompt that no other is like, in milliseconds.
 fn long(engine: &Engine, rows: usize, begun: &AtomicBool) -> f64 {
-    let tokens = (0..rows).map(|index| (index * 7919 % 200 + 10) as u32).collect();
-    let request = Request::tokens(tokens).max_tokens(1).ignore_eos();
-    for event in engine.generate(request).expect("a good request") {
-        match event.expect("an answer") {
-            Event::Prefill { .. } => begun.store(true, Ordering::SeqCst),
-            Event::Done { metrics, .. } => return metrics.timings.ttft_ms,
-            _ => {}
-        }
-    }
-    unreachable!("an answer ends with Done")
+    let metrics = answer(engine, prompt(rows), |event| {
+        begun.fetch_or(matches!(event, Event::Prefill { .. }), Ordering::SeqCst);
+    });
+    metrics.timings.ttft_ms
 }
 
 /// The long prompt with `count` short answers at a time beside it.
@@ -164,23 +128,8 @@ impl Engines {
     }
 }
 
-/// Median, least and largest.
-fn spread(values: impl IntoIterator<Item = f64>) -> String {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    match values[..] {
-        [] => "none".to_owned(),
-        [least, .., largest] => {
-            format!("{:.2} ({least:.2} - {largest:.2})", values[values.len() / 2])
-        }
-        [only] => format!("{only:.2}"),
-    }
-}
-
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    spread(values).median
 }
 
 /// Figures of `shorts` short answers beside the prompt, over the rounds.
@@ -193,16 +142,6 @@ struct Beside {
     token_ratio: Vec<f64>,
     ttft_ratio: Vec<f64>,
     seen: Vec<Seen>,
-}
-
-fn main() {
-    let Some(args) = Args::parse(std::env::args().skip(1)) else {
-        println!("fair: an argument is not understood; see the top of benches/fair.rs");
-        return;
-    };
-    let cache = pull::cache_dir().expect("a cache directory");
-    let bundle = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
-    measure(&bundle, &args);
 }
 
 /// Figures of one policy, round by round.
@@ -250,12 +189,12 @@ impl Policy {
              {} rounds; median (least - largest)",
             args.rows, args.answers, args.tokens, self.chunks, args.devices, args.rounds
         );
-        println!("prompt alone, TTFT ms             {}", spread(self.prompt_ms.clone()));
+        println!("prompt alone, TTFT ms             {:.2}", spread(self.prompt_ms.clone()));
         print_seen("short alone", &self.alone);
         for (count, result) in args.shorts.iter().zip(&self.besides) {
             print_seen(&format!("{count} short beside the prompt"), &result.seen);
-            println!("  time a token / alone (<= 5)     {}", spread(result.token_ratio.clone()));
-            println!("  prompt's TTFT / alone (<= 1.5)  {}", spread(result.ttft_ratio.clone()));
+            println!("  time a token / alone (<= 5)     {:.2}", spread(result.token_ratio.clone()));
+            println!("  prompt's TTFT / alone (<= 1.5)  {:.2}", spread(result.ttft_ratio.clone()));
         }
     }
 
@@ -263,10 +202,8 @@ impl Policy {
     fn print_over(&self, args: &Args, first: &Self) {
         println!("== {} over {}, pairs of one round", self.chunks, first.chunks);
         let over = |name: &str, ours: &[f64], theirs: &[f64]| {
-            println!(
-                "{name}{}",
-                spread(ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs))
-            );
+            let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs);
+            println!("{name}{:.2}", spread(ratios));
         };
         over("prompt alone, TTFT                ", &self.prompt_ms, &first.prompt_ms);
         for ((count, ours), theirs) in args.shorts.iter().zip(&self.besides).zip(&first.besides) {
@@ -278,23 +215,27 @@ impl Policy {
     }
 }
 
-fn measure(bundle: &Path, args: &Args) {
-    let open = |&chunks: &ChunkPolicy| Policy::new(bundle, args, chunks);
+fn main() {
+    let (args, bundle): (Args, _) = (hat_benches::arguments(), hat_benches::default_bundle());
+    let open = |&chunks: &ChunkPolicy| Policy::new(&bundle, &args, chunks);
     let mut policies: Vec<Policy> = args.chunks.iter().map(open).collect();
     let count = policies.len();
     for round in 0..args.rounds {
-        (0..count).for_each(|turn| policies[(round + turn) % count].round(args));
+        (0..count).for_each(|turn| policies[(round + turn) % count].round(&args));
     }
-    policies.iter().for_each(|policy| policy.print(args));
+    policies.iter().for_each(|policy| policy.print(&args));
     if let [first, others @ ..] = &policies[..] {
-        others.iter().for_each(|policy| policy.print_over(args, first));
+        others.iter().for_each(|policy| policy.print_over(&args, first));
     }
 }
 
 fn print_seen(name: &str, seen: &[Seen]) {
     println!("{name}: {} answers", seen.len());
-    println!("  ms a token                      {}", spread(seen.iter().map(|one| one.token_ms)));
+    println!(
+        "  ms a token                      {:.2}",
+        spread(seen.iter().map(|one| one.token_ms))
+    );
     let gaps = seen.iter().map(|one| one.longest_gap_ms);
-    println!("  longest gap, ms                 {}", spread(gaps));
-    println!("  TTFT, ms                        {}", spread(seen.iter().map(|one| one.ttft_ms)));
+    println!("  longest gap, ms                 {:.2}", spread(gaps));
+    println!("  TTFT, ms                        {:.2}", spread(seen.iter().map(|one| one.ttft_ms)));
 }

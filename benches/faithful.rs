@@ -14,7 +14,6 @@ use hat_compute::open;
 use hat_engine::options::{Codec, Processor, TokenId};
 use hat_engine::reference_run::through_codec;
 use hat_loader::Bundle;
-use hat_program::pull;
 
 const USAGE: &str = "faithful CODEC OUT < TOKENS";
 const CONTEXT_MAX: usize = 1024;
@@ -28,8 +27,7 @@ fn main() {
         return;
     };
     let codec = Codec::from_name(codec).expect("f32, f16, int8 or int4");
-    let cache = pull::cache_dir().expect("a cache directory");
-    let path = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
+    let path = hat_benches::default_bundle();
     let [device, cloud] =
         ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
     let config = device.config();

@@ -10,9 +10,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hat_transport::clock::SystemClock;
 use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
@@ -191,13 +190,7 @@ impl Plain {
 
 /// Median, 1st and 99th percentile of `count` runs, in us.
 fn percentiles_us(count: usize, mut run: impl FnMut()) -> [f64; 3] {
-    let mut times: Vec<f64> = (0..count)
-        .map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed().as_secs_f64() * 1e6
-        })
-        .collect();
+    let mut times: Vec<f64> = (0..count).map(|_| 1e6 * hat_benches::seconds(&mut run)).collect();
     times.sort_unstable_by(f64::total_cmp);
     [50, 1, 99].map(|percent| times[(count - 1) * percent / 100])
 }
@@ -211,27 +204,9 @@ fn kinds() -> Vec<LinkKind> {
     kinds
 }
 
-fn compare(c: &mut Criterion) {
-    let upload_bytes =
-        (UPLOAD_FRAMES - 1) * FRAME_BYTES_MAX as u64 + (HEADER_BYTES + ROW_BYTES) as u64;
-    for kind in kinds() {
-        let mut world = World::new(kind);
-        let mut group = c.benchmark_group("round");
-        let name = kind.to_string();
-        group.bench_function(BenchmarkId::new(&name, ROW_BYTES), |b| b.iter(|| world.round()));
-        group.finish();
-        let mut group = c.benchmark_group("upload");
-        group.throughput(Throughput::Bytes(upload_bytes)).sample_size(20);
-        group.bench_function(BenchmarkId::new(&name, upload_bytes), |b| b.iter(|| world.upload()));
-        group.finish();
-        world.stop();
-    }
-    summary(upload_bytes);
-}
-
-/// The table with the bound beside each number.
-fn summary(upload_bytes: u64) {
+fn main() {
     let row = HEADER_BYTES + ROW_BYTES;
+    let upload_bytes = (UPLOAD_FRAMES - 1) * FRAME_BYTES_MAX as u64 + row as u64;
     let mut plain = Plain::new(row, row).expect("loopback is there");
     let [bound_us, ..] = percentiles_us(4000, || plain.round());
     let up = usize::try_from(upload_bytes).expect("4 MiB");
@@ -239,7 +214,7 @@ fn summary(upload_bytes: u64) {
     let [plain_us, ..] = percentiles_us(60, || plain.round());
     let bound_rate = upload_bytes as f64 / plain_us;
     println!(
-        "\nlink, what, median, p1, p99, bound (plain blocking socket), % of bound, calls a frame"
+        "link, what, median, p1, p99, bound (plain blocking socket), % of bound, calls a frame"
     );
     for kind in kinds() {
         let mut world = World::new(kind);
@@ -267,12 +242,3 @@ fn summary(upload_bytes: u64) {
         );
     }
 }
-
-criterion_group! {
-    name = benches;
-    config = Criterion::default()
-        .measurement_time(Duration::from_secs(2))
-        .warm_up_time(Duration::from_millis(500));
-    targets = compare
-}
-criterion_main!(benches);

@@ -24,12 +24,7 @@ pub(crate) fn fused() -> Option<f64> {
 
 /// The best of five: a peak is what the core can do when nobody disturbs it.
 fn rate(per_round: u64, run: impl Fn()) -> f64 {
-    let best = (0..5).map(|_| {
-        let start = std::time::Instant::now();
-        run();
-        start.elapsed().as_secs_f64()
-    });
-    (ROUNDS * per_round) as f64 / best.fold(f64::INFINITY, f64::min)
+    (ROUNDS * per_round) as f64 / crate::spread((0..5).map(|_| crate::seconds(&run))).least
 }
 
 #[target_feature(enable = "avx2")]

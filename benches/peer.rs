@@ -20,18 +20,13 @@ use std::io::{BufRead as _, Write as _};
 use std::time::Instant;
 
 use hat_benches::Limits;
+use hat_benches::halves::Halves;
 use hat_compute::backend::cpu::CpuBackend;
-use hat_compute::backend::{Backend, LinearArgs, Write};
-use hat_compute::open;
-use hat_compute::{DeviceModel, MiddleModel, WholeModel};
-use hat_core::page::pages_for;
+use hat_compute::{WholeModel, open};
 use hat_core::sample::Sampler;
-use hat_core::sequence::Sequence;
 use hat_engine::options::{Codec, Processor, SamplerConfig, TokenId};
 use hat_engine::reference_run::through_codec;
-use hat_loader::Bundle;
-use hat_plan::{Computes as _, DeviceForward as _, MiddleForward as _, MiddleStep};
-use hat_program::pull;
+use hat_plan::{Computes as _, DeviceForward as _};
 
 /// Rows of one step at most: a prefill.
 const STEP_ROWS_MAX: usize = 512;
@@ -40,127 +35,52 @@ const VERIFY_ROWS_MAX: usize = 64;
 /// Positions at most.
 const CONTEXT_MAX: usize = 1024;
 
-type Buffer = <CpuBackend as Backend>::Buffer;
-type Weight = <CpuBackend as Backend>::Weight;
-
-/// Final norm and LM head for several rows in one pass, on the device's backend.
-struct Head {
-    norm: Weight,
-    lm_head: Weight,
-    rms_norm_eps: f32,
-    x: Buffer,      // [VERIFY_ROWS_MAX, hidden_size]
-    normed: Buffer, // [VERIFY_ROWS_MAX, hidden_size]
-    logits: Buffer, // [VERIFY_ROWS_MAX, vocab_size]
-}
-
-impl Head {
-    fn load(backend: &mut CpuBackend, bundle: &Bundle) -> Self {
-        let config = bundle.config();
-        let mut weight = |name| {
-            backend.weight(&bundle.tensor(name).expect("the bundle has it")).expect("a kernel")
-        };
-        let tied = config.tie_word_embeddings;
-        let lm_head = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        let (norm, lm_head) = (weight("model.norm.weight"), weight(lm_head));
-        let mut alloc = |columns| backend.alloc(VERIFY_ROWS_MAX, columns).expect("memory");
-        Self {
-            norm,
-            lm_head,
-            rms_norm_eps: config.rms_norm_eps,
-            x: alloc(config.hidden_size),
-            normed: alloc(config.hidden_size),
-            logits: alloc(config.vocab_size),
-        }
-    }
-
-    fn run(&mut self, backend: &mut CpuBackend, rows: usize, hidden: &[f32], logits: &mut [f32]) {
-        let Self { norm, lm_head, rms_norm_eps, x, normed, logits: out } = self;
-        backend.upload(hidden, x);
-        backend.rms_norm(rows, x, norm, *rms_norm_eps, normed);
-        backend.linear(rows, normed, Write::Store, LinearArgs::of(lm_head, out));
-        backend.download(out, 0, logits);
-    }
-}
-
 /// Both submodels, the whole model as one, and what they work in.
 struct Peer {
     threads: usize,
-    device: DeviceModel<CpuBackend>,
-    middle: MiddleModel<CpuBackend>,
+    halves: Halves,
     whole: WholeModel<CpuBackend>,
-    head: Head,
-    step: MiddleStep,
     tokens: Vec<TokenId>,
     held: usize, // leading tokens whose K and V the submodels have
     hidden_size: usize,
     vocab_size: usize,
     logits: Vec<f32>, // [VERIFY_ROWS_MAX, vocab_size]
     sampler: Sampler,
-    weights_bytes: u64,
 }
 
 impl Peer {
     fn open(threads: usize) -> Self {
-        let cache = pull::cache_dir().expect("a cache directory");
-        let path = pull::default_bundle(&cache, pull::SPLIT_LAYER_DEFAULT, 0).expect("the model");
-        let [device, cloud] =
-            ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
-        let backend = || open::cpu(Processor::Auto, threads).expect("a backend");
-        let config = device.config();
-        let (split, layers) = (device.manifest().split_layer, config.num_hidden_layers);
-        let (rows, pages) = (STEP_ROWS_MAX, pages_for(CONTEXT_MAX));
+        let halves = Halves::open(threads, STEP_ROWS_MAX, VERIFY_ROWS_MAX, CONTEXT_MAX);
+        let (device, cloud, config) = (&halves.bundle, &halves.cloud, halves.bundle.config());
+        let crossings = device.manifest().split_layer..config.num_hidden_layers;
+        let backend = open::cpu(Processor::Auto, threads).expect("a backend");
+        let cross = through_codec(Codec::F32);
         let (hidden_size, vocab_size) = (config.hidden_size, config.vocab_size);
-        let mut device_model =
-            DeviceModel::load(backend(), &device, split, rows, pages).expect("the device's layers");
-        let head = Head::load(device_model.backend(), &device);
-        let entry_layers = vec![u32::try_from(split).expect("few layers")];
-        let exit_layer = u32::try_from(layers).expect("few layers");
-        let whole = (split..layers, through_codec(Codec::F32), CONTEXT_MAX);
         Self {
             threads,
-            middle: MiddleModel::load(backend(), &cloud, split..layers, rows, pages)
-                .expect("the cloud's layers"),
-            whole: WholeModel::load(backend(), &device, &cloud, whole.0, whole.1, whole.2)
+            whole: WholeModel::load(backend, device, cloud, crossings, cross, CONTEXT_MAX)
                 .expect("all layers"),
-            device: device_model,
-            head,
-            step: MiddleStep { entry_layers, exit_layer, ..MiddleStep::default() },
+            halves,
             tokens: Vec::new(),
             held: 0,
             logits: vec![0.0; VERIFY_ROWS_MAX * vocab_size],
             sampler: Sampler::new(SamplerConfig::default(), vocab_size, 0).expect("greedy"),
-            weights_bytes: device.weights_bytes() + cloud.weights_bytes(),
             hidden_size,
             vocab_size,
         }
     }
 
-    /// All layers for `tokens` at the positions from `first` on, in one step. What stood there
-    /// is overwritten, as after a roll-back. The rows come to lie in `step.hidden`.
+    /// All layers for `tokens` at the positions from `first` on, in one step.
     fn layers(&mut self, first: usize, tokens: &[TokenId]) {
-        let number = |count: usize| u32::try_from(count).expect("at most CONTEXT_MAX rows");
-        let pages = (0..number(pages_for(CONTEXT_MAX))).collect();
-        let mut sequence = Sequence::new(pages, number(CONTEXT_MAX));
-        let mut tip = 0;
-        if first > 0 {
-            tip = number(first);
-            sequence.append_committed(1, tip, 0).expect("rows that fit");
-        }
-        let place =
-            sequence.append_committed(tip + 1, number(tokens.len()), tip).expect("rows that fit");
-        let MiddleStep { plan, hidden, .. } = &mut self.step;
-        plan.clear();
-        plan.push_committed(place, number(tokens.len()));
-        plan.end_sequence(sequence.pages());
-        hidden.resize(tokens.len() * self.hidden_size, 0.0);
-        self.device.input(&plan.batch(), tokens, hidden);
-        self.middle.forward(&mut self.step);
+        self.halves.shallow(first, tokens);
+        self.halves.deep();
     }
 
     /// Logits of the last row of the last step.
     fn last_logits(&mut self) {
-        let last = &self.step.hidden[self.step.hidden.len() - self.hidden_size..];
-        self.device.head(last, &mut self.logits[..self.vocab_size]);
+        let Halves { device, step, .. } = &mut self.halves;
+        let last = &step.hidden[step.hidden.len() - self.hidden_size..];
+        device.head(last, &mut self.logits[..self.vocab_size]);
     }
 
     /// The greedy token after the logits of one row.
@@ -226,8 +146,8 @@ impl Peer {
         let times = (0..=repeats).map(|_| {
             let start = Instant::now();
             self.layers(context, verified);
-            let logits = &mut self.logits[..rows * self.vocab_size];
-            self.head.run(self.device.backend(), rows, &self.step.hidden, logits);
+            let Halves { device, step, .. } = &mut self.halves;
+            device.head(&step.hidden, &mut self.logits[..rows * self.vocab_size]);
             ms(start)
         });
         // The first one only warms up.
@@ -322,9 +242,9 @@ fn main() {
         return;
     }
     let mut peer = Peer::open(threads);
-    let describe = peer.device.describe();
+    let Halves { bundle, cloud, device, .. } = &peer.halves;
+    let (describe, bytes) = (device.describe(), bundle.weights_bytes() + cloud.weights_bytes());
     let mut out = std::io::stdout().lock();
-    let bytes = peer.weights_bytes;
     writeln!(out, "{{\"describe\": {describe:?}, \"weights_bytes\": {bytes}}}").expect("a reader");
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("a line of text");

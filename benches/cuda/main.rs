@@ -35,13 +35,13 @@ use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
 use hat_cuda::linear::linear;
-use hat_cuda::plan::{AttendBatch, AttendShape, PAGE_SIZE, PlanOnGpu};
+use hat_cuda::plan::{AttendShape, PAGE_SIZE, PlanOnGpu};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::peak;
 
-use crate::model::Model;
+use crate::model::{Load, Model};
 use crate::step::Wanted;
 
 /// Timed runs of each line; the median counts.
@@ -219,8 +219,7 @@ impl Kernels<'_> {
             }
             rounds = rounds.clamp(1, ROUNDS_MAX);
         }
-        seconds.sort_by(f64::total_cmp);
-        Ok(seconds[runs / 2])
+        Ok(hat_benches::spread(seconds).median)
     }
 
     fn line(&mut self, what: &str, seconds: f64, work: Work, peak: f64) {
@@ -337,65 +336,55 @@ impl Kernels<'_> {
 
     /// Rows that verify drafts: many sequences, few rows each, K and V from memory.
     fn verify(&mut self) -> Result<(), GpuError> {
-        let (sequences, context, rows) = if self.bench.small { (2, 40, 2) } else { (30, 1024, 8) };
-        self.attention("verify", Cut::Auto, sequences, context, rows)
+        let (sessions, context, rows) = if self.bench.small { (2, 40, 2) } else { (30, 1024, 8) };
+        let load = Load { sessions, rows, tree: false, context, chunk: 0, before: 0 };
+        let what = format!("{sessions}x{rows}@{context}");
+        self.attention("verify", &what, Cut::Auto, load)
     }
 
     /// Rows that verify draft trees: each sees the nodes on its own path alone.
     fn trees(&mut self) -> Result<(), GpuError> {
-        let (sequences, context) = if self.bench.small { (2, 40) } else { (30, 1024) };
+        let (sessions, context) = if self.bench.small { (2, 40) } else { (30, 1024) };
         let nodes: &[usize] = if self.bench.small { &[5] } else { &[16, 64] };
-        nodes
-            .iter()
-            .try_for_each(|nodes| self.attention("tree", Cut::Auto, sequences, context, *nodes))
+        nodes.iter().try_for_each(|&rows| {
+            let load = Load { sessions, rows, tree: true, context, chunk: 0, before: 0 };
+            self.attention("tree", &format!("{sessions}x{rows}@{context}"), Cut::Auto, load)
+        })
     }
 
     /// A chunk of one prompt: its products are the bound.
     fn prefill(&mut self) -> Result<(), GpuError> {
-        let (context, rows) = if self.bench.small { (0, 40) } else { (512, 512) };
-        self.attention("prefill", Cut::Prefill, 1, context, rows)
+        let (before, chunk) = if self.bench.small { (0, 40) } else { (512, 512) };
+        let load = Load { sessions: 0, rows: 0, tree: false, context: 0, chunk, before };
+        self.attention("prefill", &format!("1x{chunk}@{before}"), Cut::Prefill, load)
     }
 
-    fn attention(
-        &mut self,
-        kind: &str,
-        cut: Cut,
-        sequences: usize,
-        context: usize,
-        rows: usize,
-    ) -> Result<(), GpuError> {
+    fn attention(&mut self, kind: &str, rows: &str, cut: Cut, load: Load) -> Result<(), GpuError> {
         for (heads, kv_heads, head_dim) in [(32, 32, 128), (32, 8, 128), (9, 3, 64)] {
-            let what = format!("{kind} {heads}/{kv_heads}x{head_dim} {sequences}x{rows}@{context}");
+            let what = format!("{kind} {heads}/{kv_heads}x{head_dim} {rows}");
             if !self.wants(&what) {
                 continue;
             }
             let heads = AttendShape { heads, kv_heads, head_dim, window: None };
-            let pages = (context + rows).div_ceil(PAGE_SIZE);
-            let numbers = match kind {
-                "tree" => PlanArrays::trees(sequences, context, rows, pages),
-                _ => PlanArrays::new(sequences, context, rows, pages),
-            };
-            let (count, tails) = (sequences * rows, numbers.tail_slots.len());
-            let mut plan = PlanOnGpu::new(&mut self.gpu, count, tails, sequences * pages)?;
-            plan.write(&mut self.gpu, &numbers.plan(), &heads, sequences * pages)?;
-            let kv_bytes = 4 * sequences * pages * PAGE_SIZE * kv_heads * head_dim;
-            let layers = self.copies(kv_bytes);
-            let shape = KvShape { layers, pages: sequences * pages, kv_heads, head_dim };
+            let (pages, keys, plan) = (load.pages(), load.keys(), load.plan(0));
+            let (count, tails) = (load.all(), plan.batch().tail_slots.len());
+            let mut on_gpu = PlanOnGpu::new(&mut self.gpu, count, tails, pages)?;
+            on_gpu.write(&mut self.gpu, &plan.batch(), &heads, pages)?;
+            let layers = self.copies(4 * pages * PAGE_SIZE * kv_heads * head_dim);
+            let shape = KvShape { layers, pages, kv_heads, head_dim };
             let mut kv = Kv::new(&mut self.gpu, shape)?;
             for memory in kv.memory_mut() {
                 self.gpu.upload(&vec![0x22u8; memory.bytes()], memory, 0)?;
             }
-            let splits = (context + rows).div_ceil(256);
+            let splits = keys.iter().flatten().max().map_or(0, |keys| keys.div_ceil(256));
             let mut parts = Parts::new(&mut self.gpu, &heads, count, splits)?;
             let bytes = 4 * count * heads.heads * head_dim;
             let (q, mut out) = (self.room(bytes, 0x22)?, self.room(bytes, 0)?);
             let seconds = self.time(layers, |gpu, layer| {
                 let (q, out) = (q.slice(), out.slice_mut());
-                attend(gpu, &plan, &heads, layer, cut, q, &kv, &mut parts, out)
+                attend(gpu, &on_gpu, &heads, layer, cut, q, &kv, &mut parts, out)
             })?;
-            let seen = |position: &u32| *position as usize + 1;
-            let keys: Vec<usize> = numbers.positions[..rows].iter().map(seen).collect();
-            let work = (0..sequences).map(|_| bound::attend(&heads, &keys)).sum();
+            let work = keys.iter().map(|keys| bound::attend(&heads, keys)).sum();
             self.line(&what, seconds, work, self.bench.peaks.multiply);
         }
         Ok(())
@@ -411,67 +400,5 @@ impl Kernels<'_> {
         self.bench.json(serde_json::json!({ "kind": "launch", "us": seconds * 1e6 }));
         println!("{:?}", self.gpu.launch_counts());
         Ok(())
-    }
-}
-
-/// The arrays of a plan of `sequences` chains or trees with `rows` rows each behind `context`
-/// others.
-struct PlanArrays {
-    positions: Vec<u32>,
-    slots: Vec<u32>,
-    prefix_len: Vec<u32>,
-    tail_indptr: Vec<u32>,
-    tail_slots: Vec<u32>,
-    q_indptr: Vec<u32>,
-    page_indptr: Vec<u32>,
-    page_indices: Vec<u32>,
-}
-
-impl PlanArrays {
-    fn new(sequences: usize, context: usize, rows: usize, pages: usize) -> Self {
-        let range = |range: std::ops::Range<usize>| range.map(|number| number as u32);
-        let each = |step: usize| (0..=sequences).map(|i| (i * step) as u32).collect();
-        let positions = (0..sequences).flat_map(|_| range(context..context + rows));
-        let positions: Vec<u32> = positions.collect();
-        Self {
-            prefix_len: positions.iter().map(|position| position + 1).collect(),
-            slots: positions.clone(),
-            positions,
-            tail_indptr: vec![0; sequences * rows + 1],
-            tail_slots: Vec::new(),
-            q_indptr: each(rows),
-            page_indptr: each(pages),
-            page_indices: range(0..sequences * pages).collect(),
-        }
-    }
-
-    /// Binary trees, level by level, each below the last of the rows before it.
-    fn trees(sequences: usize, context: usize, rows: usize, pages: usize) -> Self {
-        let mut all = Self::new(sequences, context, rows, pages);
-        all.prefix_len.fill(context as u32);
-        for row in 0..sequences * rows {
-            // Rows from this one up to the root; the root's parent is decided already.
-            let up =
-                std::iter::successors(Some(row % rows), |node| node.checked_sub(1).map(|n| n / 2));
-            let mut path: Vec<u32> = up.map(|node| (context + node) as u32).collect();
-            path.reverse();
-            all.positions[row] = (context + path.len() - 1) as u32;
-            all.tail_slots.extend(path);
-            all.tail_indptr[row + 1] = all.tail_slots.len() as u32;
-        }
-        all
-    }
-
-    fn plan(&self) -> AttendBatch<'_> {
-        AttendBatch {
-            positions: &self.positions,
-            slots: &self.slots,
-            prefix_len: &self.prefix_len,
-            tail_indptr: &self.tail_indptr,
-            tail_slots: &self.tail_slots,
-            q_indptr: &self.q_indptr,
-            page_indptr: &self.page_indptr,
-            page_indices: &self.page_indices,
-        }
     }
 }

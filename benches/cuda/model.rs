@@ -1,17 +1,18 @@
 //! A middle submodel with made-up weights, through the engine's own layers and CUDA backend, and
 //! the steps that a cloud gives it.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::Arc;
 
+use hat_benches::{made_up, seconds, spread};
 use hat_compute::backend::cuda::CudaBackend;
 use hat_compute::{LoadError, MiddleModel, Tensors};
 use hat_core::page::pages_for;
 use hat_core::sequence::Sequence;
 use hat_cuda::driver::Cuda;
 use hat_cuda::gpu::{Gpu as _, GpuError};
-use hat_loader::{DType, Layout, LlamaConfig, Tensor, TensorBytes, layout, split};
-use hat_plan::{Computes as _, MiddleForward as _, MiddleStep};
+use hat_loader::{DType, LlamaConfig, Tensor, layout, split};
+use hat_plan::{BatchBuffers, Computes as _, MiddleForward as _, MiddleStep};
 use serde_json::json;
 
 /// A model whose middle is measured.
@@ -72,67 +73,11 @@ impl Model {
     }
 }
 
-/// Weights that are made up: of each shape one, in the order of its bits at random.
+/// Weights that are made up: of each shape one.
 struct MadeUp {
     config: LlamaConfig,
     dtype: DType,
-    known: std::cell::RefCell<HashMap<Vec<usize>, TensorBytes>>,
-}
-
-impl MadeUp {
-    fn bytes(&self, shape: &[usize]) -> TensorBytes {
-        let mut known = self.known.borrow_mut();
-        let make = || TensorBytes::new(Arc::new(made_up(self.dtype, shape)), 0..self.len(shape));
-        known.entry(shape.to_vec()).or_insert_with(make).clone()
-    }
-
-    fn len(&self, shape: &[usize]) -> usize {
-        match *shape {
-            [n, k] => layout::packed_bytes(self.dtype, n, k).expect("whole blocks"),
-            _ => 4 * shape[0],
-        }
-    }
-}
-
-/// Norms are 1; numbers of a matrix are small, whatever their type: exponents come from a narrow
-/// range, all other bits are at random.
-fn made_up(dtype: DType, shape: &[usize]) -> Vec<u8> {
-    let &[n, k] = shape else {
-        return [1f32; 1].repeat(shape[0]).into_iter().flat_map(f32::to_le_bytes).collect();
-    };
-    let bytes = layout::packed_bytes(dtype, n, k).expect("whole blocks");
-    let mut state = 1u64;
-    let mut random = || {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        state >> 32
-    };
-    let mut out: Vec<u8> = Vec::with_capacity(bytes + 8);
-    let small = |bits: u64| ((bits as u16 & 0x83ff) | 0x1400).to_le_bytes();
-    let anything = |bits: u64| (bits as u32).to_le_bytes();
-    match dtype {
-        DType::F16 => (0..bytes / 2).for_each(|_| out.extend(small(random()))),
-        DType::Bf16 => (0..bytes / 2)
-            .for_each(|_| out.extend(((random() as u16 & 0x80ff) | 0x3a00).to_le_bytes())),
-        DType::Q6K => {
-            // 16 columns: their scales, then their units.
-            for _ in 0..bytes / 3360 {
-                (0..16).for_each(|_| out.extend(small(random())));
-                (0..3328 / 4).for_each(|_| out.extend(anything(random())));
-            }
-        }
-        _ => {
-            // A block of 16 columns: the numbers, then their scales (and minima).
-            let block = 16 * dtype.block_bytes();
-            let scales = if dtype == DType::Q4_1 { 64 } else { 32 };
-            for _ in 0..bytes / block {
-                (0..(block - scales) / 4).for_each(|_| out.extend(anything(random())));
-                (0..scales / 2).for_each(|_| out.extend(small(random())));
-            }
-        }
-    }
-    out.resize(bytes, 0);
-    out
+    known: RefCell<HashMap<Vec<usize>, Tensor>>,
 }
 
 impl Tensors for MadeUp {
@@ -143,11 +88,10 @@ impl Tensors for MadeUp {
     fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
         let specs = split::model_tensors(&self.config);
         let spec = specs.into_iter().find(|spec| spec.name == name).expect("a name of the model");
-        let matrix = spec.shape.len() == 2;
-        let (dtype, layout) =
-            if matrix { (self.dtype, Layout::Panel16) } else { (DType::F32, Layout::Rows) };
-        let bytes = self.bytes(&spec.shape);
-        Ok(Tensor { name: name.to_owned(), dtype, layout, shape: spec.shape, bytes })
+        let mut known = self.known.borrow_mut();
+        let make = || made_up(name, self.dtype, &spec.shape);
+        let tensor = known.entry(spec.shape.clone()).or_insert_with(make);
+        Ok(Tensor { name: name.to_owned(), ..tensor.clone() })
     }
 }
 
@@ -195,18 +139,20 @@ impl Load {
         all
     }
 
-    /// The step, its sessions `later` rows on.
-    fn step(&self, model: &Model, later: usize) -> MiddleStep {
+    /// The plan of the rows, sessions `later` rows on.
+    pub fn plan(&self, later: usize) -> BatchBuffers {
         let number = |count: usize| u32::try_from(count).expect("few rows");
-        let mut step = MiddleStep::default();
-        step.plan.clear(); // an empty plan has its first borders
+        let mut plan = BatchBuffers::default();
+        plan.clear(); // an empty plan has its first borders
         let mut first_page = 0;
         let mut sequence = |committed: usize, rows: usize| {
             let pages = pages_for(committed + rows);
             let numbers = (number(first_page)..number(first_page + pages)).collect();
             first_page += pages;
             let mut sequence = Sequence::new(numbers, number(committed + rows));
-            sequence.append_committed(1, number(committed), 0).expect("rows that fit");
+            if committed > 0 {
+                sequence.append_committed(1, number(committed), 0).expect("rows that fit");
+            }
             sequence
         };
         for _ in 0..self.sessions {
@@ -220,23 +166,31 @@ impl Load {
             let parents: Vec<u32> = (0..number(self.rows)).map(parent).collect();
             sequence.append_pending(first, &parents).expect("rows that fit");
             for id in first..first + number(self.rows) {
-                assert!(sequence.push_row(id, &mut step.plan), "it pends");
+                assert!(sequence.push_row(id, &mut plan), "it pends");
             }
-            step.plan.end_sequence(sequence.pages());
+            plan.end_sequence(sequence.pages());
         }
         if self.chunk > 0 {
             let before = self.before + later;
             let mut sequence = sequence(before, self.chunk);
             let first = number(before) + 1;
             let place = sequence.append_committed(first, number(self.chunk), number(before));
-            step.plan.push_committed(place.expect("rows that fit"), number(self.chunk));
-            step.plan.end_sequence(sequence.pages());
+            plan.push_committed(place.expect("rows that fit"), number(self.chunk));
+            plan.end_sequence(sequence.pages());
         }
+        plan
+    }
+
+    /// The step, its sessions `later` rows on.
+    fn step(&self, model: &Model, later: usize) -> MiddleStep {
         let sequences = self.sessions + usize::from(self.chunk > 0);
-        step.entry_layers = vec![2; sequences];
         let numbers = self.all() * model.config.hidden_size;
-        step.hidden = (0..numbers).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
-        step
+        MiddleStep {
+            plan: self.plan(later),
+            entry_layers: vec![2; sequences],
+            hidden: (0..numbers).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect(),
+            ..MiddleStep::default()
+        }
     }
 }
 
@@ -297,7 +251,7 @@ impl Middle {
         capacity: usize,
         pages: usize,
     ) -> Result<Self, LoadError> {
-        let known = std::cell::RefCell::default();
+        let known = RefCell::default();
         let tensors = MadeUp { config: model.config.clone(), dtype, known };
         let backend = CudaBackend::new(gpu);
         let on_gpu = MiddleModel::load(backend, &tensors, 2..2 + layers, capacity, pages)?;
@@ -311,23 +265,21 @@ impl Middle {
         let rows = steps[0].hidden.clone();
         let mut medians = [0.0; 2];
         for (layers, median) in halves.into_iter().zip(&mut medians) {
-            let mut seconds = Vec::with_capacity(runs);
+            let mut times = Vec::with_capacity(runs);
             // The first are for clocks and graphs; a step's plan is never that of the one before.
             for run in 0..runs + 4 {
                 let step = &mut steps[run % 2];
                 step.hidden.copy_from_slice(&rows);
                 step.exit_layer = u32::try_from(2 + layers).expect("few layers");
-                let begin = std::time::Instant::now();
-                self.on_gpu.forward(step);
+                let time = seconds(|| self.on_gpu.forward(step));
                 if run >= 4 {
-                    seconds.push(begin.elapsed().as_secs_f64());
+                    times.push(time);
                 }
                 if let Some(fault) = self.on_gpu.fault() {
                     return Err(fault.to_string());
                 }
             }
-            seconds.sort_by(f64::total_cmp);
-            *median = seconds[runs / 2];
+            *median = spread(times).median;
         }
         Ok(medians)
     }

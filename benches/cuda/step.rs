@@ -1,5 +1,6 @@
 //! Step times of whole middle submodels, each beside the sum of its launches' bounds.
 
+use hat_compute::backend::cuda::numbers;
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::Cuda;
 use hat_cuda::plan::AttendShape;
@@ -110,19 +111,6 @@ fn loads(wanted: &Wanted, small: bool) -> Vec<Load> {
         }
     }
     all
-}
-
-/// The type of weights on the GPU.
-fn numbers(dtype: DType) -> Option<WeightDType> {
-    match dtype {
-        DType::F16 => Some(WeightDType::F16),
-        DType::Bf16 => Some(WeightDType::Bf16),
-        DType::Q8_0 => Some(WeightDType::Q8_0),
-        DType::Q4_0 => Some(WeightDType::Q4_0),
-        DType::Q4_1 => Some(WeightDType::Q4_1),
-        DType::Q6K => Some(WeightDType::Q6K),
-        _ => None,
-    }
 }
 
 /// Times the steps of one model; `None` (and a line that says why) if it can't be measured.

@@ -25,10 +25,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser};
-use hat_benches::{millis, pair};
+use hat_benches::{codec, millis, pair, start_link};
 use hat_compute::MiddleModel;
 use hat_compute::open;
-use hat_emulator::{Calibration, Emulator, EmulatorConfig};
+use hat_emulator::Emulator;
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Processor, SamplerConfig, Timings};
 use hat_engine::testkit::{open_cloud_bundle, pool_pages};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Event, Request};
@@ -60,7 +60,7 @@ struct Args {
     cloud_step_ms: Option<Duration>,
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
-    #[arg(long, value_parser = |name: &str| Codec::from_name(name).ok_or("no codec"))]
+    #[arg(long, value_parser = codec)]
     wire: Option<Codec>,
     #[arg(long)]
     bundle: Option<PathBuf>,
@@ -89,25 +89,8 @@ fn prompts(text: &str) -> Vec<(String, String)> {
     text.lines().filter(|line| !line.trim().is_empty()).map(prompt).collect()
 }
 
-/// Sums of one mode over the prompts of one category.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    prompts: u32,
-    tokens: u32,
-    rounds: u32,
-    drafted: u32,
-    tested: u32,
-    accepted: u32,
-    bytes_up: u64,
-    bytes_down: u64,
-    prompt: u64,
-    seconds: f64,
-    steps: f64,
-    drafting: f64,
-    head: f64,
-}
-
 /// Measurements of one answer.
+#[derive(Clone)]
 struct Answered {
     tokens: Vec<u32>,
     timings: Timings,
@@ -115,78 +98,66 @@ struct Answered {
     steps: f64,
 }
 
-impl Sums {
-    fn add(&mut self, Answered { timings, steps, .. }: &Answered) {
-        self.prompt += u64::from(timings.prompt_n);
-        self.steps += steps;
-        self.drafting += timings.drafting_ms / 1e3;
-        self.head += timings.head_ms / 1e3;
-        let after_first = timings.predicted_n.saturating_sub(1);
-        self.prompts += 1;
-        self.tokens += after_first;
-        self.rounds += timings.rounds;
-        self.drafted += timings.draft_n;
-        self.tested += timings.draft_n_tested;
-        self.accepted += timings.draft_n_accepted;
-        self.bytes_up += timings.bytes_up;
-        self.bytes_down += timings.bytes_down;
-        if timings.tokens_per_second > 0.0 {
-            self.seconds += f64::from(after_first) / timings.tokens_per_second;
-        }
+impl Answered {
+    /// Tokens after the first.
+    fn after_first(&self) -> f64 {
+        f64::from(self.timings.predicted_n.saturating_sub(1))
+    }
+
+    /// Seconds that they took.
+    fn seconds(&self) -> f64 {
+        let rate = self.timings.tokens_per_second;
+        if rate > 0.0 { self.after_first() / rate } else { 0.0 }
     }
 
     /// Seconds that can't be avoided with so many rounds and drafts.
     fn bound(&self, args: &Args) -> f64 {
-        let rounds = f64::from(self.rounds);
+        let Self { timings, steps, .. } = self;
+        let rounds = f64::from(timings.rounds);
         let link = args.rtt_ms.map_or(0.0, |rtt| {
-            let bytes = self.bytes_up.saturating_sub(self.prompt * args.row_bytes);
+            let prompt_bytes = u64::from(timings.prompt_n) * args.row_bytes;
+            let bytes = timings.bytes_up.saturating_sub(prompt_bytes);
             rounds * rtt.as_secs_f64() + bytes as f64 * 8e-6 / args.mbit.0
         });
         // Steps that run while others are waited for do not count twice.
-        let steps = match args.cloud_step_ms {
-            Some(step) => rounds * step.as_secs_f64(),
-            None => self.steps,
-        };
-        link + steps + self.drafting + self.head
+        let steps = args.cloud_step_ms.map_or(*steps, |step| rounds * step.as_secs_f64());
+        link + steps + (timings.drafting_ms + timings.head_ms) / 1e3
     }
+}
 
-    fn line(&self, args: &Args, mode: DraftMode, category: &str) {
-        let per_round = |count: u32| f64::from(count) / f64::from(self.rounds.max(1));
-        println!(
-            "{:<7} {category:<16} {:>4} {:>7} {:>7} {:>7.2} {:>8.2} {:>7.2} {:>7.2} {:>8.2} \
-             {:>8.2} {:>5.1}% {:>9} {:>10}",
-            mode.name(),
-            self.prompts,
-            self.tokens,
-            self.rounds,
-            per_round(self.tokens),
-            per_round(self.drafted),
-            per_round(self.tested),
-            per_round(self.accepted),
-            self.seconds * 1e3 / f64::from(self.tokens.max(1)),
-            self.bound(args) * 1e3 / f64::from(self.tokens.max(1)),
-            100.0 * self.drafting / self.seconds,
-            self.bytes_up,
-            self.bytes_down,
-        );
-    }
+/// The line of one mode over the prompts of one category.
+fn print(answers: &[Answered], args: &Args, mode: DraftMode, category: &str) {
+    let sum = |of: &dyn Fn(&Answered) -> f64| answers.iter().map(of).sum::<f64>();
+    let (tokens, seconds) = (sum(&Answered::after_first), sum(&Answered::seconds));
+    let rounds = sum(&|answer| f64::from(answer.timings.rounds));
+    let per_round = |count: f64| count / rounds.max(1.0);
+    println!(
+        "{:<7} {category:<16} {:>4} {tokens:>7} {rounds:>7} {:>7.2} {:>8.2} {:>7.2} {:>7.2} \
+         {:>8.2} {:>8.2} {:>5.1}% {:>9} {:>10}",
+        mode.name(),
+        answers.len(),
+        per_round(tokens),
+        per_round(sum(&|answer| f64::from(answer.timings.draft_n))),
+        per_round(sum(&|answer| f64::from(answer.timings.draft_n_tested))),
+        per_round(sum(&|answer| f64::from(answer.timings.draft_n_accepted))),
+        seconds * 1e3 / tokens.max(1.0),
+        sum(&|answer| answer.bound(args)) * 1e3 / tokens.max(1.0),
+        100.0 * sum(&|answer| answer.timings.drafting_ms / 1e3) / seconds,
+        sum(&|answer| answer.timings.bytes_up as f64),
+        sum(&|answer| answer.timings.bytes_down as f64),
+    );
 }
 
 fn answer(engine: &Engine, cloud: &Cloud, request: Request) -> Answered {
     let steps = || cloud.counters().step_us.load(Ordering::Relaxed) as f64 / 1e6;
     let mut before = None;
-    for event in engine.generate(request).expect("a good request") {
-        match event.expect("an answer") {
-            Event::Token { .. } => _ = before.get_or_insert_with(steps),
-            Event::Done { metrics, .. } => {
-                let steps = before.map_or(0.0, |before| steps() - before);
-                let (tokens, timings) = (metrics.token_ids, metrics.timings);
-                return Answered { tokens, timings, steps };
-            }
-            _ => {}
+    let metrics = hat_benches::answer(engine, request, |event| {
+        if let Event::Token { .. } = event {
+            before.get_or_insert_with(steps);
         }
-    }
-    unreachable!("an answer ends with Done")
+    });
+    let steps = before.map_or(0.0, |before| steps() - before);
+    Answered { tokens: metrics.token_ids, timings: metrics.timings, steps }
 }
 
 /// The cloud that the arguments ask for, and what makes it learn.
@@ -205,13 +176,6 @@ fn start_cloud(args: &Args, bundle: &Path) -> (Cloud, Option<Learning>) {
     let model = FromMemory::new(Box::new(middle), hidden_size, step_time, learning.clone());
     let cloud = Cloud::serve(config, &half, Box::new(model), pages).expect("the cloud starts");
     (cloud, Some(learning))
-}
-
-/// The link that the arguments ask for, if any.
-fn start_link(args: &Args, cloud: SocketAddr) -> Option<Emulator> {
-    let mut config = EmulatorConfig::new(cloud).rtt(args.rtt_ms?).mbit(args.mbit.0, args.mbit.1);
-    config.calibration = Some(Calibration::measure(&config).expect("a link"));
-    Some(Emulator::start(config).expect("a link"))
 }
 
 fn open_engine(args: &Args, bundle: &Path, cloud: SocketAddr) -> Engine {
@@ -255,7 +219,8 @@ fn main() {
     let (cloud, learning) = start_cloud(&args, &bundle);
     let teacher = learning.as_ref().map(|_| open_engine(&args, &bundle, cloud.address()));
     // An engine a mode, on a link of its own: what one learns is nothing to the others.
-    let links: Vec<_> = args.modes.iter().map(|_| start_link(&args, cloud.address())).collect();
+    let link = |_| Some(start_link(cloud.address(), args.rtt_ms?, args.mbit));
+    let links: Vec<_> = args.modes.iter().map(link).collect();
     let engines: Vec<_> = (args.modes.iter().zip(&links))
         .map(|(mode, link)| {
             let address = link.as_ref().map_or(cloud.address(), Emulator::address);
@@ -265,7 +230,7 @@ fn main() {
     let device = Bundle::open(&bundle.join("device")).expect("the device's half");
     let codec = engines.first().map_or(Codec::default(), |(_, engine)| engine.wire());
     args.row_bytes = codec.row_bytes(device.config().hidden_size) as u64;
-    let mut sums: BTreeMap<(usize, String), Sums> = BTreeMap::new();
+    let mut all: BTreeMap<(usize, String), Vec<Answered>> = BTreeMap::new();
     let prompts: Vec<_> = prompts(&text).into_iter().step_by(args.every.get()).collect();
     for (done, (category, prompt)) in prompts.iter().enumerate() {
         let mut said = None;
@@ -277,8 +242,9 @@ fn main() {
         for (index, (mode, engine)) in engines.iter().enumerate() {
             let request = args.request(prompt, done).draft(*mode);
             let answered = answer(engine, &cloud, request);
-            sums.entry((index, category.clone())).or_default().add(&answered);
-            sums.entry((index, "~ all".into())).or_default().add(&answered);
+            for of in [category.as_str(), "~ all"] {
+                all.entry((index, of.to_owned())).or_default().push(answered.clone());
+            }
             let Answered { tokens, timings, .. } = answered;
             let said = said.get_or_insert_with(|| tokens.clone());
             assert_eq!(&tokens, said, "{} says something else", mode.name());
@@ -293,7 +259,7 @@ fn main() {
         }
     }
     print_head();
-    for ((index, category), sums) in &sums {
-        sums.line(&args, engines[*index].0, category);
+    for ((index, category), answers) in &all {
+        print(answers, &args, engines[*index].0, category);
     }
 }

@@ -46,27 +46,15 @@ pub struct Captions {
     pub left: bool,
 }
 
-/// A bar of a plot with lanes.
-pub struct Bar {
-    /// Its lane, from 0 at the bottom.
-    pub lane: usize,
-    /// Its begin and its end.
-    pub ends: (f64, f64),
-    /// True if it is darker than the others.
-    pub dark: bool,
-}
-
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 /// True if there are names for a legend.
 type Drawn = Result<bool, Box<dyn Error>>;
 
-/// A frame whose axes begin at 0 and end at `most`, and what `draw` puts into it. Lanes, if there
-/// are any, have names.
+/// A frame whose axes begin at 0 and end at `most`, and what `draw` puts into it.
 fn plot(
     path: &Path,
     captions: &Captions,
     most: (f64, f64),
-    lanes: &[String],
     draw: impl FnOnce(&mut Chart<'_, '_>) -> Drawn,
 ) -> anyhow::Result<()> {
     let draw_all = || -> Result<(), Box<dyn Error>> {
@@ -76,14 +64,10 @@ fn plot(
             .caption(&captions.title, TITLE)
             .margin(12)
             .x_label_area_size(42)
-            .y_label_area_size(if lanes.is_empty() { 62 } else { 82 })
+            .y_label_area_size(62)
             .build_cartesian_2d(0.0..most.0.max(1e-9), 0.0..most.1.max(1e-9))?;
-        let lane = |at: &f64| lanes.get(at.floor() as usize).cloned().unwrap_or_default();
         let mut mesh = chart.configure_mesh();
         mesh.x_desc(captions.x).y_desc(captions.y).label_style(TEXT).light_line_style(TRANSPARENT);
-        if !lanes.is_empty() {
-            mesh.disable_y_mesh().y_labels(lanes.len() + 1).y_label_formatter(&lane);
-        }
         mesh.draw()?;
         if draw(&mut chart)? {
             let place = match captions.left {
@@ -113,7 +97,7 @@ fn plot(
 pub fn curves(path: &Path, captions: &Captions, curves: &[Curve]) -> anyhow::Result<()> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let most = points().fold((0.0f64, 0.0f64), |most, at| (most.0.max(at.0), most.1.max(at.1)));
-    plot(path, captions, (most.0, 1.05 * most.1), &[], |chart| {
+    plot(path, captions, (most.0, 1.05 * most.1), |chart| {
         for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
             let style = colour.stroke_width(2);
             chart
@@ -134,34 +118,12 @@ pub fn curves(path: &Path, captions: &Captions, curves: &[Curve]) -> anyhow::Res
 pub fn histogram(path: &Path, captions: &Captions, values: &[f64]) -> anyhow::Result<()> {
     let (counts, width) = bars(values);
     let most = f64::from(counts.iter().copied().max().unwrap_or(0).max(1));
-    plot(path, captions, (width * BARS as f64, 1.05 * most), &[], |chart| {
+    plot(path, captions, (width * BARS as f64, 1.05 * most), |chart| {
         let bars = counts.iter().enumerate().filter(|(_, count)| **count > 0);
         chart.draw_series(bars.map(|(index, count)| {
             let left = index as f64 * width;
             let colour = COLOURS[if index + 1 == BARS { 3 } else { 2 }];
             let corners = [(left, 0.0), (left + 0.9 * width, f64::from(*count))];
-            Rectangle::new(corners, colour.filled())
-        }))?;
-        Ok(false)
-    })
-}
-
-/// Bars in lanes of these names, the lowest first.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn lanes(
-    path: &Path,
-    captions: &Captions,
-    names: &[String],
-    bars: &[Bar],
-) -> anyhow::Result<()> {
-    let end = bars.iter().map(|bar| bar.ends.1).fold(1.0, f64::max);
-    plot(path, captions, (end, names.len() as f64), names, |chart| {
-        chart.draw_series(bars.iter().map(|bar| {
-            let low = bar.lane as f64;
-            let colour = COLOURS[if bar.dark { 2 } else { 6 }];
-            let corners = [(bar.ends.0, low + 0.15), (bar.ends.1, low + 0.85)];
             Rectangle::new(corners, colour.filled())
         }))?;
         Ok(false)

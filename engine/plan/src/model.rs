@@ -37,7 +37,8 @@ pub trait DeviceForward: Computes + Send {
     /// The last layers, for rows that came back from the cloud, in place. Fills their KV. Does
     /// nothing without tail layers.
     fn tail(&mut self, plan: &AttendBatch<'_>, hidden: &mut [f32]);
-    /// Final norm and LM head for one row `[hidden_size]`; `logits` gets `[vocab_size]`.
+    /// Final norm and LM head for a row `[hidden_size]`, or for as many as there is room for;
+    /// `logits` gets `[rows, vocab_size]`.
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]);
     /// As [`DeviceForward::head`], but only the token with the largest logit and that logit, of
     /// equal ones the lowest. `None` if some logit is not finite.

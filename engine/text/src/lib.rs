@@ -10,5 +10,5 @@ mod prepare;
 mod token;
 
 pub use history::TokenHistory;
-pub use prepare::{BundleTextError, PrepareError, prepare, token_settings};
+pub use prepare::{BundleTextError, PrepareError, prepare};
 pub use token::*;

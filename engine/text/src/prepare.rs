@@ -88,8 +88,7 @@ impl Tokenizer {
 }
 
 /// Tokenizer settings of a device's bundle.
-#[must_use]
-pub fn token_settings(bundle: &Bundle) -> TokenSettings {
+fn token_settings(bundle: &Bundle) -> TokenSettings {
     let text = bundle.token_settings().cloned().unwrap_or_default();
     TokenSettings {
         vocab_size: bundle.config().vocab_size,

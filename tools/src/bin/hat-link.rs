@@ -10,13 +10,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use hat_emulator::{
-    Calibration, CutConfig, DirectionConfig, DirectionReport, Emulator, EmulatorConfig, Quantiles,
-    Report, StallConfig,
+    Calibration, CutConfig, DirectionConfig, Emulator, EmulatorConfig, Quantiles, Report,
+    StallConfig,
 };
 use hat_engine::options::Address;
 use hat_program::out::{self, OutError};
 use hat_program::{note, outln};
-use serde_json::{Value, json};
+use hat_tools::{number, within};
+use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Interval at which it looks for the end.
@@ -39,23 +40,23 @@ struct Args {
     #[arg(long, value_name = "ADDR", value_parser = address, required_unless_present = "calibrate")]
     to: Option<SocketAddr>,
     /// Rate up, Mbit/s, 0.01 to 100000 [default: no limit].
-    #[arg(long, value_name = "N", value_parser = mbit)]
+    #[arg(long, value_name = "N", value_parser = within(0.01, 1e5, "Mbit/s"))]
     up_mbit: Option<f64>,
     /// Rate down, Mbit/s, 0.01 to 100000 [default: no limit].
-    #[arg(long, value_name = "N", value_parser = mbit)]
+    #[arg(long, value_name = "N", value_parser = within(0.01, 1e5, "Mbit/s"))]
     down_mbit: Option<f64>,
     /// Round trip, ms, 0 to 20000: half of it each way.
-    #[arg(long, value_name = "N", value_parser = rtt)]
+    #[arg(long, value_name = "N", value_parser = within(0.0, 2e4, "ms"))]
     #[arg(conflicts_with_all = ["delay_up_ms", "delay_down_ms"])]
     rtt_ms: Option<f64>,
     /// Delay up, ms, 0 to 10000.
-    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    #[arg(long, value_name = "N", value_parser = within(0.0, 1e4, "ms"), default_value_t = 0.0)]
     delay_up_ms: f64,
     /// Delay down, ms, 0 to 10000.
-    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    #[arg(long, value_name = "N", value_parser = within(0.0, 1e4, "ms"), default_value_t = 0.0)]
     delay_down_ms: f64,
     /// Largest additional delay each way, ms, 0 to 10000; drawn anew each 10 ms, no reordering.
-    #[arg(long, value_name = "N", value_parser = delay, default_value_t = 0.0)]
+    #[arg(long, value_name = "N", value_parser = within(0.0, 1e4, "ms"), default_value_t = 0.0)]
     jitter_ms: f64,
     /// Nothing leaves the bottleneck for LASTS_MS, once in each period of EVERY_MS (10 to 86400000;
     /// LASTS_MS from 1 to nine tenths of it); may be given for each direction.
@@ -66,17 +67,18 @@ struct Args {
     #[arg(long, value_name = "BYTESb|MSms", value_parser = cut_after)]
     cut_after: Vec<CutAfter>,
     /// Reset all connections once in the second half of each period, 10 to 86400000 ms.
-    #[arg(long, value_name = "MS", value_parser = every)]
+    #[arg(long, value_name = "MS", value_parser = within(10.0, DAY_MS, "ms"))]
     cut_every: Option<f64>,
     /// Time after a cut without listening, ms, 0 to 3600000.
-    #[arg(long, value_name = "MS", value_parser = away, default_value_t = 0.0)]
+    #[arg(long, value_name = "MS", value_parser = within(0.0, 3.6e6, "ms"), default_value_t = 0.0)]
     away_ms: f64,
     /// Seed of jitter, stalls and cuts.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Bytes that wait for the bottleneck before senders are held back, 4096 to 1073741824.
-    #[arg(long, value_name = "N", value_parser = queue, default_value_t = 256 << 10)]
-    queue_bytes: usize,
+    #[arg(long, value_name = "N", default_value_t = 256 << 10)]
+    #[arg(value_parser = clap::value_parser!(u32).range(4096..=1 << 30))]
+    queue_bytes: u32,
     /// Measure and print the delay of the relay itself; without --listen, end.
     #[arg(long, conflicts_with = "no_calibrate")]
     calibrate: bool,
@@ -104,47 +106,9 @@ enum CutAfter {
     Time(Duration),
 }
 
-fn number(text: &str, least: f64, most: f64, unit: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| format!("not a number of {unit}"))?;
-    if (least..=most).contains(&value) {
-        Ok(value)
-    } else {
-        Err(format!("allowed are {least} to {most} {unit}"))
-    }
-}
-
 fn address(text: &str) -> Result<SocketAddr, String> {
     let address = Address::parse(text, Address::CLOUD_PORT).map_err(|error| error.to_string())?;
     address.resolve().map_err(|error| error.to_string())
-}
-
-fn mbit(text: &str) -> Result<f64, String> {
-    number(text, 0.01, 100_000.0, "Mbit/s")
-}
-
-fn rtt(text: &str) -> Result<f64, String> {
-    number(text, 0.0, 20_000.0, "ms")
-}
-
-fn delay(text: &str) -> Result<f64, String> {
-    number(text, 0.0, 10_000.0, "ms")
-}
-
-fn every(text: &str) -> Result<f64, String> {
-    number(text, 10.0, DAY_MS, "ms")
-}
-
-fn away(text: &str) -> Result<f64, String> {
-    number(text, 0.0, 3_600_000.0, "ms")
-}
-
-fn queue(text: &str) -> Result<usize, String> {
-    let bytes: usize = text.parse().map_err(|_| "not a whole number of bytes".to_owned())?;
-    if (4096..=1 << 30).contains(&bytes) {
-        Ok(bytes)
-    } else {
-        Err("allowed are 4096 to 1073741824 bytes".into())
-    }
 }
 
 fn stall(text: &str) -> Result<Stall, String> {
@@ -197,7 +161,7 @@ impl Args {
             direction.rate_bits_s = rate.map(|mbit| (mbit * 1e6) as u64);
             direction.delay = millis(half.unwrap_or(delay_ms));
             direction.jitter = millis(self.jitter_ms);
-            direction.queue_bytes = self.queue_bytes;
+            direction.queue_bytes = self.queue_bytes as usize;
         }
         for stall in &self.stall {
             for (direction, meant) in [(&mut config.up, stall.up), (&mut config.down, stall.down)] {
@@ -247,7 +211,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         config.calibration = Some(calibration);
         if args.listen.is_none() || args.to.is_none() {
             if args.json {
-                outln!("{}", calibration_json(&calibration))?;
+                outln!("{}", json!(calibration))?;
             }
             return Ok(());
         }
@@ -262,7 +226,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let report = emulator.stop()?;
     if args.json {
-        outln!("{}", report_json(&report))?;
+        outln!("{}", json!(report))?;
     } else {
         print_report(&report)?;
     }
@@ -307,40 +271,4 @@ fn print_report(report: &Report) -> Result<(), OutError> {
         report.cuts
     )?;
     Ok(())
-}
-
-fn quantiles_json(quantiles: Option<Quantiles>) -> Value {
-    quantiles.map_or(Value::Null, |q| json!({ "p50_us": q.p50_us, "p99_us": q.p99_us }))
-}
-
-fn direction_json(direction: &DirectionReport) -> Value {
-    json!({
-        "bytes_in": direction.bytes_in,
-        "bytes_out": direction.bytes_out,
-        "busy_mbit_s": direction.busy_mbit_s,
-        "planned": quantiles_json(direction.planned),
-        "actual": quantiles_json(direction.actual),
-        "late": quantiles_json(direction.late),
-        "stalls": direction.stalls,
-    })
-}
-
-fn calibration_json(calibration: &Calibration) -> Value {
-    json!({
-        "direct": quantiles_json(Some(calibration.direct)),
-        "relayed": quantiles_json(Some(calibration.relayed)),
-        "delayed": quantiles_json(calibration.delayed),
-        "added_us": calibration.added.as_nanos() as f64 / 1e3,
-    })
-}
-
-fn report_json(report: &Report) -> Value {
-    json!({
-        "up": direction_json(&report.up),
-        "down": direction_json(&report.down),
-        "connections": report.connections,
-        "unreachable": report.unreachable,
-        "cuts": report.cuts,
-        "calibration": report.calibration.as_ref().map(calibration_json),
-    })
 }

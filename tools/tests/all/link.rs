@@ -37,7 +37,7 @@ fn a_wrong_flag_is_named_with_its_range() {
         (&["--cut-after", "5"], &["--cut-after", "500000b", "1500ms"]),
         (&["--cut-after", "0b"], &["--cut-after", "1b and more"]),
         (&["--cut-every", "1"], &["--cut-every", "10 to 86400000 ms"]),
-        (&["--queue-bytes", "1"], &["--queue-bytes", "4096 to 1073741824"]),
+        (&["--queue-bytes", "1"], &["--queue-bytes", "4096..=1073741824"]),
         (&["--rtt-ms", "1", "--delay-up-ms", "1"], &["--rtt-ms", "--delay-up-ms"]),
     ];
     for (flags, parts) in cases {

@@ -95,9 +95,8 @@ fn devices_come_and_go_and_answers_are_given_up() {
 }
 
 #[test]
-fn threads_share_a_cloud_that_is_too_small() {
+fn devices_share_a_cloud_that_is_too_small() {
     let figures = figures(&[
-        "--threads-only",
         "--devices",
         "5",
         "--requests",
@@ -154,7 +153,7 @@ fn a_cloud_that_is_away_is_named() {
     // A process that listens and says nothing is no cloud either.
     let mute = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = mute.local_addr().unwrap().to_string();
-    let args = ["--cloud", &address, "--connect-s", "0.4", "--devices", "1", "--threads-only"];
+    let args = ["--cloud", &address, "--connect-s", "0.4", "--devices", "1"];
     let output = command(&args).output().unwrap();
     assert!(!output.status.success() && said(&output).contains(&address), "{}", said(&output));
 }

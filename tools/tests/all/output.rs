@@ -71,7 +71,7 @@ fn figures_are_output_like_any_other() {
         &["paper", "--workload", "specbench-7b", "--runs", "1", "--requests", "20", "--json"],
         &|| {},
     );
-    let load = ["--devices", "1", "--requests", "1", "--threads-only", "--json"];
+    let load = ["--devices", "1", "--requests", "1", "--json"];
     check(LOAD, &load, &|| {});
 }
 

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde::{Serialize, Serializer};
+
 use super::{Emulator, EmulatorConfig, EmulatorError, Quantiles};
 
 /// Bytes of a ping and of its answer.
@@ -31,7 +33,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub type Latency = Quantiles;
 
 /// Delay that the emulator adds to a round trip, by its own measurement on this machine.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Calibration {
     /// Without the emulator.
@@ -42,7 +44,12 @@ pub struct Calibration {
     pub delayed: Option<Latency>,
     /// The median added to a round trip: `delayed` less the delays less `direct`, or `relayed`
     /// less `direct`; at most 0.5 ms.
+    #[serde(rename = "added_us", serialize_with = "micros")]
     pub added: Duration,
+}
+
+fn micros<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(duration.as_nanos() as f64 / 1e3)
 }
 
 impl Calibration {

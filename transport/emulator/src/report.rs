@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use serde::Serialize;
+
 use super::{Calibration, Piece};
 
 /// Counts of nanosecond values, of fixed size: known to less than 1 %.
@@ -30,7 +32,7 @@ impl Histogram {
 }
 
 /// Median and 99th percentile, in microseconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Quantiles {
     /// The median.
     pub p50_us: f64,
@@ -39,7 +41,7 @@ pub struct Quantiles {
 }
 
 /// Traffic in one direction.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct DirectionReport {
     /// Bytes taken from senders.
@@ -60,7 +62,7 @@ pub struct DirectionReport {
 }
 
 /// Traffic and precision of a link.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Report {
     /// From those who connect.

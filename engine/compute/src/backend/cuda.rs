@@ -82,7 +82,9 @@ impl<M: hat_cuda::gpu::Memory> Weight<M> {
     }
 }
 
-fn numbers(dtype: DType) -> Option<WeightDType> {
+/// The kernels' name of a type of weights; `None` if they have none for it.
+#[must_use]
+pub fn numbers(dtype: DType) -> Option<WeightDType> {
     match dtype {
         DType::Q8_0 => Some(WeightDType::Q8_0),
         DType::Q4_0 => Some(WeightDType::Q4_0),

@@ -24,9 +24,9 @@ pub struct DeviceModel<B: Backend> {
     kv: B::Kv,                  // input layers first, then tail layers
     scratch: Scratch<B>,
     x: B::Buffer,      // [capacity, hidden_size]
-    row: B::Buffer,    // [1, hidden_size]
-    normed: B::Buffer, // [1, hidden_size]
-    logits: B::Buffer, // [1, vocab_size]
+    row: B::Buffer,    // [head rows, hidden_size]
+    normed: B::Buffer, // [head rows, hidden_size]
+    logits: B::Buffer, // [head rows, vocab_size]
 }
 
 impl<B: Backend> DeviceModel<B> {
@@ -76,11 +76,25 @@ impl<B: Backend> DeviceModel<B> {
         &mut self.backend
     }
 
-    /// The final norm of one row `[hidden_size]`, to `self.normed`.
-    fn norm_row(&mut self, hidden: &[f32]) {
+    /// The same with room for `rows` rows at once in [`DeviceForward::head`].
+    ///
+    /// # Errors
+    /// [`BackendError`] if there is no memory for them.
+    pub fn with_head_rows(mut self, rows: usize) -> Result<Self, BackendError> {
+        let Self { backend, shape, row, normed, logits, .. } = &mut self;
+        *row = backend.alloc(rows, shape.hidden_size)?;
+        *normed = backend.alloc(rows, shape.hidden_size)?;
+        *logits = backend.alloc(rows, shape.vocab_size)?;
+        Ok(self)
+    }
+
+    /// The final norm of rows `[rows, hidden_size]`, to `self.normed`; returns how many.
+    fn norm_rows(&mut self, hidden: &[f32]) -> usize {
         let Self { backend, shape, row, normed, .. } = self;
+        let rows = hidden.len() / shape.hidden_size;
         backend.upload(hidden, row);
-        backend.rms_norm(1, row, &self.norm, shape.rms_norm_eps, normed);
+        backend.rms_norm(rows, row, &self.norm, shape.rms_norm_eps, normed);
+        rows
     }
 }
 
@@ -114,15 +128,15 @@ impl<B: Backend> DeviceForward for DeviceModel<B> {
     }
 
     fn head(&mut self, hidden: &[f32], logits: &mut [f32]) {
-        self.norm_row(hidden);
+        let rows = self.norm_rows(hidden);
         let Self { backend, normed, .. } = self;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        backend.linear(1, normed, Write::Store, LinearArgs::of(head, &mut self.logits));
+        backend.linear(rows, normed, Write::Store, LinearArgs::of(head, &mut self.logits));
         backend.download(&self.logits, 0, logits);
     }
 
     fn argmax(&mut self, hidden: &[f32]) -> Option<(TokenId, f32)> {
-        self.norm_row(hidden);
+        self.norm_rows(hidden);
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         let mut top = [TopLogit::NONE];
         let finite = self.backend.linear_top(1, &self.normed, head, &mut top);

@@ -2,12 +2,15 @@
 //! when the tool is killed, nothing is left behind.
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
+
+use crate::protocol::Report;
 
 /// Time that a child may take to end by itself.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -21,16 +24,19 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    /// Starts this program as `role`, by a command line. `heard` gets each line that it says, and
-    /// `None` at the end.
+    /// Starts this program as `role`, with the tool's own command line, for a bundle and a cloud
+    /// at an address. `hear` gets each report, [`Report::Gone`] at the end.
     pub(crate) fn start(
         role: &str,
-        line: &[String],
-        mut heard: impl FnMut(Option<&str>) + Send + 'static,
+        bundle: &Path,
+        cloud: &str,
+        mut hear: impl FnMut(Report) + Send + 'static,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("where this program is")?;
         let mut process = Command::new(program)
-            .args(line)
+            .args(std::env::args_os().skip(1))
+            .args(["--role", role, "--role-cloud", cloud, "--role-bundle"])
+            .arg(bundle)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -40,9 +46,10 @@ impl Child {
         let mut child = Self { process, input, reader: None };
         let reader = std::thread::Builder::new().name(format!("hears {role}")).spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
-                heard(Some(&line));
+                let wrong = |error| Report::Failed(format!("it says {line:?}: {error}"));
+                hear(serde_json::from_str(&line).unwrap_or_else(wrong));
             }
-            heard(None);
+            hear(Report::Gone);
         });
         child.reader = Some(reader.context("starting a thread")?);
         Ok(child)

@@ -1,5 +1,6 @@
 //! The cloud that the tool starts: a child process, its counters, and what it holds in memory.
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -7,10 +8,11 @@ use anyhow::{Context as _, bail};
 use hat_program::out::OutError;
 use hat_program::{note, outln};
 use hat_tools::statistics::quantile;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::child::Child;
-use crate::protocol::{CloudReport, Counters};
+use crate::protocol::{Counters, Report};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Length of the parts of a run whose memory is compared, in seconds.
@@ -18,43 +20,34 @@ const PART_S: f64 = 60.0;
 
 pub(crate) struct CloudProcess {
     child: Child,
-    heard: Receiver<CloudReport>,
+    heard: Receiver<Report>,
     address: String,
     memory: Vec<Memory>,
 }
 
 /// Resident memory at one time.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Memory {
     pub(crate) at_s: f64,
     /// All, files included.
+    #[serde(rename = "resident_mb")]
     pub(crate) all_mb: f64,
     /// Memory that is not in files: KV, activations, buffers.
     pub(crate) own_mb: f64,
 }
 
-impl Memory {
-    fn json(self) -> Value {
-        json!({"at_s": self.at_s, "resident_mb": self.all_mb, "own_mb": self.own_mb})
-    }
-}
-
 impl CloudProcess {
-    pub(crate) fn start(line: &[String]) -> anyhow::Result<Self> {
+    pub(crate) fn start(bundle: &Path) -> anyhow::Result<Self> {
         let (say, heard) = channel();
-        let child = Child::start("cloud", line, move |line| {
-            // An end, and what is no word of ours, closes the channel.
-            if let Some(report) = line.and_then(|line| serde_json::from_str(line).ok()) {
-                let _ = say.send(report);
-            }
-        })?;
+        // Nobody listens once the run is over.
+        let child = Child::start("cloud", bundle, "", move |report| _ = say.send(report))?;
         match heard.recv_timeout(PATIENCE).context("the cloud process did not start")? {
-            CloudReport::Listening(address, describe) => {
+            Report::Listening(address, describe) => {
                 note!("cloud: {describe}; process {}, at {address}", child.id());
                 Ok(Self { child, heard, address, memory: vec![] })
             }
-            CloudReport::Failed(reason) => bail!("cloud: {reason}"),
-            CloudReport::Counters(_) => bail!("the cloud process says counters before its address"),
+            Report::Failed(reason) => bail!("cloud: {reason}"),
+            report => bail!("the cloud process says {report:?} for its address"),
         }
     }
 
@@ -65,7 +58,7 @@ impl CloudProcess {
     pub(crate) fn counters(&mut self) -> anyhow::Result<Counters> {
         self.child.say(&()).context("the cloud process has ended")?;
         match self.heard.recv_timeout(PATIENCE).context("the cloud process has ended")? {
-            CloudReport::Counters(counters) => Ok(counters),
+            Report::Counters(counters) => Ok(counters),
             report => bail!("the cloud process says {report:?} for counters"),
         }
     }
@@ -156,20 +149,10 @@ impl CloudFigures {
     }
 
     pub(crate) fn json(&self) -> Value {
-        let Counters { steps, rows, step_us, opened, refused, sessions, pages_free } =
-            self.counters;
-        let memory: Vec<Value> = parts(&self.memory).into_iter().map(Memory::json).collect();
-        json!({
-            "steps": steps,
-            "rows": rows,
-            "step_us": step_us,
-            "rows_a_step": self.rows_a_step(),
-            "opened": opened,
-            "refused": refused,
-            "sessions": sessions,
-            "pages_free": pages_free,
-            "memory": memory,
-        })
+        let mut json = json!(self.counters);
+        json["rows_a_step"] = json!(self.rows_a_step());
+        json["memory"] = json!(parts(&self.memory));
+        json
     }
 }
 

@@ -7,30 +7,13 @@ use hat_compute::open;
 use hat_engine::options::{Codec, DeviceLimits, Processor};
 use hat_engine::reference_run::ReferenceRun;
 use indicatif::ProgressBar;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::prompts::Prompts;
-use crate::protocol::Ask;
-
-/// An answer, or what came of it before it was given up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Kept {
-    pub(crate) ask: u64,
-    pub(crate) tokens: Vec<u32>,
-    pub(crate) complete: bool,
-}
-
-impl Kept {
-    fn fits(&self, whole: &[u32]) -> bool {
-        match self.complete {
-            true => self.tokens == whole,
-            false => whole.starts_with(&self.tokens),
-        }
-    }
-}
+use crate::protocol::{Ask, End, Outcome};
 
 /// Result of a comparison.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Compared {
     /// Complete answers.
     pub(crate) answers: usize,
@@ -40,35 +23,24 @@ pub(crate) struct Compared {
     pub(crate) tokens: usize,
     /// Number of requests with another text than the whole model's.
     pub(crate) different: usize,
+    #[serde(skip)]
     pub(crate) first_different: Option<u64>,
 }
 
-impl Compared {
-    pub(crate) fn json(&self) -> Value {
-        json!({
-            "answers": self.answers,
-            "beginnings": self.beginnings,
-            "tokens": self.tokens,
-            "different": self.different,
-        })
-    }
-}
-
-/// Compares what was kept with the whole model's answers, one for each prompt.
+/// Compares the answers, whose tokens were kept, with the whole model's, one for each prompt.
 pub(crate) fn compare(
     bundle: &Path,
-    wire: &str,
+    wire: Codec,
     prompts: &Prompts,
     ask: &dyn Fn(u64) -> anyhow::Result<Ask>,
-    kept: &[Kept],
+    outcomes: &[Vec<Outcome>],
 ) -> anyhow::Result<Compared> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let backend = open::cpu(Processor::Auto, threads)?;
-    let wire = Codec::from_name(wire).expect("a codec's own name");
     let mut whole =
         ReferenceRun::open(backend, bundle, None, wire, DeviceLimits::default().context_max)?;
-    let mut by_prompt: BTreeMap<u64, Vec<&Kept>> = BTreeMap::new();
-    for answer in kept.iter().filter(|answer| !answer.tokens.is_empty()) {
+    let mut by_prompt: BTreeMap<u64, Vec<&Outcome>> = BTreeMap::new();
+    for answer in outcomes.iter().flatten().filter(|answer| !answer.token_ids.is_empty()) {
         by_prompt.entry(prompts.number(answer.ask)).or_default().push(answer);
     }
     let bar = ProgressBar::new(by_prompt.len() as u64);
@@ -85,13 +57,16 @@ pub(crate) fn compare(
 }
 
 impl Compared {
-    fn note(&mut self, answer: &Kept, whole: &[u32]) {
-        match answer.complete {
-            true => self.answers += 1,
-            false => self.beginnings += 1,
-        }
-        self.tokens += answer.tokens.len();
-        if !answer.fits(whole) {
+    fn note(&mut self, answer: &Outcome, whole: &[u32]) {
+        let fits = if answer.end == End::Done {
+            self.answers += 1;
+            answer.token_ids == whole
+        } else {
+            self.beginnings += 1;
+            whole.starts_with(&answer.token_ids)
+        };
+        self.tokens += answer.token_ids.len();
+        if !fits {
             self.different += 1;
             self.first_different.get_or_insert(answer.ask);
         }
@@ -105,16 +80,17 @@ mod tests {
     #[test]
     fn one_other_token_is_found() {
         let mut compared = Compared::default();
-        let mut note = |tokens: &[u32], complete| {
-            compared.note(&Kept { ask: 3, tokens: tokens.to_vec(), complete }, &[1, 2, 3]);
+        let mut note = |tokens: &[u32], end| {
+            let outcome = Outcome { token_ids: tokens.to_vec(), ..Outcome::of(3, end) };
+            compared.note(&outcome, &[1, 2, 3]);
             compared.different
         };
-        assert_eq!(note(&[1, 2, 3], true), 0);
-        assert_eq!(note(&[1, 2], false), 0);
-        assert_eq!(note(&[1, 2], true), 1);
-        assert_eq!(note(&[1, 9], false), 2);
-        assert_eq!(note(&[1, 2, 3, 4], true), 3);
-        assert_eq!(note(&[1, 2, 4], true), 4);
+        assert_eq!(note(&[1, 2, 3], End::Done), 0);
+        assert_eq!(note(&[1, 2], End::Cancelled), 0);
+        assert_eq!(note(&[1, 2], End::Done), 1);
+        assert_eq!(note(&[1, 9], End::Cancelled), 2);
+        assert_eq!(note(&[1, 2, 3, 4], End::Done), 3);
+        assert_eq!(note(&[1, 2, 4], End::Done), 4);
         let Compared { answers, beginnings, tokens, first_different, .. } = compared;
         assert_eq!((answers, beginnings, tokens, first_different), (4, 2, 16, Some(3)));
     }

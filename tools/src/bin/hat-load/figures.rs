@@ -7,227 +7,213 @@ use hat_program::out::OutError;
 use hat_program::outln;
 use hat_tools::plot::{Captions, Curve, curves, histogram};
 use hat_tools::statistics::{mean, quantile};
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::cloud::CloudFigures;
+use crate::cloud::{CloudFigures, Memory};
 use crate::compare::Compared;
 use crate::protocol::{End, Outcome};
 
 /// Number of devices up to which all are printed, and not only those with the slowest tokens.
 const LINES_MAX: usize = 40;
 
-/// Sums and values of one device, or of all.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) done: u64,
-    /// Given up as planned.
-    pub(crate) cancelled: u64,
-    /// Under way when its device was ended as planned.
-    pub(crate) lost: u64,
-    pub(crate) refused: u64,
-    pub(crate) failed: u64,
-    pub(crate) retries: u64,
-    /// From when a request was due to its first token, milliseconds.
-    ttft_ms: Vec<f64>,
+/// Times of some requests, milliseconds, in rising order.
+struct Times {
+    /// From when a request was due to its first token.
+    ttft: Vec<f64>,
     /// Between tokens.
-    gap_ms: Vec<f64>,
+    gap: Vec<f64>,
     /// Means of the gaps of each complete answer.
-    tbt_ms: Vec<f64>,
-    /// Sums over complete answers: tokens after the first, round trips, bytes, pages.
-    after_first: u64,
-    rounds: u64,
+    tbt: Vec<f64>,
+}
+
+impl Times {
+    fn of(outcomes: &[&Outcome]) -> Self {
+        let ms = |us: &u32| f64::from(*us) / 1e3;
+        let ttft = |outcome: &&Outcome| Some(outcome.late_ms + outcome.ttft_us? as f64 / 1e3);
+        let complete =
+            |outcome: &&&Outcome| outcome.end == End::Done && !outcome.gaps_us.is_empty();
+        let tbt = |outcome: &&Outcome| {
+            outcome.gaps_us.iter().map(ms).sum::<f64>() / outcome.gaps_us.len() as f64
+        };
+        let mut times = Self {
+            ttft: outcomes.iter().filter_map(ttft).collect(),
+            gap: outcomes.iter().flat_map(|outcome| outcome.gaps_us.iter().map(ms)).collect(),
+            tbt: outcomes.iter().filter(complete).map(tbt).collect(),
+        };
+        for values in [&mut times.ttft, &mut times.gap, &mut times.tbt] {
+            values.sort_by(f64::total_cmp);
+        }
+        times
+    }
+}
+
+/// Mean and quantiles of times, milliseconds.
+#[derive(Clone, Copy, Serialize)]
+struct Quantiles {
+    mean: f64,
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    max: f64,
+}
+
+impl Quantiles {
+    fn of(sorted: &[f64]) -> Self {
+        let [p50, p90, p99, max] =
+            [0.5, 0.9, 0.99, 1.0].map(|share| rounded(quantile(sorted, share)));
+        Self { mean: rounded(mean(sorted)), p50, p90, p99, max }
+    }
+}
+
+/// To three places.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+/// Figures of one device, or of all.
+#[derive(Serialize)]
+pub(crate) struct Summary {
+    requests: usize,
+    done: usize,
+    /// Given up as planned.
+    cancelled: usize,
+    /// Under way when its device was ended as planned.
+    lost: usize,
+    pub(crate) refused: usize,
+    pub(crate) failed: usize,
+    tokens: usize,
+    tokens_per_second: f64,
+    ttft_ms: Quantiles,
+    gap_ms: Quantiles,
+    tbt_ms: Quantiles,
+    /// Tokens of a round trip, as in `timings`.
+    accept_len: f64,
     bytes_up: u64,
     bytes_down: u64,
     pages_reused: u64,
-    tokens: u64,
 }
 
-impl Tally {
-    /// A request is over that began `late_ms` after it was due.
-    pub(crate) fn note(&mut self, outcome: &Outcome, late_ms: f64) {
-        match &outcome.end {
-            End::Done => self.done += 1,
-            End::Cancelled => self.cancelled += 1,
-            End::Refused(_) => self.refused += 1,
-            End::Failed(_) => self.failed += 1,
+impl Summary {
+    fn of(outcomes: &[&Outcome], seconds: f64) -> Self {
+        let count =
+            |is: &dyn Fn(&End) -> bool| outcomes.iter().filter(|outcome| is(&outcome.end)).count();
+        let sum = |of: &dyn Fn(&Outcome) -> u64| -> u64 {
+            outcomes.iter().map(|outcome| of(outcome)).sum()
+        };
+        let tokens: u64 = sum(&|outcome| match outcome.ttft_us {
+            Some(_) => 1 + outcome.gaps_us.len() as u64,
+            None => 0,
+        });
+        let after_first: u64 = sum(&|outcome| u64::from(outcome.predicted_n.saturating_sub(1)));
+        let rounds: u64 = sum(&|outcome| u64::from(outcome.rounds));
+        let times = Times::of(outcomes);
+        Self {
+            requests: outcomes.len(),
+            done: count(&|end| *end == End::Done),
+            cancelled: count(&|end| *end == End::Cancelled),
+            lost: count(&|end| *end == End::Lost),
+            refused: count(&|end| matches!(end, End::Refused(_))),
+            failed: count(&|end| matches!(end, End::Failed(_))),
+            tokens: tokens as usize,
+            tokens_per_second: rounded(tokens as f64 / seconds),
+            ttft_ms: Quantiles::of(&times.ttft),
+            gap_ms: Quantiles::of(&times.gap),
+            tbt_ms: Quantiles::of(&times.tbt),
+            accept_len: rounded(after_first as f64 / rounds.max(1) as f64),
+            bytes_up: sum(&|outcome| outcome.bytes_up),
+            bytes_down: sum(&|outcome| outcome.bytes_down),
+            pages_reused: sum(&|outcome| u64::from(outcome.pages_reused)),
         }
-        self.retries += u64::from(outcome.retries);
-        if let Some(ttft_us) = outcome.ttft_us {
-            self.ttft_ms.push(late_ms + ttft_us as f64 / 1e3);
-            self.tokens += 1 + outcome.gaps_us.len() as u64;
-        }
-        let gaps = outcome.gaps_us.iter().map(|us| f64::from(*us) / 1e3);
-        self.gap_ms.extend(gaps.clone());
-        if outcome.end == End::Done && !outcome.gaps_us.is_empty() {
-            self.tbt_ms.push(gaps.sum::<f64>() / outcome.gaps_us.len() as f64);
-        }
-        self.after_first += u64::from(outcome.predicted_n.saturating_sub(1));
-        self.rounds += u64::from(outcome.rounds);
-        self.bytes_up += outcome.bytes_up;
-        self.bytes_down += outcome.bytes_down;
-        self.pages_reused += u64::from(outcome.pages_reused);
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.ttft_ms.extend(&other.ttft_ms);
-        self.gap_ms.extend(&other.gap_ms);
-        self.tbt_ms.extend(&other.tbt_ms);
-        let theirs = other.clone().sums().map(|sum| *sum);
-        self.sums().into_iter().zip(theirs).for_each(|(sum, more)| *sum += more);
-    }
-
-    fn sums(&mut self) -> [&mut u64; 12] {
-        [
-            &mut self.done,
-            &mut self.cancelled,
-            &mut self.lost,
-            &mut self.refused,
-            &mut self.failed,
-            &mut self.retries,
-            &mut self.after_first,
-            &mut self.rounds,
-            &mut self.bytes_up,
-            &mut self.bytes_down,
-            &mut self.pages_reused,
-            &mut self.tokens,
-        ]
-    }
-
-    fn sort(&mut self) {
-        for values in [&mut self.ttft_ms, &mut self.gap_ms, &mut self.tbt_ms] {
-            values.sort_by(f64::total_cmp);
-        }
-    }
-
-    fn requests(&self) -> u64 {
-        self.done + self.cancelled + self.lost + self.refused + self.failed
-    }
-
-    /// Tokens of a round trip, as in `timings`.
-    fn accept_len(&self) -> f64 {
-        self.after_first as f64 / self.rounds.max(1) as f64
     }
 
     const HEAD: &str = "| device | requests (done) | tokens/s | TTFT ms p50, p90, p99 | gap ms \
         mean; p50, p90, p99, max | tokens a round | KB up, down an answer |\n\
         |---|---|---|---|---|---|---|";
 
-    fn row(&self, name: &str, seconds: f64) -> String {
-        let [ttft, gap] = [&self.ttft_ms, &self.gap_ms]
-            .map(|values| [0.5, 0.9, 0.99, 1.0].map(|share| quantile(values, share)));
-        let done = self.done.max(1) as f64;
+    fn row(&self, name: &str) -> String {
+        let Self { requests, done, ttft_ms: ttft, gap_ms: gap, .. } = self;
+        let kb = |bytes: u64| bytes as f64 / (*done).max(1) as f64 / 1e3;
         format!(
-            "| {name} | {} ({}) | {:.1} | {:.1}, {:.1}, {:.1} | {:.2}; {:.2}, {:.2}, {:.2}, {:.1} \
-             | {:.2} | {:.1}, {:.1} |",
-            self.requests(),
-            self.done,
-            self.tokens as f64 / seconds,
-            ttft[0],
-            ttft[1],
-            ttft[2],
-            mean(&self.gap_ms),
-            gap[0],
-            gap[1],
-            gap[2],
-            gap[3],
-            self.accept_len(),
-            self.bytes_up as f64 / done / 1e3,
-            self.bytes_down as f64 / done / 1e3,
+            "| {name} | {requests} ({done}) | {:.1} | {:.1}, {:.1}, {:.1} | {:.2}; {:.2}, {:.2}, \
+             {:.2}, {:.1} | {:.2} | {:.1}, {:.1} |",
+            self.tokens_per_second,
+            ttft.p50,
+            ttft.p90,
+            ttft.p99,
+            gap.mean,
+            gap.p50,
+            gap.p90,
+            gap.p99,
+            gap.max,
+            self.accept_len,
+            kb(self.bytes_up),
+            kb(self.bytes_down),
         )
-    }
-
-    fn json(&self, seconds: f64) -> Value {
-        let round = |value: f64| (value * 1e3).round() / 1e3;
-        let quantiles = |values: &[f64]| {
-            json!({
-                "mean": round(mean(values)),
-                "p50": round(quantile(values, 0.5)),
-                "p90": round(quantile(values, 0.9)),
-                "p99": round(quantile(values, 0.99)),
-                "max": round(quantile(values, 1.0)),
-            })
-        };
-        json!({
-            "requests": self.requests(),
-            "done": self.done,
-            "cancelled": self.cancelled,
-            "lost": self.lost,
-            "refused": self.refused,
-            "failed": self.failed,
-            "retries": self.retries,
-            "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens as f64 / seconds),
-            "ttft_ms": quantiles(&self.ttft_ms),
-            "gap_ms": quantiles(&self.gap_ms),
-            "tbt_ms": quantiles(&self.tbt_ms),
-            "accept_len": round(self.accept_len()),
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "pages_reused": self.pages_reused,
-        })
     }
 }
 
 /// The largest of the devices' means, over the median of them; `None` without any.
-fn largest_over_median(means: &[f64]) -> Option<f64> {
-    let mut means: Vec<f64> = means.iter().copied().filter(|mean| *mean > 0.0).collect();
+fn largest_over_median(means: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut means: Vec<f64> = means.filter(|mean| *mean > 0.0).collect();
     means.sort_by(f64::total_cmp);
     Some(means.last()? / quantile(&means, 0.5))
 }
 
 /// All figures of a run.
 pub(crate) struct Figures {
-    pub(crate) seconds: f64,
-    each: Vec<Tally>,
-    all: Tally,
+    seconds: f64,
+    each: Vec<Summary>,
+    pub(crate) all: Summary,
+    times: Times,
     pub(crate) cloud: Option<CloudFigures>,
     pub(crate) compared: Option<Compared>,
     /// Devices that were ended and replaced as planned.
     pub(crate) replaced: u64,
-    /// The longest that a request began after it was due.
-    pub(crate) late_ms_max: f64,
+    late_ms_max: f64,
 }
 
 impl Figures {
-    pub(crate) fn new(mut each: Vec<Tally>, seconds: f64) -> Self {
-        let mut all = Tally::default();
-        for tally in &mut each {
-            tally.sort();
-            all.add(tally);
+    /// Figures of the requests of each device, over so many seconds.
+    pub(crate) fn new(outcomes: &[Vec<Outcome>], seconds: f64) -> Self {
+        let all: Vec<&Outcome> = outcomes.iter().flatten().collect();
+        let each = |outcomes: &Vec<Outcome>| Summary::of(&Vec::from_iter(outcomes), seconds);
+        Self {
+            seconds,
+            each: outcomes.iter().map(each).collect(),
+            all: Summary::of(&all, seconds),
+            times: Times::of(&all),
+            cloud: None,
+            compared: None,
+            replaced: 0,
+            late_ms_max: all.iter().map(|outcome| outcome.late_ms).fold(0.0, f64::max),
         }
-        all.sort();
-        Self { seconds, each, all, cloud: None, compared: None, replaced: 0, late_ms_max: 0.0 }
-    }
-
-    pub(crate) fn all(&self) -> &Tally {
-        &self.all
     }
 
     /// Max/median over devices of the mean gap, and of the mean TTFT.
     fn fairness(&self) -> [Option<f64>; 2] {
-        let over = |of: &dyn Fn(&Tally) -> f64| {
-            largest_over_median(&self.each.iter().map(of).collect::<Vec<_>>())
-        };
-        [over(&|tally| mean(&tally.gap_ms)), over(&|tally| mean(&tally.ttft_ms))]
+        [
+            largest_over_median(self.each.iter().map(|summary| summary.gap_ms.mean)),
+            largest_over_median(self.each.iter().map(|summary| summary.ttft_ms.mean)),
+        ]
     }
 
     pub(crate) fn print(&self) -> Result<(), OutError> {
-        outln!("{}", Tally::HEAD)?;
+        outln!("{}", Summary::HEAD)?;
         let mut order: Vec<usize> = (0..self.each.len()).collect();
         if order.len() > LINES_MAX {
-            let slowness = |index: &usize| mean(&self.each[*index].gap_ms);
+            let slowness = |index: &usize| self.each[*index].gap_ms.mean;
             order.sort_by(|a, b| slowness(b).total_cmp(&slowness(a)));
             order.truncate(LINES_MAX / 4);
         }
         for index in order {
-            outln!("{}", self.each[index].row(&index.to_string(), self.seconds))?;
+            outln!("{}", self.each[index].row(&index.to_string()))?;
         }
-        outln!("{}", self.all.row("all", self.seconds))?;
-        let Tally { cancelled, lost, refused, failed, retries, .. } = self.all;
+        outln!("{}", self.all.row("all"))?;
+        let Summary { cancelled, lost, refused, failed, .. } = self.all;
         outln!(
             "{:.1} s; {cancelled} given up as planned, {lost} lost with their devices ({} of them \
-             replaced); {refused} refused after {retries} retries, {failed} failed; begun at most \
-             {:.1} ms late",
+             replaced); {refused} refused, {failed} failed; begun at most {:.1} ms late",
             self.seconds,
             self.replaced,
             self.late_ms_max,
@@ -249,17 +235,16 @@ impl Figures {
 
     pub(crate) fn json(&self) -> Value {
         let [gap, ttft] = self.fairness();
-        let each: Vec<Value> = self.each.iter().map(|tally| tally.json(self.seconds)).collect();
         json!({
             "devices": self.each.len(),
             "seconds": self.seconds,
-            "all": self.all.json(self.seconds),
+            "all": self.all,
             "fairness": {"gap_max_over_median": gap, "ttft_max_over_median": ttft},
             "replaced": self.replaced,
             "late_ms_max": self.late_ms_max,
             "cloud": self.cloud.as_ref().map(CloudFigures::json),
-            "whole": self.compared.as_ref().map(Compared::json),
-            "each": each,
+            "whole": self.compared,
+            "each": self.each,
         })
     }
 
@@ -268,9 +253,9 @@ impl Figures {
         std::fs::create_dir_all(folder).with_context(|| format!("folder {}", folder.display()))?;
         let devices = self.each.len();
         let plots = [
-            ("ttft", "TTFT", "answers", &self.all.ttft_ms),
-            ("gap", "time between tokens", "tokens", &self.all.gap_ms),
-            ("tbt", "mean time between tokens of an answer", "answers", &self.all.tbt_ms),
+            ("ttft", "TTFT", "answers", &self.times.ttft),
+            ("gap", "time between tokens", "tokens", &self.times.gap),
+            ("tbt", "mean time between tokens of an answer", "answers", &self.times.tbt),
         ];
         for (file, what, y, values) in plots {
             let title = format!("{what}, {devices} devices");
@@ -281,7 +266,7 @@ impl Figures {
         if memory.is_empty() {
             return Ok(plots.len());
         }
-        let curve = |name: &str, of: &dyn Fn(&crate::cloud::Memory) -> f64| Curve {
+        let curve = |name: &str, of: &dyn Fn(&Memory) -> f64| Curve {
             name: name.to_owned(),
             points: memory.iter().map(|memory| (memory.at_s, of(memory))).collect(),
         };
@@ -315,13 +300,12 @@ mod tests {
 
     #[test]
     fn figures_add_up() {
-        let mut first = Tally::default();
-        first.note(&outcome(4000, &[0, 2000, 0, 2000]), 1.0);
-        first.note(&Outcome { end: End::Cancelled, ttft_us: None, ..outcome(0, &[]) }, 0.0);
-        let mut second = Tally::default();
-        second.note(&outcome(9000, &[8000]), 0.0);
-        second.note(&Outcome { end: End::Failed("x".into()), ..Outcome::default() }, 0.0);
-        let figures = Figures::new(vec![first, second], 2.0);
+        let first = [
+            Outcome { late_ms: 1.0, ..outcome(4000, &[0, 2000, 0, 2000]) },
+            Outcome { end: End::Cancelled, ttft_us: None, ..outcome(0, &[]) },
+        ];
+        let second = [outcome(9000, &[8000]), Outcome::of(3, End::Failed("x".into()))];
+        let figures = Figures::new(&[first.to_vec(), second.to_vec()], 2.0);
         let json = figures.json();
         let all = &json["all"];
         assert_eq!(
@@ -335,12 +319,15 @@ mod tests {
         // Five tokens after the first, in two rounds each of two answers; a third has two rounds.
         assert_eq!(all["accept_len"], 0.833);
         assert_eq!(json["fairness"]["ttft_max_over_median"], 1.0);
-        assert_eq!(json["each"][1]["gap_ms"]["p50"], 8.0);
+        assert_eq!(
+            (&json["each"][1]["gap_ms"]["p50"], &json["late_ms_max"]),
+            (&8.0.into(), &1.0.into())
+        );
     }
 
     #[test]
     fn one_starved_device_shows() {
-        assert_eq!(largest_over_median(&[2.0, 2.0, 0.0, 20.0]), Some(10.0));
-        assert_eq!(largest_over_median(&[]), None);
+        assert_eq!(largest_over_median([2.0, 2.0, 0.0, 20.0].into_iter()), Some(10.0));
+        assert_eq!(largest_over_median(std::iter::empty()), None);
     }
 }

@@ -7,17 +7,16 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use hat_tools::random::{Purpose, exponential, unit};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::Args;
 use crate::child::Child;
 use crate::cloud::{CloudFigures, CloudProcess};
-use crate::compare::Kept;
-use crate::figures::{Figures, Tally};
+use crate::figures::Figures;
 use crate::plan::Plan;
-use crate::protocol::{Ask, DeviceReport, End, Outcome};
-use crate::role::{self, DeviceSetup};
+use crate::protocol::{End, Outcome, Report};
 
 /// The longest that the loop sleeps.
 const LOOK: Duration = Duration::from_millis(50);
@@ -32,89 +31,25 @@ const DRAIN: Duration = Duration::from_secs(300);
 struct Note {
     device: usize,
     generation: u64,
-    report: DeviceReport,
-}
-
-/// A device under way. Dropping it ends it.
-enum Device {
-    Process(Child),
-    Thread { asks: Option<Sender<Ask>>, thread: Option<JoinHandle<()>> },
-}
-
-impl Device {
-    fn start(
-        setup: &DeviceSetup,
-        process: bool,
-        hear: impl Fn(DeviceReport) + Send + Sync + 'static,
-    ) -> anyhow::Result<Self> {
-        if process {
-            let child = Child::start("device", &setup.line, move |line| {
-                hear(line.map_or(DeviceReport::Gone, |line| {
-                    let wrong = |error| DeviceReport::Failed(format!("it says {line:?}: {error}"));
-                    serde_json::from_str(line).unwrap_or_else(wrong)
-                }));
-            })?;
-            return Ok(Self::Process(child));
-        }
-        let (asks, asked) = channel::<Ask>();
-        let setup = setup.clone();
-        let thread = std::thread::Builder::new().name("a device's requests".to_owned());
-        let thread = thread.spawn(move || {
-            role::serve(&setup, asked.into_iter(), &hear);
-            hear(DeviceReport::Gone);
-        });
-        Ok(Self::Thread { asks: Some(asks), thread: Some(thread.context("starting a thread")?) })
-    }
-
-    fn ask(&mut self, ask: Ask) -> anyhow::Result<()> {
-        match self {
-            Self::Process(child) => child.say(&ask),
-            Self::Thread { asks, .. } => {
-                asks.as_ref().and_then(|asks| asks.send(ask).ok()).context("it has ended")
-            }
-        }
-    }
-
-    fn close(&mut self) {
-        match self {
-            Self::Process(child) => child.close(),
-            Self::Thread { asks, .. } => *asks = None,
-        }
-    }
-
-    /// Without a close frame, where that is possible.
-    fn kill(&mut self) {
-        if let Self::Process(child) = self {
-            child.kill();
-        }
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        self.close();
-        if let Self::Thread { thread, .. } = self {
-            let _ = thread.take().map(JoinHandle::join);
-        }
-    }
+    report: Report,
 }
 
 /// A device's place: when one ends as planned, another takes it.
 #[derive(Default)]
 struct Place {
-    device: Option<Device>,
+    device: Option<Child>,
     generation: u64,
     ready: bool,
     /// Requests under way: how late they began, milliseconds.
     away: HashMap<u64, f64>,
     ends: Option<Instant>,
-    tally: Tally,
+    /// Requests that are over.
+    outcomes: Vec<Outcome>,
 }
 
 /// A run under way.
 pub(crate) struct Fleet<'a> {
     plan: &'a Plan<'a>,
-    setup: DeviceSetup,
     cloud: Option<CloudProcess>,
     places: Vec<Place>,
     notes: Receiver<Note>,
@@ -123,10 +58,8 @@ pub(crate) struct Fleet<'a> {
     next_id: u64,
     /// Time at which the next request is due, in seconds from the beginning.
     due_s: f64,
-    kept: Vec<Kept>,
     ending: Vec<JoinHandle<()>>,
     replaced: u64,
-    late_ms_max: f64,
     first_failure: Option<String>,
     bar: ProgressBar,
 }
@@ -134,7 +67,8 @@ pub(crate) struct Fleet<'a> {
 /// Result of a run.
 pub(crate) struct Ended {
     pub(crate) figures: Figures,
-    pub(crate) kept: Vec<Kept>,
+    /// Requests of each device.
+    pub(crate) outcomes: Vec<Vec<Outcome>>,
     pub(crate) first_failure: Option<String>,
 }
 
@@ -142,7 +76,6 @@ impl<'a> Fleet<'a> {
     /// Starts all devices, and waits until they are connected.
     pub(crate) fn start(
         plan: &'a Plan<'a>,
-        setup: DeviceSetup,
         cloud: Option<CloudProcess>,
         interrupted: &AtomicBool,
     ) -> anyhow::Result<Self> {
@@ -151,23 +84,20 @@ impl<'a> Fleet<'a> {
             due_s: plan.gap_s(0),
             places: (0..plan.args.devices).map(|_| Place::default()).collect(),
             plan,
-            setup,
             cloud,
             notes,
             say,
             begun: Instant::now(),
             next_id: 0,
-            kept: vec![],
             ending: vec![],
             replaced: 0,
-            late_ms_max: 0.0,
             first_failure: None,
             bar: bar(plan),
         };
         for device in 0..fleet.places.len() {
             fleet.spawn(device)?;
         }
-        let end = Instant::now() + fleet.setup.connect + START;
+        let end = Instant::now() + plan.args.connect() + START;
         while fleet.places.iter().any(|place| !place.ready) {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
@@ -177,8 +107,8 @@ impl<'a> Fleet<'a> {
             }
             let Ok(note) = fleet.notes.recv_timeout(LOOK) else { continue };
             match note.report {
-                DeviceReport::Ready => fleet.places[note.device].ready = true,
-                DeviceReport::Failed(reason) => bail!("device {}: {reason}", note.device),
+                Report::Ready => fleet.places[note.device].ready = true,
+                Report::Failed(reason) => bail!("device {}: {reason}", note.device),
                 _ => bail!("device {} ended before it was ready", note.device),
             }
         }
@@ -193,11 +123,10 @@ impl<'a> Fleet<'a> {
     fn spawn(&mut self, device: usize) -> anyhow::Result<()> {
         let place = &mut self.places[device];
         let (say, generation) = (self.say.clone(), place.generation);
-        let hear = move |report| {
-            // Nobody listens once the run is over.
-            let _ = say.send(Note { device, generation, report });
-        };
-        place.device = Some(Device::start(&self.setup, !self.plan.args.threads_only, hear)?);
+        // Nobody listens once the run is over.
+        let hear = move |report| _ = say.send(Note { device, generation, report });
+        let Args { role_bundle, role_cloud, .. } = self.plan.args;
+        place.device = Some(Child::start("device", role_bundle, role_cloud, hear)?);
         Ok(())
     }
 
@@ -258,8 +187,8 @@ impl<'a> Fleet<'a> {
         let place = if self.plan.requests.is_some() { self.next_id } else { at_s as u64 };
         self.bar.set_position(place);
         let away: usize = self.places.iter().map(|place| place.away.len()).sum();
-        let done: u64 = self.places.iter().map(|place| place.tally.done).sum();
-        self.bar.set_message(format!("{done} answers, {away} under way"));
+        let over: usize = self.places.iter().map(|place| place.outcomes.len()).sum();
+        self.bar.set_message(format!("{over} requests over, {away} under way"));
         Ok(())
     }
 
@@ -289,12 +218,11 @@ impl<'a> Fleet<'a> {
 
     fn ask(&mut self, device: usize, late_ms: f64) -> anyhow::Result<()> {
         let ask = self.plan.ask(self.next_id)?;
-        self.late_ms_max = self.late_ms_max.max(late_ms);
         let place = &mut self.places[device];
         place.away.insert(ask.id, late_ms);
         self.next_id += 1;
         // If it reads no more, its end is on the way as a note, and this request fails with it.
-        let _ = place.device.as_mut().map(|device| device.ask(ask));
+        let _ = place.device.as_mut().map(|device| device.say(&ask));
         Ok(())
     }
 
@@ -313,7 +241,8 @@ impl<'a> Fleet<'a> {
             }
             self.ending.retain(|thread| !thread.is_finished());
             self.ending.push(std::thread::spawn(move || drop(ended)));
-            place.tally.lost += place.away.drain().count() as u64;
+            let lost = place.away.drain().map(|(ask, _)| Outcome::of(ask, End::Lost));
+            place.outcomes.extend(lost);
             place.generation += 1;
             place.ready = false;
             self.replaced += 1;
@@ -329,10 +258,10 @@ impl<'a> Fleet<'a> {
             return;
         }
         match note.report {
-            DeviceReport::Ready => place.ready = true,
-            DeviceReport::Ended(outcome) => self.end(note.device, outcome),
-            DeviceReport::Failed(why) => self.fail(note.device, &why),
-            DeviceReport::Gone => self.fail(note.device, "it ended by itself"),
+            Report::Ready => place.ready = true,
+            Report::Ended(outcome) => self.end(note.device, outcome),
+            Report::Failed(why) => self.fail(note.device, &why),
+            _ => self.fail(note.device, "it ended by itself"),
         }
     }
 
@@ -344,37 +273,32 @@ impl<'a> Fleet<'a> {
         }
         (place.ready, place.ends) = (false, None);
         self.first_failure.get_or_insert(format!("device {device}: {why}"));
+        let end = End::Failed(why.to_owned());
         let away: Vec<u64> = place.away.keys().copied().collect();
-        place.tally.failed += u64::from(away.is_empty());
-        for ask in away {
-            let end = End::Failed(why.to_owned());
-            self.end(device, Outcome { ask, end, ..Outcome::default() });
+        if away.is_empty() {
+            place.outcomes.push(Outcome::of(self.next_id, end));
+        } else {
+            away.into_iter().for_each(|ask| self.end(device, Outcome::of(ask, end.clone())));
         }
     }
 
     fn end(&mut self, device: usize, mut outcome: Outcome) {
         let place = &mut self.places[device];
         let Some(late_ms) = place.away.remove(&outcome.ask) else { return };
-        place.tally.note(&outcome, late_ms);
+        outcome.late_ms = late_ms;
         if let End::Failed(why) | End::Refused(why) = &outcome.end {
             let text = format!("request {} of device {device}: {why}", outcome.ask);
             self.first_failure.get_or_insert(text);
         }
-        if self.plan.args.check_whole {
-            let complete = outcome.end == End::Done;
-            let tokens = std::mem::take(&mut outcome.token_ids);
-            self.kept.push(Kept { ask: outcome.ask, tokens, complete });
-        }
+        place.outcomes.push(outcome);
     }
 
     fn finish(mut self) -> anyhow::Result<Ended> {
         let seconds = self.begun.elapsed().as_secs_f64();
         self.look(seconds)?;
-        for place in &mut self.places {
-            place.tally.failed += place.away.len() as u64;
-            if let Some(ask) = place.away.keys().min() {
-                let text = format!("request {ask} has no answer");
-                self.first_failure.get_or_insert(text);
+        for device in 0..self.places.len() {
+            for ask in self.places[device].away.keys().copied().collect::<Vec<_>>() {
+                self.end(device, Outcome::of(ask, End::Failed("no answer".to_owned())));
             }
         }
         // What they do with the cloud at their end counts, too.
@@ -386,21 +310,19 @@ impl<'a> Fleet<'a> {
             }
         };
         self.bar.finish_and_clear();
-        let tallies =
-            self.places.iter_mut().map(|place| std::mem::take(&mut place.tally)).collect();
-        let mut figures = Figures::new(tallies, seconds);
+        let outcomes = |place: &mut Place| std::mem::take(&mut place.outcomes);
+        let outcomes: Vec<_> = self.places.iter_mut().map(outcomes).collect();
+        let mut figures = Figures::new(&outcomes, seconds);
         figures.cloud = cloud;
         figures.replaced = self.replaced;
-        figures.late_ms_max = self.late_ms_max;
-        let kept = std::mem::take(&mut self.kept);
-        Ok(Ended { figures, kept, first_failure: self.first_failure.take() })
+        Ok(Ended { figures, outcomes, first_failure: self.first_failure.take() })
     }
 
     /// All devices at one time: those that are connected send a close frame.
     fn end_all(&mut self) {
         for place in &mut self.places {
             let ready = place.ready;
-            let end = |device: &mut Device| if ready { device.close() } else { device.kill() };
+            let end = |device: &mut Child| if ready { device.close() } else { device.kill() };
             place.device.iter_mut().for_each(end);
         }
         for place in &mut self.places {

@@ -23,20 +23,21 @@ use hat_engine::{CloudConfig, EngineConfig};
 use hat_program::pull;
 use hat_program::pull::models::{Cut, Model};
 use hat_program::{note, out, outln};
+use hat_tools::within;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tempfile::TempDir;
 use tracing_subscriber::EnvFilter;
 
 use crate::cloud::CloudProcess;
+use crate::figures::Summary;
 use crate::fleet::{Ended, Fleet};
 use crate::plan::Plan;
 use crate::prompts::{Lengths, Prompts};
-use crate::role::DeviceSetup;
 
 /// Measures many devices against one cloud: latencies, fairness between devices, and the cloud's
 /// memory.
 ///
-/// Each device is the engine's own device role, in a process of its own unless --threads-only.
+/// Each device is the engine's own device role, in a process of its own.
 /// Without --rate each device asks again as soon as it has its answer. Without --requests and
 /// --seconds each device is asked ten times on average.
 #[derive(Parser)]
@@ -58,17 +59,14 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 30)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     devices: u32,
-    /// Run all devices in this process, on threads.
-    #[arg(long)]
-    threads_only: bool,
     /// Requests a second over all devices, 0.001 to 100000, arriving as a Poisson process.
-    #[arg(long, value_name = "R", value_parser = rate)]
+    #[arg(long, value_name = "R", value_parser = within(0.001, 1e5, "requests/s"))]
     rate: Option<f64>,
     /// Number of requests after which to stop, 1 and more.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     requests: Option<u64>,
     /// Seconds after which to stop, 0.1 to 1000000.
-    #[arg(long, value_name = "S", value_parser = seconds)]
+    #[arg(long, value_name = "S", value_parser = within(0.1, 1e6, "s"))]
     seconds: Option<f64>,
     /// File of prompts, used in rotation: a line of JSON each, with `prompt` or `turns`.
     #[arg(long, value_name = "FILE.jsonl")]
@@ -96,15 +94,16 @@ struct Args {
     /// Codec of rows on the wire: f32, f16, int8 or int4.
     #[arg(long, value_name = "CODEC", default_value = "int8", value_parser = codec)]
     wire: Codec,
-    /// Kind of the link.
-    #[arg(long, value_enum, default_value_t = Link::Mio)]
-    link: Link,
+    /// Kind of the link: mio, or uring where there is one.
+    #[arg(long, value_name = "LINK", default_value = "mio", value_parser = link)]
+    link: LinkKind,
     /// Compute threads of a device.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = threads)]
-    threads: usize,
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: u16,
     /// Compute threads of the cloud that is started [default: one for each core].
-    #[arg(long, value_name = "N", value_parser = threads)]
-    cloud_threads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    cloud_threads: Option<u16>,
     /// Sessions of the cloud that is started.
     #[arg(long, value_name = "N")]
     sessions_max: Option<u32>,
@@ -112,14 +111,15 @@ struct Args {
     #[arg(long, value_name = "N")]
     kv_rows_max: Option<u32>,
     /// Share of the answers that are cancelled before their end, 0 to 1.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(value_parser = within(0.0, 1.0, "of the answers"))]
     cancel: f64,
     /// Devices come and go: mean life of one, seconds, 0.1 to 1000000. One half ends with a
-    /// close frame, the other half is killed (not with --threads-only).
-    #[arg(long, value_name = "S", value_parser = seconds)]
+    /// close frame, the other half is killed.
+    #[arg(long, value_name = "S", value_parser = within(0.1, 1e6, "s"))]
     life_s: Option<f64>,
     /// Longest time to connect at first, in seconds, 0.1 to 1000000.
-    #[arg(long, value_name = "S", default_value_t = 20.0, value_parser = seconds)]
+    #[arg(long, value_name = "S", default_value_t = 20.0, value_parser = within(0.1, 1e6, "s"))]
     connect_s: f64,
     /// Seed of arrivals, prompts, lifetimes and cancelled answers.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -136,6 +136,12 @@ struct Args {
     /// Role of a child process of this tool.
     #[arg(long, hide = true, value_enum)]
     role: Option<Role>,
+    /// The bundle, with both halves.
+    #[arg(long, hide = true, default_value = ".")]
+    role_bundle: PathBuf,
+    /// The cloud's address.
+    #[arg(long, hide = true, default_value = "")]
+    role_cloud: String,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -146,35 +152,10 @@ enum Made {
     Default,
 }
 
-/// Kind of the link.
-#[derive(Clone, Copy, ValueEnum)]
-enum Link {
-    /// epoll.
-    Mio,
-    /// io_uring where there is one.
-    Uring,
-}
-
-impl From<Link> for LinkKind {
-    fn from(link: Link) -> Self {
-        match link {
-            Link::Mio => Self::Mio,
-            Link::Uring => Self::IoUring,
-        }
-    }
-}
-
 #[derive(Clone, Copy, ValueEnum)]
 enum Role {
     Cloud,
     Device,
-}
-
-fn number(text: &str, least: f64, most: f64) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if (least..=most).contains(&value) => Ok(value),
-        _ => Err(format!("allowed are {least} to {most}")),
-    }
 }
 
 /// The address of a cloud on this machine.
@@ -184,22 +165,11 @@ fn cloud_address(text: &str) -> Result<String, String> {
     checked.map(|()| address.to_string()).map_err(|error| error.to_string())
 }
 
-fn rate(text: &str) -> Result<f64, String> {
-    number(text, 0.001, 100_000.0)
-}
-
-fn seconds(text: &str) -> Result<f64, String> {
-    number(text, 0.1, 1_000_000.0)
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    number(text, 0.0, 1.0)
-}
-
-fn threads(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(count @ 1..=1024) => Ok(count),
-        _ => Err("allowed are 1 to 1024".to_owned()),
+fn link(text: &str) -> Result<LinkKind, &'static str> {
+    match text {
+        "mio" => Ok(LinkKind::Mio),
+        "uring" => Ok(LinkKind::IoUring),
+        _ => Err("allowed are mio and uring"),
     }
 }
 
@@ -216,7 +186,7 @@ fn main() -> ExitCode {
     };
     let ended = match args.role {
         Some(Role::Cloud) => role::cloud(args.cloud_config()),
-        Some(Role::Device) => role::device(&args.device_setup()),
+        Some(Role::Device) => role::device(args.device_config(), &args.role_cloud, args.connect()),
         None => run(args),
     };
     out::finish("hat-load", ended)
@@ -229,21 +199,19 @@ fn run(mut args: Args) -> anyhow::Result<()> {
             .context("can't wait for signals")?;
     }
     let (bundle, _held) = args.bundle()?;
-    args.bundle = Some(bundle.clone());
     let prompts = args.prompts(&bundle.join("device"))?;
+    args.role_bundle = bundle;
     let mut cloud = None;
-    if args.cloud.is_none() {
-        let started = CloudProcess::start(&args.of_cloud())?;
-        args.cloud = Some(started.address().to_owned());
-        cloud = Some(started);
-    }
-    let setup = args.device_setup();
+    args.role_cloud = match &args.cloud {
+        Some(address) => address.clone(),
+        None => cloud.insert(CloudProcess::start(&args.role_bundle)?).address().to_owned(),
+    };
     let plan = Plan::new(&args, prompts);
-    let fleet = Fleet::start(&plan, setup, cloud, &interrupted)?;
-    let Ended { mut figures, kept, first_failure } = fleet.run(&interrupted)?;
+    let fleet = Fleet::start(&plan, cloud, &interrupted)?;
+    let Ended { mut figures, outcomes, first_failure } = fleet.run(&interrupted)?;
     if args.check_whole {
-        let ask = |id| plan.ask(id);
-        let compared = compare::compare(&bundle, args.wire.name(), &plan.prompts, &ask, &kept)?;
+        let (ask, bundle) = (|id| plan.ask(id), &args.role_bundle);
+        let compared = compare::compare(bundle, args.wire, &plan.prompts, &ask, &outcomes)?;
         figures.compared = Some(compared);
     }
     figures.print()?;
@@ -257,11 +225,11 @@ fn run(mut args: Args) -> anyhow::Result<()> {
     if let Some(first) = figures.compared.and_then(|compared| compared.first_different) {
         anyhow::bail!("request {first} has another answer than the whole model gives");
     }
-    let all = figures.all();
+    let Summary { failed, refused, .. } = figures.all;
     match first_failure {
-        Some(first) if all.failed > 0 => anyhow::bail!("{} requests failed: {first}", all.failed),
+        Some(first) if failed > 0 => anyhow::bail!("{failed} requests failed: {first}"),
         Some(first) => {
-            note!("hat-load: {} requests were refused: {first}", all.refused);
+            note!("hat-load: {refused} requests were refused: {first}");
             Ok(())
         }
         None => Ok(()),
@@ -303,52 +271,15 @@ impl Args {
         }
     }
 
-    /// The command line of the cloud's process.
-    fn of_cloud(&self) -> Vec<String> {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let threads = self.cloud_threads.unwrap_or(cores);
-        let mut line = self.of_role("cloud");
-        line.extend(["--cloud-threads".to_owned(), threads.to_string()]);
-        line.extend(["--devices".to_owned(), self.devices.to_string()]);
-        for (flag, value) in
-            [("--sessions-max", self.sessions_max), ("--kv-rows-max", self.kv_rows_max)]
-        {
-            line.extend(
-                value.map(|value| [flag.to_owned(), value.to_string()]).into_iter().flatten(),
-            );
-        }
-        line
-    }
-
-    /// The command line of a device's process.
-    fn of_device(&self) -> Vec<String> {
-        let mut line = self.of_role("device");
-        let flags = [
-            ("--cloud", self.cloud.clone().unwrap_or_default()),
-            ("--wire", self.wire.name().to_owned()),
-            ("--chunks", self.chunks.to_string()),
-            ("--threads", self.threads.to_string()),
-            ("--connect-s", self.connect_s.to_string()),
-        ];
-        line.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
-        line
-    }
-
-    fn of_role(&self, role: &str) -> Vec<String> {
-        let bundle = self.half("").display().to_string();
-        let link = self.link.to_possible_value().expect("none is skipped");
-        let flags = ["--role", role, "--bundle", &bundle, "--link", link.get_name()];
-        flags.map(str::to_owned).to_vec()
-    }
-
-    /// A half of the bundle.
-    fn half(&self, role: &str) -> PathBuf {
-        self.bundle.as_deref().unwrap_or(Path::new("")).join(role)
+    /// Longest time to connect.
+    fn connect(&self) -> Duration {
+        Duration::from_millis((1e3 * self.connect_s) as u64)
     }
 
     fn cloud_config(&self) -> CloudConfig {
-        let config = CloudConfig::new(self.half("cloud")).link(self.link.into());
-        let mut config = config.threads(self.cloud_threads.unwrap_or(1));
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let config = CloudConfig::new(self.role_bundle.join("cloud")).link(self.link);
+        let mut config = config.threads(self.cloud_threads.map_or(cores, usize::from));
         let limits = &mut config.limits;
         limits.sessions_max = self.sessions_max.unwrap_or(limits.sessions_max);
         limits.kv_rows_max = self.kv_rows_max.unwrap_or(limits.kv_rows_max);
@@ -357,11 +288,9 @@ impl Args {
         config
     }
 
-    fn device_setup(&self) -> DeviceSetup {
-        let cloud = self.cloud.clone().unwrap_or_default();
-        let config = EngineConfig::new(self.half("device")).cloud(&cloud).wire(self.wire);
-        let config = config.chunks(self.chunks).link(self.link.into()).threads(self.threads);
-        let connect = Duration::from_millis((1e3 * self.connect_s) as u64);
-        DeviceSetup { config, cloud, connect, line: self.of_device() }
+    fn device_config(&self) -> EngineConfig {
+        let config = EngineConfig::new(self.role_bundle.join("device")).cloud(&self.role_cloud);
+        let config = config.wire(self.wire).chunks(self.chunks).link(self.link);
+        config.threads(usize::from(self.threads))
     }
 }

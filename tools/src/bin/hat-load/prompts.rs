@@ -4,8 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use hat_loader::Bundle;
-use hat_text::Special;
-use hat_text::{Tokenizer, token_settings};
+use hat_text::{Special, Tokenizer};
 use hat_tools::random::{Purpose, unit};
 use serde_json::Value;
 
@@ -71,10 +70,8 @@ impl Prompts {
         distinct: Option<u64>,
         seed: u64,
     ) -> anyhow::Result<Self> {
-        let bundle = Bundle::open(device)?;
-        let json = bundle.tokenizer_json()?;
-        let json = json.with_context(|| format!("{} has no tokenizer", device.display()))?;
-        let tokenizer = Tokenizer::from_json(json.as_bytes(), &token_settings(&bundle))?;
+        let tokenizer = Tokenizer::of_bundle(&Bundle::open(device)?)
+            .with_context(|| device.display().to_string())?;
         Ok(Self::Made { tokenizer: Box::new(tokenizer), lengths, distinct, seed })
     }
 

@@ -1,19 +1,24 @@
-//! Messages between the tool and its devices and cloud: lines of JSON over pipes, or the same
-//! values over channels where a device is a thread.
+//! Messages between the tool and its devices and cloud: lines of JSON over pipes.
 
 use hat_engine::Request;
 use hat_engine::options::DraftMode;
 use serde::{Deserialize, Serialize};
 
-/// Report of a cloud.
+/// Report of a child process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum CloudReport {
-    /// Address at which it listens, and one line about its backend.
+pub(crate) enum Report {
+    /// Address at which a cloud listens, and one line about its backend.
     Listening(String, String),
-    /// Reason that it can't listen.
-    Failed(String),
-    /// Totals so far.
+    /// Totals of a cloud so far.
     Counters(Counters),
+    /// A device is connected.
+    Ready,
+    /// A request is over.
+    Ended(Outcome),
+    /// The process could not begin.
+    Failed(String),
+    /// The process will report nothing more.
+    Gone,
 }
 
 /// See `CloudCounters`.
@@ -65,19 +70,6 @@ impl Ask {
     }
 }
 
-/// Report of a device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum DeviceReport {
-    /// The device is connected.
-    Ready,
-    /// The device could not begin.
-    Failed(String),
-    /// A request is over.
-    Ended(Outcome),
-    /// The device will report nothing more.
-    Gone,
-}
-
 /// End of a request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) enum End {
@@ -86,7 +78,9 @@ pub(crate) enum End {
     /// The request was cancelled, as planned.
     #[default]
     Cancelled,
-    /// The cloud had no room at any try.
+    /// The request was under way when its device was ended, as planned.
+    Lost,
+    /// Device or cloud had no room for it.
     Refused(String),
     /// The request ended in an error.
     Failed(String),
@@ -97,18 +91,24 @@ pub(crate) enum End {
 pub(crate) struct Outcome {
     pub(crate) ask: u64,
     pub(crate) end: End,
+    /// Time from when it was due to its call, milliseconds.
+    pub(crate) late_ms: f64,
     pub(crate) ttft_us: Option<u64>,
     /// Between tokens; those of one round trip come together, with gaps of about 0.
     pub(crate) gaps_us: Vec<u32>,
     /// If they were wanted.
     pub(crate) token_ids: Vec<u32>,
-    /// Number of tries after `Busy`.
-    pub(crate) retries: u32,
     /// Figures of a complete answer; of others 0.
-    pub(crate) prompt_n: u32,
     pub(crate) predicted_n: u32,
     pub(crate) rounds: u32,
     pub(crate) pages_reused: u32,
     pub(crate) bytes_up: u64,
     pub(crate) bytes_down: u64,
+}
+
+impl Outcome {
+    /// A request that came to nothing.
+    pub(crate) fn of(ask: u64, end: End) -> Self {
+        Self { ask, end, ..Self::default() }
+    }
 }

@@ -1,55 +1,39 @@
-//! The two roles as they run in a child process, and a device as it runs in a thread.
+//! The two roles as they run in a child process. Each ends with its stdin.
 
 use std::io::{BufRead as _, Write as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hat_engine::options::ErrorKind;
-use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event, Request};
+use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Event};
 use hat_program::note;
-use serde::Serialize;
 use signal_hook::consts::SIGINT;
 
-use crate::protocol::{Ask, CloudReport, Counters, DeviceReport, End, Outcome};
+use crate::protocol::{Ask, Counters, End, Outcome, Report};
 
 /// Interval at which an answer's reader looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
-/// Limit on the tries of a request after `Busy`.
-const RETRIES_MAX: u32 = 20;
 
-/// Settings of a device.
-#[derive(Clone)]
-pub(crate) struct DeviceSetup {
-    pub(crate) config: EngineConfig,
-    /// Address of the cloud.
-    pub(crate) cloud: String,
-    /// Longest time to connect before it gives up.
-    pub(crate) connect: Duration,
-    /// The command line of a process that runs so.
-    pub(crate) line: Vec<String>,
-}
-
-/// The cloud role of a child process: each line of stdin asks for its counters, and it ends with
-/// stdin.
+/// The cloud role: each line of stdin asks for its counters.
 pub(crate) fn cloud(config: CloudConfig) -> anyhow::Result<()> {
     outlive_interrupts()?;
     let cloud = match Cloud::start(config) {
         Ok(cloud) => cloud,
-        Err(error) => return print(&CloudReport::Failed(error.to_string())),
+        Err(error) => return print(&Report::Failed(error.to_string())),
     };
-    print(&CloudReport::Listening(cloud.address().to_string(), cloud.describe().to_owned()))?;
+    print(&Report::Listening(cloud.address().to_string(), cloud.describe().to_owned()))?;
     for line in std::io::stdin().lock().lines() {
         line.context("reading from the tool")?;
-        print(&CloudReport::Counters(counters(&cloud)))?;
+        print(&Report::Counters(counters(&cloud)))?;
     }
     Ok(())
 }
 
 fn counters(cloud: &Cloud) -> Counters {
     let of = cloud.counters();
-    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     Counters {
         steps: load(&of.steps),
         rows: load(&of.rows),
@@ -62,19 +46,32 @@ fn counters(cloud: &Cloud) -> Counters {
     }
 }
 
-/// The device role of a child process: each line of stdin is an [`Ask`], and it ends with stdin.
-pub(crate) fn device(setup: &DeviceSetup) -> anyhow::Result<()> {
+/// The device role, which waits at most `connect` for the cloud at `address`: each line of stdin
+/// is an [`Ask`], any number of them at a time. Those under way at the end are given up.
+pub(crate) fn device(config: EngineConfig, address: &str, connect: Duration) -> anyhow::Result<()> {
     outlive_interrupts()?;
-    let asks = std::io::stdin().lock().lines().map_while(|line| {
-        let ask = line.ok().and_then(|line| serde_json::from_str::<Ask>(&line).ok());
-        if ask.is_none() {
-            note!("hat-load: a device was told what is no request, and ends");
+    let engine = match Engine::open(config) {
+        Ok(engine) => engine,
+        Err(error) => return print(&Report::Failed(error.to_string())),
+    };
+    if !engine.wait_connected(connect) {
+        let seconds = connect.as_secs_f64();
+        let text = format!("no cloud for this model answers at {address} within {seconds} s");
+        return print(&Report::Failed(text));
+    }
+    print(&Report::Ready)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            let Ok(ask) = serde_json::from_str::<Ask>(&line) else {
+                note!("hat-load: a device was told what is no request, and ends");
+                break;
+            };
+            let (engine, stop) = (&engine, &stop);
+            // When nobody listens any more, stdin ends, too.
+            scope.spawn(move || _ = print(&Report::Ended(answer(engine, &ask, stop))));
         }
-        ask
-    });
-    serve(setup, asks, &|report| {
-        // Nobody listens any more: stdin ends, too.
-        let _ = print(&report);
+        stop.store(true, Ordering::Release);
     });
     Ok(())
 }
@@ -86,105 +83,40 @@ fn outlive_interrupts() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print(report: &impl Serialize) -> anyhow::Result<()> {
+fn print(report: &Report) -> anyhow::Result<()> {
     let mut line = serde_json::to_string(report)?;
     line.push('\n');
     let mut out = std::io::stdout().lock();
     out.write_all(line.as_bytes()).and_then(|()| out.flush()).context("writing to the tool")
 }
 
-/// Answers requests, any number at a time, until there are no more; then those that are still
-/// under way are given up.
-pub(crate) fn serve(
-    setup: &DeviceSetup,
-    asks: impl Iterator<Item = Ask>,
-    say: &(impl Fn(DeviceReport) + Sync),
-) {
-    let engine = match open(setup) {
-        Ok(engine) => engine,
-        Err(error) => return say(DeviceReport::Failed(format!("{error:#}"))),
-    };
-    say(DeviceReport::Ready);
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for ask in asks {
-            let (engine, stop) = (&engine, &stop);
-            scope.spawn(move || say(DeviceReport::Ended(answer(engine, &ask, stop))));
-        }
-        stop.store(true, Ordering::Release);
-    });
-}
-
-fn open(setup: &DeviceSetup) -> anyhow::Result<Engine> {
-    let engine = Engine::open(setup.config.clone())?;
-    let (cloud, patience) = (&setup.cloud, setup.connect);
-    anyhow::ensure!(
-        engine.wait_connected(patience),
-        "no cloud for this model answers at {cloud} within {} s",
-        patience.as_secs_f64()
-    );
-    Ok(engine)
-}
-
 fn answer(engine: &Engine, ask: &Ask, stop: &AtomicBool) -> Outcome {
-    let begun = Instant::now();
     let mut outcome = Outcome { ask: ask.id, ..Outcome::default() };
-    let request = match ask.request() {
-        Ok(request) => request,
-        Err(error) => return Outcome { end: End::Failed(format!("{error:#}")), ..outcome },
+    let is_busy = |error: &Error| error.kind() == ErrorKind::Busy;
+    outcome.end = match run(engine, ask, stop, &mut outcome) {
+        Ok(end) => end,
+        Err(error) if error.downcast_ref().is_some_and(is_busy) => End::Refused(error.to_string()),
+        Err(error) => End::Failed(format!("{error:#}")),
     };
-    loop {
-        match attempt(engine, &request, ask, stop, begun, &mut outcome) {
-            Ok(end) => return Outcome { end, ..outcome },
-            Err(error) if error.kind() != ErrorKind::Busy => {
-                return Outcome { end: End::Failed(error.to_string()), ..outcome };
-            }
-            Err(error) if outcome.retries == RETRIES_MAX => {
-                return Outcome { end: End::Refused(error.to_string()), ..outcome };
-            }
-            Err(error) => {
-                outcome.retries += 1;
-                if !rest(Duration::from_millis(error.retry_after_ms().unwrap_or(500)), stop) {
-                    return outcome;
-                }
-            }
-        }
-    }
+    outcome
 }
 
-/// Waits; whether it was not told to stop meanwhile.
-fn rest(how_long: Duration, stop: &AtomicBool) -> bool {
-    let until = Instant::now() + how_long;
-    while !stop.load(Ordering::Acquire) {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return true;
-        }
-        std::thread::sleep(left.min(LOOK));
-    }
-    false
-}
-
-fn attempt(
+fn run(
     engine: &Engine,
-    request: &Request,
     ask: &Ask,
     stop: &AtomicBool,
-    begun: Instant,
     outcome: &mut Outcome,
-) -> Result<End, Error> {
-    let mut generation = engine.generate(request.clone())?;
-    (outcome.ttft_us, outcome.gaps_us, outcome.token_ids) = (None, vec![], vec![]);
+) -> anyhow::Result<End> {
+    let begun = Instant::now();
+    let mut generation = engine.generate(ask.request()?)?;
     let mut last: Option<Instant> = None;
     let mut tokens = 0;
     while !generation.is_finished() {
         if stop.load(Ordering::Acquire) || ask.cancel_after == Some(tokens) {
             return Ok(End::Cancelled);
         }
-        match generation.next_timeout(LOOK) {
-            None => {}
-            Some(Err(error)) => return Err(error),
-            Some(Ok(Event::Token { token, .. })) => {
+        match generation.next_timeout(LOOK).transpose()? {
+            Some(Event::Token { token, .. }) => {
                 let now = Instant::now();
                 match last.replace(now) {
                     None => outcome.ttft_us = Some(micros(now - begun)),
@@ -198,16 +130,15 @@ fn attempt(
                 }
                 tokens += 1;
             }
-            Some(Ok(Event::Done { metrics, .. })) => {
+            Some(Event::Done { metrics, .. }) => {
                 let timings = metrics.timings;
-                outcome.prompt_n = timings.prompt_n;
                 outcome.predicted_n = timings.predicted_n;
                 outcome.rounds = timings.rounds;
                 outcome.pages_reused = timings.pages_reused;
                 outcome.bytes_up = timings.bytes_up;
                 outcome.bytes_down = timings.bytes_down;
             }
-            Some(Ok(_)) => {}
+            None | Some(_) => {}
         }
     }
     Ok(End::Done)

@@ -9,16 +9,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
-use hat_compute::backend::cpu::{CpuBackend, CpuBuffer, CpuWeight};
-use hat_compute::backend::{Backend as _, LinearArgs, Write};
-use hat_compute::open;
-use hat_compute::{DeviceModel, MiddleModel};
+use hat_compute::backend::cpu::CpuBackend;
+use hat_compute::{DeviceModel, MiddleModel, open};
 use hat_core::sequence::Sequence;
 use hat_engine::options::{Processor, TokenId};
 use hat_loader::{Bundle, ModelId, check_same_model};
 use hat_plan::{DeviceForward as _, MiddleForward as _, MiddleStep, PAGE_SIZE};
 use hat_program::pull;
-use hat_text::{Tokenizer, token_settings};
+use hat_text::Tokenizer;
 
 /// Settings of a [`Target`].
 pub(crate) struct TargetConfig<'a> {
@@ -67,7 +65,6 @@ pub(crate) struct Target {
     slot_pages: usize,
     context: u32,
     step: MiddleStep,
-    head: Head,
 }
 
 impl Target {
@@ -98,22 +95,21 @@ impl Target {
             let model = MiddleModel::load(backend()?, &cloud, range, config.rows, pages)?;
             middles.push((model, run[0], u32::try_from(run[1])?));
         }
-        let json = device.tokenizer_json()?.context("the bundle has no tokenizer")?;
-        let tokenizer = Tokenizer::from_json(json.as_bytes(), &token_settings(&device))?;
+        let tokenizer = Tokenizer::of_bundle(&device).context("the bundle")?;
         let context = u32::try_from(config.context)?;
         let mut target = Self {
             hidden_size: device.config().hidden_size,
             vocab_size: device.config().vocab_size,
             model_id: device.model_id(),
             tokenizer,
-            device: DeviceModel::load(backend()?, &device, split, config.rows, pages)?,
+            device: DeviceModel::load(backend()?, &device, split, config.rows, pages)?
+                .with_head_rows(config.slots)?,
             middles,
             taps,
             sequences: Vec::new(),
             slot_pages,
             context,
             step: MiddleStep::default(),
-            head: Head::load(backend()?, &device, config.slots)?,
         };
         target.sequences = (0..config.slots).map(|slot| target.empty(slot)).collect();
         Ok(target)
@@ -165,9 +161,15 @@ impl Target {
         Ok(())
     }
 
-    /// The logits that follow deep rows, `[rows][vocab_size]`.
-    pub(crate) fn logits(&mut self, deep: &[f16]) -> &[f32] {
-        self.head.logits(deep)
+    /// The logits that follow deep rows, of each slot one at most. `[rows, vocab_size]`
+    pub(crate) fn logits(&mut self, deep: &[f16]) -> Vec<f32> {
+        let mut rows = vec![0.0; deep.len()];
+        deep.convert_to_f32_slice(&mut rows);
+        let mut logits = vec![0.0; deep.len() / self.hidden_size * self.vocab_size];
+        if !rows.is_empty() {
+            self.device.head(&rows, &mut logits);
+        }
+        logits
     }
 }
 
@@ -190,52 +192,24 @@ fn to_f16(rows: &[f32], out: &mut Vec<f16>) {
     out.as_mut_slice().convert_from_f32_slice(rows);
 }
 
-/// Final norm and LM head for many rows at once.
-struct Head {
-    backend: CpuBackend,
-    norm: CpuWeight,
-    weight: CpuWeight,
-    eps: f32,
-    hidden_size: usize,
-    vocab_size: usize,
-    x: CpuBuffer,      // [rows, hidden_size]
-    normed: CpuBuffer, // [rows, hidden_size]
-    logits: CpuBuffer, // [rows, vocab_size]
-    rows: Vec<f32>,
-    out: Vec<f32>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Head {
-    fn load(mut backend: CpuBackend, device: &Bundle, rows: usize) -> anyhow::Result<Self> {
-        let config = device.config();
-        let (hidden_size, vocab_size) = (config.hidden_size, config.vocab_size);
-        Ok(Self {
-            norm: backend.weight(&device.tensor("model.norm.weight")?)?,
-            weight: backend.weight(&device.tensor(head_name(device))?)?,
-            eps: config.rms_norm_eps,
-            x: backend.alloc(rows, hidden_size)?,
-            normed: backend.alloc(rows, hidden_size)?,
-            logits: backend.alloc(rows, vocab_size)?,
-            rows: Vec::new(),
-            out: Vec::new(),
-            hidden_size,
-            vocab_size,
-            backend,
-        })
-    }
-
-    fn logits(&mut self, deep: &[f16]) -> &[f32] {
-        let Self { backend, norm, weight, x, normed, logits, rows, out, .. } = self;
-        let count = deep.len() / self.hidden_size;
-        rows.resize(deep.len(), 0.0);
-        deep.convert_to_f32_slice(rows);
-        out.resize(count * self.vocab_size, 0.0);
-        if count > 0 {
-            backend.upload(rows, x);
-            backend.rms_norm(count, x, norm, self.eps, normed);
-            backend.linear(count, normed, Write::Store, LinearArgs::of(weight, logits));
-            backend.download(logits, 0, out);
-        }
-        out
+    #[test]
+    fn logits_of_several_rows_are_those_of_each() {
+        let directory = tempfile::tempdir().unwrap();
+        let bundle = hat_loader::tiny_bundle(directory.path()).unwrap();
+        let (bundle, taps) = (bundle.as_path(), &[1][..]);
+        let config = TargetConfig { bundle, taps, threads: 1, slots: 3, context: 8, rows: 8 };
+        let mut target = Target::open(&config).unwrap();
+        let hidden = target.hidden_size;
+        let rows: Vec<f16> =
+            (0..3 * hidden).map(|i| f16::from_f32((i * i % 13) as f32 - 6.0)).collect();
+        let each = rows.chunks_exact(hidden).map(|row| target.logits(row));
+        let each: Vec<Vec<f32>> = each.collect();
+        assert_eq!(target.logits(&rows), each.concat());
+        assert_ne!(each[0], each[1]);
+        assert!(target.logits(&[]).is_empty());
     }
 }

@@ -4,11 +4,10 @@ mod prompts;
 mod slot;
 
 use std::collections::HashSet;
-use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use clap::Args;
 use hat_program::note;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -63,9 +62,6 @@ pub(crate) struct CollectArgs {
     /// Sequences in one shard.
     #[arg(long, default_value_t = 48)]
     shard_sequences: usize,
-    /// Free disk space below which to stop.
-    #[arg(long, default_value_t = 4096, value_name = "MIB")]
-    disk_free_min: u64,
     /// Compute threads.
     #[arg(long, default_value_t = 1)]
     threads: usize,
@@ -184,7 +180,6 @@ impl<'a> Collector<'a> {
             answers += self.positions - before;
             if self.finished.len() >= self.args.shard_sequences {
                 self.write()?;
-                self.check_disk()?;
             }
             let seconds = start.elapsed().as_secs_f64();
             let rates = format!(
@@ -257,7 +252,7 @@ impl<'a> Collector<'a> {
             row += work.tokens.len();
         }
         let vocab = self.target.vocab_size;
-        let logits = self.target.logits(&last_rows).to_vec();
+        let logits = self.target.logits(&last_rows);
         for (index, logits) in choosing.into_iter().zip(logits.chunks_exact(vocab)) {
             let slot = self.slots[index].as_mut().expect("only filled slots work");
             let is_over = slot.choose(logits, &self.target.tokenizer, &self.template)?;
@@ -278,26 +273,6 @@ impl<'a> Collector<'a> {
         shard::write(&path, &self.collection, &self.finished)?;
         self.finished.clear();
         self.shards += 1;
-        Ok(())
-    }
-
-    fn check_disk(&self) -> anyhow::Result<()> {
-        let mut used = 0;
-        for path in shard::list(&self.args.out)? {
-            used += fs::metadata(&path)?.len();
-        }
-        let stat = rustix::fs::statvfs(&self.args.out).with_context(|| {
-            format!("asking how full the disk of {} is", self.args.out.display())
-        })?;
-        let free_mib = (stat.f_bavail * stat.f_frsize) >> 20;
-        ensure!(
-            free_mib >= self.args.disk_free_min,
-            "{free_mib} MiB are left on the disk of {} (--disk-free-min {}), of which {} MiB are \
-             in use by shards; run it again when there is room, it goes on from here",
-            self.args.out.display(),
-            self.args.disk_free_min,
-            used >> 20
-        );
         Ok(())
     }
 }
