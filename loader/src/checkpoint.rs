@@ -12,8 +12,9 @@ use crate::error::LoadError;
 use crate::file;
 use crate::header;
 use crate::map::FileMap;
+use crate::rows::SourceTensor;
 use crate::sampling::SamplingDefaults;
-use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
+use crate::source::{SourceModel, TextReport, TokenSettings};
 use crate::split::LM_HEAD;
 use crate::tensor::{DType, TensorBytes};
 
@@ -187,13 +188,7 @@ fn read_shard(path: &Path, tensors: &mut BTreeMap<String, SourceTensor>) -> Resu
             }
         };
         let bytes = TensorBytes::new(Arc::clone(&map) as _, entry.range);
-        let tensor = SourceTensor {
-            path: path.to_owned(),
-            dtype,
-            shape: entry.shape,
-            bytes,
-            interleaved_heads: None,
-        };
+        let tensor = SourceTensor::stored(path.to_owned(), dtype, entry.shape, bytes);
         if let Some(other) = tensors.insert(name.clone(), tensor) {
             let reason = format!("{name} is also in {}", other.path.display());
             return Err(LoadError::Index { path: path.to_owned(), reason });

@@ -1,6 +1,7 @@
 //! Metadata to hyper-parameters.
 
 use super::parse::{Container, Value};
+use super::types::Form;
 use super::{GgufError, keys};
 use crate::config::{Family, LlamaConfig, RopeScaling};
 use crate::sampling::SamplingDefaults;
@@ -173,8 +174,8 @@ fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<Option<RopeScaling>, Ggu
     if linear.is_some() {
         return Err(GgufError::metadata(ROPE_FREQS, "present beside linear scaling"));
     }
-    if info.dtype != DType::F32 {
-        let reason = format!("type {}, expected f32", info.dtype.name());
+    if !matches!(info.kind.form, Some(Form::Same(DType::F32))) {
+        let reason = format!("type {}, expected F32", info.kind.name);
         return Err(GgufError::metadata(ROPE_FREQS, reason));
     }
     let factors = file[info.range.clone()]

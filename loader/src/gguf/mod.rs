@@ -9,6 +9,7 @@ mod keys;
 mod parse;
 mod pre;
 mod tokenizer;
+mod types;
 mod vocabulary;
 
 use std::collections::BTreeMap;
@@ -18,10 +19,12 @@ use std::sync::Arc;
 use crate::config::ConfigError;
 use crate::error::LoadError;
 use crate::map::FileMap;
-use crate::source::{SourceModel, SourceTensor};
+use crate::rows::SourceTensor;
+use crate::source::SourceModel;
 use crate::tensor::TensorBytes;
 
 use config::Architecture;
+use types::GgufType;
 
 /// An error in a GGUF file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -104,10 +107,10 @@ pub enum GgufError {
         /// The limit.
         max: u32,
     },
-    /// A type that we have no kernels for.
+    /// A type that we don't read.
     #[error(
-        "tensor {tensor} has type {kind} ({number}), which is not supported; \
-         F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K are"
+        "tensor {tensor} has type {kind} ({number}), which is not supported; these are: {}",
+        GgufType::names()
     )]
     TensorType {
         /// The tensor.
@@ -225,11 +228,14 @@ fn read(
         } else {
             None
         };
+        let bytes = TensorBytes::new(Arc::clone(&map), info.range.clone());
+        let (dtype, rows, origin) = info.kind.read(bytes);
         let tensor = SourceTensor {
             path: path.to_owned(),
-            dtype: info.dtype,
+            dtype,
             shape: info.shape.clone(),
-            bytes: TensorBytes::new(Arc::clone(&map), info.range.clone()),
+            rows,
+            origin,
             interleaved_heads: heads.filter(|_| architecture == Architecture::Llama),
         };
         tensors.insert(checkpoint_name, tensor);
