@@ -33,6 +33,8 @@ pub(crate) struct TensorInfo {
     pub(crate) shape: Vec<usize>,
     /// Bytes in the file, counted from its start.
     pub(crate) range: Range<usize>,
+    /// File that holds it, of those of its model.
+    pub(crate) part: usize,
 }
 
 /// One metadata value.
@@ -213,7 +215,8 @@ fn place(
             return Err(GgufError::Outside { tensor: name, end, file_bytes });
         }
         ranges.push((start, end, info.name));
-        let tensor = TensorInfo { kind: info.kind, shape: info.shape.clone(), range: start..end };
+        let tensor =
+            TensorInfo { kind: info.kind, shape: info.shape.clone(), range: start..end, part: 0 };
         tensors.insert(name, tensor);
     }
     ranges.sort_unstable();

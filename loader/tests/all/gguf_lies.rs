@@ -71,7 +71,8 @@ fn configurations_that_lie_are_refused() {
     same("llama.rope.dimension_count", Meta::U32(8), "8");
     same("llama.rope.scaling.type", text("yarn"), "\"yarn\"");
     same("llama.expert_count", Meta::U32(8), "experts");
-    same("split.count", Meta::U32(2), "several");
+    same("split.count", Meta::U32(2), "-00001-of-00002.gguf");
+    same("split.count", Meta::I32(-1), "whole number");
     let (layers, heads) = ("num_hidden_layers", "num_attention_heads");
     check("llama.block_count", Meta::U32(0), layers, "0");
     check("llama.block_count", Meta::U32(1_000_000), layers, "1000000");

@@ -12,6 +12,7 @@ mod fuzz;
 mod generated;
 mod gguf;
 mod gguf_lies;
+mod gguf_parts;
 mod gguf_types;
 mod layout;
 mod sampling;
