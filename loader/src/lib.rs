@@ -45,6 +45,7 @@ pub mod layout;
 mod map;
 mod rows;
 mod sampling;
+mod schemes;
 mod source;
 pub mod split;
 mod tensor;

@@ -16,5 +16,6 @@ mod gguf_parts;
 mod gguf_types;
 mod layout;
 mod sampling;
+mod schemes;
 mod start_up;
 mod verify;
