@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::config::{LlamaConfig, token_ids};
@@ -13,9 +12,10 @@ use crate::file;
 use crate::header;
 use crate::map::FileMap;
 use crate::sampling::SamplingDefaults;
-use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
+use crate::schemes::{self, RawTensor, RawTensors, Scheme};
+use crate::source::{SourceModel, TextReport, TokenSettings};
 use crate::split::LM_HEAD;
-use crate::tensor::{DType, TensorBytes};
+use crate::tensor::TensorBytes;
 
 /// Longest JSON or template file that is read.
 const TEXT_BYTES_MAX: u64 = 256 << 20;
@@ -31,8 +31,10 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
             reason: "no config.json in it; expected a Hugging Face directory or a GGUF file".into(),
         });
     }
-    let mut config = LlamaConfig::from_hf(&read_json(&config_path)?)
-        .map_err(|error| LoadError::config(&config_path, error))?;
+    let json = read_json(&config_path)?;
+    let wrong = |error| LoadError::config(&config_path, error);
+    let mut config = LlamaConfig::from_hf(&json).map_err(wrong)?;
+    let scheme = Scheme::of(&json).map_err(wrong)?;
     let sampling = read_generation(directory, &mut config)?;
 
     let tokenizer_path = directory.join("tokenizer.json");
@@ -43,7 +45,7 @@ pub(crate) fn open(directory: &Path) -> Result<SourceModel, LoadError> {
     let tokenizer_json = read_text(&tokenizer_path)?;
     check_tokenizer(&tokenizer_path, &tokenizer_json, config.vocab_size)?;
 
-    let mut tensors = read_tensors(directory)?;
+    let mut tensors = schemes::assemble(read_tensors(directory)?, scheme.as_ref())?;
     // What a file may hold beside the model: a copy of the tied head, and rotary frequencies that
     // old transformers saved and new ones compute.
     if config.tie_word_embeddings {
@@ -110,7 +112,7 @@ pub(crate) fn check_tokenizer(path: &Path, json: &str, vocab_size: usize) -> Res
     Ok(())
 }
 
-fn read_tensors(directory: &Path) -> Result<BTreeMap<String, SourceTensor>, LoadError> {
+fn read_tensors(directory: &Path) -> Result<RawTensors, LoadError> {
     let single = directory.join(SINGLE);
     if single.exists() {
         let mut tensors = BTreeMap::new();
@@ -131,7 +133,7 @@ fn read_tensors(directory: &Path) -> Result<BTreeMap<String, SourceTensor>, Load
         read_shard(&directory.join(shard), &mut tensors)?;
     }
     for (name, shard) in &weight_map {
-        let holder = tensors.get(name).map(|tensor: &SourceTensor| &tensor.path);
+        let holder = tensors.get(name).map(|tensor: &RawTensor| &tensor.path);
         if holder != Some(&directory.join(shard)) {
             let reason = format!("{name} should be in {shard} and is not");
             return Err(LoadError::Index { path: index_path, reason });
@@ -168,32 +170,14 @@ fn is_shard_name(name: &str) -> bool {
         && name.chars().all(plain)
 }
 
-fn read_shard(path: &Path, tensors: &mut BTreeMap<String, SourceTensor>) -> Result<(), LoadError> {
+fn read_shard(path: &Path, tensors: &mut RawTensors) -> Result<(), LoadError> {
     let map = FileMap::open(path).map_err(|error| LoadError::io(path, error))?;
     let entries = header::read((*map).as_ref())
         .map_err(|error| LoadError::Header { path: path.to_owned(), error })?;
     for (name, entry) in entries {
-        let dtype = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::Bf16,
-            other => {
-                return Err(LoadError::TensorMismatch {
-                    path: path.to_owned(),
-                    name,
-                    expected: "f32, f16 or bf16".into(),
-                    got: format!("{other:?} {:?}", entry.shape),
-                });
-            }
-        };
         let bytes = TensorBytes::new(Arc::clone(&map) as _, entry.range);
-        let tensor = SourceTensor {
-            path: path.to_owned(),
-            dtype,
-            shape: entry.shape,
-            bytes,
-            interleaved_heads: None,
-        };
+        let (dtype, shape) = (entry.dtype, entry.shape);
+        let tensor = RawTensor { path: path.to_owned(), dtype, shape, bytes };
         if let Some(other) = tensors.insert(name.clone(), tensor) {
             let reason = format!("{name} is also in {}", other.path.display());
             return Err(LoadError::Index { path: path.to_owned(), reason });

@@ -11,8 +11,9 @@ use serde_json::json;
 
 use crate::bundle::{BundleError, BundleOptions, Weights, write_bundles};
 use crate::config::{Family, LlamaConfig, RopeScaling};
+use crate::rows::SourceTensor;
 use crate::sampling::SamplingDefaults;
-use crate::source::{SourceModel, SourceTensor, TextReport, TokenSettings};
+use crate::source::{SourceModel, TextReport, TokenSettings};
 use crate::split::{self, EMBED_TOKENS, LM_HEAD, TensorSpec};
 use crate::tensor::{DType, TensorBytes};
 
@@ -116,13 +117,8 @@ pub fn generated(tiny: &TinyModel) -> SourceModel {
     for spec in split::model_tensors(&config) {
         let dtype = if spec.shape.len() == 1 { DType::F32 } else { tiny.dtype };
         let bytes = tensor_bytes(tiny, &spec, dtype);
-        let tensor = SourceTensor {
-            path: path.clone(),
-            dtype,
-            shape: spec.shape,
-            bytes: TensorBytes::owned(bytes),
-            interleaved_heads: None,
-        };
+        let bytes = TensorBytes::owned(bytes);
+        let tensor = SourceTensor::stored(path.clone(), dtype, spec.shape, bytes);
         tensors.insert(spec.name, tensor);
     }
     let mut model = SourceModel {

@@ -170,6 +170,13 @@ const fn q6k_place(i: usize) -> (usize, usize, usize, usize) {
     (low, quarter / 2 * 4, Q6K_QH + part * 32 + l, quarter * 2)
 }
 
+/// Puts the code of weight `i`, 0..64, into a q6_k block in row order; it must be zero there.
+pub(crate) fn put_q6k(block: &mut [u8], i: usize, code: u8) {
+    let (low, low_shift, high, high_shift) = q6k_place(i);
+    block[low] |= (code & 15) << low_shift;
+    block[high] |= code >> 4 << high_shift;
+}
+
 /// Place of weight `i` in a q6_k panel-block, in the terms of [`q6k_place`].
 const fn q6k_panel_place(i: usize, column: usize) -> (usize, usize, usize, usize) {
     let unit = 2 * PANEL + i / UNIT * Q6K_UNIT_BYTES;

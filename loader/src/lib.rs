@@ -43,14 +43,17 @@ mod keys;
 pub mod layout;
 #[expect(unsafe_code, reason = "memory maps; the contract is in the module")]
 mod map;
+mod rows;
 mod sampling;
+mod schemes;
 mod source;
 pub mod split;
 mod tensor;
 
 pub use bundle::{
     Bundle, BundleError, BundleOptions, DrafterArchitecture, DrafterFile, ModelId, Progress,
-    Report, RoleReport, Verified, Watch, Weights, add_drafter, check_same_model, write_bundles,
+    Report, RoleReport, TypeReport, Verified, Watch, Weights, add_drafter, check_same_model,
+    write_bundles,
 };
 pub use config::{Family, LlamaConfig, RopeScaling};
 pub use control::{ControlTokens, TextFacts};

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use crate::config::LlamaConfig;
 use crate::control::{ControlTokens, TextFacts};
 use crate::error::LoadError;
+use crate::rows::SourceTensor;
 use crate::sampling::SamplingDefaults;
 use crate::split::{self, TensorSpec};
-use crate::tensor::{DType, Layout, Tensor, TensorBytes};
+use crate::tensor::{DType, Layout, Tensor};
 use crate::{checkpoint, gguf};
 
 /// Settings of the conversion between text and ids that are not in `tokenizer.json`. This is the
@@ -57,20 +58,10 @@ pub struct TextReport {
     pub tokens_doubled: usize,
 }
 
-/// A tensor of the source, and what is to be done when it is asked for.
-pub(crate) struct SourceTensor {
-    pub(crate) path: PathBuf,
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: TensorBytes,
-    /// Heads whose rows stand in the interleaved order of GGUF's llama, if they do.
-    pub(crate) interleaved_heads: Option<usize>,
-}
-
 /// A model: configuration, tensors in row order under their checkpoint names, tokenizer.
 ///
-/// Tensors are borrowed from the memory map; only q and k of a GGUF file are copied, since their
-/// rows change places.
+/// Tensors are borrowed from the memory map; copied are q and k of a GGUF file, since their rows
+/// change places, and what stands there in a type that has no kernels.
 pub struct SourceModel {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
@@ -131,23 +122,21 @@ impl SourceModel {
     /// # Errors
     /// [`LoadError::MissingTensor`].
     pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
-        let source = self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-        })?;
-        let bytes = match source.interleaved_heads {
-            None => source.bytes.clone(),
-            Some(heads) => {
-                let rows = source.shape[0];
-                TensorBytes::owned(half_split_rows(&source.bytes, rows, heads))
-            }
-        };
+        let source = self.source(name)?;
         Ok(Tensor {
             name: name.to_owned(),
             dtype: source.dtype,
             layout: Layout::Rows,
             shape: source.shape.clone(),
-            bytes,
+            bytes: source.bytes(),
+        })
+    }
+
+    /// A tensor as it comes from its file.
+    pub(crate) fn source(&self, name: &str) -> Result<&SourceTensor, LoadError> {
+        self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
         })
     }
 
@@ -226,10 +215,7 @@ impl SourceModel {
     }
 
     fn check_tensor(&self, spec: &TensorSpec) -> Result<(), LoadError> {
-        let tensor = self.tensors.get(&spec.name).ok_or_else(|| LoadError::MissingTensor {
-            path: self.path.clone(),
-            name: spec.name.clone(),
-        })?;
+        let tensor = self.source(&spec.name)?;
         let is_float = matches!(tensor.dtype, DType::F32 | DType::F16 | DType::Bf16);
         if tensor.shape == spec.shape && (is_float || spec.shape.len() == 2) {
             return Ok(());
@@ -239,7 +225,7 @@ impl SourceModel {
             path: tensor.path.clone(),
             name: spec.name.clone(),
             expected: format!("{types} {:?}", spec.shape),
-            got: format!("{} {:?}", tensor.dtype.name(), tensor.shape),
+            got: format!("{} {:?}", tensor.origin.name, tensor.shape),
         })
     }
 }
@@ -252,19 +238,4 @@ impl fmt::Debug for SourceModel {
             .field("tensors", &self.tensors.len())
             .finish_non_exhaustive()
     }
-}
-
-/// Moves rows from GGUF's interleaved order (pair `i` of a head at rows `2i` and `2i + 1`) to the
-/// half-split order (rows `i` and `i + head_dim / 2`). Works on whole rows of any type.
-fn half_split_rows(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let row_bytes = bytes.len() / rows;
-    let head_dim = rows / heads;
-    let mut out = Vec::with_capacity(bytes.len());
-    for row in 0..rows {
-        let (head, in_head) = (row / head_dim, row % head_dim);
-        let (half, pair) = (in_head / (head_dim / 2), in_head % (head_dim / 2));
-        let from = (head * head_dim + 2 * pair + half) * row_bytes;
-        out.extend_from_slice(&bytes[from..from + row_bytes]);
-    }
-    out
 }

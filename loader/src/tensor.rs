@@ -50,6 +50,12 @@ impl DType {
         }
     }
 
+    /// Bits that one weight takes, scales included.
+    #[must_use]
+    pub fn bits(self) -> f64 {
+        (self.block_bytes() * 8) as f64 / self.block_weights() as f64
+    }
+
     /// The name used in `bundle.json` and in messages.
     #[must_use]
     pub const fn name(self) -> &'static str {

@@ -1,4 +1,4 @@
-//! Tensors of the source in the type that the bundle stores, still in row order.
+//! Rows of the source in the type that the bundle stores, still in row order.
 
 use half::{bf16, f16};
 
@@ -6,7 +6,7 @@ use super::BundleError;
 use super::write::Weights;
 use crate::layout;
 use crate::split::TensorSpec;
-use crate::tensor::{DType, Tensor, TensorBytes};
+use crate::tensor::DType;
 
 /// Smallest magnitude that is rounded to infinity in f16.
 const F16_END: f32 = 65_520.0;
@@ -43,31 +43,51 @@ pub(super) fn misfit(spec: &TensorSpec, source: DType, asked: DType) -> Option<(
     Some((kept, why))
 }
 
-/// The bytes of a tensor in row order, as `dtype`.
-///
-/// # Errors
-/// Rows are no whole number of blocks, or a number is not finite in the new type.
-pub(super) fn convert(tensor: &Tensor, dtype: DType) -> Result<TensorBytes, BundleError> {
-    if tensor.dtype == dtype {
-        return Ok(tensor.bytes.clone());
+/// Conversion of a tensor's rows of `k` weights to another type.
+pub(super) struct Conversion<'a> {
+    /// Name of the tensor.
+    pub(super) name: &'a str,
+    pub(super) from: DType,
+    pub(super) to: DType,
+    pub(super) k: usize,
+}
+
+impl Conversion<'_> {
+    /// Some rows in the new type; they may be put into `buffer`. `first` is the number of the
+    /// first one.
+    ///
+    /// # Errors
+    /// Rows are no whole number of blocks, or a number is not finite in the new type.
+    pub(super) fn rows<'b>(
+        &self,
+        rows: &'b [u8],
+        first: usize,
+        buffer: &'b mut Vec<u8>,
+    ) -> Result<&'b [u8], BundleError> {
+        if self.from == self.to {
+            return Ok(rows);
+        }
+        let k = self.k;
+        let (Some(from), Some(to)) = (self.from.row_bytes(k), self.to.row_bytes(k)) else {
+            let block = self.to.block_weights();
+            let reason = format!("rows of {k} weights are no whole number of blocks of {block}");
+            return Err(self.wrong(reason));
+        };
+        let mut numbers = vec![0.0; k];
+        buffer.resize(rows.len() / from * to, 0);
+        for (index, (row, out)) in
+            rows.chunks_exact(from).zip(buffer.chunks_exact_mut(to)).enumerate()
+        {
+            layout::dequantise_row(self.from, k, row, &mut numbers);
+            self.write(first + index, &numbers, out)?;
+        }
+        Ok(buffer)
     }
-    let wrong = |reason: String| BundleError::Convert {
-        name: tensor.name.clone(),
-        dtype: dtype.name(),
-        reason,
-    };
-    let k = tensor.shape.last().copied().unwrap_or(0);
-    let (Some(from_bytes), Some(to_bytes)) = (tensor.dtype.row_bytes(k), dtype.row_bytes(k)) else {
-        let block = dtype.block_weights();
-        return Err(wrong(format!("rows of {k} weights are no whole number of blocks of {block}")));
-    };
-    let mut numbers = vec![0.0; k];
-    let mut out = vec![0; tensor.bytes.len() / from_bytes * to_bytes];
-    let rows = tensor.bytes.chunks_exact(from_bytes);
-    for (index, (row, out)) in rows.zip(out.chunks_exact_mut(to_bytes)).enumerate() {
-        layout::dequantise_row(tensor.dtype, k, row, &mut numbers);
+
+    /// Writes the numbers of one row in the new type.
+    fn write(&self, row: usize, numbers: &[f32], out: &mut [u8]) -> Result<(), BundleError> {
         // False for NaN as well.
-        let end = match dtype {
+        let end = match self.to {
             DType::F32 | DType::Bf16 => f32::INFINITY,
             // The scale is what has to fit: the largest weight over 127.
             DType::Q8_0 => F16_END * 127.0,
@@ -75,18 +95,22 @@ pub(super) fn convert(tensor: &Tensor, dtype: DType) -> Result<TensorBytes, Bund
         };
         let fits = |x: &&f32| x.abs() < end;
         if let Some(x) = numbers.iter().find(|x| !fits(x)) {
-            return Err(wrong(format!("row {index} holds {x}")));
+            return Err(self.wrong(format!("row {row} holds {x}")));
         }
-        match dtype {
-            DType::F32 => write_numbers(&numbers, out, f32::to_le_bytes),
-            DType::F16 => write_numbers(&numbers, out, |x| f16::from_f32(x).to_le_bytes()),
-            DType::Bf16 => write_numbers(&numbers, out, |x| bf16::from_f32(x).to_le_bytes()),
-            DType::Q8_0 => layout::quantise_q8_0(&numbers, out),
-            DType::Q4_1 => layout::quantise_q4_1(&numbers, out),
-            DType::Q4_0 | DType::Q6K => return Err(wrong("no quantiser writes it".into())),
+        match self.to {
+            DType::F32 => write_numbers(numbers, out, f32::to_le_bytes),
+            DType::F16 => write_numbers(numbers, out, |x| f16::from_f32(x).to_le_bytes()),
+            DType::Bf16 => write_numbers(numbers, out, |x| bf16::from_f32(x).to_le_bytes()),
+            DType::Q8_0 => layout::quantise_q8_0(numbers, out),
+            DType::Q4_1 => layout::quantise_q4_1(numbers, out),
+            DType::Q4_0 | DType::Q6K => return Err(self.wrong("no quantiser writes it".into())),
         }
+        Ok(())
     }
-    Ok(TensorBytes::owned(out))
+
+    fn wrong(&self, reason: String) -> BundleError {
+        BundleError::Convert { name: self.name.to_owned(), dtype: self.to.name(), reason }
+    }
 }
 
 fn write_numbers<const N: usize>(numbers: &[f32], out: &mut [u8], bytes: impl Fn(f32) -> [u8; N]) {

@@ -39,7 +39,9 @@ pub use manifest::{
 };
 pub use model_id::{ModelId, ModelIdError};
 pub use verify::{Verified, Watch, content_hash};
-pub use write::{BundleOptions, Progress, Report, RoleReport, Weights, check_free, write_bundles};
+pub use write::{
+    BundleOptions, Progress, Report, RoleReport, TypeReport, Weights, check_free, write_bundles,
+};
 
 use manifest::Stored;
 use verify::OpenFile;

@@ -69,6 +69,22 @@ impl From<ModelId> for String {
     }
 }
 
+/// The hash of a tensor in row order.
+pub(super) struct TensorHasher(blake3::Hasher);
+
+impl TensorHasher {
+    pub(super) fn new(dtype: DType, shape: &[usize]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{} {shape:?}\n", dtype.name()).as_bytes());
+        Self(hasher)
+    }
+
+    /// Takes the next rows.
+    pub(super) fn update(&mut self, rows: &[u8]) {
+        self.0.update(rows);
+    }
+}
+
 /// Gathers the hash of each tensor, in any order.
 #[derive(Default)]
 pub(super) struct ModelHasher {
@@ -76,12 +92,9 @@ pub(super) struct ModelHasher {
 }
 
 impl ModelHasher {
-    /// Takes a tensor in row order.
-    pub(super) fn add(&mut self, name: &str, dtype: DType, shape: &[usize], rows: &[u8]) {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{} {shape:?}\n", dtype.name()).as_bytes());
-        hasher.update(rows);
-        self.tensors.insert(name.to_owned(), hasher.finalize());
+    /// Takes a tensor, all of its rows.
+    pub(super) fn add(&mut self, name: &str, tensor: TensorHasher) {
+        self.tensors.insert(name.to_owned(), tensor.0.finalize());
     }
 
     /// The id: a domain, the configuration's canonical form, then name and hash of each tensor,

@@ -8,12 +8,13 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::convert::{self, Conversion};
 use super::manifest::{
     ALIGNMENT, FORMAT_VERSION, FileEntry, MANIFEST, Manifest, Stored, TOKENIZER, TOKENIZER_CONFIG,
     TensorEntry, WEIGHTS, WIRE_DEFAULT, held_layers,
 };
-use super::model_id::ModelHasher;
-use super::{BundleError, ModelId, convert};
+use super::model_id::{ModelHasher, TensorHasher};
+use super::{BundleError, ModelId};
 use crate::file::{self, NewDirectory};
 use crate::header;
 use crate::layout;
@@ -21,6 +22,9 @@ use crate::sampling::SamplingDefaults;
 use crate::source::{SourceModel, TextReport};
 use crate::split::{Role, Split};
 use crate::tensor::{DType, Layout};
+
+/// Bytes of a tensor that are packed and written together.
+const BYTES_TOGETHER: usize = 1 << 20;
 
 /// Types of the matrices in a bundle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,12 +81,31 @@ pub struct Report {
     pub hidden_size: usize,
     /// Control tokens, ends of an answer, and what the vocabulary was read as.
     pub text: TextReport,
+    /// Types of the tensors, in the source and as stored.
+    pub types: Vec<TypeReport>,
     /// Matrices that kept another type than the one asked for, and why.
     pub kept: BTreeMap<String, String>,
     /// The device's half.
     pub device: RoleReport,
     /// The cloud's half.
     pub cloud: RoleReport,
+}
+
+/// Tensors that have one type in the source and one in the bundles.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct TypeReport {
+    /// Name of the type in the source.
+    pub from: String,
+    /// Bits that a weight takes there.
+    pub bits: f64,
+    /// [`DType::name`] of the type as stored.
+    pub stored: &'static str,
+    /// Bits that a weight takes as stored, padding left out.
+    pub stored_bits: f64,
+    /// True if the stored numbers are those of the source, bit for bit as f32.
+    pub is_exact: bool,
+    /// Number of such tensors.
+    pub tensors: usize,
 }
 
 /// One role's half.
@@ -120,6 +143,7 @@ pub fn write_bundles(
         .iter()
         .map(|role| Plan::new(model, &split, *role, options.weights))
         .collect::<Result<Vec<_>, _>>()?;
+    let types = types(model, &plans)?;
     let kept = plans.iter().flat_map(|plan| plan.kept.clone()).collect();
     check_free(directory)?;
     let staging = NewDirectory::create(directory).map_err(BundleError::io(directory))?;
@@ -161,6 +185,7 @@ pub fn write_bundles(
         num_hidden_layers: layers,
         hidden_size: model.config().hidden_size,
         text: model.text_report().clone(),
+        types,
         kept,
         device: device.expect("one report a role"),
         cloud: cloud.expect("one report a role"),
@@ -188,7 +213,7 @@ impl Plan {
         let mut tensors = Vec::with_capacity(specs.len());
         let mut kept = BTreeMap::new();
         for spec in specs {
-            let source = model.tensor_dtype(&spec.name)?;
+            let source = model.source(&spec.name)?.origin.kept;
             let asked = convert::stored_dtype(&spec, source, weights);
             let dtype = match convert::misfit(&spec, source, asked) {
                 None => asked,
@@ -258,26 +283,73 @@ impl Writing<'_> {
             .collect();
         out.write(&header::write(&listed, ALIGNMENT))?;
 
-        let mut packed = Vec::new();
         for (entry, stored) in &plan.tensors {
             let (tensor, bytes_total) = (entry.name.as_str(), self.bytes_total);
             (self.progress)(Progress { tensor, bytes: self.bytes, bytes_total });
-            let source = self.model.tensor(tensor)?;
-            let rows = convert::convert(&source, stored.dtype)?;
-            self.hasher.add(tensor, stored.dtype, &entry.shape, &rows);
-            packed.clear();
-            packed.resize(stored.file_bytes, 0);
-            match (stored.layout, entry.shape.as_slice()) {
-                (Layout::Panel16, [n, k]) => {
-                    layout::pack(stored.dtype, *n, *k, &rows, &mut packed[..stored.bytes]);
-                }
-                _ => packed[..stored.bytes].copy_from_slice(&rows),
-            }
-            out.write(&packed)?;
+            self.write_tensor(entry, stored, &mut out)?;
             self.bytes += stored.file_bytes as u64;
         }
         out.finish()
     }
+
+    /// Converts, packs and writes a tensor, some rows at a time.
+    fn write_tensor(
+        &mut self,
+        entry: &TensorEntry,
+        stored: &Stored,
+        out: &mut HashedFile,
+    ) -> Result<(), BundleError> {
+        let source = self.model.source(&entry.name)?;
+        let (rows, k) = source.size();
+        let conversion = Conversion { name: &entry.name, from: source.dtype, to: stored.dtype, k };
+        let mut hasher = TensorHasher::new(stored.dtype, &entry.shape);
+        let [mut made, mut converted, mut packed] = [const { Vec::new() }; 3];
+        let together = rows_together(stored.dtype, k);
+        for first in (0..rows).step_by(together) {
+            let n = together.min(rows - first);
+            let bytes = source.rows(first..first + n, &mut made);
+            let bytes = conversion.rows(bytes, first, &mut converted)?;
+            hasher.update(bytes);
+            match stored.layout {
+                Layout::Rows => out.write(bytes)?,
+                Layout::Panel16 => {
+                    let bytes_packed = layout::packed_bytes(stored.dtype, n, k);
+                    packed.resize(bytes_packed.expect("the plan is made of whole blocks"), 0);
+                    layout::pack(stored.dtype, n, k, bytes, &mut packed);
+                    out.write(&packed)?;
+                }
+            }
+        }
+        out.write(&[0; ALIGNMENT][..stored.file_bytes - stored.bytes])?;
+        self.hasher.add(&entry.name, hasher);
+        Ok(())
+    }
+}
+
+/// Rows that are converted and packed together: whole panels, of about [`BYTES_TOGETHER`].
+fn rows_together(dtype: DType, k: usize) -> usize {
+    let panel = layout::packed_bytes(dtype, layout::PANEL, k).unwrap_or(0).max(1);
+    (BYTES_TOGETHER / panel).max(1) * layout::PANEL
+}
+
+/// The types of the plans' tensors, each in the file and as stored.
+fn types(model: &SourceModel, plans: &[Plan]) -> Result<Vec<TypeReport>, BundleError> {
+    let mut types = BTreeMap::new();
+    for (entry, stored) in plans.iter().flat_map(|plan| &plan.tensors) {
+        let source = model.source(&entry.name)?;
+        let key = (source.origin.name.clone(), stored.dtype.name());
+        let row = types.entry(key).or_insert_with(|| TypeReport {
+            from: source.origin.name.to_string(),
+            bits: source.origin.bits,
+            stored: stored.dtype.name(),
+            stored_bits: stored.dtype.bits(),
+            is_exact: true,
+            tensors: 0,
+        });
+        row.is_exact &= source.is_exact_as(stored.dtype);
+        row.tensors += 1;
+    }
+    Ok(types.into_values().collect())
 }
 
 fn write_manifest(
@@ -377,16 +449,5 @@ pub fn check_free(target: &Path) -> Result<(), BundleError> {
             None => Ok(()),
             Some(_) => Err(BundleError::Exists { path: target.to_owned() }),
         },
-    }
-}
-
-impl SourceModel {
-    /// A tensor's type, without its bytes.
-    fn tensor_dtype(&self, name: &str) -> Result<DType, BundleError> {
-        let tensor = self.tensors.get(name).ok_or_else(|| BundleError::MissingTensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-        })?;
-        Ok(tensor.dtype)
     }
 }

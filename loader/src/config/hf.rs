@@ -7,6 +7,7 @@
 use serde_json::Value;
 
 use super::{ConfigError, Family, LlamaConfig, RopeScaling, keys};
+use crate::schemes::Scheme;
 
 /// Families by `model_type`.
 const FAMILIES: [Family; 3] = [Family::Llama, Family::Mistral, Family::Qwen2];
@@ -95,13 +96,7 @@ fn refuse_foreign(json: &Value) -> Result<(), ConfigError> {
         let reason = format!("{partial} is not supported, only 1");
         return Err(ConfigError::new("partial_rotary_factor", reason));
     }
-    if let Some(quantization) = present(json, "quantization_config") {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        let reason =
-            format!("{} is not supported; use the unquantised model or a GGUF file", short(method));
-        return Err(ConfigError::new("quantization_config", reason));
-    }
-    Ok(())
+    Scheme::of(json).map(drop)
 }
 
 /// `rope_theta` and the scaling, from either form.
@@ -215,7 +210,7 @@ fn family_window(
 }
 
 /// A value for a message: short, whatever the file holds.
-pub(super) fn short(value: &Value) -> String {
+pub(crate) fn short(value: &Value) -> String {
     const CHARS_MAX: usize = 60;
     let text = value.to_string();
     match text.char_indices().nth(CHARS_MAX) {

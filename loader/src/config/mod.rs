@@ -7,7 +7,7 @@ mod rope;
 use serde::{Deserialize, Serialize};
 
 pub use crate::error::ConfigError;
-pub(crate) use hf::{flag, number, token_ids};
+pub(crate) use hf::{flag, number, short, token_ids};
 
 /// Limits on a configuration's values: far above any model that exists, far below any harm.
 const LAYERS_MAX: usize = 1024;

@@ -238,7 +238,7 @@ fn keys_are_harmless_only_with_a_neutral_value() {
         ("no_rope_layers", json!([]), json!([1, 1, 1, 0])),
         ("pruned_heads", json!({}), json!({"1": [0]})),
         ("partial_rotary_factor", json!(1.0), json!(0.5)),
-        ("quantization_config", Value::Null, json!({"quant_method": "awq"})),
+        ("quantization_config", Value::Null, json!({"quant_method": "hqq"})),
     ] {
         for mut json in families() {
             let plain = LlamaConfig::from_hf(&json).unwrap();

@@ -1,6 +1,7 @@
 //! Metadata to hyper-parameters.
 
-use super::parse::{Container, Value};
+use super::parse::{Container, TensorInfo, Value};
+use super::types::Form;
 use super::{GgufError, keys};
 use crate::config::{Family, LlamaConfig, RopeScaling};
 use crate::sampling::SamplingDefaults;
@@ -44,7 +45,7 @@ pub(super) fn architecture(container: &Container<'_>) -> Result<Architecture, Gg
 pub(super) fn config(
     container: &Container<'_>,
     architecture: Architecture,
-    file: &[u8],
+    rope_freqs: Option<(&TensorInfo, &[u8])>,
 ) -> Result<LlamaConfig, GgufError> {
     keys::check(container, architecture.name())?;
     let keys = Keys { container, prefix: architecture.name() };
@@ -73,7 +74,7 @@ pub(super) fn config(
             GgufError::metadata(&keys.key("attention.layer_norm_rms_epsilon"), "missing")
         })?,
         rope_theta: keys.number("rope.freq_base")?.unwrap_or(10_000.0),
-        rope_scaling: rope_scaling(&keys, file)?,
+        rope_scaling: rope_scaling(&keys, rope_freqs)?,
         vocab_size,
         max_position_embeddings: keys.need("context_length")?,
         sliding_window: match keys.count("attention.sliding_window")? {
@@ -96,11 +97,6 @@ fn refuse_foreign(keys: &Keys<'_>) -> Result<(), GgufError> {
     if keys.count("expert_count")?.unwrap_or(0) > 0 {
         let key = keys.key("expert_count");
         return Err(GgufError::metadata(&key, "mixture-of-experts models are not supported"));
-    }
-    let split = keys.container.metadata.get("split.count");
-    if let Some(Value::Unsigned(2..)) = split {
-        let reason = "the file is one of several; join them first (llama-gguf-split --merge)";
-        return Err(GgufError::metadata("split.count", reason));
     }
     Ok(())
 }
@@ -147,7 +143,10 @@ fn refuse_other(keys: &Keys<'_>, name: &str, neutral: &[f32]) -> Result<(), Gguf
 }
 
 /// Scaling from the metadata or from the tensor of factors; both at once have no meaning.
-fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<Option<RopeScaling>, GgufError> {
+fn rope_scaling(
+    keys: &Keys<'_>,
+    rope_freqs: Option<(&TensorInfo, &[u8])>,
+) -> Result<Option<RopeScaling>, GgufError> {
     let kind_key = keys.key("rope.scaling.type");
     let factor = match keys.number("rope.scaling.factor")? {
         Some(factor) => Some(factor),
@@ -167,17 +166,17 @@ fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<Option<RopeScaling>, Ggu
             return Err(GgufError::metadata(&kind_key, reason));
         }
     };
-    let Some(info) = keys.container.tensors.get(ROPE_FREQS) else {
+    let Some((info, bytes)) = rope_freqs else {
         return Ok(linear.map(|factor| RopeScaling::Linear { factor }));
     };
     if linear.is_some() {
         return Err(GgufError::metadata(ROPE_FREQS, "present beside linear scaling"));
     }
-    if info.dtype != DType::F32 {
-        let reason = format!("type {}, expected f32", info.dtype.name());
+    if !matches!(info.kind.form, Some(Form::Same(DType::F32))) {
+        let reason = format!("type {}, expected F32", info.kind.name);
         return Err(GgufError::metadata(ROPE_FREQS, reason));
     }
-    let factors = file[info.range.clone()]
+    let factors = bytes
         .chunks_exact(4)
         .map(|bytes| f32::from_le_bytes(bytes.try_into().expect("chunks of 4")))
         .collect();

@@ -7,8 +7,10 @@
 mod config;
 mod keys;
 mod parse;
+mod parts;
 mod pre;
 mod tokenizer;
+mod types;
 mod vocabulary;
 
 use std::collections::BTreeMap;
@@ -17,11 +19,14 @@ use std::sync::Arc;
 
 use crate::config::ConfigError;
 use crate::error::LoadError;
-use crate::map::FileMap;
-use crate::source::{SourceModel, SourceTensor};
+use crate::rows::SourceTensor;
+use crate::source::SourceModel;
 use crate::tensor::TensorBytes;
 
 use config::Architecture;
+use parse::Container;
+use parts::Part;
+use types::GgufType;
 
 /// An error in a GGUF file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -104,10 +109,10 @@ pub enum GgufError {
         /// The limit.
         max: u32,
     },
-    /// A type that we have no kernels for.
+    /// A type that we don't read.
     #[error(
-        "tensor {tensor} has type {kind} ({number}), which is not supported; \
-         F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K are"
+        "tensor {tensor} has type {kind} ({number}), which is not supported; these are: {}",
+        GgufType::names()
     )]
     TensorType {
         /// The tensor.
@@ -153,6 +158,14 @@ pub enum GgufError {
         /// Size of the file.
         file_bytes: usize,
     },
+    /// One of a model's files is not there.
+    #[error("part {number} of {count} is missing")]
+    MissingPart {
+        /// Number of the file, from 1.
+        number: u64,
+        /// Number of files that the model has.
+        count: u64,
+    },
     /// Two tensors share bytes.
     #[error("tensors {first} and {second} overlap")]
     Overlap {
@@ -183,31 +196,37 @@ impl From<ConfigError> for GgufError {
     }
 }
 
-/// Opens a file; the tensors are not yet checked against the configuration.
+/// Opens a file, and the other files of its model; the tensors are not yet checked against the
+/// configuration.
 pub(crate) fn open(path: &Path, pre: Option<&str>) -> Result<SourceModel, LoadError> {
-    let map = FileMap::open(path).map_err(|error| LoadError::io(path, error))?;
-    let wrong = |error| LoadError::Gguf { path: path.to_owned(), error };
-    read(path, map, pre).map_err(wrong)
+    read(&parts::open(path)?, pre)
 }
 
 /// Entry for fuzzers.
 pub(crate) fn fuzz(bytes: &[u8]) -> bool {
-    let model = read(Path::new("fuzz"), Arc::new(bytes.to_vec()), None);
-    model.is_ok_and(|model| model.check().is_ok())
+    let part = Part { path: "fuzz".into(), file: Arc::new(bytes.to_vec()) };
+    read(&[part], None).is_ok_and(|model| model.check().is_ok())
 }
 
-fn read(
-    path: &Path,
-    map: Arc<dyn AsRef<[u8]> + Send + Sync>,
+fn read(parts: &[Part], pre: Option<&str>) -> Result<SourceModel, LoadError> {
+    let containers = parts.iter().map(Part::parse).collect::<Result<Vec<_>, _>>()?;
+    let container = parts::merge(parts, containers)?;
+    model(parts, &container, pre).map_err(|error| parts[0].wrong(error))
+}
+
+/// The model of one container that has the tensors of all files.
+fn model(
+    parts: &[Part],
+    container: &Container<'_>,
     pre: Option<&str>,
 ) -> Result<SourceModel, GgufError> {
-    let file: &[u8] = (*map).as_ref();
-    let container = parse::parse(file)?;
-    let architecture = config::architecture(&container)?;
-    let config = config::config(&container, architecture, file)?;
-    let (tokenizer_json, settings, text) =
-        tokenizer::tokenizer(&container, config.vocab_size, pre)?;
-    let sampling = config::sampling(&container)?;
+    let path = &parts[0].path;
+    let architecture = config::architecture(container)?;
+    let rope_freqs = container.tensors.get(config::ROPE_FREQS);
+    let rope_freqs = rope_freqs.map(|info| (info, &parts[info.part].bytes()[info.range.clone()]));
+    let config = config::config(container, architecture, rope_freqs)?;
+    let (tokenizer_json, settings, text) = tokenizer::tokenizer(container, config.vocab_size, pre)?;
+    let sampling = config::sampling(container)?;
 
     let mut tensors = BTreeMap::new();
     for (name, info) in &container.tensors {
@@ -225,20 +244,26 @@ fn read(
         } else {
             None
         };
+        let part = &parts[info.part];
+        let bytes = TensorBytes::new(Arc::clone(&part.file), info.range.clone());
+        let (dtype, rows, origin) = info.kind.read(bytes);
         let tensor = SourceTensor {
-            path: path.to_owned(),
-            dtype: info.dtype,
+            path: part.path.clone(),
+            dtype,
             shape: info.shape.clone(),
-            bytes: TensorBytes::new(Arc::clone(&map), info.range.clone()),
+            rows,
+            origin,
             interleaved_heads: heads.filter(|_| architecture == Architecture::Llama),
         };
         tensors.insert(checkpoint_name, tensor);
     }
     // `general.name` is often what the converter found on its disk; people chose the file's name.
-    let name = path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
+    let name = path.file_name().map_or("model".into(), |name| name.to_string_lossy());
+    let name =
+        parts::stem(&name).map_or(name.strip_suffix(".gguf").unwrap_or(&name), |(stem, _)| stem);
     Ok(SourceModel {
-        name: name.into_owned(),
-        path: path.to_owned(),
+        name: name.to_owned(),
+        path: path.clone(),
         config,
         tensors,
         tokenizer_json,

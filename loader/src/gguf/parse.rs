@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::Range;
 
 use super::GgufError;
-use crate::tensor::DType;
+use super::types::GgufType;
 
 /// Limits on a file's counts and lengths.
 const METADATA_MAX: u64 = 1 << 16;
@@ -26,13 +26,15 @@ pub(crate) struct Container<'a> {
 }
 
 /// A tensor's place in the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct TensorInfo {
-    pub(crate) dtype: DType,
+    pub(crate) kind: &'static GgufType,
     /// Slowest dimension first, as everywhere in this crate; the file has the reverse.
     pub(crate) shape: Vec<usize>,
     /// Bytes in the file, counted from its start.
     pub(crate) range: Range<usize>,
+    /// File that holds it, of those of its model.
+    pub(crate) part: usize,
 }
 
 /// One metadata value.
@@ -213,7 +215,8 @@ fn place(
             return Err(GgufError::Outside { tensor: name, end, file_bytes });
         }
         ranges.push((start, end, info.name));
-        let tensor = TensorInfo { dtype: info.dtype, shape: info.shape.clone(), range: start..end };
+        let tensor =
+            TensorInfo { kind: info.kind, shape: info.shape.clone(), range: start..end, part: 0 };
         tensors.insert(name, tensor);
     }
     ranges.sort_unstable();
@@ -229,7 +232,7 @@ fn place(
 /// A tensor info before its offset is believed.
 struct RawInfo<'a> {
     name: &'a str,
-    dtype: DType,
+    kind: &'static GgufType,
     /// Slowest dimension first.
     shape: Vec<usize>,
     offset: u64,
@@ -240,7 +243,7 @@ impl RawInfo<'_> {
     fn bytes(&self) -> Option<usize> {
         let (row, rows) = self.shape.split_last()?;
         let rows = rows.iter().copied().try_fold(1usize, usize::checked_mul)?;
-        self.dtype.row_bytes(*row)?.checked_mul(rows)
+        self.kind.row_bytes(*row)?.checked_mul(rows)
     }
 }
 
@@ -361,56 +364,19 @@ impl<'a> Reader<'a> {
         }
         shape.reverse();
         let number = self.u32(name)?;
-        let dtype = tensor_type(number).map_err(|kind| GgufError::TensorType {
-            tensor: name.to_owned(),
-            number,
-            kind,
-        })?;
+        let kind = GgufType::of(number);
+        let kind =
+            kind.filter(|kind| kind.form.is_some()).ok_or_else(|| GgufError::TensorType {
+                tensor: name.to_owned(),
+                number,
+                kind: kind.map_or("unknown", |kind| kind.name),
+            })?;
         let row = shape.last().copied().unwrap_or(0);
-        if !row.is_multiple_of(dtype.block_weights()) {
-            let block = dtype.block_weights();
+        let block = kind.block.0;
+        if !row.is_multiple_of(block) {
             return Err(GgufError::Blocks { tensor: name.to_owned(), row, block });
         }
         let offset = self.u64(name)?;
-        Ok(RawInfo { name, dtype, shape, offset })
+        Ok(RawInfo { name, kind, shape, offset })
     }
-}
-
-/// A tensor type by its number in the file, or the name of one that we don't read.
-fn tensor_type(number: u32) -> Result<DType, &'static str> {
-    Ok(match number {
-        0 => DType::F32,
-        1 => DType::F16,
-        2 => DType::Q4_0,
-        3 => DType::Q4_1,
-        8 => DType::Q8_0,
-        14 => DType::Q6K,
-        30 => DType::Bf16,
-        6 => return Err("Q5_0"),
-        7 => return Err("Q5_1"),
-        9 => return Err("Q8_1"),
-        10 => return Err("Q2_K"),
-        11 => return Err("Q3_K"),
-        12 => return Err("Q4_K"),
-        13 => return Err("Q5_K"),
-        15 => return Err("Q8_K"),
-        16 => return Err("IQ2_XXS"),
-        17 => return Err("IQ2_XS"),
-        18 => return Err("IQ3_XXS"),
-        19 => return Err("IQ1_S"),
-        20 => return Err("IQ4_NL"),
-        21 => return Err("IQ3_S"),
-        22 => return Err("IQ2_S"),
-        23 => return Err("IQ4_XS"),
-        24 => return Err("I8"),
-        25 => return Err("I16"),
-        26 => return Err("I32"),
-        27 => return Err("I64"),
-        28 => return Err("F64"),
-        29 => return Err("IQ1_M"),
-        34 => return Err("TQ1_0"),
-        35 => return Err("TQ2_0"),
-        39 => return Err("MXFP4"),
-        _ => return Err("unknown"),
-    })
 }

@@ -118,7 +118,7 @@ fn configurations_that_lie_are_refused() {
     check("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0}), "yarn");
     check("rope_scaling", json!({"rope_type": "linear"}), "factor: missing");
     check("rope_scaling", json!({"rope_type": "linear", "factor": 0.5}), "0.5");
-    check("quantization_config", json!({"quant_method": "gptq"}), "gptq");
+    check("quantization_config", json!({"quant_method": "hqq"}), "hqq");
     let directory = directory();
     std::fs::write(directory.path().join("config.json"), "{\"rope_theta\": NaN}").unwrap();
     assert!(matches!(refused(&directory), LoadError::Json { .. }));

@@ -71,7 +71,8 @@ fn configurations_that_lie_are_refused() {
     same("llama.rope.dimension_count", Meta::U32(8), "8");
     same("llama.rope.scaling.type", text("yarn"), "\"yarn\"");
     same("llama.expert_count", Meta::U32(8), "experts");
-    same("split.count", Meta::U32(2), "several");
+    same("split.count", Meta::U32(2), "-00001-of-00002.gguf");
+    same("split.count", Meta::I32(-1), "whole number");
     let (layers, heads) = ("num_hidden_layers", "num_attention_heads");
     check("llama.block_count", Meta::U32(0), layers, "0");
     check("llama.block_count", Meta::U32(1_000_000), layers, "1000000");
@@ -327,8 +328,9 @@ fn other_types_and_tensors_are_refused_by_name() {
         change(gguf.tensor("blk.1.ffn_up.weight"));
         refused(&gguf)
     };
-    let kind = change(&|t| t.kind = 12);
-    assert!(kind.to_string().contains("blk.1.ffn_up.weight has type Q4_K (12)"), "{kind}");
+    let kind = change(&|t| t.kind = 19).to_string();
+    assert!(kind.contains("blk.1.ffn_up.weight has type IQ1_S (19)"), "{kind}");
+    assert!(kind.contains("Q4_K") && !kind.contains("IQ2"), "{kind}");
     let kind = change(&|t| t.kind = 4711);
     assert!(matches!(kind, GgufError::TensorType { number: 4711, kind: "unknown", .. }));
     let name = change(&|t| t.name = "blk.1.attn_sinks.weight".into());

@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use hat_engine::options::Codec;
 use hat_loader::bundle::check_free;
-use hat_loader::{BundleError, BundleOptions, DrafterFile, Report, RoleReport, Weights, file};
+use hat_loader::{
+    BundleError, BundleOptions, DrafterFile, Report, RoleReport, TypeReport, Weights, file,
+};
 use hat_program::out::{self, OutError};
 use hat_program::{note, outln, pull};
 
@@ -161,6 +163,7 @@ fn print_report(report: &Report) -> Result<(), OutError> {
         report.hidden_size
     )?;
     print_text(report)?;
+    print_types(&report.types)?;
     print_role("device", "embedding, final norm, LM head, tokenizer", &report.device)?;
     print_role("cloud", "neither embedding nor LM head nor tokenizer", &report.cloud)
 }
@@ -185,6 +188,19 @@ fn print_text(report: &Report) -> Result<(), OutError> {
     }
     for (name, why) in &report.kept {
         outln!("kept           {name}: {why}")?;
+    }
+    Ok(())
+}
+
+/// The types of the tensors in the file and as stored.
+fn print_types(types: &[TypeReport]) -> Result<(), OutError> {
+    outln!("types          in the model, bits a weight; stored as, bits a weight; tensors")?;
+    for row in types {
+        let TypeReport { from, bits, stored, stored_bits, is_exact, tensors } = row;
+        let exact = if *is_exact { "exact" } else { "rounded" };
+        outln!(
+            "  {from:<12} {bits:>6.3}  {stored:<5} {stored_bits:>6.3}  {exact:<7} {tensors:>6}"
+        )?;
     }
     Ok(())
 }
