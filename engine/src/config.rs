@@ -325,7 +325,7 @@ impl EngineConfig {
     /// Refuses what can't work, before a file is opened.
     ///
     /// # Errors
-    /// [`Error::Field`]: a bound of 0, a cloud at what is no address or on another machine (there
+    /// [`Error::Input`]: a bound of 0, a cloud at what is no address or on another machine (there
     /// is no TLS yet, so hidden states would cross the network in the clear), or a memory link to
     /// another process.
     pub fn check(&self) -> Result<(), Error> {
@@ -347,7 +347,7 @@ impl EngineConfig {
 /// The address of a cloud in another process.
 ///
 /// # Errors
-/// [`Error::Field`].
+/// [`Error::Input`].
 pub(crate) fn remote(text: &str) -> Result<Address, Error> {
     let address = Address::parse(text, Address::CLOUD_PORT)
         .map_err(|error| Error::field("cloud", error.to_string()))?;

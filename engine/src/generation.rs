@@ -86,5 +86,5 @@ impl Iterator for Generation {
 }
 
 fn stopped() -> Error {
-    Error::Stopped("its thread ended before the answer did".into())
+    Error::stopped("its thread ended before the answer did")
 }

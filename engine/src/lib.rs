@@ -82,12 +82,12 @@ pub mod options {
     pub use crate::error::ErrorKind;
     pub use crate::verify::Verify;
     pub use hat_compute::LoadError;
-    pub use hat_core::InputError;
     pub use hat_core::draft::DraftMode;
     pub use hat_core::estimate::Estimates;
     pub use hat_core::metrics::{DraftCounts, EngineMetrics, Timings};
     pub use hat_core::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use hat_core::sample::SamplerConfig;
+    pub use hat_core::{InputError, RequestError};
     pub use hat_loader::Drafters;
     pub use hat_plan::TokenId;
 }

@@ -33,7 +33,7 @@ impl<B: Backend> ReferenceRun<B> {
     /// they would cross the link if the device ran `split_layer` layers.
     ///
     /// # Errors
-    /// [`Error::Load`] or [`Error::Field`].
+    /// [`Error::Load`] or [`Error::Input`].
     pub fn open(
         backend: B,
         bundle: &Path,
@@ -88,7 +88,7 @@ impl<B: Backend> ReferenceRun<B> {
     /// One answer. `on_event` hears what a [`crate::Generation`] would report.
     ///
     /// # Errors
-    /// As [`crate::Engine::generate`], and [`Error::NotFinite`].
+    /// As [`crate::Engine::generate`], and [`Error::Request`].
     pub fn generate(
         &mut self,
         request: Request,

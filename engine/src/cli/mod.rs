@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand};
 use hat_compute::open::ComputeConfig;
 use hat_engine::options::{
-    Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor,
-    SamplerConfig, Verify,
+    Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, InputError, LinkKind,
+    Processor, SamplerConfig, Verify,
 };
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error};
 use hat_loader::Role;
@@ -194,7 +194,7 @@ fn parse_cloud(text: &str) -> Result<Address, String> {
 /// The reason alone: clap names the flag.
 fn reason(error: Error) -> String {
     match error {
-        Error::Field { reason, .. } => reason,
+        Error::Input(InputError::Field { reason, .. }) => reason,
         other => other.to_string(),
     }
 }
@@ -202,7 +202,7 @@ fn reason(error: Error) -> String {
 /// An error about a field, with the flag that sets it.
 pub(crate) fn flagged(error: Error) -> anyhow::Error {
     match error {
-        Error::Field { field, reason } => {
+        Error::Input(InputError::Field { field, reason }) => {
             anyhow::anyhow!("--{}: {reason}", field.replace('_', "-"))
         }
         other => other.into(),

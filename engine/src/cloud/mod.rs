@@ -108,7 +108,7 @@ impl Cloud {
     /// the CPU, at the same address: its devices come back and replay.
     ///
     /// # Errors
-    /// [`Error::Field`] for a listen address that other machines can reach, [`Error::Load`],
+    /// [`Error::Input`] for a listen address that other machines can reach, [`Error::Load`],
     /// [`Error::Io`] if the address cannot be had.
     pub fn start(config: CloudConfig) -> Result<Self, Error> {
         config.check()?;
@@ -207,7 +207,7 @@ pub fn pool_pages(config: &CloudConfig) -> u32 {
 /// The middle submodel as `config.stages` runs of layers, the compute threads shared among them.
 ///
 /// # Errors
-/// [`Error::Field`] if there are more stages than layers, [`Error::Load`].
+/// [`Error::Input`] if there are more stages than layers, [`Error::Load`].
 fn load(
     config: &CloudConfig,
     bundle: &Bundle,

@@ -118,7 +118,7 @@ impl Run {
         let io = spawn("hat-cloud-io", move || start.run(&ready))?;
         let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
             Ok(ready) => ready?,
-            Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
+            Err(_) => return Err(Error::stopped("the cloud's io thread ended at start")),
         };
         let (stages, alive) = step::spawn_stages(stages, queues, &waker, config.nice, &clock)?;
         seen.begin(describe, &waker);

@@ -21,6 +21,7 @@ use crate::generation::CancelOnDrop;
 use crate::text::{Rendered, Text};
 use crate::verify::Verify;
 use crate::{Error, Event, Generation, Request, endpoint, processor, watch};
+use hat_core::RequestError;
 use hat_core::answer::Prepared;
 use hat_core::draft::ModelDrafter;
 use hat_core::draft::drafter::Drafter;
@@ -119,7 +120,7 @@ impl Engine {
     /// loses its GPU ends the requests that run, and serves the next ones from the CPU.
     ///
     /// # Errors
-    /// [`Error::Load`], [`Error::Field`], [`Error::Io`]; and what
+    /// [`Error::Load`], [`Error::Input`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
         config.check()?;
@@ -186,9 +187,8 @@ impl Engine {
             .name("hat-device".to_owned())
             .spawn(move || start.run(&ready))
             .map_err(|error| Error::io("starting the engine thread", error))?;
-        let waker = is_ready
-            .recv()
-            .map_err(|_| Error::Stopped("the engine thread ended at start".into()))??;
+        let waker =
+            is_ready.recv().map_err(|_| Error::stopped("the engine thread ended at start"))??;
         Ok(Self {
             shared,
             submissions,
@@ -207,8 +207,8 @@ impl Engine {
     /// Asks for an answer. Returns at once; the answer comes through the [`Generation`].
     ///
     /// # Errors
-    /// [`Error::Field`], [`Error::Template`], [`Error::ContextLength`] for a bad request,
-    /// [`Error::Busy`] if too many wait already, [`Error::Stopped`].
+    /// [`Error::Input`] and [`Error::Template`] for a bad request; [`RequestError::Busy`] if too many
+    /// wait already, and [`RequestError::Stopped`].
     pub fn generate(&self, request: Request) -> Result<Generation, Error> {
         let asked = self.shared.clock.now();
         let (prepared, rendered) = self.prepare(request)?;
@@ -223,15 +223,15 @@ impl Engine {
             Ok(()) => {
                 fence(Ordering::SeqCst);
                 if self.shared.ended.load(Ordering::SeqCst) {
-                    return Err(Error::Stopped("its thread has ended".into()));
+                    return Err(Error::stopped("its thread has ended"));
                 }
             }
             Err(TrySendError::Full(_)) => {
                 let reason = format!("{} requests wait already", self.queue_max);
-                return Err(Error::Busy { reason, retry_after_ms: 1000 });
+                return Err(RequestError::Busy { reason, retry_after_ms: 1000 }.into());
             }
             Err(TrySendError::Disconnected(_)) => {
-                return Err(Error::Stopped("its thread has ended".into()));
+                return Err(Error::stopped("its thread has ended"));
             }
         }
         self.waker.wake();
@@ -426,7 +426,7 @@ pub(crate) fn open_bundle(
 /// The configured split, checked against what the bundle holds.
 ///
 /// # Errors
-/// [`Error::Field`] with both numbers.
+/// [`Error::Input`] with both numbers.
 pub(crate) fn split_layer(config: &EngineConfig, bundle: &Bundle) -> Result<usize, Error> {
     let held = bundle.manifest().split_layer;
     let split_layer = config.split_layer.map_or(held, |split_layer| split_layer as usize);

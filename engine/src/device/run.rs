@@ -190,7 +190,7 @@ impl Device {
     /// Ends all requests.
     pub(super) fn stop(&mut self, why: &str) {
         for call in std::mem::take(&mut self.calls).into_values() {
-            let _ = call.events.send(Err(Error::Stopped(why.to_owned())));
+            let _ = call.events.send(Err(Error::stopped(why)));
         }
     }
 

@@ -78,7 +78,7 @@ fn file_id(path: &Path) -> io::Result<(u64, u64)> {
 /// Binds what the configuration says.
 ///
 /// # Errors
-/// [`Error::Io`] if the address can't be had; [`Error::Field`] `http` if the path of a Unix socket
+/// [`Error::Io`] if the address can't be had; [`Error::Input`] `http` if the path of a Unix socket
 /// is taken by another server or another kind of file.
 pub(super) fn bind(config: &HttpConfig) -> Result<(Socket, Bound), Error> {
     let mut bound = Bound { address: config.listen, file: None };

@@ -103,7 +103,7 @@ impl HttpConfig {
     /// Refuses what can't be served, before anything is made or loaded for it.
     ///
     /// # Errors
-    /// [`Error::Field`] that names the field.
+    /// [`Error::Input`] that names the field.
     pub fn check(&self) -> Result<(), Error> {
         if self.unix.is_none() {
             crate::config::check_loopback("http", self.listen.ip())?;
@@ -218,7 +218,7 @@ impl HttpServer {
     /// Listens, and serves `engine` on two threads.
     ///
     /// # Errors
-    /// [`Error::Field`] for an address that other machines can reach or an unusable key,
+    /// [`Error::Input`] for an address that other machines can reach or an unusable key,
     /// [`Error::Io`] if the address or a thread can't be had.
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
         config.check()?;

@@ -35,7 +35,7 @@ struct Follow {
 
 impl Follow {
     fn shut_down(self) {
-        let event = Err(Error::Stopped("it is shutting down".into()));
+        let event = Err(Error::stopped("it is shutting down"));
         // Nobody listens if the request has gone.
         let _ = self.told.send(Told { choice: self.choice, event, bytes: 0 });
     }
