@@ -89,5 +89,5 @@ pub mod options {
     pub use hat_core::sample::SamplerConfig;
     pub use hat_core::{InputError, RequestError};
     pub use hat_loader::Drafters;
-    pub use hat_plan::TokenId;
+    pub use hat_plan::{BackendFault, TokenId};
 }

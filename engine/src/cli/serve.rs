@@ -81,7 +81,7 @@ impl CloudArgs {
             }
             std::thread::sleep(STOPPED_LOOK);
         }
-        match cloud.join_for_fault() {
+        match cloud.join() {
             Some(fault) => bail!("the cloud stopped: {fault}"),
             None => bail!("the cloud stopped by itself; the log says why"),
         }

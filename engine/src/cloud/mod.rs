@@ -153,22 +153,15 @@ impl Cloud {
     }
 
     /// True if it has stopped by itself.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.supervisor.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until it stops by itself, which it does only when its link or its backend fails.
-    pub fn join(self) {
-        let _ = self.join_for_fault();
-    }
-
-    /// As [`Cloud::join`], and returns true if a backend was lost, so that another one may serve
-    /// the sessions, which their devices replay.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn join_for_fault(mut self) -> Option<BackendFault> {
+    /// Returns the fault if a backend was lost: another cloud may serve its sessions, which their
+    /// devices replay.
+    pub fn join(mut self) -> Option<BackendFault> {
         self.supervisor.take()?.join().ok()?
     }
 }

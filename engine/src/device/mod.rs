@@ -266,13 +266,6 @@ impl Engine {
         }
     }
 
-    /// The same for people: `temperature 0.6, top_p 0.95`, or `greedy`.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn describe_sampling(&self) -> String {
-        self.sampling.to_string()
-    }
-
     /// The codec of its rows on the wire.
     #[must_use]
     pub fn wire(&self) -> Codec {
@@ -292,7 +285,6 @@ impl Engine {
     }
 
     /// Requests that wait for a session now, in the order in which they came.
-    #[doc(hidden)]
     #[must_use]
     pub fn waiting(&self) -> u64 {
         self.shared.waiting.load(Ordering::Relaxed)
@@ -321,7 +313,6 @@ impl Engine {
     }
 
     /// One line about the trained drafter that drafts now, if one does.
-    #[doc(hidden)]
     #[must_use]
     pub fn describe_drafter(&self) -> Option<String> {
         self.shared.describe().drafter.clone()
@@ -329,14 +320,12 @@ impl Engine {
 
     /// Origin of the trained drafter, for people: in the bundle, built in, or a file. `None` if
     /// there is none for this model and split.
-    #[doc(hidden)]
     #[must_use]
     pub fn drafter_origin(&self) -> Option<&str> {
         self.drafter.as_deref()
     }
 
     /// Layers on the device before the cloud's.
-    #[doc(hidden)]
     #[must_use]
     pub fn split_layer(&self) -> usize {
         self.split_layer
@@ -344,7 +333,6 @@ impl Engine {
 
     /// True if it has stopped by itself, since its link or its backend failed: it answers nothing
     /// any more.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
@@ -362,11 +350,8 @@ impl Engine {
         self.shared.metrics().clone()
     }
 
-    /// The tokenizer, for callers that count or show tokens.
-    #[cfg(feature = "text")]
-    #[doc(hidden)]
-    #[must_use]
-    pub fn tokenizer(&self) -> &hat_text::Tokenizer {
+    #[cfg(feature = "http")]
+    pub(crate) fn tokenizer(&self) -> &hat_text::Tokenizer {
         &self.shared.text.tokenizer
     }
 }

@@ -48,15 +48,7 @@ use self::counters::Counters;
 use self::gate::Gate;
 use self::listen::Bound;
 use self::relay::Relay;
-use self::route::Route;
 use crate::{Engine, Error};
-
-/// Each route as method and pattern, for tests that ask all of them.
-#[doc(hidden)]
-#[must_use]
-pub fn routes() -> Vec<(&'static str, &'static str)> {
-    Route::ALL.iter().map(|route| (route.method(), route.path())).collect()
-}
 
 /// Configuration of the API.
 #[derive(Clone, Debug)]
@@ -279,17 +271,9 @@ impl HttpServer {
     }
 
     /// True if it has stopped by itself.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.threads.iter().all(JoinHandle::is_finished)
-    }
-
-    /// Waits until it stops by itself, which it does only when its thread fails.
-    pub fn join(mut self) {
-        for thread in self.threads.drain(..) {
-            let _ = thread.join(); // its panic has been printed
-        }
     }
 }
 

@@ -111,7 +111,7 @@ fn a_cloud_whose_weights_are_overwritten_ends_at_the_next_look() {
     let engine = device(&bundles, &cloud, rarely()).unwrap();
     collect(&engine, request());
     overwrite(&bundles.path.join("cloud").join(WEIGHTS), 200_000);
-    assert!(cloud.join_for_fault().is_none());
+    assert!(cloud.join().is_none());
     let error = engine.generate(request()).unwrap().find_map(Result::err).expect("an error");
     assert!(matches!(error, Error::Request(RequestError::Peer { .. })), "{error}");
 }
@@ -143,7 +143,7 @@ fn a_session_does_not_begin_or_go_on_with_changed_weights() {
     let second = device(&bundles, &cloud, rarely()).unwrap();
     let error = second.generate(request()).unwrap().find_map(Result::err).expect("an error");
     assert!(matches!(error, Error::Request(RequestError::Peer { .. })), "{error}");
-    assert!(cloud.join_for_fault().is_none());
+    assert!(cloud.join().is_none());
 }
 
 #[test]
