@@ -11,7 +11,7 @@ mod wire;
 use crate::frame::Kind;
 use wire::{Reader, Writer};
 
-pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, Role};
+pub use hello::{Close, CloseCode, HELLO_MAGIC, Hello, KvPages, LinkState, Role};
 pub use rows::{Arrivals, Ids, Output, OutputHead, Rows, RowsHead, Want};
 
 /// Type of stored keys and values: IEEE binary16.
