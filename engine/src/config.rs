@@ -96,6 +96,11 @@ impl DeviceLimits {
         sessions_in(self.kv_rows_max, context).min(self.sessions_max)
     }
 
+    /// Pages of the KV store: the rows, and room for pending ones.
+    pub(crate) fn pages(&self) -> usize {
+        pages(self.kv_rows_max)
+    }
+
     /// Refuses bounds under which nothing could ever run.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_bounds(&[
@@ -115,6 +120,11 @@ impl CloudLimits {
         sessions_in(self.kv_rows_max, context).min(self.sessions_max)
     }
 
+    /// Pages of the KV store: the rows, and room for pending ones.
+    pub(crate) fn pages(&self) -> usize {
+        pages(self.kv_rows_max)
+    }
+
     fn check(&self) -> Result<(), Error> {
         check_bounds(&[
             ("sessions_max", self.sessions_max),
@@ -131,15 +141,17 @@ impl CloudLimits {
 /// for the rows that pend beside its own, in whole pages.
 #[must_use]
 pub fn kv_rows(sessions: u32, context: u32) -> u32 {
-    let rows = pages_for(context as usize + PENDING_ROWS_MAX) * PAGE_SIZE;
-    sessions.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX))
+    sessions.saturating_mul(u32::try_from(pages(context) * PAGE_SIZE).unwrap_or(u32::MAX))
 }
 
 /// Sessions of `context` positions each that a KV store of so many positions holds.
 fn sessions_in(kv_rows_max: u32, context: u32) -> u32 {
-    let held = pages_for(kv_rows_max as usize + PENDING_ROWS_MAX)
-        / pages_for(context as usize + PENDING_ROWS_MAX);
-    u32::try_from(held).unwrap_or(u32::MAX)
+    u32::try_from(pages(kv_rows_max) / pages(context)).unwrap_or(u32::MAX)
+}
+
+/// Pages for so many positions, and for the rows that pend beside them.
+fn pages(rows: u32) -> usize {
+    pages_for(rows as usize + PENDING_ROWS_MAX)
 }
 
 fn check_bounds(bounds: &[(&'static str, u32)]) -> Result<(), Error> {

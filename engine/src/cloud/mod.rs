@@ -15,15 +15,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use hat_core::cloud::CloudFigures;
-use hat_core::page::pages_for;
-use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
 pub(crate) use self::step::SHARED_MAX;
 use self::supervisor::{Run, Seen, Supervisor};
 use crate::config::CloudConfig;
-use crate::{Error, processor};
+use crate::{Error, processor, spawn};
 
 /// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
 /// `pages_idle`, which are what they are now.
@@ -193,8 +191,7 @@ pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
 /// Pages of the KV store: the configured rows, and room for pending rows.
 #[must_use]
 pub fn pool_pages(config: &CloudConfig) -> u32 {
-    let rows = config.limits.kv_rows_max as usize + PENDING_ROWS_MAX;
-    u32::try_from(pages_for(rows)).expect("row counts are u32")
+    u32::try_from(config.limits.pages()).expect("row counts are u32")
 }
 
 /// The middle submodel as `config.stages` runs of layers, the compute threads shared among them.
@@ -248,16 +245,6 @@ fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
         }
         [] => unreachable!("a cloud has at least one stage"),
     }
-}
-
-fn spawn<T: Send + 'static>(
-    name: &str,
-    run: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, Error> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
-        .map_err(|error| Error::io(format!("starting thread {name}"), error))
 }
 
 #[cfg(test)]

@@ -109,7 +109,7 @@ pub(super) fn spawn_stages(
         let first = (number == 0).then(|| first_done.clone());
         let at_end = WakeAtEnd(waker.clone(), is_alive.clone());
         let stage = Stage { model, jobs, next: sender, wakes, first, clock };
-        threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
+        threads.push(crate::spawn(&format!("hat-cloud-step-{number}"), move || {
             // Dropped in this order: the queues first, so that the io thread wakes to their end.
             let _at_end = at_end;
             let stage = stage;

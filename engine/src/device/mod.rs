@@ -1,5 +1,7 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
+mod calls;
+mod dial;
 mod resolve;
 mod run;
 mod start;
@@ -20,13 +22,12 @@ use crate::config::{CloudAddress, Codec, EngineConfig};
 use crate::generation::CancelOnDrop;
 use crate::text::{Rendered, Text};
 use crate::verify::Verify;
-use crate::{Error, Event, Generation, Request, endpoint, processor, watch};
+use crate::{Error, Event, Generation, Request, endpoint, processor, spawn};
 use hat_core::RequestError;
 use hat_core::answer::Prepared;
 use hat_core::draft::ModelDrafter;
 use hat_core::draft::drafter::Drafter;
 use hat_core::metrics::EngineMetrics;
-use hat_core::page::pages_for;
 use hat_core::sample::SamplerConfig;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_plan::DeviceForward;
@@ -126,8 +127,7 @@ impl Engine {
         config.check()?;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         let split_layer = split_layer(&config, &bundle)?;
-        let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-        let model = processor::device(&config, &bundle, split_layer, pages)?;
+        let model = processor::device(&config, &bundle, split_layer, config.limits.pages())?;
         let drafter = load_drafter(&config, &bundle, split_layer, model.arithmetic_id())?;
         let (drafter, origin) = drafter.unzip();
         let mut engine = Self::serve_loaded(config, &bundle, model, drafter)?;
@@ -174,21 +174,13 @@ impl Engine {
             describe: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
-        let (submissions, incoming) = bounded(config.limits.queue_max as usize);
-        let (ready, is_ready) = bounded(1);
         let queue_max = config.limits.queue_max;
+        let (submissions, incoming) = bounded(queue_max as usize);
         let facts = endpoint::device_facts(bundle, split_layer);
-        let watch = watch::Start::new(bundle, &config.verify);
-        let shared_too = shared.clone();
-        let start =
-            start::Start { config, facts, model, drafter, shared: shared_too, incoming, watch };
-        *shared.describe() = start.describe(start.drafter.as_deref());
-        let thread = std::thread::Builder::new()
-            .name("hat-device".to_owned())
-            .spawn(move || start.run(&ready))
-            .map_err(|error| Error::io("starting the engine thread", error))?;
-        let waker =
-            is_ready.recv().map_err(|_| Error::stopped("the engine thread ended at start"))??;
+        let layers = start::Layers { config, facts, model };
+        let device = layers.open(bundle, drafter, shared.clone(), incoming)?;
+        let waker = device.endpoint.waker();
+        let thread = spawn("hat-device", move || device.run())?;
         Ok(Self {
             shared,
             submissions,
@@ -381,7 +373,7 @@ fn load_drafter(
     arithmetic_id: u32,
 ) -> Result<Option<LoadedDrafter>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
-    let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
+    let pages = config.limits.pages();
     let found = config.drafters.find(bundle, split_layer);
     let found = found.map_err(|error| Error::bundle(bundle.directory(), error))?;
     let Some(Fitting { origin, adapter }) = found else { return Ok(None) };

@@ -48,7 +48,7 @@ use self::counters::Counters;
 use self::gate::Gate;
 use self::listen::Bound;
 use self::relay::Relay;
-use crate::{Engine, Error};
+use crate::{Engine, Error, spawn};
 
 /// Configuration of the API.
 #[derive(Clone, Debug)]
@@ -215,8 +215,7 @@ impl HttpServer {
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
         config.check()?;
         let (listener, bound) = listen::bind(&config)?;
-        let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)
-            .map_err(|error| Error::io("starting the HTTP relay thread", error))?;
+        let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)?;
         let shared = Arc::new(Shared {
             engine,
             limits: config.limits,
@@ -244,10 +243,7 @@ impl HttpServer {
             runtime.block_on(connection::serve(listener, shared, router, stopped));
             runtime.shutdown_timeout(STOP_TIMEOUT);
         };
-        let thread = std::thread::Builder::new()
-            .name("hat-http".to_owned())
-            .spawn(serve)
-            .map_err(|error| Error::io("starting the HTTP thread", error))?;
+        let thread = spawn("hat-http", serve)?;
         Ok(Self { bound, stop, threads: vec![thread, relay_thread] })
     }
 
