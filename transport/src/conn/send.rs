@@ -90,7 +90,7 @@ struct Sent {
 pub(super) struct SendState {
     queues: Vec<SessionQueue>,
     /// Sessions whose first queued frame has this priority, in turn.
-    ready: [VecDeque<u32>; Priority::COUNT],
+    ready: [VecDeque<u32>; Priority::ALL.len()],
     sent: VecDeque<Sent>,
     /// Sequence number of the first in `sent`.
     oldest: u32,

@@ -260,10 +260,6 @@ impl<'a> Close<'a> {
         Ok(Self { code, reason: from.text("reason")? })
     }
 
-    pub(super) fn encoded_len(&self) -> usize {
-        2 + cut(self.reason).len()
-    }
-
     pub(super) fn write(&self, to: &mut Writer<'_>) {
         to.u16(self.code.to_wire());
         to.bytes(cut(self.reason).as_bytes());
