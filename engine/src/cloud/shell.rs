@@ -102,8 +102,8 @@ impl Shell {
     fn take_steps(&mut self) -> std::io::Result<()> {
         while let Some(batch) = self.stages.take()? {
             for connection in batch.connections() {
-                if let Some(counters) = self.endpoint.counters(connection) {
-                    self.core.handle_traffic(connection, &counters.traffic);
+                if let Some(traffic) = self.endpoint.traffic(connection) {
+                    self.core.handle_traffic(connection, &traffic);
                 }
             }
             self.core.handle_step(self.now, batch, &mut self.endpoint);

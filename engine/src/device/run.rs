@@ -137,7 +137,7 @@ impl Device {
 
     /// Looks at what the link counts.
     fn look_at_link(&mut self) {
-        let counters = self.cloud.connection.and_then(|id| self.endpoint.counters(id));
-        self.core.handle_traffic(counters.map(|counters| counters.traffic));
+        let traffic = self.cloud.connection.and_then(|id| self.endpoint.traffic(id));
+        self.core.handle_traffic(traffic);
     }
 }

@@ -261,5 +261,5 @@ fn a_closed_connection_takes_nothing() {
     let error =
         pair.device.send_message(pair.dialled, 1, &Message::End(End::default())).unwrap_err();
     assert_eq!(error.refusal, Refusal::Gone);
-    assert!(pair.device.counters(pair.dialled).is_none());
+    assert!(pair.device.traffic(pair.dialled).is_none());
 }

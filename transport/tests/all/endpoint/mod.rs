@@ -40,9 +40,9 @@ fn a_session_runs(kind: LinkKind) {
     rows_go_up(&mut pair);
     output_comes_down(&mut pair, cloud_id);
 
-    let counters = pair.device.counters(device_id).unwrap();
-    assert!(counters.bytes_up > 2 * 1152 && counters.bytes_up < 2 * 1152 + 600, "{counters:?}");
-    assert!(counters.bytes_down > 1152 && counters.bytes_down < 1152 + 600, "{counters:?}");
+    let traffic = pair.device.traffic(device_id).unwrap();
+    assert!(traffic.sent_bytes > 2 * 1152 && traffic.sent_bytes < 2 * 1152 + 600, "{traffic:?}");
+    assert!(traffic.received_bytes > 1152 && traffic.received_bytes < 1152 + 600, "{traffic:?}");
     pair.device.close(device_id, CloseCode::Done, "enough");
     let gone = pair.until(|pair| take_gone(&mut pair.cloud_events));
     let GoneError::ClosedByPeer { code, reason, .. } = gone else { panic!("{gone}") };
