@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hat_compute::open::ComputeConfig;
 pub use hat_compute::open::{GpuWeights, Processor};
 pub use hat_core::chunk::ChunkPolicy;
 use hat_core::page::pages_for;
@@ -332,6 +333,12 @@ impl EngineConfig {
     pub fn chunks(mut self, chunks: ChunkPolicy) -> Self {
         self.chunks = chunks;
         self
+    }
+
+    /// The place of its computations.
+    pub(crate) fn compute(&self) -> ComputeConfig {
+        let Self { processor, weights, threads, nice, .. } = *self;
+        ComputeConfig { processor, weights, threads, nice }
     }
 
     /// Refuses what can't work, before a file is opened.

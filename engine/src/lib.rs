@@ -41,7 +41,7 @@
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the shells of the two cores |
 //! | `text` | the tokenizer and its conversations; without the feature, `ids` |
-//! | `endpoint`, `processor`, `verify`, `watch` | links, models and files as configured |
+//! | `endpoint`, `verify`, `watch` | links and files as configured |
 
 mod cloud;
 mod config;
@@ -53,7 +53,6 @@ mod generation;
 pub mod http;
 #[cfg(not(feature = "text"))]
 mod ids;
-mod processor;
 pub mod reference_run;
 #[cfg(feature = "testkit")]
 pub mod testkit;

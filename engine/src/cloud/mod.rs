@@ -14,14 +14,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use hat_compute::open::{self, ComputeConfig};
 use hat_core::cloud::CloudFigures;
 use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
-pub(crate) use self::step::SHARED_MAX;
+use self::step::SHARED_MAX;
 use self::supervisor::{Run, Seen, Supervisor};
 use crate::config::CloudConfig;
-use crate::{Error, processor, spawn};
+use crate::{Error, spawn};
 
 /// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
 /// `pages_idle`, which are what they are now.
@@ -204,9 +205,12 @@ fn load(
     pages: u32,
 ) -> Result<Vec<Box<dyn MiddleForward>>, Error> {
     let layers = bundle.split().layers(Submodel::Middle);
-    let threads = config.threads.div_ceil(config.stages.max(1));
     let runs = runs_of_layers(layers, config.stages)?;
-    processor::middle(config, bundle, &runs, threads, pages as usize)
+    let CloudConfig { processor, weights, nice, .. } = *config;
+    let threads = config.threads.div_ceil(config.stages);
+    let compute = ComputeConfig { processor, weights, threads, nice };
+    let (rows, pages) = (config.limits.step_rows_max as usize, pages as usize);
+    Ok(open::middle(&compute, &config.gpus, bundle, &runs, rows, pages, SHARED_MAX)?)
 }
 
 /// Cuts `layers` into `stages` runs whose lengths differ by one at most.

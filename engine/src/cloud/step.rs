@@ -16,7 +16,7 @@ use crate::Error;
 
 /// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
 /// queue between them, one that the next stage computes; and one to spare.
-pub(crate) const SHARED_MAX: usize = 4;
+pub(super) const SHARED_MAX: usize = 4;
 
 /// Wakes the io thread when a step thread ends, however it ends.
 struct WakeAtEnd(Waker, #[expect(dead_code, reason = "held for its drop")] Sender<()>);

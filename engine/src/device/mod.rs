@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, TrySendError, bounded, unbounded};
+use hat_compute::open;
 use hat_loader::{Bundle, Fitting, LlamaConfig, Role, SamplingDefaults};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::memory::MemoryNet;
@@ -22,7 +23,7 @@ use crate::config::{CloudAddress, Codec, EngineConfig};
 use crate::generation::CancelOnDrop;
 use crate::text::{Rendered, Text};
 use crate::verify::Verify;
-use crate::{Error, Event, Generation, Request, endpoint, processor, spawn};
+use crate::{Error, Event, Generation, Request, endpoint, spawn};
 use hat_core::RequestError;
 use hat_core::answer::Prepared;
 use hat_core::draft::ModelDrafter;
@@ -127,7 +128,7 @@ impl Engine {
         config.check()?;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         let split_layer = split_layer(&config, &bundle)?;
-        let model = processor::device(&config, &bundle, split_layer, config.limits.pages())?;
+        let model = load(&config, &bundle, split_layer)?;
         let drafter = load_drafter(&config, &bundle, split_layer, model.arithmetic_id())?;
         let (drafter, origin) = drafter.unzip();
         let mut engine = Self::serve_loaded(config, &bundle, model, drafter)?;
@@ -358,6 +359,16 @@ impl Drop for Engine {
     }
 }
 
+/// The device's layers on the processor of a configuration.
+fn load(
+    config: &EngineConfig,
+    bundle: &Bundle,
+    split_layer: usize,
+) -> Result<Box<dyn DeviceForward>, Error> {
+    let (rows, pages) = (config.limits.step_rows_max as usize, config.limits.pages());
+    Ok(open::device(&config.compute(), bundle, split_layer, rows, pages)?)
+}
+
 /// A trained drafter, and its origin for people.
 type LoadedDrafter = (Box<dyn Drafter>, String);
 
@@ -377,7 +388,8 @@ fn load_drafter(
     let found = config.drafters.find(bundle, split_layer);
     let found = found.map_err(|error| Error::bundle(bundle.directory(), error))?;
     let Some(Fitting { origin, adapter }) = found else { return Ok(None) };
-    let model = processor::drafter(config, bundle, &adapter, arithmetic_id, rows, pages)?;
+    let compute = config.compute();
+    let model = open::drafter(&compute, bundle, &adapter, arithmetic_id, rows, pages)?;
     let hidden_size = bundle.config().hidden_size;
     let sessions = ModelDrafter::new(model, hidden_size, rows, pages);
     Ok(Some((Box::new(sessions), origin)))

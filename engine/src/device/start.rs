@@ -14,10 +14,10 @@ use hat_transport::random::SystemRandom;
 use super::calls::Calls;
 use super::dial::Cloud;
 use super::run::Device;
-use super::{Described, Shared, Submission, load_drafter, open_bundle};
+use super::{Described, Shared, Submission, load, load_drafter, open_bundle};
 use crate::config::{self, CloudAddress, EngineConfig};
 use crate::watch::Guard;
-use crate::{Error, endpoint, processor};
+use crate::{Error, endpoint};
 
 /// A device's layers, and what they are loaded from: another processor may take them over.
 pub(super) struct Layers {
@@ -113,7 +113,7 @@ impl Layers {
             return Err(Error::bundle(&config.bundle, "it holds another model than at start"));
         }
         let split_layer = self.facts.layers.start as usize;
-        self.model = processor::device(config, &bundle, split_layer, config.limits.pages())?;
+        self.model = load(config, &bundle, split_layer)?;
         // It may have computed on the same GPU. Nothing else is lost without it.
         if drafter.as_ref().is_some_and(|drafter| drafter.arithmetic_id() == ARITHMETIC_CPU) {
             return Ok(drafter);
