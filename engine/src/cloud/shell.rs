@@ -11,8 +11,8 @@ use hat_transport::clock::Clock;
 use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::message::CloseCode;
 
-use super::CloudCounters;
 use super::step::Stages;
+use super::{CloudCounters, publish};
 use crate::watch::Guard;
 
 /// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
@@ -131,7 +131,7 @@ impl Shell {
 
     /// Shows what the core has done.
     pub(super) fn publish(&self) {
-        self.counters.publish(self.core.figures());
+        publish(&self.counters, &self.core.figures());
     }
 
     /// Tells every device that the connection is over, so that it comes back instead of waiting

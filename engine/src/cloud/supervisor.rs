@@ -18,7 +18,9 @@ use hat_transport::message::{Hello, Role};
 
 use super::shell::Shell;
 use super::step::{self, Stages};
-use super::{CloudConfig, CloudCounters, arithmetic_of, describe, load, open_bundle, pool_pages};
+use super::{
+    CloudConfig, CloudCounters, arithmetic_of, describe, figures, load, open_bundle, pool_pages,
+};
 use crate::config::Processor;
 use crate::watch::Guard;
 use crate::{Error, endpoint, spawn};
@@ -102,7 +104,7 @@ impl Run {
         let (endpoint, address) = endpoint::listen(config, clock.clone(), hello)?;
         let (waker, fault) = (endpoint.waker(), Arc::new(OnceLock::new()));
         let shell = Shell {
-            core: CloudCore::new(core, hello, pages, seen.counters.figures()),
+            core: CloudCore::new(core, hello, pages, figures(&seen.counters)),
             endpoint,
             guard: Guard::start(bundle, &config.verify, waker.clone())?,
             stages: to_stages,
