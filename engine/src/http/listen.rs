@@ -13,28 +13,6 @@ use crate::Error;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// A socket that is bound, before the runtime has it.
-pub(super) enum Socket {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-impl Socket {
-    /// The same on the current runtime.
-    pub(super) fn on_runtime(self) -> io::Result<Listener> {
-        match self {
-            Self::Tcp(listener) => {
-                listener.set_nonblocking(true)?;
-                tokio::net::TcpListener::from_std(listener).map(Listener::Tcp)
-            }
-            Self::Unix(listener) => {
-                listener.set_nonblocking(true)?;
-                tokio::net::UnixListener::from_std(listener).map(Listener::Unix)
-            }
-        }
-    }
-}
-
 /// The place of a socket. Dropping it removes the file of a Unix socket, if it is still that one.
 pub(super) struct Bound {
     pub(super) address: SocketAddr,
@@ -54,11 +32,6 @@ impl Bound {
             Some(file) => format!("unix:{}", file.path.display()),
         }
     }
-
-    /// The words for an error.
-    pub(super) fn what(&self) -> String {
-        format!("listening at {}", self.place())
-    }
 }
 
 impl Drop for Bound {
@@ -75,24 +48,26 @@ fn file_id(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Binds what the configuration says.
+/// Binds what the configuration says, on the current runtime.
 ///
 /// # Errors
 /// [`Error::Io`] if the address can't be had; [`Error::Input`] `http` if the path of a Unix socket
 /// is taken by another server or another kind of file.
-pub(super) fn bind(config: &HttpConfig) -> Result<(Socket, Bound), Error> {
+pub(super) fn bind(config: &HttpConfig) -> Result<(Listener, Bound), Error> {
     let mut bound = Bound { address: config.listen, file: None };
     let Some(path) = &config.unix else {
         let failed = |error| Error::io(format!("listening at http://{}", config.listen), error);
         let listener = TcpListener::bind(config.listen).map_err(failed)?;
         bound.address = listener.local_addr().map_err(failed)?;
-        return Ok((Socket::Tcp(listener), bound));
+        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
+        return Ok((Listener::Tcp(listener), bound));
     };
     make_room(path)?;
     let failed = |error| Error::io(format!("listening at unix:{}", path.display()), error);
     let listener = bind_unix(path).map_err(failed)?;
     bound.file = Some(File { path: path.clone(), id: file_id(path).map_err(failed)? });
-    Ok((Socket::Unix(listener), bound))
+    Ok((Listener::Unix(tokio::net::UnixListener::from_std(listener).map_err(failed)?), bound))
 }
 
 /// Nobody can connect before `listen`, so the mode holds from the first connection on.
@@ -100,7 +75,8 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
     let address = SocketAddrUnix::new(path)?;
-    let (family, kind, flags) = (AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC);
+    let (family, kind, flags) =
+        (AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
     let socket = rustix::net::socket_with(family, kind, flags, None)?;
     rustix::net::bind(&socket, &address)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
@@ -142,6 +118,8 @@ mod tests {
 
     #[test]
     fn a_socket_is_its_owners_and_goes_with_the_server() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _inside = runtime.enter();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("http.sock");
         let (_socket, bound) = bind(&config(&path)).unwrap();
@@ -155,6 +133,8 @@ mod tests {
 
     #[test]
     fn a_stale_socket_is_replaced_and_another_file_is_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _inside = runtime.enter();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("http.sock");
         let (socket, mut bound) = bind(&config(&path)).unwrap();

@@ -214,7 +214,17 @@ impl HttpServer {
     /// [`Error::Io`] if the address or a thread can't be had.
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
         config.check()?;
-        let (listener, bound) = listen::bind(&config)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .thread_name("hat-http-work")
+            .build()
+            .map_err(|error| Error::io("starting the HTTP runtime", error))?;
+        let (listener, bound) = {
+            let _inside = runtime.enter();
+            listen::bind(&config)?
+        };
         let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)?;
         let shared = Arc::new(Shared {
             engine,
@@ -227,17 +237,6 @@ impl HttpServer {
             started_unix: hat_transport::clock::unix_seconds(),
         });
         let (stop, stopped) = watch::channel(false);
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .enable_time()
-            .max_blocking_threads(BLOCKING_THREADS)
-            .thread_name("hat-http-work")
-            .build()
-            .map_err(|error| Error::io("starting the HTTP runtime", error))?;
-        let listener = {
-            let _inside = runtime.enter();
-            listener.on_runtime().map_err(|error| Error::io(bound.what(), error))?
-        };
         let serve = move || {
             let router = route::router(shared.clone());
             runtime.block_on(connection::serve(listener, shared, router, stopped));
