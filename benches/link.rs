@@ -70,7 +70,7 @@ impl World {
     /// Sends one frame, waiting for room.
     fn send(&mut self, priority: Priority, body_bytes: usize) {
         let body = loop {
-            match self.device.buffer(body_bytes) {
+            match self.device.buffer(priority, body_bytes) {
                 Some(body) => break body,
                 None => self.turn_briefly(),
             }
@@ -139,7 +139,7 @@ fn serve(mut cloud: Endpoint, stop: &AtomicBool) -> u64 {
             };
             if frame.priority == Priority::Verify {
                 drop(frame);
-                let body = cloud.buffer(ROW_BYTES).expect("the pool is large");
+                let body = cloud.buffer(Priority::Verify, ROW_BYTES).expect("the pool is large");
                 let sent = cloud.send(connection, Kind::Output, 1, Priority::Verify, body);
                 sent.expect("the queue is short");
             }

@@ -453,11 +453,7 @@ impl Endpoint {
 }
 
 impl FrameSink for Endpoint {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        FrameSink::buffer_for(self, Priority::Verify, body_bytes)
-    }
-
-    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
         match priority {
             Priority::Control => self.pool.take(body_bytes),
             Priority::Prompt => self.pool.take_leaving(body_bytes, POOL_RESERVE / 2),

@@ -96,7 +96,7 @@ impl Hand {
 
     pub fn rows(&mut self, session: u32, head: &RowsHead, parents: &[u32], payload: &[u8]) {
         let bytes = head.payload_start() + payload.len();
-        let mut body = self.endpoint.buffer(bytes).unwrap();
+        let mut body = self.endpoint.buffer(Priority::Verify, bytes).unwrap();
         let start = head.encode(parents, body.body_mut());
         body.body_mut()[start..].copy_from_slice(payload);
         let (connection, priority) = (self.connection, Priority::Prompt);

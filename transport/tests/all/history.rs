@@ -53,7 +53,7 @@ impl App {
     }
 
     fn send(&mut self, from: &mut Endpoint, to: ConnectionId, session: u32, bytes: usize) -> bool {
-        let Some(mut body) = FrameSink::buffer(from, bytes) else { return false };
+        let Some(mut body) = FrameSink::buffer(from, Priority::Verify, bytes) else { return false };
         let number = self.sent.entry(session).or_default();
         body.fill(*number as u8);
         body[..8].copy_from_slice(&self.tag.to_le_bytes());

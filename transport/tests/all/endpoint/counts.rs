@@ -12,7 +12,7 @@ use hat_transport::pool::PoolConfig;
 use super::pair::{Pair, config, kinds, take_frame};
 
 fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, body_bytes: usize) -> bool {
-    let Some(mut body) = from.buffer(body_bytes) else {
+    let Some(mut body) = from.buffer(Priority::Verify, body_bytes) else {
         return false;
     };
     body.fill(7);
@@ -166,7 +166,7 @@ fn an_empty_pool_is_survived() {
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     let device = pair.dialled;
-    let held: Vec<_> = std::iter::from_fn(|| pair.device.buffer(100)).collect();
+    let held: Vec<_> = std::iter::from_fn(|| pair.device.buffer(Priority::Verify, 100)).collect();
     assert!(held.len() < 24, "some are kept for receiving");
     drop(held);
     let (mut sent, mut got) = (0, 0);

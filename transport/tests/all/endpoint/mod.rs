@@ -63,7 +63,8 @@ fn rows_go_up(pair: &mut Pair) {
         parent: 0,
         commit: 0,
     };
-    let mut body = pair.device.buffer(head.payload_start() + 2 * ROW_BYTES).unwrap();
+    let mut body =
+        pair.device.buffer(Priority::Verify, head.payload_start() + 2 * ROW_BYTES).unwrap();
     let payload = head.encode(&[], &mut body);
     body[payload..].fill(3);
     pair.device.send(pair.dialled, Kind::Rows, 7, Priority::Verify, body).unwrap();
@@ -76,7 +77,7 @@ fn rows_go_up(pair: &mut Pair) {
 fn output_comes_down(pair: &mut Pair, cloud_id: ConnectionId) {
     let arrivals = Arrivals::default();
     let head = OutputHead { count: 1, queue_us: 1, step_us: 2, step_rows: 2, arrivals };
-    let mut body = pair.cloud.buffer(head.payload_start() + ROW_BYTES).unwrap();
+    let mut body = pair.cloud.buffer(Priority::Verify, head.payload_start() + ROW_BYTES).unwrap();
     let payload = head.encode(&[2], &mut body);
     body[payload..].fill(4);
     pair.cloud.send(cloud_id, Kind::Output, 7, Priority::Verify, body).unwrap();

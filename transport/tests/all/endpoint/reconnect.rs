@@ -19,7 +19,7 @@ use super::pair::{
 /// Sends a frame that holds `number`, if the queue takes one.
 fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, number: u32) -> bool {
     let body_bytes = 4 + (number as usize * 977) % 9000;
-    let Some(mut body) = from.buffer(body_bytes) else {
+    let Some(mut body) = from.buffer(Priority::Verify, body_bytes) else {
         return false;
     };
     body.fill(number as u8);

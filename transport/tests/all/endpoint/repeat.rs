@@ -113,7 +113,7 @@ fn send(device: &mut impl FrameSink, to: ConnectionId, number: usize) {
     if number % 7 == 6 {
         return device.send_message(to, 2, &Message::End(End::default())).unwrap();
     }
-    let mut body = device.buffer(1 + number * 977 % 9000).unwrap();
+    let mut body = device.buffer(Priority::Verify, 1 + number * 977 % 9000).unwrap();
     body.fill(number as u8);
     device.send(to, Kind::Rows, 1, Priority::Verify, body).unwrap();
 }
