@@ -83,35 +83,61 @@ pub enum LinkEvent {
     Gone,
 }
 
-/// Counters of a cloud, over its life.
+/// Counters of a cloud, over its life. All only grow, but `sessions`, `pages_free` and `pages_idle`,
+/// which are what they are now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CloudFigures {
+pub struct CloudFigures<T = u64> {
     /// Steps run.
-    pub steps: u64,
+    pub steps: T,
     /// Rows run.
-    pub rows: u64,
+    pub rows: T,
     /// Microseconds spent in steps.
-    pub step_us: u64,
+    pub step_us: T,
     /// Sessions opened.
-    pub opened: u64,
+    pub opened: T,
     /// Sessions and connections refused or ended for something that the peer did.
-    pub refused: u64,
+    pub refused: T,
     /// Idle sessions ended for the sake of others.
-    pub evicted: u64,
+    pub evicted: T,
     /// Devices told to come back later.
-    pub busy: u64,
-    /// Rows not computed, since their device had gone another way.
-    pub dropped: u64,
+    pub busy: T,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: T,
     /// Sessions open now.
-    pub sessions: u64,
-    /// KV pages that a new session can have now.
-    pub pages_free: u64,
+    pub sessions: T,
+    /// KV pages that a new session can have now, those that are kept for others included.
+    pub pages_free: T,
     /// Steps that a backend did not compute.
-    pub faults: u64,
-    /// Free pages whose rows are kept.
-    pub pages_idle: u64,
+    pub faults: T,
+    /// Free pages whose rows are kept: a session that names them need not upload those.
+    pub pages_idle: T,
     /// Pages that sessions found when they opened.
-    pub pages_reused: u64,
+    pub pages_reused: T,
+}
+
+impl<T> CloudFigures<T> {
+    /// Joins each figure with the other's of the same name.
+    pub fn zip<U, V>(
+        &self,
+        other: &CloudFigures<U>,
+        join: impl Fn(&T, &U) -> V,
+    ) -> CloudFigures<V> {
+        CloudFigures {
+            steps: join(&self.steps, &other.steps),
+            rows: join(&self.rows, &other.rows),
+            step_us: join(&self.step_us, &other.step_us),
+            opened: join(&self.opened, &other.opened),
+            refused: join(&self.refused, &other.refused),
+            evicted: join(&self.evicted, &other.evicted),
+            busy: join(&self.busy, &other.busy),
+            dropped: join(&self.dropped, &other.dropped),
+            sessions: join(&self.sessions, &other.sessions),
+            pages_free: join(&self.pages_free, &other.pages_free),
+            faults: join(&self.faults, &other.faults),
+            pages_idle: join(&self.pages_idle, &other.pages_idle),
+            pages_reused: join(&self.pages_reused, &other.pages_reused),
+        }
+    }
 }
 
 /// The cloud's side of the protocol, for any number of connections.

@@ -82,7 +82,7 @@ struct Queue {
 }
 
 impl FrameSink for Queue {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, _: Priority, body_bytes: usize) -> Option<Buf> {
         self.pool.take(body_bytes)
     }
 
