@@ -126,7 +126,7 @@ impl From<RequestError> for Error {
     fn from(error: RequestError) -> Self {
         match error {
             RequestError::NotFinite { position } => Self::NotFinite { position },
-            RequestError::Peer { peer, reason } => Self::Peer { peer, reason },
+            RequestError::Peer { peer, reason, .. } => Self::Peer { peer, reason },
             RequestError::Busy { reason, retry_after_ms } => Self::Busy { reason, retry_after_ms },
             RequestError::Backend(fault) => Self::Backend(fault),
             RequestError::Stopped(reason) => Self::Stopped(reason),
