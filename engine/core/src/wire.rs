@@ -179,9 +179,40 @@ pub fn rows_per_frame(codec: Codec, hidden_size: usize, frame_bytes_max: usize) 
     bytes / (codec.row_bytes(hidden_size) + 4)
 }
 
+/// Most rows of a chunk on a connection with so many sessions.
+///
+/// A chunk keeps its bytes of the window until the cloud has all of it, and the window of a cloud
+/// has room for two of its largest steps in the longest rows. So as many chunks of which a part is
+/// still on its way fit it as there are sessions, or each would wait for the credit of the others.
+#[must_use]
+pub fn chunk_rows_max(row_budget: u32, codec: Codec, hidden_size: usize, sessions: usize) -> u32 {
+    let row_bytes = |codec: Codec| codec.row_bytes(hidden_size) as u64 + 4;
+    let window = 2 * u64::from(row_budget) * row_bytes(Codec::F32);
+    let rows = window / (row_bytes(codec) * sessions.max(1) as u64);
+    u32::try_from(rows).unwrap_or(u32::MAX).clamp(1, row_budget.max(1))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chunks_of_all_sessions_fit_a_window_of_two() {
+        for (budget, hidden_size) in [(16, 4096), (64, 896), (512, 5120)] {
+            for codec in Codec::ALL {
+                let rows = |sessions| chunk_rows_max(budget, codec, hidden_size, sessions);
+                let bytes = |codec: Codec| codec.row_bytes(hidden_size) + 4;
+                for sessions in 1..=2 * budget as usize {
+                    let window = 2 * budget as usize * bytes(Codec::F32);
+                    assert!(rows(sessions) as usize * bytes(codec) * sessions <= window);
+                    assert!((1..=budget).contains(&rows(sessions)));
+                }
+                assert_eq!([rows(1), rows(2)], [budget; 2], "one or two take what there is");
+            }
+        }
+        assert_eq!(chunk_rows_max(512, Codec::F32, 4096, 4), 256);
+        assert_eq!(chunk_rows_max(512, Codec::Int8, 4096, 7), 512);
+    }
 
     fn hello(role: Role) -> Hello {
         let own = super::hello(role, [7; 32], 64, 1..4);

@@ -31,6 +31,8 @@ pub(super) struct Facts {
     pub(super) chunks: ChunkPolicy,
     /// Rows of one step of the device.
     pub(super) step_rows_max: u32,
+    /// Requests that run at once.
+    pub(super) sessions_max: usize,
     /// True if a chunk is computed as a whole before any of it leaves.
     pub(super) whole_chunks: bool,
     /// Layers here before the cloud's, and the cloud's.
@@ -231,6 +233,7 @@ impl Common {
                 codec: config.codec,
                 chunks: config.chunks,
                 step_rows_max: config.step_rows_max,
+                sessions_max: config.sessions_max,
                 whole_chunks: false,
                 layers: (layers.start, layers.end - layers.start),
             },
@@ -263,12 +266,15 @@ impl Common {
         self.events.push_back((id, event));
     }
 
+    /// Most rows of a chunk.
+    pub(super) fn chunk_rows_max(&self) -> u32 {
+        let Facts { codec, hidden_size, sessions_max, step_rows_max, .. } = self.facts;
+        wire::chunk_rows_max(self.cloud.rows_max, codec, hidden_size, sessions_max)
+            .min(step_rows_max)
+    }
+
     /// Rows that may pend in the cloud, or run in one step there.
     pub(super) fn pending_max(&self) -> usize {
-        self.policy
-            .pending_max
-            .min(self.cloud.pending_max)
-            .min(self.cloud.rows_max as usize)
-            .min(self.facts.step_rows_max as usize)
+        self.policy.pending_max.min(self.cloud.pending_max).min(self.chunk_rows_max() as usize)
     }
 }

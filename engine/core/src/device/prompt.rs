@@ -126,7 +126,7 @@ impl Request {
         // Looked at for each chunk, whatever the policy: between two looks only the mean is seen.
         let unacked = cx.learned.note_link();
         let left = self.path.rows() - self.computed();
-        let rows_max = cx.cloud.rows_max.min(cx.facts.step_rows_max);
+        let rows_max = cx.chunk_rows_max();
         let rows = match cx.facts.chunks {
             ChunkPolicy::Off => left,
             ChunkPolicy::Fixed(rows) => rows,
