@@ -34,6 +34,21 @@ impl InputError {
     }
 }
 
+/// Kind of a cloud's event that ends a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerEvent {
+    /// It is away, and does not come back in time.
+    Away,
+    /// It has closed the connection for good.
+    Refuses,
+    /// It lost the session again and again.
+    Loses,
+    /// It is connected, and brings nothing.
+    Silent,
+    /// It does not keep to the protocol.
+    Violates,
+}
+
 /// Reason that a running request ended without an answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
@@ -48,6 +63,8 @@ pub enum RequestError {
     Peer {
         /// Its address.
         peer: String,
+        /// Kind of the event, for programs.
+        event: PeerEvent,
         /// The event, and the remedy.
         reason: String,
     },

@@ -39,4 +39,4 @@ pub mod stop;
 mod testkit;
 pub mod wire;
 
-pub use error::{InputError, RequestError};
+pub use error::{InputError, PeerEvent, RequestError};

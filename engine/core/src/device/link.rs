@@ -13,7 +13,7 @@ use super::request::{Request, RequestId, Session};
 use super::send::Leaving;
 use super::violation::CloudViolation;
 use super::{DeviceCore, Inbound};
-use crate::error::RequestError;
+use crate::error::{PeerEvent, RequestError};
 
 /// Length of an outage after which requests that come are not kept waiting for its end.
 const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
@@ -86,7 +86,7 @@ impl DeviceCore {
                 self.set_away(now, reason);
                 self.way.put_off(now, &mut *self.cloud.random);
                 if is_final {
-                    let error = self.peer(self.cloud.reason.clone());
+                    let error = self.peer(PeerEvent::Refuses, self.cloud.reason.clone());
                     self.fail_each(&error);
                 }
                 self.lose_sessions(now);
@@ -246,17 +246,22 @@ impl DeviceCore {
                 retry_after_ms: u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
             };
         }
-        self.peer(match (over, request.budget.setback()) {
+        let (event, reason) = match (over, request.budget.setback()) {
             (Waits::Cloud, _) => {
                 let (reason, waited) = (&self.cloud.reason, limits.cloud.as_secs_f32());
-                format!("{reason} (waited {waited:.0} s); is `hat-engine cloud` running there?")
+                let remedy = "is `hat-engine cloud` running there?";
+                (PeerEvent::Away, format!("{reason} (waited {waited:.0} s); {remedy}"))
             }
             (_, Some(setback)) => {
                 let waited = limits.all.as_secs_f32();
-                format!("{setback} (no token in {waited:.0} s of trying)")
+                (PeerEvent::Loses, format!("{setback} (no token in {waited:.0} s of trying)"))
             }
-            (_, None) => CloudViolation::Silent { waited: limits.all }.to_string(),
-        })
+            (_, None) => {
+                let violation = CloudViolation::Silent { waited: limits.all };
+                (violation.event(), violation.to_string())
+            }
+        };
+        self.peer(event, reason)
     }
 
     /// Time at which a request may be overdue, or its session may be opened.
@@ -276,11 +281,11 @@ impl DeviceCore {
 
     /// Ends a request whose cloud does not keep to the protocol.
     fn fail_by(&mut self, id: RequestId, violation: &CloudViolation) {
-        let error = self.peer(violation.to_string());
+        let error = self.peer(violation.event(), violation.to_string());
         self.fail(id, error);
     }
 
-    fn peer(&self, reason: String) -> RequestError {
-        RequestError::Peer { peer: self.config.cloud.clone(), reason }
+    fn peer(&self, event: PeerEvent, reason: String) -> RequestError {
+        RequestError::Peer { peer: self.config.cloud.clone(), event, reason }
     }
 }

@@ -7,6 +7,8 @@ use hat_transport::message::{MessageError, SessionErrorCode};
 
 use hat_transport::codec::CodecError;
 
+use crate::error::PeerEvent;
+
 /// Reason that a request can't go on with its cloud.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum CloudViolation {
@@ -55,4 +57,22 @@ pub(super) enum CloudViolation {
     /// Nothing new while an answer is due.
     #[error("it is connected, but has said nothing new for {:.0} s", waited.as_secs_f32())]
     Silent { waited: Duration },
+}
+
+impl CloudViolation {
+    /// Kind of the event, for programs.
+    pub(super) fn event(&self) -> PeerEvent {
+        match self {
+            Self::Silent { .. } => PeerEvent::Silent,
+            Self::Forgets { .. }
+            | Self::Ended {
+                code:
+                    SessionErrorCode::Evicted
+                    | SessionErrorCode::NoSuchSession
+                    | SessionErrorCode::Resource,
+                ..
+            } => PeerEvent::Loses,
+            _ => PeerEvent::Violates,
+        }
+    }
 }
