@@ -146,6 +146,12 @@ impl Endpoint {
         Self { random, ..self }
     }
 
+    /// Takes buffers from a pool that it shares with others, instead of one of its own.
+    #[must_use]
+    pub fn with_pool(self, pool: Pool) -> Self {
+        Self { pool, ..self }
+    }
+
     /// Ends [`Endpoint::poll`] early, from any thread.
     #[must_use]
     pub fn waker(&self) -> Waker {

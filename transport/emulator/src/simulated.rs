@@ -28,6 +28,20 @@ pub struct Conditions {
     pub cuts: bool,
 }
 
+/// One direction of a socket whose times change as a function says. Frames arrive one by one, and
+/// the first [`SEGMENT_BYTES`] of each before the rest, by which a receiver knows the rate.
+pub struct Way {
+    /// Time that so many bytes take if they are sent at this moment.
+    pub bytes: Box<dyn Fn(Instant, usize) -> Duration + Send + Sync>,
+    /// Time that the sender spends on handing a message over, beside its bytes.
+    pub message: Duration,
+    /// Time that a byte travels.
+    pub latency: Duration,
+}
+
+/// Bytes of a frame that arrive first over a [`Way`].
+const SEGMENT_BYTES: usize = 1460;
+
 /// Kind of a socket's break. Index 0 is the end that connected, 1 the one that accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Break {
@@ -74,7 +88,8 @@ impl SimNet {
             return Err(io::ErrorKind::AddrInUse.into());
         }
         let conditions = state.conditions.clone();
-        Ok(SimLink { net: self.clone(), id, listen, conditions, waker: Waker::new(|| ()) })
+        let (net, waker) = (self.clone(), Waker::new(|| ()));
+        Ok(SimLink { net, id, listen, conditions, ways: None, waker })
     }
 
     /// Time of the next completion of the link of this number; now or earlier if it has one
@@ -213,6 +228,8 @@ struct Socket {
     latency: Duration,
     /// Of bytes from each end.
     ns_per_byte: [u64; 2],
+    /// Times of bytes from each end, instead.
+    ways: Option<Arc<[Way; 2]>>,
     /// True if arriving bytes are cut at any place.
     cuts: bool,
     /// Nobody listened there.
@@ -247,6 +264,31 @@ struct Flow {
     lost: bool,
 }
 
+impl Flow {
+    /// Bytes arrive at this time, and after those that were sent before.
+    fn push(&mut self, at: Instant, bytes: Vec<u8>) {
+        if !self.lost {
+            self.last_at = self.last_at.max(at);
+            self.pieces.push_back((self.last_at, bytes));
+        }
+    }
+
+    /// Frames go over a way from `now` on; returns when the last of them has left.
+    fn send_over(&mut self, way: &Way, now: Instant, bufs: &[Buf]) -> Instant {
+        // Frames that follow the last without a gap are of the same message.
+        let is_idle = now + way.latency > self.last_at;
+        let mut left = if is_idle { now + way.message } else { now };
+        for buf in bufs {
+            let (first, rest) = buf.wire().split_at(buf.wire().len().min(SEGMENT_BYTES));
+            for part in [first, rest].into_iter().filter(|part| !part.is_empty()) {
+                left += (way.bytes)(now, part.len());
+                self.push(left + way.latency, part.to_vec());
+            }
+        }
+        left
+    }
+}
+
 impl Socket {
     /// Time of this end's next completion.
     fn next_at(&self, end: usize, now: Instant) -> Option<Instant> {
@@ -272,15 +314,18 @@ impl Socket {
         if own.phase != Phase::Open {
             return;
         }
-        let mut bytes = Vec::with_capacity(bufs.iter().map(|buf| buf.wire().len()).sum());
-        bufs.iter().for_each(|buf| bytes.extend_from_slice(buf.wire()));
-        let sent_at = now + Duration::from_nanos(self.ns_per_byte[end] * bytes.len() as u64);
-        own.sending = Some((sent_at, bufs));
         let flow = &mut self.flows[end];
-        if !flow.lost {
-            flow.last_at = flow.last_at.max(sent_at + self.latency);
-            flow.pieces.push_back((flow.last_at, bytes));
-        }
+        let sent_at = match &self.ways {
+            Some(ways) => flow.send_over(&ways[end], now, &bufs),
+            None => {
+                let mut bytes = Vec::with_capacity(bufs.iter().map(|buf| buf.wire().len()).sum());
+                bufs.iter().for_each(|buf| bytes.extend_from_slice(buf.wire()));
+                let takes = Duration::from_nanos(self.ns_per_byte[end] * bytes.len() as u64);
+                flow.push(now + takes + self.latency, bytes);
+                now + takes
+            }
+        };
+        own.sending = Some((sent_at, bufs));
     }
 
     /// Does what is due at this end.
@@ -365,6 +410,8 @@ pub struct SimLink {
     listen: Option<SocketAddr>,
     /// Of the sockets that it makes.
     conditions: Conditions,
+    /// Directions of the sockets that it makes, instead.
+    ways: Option<Arc<[Way; 2]>>,
     waker: Waker,
 }
 
@@ -375,10 +422,10 @@ impl SimLink {
         self.id
     }
 
-    /// Draws the sockets that it makes from these conditions.
+    /// Gives the sockets that it makes these ways, from it and to it.
     #[must_use]
-    pub fn with_conditions(mut self, conditions: Conditions) -> Self {
-        self.conditions = conditions;
+    pub fn with_ways(mut self, ways: [Way; 2]) -> Self {
+        self.ways = Some(Arc::new(ways));
         self
     }
 }
@@ -388,7 +435,8 @@ impl Link for SimLink {
         let mut state = self.net.state();
         let now = state.clock.now();
         let Conditions { latency_us, ns_per_byte, cuts } = self.conditions.clone();
-        let latency = Duration::from_micros(state.random.within(latency_us));
+        let drawn = Duration::from_micros(state.random.within(latency_us));
+        let latency = self.ways.as_ref().map_or(drawn, |ways| ways[0].latency);
         let drawn = state.random.next_u64();
         let ns_per_byte =
             ns_per_byte.map(|range| range.start() + drawn % (range.end() - range.start() + 1));
@@ -420,7 +468,9 @@ impl Link for SimLink {
             state.of_peer.insert(end.peer, (id, number));
             state.of_link.entry(end.link).or_default().insert(id);
         }
-        state.sockets.insert(id, Socket { ends, flows, latency, ns_per_byte, cuts, refused });
+        let ways = self.ways.clone();
+        let socket = Socket { ends, flows, latency, ns_per_byte, ways, cuts, refused };
+        state.sockets.insert(id, socket);
         state.touch(id);
         Ok(peers[0])
     }

@@ -4,10 +4,8 @@ use hat_tools::random::{Purpose, unit};
 use indicatif::ProgressBar;
 
 use crate::costs::{CostFile, Ranged};
-use crate::figures::Figures;
-use crate::policy::Policy;
-use crate::simulation::{Run, Simulation};
 use crate::text::Predictability;
+use crate::trial::Trials;
 
 /// Requests of one trial, and how many seeds are averaged.
 const REQUESTS: usize = 500;
@@ -128,15 +126,10 @@ fn error(file: &CostFile, predictability: &Predictability) -> f64 {
         sum += weight * off * off;
         weights += weight;
     };
-    let mut known: Vec<(&str, f64, Figures)> = vec![];
+    let runs = (1, SEEDS, REQUESTS);
+    let mut trials = Trials::new(file, predictability.clone(), runs, ProgressBar::hidden());
     for row in file.published.iter().filter(|row| row.calibrates) {
-        let same =
-            |(policy, rate, _): &&(&str, f64, Figures)| *policy == row.policy && *rate == row.rate;
-        if !known.iter().any(|run| same(&run)) {
-            let figures = simulate(file, predictability, &row.policy, row.rate);
-            known.push((&row.policy, row.rate, figures));
-        }
-        let (_, _, figures) = known.iter().find(same).expect("it was just put there");
+        let figures = trials.figures(&row.policy, row.rate).expect("a row can be simulated");
         row.ttft_ms.into_iter().for_each(|ttft| add(1.0, ttft, figures.ttft()));
         row.tbt_ms.into_iter().for_each(|tbt| add(1.0, tbt, figures.tbt()));
         if let Some([mean, spread]) = row.step_ms {
@@ -145,15 +138,4 @@ fn error(file: &CostFile, predictability: &Predictability) -> f64 {
         }
     }
     sum / f64::max(weights, 1e-9)
-}
-
-fn simulate(file: &CostFile, predictability: &Predictability, policy: &str, rate: f64) -> Figures {
-    let policy = Policy::named(policy).expect("a published row names a policy");
-    let run = |seed| {
-        let run = Run { rate, requests: REQUESTS, ..Run::of(&policy, seed) };
-        let mut simulation = Simulation::new(file, predictability, run);
-        simulation.simulate(&mut |_| {});
-        Figures::of(&policy.name, &simulation)
-    };
-    Figures::pool((1..=SEEDS).map(run).collect())
 }

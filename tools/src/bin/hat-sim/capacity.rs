@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::costs::CostFile;
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::simulation::{Run, Simulation};
+use crate::simulation::Run;
 use crate::text::Predictability;
 
 /// Most clients of a search.
@@ -71,16 +71,8 @@ impl Search<'_> {
         let file = self.file.clone().with_devices(clients);
         let requests = clients * self.args.requests as usize;
         let run = Run { requests, closed: true, ..Run::of(&self.policy, self.args.seed) };
-        let mut simulation = Simulation::new(&file, self.predictability, run);
         self.bar.set_message(format!("{}, {clients} clients", self.policy.name));
-        simulation.simulate(&mut |_| self.bar.tick());
-        ensure!(
-            simulation.failed.is_empty(),
-            "{}: {}",
-            self.policy.name,
-            simulation.failed.join(", ")
-        );
-        Ok(Figures::of(&self.policy.name, &simulation))
+        Figures::run(&file, self.predictability, run, &mut |_| self.bar.tick())
     }
 
     /// The most clients that are served in time.

@@ -1,10 +1,13 @@
 //! Figures of a run.
 
+use anyhow::ensure;
 use hat_core::metrics::Timings;
 use hat_tools::statistics::{mean, quantile};
 use serde_json::{Value, json};
 
-use crate::simulation::{Request, Simulation};
+use crate::costs::CostFile;
+use crate::simulation::{Request, Run, Simulation};
+use crate::text::Predictability;
 
 /// Share of the requests at either end of a run that is not counted: the load is not there yet,
 /// or not any more.
@@ -30,11 +33,25 @@ pub(crate) struct Figures {
 }
 
 impl Figures {
+    /// Of a run, with all that happens in it; `progress` hears of each request that is over.
+    pub(crate) fn run(
+        file: &CostFile,
+        predictability: &Predictability,
+        run: Run,
+        progress: &mut dyn FnMut(usize),
+    ) -> anyhow::Result<Self> {
+        let mut simulation = Simulation::new(file, predictability, run);
+        simulation.simulate(progress);
+        let (name, failed) = (&simulation.run.policy.name, &simulation.failed);
+        ensure!(failed.is_empty(), "{name}: {}", failed.join(", "));
+        Ok(Self::of(&simulation))
+    }
+
     /// Of a world in which all has happened.
-    pub(crate) fn of(policy: &str, simulation: &Simulation<'_>) -> Self {
-        let count = simulation.requests.len();
+    pub(crate) fn of(simulation: &Simulation<'_>) -> Self {
+        let count = simulation.requests().len();
         let edge = if count >= 20 { (count as f64 * EDGE) as usize } else { 0 };
-        let counted = simulation.requests[edge..count - edge].iter();
+        let counted = simulation.requests()[edge..count - edge].iter();
         let counted: Vec<(&Request, &Timings)> =
             counted.filter_map(|request| Some((request, request.timings.as_ref()?))).collect();
         let sum = |of: &dyn Fn(&Request, &Timings) -> f64| {
@@ -47,14 +64,13 @@ impl Figures {
         };
         let requests = counted.len() as f64;
         let tokens = sum(&|request, _| f64::from(request.emitted - 1));
-        let step_s: Vec<f64> =
-            simulation.clouds.iter().flat_map(|cloud| cloud.step_s.iter().copied()).collect();
+        let step_s: Vec<f64> = simulation.step_s().collect();
         let steps = step_s.len().max(1) as f64;
         let step = step_s.iter().sum::<f64>() / steps;
         let square = step_s.iter().map(|s| (s - step) * (s - step)).sum::<f64>() / steps;
         let way_s = 2.0 * simulation.one_way_s();
         Self {
-            policy: policy.to_owned(),
+            policy: simulation.run.policy.name.clone(),
             ttft_ms: sorted(&|request| 1e3 * (way_s + request.first_s - request.ask.at_s)),
             tbt_ms: sorted(&|request| {
                 1e3 * (request.last_s - request.first_s) / f64::from(request.emitted - 1)
@@ -73,15 +89,11 @@ impl Figures {
         let count = parts.len() as f64;
         let mut parts = parts.into_iter();
         let mut all = parts.next().expect("there is a run");
-        for part in parts {
-            all.ttft_ms.extend(part.ttft_ms);
-            all.tbt_ms.extend(part.tbt_ms);
-            let ours = all.numbers_mut();
-            let [accept_len, rows_a_token, bytes_up, bytes_down, chunks] =
-                [part.accept_len, part.rows_a_token, part.bytes_up, part.bytes_down, part.chunks];
-            let [step, spread] = part.step_ms;
-            let theirs = [accept_len, rows_a_token, bytes_up, bytes_down, chunks, step, spread];
-            ours.into_iter().zip(theirs).for_each(|(sum, number)| *sum += number);
+        for mut part in parts {
+            all.ttft_ms.append(&mut part.ttft_ms);
+            all.tbt_ms.append(&mut part.tbt_ms);
+            let numbers = all.numbers_mut().into_iter().zip(part.numbers_mut());
+            numbers.for_each(|(sum, number)| *sum += *number);
         }
         all.numbers_mut().into_iter().for_each(|sum| *sum /= count);
         all.ttft_ms.sort_by(f64::total_cmp);

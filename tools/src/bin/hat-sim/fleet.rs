@@ -70,16 +70,11 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let took_s = began.elapsed().as_secs_f64();
     ensure!(simulation.failed.is_empty(), "{}", simulation.failed.join(", "));
-    let figures = Figures::of(&policy.name, &simulation);
+    let figures = Figures::of(&simulation);
     outln!("{} devices, {replicas} clouds, {rate:.0} requests / s\n", args.devices)?;
     outln!("{}\n|---|---|---|---|---|---|---|---|---|\n{}", Figures::HEAD, figures.row())?;
     outln!("\n{} requests simulated in {took_s:.1} s of real time", simulation.over)?;
-    let clocks = || simulation.clouds.iter().map(|cloud| &cloud.clock);
-    let plans: u64 = clocks().map(|clock| clock.plans).sum();
-    let spent_us: f64 = clocks().map(|clock| clock.took.as_secs_f64() * 1e6).sum();
-    let queued = clocks().map(|clock| clock.queued_max).max().unwrap_or(0);
-    let plan_us = spent_us / plans.max(1) as f64;
-    outln!("{plans} steps; to plan one and fill it took {plan_us:.2} us, {queued} works waited")?;
+    outln!("{} steps", simulation.step_s().count())?;
     let mut costs = vec![];
     for (sessions, rows) in TIMED {
         let us = scheduler_us(sessions, rows);
@@ -92,8 +87,8 @@ pub(crate) fn fleet(args: &FleetArgs) -> anyhow::Result<()> {
     }
     if args.json {
         let fleet = json!({
-            "devices": args.devices, "replicas": replicas, "rate": rate, "plan_us": plan_us,
-            "plans": plans, "queued_max": queued, "scheduler": costs,
+            "devices": args.devices, "replicas": replicas, "rate": rate,
+            "steps": simulation.step_s().count(), "scheduler": costs,
         });
         outln!("{}", json!({ "policies": [figures.json()], "fleet": fleet }))?;
     }

@@ -8,13 +8,11 @@ mod cloud;
 mod costs;
 mod device;
 mod drafter;
-mod end;
 mod faults;
 mod figures;
 mod fleet;
 mod load;
 mod policy;
-mod queue;
 mod show;
 mod simulation;
 mod text;
@@ -24,13 +22,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use hat_core::draft::DraftPolicy;
 use hat_program::{out, outln};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::costs::{Calibrated, CostFile, Ranged};
 use crate::figures::Figures;
 use crate::policy::{ABLATION, COMPARED};
+use crate::text::Predictability;
 use crate::trial::{Compared, Trials};
 
 /// Simulates devices and a cloud in virtual time, and compares ways of splitting a model.
@@ -82,7 +82,7 @@ struct Load {
     #[arg(long, value_name = "NAME|PATH")]
     workload: String,
     /// Requests a second over all devices, 0.001 to 1000; the workload's own without.
-    #[arg(long, value_name = "N", value_parser = rate)]
+    #[arg(long, value_name = "N", value_parser = |text: &str| within(text, [0.001, 1000.0]))]
     rate: Option<f64>,
     /// Of requests, texts and rates.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -92,11 +92,12 @@ struct Load {
     #[arg(value_parser = clap::value_parser!(u64).range(1..=100))]
     runs: u64,
     /// Requests of a run, 1 to 1000000.
-    #[arg(long, value_name = "N", default_value_t = 600, value_parser = count)]
-    requests: usize,
+    #[arg(long, value_name = "N", default_value_t = 600)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    requests: u32,
     /// Hypothetical mean of tokens a round of the adapter's tree of 32 nodes, 1 to 8 (EAGLE-2: 4.34
     /// in its own benchmark).
-    #[arg(long, value_name = "N", value_parser = tokens)]
+    #[arg(long, value_name = "N", value_parser = |text: &str| within(text, [1.0, 8.0]))]
     what_if_tree: Option<f64>,
     /// Write plots (SVG) into this folder: figures against the rate, distributions, timelines.
     #[arg(long, value_name = "DIR")]
@@ -106,25 +107,9 @@ struct Load {
     json: bool,
 }
 
-fn rate(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(rate) if (0.001..=1000.0).contains(&rate) => Ok(rate),
-        _ => Err("allowed are 0.001 to 1000 requests a second".to_owned()),
-    }
-}
-
-fn tokens(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(tokens) if (1.0..=8.0).contains(&tokens) => Ok(tokens),
-        _ => Err("allowed are 1 to 8 tokens a round".to_owned()),
-    }
-}
-
-fn count(text: &str) -> Result<usize, String> {
-    match text.parse::<usize>() {
-        Ok(count) if (1..=1_000_000).contains(&count) => Ok(count),
-        _ => Err("allowed are 1 to 1000000".to_owned()),
-    }
+fn within(text: &str, [low, high]: [f64; 2]) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (low..=high).contains(number));
+    number.ok_or_else(|| format!("allowed are {low} to {high}"))
 }
 
 fn main() -> ExitCode {
@@ -159,14 +144,20 @@ fn ablation(args: &Load) -> anyhow::Result<()> {
 fn run(load: &Load, names: &[&str], table: Option<&str>) -> anyhow::Result<()> {
     let file = CostFile::open(&load.workload)?;
     let rate = load.rate.unwrap_or(file.workload.rate);
-    let mut trials = Trials::new(&file, load.seed, load.runs, load.requests);
+    let mut predictability = Predictability::fit(&file.drafters);
     outln!("{}", file.describe())?;
     outln!("{rate} requests a second, {} x {} of them", load.runs, load.requests)?;
     if let Some(tokens) = load.what_if_tree {
-        trials.what_if(tokens);
+        predictability = predictability.with_tree(DraftPolicy::DEFAULT.nodes_max, tokens);
         outln!("WHAT IF a tree of 32 drafts gave {tokens} tokens a round?")?;
     }
     outln!()?;
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} requests, {msg}")
+            .expect("the template is well-formed"),
+    );
+    let runs = (load.seed, load.runs, load.requests as usize);
+    let mut trials = Trials::new(&file, predictability, runs, bar);
     outln!("{}", Figures::HEAD)?;
     outln!("|---|---|---|---|---|---|---|---|---|")?;
     let mut all = vec![];

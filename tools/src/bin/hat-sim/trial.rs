@@ -1,13 +1,11 @@
 //! Runs of policies on a cost file, each done once, pooled over seeds.
 
-use anyhow::ensure;
-use hat_core::draft::DraftPolicy;
 use indicatif::ProgressBar;
 
 use crate::costs::{CostFile, Published};
 use crate::figures::Figures;
 use crate::policy::Policy;
-use crate::simulation::{Run, Simulation};
+use crate::simulation::Run;
 use crate::text::Predictability;
 
 /// Requests of a run in which each device is alone, and their rate.
@@ -26,19 +24,14 @@ pub(crate) struct Trials<'a> {
 }
 
 impl<'a> Trials<'a> {
-    pub(crate) fn new(file: &'a CostFile, seed: u64, runs: u64, requests: usize) -> Self {
-        let predictability = Predictability::fit(&file.drafters);
-        let bar = ProgressBar::new(0).with_style(
-            indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} requests, {msg}")
-                .expect("the template is well-formed"),
-        );
+    /// `runs` of so many requests for each figure, with seeds from `seed` on.
+    pub(crate) fn new(
+        file: &'a CostFile,
+        predictability: Predictability,
+        (seed, runs, requests): (u64, u64, usize),
+        bar: ProgressBar,
+    ) -> Self {
         Self { file, predictability, seed, runs, requests, bar, done: vec![] }
-    }
-
-    /// Sets the hypothetical tokens a round of the adapter's tree of 32 nodes.
-    pub(crate) fn what_if(&mut self, tree_tokens: f64) {
-        self.predictability =
-            self.predictability.with_tree(DraftPolicy::DEFAULT.nodes_max, tree_tokens);
     }
 
     /// Figures of a policy at a rate.
@@ -54,11 +47,9 @@ impl<'a> Trials<'a> {
         let mut parts = vec![];
         for index in 0..self.runs {
             let run = Run { rate, requests, ..Run::of(&policy, self.seed + index) };
-            let mut simulation = Simulation::new(self.file, &self.predictability, run);
             let before = index * requests as u64;
-            simulation.simulate(&mut |finished| self.bar.set_position(before + finished as u64));
-            ensure!(simulation.failed.is_empty(), "{name}: {}", simulation.failed.join(", "));
-            parts.push(Figures::of(name, &simulation));
+            let mut progress = |over| self.bar.set_position(before + over as u64);
+            parts.push(Figures::run(self.file, &self.predictability, run, &mut progress)?);
         }
         self.bar.finish_and_clear();
         let figures = Figures::pool(parts);

@@ -1,12 +1,16 @@
-//! A cloud's process: its io thread and the threads of its stages, in virtual time.
+//! A cloud's process: its io thread and the threads of its stages, in virtual time. It has one port
+//! or many: those alone take a turn to which something has happened.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use hat_core::cloud::{CloudCore, LinkEvent, StepBatch};
 use hat_emulator::simulated::SimNet;
+use hat_transport::conn::{ConnectionId, FrameSink, SendError};
 use hat_transport::endpoint::{Endpoint, Event};
+use hat_transport::frame::{Kind, Priority};
 use hat_transport::message::CloseCode;
+use hat_transport::pool::Buf;
 
 use super::Compute;
 
@@ -20,12 +24,66 @@ struct Stage {
     running: Option<(Option<Instant>, StepBatch)>,
 }
 
+/// Ports, each with the number of its link, and those that are to take a turn.
+#[derive(Default)]
+struct Ports {
+    all: Vec<(Endpoint, u64)>,
+    due: BTreeSet<usize>,
+    /// Ports that have taken one since their next time was asked for.
+    polled: BTreeSet<usize>,
+}
+
+/// A connection of all ports, by the number of its port and its own.
+fn id_of(port: usize, id: ConnectionId) -> ConnectionId {
+    ConnectionId((port as u64) << 32 | id.0)
+}
+
+impl Ports {
+    fn port(&self, id: ConnectionId) -> (usize, ConnectionId) {
+        ((id.0 >> 32) as usize, ConnectionId(id.0 & u64::from(u32::MAX)))
+    }
+
+    /// The port of a connection, which is due now.
+    fn of(&mut self, id: ConnectionId) -> (&mut Endpoint, ConnectionId) {
+        let (port, id) = self.port(id);
+        self.due.insert(port);
+        (&mut self.all[port].0, id)
+    }
+
+    fn close(&mut self, id: ConnectionId, code: CloseCode, reason: &str) {
+        let (endpoint, id) = self.of(id);
+        endpoint.close(id, code, reason);
+    }
+}
+
+impl FrameSink for Ports {
+    fn buffer(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+        self.all.first_mut()?.0.buffer(priority, body_bytes)
+    }
+
+    fn send(
+        &mut self,
+        to: ConnectionId,
+        kind: Kind,
+        session: u32,
+        priority: Priority,
+        body: Buf,
+    ) -> Result<(), SendError> {
+        let (endpoint, to) = self.of(to);
+        endpoint.send(to, kind, session, priority, body)
+    }
+
+    fn discard(&mut self, to: ConnectionId, session: u32) -> usize {
+        let (endpoint, to) = self.of(to);
+        endpoint.discard(to, session)
+    }
+}
+
 /// A cloud.
 pub struct Cloud {
     pub core: CloudCore,
-    /// `None` once it has ended.
-    pub endpoint: Option<Endpoint>,
-    link: u64,
+    ports: Ports,
+    has_ended: bool,
     stages: Vec<Stage>,
     /// Steps whose last stage is done.
     done: Vec<StepBatch>,
@@ -35,16 +93,39 @@ pub struct Cloud {
 }
 
 impl Cloud {
-    pub(super) fn new(core: CloudCore, endpoint: Endpoint, link: u64, stages: usize) -> Self {
+    pub(super) fn new(core: CloudCore, stages: usize) -> Self {
         let stages = (0..stages).map(|_| Stage::default()).collect();
-        let endpoint = Some(endpoint);
-        let (done, events) = (Vec::new(), Vec::new());
-        Self { core, endpoint, link, stages, done, stands_until: None, events }
+        let (ports, done, events) = (Ports::default(), Vec::new(), Vec::new());
+        Self { core, ports, has_ended: false, stages, done, stands_until: None, events }
+    }
+
+    /// It listens at one more port.
+    pub(super) fn listen(&mut self, endpoint: Endpoint, link: u64) {
+        self.ports.due.insert(self.ports.all.len());
+        self.ports.all.push((endpoint, link));
+    }
+
+    /// Number of its ports.
+    pub(super) fn ports(&self) -> usize {
+        self.ports.all.len()
+    }
+
+    /// Its first port; `None` once it has ended.
+    pub fn endpoint(&self) -> Option<&Endpoint> {
+        self.ports.all.first().map(|(endpoint, _)| endpoint)
+    }
+
+    /// Something may have happened to a port.
+    pub(super) fn touch(&mut self, port: usize) {
+        if port < self.ports.all.len() {
+            self.ports.due.insert(port);
+        }
     }
 
     /// Its sockets close, and its steps are lost.
     pub(super) fn end(&mut self) {
-        self.endpoint = None;
+        self.has_ended = true;
+        self.ports = Ports::default();
         self.events.clear();
         self.stages.iter_mut().for_each(|stage| *stage = Stage::default());
     }
@@ -57,7 +138,7 @@ impl Cloud {
     /// Does what is due; true if the process has ended.
     pub(super) fn run(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
         self.stands_until = self.stands_until.filter(|until| *until > now);
-        if self.stands_until.is_some() {
+        if self.stands_until.is_some() || self.has_ended {
             return false;
         }
         loop {
@@ -76,28 +157,37 @@ impl Cloud {
         }
     }
 
-    /// Sends what is queued and takes what has come; returns true if anything has.
+    /// Ports that are due send what is queued and take what has come; returns true if anything has.
     fn poll(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
-        let Some(endpoint) = &mut self.endpoint else { return false };
-        let events = &mut self.events;
-        endpoint.poll(Some(Duration::ZERO), events).expect("a simulated link works");
-        let came = !events.is_empty();
-        for event in events.drain(..) {
-            let (from, event) = match event {
-                Event::Frame { connection, frame } => {
-                    if compute.overhears(number, endpoint, connection, &frame) {
-                        self.core.handle_frame(now, connection, frame);
+        let mut came = false;
+        for port in std::mem::take(&mut self.ports.due) {
+            let endpoint = &mut self.ports.all[port].0;
+            let events = &mut self.events;
+            endpoint.poll(Some(Duration::ZERO), events).expect("a simulated link works");
+            self.ports.polled.insert(port);
+            if events.is_empty() {
+                continue;
+            }
+            // More may be there.
+            self.ports.due.insert(port);
+            came = true;
+            for event in events.drain(..) {
+                let (from, event) = match event {
+                    Event::Frame { connection, frame } => {
+                        if compute.overhears(number, endpoint, connection, &frame) {
+                            self.core.handle_frame(now, id_of(port, connection), frame);
+                        }
+                        continue;
                     }
-                    continue;
-                }
-                Event::Up { connection, hello, resumed, .. } => {
-                    (connection, LinkEvent::Up { hello, resumed })
-                }
-                Event::Down { connection, .. } => (connection, LinkEvent::Down),
-                Event::Gone { connection, .. } => (connection, LinkEvent::Gone),
-                Event::Refused { .. } | Event::Woken => continue,
-            };
-            self.core.handle_link(now, from, event);
+                    Event::Up { connection, hello, resumed, .. } => {
+                        (connection, LinkEvent::Up { hello, resumed })
+                    }
+                    Event::Down { connection, .. } => (connection, LinkEvent::Down),
+                    Event::Gone { connection, .. } => (connection, LinkEvent::Gone),
+                    Event::Refused { .. } | Event::Woken => continue,
+                };
+                self.core.handle_link(now, id_of(port, from), event);
+            }
         }
         came
     }
@@ -105,15 +195,15 @@ impl Cloud {
     /// Steps that have ended go back to the core; returns true if there were any.
     fn take_back(&mut self, now: Instant, number: usize, compute: &mut impl Compute) -> bool {
         self.advance(now, number, compute);
-        let Some(endpoint) = &mut self.endpoint else { return false };
         let went_on = !self.done.is_empty();
         for batch in self.done.drain(..) {
             for connection in batch.connections() {
-                if let Some(traffic) = endpoint.traffic(connection) {
+                let (port, id) = self.ports.port(connection);
+                if let Some(traffic) = self.ports.all[port].0.traffic(id) {
                     self.core.handle_traffic(connection, &traffic);
                 }
             }
-            self.core.handle_step(now, batch, endpoint);
+            self.core.handle_step(now, batch, &mut self.ports);
         }
         went_on
     }
@@ -173,19 +263,18 @@ impl Cloud {
     }
 
     fn transmit(&mut self, now: Instant) {
-        let Some(endpoint) = &mut self.endpoint else { return };
-        self.core.poll_transmit(now, endpoint);
+        self.core.poll_transmit(now, &mut self.ports);
         while let Some((connection, code, reason)) = self.core.poll_close() {
-            endpoint.close(connection, code, &reason);
+            self.ports.close(connection, code, &reason);
         }
     }
 
     fn say_farewell(&mut self, now: Instant) {
         self.transmit(now);
-        if let Some(endpoint) = &mut self.endpoint {
-            for connection in self.core.connections() {
-                endpoint.close(connection, CloseCode::Internal, "the cloud has failed");
-            }
+        for connection in self.core.connections() {
+            self.ports.close(connection, CloseCode::Internal, "the cloud has failed");
+        }
+        for (endpoint, _) in &mut self.ports.all {
             for _ in 0..LAST_POLLS {
                 endpoint.poll(Some(Duration::ZERO), &mut self.events).expect("it works");
             }
@@ -193,11 +282,10 @@ impl Cloud {
         self.end();
     }
 
-    /// Time at which it has to be run again, unless something happens before.
-    pub(super) fn next_at(&self, now: Instant, net: &SimNet) -> Option<Instant> {
-        let endpoint = self.endpoint.as_ref()?;
-        if self.stands_until.is_some() {
-            return self.stands_until;
+    /// Time of its next turn, unless something happens before.
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        if self.stands_until.is_some() || self.has_ended {
+            return self.stands_until.filter(|_| !self.has_ended);
         }
         let stages = self.stages.iter().enumerate();
         let ends = stages.filter_map(|(index, stage)| {
@@ -206,7 +294,20 @@ impl Cloud {
             let is_blocked = self.stages.get(index + 1).is_some_and(|it| !it.waiting.is_empty());
             end.filter(|_| !is_blocked)
         });
-        let own = [self.core.poll_timeout(), endpoint.poll_timeout(now), net.next_of(self.link)];
-        own.into_iter().flatten().chain(ends).min()
+        self.core.poll_timeout().into_iter().chain(ends).min()
+    }
+
+    /// The same of the ports that have taken a turn, by number from 1 on.
+    pub(super) fn next_of_ports(
+        &mut self,
+        now: Instant,
+        net: &SimNet,
+    ) -> impl Iterator<Item = (usize, Instant)> {
+        let polled = std::mem::take(&mut self.ports.polled).into_iter();
+        polled.filter_map(move |port| {
+            let (endpoint, link) = self.ports.all.get(port)?;
+            let times = [endpoint.poll_timeout(now), net.next_of(*link)];
+            Some((port + 1, times.into_iter().flatten().min()?))
+        })
     }
 }

@@ -1,23 +1,16 @@
-//! A device's process: what the engine thread does around a core, in virtual time. It stands still
-//! while it computes.
+//! A device's process: what the engine thread does around a core, in virtual time.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use hat_core::answer::{Answer, EndTokens, Prepared};
-use hat_core::device::{DeviceCore, Inbound, RequestEvent, RequestId};
+use hat_core::answer::EndTokens;
+use hat_core::device::{DeviceCore, Inbound, LinkCommand, RequestEvent, RequestId};
 use hat_emulator::simulated::SimNet;
 use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::{Endpoint, Event};
-use hat_transport::message::CloseCode;
+use hat_transport::message::Hello;
 
 use super::{Compute, Ran};
-
-/// Pauses before another connection is made, as the engine has them.
-const REDIAL: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
-
-/// A turn in which there was nothing to do is followed by the next after so long.
-const TURN: Duration = Duration::from_millis(1);
 
 /// A device.
 pub struct Device {
@@ -25,42 +18,39 @@ pub struct Device {
     /// `None` once it has ended.
     pub endpoint: Option<Endpoint>,
     link: u64,
+    hello: Hello,
     cloud: SocketAddr,
     connection: Option<ConnectionId>,
-    /// Time of the next dial to the cloud, and the last pause.
-    dial_at: Option<Instant>,
-    pause: Duration,
     /// The computation that is out, and when it ends.
     out: Option<(Option<Instant>, Ran)>,
     cancelled: Vec<RequestId>,
     /// It does nothing until then.
     pub stands_until: Option<Instant>,
     events: Vec<Event>,
-    /// News told to its callers.
+    /// News for its callers.
     pub(super) news: Vec<(RequestId, RequestEvent)>,
 }
 
 impl Device {
-    pub(super) fn new(core: DeviceCore, endpoint: Endpoint, link: u64, cloud: SocketAddr) -> Self {
+    pub(super) fn new(
+        core: DeviceCore,
+        endpoint: Endpoint,
+        link: u64,
+        (hello, cloud): (Hello, SocketAddr),
+    ) -> Self {
         Self {
             core,
             endpoint: Some(endpoint),
             link,
+            hello,
             cloud,
             connection: None,
-            dial_at: None,
-            pause: Duration::ZERO,
             out: None,
             cancelled: Vec::new(),
             stands_until: None,
             events: Vec::new(),
             news: Vec::new(),
         }
-    }
-
-    pub(super) fn submit(&mut self, now: Instant, prepared: Prepared, answer: Answer) -> RequestId {
-        self.dial_at = None;
-        self.core.submit(now, prepared, answer)
     }
 
     pub(super) fn cancel(&mut self, id: RequestId) {
@@ -73,57 +63,71 @@ impl Device {
         self.out = None;
     }
 
-    /// Does what is due, until it computes or has nothing to do.
-    pub(super) fn run(&mut self, now: Instant, number: usize, compute: &mut impl Compute) {
+    /// Does what is due, until it computes, has news or has nothing to do. While it computes it
+    /// stands still, but for its link if that is served.
+    pub(super) fn run(
+        &mut self,
+        now: Instant,
+        (at, number, serves_link): (Duration, usize, bool),
+        compute: &mut impl Compute,
+    ) {
         self.stands_until = self.stands_until.filter(|until| *until > now);
         if self.stands_until.is_some() || self.endpoint.is_none() {
             return;
         }
-        if let Some((end, _)) = &self.out {
-            if end.is_none_or(|end| end > now) {
-                return;
+        match self.out.take_if(|(end, _)| end.is_some_and(|end| end <= now)) {
+            Some((_, ran)) => {
+                let took = ran.took.unwrap_or_default();
+                self.core.handle_work(now, took, ran.fault.as_ref(), &EndTokens::default());
+                if ran.fault.is_some_and(|fault| fault.lasts) {
+                    self.begin_anew(now);
+                }
+                self.exchange(now, number, compute);
             }
-            let (_, ran) = self.out.take().expect("looked at above");
-            let took = ran.took.unwrap_or_default();
-            self.core.handle_work(now, took, ran.fault.as_ref(), &EndTokens::default());
-            if ran.fault.is_some_and(|fault| fault.lasts) {
-                self.begin_anew();
+            None if self.out.is_some() && serves_link => {
+                self.exchange(now, number, compute);
             }
-            self.exchange(now, number, compute);
+            None => {}
         }
-        let mut idle = 0;
-        loop {
+        while self.out.is_none() && self.news.is_empty() {
             for id in std::mem::take(&mut self.cancelled) {
                 self.core.cancel(id);
             }
-            let Some(endpoint) = &mut self.endpoint else { return };
-            if self.connection.is_none() && self.dial_at.is_none_or(|at| at <= now) {
-                self.connection = Some(endpoint.dial(self.cloud));
-            }
-            let connection = self.connection;
-            let held = |session| connection.map_or(0, |id| endpoint.held(id, session));
+            self.obey(now);
+            let (endpoint, connection) = (self.endpoint.as_ref(), self.connection);
+            let held = |session| {
+                endpoint.zip(connection).map_or(0, |(endpoint, id)| endpoint.held(id, session))
+            };
             self.core.handle_timeout(now, &held);
             if let Some(work) = self.core.poll_work(now, true) {
-                let ran = compute.device(number, work);
+                let ran = compute.device(at, number, work);
                 self.out = Some((ran.took.and_then(|took| now.checked_add(took)), ran));
-                return;
-            }
-            idle = if self.exchange(now, number, compute) { 0 } else { idle + 1 };
-            if idle > 1 || (idle > 0 && self.core.poll_timeout(now) != Some(Duration::ZERO)) {
+            } else if !self.exchange(now, number, compute) {
                 return;
             }
         }
     }
 
-    /// Its backend is lost: another goes on, over a connection of its own.
-    fn begin_anew(&mut self) {
-        if let (Some(endpoint), Some(connection)) = (&mut self.endpoint, self.connection.take()) {
-            let reason = "the device's backend is lost";
-            endpoint.close(connection, CloseCode::Internal, reason);
-            self.core.handle_inbound(Inbound::Gone { reason: reason.into(), is_final: false });
+    /// Dials and closes as the core says.
+    fn obey(&mut self, now: Instant) {
+        let Some(endpoint) = &mut self.endpoint else { return };
+        while let Some(command) = self.core.poll_link(now) {
+            match (command, self.connection.take()) {
+                (LinkCommand::Dial, _) => self.connection = Some(endpoint.dial(self.cloud)),
+                (LinkCommand::Close { code, reason }, Some(id)) => {
+                    endpoint.close(id, code, &reason)
+                }
+                (LinkCommand::Close { .. }, None) => {}
+            }
         }
+    }
+
+    /// Its backend is lost: another goes on, over a connection of its own.
+    fn begin_anew(&mut self, now: Instant) {
+        self.core.leave_link(now);
+        self.obey(now);
         self.core.handle_model(hat_plan::ARITHMETIC_CPU, None);
-        self.dial_at = None;
+        self.core.dial_again(now, self.hello);
     }
 
     /// Sends and receives; returns true if anything came.
@@ -141,7 +145,7 @@ impl Device {
             if let Event::Frame { frame, .. } = &event {
                 compute.hears(number, frame);
             }
-            self.take(now, event);
+            self.take(event);
         }
         self.events = events;
         if let Some(endpoint) = &self.endpoint {
@@ -150,41 +154,35 @@ impl Device {
         came
     }
 
-    fn take(&mut self, now: Instant, event: Event) {
+    fn take(&mut self, event: Event) {
         if event.connection().is_some_and(|connection| Some(connection) != self.connection) {
             return;
         }
-        let inbound = match event {
+        self.core.handle_inbound(match event {
             Event::Up { hello, resumed, .. } => Inbound::Up { hello, resumed },
             Event::Down { reason, .. } => Inbound::Down { reason },
             Event::Gone { error, .. } => {
                 self.connection = None;
-                self.pause = (2 * self.pause).clamp(REDIAL[0], REDIAL[1]);
-                self.dial_at = Some(now + self.pause);
-                Inbound::Gone { reason: error.to_string(), is_final: error.is_final() }
+                Inbound::gone(&error)
             }
-            Event::Frame { frame, .. } => {
-                (self.dial_at, self.pause) = (None, Duration::ZERO);
-                Inbound::Frame(frame)
-            }
+            Event::Frame { frame, .. } => Inbound::Frame(frame),
             Event::Refused { .. } | Event::Woken => return,
-        };
-        self.core.handle_inbound(inbound);
+        });
     }
 
-    /// Time at which it has to be run again, unless something happens before.
-    pub(super) fn next_at(&self, now: Instant, net: &SimNet) -> Option<Instant> {
+    /// Time of its next turn, unless something happens before.
+    pub(super) fn next_at(&self, now: Instant, net: &SimNet, serves_link: bool) -> Option<Instant> {
         let endpoint = self.endpoint.as_ref()?;
         if self.stands_until.is_some() {
             return self.stands_until;
         }
-        if let Some((end, _)) = &self.out {
-            return *end;
-        }
-        let core = self.core.poll_timeout(now).map(|after| now + after.max(TURN));
-        let dial = self.dial_at.filter(|_| self.connection.is_none());
-        let own = [core, dial, endpoint.poll_timeout(now), net.next_of(self.link)];
-        own.into_iter().flatten().min()
+        let own = match &self.out {
+            Some((end, _)) if !serves_link => return *end,
+            Some((end, _)) => *end,
+            None => self.core.poll_timeout(now).map(|after| now + after),
+        };
+        let of_link = [endpoint.poll_timeout(now), net.next_of(self.link)];
+        own.into_iter().chain(of_link.into_iter().flatten()).min()
     }
 }
 

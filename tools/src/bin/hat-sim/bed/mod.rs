@@ -11,28 +11,28 @@ mod device;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hat_core::answer::{Answer, EndTokens, Prepared};
 use hat_core::cloud::CloudCore;
 use hat_core::device::{DeviceCore, DeviceWork, RequestEvent, RequestId};
-use hat_emulator::simulated::{Conditions, SimNet};
+use hat_emulator::simulated::{Conditions, SimNet, Way};
 use hat_plan::{BackendFault, MiddleStep};
 use hat_transport::clock::{Clock, ManualClock};
 use hat_transport::conn::{ConnectionId, Frame};
 use hat_transport::endpoint::{Endpoint, EndpointConfig};
-use hat_transport::message::Role;
+use hat_transport::pool::Pool;
 use hat_transport::random::SeededRandom;
 
 pub use self::cloud::Cloud;
 pub use self::device::Device;
 
-/// A turn of a process takes so long at least.
-const TURN: Duration = Duration::from_micros(1);
-/// Turns of all processes in a second: more are a loop.
-const TURNS_MAX: u32 = 200_000;
+/// Turns of all processes in a millisecond: more are a loop that waits for nothing.
+const TURNS_MAX: u32 = 20_000;
+/// Time after which nothing but timers of those who wait for each other in vain is due.
+const FAR: Duration = Duration::from_secs(1800);
 
 /// A computation that was run.
 #[derive(Clone, Debug, Default)]
@@ -45,8 +45,8 @@ pub struct Ran {
 
 /// Runner of computations: with a model, or with times alone.
 pub trait Compute {
-    /// One computation of a device.
-    fn device(&mut self, device: usize, work: DeviceWork<'_>) -> Ran;
+    /// One computation of a device, at this time since the beginning.
+    fn device(&mut self, at: Duration, device: usize, work: DeviceWork<'_>) -> Ran;
 
     /// One stage (cloud, stage) of a step.
     fn stage(&mut self, stage: (usize, usize), step: &mut MiddleStep) -> Ran;
@@ -70,10 +70,12 @@ pub trait Compute {
 pub enum Happened<A> {
     /// The time of an act has come.
     Act(A),
-    /// A request of a device has news.
+    /// A request of a device has news. Its device begins no computation before these are told.
     News { device: usize, id: RequestId, event: RequestEvent },
     /// A cloud's process has ended, for its backend is lost.
     Ended { cloud: usize },
+    /// A process takes turn after turn, and time stands still.
+    Spins { node: Node },
 }
 
 /// A process.
@@ -85,13 +87,28 @@ pub enum Node {
     Cloud(usize),
 }
 
+/// A process, or, from 1 on, one of a cloud's ports.
+type Place = (Node, usize);
+
 enum Due<A> {
-    Wake(Node),
+    Wake(Place),
     Act(A),
 }
 
-/// Tokens that there are; none of them ends an answer, and none has a text.
-pub const VOCAB: usize = 512;
+/// A way of a process into the network.
+pub struct Port {
+    pub config: EndpointConfig,
+    /// Times of the link to the cloud and back, where they are not drawn.
+    pub ways: Option<[Way; 2]>,
+    /// Buffers that it shares with others.
+    pub pool: Option<Pool>,
+}
+
+impl From<EndpointConfig> for Port {
+    fn from(config: EndpointConfig) -> Self {
+        Self { config, ways: None, pool: None }
+    }
+}
 
 /// Devices, clouds, and what is due.
 pub struct Bed<A> {
@@ -99,24 +116,27 @@ pub struct Bed<A> {
     pub devices: Vec<Device>,
     pub clouds: Vec<Cloud>,
     pub random: SeededRandom,
+    /// True if a device's link is served while the device computes, as by a thread of its own.
+    pub serves_links: bool,
     clock: Arc<ManualClock>,
     start: Instant,
     /// Events that are due, by time and number.
     due: BTreeMap<(Instant, u64), Due<A>>,
     next_number: u64,
-    /// Time at which each process is run next.
-    wakes: BTreeMap<Node, Instant>,
+    /// Acts among them.
+    acts: usize,
+    /// Time of each place's next turn.
+    wakes: BTreeMap<Place, Instant>,
     /// Owner of each link, by the link's number.
-    links: BTreeMap<u64, Node>,
+    links: BTreeMap<u64, Place>,
     happened: VecDeque<Happened<A>>,
-    /// The second at hand, and turns in it.
-    turns: (u64, u32),
+    /// The millisecond at hand, and turns in it.
+    turns: (u128, u32),
 }
 
-/// Address at which a cloud listens.
-fn address(cloud: usize) -> SocketAddr {
-    let port = u16::try_from(7433 + cloud).expect("there are few clouds");
-    SocketAddr::from(([127, 0, 0, 1], port))
+/// Address at which a port of a cloud listens.
+fn address(cloud: usize, port: usize) -> SocketAddr {
+    SocketAddr::from((Ipv6Addr::from((cloud as u128) << 64 | port as u128), 7433))
 }
 
 impl<A> Bed<A> {
@@ -128,10 +148,12 @@ impl<A> Bed<A> {
             devices: Vec::new(),
             clouds: Vec::new(),
             random: SeededRandom::new(seed ^ 1),
+            serves_links: false,
             start: clock.now(),
             clock,
             due: BTreeMap::new(),
             next_number: 0,
+            acts: 0,
             wakes: BTreeMap::new(),
             links: BTreeMap::new(),
             happened: VecDeque::new(),
@@ -151,21 +173,25 @@ impl<A> Bed<A> {
     /// Puts an act off.
     pub fn act_in(&mut self, after: Duration, act: A) {
         let at = self.now() + after;
+        self.acts += 1;
         self.put(at, Due::Act(act));
     }
 
     /// The process of a device begins: the first time with a number that was not used before, or
-    /// again. What it had is lost.
+    /// again. What it had is lost. Its cloud is behind that port.
     pub fn begin_device(
         &mut self,
         device: usize,
         core: DeviceCore,
-        config: EndpointConfig,
-        (cloud, conditions): (usize, Option<Conditions>),
+        own: Port,
+        (cloud, port): (usize, usize),
     ) {
-        let (endpoint, link) = self.endpoint(config, None, conditions);
-        let begun = Device::new(core, endpoint, link, address(cloud));
-        self.links.insert(link, Node::Device(device));
+        let (hello, now) = (own.config.connection.hello, self.now());
+        let random = Box::new(SeededRandom::new(self.random.next_u64()));
+        let core = core.with_link(now, hello, None, random);
+        let (endpoint, link) = self.endpoint(own, None);
+        let begun = Device::new(core, endpoint, link, (hello, address(cloud, port)));
+        self.links.insert(link, (Node::Device(device), 0));
         if device == self.devices.len() {
             self.devices.push(begun);
         } else {
@@ -174,25 +200,26 @@ impl<A> Bed<A> {
         self.wake(Node::Device(device));
     }
 
-    /// The process of a cloud begins, with so many stages.
-    pub fn begin_cloud(
-        &mut self,
-        cloud: usize,
-        core: CloudCore,
-        config: EndpointConfig,
-        stages: usize,
-    ) {
-        // The one before has to leave the address first.
+    /// The process of a cloud begins, with so many stages and no port.
+    pub fn begin_cloud(&mut self, cloud: usize, core: CloudCore, stages: usize) {
+        // The one before has to leave its address first.
         self.end_cloud(cloud);
-        let (endpoint, link) = self.endpoint(config, Some(address(cloud)), None);
-        let begun = Cloud::new(core, endpoint, link, stages);
-        self.links.insert(link, Node::Cloud(cloud));
+        let begun = Cloud::new(core, stages);
         if cloud == self.clouds.len() {
             self.clouds.push(begun);
         } else {
             self.clouds[cloud] = begun;
         }
         self.wake(Node::Cloud(cloud));
+    }
+
+    /// A cloud listens at one more port; returns its number.
+    pub fn listen(&mut self, cloud: usize, own: Port) -> usize {
+        let port = self.clouds[cloud].ports();
+        let (endpoint, link) = self.endpoint(own, Some(address(cloud, port)));
+        self.clouds[cloud].listen(endpoint, link);
+        self.links.insert(link, (Node::Cloud(cloud), port + 1));
+        port
     }
 
     /// A device's process ends without a word: its sockets close.
@@ -209,27 +236,27 @@ impl<A> Bed<A> {
         self.wake_touched();
     }
 
-    fn endpoint(
-        &mut self,
-        config: EndpointConfig,
-        listen: Option<SocketAddr>,
-        conditions: Option<Conditions>,
-    ) -> (Endpoint, u64) {
-        debug_assert_eq!(config.connection.hello.role == Role::Cloud, listen.is_some());
-        let mut link = self.net.link(listen).expect("each cloud has an address of its own");
-        if let Some(conditions) = conditions {
-            link = link.with_conditions(conditions);
+    fn endpoint(&mut self, own: Port, listen: Option<SocketAddr>) -> (Endpoint, u64) {
+        let Port { config, ways, pool } = own;
+        let mut link = self.net.link(listen).expect("each port has an address of its own");
+        if let Some(ways) = ways {
+            link = link.with_ways(ways);
         }
         let number = link.number();
         let random = Box::new(SeededRandom::new(self.random.next_u64()));
         let clock = Arc::clone(&self.clock) as _;
-        (Endpoint::new(Box::new(link), clock, config).with_random(random), number)
+        let mut endpoint = Endpoint::new(Box::new(link), clock, config).with_random(random);
+        if let Some(pool) = pool {
+            endpoint = endpoint.with_pool(pool);
+        }
+        (endpoint, number)
     }
 
-    /// A device is asked for an answer.
-    pub fn submit(&mut self, device: usize, prepared: Prepared) -> RequestId {
-        let (now, answer) = (self.now(), Answer::new(&prepared, &EndTokens::default(), VOCAB));
-        let id = self.devices[device].submit(now, prepared, answer);
+    /// A device is asked for an answer, which tells tokens apart by `vocab_size` numbers.
+    pub fn submit(&mut self, device: usize, prepared: Prepared, vocab_size: usize) -> RequestId {
+        let (now, ends) = (self.now(), EndTokens::default());
+        let answer = Answer::new(&prepared, &ends, vocab_size);
+        let id = self.devices[device].core.submit(now, prepared, answer);
         self.wake(Node::Device(device));
         id
     }
@@ -257,7 +284,7 @@ impl<A> Bed<A> {
 
     /// Runs a process as soon as nothing else is due before.
     pub fn wake(&mut self, node: Node) {
-        self.wake_at(node, self.now());
+        self.wake_at((node, 0), self.now());
         self.wake_touched();
     }
 
@@ -269,13 +296,19 @@ impl<A> Bed<A> {
             }
             self.wake_touched();
             let ((at, _), due) = self.due.pop_first()?;
+            if self.acts == 0 && at.saturating_duration_since(self.now()) > FAR {
+                return None;
+            }
             self.clock.advance(at.saturating_duration_since(self.now()));
             match due {
-                Due::Act(act) => return Some(Happened::Act(act)),
-                Due::Wake(node) => {
-                    if self.wakes.get(&node) == Some(&at) {
-                        self.wakes.remove(&node);
-                        self.run(node, compute);
+                Due::Act(act) => {
+                    self.acts -= 1;
+                    return Some(Happened::Act(act));
+                }
+                Due::Wake(place) => {
+                    if self.wakes.get(&place) == Some(&at) {
+                        self.wakes.remove(&place);
+                        self.run(place, compute);
                     }
                 }
             }
@@ -283,44 +316,56 @@ impl<A> Bed<A> {
     }
 
     /// Runs a process, and says when it is to be run again.
-    fn run(&mut self, node: Node, compute: &mut impl Compute) {
-        let (now, second) = (self.now(), self.elapsed().as_secs());
-        self.turns = if second == self.turns.0 { (second, self.turns.1 + 1) } else { (second, 0) };
-        assert!(self.turns.1 < TURNS_MAX, "{node:?} spins");
-        let next = match node {
+    fn run(&mut self, place: Place, compute: &mut impl Compute) {
+        let (now, at, node) = (self.now(), self.elapsed(), place.0);
+        let turns = if at.as_millis() == self.turns.0 { self.turns.1 + 1 } else { 0 };
+        self.turns = (at.as_millis(), turns);
+        if turns == TURNS_MAX {
+            return self.happened.push_back(Happened::Spins { node });
+        }
+        match node {
             Node::Device(number) => {
                 let Some(device) = self.devices.get_mut(number) else { return };
-                device.run(now, number, compute);
-                for (id, event) in device.news.drain(..) {
-                    self.happened.push_back(Happened::News { device: number, id, event });
-                }
-                device.next_at(now, &self.net)
+                device.run(now, (at, number, self.serves_links), compute);
+                let news = device.news.drain(..);
+                let news = news.map(|(id, event)| Happened::News { device: number, id, event });
+                let before = self.happened.len();
+                self.happened.extend(news);
+                let is_told = self.happened.len() > before;
+                let next = device.next_at(now, &self.net, self.serves_links);
+                let next = if is_told { next.map(|_| now) } else { next };
+                next.into_iter().for_each(|at| self.wake_at(place, at));
             }
             Node::Cloud(number) => {
                 let Some(cloud) = self.clouds.get_mut(number) else { return };
+                if let Some(port) = place.1.checked_sub(1) {
+                    cloud.touch(port);
+                }
                 if cloud.run(now, number, compute) {
                     self.happened.push_back(Happened::Ended { cloud: number });
                 }
-                cloud.next_at(now, &self.net)
+                let own = cloud.next_at().map(|at| (0, at));
+                let next: Vec<_> =
+                    own.into_iter().chain(cloud.next_of_ports(now, &self.net)).collect();
+                next.into_iter().for_each(|(part, at)| self.wake_at((node, part), at));
             }
-        };
-        next.into_iter().for_each(|at| self.wake_at(node, at.max(now + TURN)));
+        }
     }
 
     /// Wakes the processes whose links have completions.
     fn wake_touched(&mut self) {
         for link in self.net.take_touched() {
-            let Some(node) = self.links.get(&link).copied() else { continue };
+            let Some(place) = self.links.get(&link).copied() else { continue };
             let next = self.net.next_of(link);
-            next.into_iter().for_each(|at| self.wake_at(node, at));
+            next.into_iter().for_each(|at| self.wake_at(place, at));
         }
     }
 
-    fn wake_at(&mut self, node: Node, at: Instant) {
+    fn wake_at(&mut self, place: Place, at: Instant) {
         let at = at.max(self.now());
-        if self.wakes.get(&node).is_none_or(|before| at < *before) {
-            self.wakes.insert(node, at);
-            self.put(at, Due::Wake(node));
+        if self.wakes.get(&place).is_none_or(|before| at < *before) {
+            self.wakes.insert(place, at);
+            self.put(at, Due::Wake(place));
         }
     }
 

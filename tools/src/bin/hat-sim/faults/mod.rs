@@ -2,6 +2,7 @@
 //! as a seed has it. A seed that finds something repeats exactly, and is told with the shortest
 //! schedule that still does.
 
+mod failure;
 mod ledger;
 mod models;
 mod proposer;
@@ -19,6 +20,7 @@ use clap::Args;
 use hat_program::outln;
 use hat_transport::planted::{Fault, Planted};
 
+use self::failure::Failure;
 use self::models::Seen;
 use self::real::Real;
 use self::setting::{Act, Setting};
@@ -49,11 +51,10 @@ fn planted(name: &str) -> Result<Planted, String> {
 /// A breach of an invariant in a seed's simulation.
 #[derive(Debug)]
 struct Found {
-    what: String,
+    failure: Failure,
     setting: Box<Setting>,
-    /// The shortest schedule that is known to lead to it, or to something else that does not hold.
+    /// The shortest schedule that is known to lead to one of its kind.
     schedule: Vec<(Duration, Act)>,
-    shortest: String,
 }
 
 thread_local! {
@@ -65,19 +66,18 @@ thread_local! {
 const REAL_EVERY: u64 = 10;
 
 /// Runs a schedule; a panic is one of the things that must not be.
-fn attempt(setting: &Setting, schedule: &[(Duration, Act)], real: &Real) -> Result<Seen, String> {
+fn attempt(setting: &Setting, schedule: &[(Duration, Act)], real: &Real) -> Result<Seen, Failure> {
     let real = setting.is_real.then_some(real);
     catch_unwind(AssertUnwindSafe(|| simulate(setting, schedule, real))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        Err(format!("a panic{}: {text}", PANICKED_AT.with_borrow(String::clone)))
+        Err(Failure::Panics { at: PANICKED_AT.with_borrow(String::clone), text })
     })
 }
 
-/// Leaves out what is not needed for a failure.
-fn shrink(setting: &Setting, real: &Real) -> (Vec<(Duration, Act)>, String) {
+/// Leaves out what is not needed for a failure of this kind.
+fn shrink(setting: &Setting, failure: &Failure, real: &Real) -> Vec<(Duration, Act)> {
     let mut schedule = setting.schedule.clone();
-    let mut what = String::new();
     let mut piece = schedule.len().div_ceil(2);
     while piece > 0 {
         let mut from = 0;
@@ -85,13 +85,13 @@ fn shrink(setting: &Setting, real: &Real) -> (Vec<(Duration, Act)>, String) {
             let mut without = schedule.clone();
             without.drain(from..(from + piece).min(schedule.len()));
             match attempt(setting, &without, real) {
-                Err(error) => (schedule, what) = (without, error),
-                Ok(_) => from += piece,
+                Err(other) if other.is_like(failure) => schedule = without,
+                _ => from += piece,
             }
         }
         piece /= 2;
     }
-    (schedule, what)
+    schedule
 }
 
 /// The world of a seed.
@@ -102,15 +102,15 @@ fn draw(seed: u64) -> Setting {
 
 /// Runs a world.
 fn run(setting: Setting, real: &Real) -> Result<Seen, Found> {
-    attempt(&setting, &setting.schedule, real).map_err(|what| {
-        let (schedule, shortest) = shrink(&setting, real);
-        Found { what, setting: Box::new(setting), schedule, shortest }
+    attempt(&setting, &setting.schedule, real).map_err(|failure| {
+        let schedule = shrink(&setting, &failure, real);
+        Found { failure, setting: Box::new(setting), schedule }
     })
 }
 
 pub fn faults(args: &FaultsArgs) -> anyhow::Result<()> {
     std::panic::set_hook(Box::new(|info| {
-        let at = info.location().map(|at| format!(" at {}:{}", at.file(), at.line()));
+        let at = info.location().map(|at| format!("{}:{}", at.file(), at.line()));
         PANICKED_AT.set(at.unwrap_or_default());
     }));
     let models = Real::new()?;
@@ -124,16 +124,17 @@ pub fn faults(args: &FaultsArgs) -> anyhow::Result<()> {
         match run(setting, &models) {
             Ok(seen) => sum.add(&seen),
             Err(found) => {
-                outln!("seed {number}: {}", found.what)?;
+                outln!("seed {number}: {}", found.failure)?;
                 outln!("{:#?}", found.setting)?;
-                outln!("the shortest schedule that fails ({}):", found.shortest)?;
+                outln!("the shortest schedule that fails so:")?;
                 for (at, act) in &found.schedule {
                     outln!("{at:>12.3?}  {act:?}")?;
                 }
                 if !found.setting.is_real {
                     let real = found.setting.clone().on_real_models();
                     let real = attempt(&real, &found.schedule, &models).err();
-                    outln!("the same over real models: {}", real.as_deref().unwrap_or("holds"))?;
+                    let real = real.map_or("holds".to_owned(), |failure| failure.to_string());
+                    outln!("the same over real models: {real}")?;
                 }
                 anyhow::bail!("seed {number} fails; `hat-sim faults --seed {number}` repeats it");
             }

@@ -12,6 +12,7 @@ use hat_transport::frame::Kind;
 use hat_transport::message::{Busy, Message, SessionError, SessionErrorCode};
 use hat_transport::random::SeededRandom;
 
+use super::failure::Failure;
 use super::ledger::{self, DeviceLedger, Ledger};
 use super::setting::{DeviceSetting, Manner};
 use crate::bed::{Compute, Ran};
@@ -81,7 +82,7 @@ pub struct Models {
     pub hangs: Vec<bool>,
     pub seen: Seen,
     /// Fault that an honest peer must not cause.
-    pub wrong: Option<String>,
+    pub wrong: Option<Failure>,
 }
 
 impl Models {
@@ -92,7 +93,7 @@ impl Models {
 }
 
 impl Compute for Models {
-    fn device(&mut self, device: usize, work: DeviceWork<'_>) -> Ran {
+    fn device(&mut self, _: Duration, device: usize, work: DeviceWork<'_>) -> Ran {
         self.seen.note("computations", 1);
         let rows = match &work {
             DeviceWork::Input { tokens, .. } => tokens.len(),
@@ -175,7 +176,8 @@ impl Compute for Models {
         {
             use SessionErrorCode::{Evicted, NoSuchSession, Resource};
             if !matches!(code, Evicted | NoSuchSession | Resource) {
-                self.wrong = Some(format!("device {device} is told {code:?}: {text}"));
+                let text = text.to_owned();
+                self.wrong = Some(Failure::Accused { device, code, text });
             }
         }
     }

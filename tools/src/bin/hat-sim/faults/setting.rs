@@ -141,6 +141,10 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
+/// Fewest rows of a chunk.
+const PIECE_ROWS: u32 = 8;
+/// Longest pause that a cloud without room is believed.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Most rows of a request.
 const ROWS_MAX: usize = 190;
 
@@ -237,6 +241,13 @@ impl Draw {
     }
 }
 
+impl Asked {
+    /// Times that something new may come of it: a piece of its prompt, or a token.
+    pub fn news(&self) -> u32 {
+        self.tokens + u32::try_from(self.prompt.len()).expect("few").div_ceil(PIECE_ROWS)
+    }
+}
+
 impl DeviceSetting {
     /// The layer before which its rows come back.
     pub fn exit(&self) -> usize {
@@ -323,6 +334,25 @@ impl Setting {
         };
         setting.plan(&mut draw, slowest);
         setting
+    }
+
+    /// Time that all requests take one after the other, each with all rows that may pend and once
+    /// more for a session that is lost, and with a pause.
+    pub fn explained(&self) -> Duration {
+        let cloud = &self.cloud;
+        let latency = Duration::from_micros(*self.conditions.latency_us.end());
+        let byte = Duration::from_nanos(*self.conditions.ns_per_byte[0].end());
+        let of = |asked: &Asked| {
+            let device = &self.devices[asked.device];
+            let rows = asked.prompt.len() + asked.tokens as usize * (1 + PENDING_ROWS_MAX);
+            let rows = u32::try_from(rows).expect("few");
+            let bytes = u32::try_from(4 * self.width).expect("rows are narrow");
+            // Layers, drafter and head.
+            let of_row = 3 * (device.row + device.call) + cloud.row + 2 * bytes * byte;
+            let steps = u32::try_from(cloud.stages).expect("few") * cloud.step;
+            2 * (rows * of_row + asked.news() * (4 * latency + steps)) + PAUSE_MAX
+        };
+        self.asked.iter().map(of).sum()
     }
 
     /// The same over real models, of one width and split, for which nobody drafts.

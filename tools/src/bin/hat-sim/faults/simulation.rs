@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use hat_core::RequestError;
 use hat_core::answer::Prepared;
 use hat_core::cloud::{CloudCore, CloudCoreConfig, CloudFigures};
 use hat_core::device::{DeviceConfig, DeviceCore, Done, PageNamer, RequestEvent, RequestId};
@@ -11,6 +10,7 @@ use hat_core::page::pages_for;
 use hat_core::request::{Event, Request};
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_core::wire::{BundleFacts, hello};
+use hat_core::{PeerEvent, RequestError};
 use hat_emulator::simulated::Break;
 use hat_plan::TokenId;
 use hat_transport::endpoint::{Endpoint, EndpointConfig};
@@ -18,18 +18,21 @@ use hat_transport::message::{Hello, Role};
 use hat_transport::pool::PoolConfig;
 use hat_transport::random::SeededRandom;
 
+use super::failure::Failure;
 use super::ledger::{self, DeviceLedger, LAYERS, Ledger};
 use super::models::{DeviceModel, Models, Seen, StageModel, is_honest};
 use super::proposer::Proposer;
 use super::real::Real;
 use super::setting::{Act, Asked, CloudSetting, DeviceSetting, Manner, Setting};
-use crate::bed::{Bed, Happened, Node, VOCAB};
+use crate::bed::{Bed, Happened, Node};
 
+/// Tokens that there are; none of them ends an answer, and none has a text.
+const VOCAB: usize = 512;
 /// Pause between two looks at a world that is to be quiet.
 const LOOK: Duration = Duration::from_millis(500);
-/// Time after the last trouble in which every request ends, and after that everything is given
-/// back.
-const ENDS_WITHIN: Duration = Duration::from_secs(1200);
+/// Time without news after which a request ends, in times of what its device waits for a cloud.
+const BUDGET: u32 = 4;
+/// Time after the last request in which everything is given back.
 const QUIET_WITHIN: Duration = Duration::from_secs(120);
 
 /// An answer on its way, and the one that is right.
@@ -52,6 +55,12 @@ enum State {
     /// Its device has ended.
     Lost,
     Cancelled,
+}
+
+impl Answered {
+    fn is_wrong(&self, request: usize) -> Failure {
+        Failure::Text { request, right: self.right.clone(), got: self.got.clone() }
+    }
 }
 
 /// The world of a seed.
@@ -80,8 +89,9 @@ pub fn simulate(
     setting: &Setting,
     schedule: &[(Duration, Act)],
     real: Option<&Real>,
-) -> Result<Seen, String> {
-    let mut simulation = Simulation::new(setting, real).map_err(|error| error.to_string())?;
+) -> Result<Seen, Failure> {
+    let mut simulation =
+        Simulation::new(setting, real).map_err(|error| Failure::Model(error.to_string()))?;
     for (at, act) in schedule {
         simulation.bed.act_in(*at, *act);
         simulation.stalls |=
@@ -181,7 +191,8 @@ impl<'a> Simulation<'a> {
         config.grace = setting.grace;
         config.pool = self.setting.cloud_pool();
         core.plant(planted);
-        self.bed.begin_cloud(cloud, core, config, self.setting.cloud.stages);
+        self.bed.begin_cloud(cloud, core, self.setting.cloud.stages);
+        self.bed.listen(cloud, config.into());
     }
 
     fn begin_device(&mut self, device: usize) {
@@ -219,7 +230,7 @@ impl<'a> Simulation<'a> {
         let mut config = EndpointConfig::new(own);
         config.connection.planted = self.setting.planted;
         config.pool = setting.pool();
-        self.bed.begin_device(device, core, config, (setting.cloud, None));
+        self.bed.begin_device(device, core, config.into(), (setting.cloud, 0));
     }
 
     /// Events so far.
@@ -235,7 +246,7 @@ impl<'a> Simulation<'a> {
         seen
     }
 
-    fn simulate(&mut self) -> Result<(), String> {
+    fn simulate(&mut self) -> Result<(), Failure> {
         while let Some(happened) = self.bed.next(&mut self.models) {
             if let Some(wrong) = self.models.wrong.take() {
                 return Err(wrong);
@@ -248,13 +259,14 @@ impl<'a> Simulation<'a> {
                 }
                 Happened::Act(act) => self.act(act),
                 Happened::News { device, id, event } => self.hear(device, id, event)?,
+                Happened::Spins { node } => return Err(Failure::Spins(node)),
                 Happened::Ended { cloud } => {
                     let after = Duration::from_millis(200);
                     self.bed.act_in(after, Act::Begin(Node::Cloud(cloud)));
                 }
             }
         }
-        Err("nothing happens any more".to_owned())
+        Err(Failure::Still)
     }
 
     fn act(&mut self, act: Act) {
@@ -290,7 +302,7 @@ impl<'a> Simulation<'a> {
                 }
             }
             Act::Begin(Node::Cloud(cloud)) => {
-                if self.bed.clouds[cloud].endpoint.is_none() {
+                if self.bed.clouds[cloud].endpoint().is_none() {
                     self.begin_cloud(cloud);
                 }
             }
@@ -323,7 +335,7 @@ impl<'a> Simulation<'a> {
         }
         let answer = &mut self.answers[number];
         answer.state = State::Runs;
-        answer.id = Some(self.bed.submit(asked.device, prepared));
+        answer.id = Some(self.bed.submit(asked.device, prepared, VOCAB));
     }
 
     fn end_device(&mut self, device: usize) {
@@ -358,7 +370,7 @@ impl<'a> Simulation<'a> {
         net.break_socket(socket, how);
     }
 
-    fn hear(&mut self, device: usize, id: RequestId, event: RequestEvent) -> Result<(), String> {
+    fn hear(&mut self, device: usize, id: RequestId, event: RequestEvent) -> Result<(), Failure> {
         let is_it = |number: &usize| {
             self.setting.asked[*number].device == device && self.answers[*number].id == Some(id)
         };
@@ -373,8 +385,7 @@ impl<'a> Simulation<'a> {
                 seen.note("tokens", 1);
                 answer.got.push(token);
                 if !answer.right.starts_with(&answer.got) {
-                    let Answered { right, got, .. } = answer;
-                    return Err(format!("request {number}: {right:?} is right, not {got:?}"));
+                    return Err(answer.is_wrong(number));
                 }
             }
             RequestEvent::Done(done) => {
@@ -382,17 +393,14 @@ impl<'a> Simulation<'a> {
                 seen.note("done", 1);
                 let Done { metrics, .. } = &*done;
                 if metrics.token_ids != answer.right || answer.got != answer.right {
-                    let Answered { right, got, .. } = answer;
-                    return Err(format!(
-                        "request {number}: {right:?} is right, not all of {got:?}"
-                    ));
+                    return Err(answer.is_wrong(number));
                 }
             }
             RequestEvent::Failed(error) => {
                 answer.state = State::Failed;
                 seen.note("failed", 1);
                 if !self.may_fail(device, &error) {
-                    return Err(format!("request {number}: {error:?}"));
+                    return Err(Failure::Error { request: number, error });
                 }
             }
             RequestEvent::Runs | RequestEvent::Said(_) => {}
@@ -409,38 +417,51 @@ impl<'a> Simulation<'a> {
             RequestError::Backend(_) => self.faulted[device],
             RequestError::Busy { .. } => true,
             RequestError::NotFinite { .. } | RequestError::Stopped(_) => false,
-            RequestError::Peer { .. }
-                if !is_honest(self.setting.cloud.manner, &self.setting.devices[device]) =>
-            {
-                true
-            }
-            // The cloud is away too long, or lost the session too often.
-            RequestError::Peer { reason, .. } if reason.contains("said nothing new") => self.stalls,
-            RequestError::Peer { reason, .. } => {
-                let known = ["(waited", "of trying", "forgot the session", "ended the session"];
-                known.iter().any(|known| reason.contains(known))
+            RequestError::Peer { event, .. } => {
+                !is_honest(self.setting.cloud.manner, &self.setting.devices[device])
+                    || match event {
+                        PeerEvent::Away | PeerEvent::Loses => true,
+                        PeerEvent::Silent => self.stalls,
+                        PeerEvent::Refuses | PeerEvent::Violates => false,
+                    }
             }
         }
     }
 
     /// Looks at a world in which nothing goes wrong any more; true if everything is given back.
-    fn look(&mut self) -> Result<bool, String> {
+    fn look(&mut self) -> Result<bool, Failure> {
         self.bed.act_in(LOOK, Act::Look);
         let now = self.bed.elapsed();
         let is_open = |it: &Answered| matches!(it.state, State::Runs | State::Later);
         if let Some(number) = self.answers.iter().position(is_open) {
             self.ended_at = now;
-            let (got, waited) = (&self.answers[number].got, now - self.setting.quiet_at);
-            return match waited > ENDS_WITHIN {
-                true => Err(format!("request {number} does not end: {got:?} in {waited:?}")),
+            let waited = now - self.setting.quiet_at;
+            return match waited > self.ends_within(self.setting.asked[number].device) {
+                true => Err(Failure::Endless { request: number, waited }),
                 false => Ok(false),
             };
         }
         let kept = self.kept();
         match now - self.ended_at > QUIET_WITHIN {
-            true if !kept.is_empty() => Err(format!("not given back: {}", kept.join("; "))),
+            true if !kept.is_empty() => Err(Failure::Kept(kept)),
             _ => Ok(kept.is_empty()),
         }
+    }
+
+    /// Time in which the requests of a device end once nothing goes wrong any more: what the plan
+    /// explains, and, where not everything succeeds, the budget of each request, which a token or a
+    /// row fills up if the cloud is one that brings some and then nothing.
+    fn ends_within(&self, device: usize) -> Duration {
+        let explained = self.setting.explained();
+        if self.setting.calm {
+            return explained;
+        }
+        let setting = &self.setting.devices[device];
+        let is_honest = is_honest(self.setting.cloud.manner, setting);
+        let of_device = self.setting.asked.iter().filter(|asked| asked.device == device);
+        let news = |asked: &Asked| if is_honest { 0 } else { asked.news() };
+        let budgets: u32 = of_device.map(|asked| 1 + news(asked)).sum();
+        explained + BUDGET * setting.reconnect * budgets
     }
 
     /// Resources that are held and that nobody needs.
@@ -465,7 +486,7 @@ impl<'a> Simulation<'a> {
             }
         }
         for (number, cloud) in self.bed.clouds.iter().enumerate() {
-            let Some(endpoint) = &cloud.endpoint else { continue };
+            let Some(endpoint) = cloud.endpoint() else { continue };
             if number == 0 && self.setting.cloud.manner != Manner::Honest {
                 continue;
             }
