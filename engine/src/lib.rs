@@ -97,7 +97,7 @@ pub mod options {
     pub use hat_core::metrics::{DraftCounts, EngineMetrics, Timings};
     pub use hat_core::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use hat_core::sample::SamplerConfig;
-    pub use hat_core::{InputError, RequestError};
+    pub use hat_core::{InputError, PeerEvent, RequestError};
     pub use hat_loader::Drafters;
     pub use hat_plan::{BackendFault, TokenId};
 }

@@ -167,7 +167,7 @@ impl From<Error> for ApiError {
 
 #[cfg(test)]
 mod tests {
-    use hat_core::RequestError;
+    use hat_core::{PeerEvent, RequestError};
 
     use super::*;
 
@@ -177,7 +177,11 @@ mod tests {
         let response = ApiError::from(Error::from(busy)).into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()["retry-after"], "2");
-        let peer = RequestError::Peer { peer: "127.0.0.1:1".into(), reason: "away".into() };
+        let peer = RequestError::Peer {
+            peer: "127.0.0.1:1".into(),
+            event: PeerEvent::Away,
+            reason: "away".into(),
+        };
         assert_eq!(ApiError::from(Error::from(peer)).into_response().status(), 503);
         let long = Error::from(InputError::ContextLength { prompt: 9, context: 8 });
         let long = ApiError::from(long);
