@@ -554,6 +554,6 @@ fn a_unix_socket_serves_whoever_may_open_it() {
     second.unix = Some(path.clone());
     let error = HttpServer::start(server.engine.clone(), second).err().unwrap();
     assert!(error.to_string().contains("a server listens there"), "{error}");
-    http.stop();
+    drop(http);
     assert!(!path.exists(), "the socket goes with the server");
 }
