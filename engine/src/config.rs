@@ -295,13 +295,6 @@ impl EngineConfig {
         self
     }
 
-    /// Trained drafters for bundles that hold none.
-    #[must_use]
-    pub fn drafters(mut self, drafters: Drafters) -> Self {
-        self.drafters = drafters;
-        self
-    }
-
     /// Sets the codec of rows on the wire.
     #[must_use]
     pub fn wire(mut self, wire: Codec) -> Self {

@@ -40,7 +40,7 @@ pub enum Error {
     Request(#[from] RequestError),
     /// A bundle cannot be used, or a backend cannot hold its model.
     #[error(transparent)]
-    Load(#[from] LoadError),
+    Load(LoadError),
     /// The operating system said no.
     #[error("{action}: {source}")]
     Io {
@@ -49,6 +49,16 @@ pub enum Error {
         /// Its answer.
         source: std::io::Error,
     },
+}
+
+/// A field is a field wherever it is refused.
+impl From<LoadError> for Error {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::Field { field, reason } => Self::field(field, reason),
+            error => Self::Load(error),
+        }
+    }
 }
 
 impl From<StepError> for Error {
@@ -65,9 +75,7 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Input(_) | Self::Template(_) | Self::Load(LoadError::Field { .. }) => {
-                ErrorKind::Input
-            }
+            Self::Input(_) | Self::Template(_) => ErrorKind::Input,
             Self::Request(error) => match error {
                 RequestError::Busy { .. } => ErrorKind::Busy,
                 RequestError::Peer { .. } => ErrorKind::Peer,

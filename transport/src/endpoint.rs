@@ -260,12 +260,6 @@ impl Endpoint {
         self.retire(now, id, Some((code, reason)), GoneError::Closed);
     }
 
-    /// True if every CLOSE has gone out, so that nothing is lost if the link is dropped now.
-    #[must_use]
-    pub fn has_sent_close(&self) -> bool {
-        !self.peers.values().any(Peer::is_sending_close)
-    }
-
     /// Frames of `session` that are queued, or sent and not acknowledged.
     #[must_use]
     pub fn held(&self, id: ConnectionId, session: u32) -> usize {

@@ -181,7 +181,7 @@ impl DoctorArgs {
             costs.cloud.per_row * 1e3,
         )?;
         let (mut planner, limits) = (Planner::default(), chunk::Limits::default());
-        let mut policies = vec![self.device.chunks(), ChunkPolicy::Auto, ChunkPolicy::Fixed(128)];
+        let mut policies = vec![self.device.chunks, ChunkPolicy::Auto, ChunkPolicy::Fixed(128)];
         policies.dedup();
         for policy in policies {
             let plan = planner.plan(policy, &costs, &limits, 0, rows);

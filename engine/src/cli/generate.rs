@@ -61,7 +61,7 @@ impl GenerateArgs {
         self.device.check(cache)?;
         let mut check = None;
         let (reason, metrics) = if self.whole {
-            let wire = self.device.wire().unwrap_or(Codec::F32);
+            let wire = self.device.wire.unwrap_or(Codec::F32);
             let answer = self.whole(cache, wire, request, print_text)?;
             outln!()?;
             answer
@@ -97,7 +97,7 @@ impl GenerateArgs {
         mut on_event: impl FnMut(&Event) -> Result<(), OutError>,
     ) -> anyhow::Result<(FinishReason, Box<Metrics>)> {
         let directory = self.device.bundle.directory(cache)?;
-        let split_layer = self.device.bundle.split_layer();
+        let split_layer = self.device.bundle.split_layer;
         let run = &self.device.run;
         let chosen = open::choose(&run.compute())?;
         let context = DeviceLimits::default().context_max;

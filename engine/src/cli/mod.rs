@@ -166,11 +166,11 @@ pub(crate) struct DeviceRunArgs {
     cloud: Option<Address>,
     /// Row codec on the wire: f32, f16, int8 or int4 [default: the bundle's, which is int8].
     #[arg(long, env = "HAT_WIRE", value_parser = parse_codec)]
-    wire: Option<Codec>,
+    pub(crate) wire: Option<Codec>,
     /// Rows of a prompt's chunks, or auto for sizes planned from the measured link, device and
     /// cloud.
     #[arg(long, env = "HAT_CHUNKS", default_value = "auto", value_name = "N|auto")]
-    chunks: ChunkPolicy,
+    pub(crate) chunks: ChunkPolicy,
     /// Refuse a cloud of any other arithmetic: 1 is the CPUs', 2 is CUDA's.
     #[arg(long, env = "HAT_CLOUD_ARITHMETIC", value_name = "ID")]
     cloud_arithmetic: Option<u32>,
@@ -253,15 +253,15 @@ impl DeviceRunArgs {
         let mut config = EngineConfig::new(bundle)
             .link(self.run.link)
             .verify(self.run.verify(cache))
-            .drafters(pull::drafters(cache))
             .chunks(self.chunks)
             .prefix(self.prefix)
             .threads(self.run.threads());
+        config.drafters = pull::drafters(cache);
         config.wire = self.wire;
         config.processor = self.run.processor;
         config.nice = self.run.nice;
         config.weights = self.run.weights;
-        config.split_layer = self.bundle.split_layer();
+        config.split_layer = self.bundle.split_layer;
         config.cloud_arithmetic = self.cloud_arithmetic;
         config.reconnect = std::time::Duration::from_secs(self.reconnect_s);
         if let Some(address) = &self.cloud {
@@ -282,15 +282,6 @@ impl DeviceRunArgs {
                 format!("cloud: in this process; {describe}")
             }
         }
-    }
-
-    pub(crate) fn chunks(&self) -> ChunkPolicy {
-        self.chunks
-    }
-
-    /// `--wire`, if it was given.
-    pub(crate) fn wire(&self) -> Option<Codec> {
-        self.wire
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct BundleArgs {
     bundle: Option<PathBuf>,
     /// Number of first layers on the device [default: 2, or the bundle's].
     #[arg(long, env = "HAT_SPLIT_LAYER", value_name = "N")]
-    split_layer: Option<u32>,
+    pub(crate) split_layer: Option<u32>,
     /// Number of last layers on the device [default: 0, or the bundle's].
     #[arg(long, env = "HAT_TAIL_LAYERS", value_name = "N")]
     tail_layers: Option<u32>,
@@ -92,10 +92,6 @@ impl BundleArgs {
             ),
             None => Ok(()),
         }
-    }
-
-    pub(crate) fn split_layer(&self) -> Option<u32> {
-        self.split_layer
     }
 
     fn cut(&self) -> Cut {

@@ -233,7 +233,7 @@ impl DeviceArgs {
                     "{signal}: answers have {} s to end; once more ends at once",
                     self.drain
                 ));
-                server.stop();
+                drop(server);
                 return Ok(());
             }
             std::thread::sleep(STOPPED_LOOK);

@@ -50,7 +50,7 @@ impl Cloud {
         }
     }
 
-    /// What an event of the endpoint says to the core. A connection that this device has closed has
+    /// An event of the endpoint as the core takes it. A connection that this device has closed has
     /// nothing more to say.
     pub(super) fn inbound(&mut self, event: Event) -> Option<Inbound> {
         if event.connection() != self.connection {

@@ -47,6 +47,7 @@ pub(super) async fn serve(
 ) {
     let mut connections = JoinSet::new();
     loop {
+        shared.counters.connections.store(connections.len(), Ordering::Relaxed);
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(stream) => stream,
@@ -86,7 +87,6 @@ async fn connection(
     router: Router,
     mut stop: watch::Receiver<bool>,
 ) {
-    let _open = Open::new(shared.clone());
     stream.set_options();
     let limits = &shared.limits;
     let guarded = Guarded::new(stream, limits.head_timeout, limits.write_timeout);
@@ -208,21 +208,5 @@ fn keep_alive(response: &mut Response<Body>, is_last: bool, idle: Duration) {
         let value = format!("timeout={}", idle.as_secs());
         let value = HeaderValue::from_str(&value).expect("letters and digits");
         headers.insert("keep-alive", value);
-    }
-}
-
-/// Counts a connection while it is open.
-struct Open(Arc<Shared>);
-
-impl Open {
-    fn new(shared: Arc<Shared>) -> Self {
-        shared.counters.connections.fetch_add(1, Ordering::Relaxed);
-        Self(shared)
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.counters.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Counters of a server. The maps have few keys: routes, statuses and reasons are our own words.
@@ -11,7 +11,7 @@ pub(super) struct Counters {
     responses: Mutex<BTreeMap<(&'static str, u16), u64>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
     /// Connections open now.
-    pub(super) connections: AtomicU64,
+    pub(super) connections: AtomicUsize,
 }
 
 impl Counters {
@@ -25,13 +25,12 @@ impl Counters {
         *lock(&self.refused).entry(reason).or_default() += 1;
     }
 
-    /// Number of refusals, by reason.
-    pub(super) fn refused(&self) -> Vec<(&'static str, u64)> {
-        lock(&self.refused).iter().map(|(reason, count)| (*reason, *count)).collect()
-    }
-
-    /// The counters as Prometheus reads them, but for the refusals.
-    pub(super) fn prometheus(&self, in_flight: usize, out: &mut String) {
+    /// The counters as Prometheus reads them. `cut`: requests whose reader was too slow.
+    pub(super) fn prometheus(&self, in_flight: usize, cut: u64, out: &mut String) {
+        family(out, "hat_rejected_total", "counter", "Refusals and late failures, by reason.");
+        for (reason, count) in lock(&self.refused).iter().chain([(&"slow_reader", &cut)]) {
+            sample(out, &format!("hat_rejected_total{{reason=\"{reason}\"}}"), *count);
+        }
         family(out, "hat_http_requests_total", "counter", "Responses by route and status.");
         for ((route, status), count) in lock(&self.responses).iter() {
             let labels = format!("route=\"{route}\",status=\"{status}\"");

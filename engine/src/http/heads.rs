@@ -28,9 +28,10 @@ impl Fault {
 }
 
 /// The place in the bytes of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Place {
     /// Within a head.
+    #[default]
     Head,
     /// Within a body, this many bytes before its end.
     Body(u64),
@@ -42,7 +43,7 @@ enum Place {
 const LINE_BYTES_MAX: usize = 48;
 
 /// Follows the heads of one connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Heads {
     place: Place,
     /// The beginning of the current line.
@@ -54,20 +55,6 @@ pub(super) struct Heads {
     lines: u32,
     length: Option<u64>,
     chunks: bool,
-}
-
-impl Default for Heads {
-    fn default() -> Self {
-        Self {
-            place: Place::Head,
-            line: Vec::with_capacity(LINE_BYTES_MAX),
-            line_bytes: 0,
-            last: 0,
-            lines: 0,
-            length: None,
-            chunks: false,
-        }
-    }
 }
 
 impl Heads {

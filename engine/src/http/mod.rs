@@ -172,20 +172,11 @@ struct Shared {
 }
 
 impl Shared {
-    /// All figures as Prometheus reads them: the engine's, with our refusals among its own, and
-    /// the API's.
+    /// All figures as Prometheus reads them: the engine's and the API's.
     fn prometheus(&self) -> String {
-        let mut metrics = self.engine.metrics();
-        let ours = self.counters.refused().into_iter().chain([("slow_reader", self.relay.cut())]);
-        for (reason, count) in ours {
-            match metrics.rejected.iter_mut().find(|entry| entry.0 == reason) {
-                Some(entry) => entry.1 += count,
-                None => metrics.rejected.push((reason, count)),
-            }
-        }
-        let mut out = metrics.to_prometheus();
+        let mut out = self.engine.metrics().to_prometheus();
         let in_flight = self.limits.answers_max - self.in_flight.available_permits();
-        self.counters.prometheus(in_flight, &mut out);
+        self.counters.prometheus(in_flight, self.relay.cut(), &mut out);
         counters::family(&mut out, "hat_cloud_connected", "gauge", "1 if the cloud is connected.");
         let connected = u8::from(self.engine.is_connected());
         counters::sample(&mut out, "hat_cloud_connected", connected);
@@ -200,7 +191,9 @@ impl Shared {
     }
 }
 
-/// A running server. Dropping it stops it as [`HttpServer::stop`] does.
+/// A running server. Dropping it stops it: it takes no more requests, lets the answers in flight end
+/// within [`HttpLimits::drain`], ends the rest with an error that their readers are told, and waits
+/// for all of that.
 pub struct HttpServer {
     bound: Bound,
     stop: watch::Sender<bool>,
@@ -271,12 +264,6 @@ impl HttpServer {
     #[must_use]
     pub fn place(&self) -> String {
         self.bound.place()
-    }
-
-    /// Takes no more requests, lets the answers in flight end within [`HttpLimits::drain`], ends
-    /// the rest with an error that their readers are told, and waits for all of that.
-    pub fn stop(self) {
-        drop(self);
     }
 
     /// True if it has stopped by itself.

@@ -383,7 +383,8 @@ fn a_bundle_finds_its_drafter_by_model_and_split() {
     let mut drafters = Drafters::default();
     drafters.directory = Some(directory.path().to_owned());
     let origin = |split_layer: u32| {
-        let config = EngineConfig::new(bundles.path.join("device")).drafters(drafters.clone());
+        let mut config = EngineConfig::new(bundles.path.join("device"));
+        config.drafters = drafters.clone();
         let engine = Engine::open(config.split_layer(split_layer)).unwrap();
         engine.drafter_origin().map(str::to_owned)
     };

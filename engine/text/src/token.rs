@@ -136,24 +136,6 @@ pub enum TokenError {
     Encode(String),
 }
 
-impl TokenError {
-    /// True if the request is at fault (HTTP 400), false if the model's files are.
-    #[must_use]
-    pub fn is_request(&self) -> bool {
-        match self {
-            Self::Template(_)
-            | Self::Refused(_)
-            | Self::NoTemplate
-            | Self::NoMessages
-            | Self::UnknownOption(_)
-            | Self::OptionType { .. }
-            | Self::Encode(_) => true,
-            Self::TooLarge { what, .. } => *what == TEXT_BYTES,
-            _ => false,
-        }
-    }
-}
-
 const TEXT_BYTES: &str = "prompt text in bytes";
 
 /// Settings of a checkpoint's tokenizer beside `tokenizer.json`.

@@ -1,6 +1,8 @@
 //! Moments drawn from a seed: stalls, cuts, and the lateness of each moment. Each is a function of
 //! the seed and of link time alone, so traffic doesn't change it.
 
+use hat_transport::random::SeededRandom;
+
 use super::{CutConfig, StallConfig, nanos};
 
 /// Jitter changes in steps of this length.
@@ -26,13 +28,8 @@ impl Draws {
     }
 }
 
-/// One step of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-/// generators", 2014).
 fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
+    SeededRandom::new(value).next_u64()
 }
 
 /// Delay beyond the plain one, by the moment of leaving the bottleneck.

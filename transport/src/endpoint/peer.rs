@@ -50,15 +50,6 @@ impl Peer {
         matches!(self.state, State::Attached)
     }
 
-    pub(super) fn is_sending_close(&self) -> bool {
-        match &self.state {
-            State::Leaving { close_frame, closed: false, .. } => {
-                close_frame.is_some() || self.sending
-            }
-            _ => false,
-        }
-    }
-
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Handshake(handshake) => Some(handshake.poll_timeout()),

@@ -207,18 +207,25 @@ pub enum CloseCode {
 }
 
 impl CloseCode {
+    /// The codes that have names, in the order of their numbers.
+    const NAMED: [Self; 7] = [
+        Self::Done,
+        Self::Protocol,
+        Self::Version,
+        Self::Incompatible,
+        Self::Overload,
+        Self::ShuttingDown,
+        Self::Internal,
+    ];
+
     /// The wire's number.
     #[must_use]
-    pub const fn to_wire(self) -> u16 {
+    pub fn to_wire(self) -> u16 {
         match self {
-            Self::Done => 0,
-            Self::Protocol => 1,
-            Self::Version => 2,
-            Self::Incompatible => 3,
-            Self::Overload => 4,
-            Self::ShuttingDown => 5,
-            Self::Internal => 6,
             Self::Other(number) => number,
+            named => {
+                Self::NAMED.iter().position(|code| *code == named).expect("all are listed") as u16
+            }
         }
     }
 
@@ -231,17 +238,8 @@ impl CloseCode {
 
     /// The code with this number.
     #[must_use]
-    pub const fn from_wire(number: u16) -> Self {
-        match number {
-            0 => Self::Done,
-            1 => Self::Protocol,
-            2 => Self::Version,
-            3 => Self::Incompatible,
-            4 => Self::Overload,
-            5 => Self::ShuttingDown,
-            6 => Self::Internal,
-            number => Self::Other(number),
-        }
+    pub fn from_wire(number: u16) -> Self {
+        Self::NAMED.get(usize::from(number)).copied().unwrap_or(Self::Other(number))
     }
 }
 

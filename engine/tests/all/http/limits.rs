@@ -184,7 +184,7 @@ fn stopping_lets_answers_end() {
     client.read_exact(&mut begin).unwrap();
     let http = server.http.take().unwrap();
     std::thread::scope(|scope| {
-        let stopped = scope.spawn(|| http.stop());
+        let stopped = scope.spawn(|| drop(http));
         let mut bytes = begin.to_vec();
         client.read_to_end(&mut bytes).unwrap();
         assert_eq!(Reply::parse(&bytes).streamed_text(0), expected);
@@ -210,7 +210,7 @@ fn stopping_does_not_wait_for_ever() {
     let (stopped, has_stopped) = std::sync::mpsc::channel();
     let http = server.http.take().unwrap();
     std::thread::spawn(move || {
-        http.stop();
+        drop(http);
         stopped.send(()).unwrap();
     });
     has_stopped.recv_timeout(PATIENCE).expect("it waits for an answer that hangs");
@@ -279,7 +279,7 @@ fn an_answer_that_outlives_the_drain_ends_with_an_error() {
     let server = &mut stoppable.server;
     let mut bytes = vec![0; 64];
     client.read_exact(&mut bytes).unwrap();
-    server.http.take().unwrap().stop();
+    drop(server.http.take().unwrap());
     client.read_to_end(&mut bytes).unwrap();
     let reply = Reply::parse(&bytes);
     let last = reply.events().pop().unwrap();

@@ -411,7 +411,7 @@ fn hostile_templates_end() {
     for template in [loops, doubling, output, recursion, range].into_iter().chain(repeated) {
         let error = chat_error(template, &user("x"));
         assert!(matches!(error, TokenError::Template(_)), "{template}: {error:?}");
-        assert!(error.is_request() && error.to_string().len() < 2500);
+        assert!(error.to_string().len() < 2500);
         assert!(start.elapsed().as_secs() < 30, "{template}");
     }
     for template in ["{% include '/etc/passwd' %}", "{{ env.HOME.x }}", "{{ import_module('os') }}"]
@@ -440,11 +440,12 @@ fn requests_at_fault_are_told_so() {
     assert!(matches!(error, TokenError::UnknownOption(name) if name == "messages"));
     odd.kwargs.clear();
     odd.kwargs.insert("enable_thinking".into(), json!("yes"));
-    assert!(ours.encode_chat(&user("x"), &odd).unwrap_err().is_request());
+    let error = ours.encode_chat(&user("x"), &odd).unwrap_err();
+    assert!(matches!(error, TokenError::OptionType { .. }));
 
     let long = "a".repeat(TEXT_BYTES_MAX + 1);
     let error = ours.encode(&long, Special::AsText).unwrap_err();
-    assert!(matches!(error, TokenError::TooLarge { .. }) && error.is_request());
+    assert!(matches!(error, TokenError::TooLarge { .. }));
 
     let json = byte_level();
     let bare = load(&json, &settings(&json, None, "<|im_start|>", "<|im_end|>")).unwrap();

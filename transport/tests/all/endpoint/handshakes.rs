@@ -128,8 +128,6 @@ fn a_peers_words_are_shown_without_their_controls() {
     let shown = gone.to_string();
     assert!(shown.ends_with("\\u{1b}[2Jbye\\u{d}\\u{a}ERROR forged \\u{202e}txet"), "{shown}");
     assert!(!gone.is_final());
-    // Its CLOSE has gone out: the link could be dropped now.
-    assert!(pair.cloud.has_sent_close());
 }
 
 #[test]
