@@ -214,8 +214,6 @@ pub struct EngineMetrics {
     pub requests_cancelled: u64,
     /// Requests that ended with an error.
     pub requests_failed: u64,
-    /// Refusals, by reason.
-    pub rejected: Vec<(&'static str, u64)>,
     /// Sessions that are open now.
     pub sessions: u64,
     /// Prompt tokens.
@@ -255,14 +253,6 @@ impl EngineMetrics {
         self.tbt_us.merge(&meter.gaps_us);
     }
 
-    /// Counts a refusal. Reasons are names of ours, never text of a peer.
-    pub fn reject(&mut self, reason: &'static str) {
-        match self.rejected.iter_mut().find(|entry| entry.0 == reason) {
-            Some(entry) => entry.1 += 1,
-            None => self.rejected.push((reason, 1)),
-        }
-    }
-
     /// The text of `/metrics`, in the format of Prometheus: counters, gauges, and percentiles.
     #[must_use]
     pub fn to_prometheus(&self) -> String {
@@ -281,13 +271,6 @@ impl EngineMetrics {
         ];
         for (name, kind, value) in single {
             write_lines(&mut out, format_args!("# TYPE {name} {kind}\n{name} {value}\n"));
-        }
-        write_lines(&mut out, format_args!("# TYPE hat_rejected_total counter\n"));
-        for (reason, count) in &self.rejected {
-            write_lines(
-                &mut out,
-                format_args!("hat_rejected_total{{reason=\"{reason}\"}} {count}\n"),
-            );
         }
         let summaries =
             [("hat_ttft_seconds", 1e-6, &self.ttft_us), ("hat_tbt_seconds", 1e-6, &self.tbt_us)];
@@ -382,15 +365,11 @@ mod tests {
     #[test]
     fn the_text_of_metrics_has_a_type_for_each_name() {
         let mut metrics = EngineMetrics { requests_done: 3, ..EngineMetrics::default() };
-        metrics.reject("too_long");
-        metrics.reject("too_long");
-        metrics.reject("busy");
         metrics.tbt_us.record(2000);
         let text = metrics.to_prometheus();
         assert!(
             text.contains("# TYPE hat_requests_done_total counter\nhat_requests_done_total 3\n")
         );
-        assert!(text.contains("hat_rejected_total{reason=\"too_long\"} 2\n"));
         assert!(text.contains("hat_tbt_seconds{quantile=\"0.99\"} 0.002\n"), "{text}");
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let name = line.split(['{', ' ']).next().unwrap();

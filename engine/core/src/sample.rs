@@ -166,8 +166,7 @@ pub struct Choice {
     pub logit: f32,
 }
 
-/// Chooses tokens along one path. [`Sampler::accept`] and [`Sampler::undo`] follow the path forward
-/// and back; [`Sampler::fork`] starts a second one.
+/// Chooses tokens along one path, which [`Sampler::accept`] follows.
 pub struct Sampler {
     config: SamplerConfig,
     vocab_size: usize,
@@ -197,30 +196,9 @@ impl Sampler {
         &self.config
     }
 
-    /// Puts a token at the end of the path: prompt, committed or drafted, all the same.
+    /// Puts a token at the end of the path, of prompt or answer.
     pub fn accept(&mut self, token: TokenId) {
         self.path.push(token);
-    }
-
-    /// Takes the last token off the path.
-    ///
-    /// # Panics
-    /// If the path is empty (and anything depends on it).
-    pub fn undo(&mut self) {
-        self.path.pop();
-    }
-
-    /// A sampler at the same path that goes its own way.
-    #[must_use]
-    pub fn fork(&self) -> Self {
-        Self {
-            config: self.config.clone(),
-            vocab_size: self.vocab_size,
-            choice: self.choice,
-            path: self.path.clone(),
-            adjusted: Vec::new(),
-            ranked: Vec::new(),
-        }
     }
 
     /// The token at `position` (the number of tokens before it), given its logits
@@ -337,7 +315,6 @@ fn argmax(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
 }
 
 /// The tokens before the choice, and how often each is in the window.
-#[derive(Clone)]
 struct Path {
     window: usize,
     /// Empty if `window` is 0.
@@ -356,32 +333,14 @@ impl Path {
             return;
         }
         self.tokens.push(token);
-        self.count(token);
-        if let Some(left) = self.tokens.len().checked_sub(self.window + 1) {
-            self.uncount(self.tokens[left]);
-        }
-    }
-
-    fn pop(&mut self) {
-        if self.window == 0 {
-            return;
-        }
-        let token = self.tokens.pop().expect("undo goes with an accept");
-        self.uncount(token);
-        if let Some(back) = self.tokens.len().checked_sub(self.window) {
-            self.count(self.tokens[back]);
-        }
-    }
-
-    fn count(&mut self, token: TokenId) {
         *self.counts.entry(token).or_insert(0) += 1;
-    }
-
-    fn uncount(&mut self, token: TokenId) {
-        let count = self.counts.get_mut(&token).expect("tokens of the window are counted");
-        *count -= 1;
-        if *count == 0 {
-            self.counts.remove(&token);
+        if let Some(left) = self.tokens.len().checked_sub(self.window + 1) {
+            let left = self.tokens[left];
+            let count = self.counts.get_mut(&left).expect("tokens of the window are counted");
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&left);
+            }
         }
     }
 }

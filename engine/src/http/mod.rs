@@ -180,18 +180,18 @@ struct Shared {
 }
 
 impl Shared {
-    /// All figures as Prometheus reads them: the engine's, with our refusals among its own, and
-    /// the API's.
+    /// All figures as Prometheus reads them: the engine's, and the API's.
     fn prometheus(&self) -> String {
-        let mut metrics = self.engine.metrics();
-        let ours = self.counters.refused().into_iter().chain([("slow_reader", self.relay.cut())]);
-        for (reason, count) in ours {
-            match metrics.rejected.iter_mut().find(|entry| entry.0 == reason) {
-                Some(entry) => entry.1 += count,
-                None => metrics.rejected.push((reason, count)),
-            }
+        let mut out = self.engine.metrics().to_prometheus();
+        counters::family(&mut out, "hat_rejected_total", "counter", "Refusals by reason.");
+        let refused = self.counters.refused().into_iter();
+        for (reason, count) in refused.chain([("slow_reader", self.relay.cut())]) {
+            counters::sample(
+                &mut out,
+                &format!("hat_rejected_total{{reason=\"{reason}\"}}"),
+                count,
+            );
         }
-        let mut out = metrics.to_prometheus();
         let in_flight = self.limits.answers_max - self.in_flight.available_permits();
         self.counters.prometheus(in_flight, &mut out);
         counters::family(&mut out, "hat_cloud_connected", "gauge", "1 if the cloud is connected.");

@@ -36,14 +36,6 @@ pub struct Lookup {
     before: Vec<[u32; NGRAM_MAX]>,
 }
 
-impl FromIterator<TokenId> for Lookup {
-    fn from_iter<I: IntoIterator<Item = TokenId>>(tokens: I) -> Self {
-        let mut lookup = Self::default();
-        tokens.into_iter().for_each(|token| lookup.push(token));
-        lookup
-    }
-}
-
 /// An earlier place of the words at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
@@ -75,18 +67,6 @@ impl Lookup {
         }
         self.tokens.push(token);
         self.before.push([NONE; NGRAM_MAX]);
-    }
-
-    /// Tokens so far.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// True if it has no entries.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
     }
 
     /// Branches that may follow the last token: longest match first, then the latest place. Each
@@ -170,7 +150,9 @@ mod tests {
     use super::*;
 
     fn lookup(tokens: &[TokenId]) -> Lookup {
-        tokens.iter().copied().collect()
+        let mut lookup = Lookup::default();
+        tokens.iter().for_each(|token| lookup.push(*token));
+        lookup
     }
 
     /// Class of the first draft, and the tokens, of each branch.
@@ -250,6 +232,6 @@ mod tests {
                 assert_eq!(found, searched);
             }
         }
-        assert!(index.latest.len() <= 3 * index.len());
+        assert!(index.latest.len() <= 3 * index.tokens.len());
     }
 }
