@@ -11,7 +11,7 @@ mod times;
 use std::time::Instant;
 
 pub use self::times::{RowTimes, StepTimes};
-use crate::chunk::{CloudCost, CostModel, Line};
+use crate::chunk::{CostModel, StepCost};
 
 /// Share of the past in a moving average, as in the paper (arXiv 2503.18989).
 const PAST: f64 = 0.8;
@@ -300,7 +300,7 @@ impl Estimator {
 
     /// Seconds of a piece of a prompt in the device's own layers, if they have computed anything.
     #[must_use]
-    pub fn device_cost(&self) -> Option<CloudCost> {
+    pub fn device_cost(&self) -> Option<StepCost> {
         self.device.cost(CHUNK_ROWS_MIN)
     }
 
@@ -318,8 +318,8 @@ impl Estimator {
         let byte_s = self.up.is_reported.then(|| self.byte_up_s())?;
         let assumed = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
-            let Line { fixed, per_row } = device;
-            CloudCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
+            let StepCost { fixed, per_row, .. } = device;
+            StepCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
         };
         Some(CostModel {
             device,

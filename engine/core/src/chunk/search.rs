@@ -105,7 +105,7 @@ impl Search {
         }
         if sizes.is_empty() {
             equal(rows, problem.cell, sizes);
-            return super::finish_after_s(costs, ahead, cached, sizes);
+            return super::finish_s(costs, ahead, cached, sizes);
         }
         found_s + costs.return_s
     }
@@ -361,14 +361,14 @@ impl Problem<'_> {
         let others = f64::from(costs.stages - 1);
         let latency_s = costs.up_latency_s + costs.cloud_wait_s;
         // Whatever comes next comes no earlier than its smallest chunk can.
-        at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least));
+        at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least, 0));
         at.stage_s = at.stage_s.max(at.uplink_s + up_s(least) + latency_s);
         let least_s = costs.stage(least, cached.saturating_add(done));
         at.last_s = at.last_s.max(at.stage_s + others * least_s);
         // A place that is faster than the next one, whatever the chunk, and is free so early that
         // the largest chunk would wait behind it, is never waited for.
         if self.device_is_faster {
-            at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most));
+            at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most, 0));
         }
         let most_s = costs.stage(most, cached.saturating_add(rows - most));
         at.stage_s = at.stage_s.max(at.last_s - others * most_s);
@@ -385,7 +385,7 @@ impl Problem<'_> {
         let last_s = costs.stage(last, cached);
         let latency_s = costs.up_latency_s + costs.cloud_wait_s;
         let all = |fixed: f64, each: f64| count * fixed + f64::from(rows) * each;
-        let first_s = ahead.device_s + costs.device.seconds(size.min(rows));
+        let first_s = ahead.device_s + costs.device.seconds(size.min(rows), 0);
         let up_s = ahead.uplink_s.max(first_s) + all(costs.frame_s, costs.row_up_s);
         let enter_s = first_s + costs.frame_s + costs.row_up_s * f64::from(size.min(rows));
         let steps_s = all(costs.cloud.fixed, costs.cloud.per_row) / stages;
@@ -408,7 +408,7 @@ impl Problem<'_> {
         let steps = (at.stage_s + rest_s + (stages - 1.0) * row_s).max(at.last_s + rest_s);
         let latency = costs.up_latency_s + costs.cloud_wait_s + stages * row_s;
         let up = at.uplink_s + costs.frame_s + costs.row_up_s * f64::from(rest) + latency;
-        let made = at.device_s + costs.device.seconds(rest) + costs.frame_s + costs.row_up_s;
+        let made = at.device_s + costs.device.seconds(rest, 0) + costs.frame_s + costs.row_up_s;
         steps.max(up).max(made + latency)
     }
 }

@@ -157,7 +157,7 @@ impl Request {
         });
         ahead.uplink_s = ahead.uplink_s.max(uplink_s);
         let limits = Limits { rows_max, ..Limits::default() };
-        let plan = planner.plan_behind(policy, &costs, &limits, ahead, done, left);
+        let plan = planner.plan(policy, &costs, &limits, ahead, done, left);
         let next = *plan.sizes.first()?;
         self.meter.planned(now, plan.sizes, plan.finish_s);
         sizing.ahead = Some((ahead.behind(&costs, next, done), now));

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::chunk::{ChunkPolicy, Limits, Planner};
+use crate::chunk::{Ahead, ChunkPolicy, Limits, Planner};
 
 fn close(got: f64, wanted: f64, share: f64) -> bool {
     (got - wanted).abs() <= share * wanted
@@ -81,7 +81,7 @@ fn times_between_and_beyond_what_was_seen() {
 
 #[test]
 fn a_cost_model_comes_back_from_its_own_steps() {
-    let model = CloudCost { fixed: 5e-3, per_row: 0.8e-3, per_row_context: 0.2e-6 };
+    let model = StepCost { fixed: 5e-3, per_row: 0.8e-3, per_row_context: 0.2e-6 };
     let mut times = StepTimes::default();
     assert_eq!(times.cost(0.0), None);
     for prefix in [0, 300, 1500] {
@@ -98,7 +98,7 @@ fn a_cost_model_comes_back_from_its_own_steps() {
 /// One size at several contexts says what a row's context costs.
 #[test]
 fn contexts_are_told_apart() {
-    let model = CloudCost { fixed: 0.0, per_row: 0.8e-3, per_row_context: 0.2e-6 };
+    let model = StepCost { fixed: 0.0, per_row: 0.8e-3, per_row_context: 0.2e-6 };
     for prefixes in [[0, 300], [300, 1500], [1500, 5000]] {
         let mut times = StepTimes::default();
         for prefix in prefixes {
@@ -183,9 +183,9 @@ fn what_is_shown_is_what_comes_out() {
     let mut estimator = Estimator::default();
     assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     assert_eq!(estimator.uplink_busy_s(750_000), None);
-    let device = Line { fixed: 0.5e-3, per_row: 0.1e-3 };
+    let device = StepCost { fixed: 0.5e-3, per_row: 0.1e-3, ..StepCost::default() };
     for rows in [1, 32, 128, 256] {
-        estimator.note_device(rows, 0, device.seconds(rows));
+        estimator.note_device(rows, 0, device.seconds(rows, 0));
     }
     assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     // A link so fast that nobody saw bytes on their way costs nothing.
@@ -197,7 +197,7 @@ fn what_is_shown_is_what_comes_out() {
     // No output yet: the cloud's 28 layers are as fast as the two here.
     let assumed = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(assumed.cloud.per_row, 14.0 * device.per_row, 0.01), "{assumed:?}");
-    let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
+    let cloud = StepCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
         let step_s = cloud.seconds(step_rows, 100);
         let sent_bytes = 1152 * u64::from(step_rows);
@@ -243,7 +243,14 @@ fn hostile_estimates_give_a_plan() {
             estimator.note_returned(&returned);
             if let Some(costs) = estimator.cost_model(usize::MAX, (0, u32::MAX), u32::MAX) {
                 let mut planner = Planner::default();
-                let plan = planner.plan(ChunkPolicy::Auto, &costs, &Limits::default(), 0, 1000);
+                let plan = planner.plan(
+                    ChunkPolicy::Auto,
+                    &costs,
+                    &Limits::default(),
+                    Ahead::default(),
+                    0,
+                    1000,
+                );
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
             }
             assert!(estimator.round(1).is_none_or(|round| round >= 0.0));
@@ -273,7 +280,7 @@ fn the_cloud_is_believed_that_rows_waited() {
 /// A tree's levels cost the device what they cost, and a chunk costs what its pieces do.
 #[test]
 fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
-    let line = Line { fixed: 2e-3, per_row: 0.2e-3 };
+    let line = StepCost { fixed: 2e-3, per_row: 0.2e-3, ..StepCost::default() };
     for level_ms in [0.01, 30.0] {
         let mut estimator = Estimator::default();
         estimator.note_uplink(0, 0.0);
@@ -286,12 +293,15 @@ fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
         assert!(estimator.device_cost().is_some());
         assert!(estimator.cost_model(1, (2, 28), 1).is_some());
         for rows in [20, 64] {
-            estimator.note_device(rows, 0, line.seconds(rows));
+            estimator.note_device(rows, 0, line.seconds(rows, 0));
         }
         let device = estimator.cost_model(1, (2, 28), 1).unwrap().device;
-        assert!(close(device.seconds(256), line.seconds(256), 1e-6), "{level_ms}: {device:?}");
+        assert!(
+            close(device.seconds(256, 0), line.seconds(256, 0), 1e-6),
+            "{level_ms}: {device:?}"
+        );
         let piece = estimator.device_cost().unwrap();
-        assert!(close(piece.seconds(64, 0), line.seconds(64), 1e-6), "{level_ms}: {piece:?}");
+        assert!(close(piece.seconds(64, 0), line.seconds(64, 0), 1e-6), "{level_ms}: {piece:?}");
         let device_s = estimator.device.seconds(8).unwrap();
         assert!(close(device_s, level_ms / 1e3, 1e-9), "{level_ms}: {device_s}");
     }

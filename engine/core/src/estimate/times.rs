@@ -2,7 +2,7 @@
 //! all of them.
 
 use super::Average;
-use crate::chunk::{CloudCost, Line};
+use crate::chunk::StepCost;
 
 /// Row counts are averaged in cells: 1, 2, 3 to 4, 5 to 8, and so on to 4,096.
 const SIZES: usize = 13;
@@ -88,13 +88,13 @@ impl RowTimes {
 
     /// The line through the sizes from `rows_min` rows up, or through all if there are none.
     #[must_use]
-    pub fn line(&self, rows_min: f64) -> Option<Line> {
+    pub fn line(&self, rows_min: f64) -> Option<StepCost> {
         let of = |least: f64| {
             let cells = self.known().filter(move |cell| cell.rows >= least);
             fit(cells.map(|cell| ([1.0, cell.rows, 0.0], cell.seconds)), &LINE_MODELS)
         };
-        let [fixed, per_row, _] = of(rows_min).or_else(|| of(0.0))?;
-        Some(Line { fixed, per_row })
+        let [fixed, per_row, per_row_context] = of(rows_min).or_else(|| of(0.0))?;
+        Some(StepCost { fixed, per_row, per_row_context })
     }
 }
 
@@ -132,14 +132,14 @@ impl StepTimes {
 
     /// As [`RowTimes::line`], through the contexts of late.
     #[must_use]
-    pub fn line(&self, rows_min: f64) -> Option<Line> {
+    pub fn line(&self, rows_min: f64) -> Option<StepCost> {
         self.by_rows.line(rows_min)
     }
 
     /// The model with the least sum of squared relative errors and no negative term, of the sizes
     /// from `rows_min` rows up, or of all if there are none; `None` before the first measurement.
     #[must_use]
-    pub fn cost(&self, rows_min: f64) -> Option<CloudCost> {
+    pub fn cost(&self, rows_min: f64) -> Option<StepCost> {
         let of = |least: f64| {
             let cells = self.cells.iter().flatten().filter_map(Cell::means);
             let cells = cells.filter(move |cell| cell.rows >= least);
@@ -147,7 +147,7 @@ impl StepTimes {
             fit(cells.map(|cell| (terms(&cell), cell.seconds)), &STEP_MODELS)
         };
         let [fixed, per_row, per_row_context] = of(rows_min).or_else(|| of(0.0))?;
-        Some(CloudCost { fixed, per_row, per_row_context })
+        Some(StepCost { fixed, per_row, per_row_context })
     }
 }
 
