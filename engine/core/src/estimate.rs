@@ -83,15 +83,6 @@ impl Flow {
     }
 }
 
-/// Time from the last byte sent to the first row back that no step explains.
-#[derive(Clone, Debug, Default)]
-struct AwayTimes {
-    /// The cloud's queue and step taken off: the link both ways, the upload of rows included.
-    link: RowTimes,
-    /// The link and the step taken off: others' load in the cloud.
-    cloud: Average,
-}
-
 /// A copy of the estimates, for people and reports. What is not known yet is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
@@ -140,7 +131,11 @@ pub struct Estimator {
     draft_batch: Average,
     /// Tokens of a round.
     tokens: Average,
-    away: AwayTimes,
+    /// From the last byte sent to the first row back, the cloud's queue and step taken off: the
+    /// link both ways, the upload of rows included.
+    away_link: RowTimes,
+    /// The same, the link and the step taken off: others' load in the cloud.
+    away_cloud: Average,
     /// The cloud's steps, by all their rows.
     step: StepTimes,
     /// Time in the cloud's queue, as a share of the step after it.
@@ -204,10 +199,10 @@ impl Estimator {
         let (all, own) = (f64::from(step_rows), rows as f64);
         self.others.note((all - own).max(0.0));
         self.crowd.note(all / own.max(1.0));
-        self.away.link.note(rows, (away_s - step_s - queue_s).max(0.0));
+        self.away_link.note(rows, (away_s - step_s - queue_s).max(0.0));
         // Where the link is taken for slower than it is, the cloud knows better.
         let link_s = self.rtt_s() + sent_bytes as f64 * self.byte_up_s();
-        self.away.cloud.note((away_s - step_s - link_s).max(queue_s));
+        self.away_cloud.note((away_s - step_s - link_s).max(queue_s));
     }
 
     fn rtt_s(&self) -> f64 {
@@ -231,7 +226,7 @@ impl Estimator {
         let crowd = self.crowd.mean().max(1.0);
         let step = self.step.seconds((rows as f64 * crowd).round() as usize)?;
         let cloud = step * (1.0 + self.queue.mean());
-        Some(self.device.seconds(rows)? + self.away.link.seconds(rows)? + cloud)
+        Some(self.device.seconds(rows)? + self.away_link.seconds(rows)? + cloud)
     }
 
     /// Tail layers and LM head of one visited row, seconds.
@@ -265,7 +260,7 @@ impl Estimator {
         let none = (0, 0.0);
         let step = |rows: usize| self.step_beside_others(rows);
         let device = |rows: usize| self.device.seconds(rows);
-        let (Some(wait), Some(round)) = (self.away.link.seconds(1), self.round(1)) else {
+        let (Some(wait), Some(round)) = (self.away_link.seconds(1), self.round(1)) else {
             return none;
         };
         let Some(rows) = (1..=rows_max).rev().find(|rows| step(*rows).is_some_and(|s| s <= wait))
@@ -284,7 +279,7 @@ impl Estimator {
     /// batch of drafts could be made.
     #[must_use]
     pub fn is_due(&self, now: Instant, sent: Instant, rows: usize) -> bool {
-        let away = self.away.link.seconds(rows).zip(self.step_beside_others(rows));
+        let away = self.away_link.seconds(rows).zip(self.step_beside_others(rows));
         let (wait, step) = away.unwrap_or_default();
         let away = wait + step * (1.0 + self.queue.mean());
         now.duration_since(sent).as_secs_f64() + self.draft_batch.mean() > away
@@ -328,7 +323,7 @@ impl Estimator {
             up_latency_s: self.rtt_s() / 2.0,
             cloud: self.step.cost(0.0).unwrap_or_else(assumed),
             stages,
-            cloud_wait_s: self.away.cloud.mean(),
+            cloud_wait_s: self.away_cloud.mean(),
             return_s: self.rtt_s() / 2.0 + self.down.byte_s.mean() * row_bytes as f64 + self.head(),
         })
     }

@@ -357,7 +357,7 @@ impl CloudCore {
                 let head = rows.head;
                 self.take_rows(now, key, RowsFrame::new(frame, head))
             }
-            Message::Commit(commit) => session.take_commit(commit.row, self.planner.moves()),
+            Message::Commit(commit) => session.take_commit(commit.row, &mut self.planner.moves),
             Message::End(end) => {
                 self.take_end(now, key, &end)?;
                 self.clients.answer(from, wire_id, Reply::Ended);
@@ -378,12 +378,12 @@ impl CloudCore {
         let (from, wire_id, begins) = (session.connection, session.wire_id, rows.head.more);
         if self.planted.is(Fault::EarlyCommit) && rows.head.commit != 0 {
             let commit = std::mem::take(&mut rows.head.commit);
-            session.sequence.commit(commit, self.planner.moves())?;
+            session.sequence.commit(commit, &mut self.planner.moves)?;
         }
         let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.pruning);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
-            self.planner.forget_work(key);
+            self.planner.scheduler.forget(key);
         }
         for rows in self.pruning.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
@@ -406,7 +406,7 @@ impl CloudCore {
     ) -> Result<(), SessionViolation> {
         let session = self.sessions.session(key);
         if end.commit != 0 {
-            session.take_commit(end.commit, self.planner.moves())?;
+            session.take_commit(end.commit, &mut self.planner.moves)?;
         }
         let full = session.sequence.full_pages().min(end.pages.len());
         self.pages.keep(session.scope, &end.pages[..full], session.sequence.pages());

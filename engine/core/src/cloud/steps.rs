@@ -18,14 +18,14 @@ impl CloudCore {
     /// Bounds every step so, instead of by what steps took, and lets chunks of prompts be as long
     /// as the row budget: for comparisons.
     pub fn bound_by(&mut self, bound: Bound) {
-        self.planner.bound_by(bound);
+        self.planner.bound = Some(bound);
         self.begun_frames_max = usize::MAX;
     }
 
     /// Works that wait for a step.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.planner.queued()
+        self.planner.scheduler.queued()
     }
 
     /// Steps that the first stage may have, the one that it runs included, when another one is
@@ -65,7 +65,7 @@ impl CloudCore {
     /// it has cut. It hears of the next one when that has run, so what a session may have waiting
     /// is bounded by its device's credit alone.
     pub(super) fn enqueue_next(&mut self, now: Instant, key: SessionKey) {
-        let is_new = !self.planner.holds(key);
+        let is_new = !self.planner.scheduler.holds(key);
         let Some(session) = self.sessions.find(key).filter(|_| is_new) else { return };
         let Some(next) = session.next() else { return };
         let item = BatchItem {
@@ -133,7 +133,7 @@ impl CloudCore {
         let of_step = u32::try_from(batch.step.plan.rows()).expect("within the row budget");
         let goes_back = !rows.wanted.is_empty();
         if goes_back {
-            self.planner.note_decoder(now, key);
+            self.planner.pace.note_decoder(key, now);
         }
         let queue_us = batch.queue_us(index);
         let spent =
@@ -175,7 +175,7 @@ impl CloudCore {
         let sessions = self.sessions.len();
         tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
         self.figures.faults += 1;
-        self.planner.moves().clear();
+        self.planner.moves.clear();
         // Pages have their names from when their rows are planned.
         self.pages.clear();
         for key in self.sessions.keys() {

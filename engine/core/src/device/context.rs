@@ -12,12 +12,11 @@ use hat_transport::planted::Planted;
 
 use super::request::RequestId;
 use super::select;
-use super::session::Timed;
 use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::draft::tree::Proposal;
 use crate::draft::{Acceptance, DraftPolicy};
-use crate::estimate::{Estimates, Estimator, Returned};
+use crate::estimate::{Estimator, Returned};
 use crate::page::pages_for;
 use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
@@ -90,7 +89,7 @@ pub(super) struct Learned {
     pub(super) acceptance: Acceptance,
     /// Times of rounds and of chunks.
     pub(super) estimator: Estimator,
-    planner: Planner,
+    pub(super) planner: Planner,
     /// The link's counters at the last look; `None` without a connection.
     pub(super) traffic: Option<Traffic>,
     /// Bytes from the cloud, and how long they took, that the estimator knows of.
@@ -98,24 +97,14 @@ pub(super) struct Learned {
 }
 
 impl Learned {
-    /// Another processor computes from now on: times of the one before say nothing of it.
-    pub(super) fn forget_times(&mut self) {
-        self.estimator = Estimator::default();
-    }
-
     /// The device's layers took so long for this many rows behind `prefix` others.
     pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
         let rows = u32::try_from(rows).expect("a piece or a level is small");
         self.estimator.note_device(rows, prefix, took.as_secs_f64());
     }
 
-    /// Tail layers and LM head of one row took so long.
-    pub(super) fn note_head(&mut self, took: Duration) {
-        self.estimator.note_head(took.as_secs_f64());
-    }
-
     /// Notes the rate at which the cloud saw this device's frames come in.
-    fn note_arrivals(&mut self, arrivals: Arrivals) {
+    pub(super) fn note_arrivals(&mut self, arrivals: Arrivals) {
         self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
 
@@ -149,11 +138,6 @@ impl Learned {
         });
     }
 
-    /// An output came, with news of this device's frames.
-    pub(super) fn note_output_arrivals(&mut self, head: &OutputHead) {
-        self.note_arrivals(head.arrivals);
-    }
-
     /// Looks at what the link counts; returns the bytes that are not acknowledged.
     pub(super) fn note_link(&mut self) -> u64 {
         let Some(traffic) = self.traffic else { return 0 };
@@ -167,11 +151,6 @@ impl Learned {
         traffic.unacked_bytes
     }
 
-    /// Seconds for which bytes that are not acknowledged keep the uplink busy.
-    pub(super) fn uplink_busy_s(&self, unacked: u64) -> f64 {
-        self.estimator.uplink_busy_s(unacked).unwrap_or(0.0)
-    }
-
     /// For how long no more of a prompt is computed, since the uplink has enough; `None` if it may
     /// go on.
     pub(super) fn upload_pause(&self) -> Option<Duration> {
@@ -182,26 +161,6 @@ impl Learned {
     /// Rows of the next piece, at most `rows`, behind `prefix` others.
     pub(super) fn piece_rows(&self, prefix: u32, rows: u32) -> u32 {
         select::piece_rows(self.estimator.device_cost(), prefix, rows)
-    }
-
-    /// The planner of chunks, with what it plans by; `None` if too little is known.
-    pub(super) fn planner(
-        &mut self,
-        facts: &Facts,
-        stages: u32,
-    ) -> Option<(&mut Planner, crate::chunk::CostModel)> {
-        let costs = self.estimator.cost_model(facts.row_bytes(), facts.layers, stages)?;
-        Some((&mut self.planner, costs))
-    }
-
-    /// Everything that is known now.
-    pub(super) fn estimates(&self, facts: &Facts, stages: u32) -> Estimates {
-        self.estimator.estimates(facts.row_bytes(), facts.layers, stages)
-    }
-
-    /// True if rows that were sent will be back before another batch of drafts could be made.
-    pub(super) fn is_due(&self, now: std::time::Instant, timed: Option<Timed>) -> bool {
-        timed.is_some_and(|timed| self.estimator.is_due(now, timed.at, timed.rows))
     }
 }
 

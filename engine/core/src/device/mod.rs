@@ -48,7 +48,7 @@ use crate::chunk::ChunkPolicy;
 use crate::draft::drafter::Drafter;
 use crate::draft::{DraftMode, DraftPolicy, Lookup};
 use crate::error::RequestError;
-use crate::estimate::Estimates;
+use crate::estimate::{Estimates, Estimator};
 use crate::metrics::Meter;
 use crate::page::pages_for;
 use crate::prefix::{PageStore, PrefixScope};
@@ -258,7 +258,7 @@ impl DeviceCore {
             namer.arithmetic_id = arithmetic_id;
         }
         // Times of one processor say nothing of another's.
-        self.cx.learned.forget_times();
+        self.cx.learned.estimator = Estimator::default();
         self.drafter = drafter;
     }
 
@@ -345,7 +345,8 @@ impl DeviceCore {
     /// A request has its answer.
     fn finish(&mut self, id: RequestId, finish_reason: FinishReason) {
         self.keep_pages(id);
-        let estimates = self.cx.learned.estimates(&self.cx.facts, self.cx.cloud.stages);
+        let Common { facts, cloud, learned, .. } = &self.cx;
+        let estimates = learned.estimator.estimates(facts.row_bytes(), facts.layers, cloud.stages);
         let Some(request) = self.retire(id, true) else { return };
         let Request { mut answer, meter, prepared, .. } = request;
         let text = answer.finish();

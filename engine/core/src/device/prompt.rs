@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::RequestEvent;
-use super::context::{Common, Facts};
+use super::context::{Common, Facts, Learned};
 use super::request::Request;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::error::RequestError;
@@ -148,8 +148,10 @@ impl Request {
         unacked: u64,
         cx: &mut Common,
     ) -> Option<u32> {
-        let uplink_s = cx.learned.uplink_busy_s(unacked);
-        let (planner, costs) = cx.learned.planner(&cx.facts, cx.cloud.stages)?;
+        let Learned { estimator, planner, .. } = &mut cx.learned;
+        let uplink_s = estimator.uplink_busy_s(unacked).unwrap_or(0.0);
+        let (row_bytes, layers) = (cx.facts.row_bytes(), cx.facts.layers);
+        let costs = estimator.cost_model(row_bytes, layers, cx.cloud.stages)?;
         let (done, left) = (self.computed(), self.path.rows() - self.computed());
         let sizing = &mut self.session.open_mut()?.sizing;
         let mut ahead = sizing.ahead.map_or_else(Ahead::default, |(ahead, at)| {

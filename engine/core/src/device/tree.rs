@@ -13,7 +13,7 @@ use hat_transport::planted::Fault;
 use super::context::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
-use super::session::Round;
+use super::session::{Round, Timed};
 use crate::draft::DraftMode;
 use crate::draft::policy::drafts_that_pay;
 use crate::error::RequestError;
@@ -156,10 +156,13 @@ impl Request {
         let (away, first_id) = (self.kv.pending(), self.kv.last_id() + 1);
         let open = self.session.open_mut()?;
         let nodes = open.drafts.tree.nodes().len();
+        let estimator = &cx.learned.estimator;
+        let is_due = |timed: Timed| estimator.is_due(now, timed.at, timed.rows);
         let (batch, floor) = match mode {
             DraftMode::All => (cx.policy.batch_nodes, 0.0),
-            _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
-            _ => cx.learned.estimator.draft_batch(cx.policy.batch_nodes),
+            // What is away will be back before another batch could be made.
+            _ if open.timed.is_some_and(is_due) => (0, 0.0),
+            _ => estimator.draft_batch(cx.policy.batch_nodes),
         };
         open.drafts.is_full = true;
         let nodes_max = nodes + batch.min(cx.pending_max().saturating_sub(away));

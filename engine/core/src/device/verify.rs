@@ -84,7 +84,7 @@ impl Request {
     fn note_costs(&mut self, now: Instant, output: &Output<'_>, cx: &mut Common) {
         let (in_prefill, computed) = (self.in_prefill(), self.computed());
         let Some(open) = self.session.open_mut() else { return };
-        cx.learned.note_output_arrivals(&output.head);
+        cx.learned.note_arrivals(output.head.arrivals);
         let is_first = |timed: &mut Timed| output.ids.iter().any(|id| id >= timed.first_id);
         let (rows, away) = match open.timed.take_if(is_first) {
             Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at))),
@@ -255,7 +255,7 @@ impl Request {
         self.round = head.round;
         self.meter.counts.rounds = head.round;
         self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
-        cx.learned.note_head(took);
+        cx.learned.estimator.note_head(took.as_secs_f64());
         let position = self.path.rows() - 1;
         let emitted = if self.answer.wants_argmax() {
             let argmax = cx.scratch.argmax.take();
