@@ -25,73 +25,22 @@ use self::supervisor::{Run, Seen, Supervisor};
 use crate::config::CloudConfig;
 use crate::{Error, processor};
 
-/// Counters of a cloud, for `/metrics` and people. All only grow, but `sessions`, `pages_free` and
-/// `pages_idle`, which are what they are now.
-#[derive(Debug, Default)]
-#[non_exhaustive]
-pub struct CloudCounters {
-    /// Steps run.
-    pub steps: AtomicU64,
-    /// Rows run.
-    pub rows: AtomicU64,
-    /// Microseconds spent in steps.
-    pub step_us: AtomicU64,
-    /// Sessions opened.
-    pub opened: AtomicU64,
-    /// Sessions and connections refused or ended for something that the peer did.
-    pub refused: AtomicU64,
-    /// Idle sessions ended for the sake of others.
-    pub evicted: AtomicU64,
-    /// Devices told to come back later.
-    pub busy: AtomicU64,
-    /// Rows not computed, since their device had gone another way before their step.
-    pub dropped: AtomicU64,
-    /// Sessions open now.
-    pub sessions: AtomicU64,
-    /// KV pages that a new session can have now, those that are kept for others included.
-    pub pages_free: AtomicU64,
-    /// Steps that a backend did not compute.
-    pub faults: AtomicU64,
-    /// Free pages whose rows are kept: a session that names them need not upload those.
-    pub pages_idle: AtomicU64,
-    /// Pages that sessions found when they opened.
-    pub pages_reused: AtomicU64,
+/// Counters of a cloud, for `/metrics` and people.
+pub type CloudCounters = CloudFigures<AtomicU64>;
+
+/// Totals of all runs so far.
+fn totals(counters: &CloudCounters) -> CloudFigures {
+    let mut figures = CloudFigures::default();
+    for (counter, figure) in counters.zip(&mut figures) {
+        *figure = counter.load(Ordering::Relaxed);
+    }
+    figures
 }
 
-impl CloudCounters {
-    /// Each counter, and the figure of the same name.
-    fn with<'a>(&'a self, figures: &'a mut CloudFigures) -> [(&'a AtomicU64, &'a mut u64); 13] {
-        [
-            (&self.steps, &mut figures.steps),
-            (&self.rows, &mut figures.rows),
-            (&self.step_us, &mut figures.step_us),
-            (&self.opened, &mut figures.opened),
-            (&self.refused, &mut figures.refused),
-            (&self.evicted, &mut figures.evicted),
-            (&self.busy, &mut figures.busy),
-            (&self.dropped, &mut figures.dropped),
-            (&self.sessions, &mut figures.sessions),
-            (&self.pages_free, &mut figures.pages_free),
-            (&self.faults, &mut figures.faults),
-            (&self.pages_idle, &mut figures.pages_idle),
-            (&self.pages_reused, &mut figures.pages_reused),
-        ]
-    }
-
-    /// Totals of all runs so far.
-    fn figures(&self) -> CloudFigures {
-        let mut figures = CloudFigures::default();
-        for (counter, figure) in self.with(&mut figures) {
-            *figure = counter.load(Ordering::Relaxed);
-        }
-        figures
-    }
-
-    /// Shows what a core has done.
-    fn publish(&self, mut figures: CloudFigures) {
-        for (counter, figure) in self.with(&mut figures) {
-            counter.store(*figure, Ordering::Relaxed);
-        }
+/// Shows what a core has done.
+fn publish(counters: &CloudCounters, mut figures: CloudFigures) {
+    for (counter, figure) in counters.zip(&mut figures) {
+        counter.store(*figure, Ordering::Relaxed);
     }
 }
 

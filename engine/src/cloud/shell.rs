@@ -170,7 +170,7 @@ impl Shell {
     }
 
     fn publish(&self) {
-        self.counters.publish(self.core.figures());
+        super::publish(&self.counters, self.core.figures());
     }
 
     /// Tells every device that the connection is over, so that it comes back instead of waiting

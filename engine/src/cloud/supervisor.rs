@@ -105,7 +105,7 @@ impl Run {
         let start = shell::Start {
             config: config.clone(),
             hello,
-            core: CloudCore::new(core, hello, pages, seen.counters.figures()),
+            core: CloudCore::new(core, hello, pages, super::totals(&seen.counters)),
             watch: watch::Start::new(bundle, &config.verify),
             counters: seen.counters.clone(),
             stop: seen.stop.clone(),

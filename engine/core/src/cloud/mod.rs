@@ -32,8 +32,8 @@ use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
 pub use self::batch::StepBatch;
+use self::clients::Clients;
 pub use self::clients::SEND_QUEUE_BYTES_MAX;
-use self::clients::{Clients, Reply};
 use self::planner::Planner;
 use self::prune::Pruning;
 use self::rows::RowsFrame;
@@ -83,35 +83,58 @@ pub enum LinkEvent {
     Gone,
 }
 
-/// Counters of a cloud, over its life.
+/// Figures of a cloud, over its life: numbers, or counters that are shared. All only grow, but
+/// `sessions`, `pages_free` and `pages_idle`, which are what they are now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CloudFigures {
+#[non_exhaustive]
+pub struct CloudFigures<N = u64> {
     /// Steps run.
-    pub steps: u64,
+    pub steps: N,
     /// Rows run.
-    pub rows: u64,
+    pub rows: N,
     /// Microseconds spent in steps.
-    pub step_us: u64,
+    pub step_us: N,
     /// Sessions opened.
-    pub opened: u64,
+    pub opened: N,
     /// Sessions and connections refused or ended for something that the peer did.
-    pub refused: u64,
+    pub refused: N,
     /// Idle sessions ended for the sake of others.
-    pub evicted: u64,
+    pub evicted: N,
     /// Devices told to come back later.
-    pub busy: u64,
-    /// Rows not computed, since their device had gone another way.
-    pub dropped: u64,
+    pub busy: N,
+    /// Rows not computed, since their device had gone another way before their step.
+    pub dropped: N,
     /// Sessions open now.
-    pub sessions: u64,
-    /// KV pages that a new session can have now.
-    pub pages_free: u64,
+    pub sessions: N,
+    /// KV pages that a new session can have now, those that are kept for others included.
+    pub pages_free: N,
     /// Steps that a backend did not compute.
-    pub faults: u64,
-    /// Free pages whose rows are kept.
-    pub pages_idle: u64,
+    pub faults: N,
+    /// Free pages whose rows are kept: a session that names them need not upload those.
+    pub pages_idle: N,
     /// Pages that sessions found when they opened.
-    pub pages_reused: u64,
+    pub pages_reused: N,
+}
+
+impl<N> CloudFigures<N> {
+    /// Each figure, and the one of the same name in `other`.
+    pub fn zip<'a, M>(&'a self, other: &'a mut CloudFigures<M>) -> [(&'a N, &'a mut M); 13] {
+        [
+            (&self.steps, &mut other.steps),
+            (&self.rows, &mut other.rows),
+            (&self.step_us, &mut other.step_us),
+            (&self.opened, &mut other.opened),
+            (&self.refused, &mut other.refused),
+            (&self.evicted, &mut other.evicted),
+            (&self.busy, &mut other.busy),
+            (&self.dropped, &mut other.dropped),
+            (&self.sessions, &mut other.sessions),
+            (&self.pages_free, &mut other.pages_free),
+            (&self.faults, &mut other.faults),
+            (&self.pages_idle, &mut other.pages_idle),
+            (&self.pages_reused, &mut other.pages_reused),
+        ]
+    }
 }
 
 /// The cloud's side of the protocol, for any number of connections.
@@ -234,7 +257,7 @@ impl CloudCore {
 
     /// A connection that is to be closed.
     pub fn poll_close(&mut self) -> Option<(ConnectionId, CloseCode, String)> {
-        self.clients.poll_close()
+        self.clients.closes.pop_front()
     }
 
     /// A fault that lasts: nothing is computed any more. A step that does not end is one.
@@ -253,12 +276,12 @@ impl CloudCore {
     /// nothing happens before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let stuck_at = self.planner.stuck_at(self.config.step_within);
-        self.clients.retry_at().into_iter().chain(stuck_at).min()
+        self.clients.retry_at.into_iter().chain(stuck_at).min()
     }
 
     /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
-        let refused = self.figures.refused + self.clients.sent_away();
+        let refused = self.figures.refused + self.clients.sent_away;
         let pool = self.pages.pool();
         CloudFigures {
             refused,
@@ -288,7 +311,7 @@ impl CloudCore {
         if !self.make_room(now, from, wanted) {
             let retry_after_ms = self.retry_after_ms(now, from, wanted);
             self.figures.busy += 1;
-            self.clients.answer(from, frame.session, Reply::Busy(Busy { retry_after_ms }));
+            self.clients.answer(from, frame.session, Message::Busy(Busy { retry_after_ms }));
             return Ok(());
         }
         let admitted = self.pages.admit(scope_of(&open), open.pages, wanted);
@@ -301,7 +324,7 @@ impl CloudCore {
         self.figures.opened += 1;
         self.figures.pages_reused += held as u64;
         let pages = u16::try_from(held).expect("at most as many as one frame names");
-        self.clients.answer(from, frame.session, Reply::Opened(Opened { pages }));
+        self.clients.answer(from, frame.session, Message::Opened(Opened { pages }));
         Ok(())
     }
 
@@ -349,7 +372,7 @@ impl CloudCore {
         if frame.kind == Kind::Cancel {
             session.cancel();
             self.planner.forget(key);
-            self.clients.answer(from, wire_id, Reply::Cancelled);
+            self.clients.answer(from, wire_id, Message::Cancelled);
             return Ok(());
         }
         match Message::decode(frame.kind, &frame.body)? {
@@ -360,7 +383,7 @@ impl CloudCore {
             Message::Commit(commit) => session.take_commit(commit.row, &mut self.planner.moves),
             Message::End(end) => {
                 self.take_end(now, key, &end)?;
-                self.clients.answer(from, wire_id, Reply::Ended);
+                self.clients.answer(from, wire_id, Message::Ended);
                 Ok(())
             }
             _ => Err(SessionViolation::Unexpected { kind: frame.kind }),
@@ -387,7 +410,7 @@ impl CloudCore {
         }
         for rows in self.pruning.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
-            self.clients.answer(from, wire_id, Reply::Dropped(rows));
+            self.clients.answer(from, wire_id, Message::Dropped(rows));
         }
         taken?;
         if begins && self.sessions.begun_frames(from) > self.begun_frames_max {
@@ -506,7 +529,7 @@ impl CloudCore {
             tracing::info!(session = wire_id, ?code, %text, "refused");
             self.figures.refused += 1;
         }
-        self.clients.answer(connection, wire_id, Reply::Error { code, text });
+        self.clients.answer_error(connection, wire_id, code, text);
     }
 
     fn hidden_size(&self) -> usize {

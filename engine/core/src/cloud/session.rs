@@ -304,19 +304,19 @@ impl Session {
         let mut left = count;
         while left > 0 && chunk.frames > 0 {
             let frame = self.frames.pop_front().expect("those of the chunks that wait");
-            let part = frame.part(chunk.skip, left);
+            let (head, payload) = frame.part(chunk.skip, left);
             let first = rows.ids.len();
-            self.put_part(&frame, &part.head, plan, moves, rows)?;
-            self.decode(frame.payload_of(&part), hidden_size, hidden)?;
+            self.put_part(&frame, &head, plan, moves, rows)?;
+            self.decode(payload, hidden_size, hidden)?;
             let end = rows.ids.len();
-            let wanted = match part.head.want {
+            let wanted = match head.want {
                 Want::None => end..end,
                 Want::Last => end - 1..end,
                 Want::All => first..end,
             };
             rows.wanted_ids.extend_from_slice(&rows.ids[wanted.clone()]);
             rows.wanted.extend(wanted.map(|index| u32::try_from(index).expect("few rows")));
-            let put = u32::from(part.head.count);
+            let put = u32::from(head.count);
             (left, chunk.skip) = (left - put, chunk.skip + put);
             if chunk.skip == u32::from(frame.head.count) {
                 (chunk.skip, chunk.frames) = (0, chunk.frames - 1);

@@ -5,10 +5,10 @@ use std::time::Instant;
 use hat_plan::BackendFault;
 use hat_transport::conn::FrameSink;
 use hat_transport::frame::{Kind, Priority};
+use hat_transport::message::Message;
 
 use super::CloudCore;
 use super::batch::StepBatch;
-use super::clients::Reply;
 use super::output::Outputs;
 use super::violation::SessionEnd;
 use crate::sched::{BatchItem, Bound, SessionKey};
@@ -143,7 +143,7 @@ impl CloudCore {
         let sizes = (hidden_size, self.clients.frame_bytes_max(to));
         let mut outputs = Outputs::of(batch, index, codec, sizes, spent, arrivals);
         if let Some(computed) = outputs.computed() {
-            self.clients.answer(to, wire_id, Reply::Computed(computed));
+            self.clients.answer(to, wire_id, Message::Computed(computed));
             return Ok(());
         }
         while let Some(bytes) = outputs.next_bytes() {
