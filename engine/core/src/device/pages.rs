@@ -1,12 +1,9 @@
-//! Pages that the cloud may hold from earlier sessions: asked for when one opens, named when it
-//! ends. What it holds is not sent, and not computed either if this device and its drafter have
-//! their own pages of it still.
+//! Names of the pages that the cloud may hold from earlier sessions: it is asked for them when one
+//! opens, and told them when one ends.
 
-use hat_plan::{PAGE_SIZE, TokenId};
+use hat_plan::TokenId;
 use hat_transport::codec::Codec;
 
-use super::DeviceCore;
-use super::request::{Request, RequestId};
 use crate::prefix::{PageNames, PrefixScope, PrefixSecret};
 use crate::wire::{BundleFacts, KV_TYPE_F16};
 
@@ -54,46 +51,5 @@ impl PageNamer {
         names.reserve(rows_max as usize);
         names.extend(tokens);
         names
-    }
-}
-
-impl DeviceCore {
-    /// `OPEN` was answered: the cloud holds so many of the pages that were named.
-    pub(super) fn begin_behind_pages(&mut self, id: RequestId, pages: u16) {
-        let Some(request) = self.requests.get_mut(&id) else { return };
-        let Request { path, kv, drafting, .. } = &mut *request;
-        let Some(names) = &path.names else { return };
-        // What the cloud lacks has to be sent, and so computed.
-        let names = names.of_rows(path.tokens.len() - 1, usize::from(pages));
-        let mut pages = names.len();
-        if let (Some(drafter), Some(session)) = (&mut self.drafter, drafting.session) {
-            // The drafter takes each row once: those that it has, or begins behind.
-            if drafting.fed == 0 {
-                let rows = drafter.begin_behind(session, names) * PAGE_SIZE;
-                drafting.fed = u32::try_from(rows).expect("within the context");
-            }
-            pages = pages.min(drafting.fed as usize / PAGE_SIZE);
-        }
-        self.pages.begin_behind(kv, &names[..pages]);
-        request.check();
-    }
-
-    /// A request has its answer: the pages of its path may serve the next.
-    pub(super) fn keep_pages(&mut self, id: RequestId) {
-        let Some(Request { path, kv, drafting, .. }) = self.requests.get(&id) else { return };
-        let names = path.pages_of(kv.committed() as usize);
-        self.pages.keep(PrefixScope::ONE, names, kv.pages());
-        if let (Some(drafter), Some(session)) = (&mut self.drafter, drafting.session) {
-            drafter.keep(session, path.pages_of(drafting.fed as usize));
-        }
-    }
-
-    /// The KV store means nothing now.
-    pub(super) fn forget_pages(&mut self) {
-        self.cx.moves.clear();
-        self.pages.clear();
-        if let Some(drafter) = &mut self.drafter {
-            drafter.forget();
-        }
     }
 }

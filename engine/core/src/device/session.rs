@@ -120,6 +120,11 @@ impl OpenSession {
         }
     }
 
+    /// True if the trained drafter is asked in the round at hand.
+    pub(super) fn asks(&self) -> bool {
+        self.round.is_some_and(|round| round.asked)
+    }
+
     /// Decided rows are to be sent: their outputs are due.
     pub(super) fn expect_decided(&mut self, ids: Range<u32>) {
         if self.due.is_empty() {

@@ -77,11 +77,12 @@ impl Request {
         self.look_up(cx);
         let is_worth_it = mode != DraftMode::Auto || self.drafting.asking.is_worth_it();
         let asked = has_drafter && mode.asks_trained() && self.drafting.session.is_some();
+        let asked = asked && is_worth_it;
         if let Some(round) = self.session.open_mut().and_then(|open| open.round.as_mut()) {
-            round.asked = asked && is_worth_it;
+            round.asked = asked;
         }
         let bounds = self.first_bounds(now, cx);
-        if !(self.asks() && bounds.nodes_max > 1) {
+        if !(asked && bounds.nodes_max > 1) {
             self.grow(bounds, cx);
             if self.session.open()?.drafts.tree.nodes().len() == 1 {
                 return None;
@@ -190,9 +191,9 @@ impl Request {
     /// Verification stands further down the tree, before a row that is away: what it has passed is
     /// decided and committed, and the tree begins there.
     fn follow_verdict(&mut self, cx: &mut Common) {
-        let Some(open) = self.session.open() else { return };
+        let Some(open) = self.session.open_mut() else { return };
         let Some(at) = open.verifier.at().filter(|at| open.drafts.ids[0] != *at) else { return };
-        self.keep_right_rows(self.path.tokens.len(), cx);
+        self.drafting.keep_right_rows(open, self.path.tokens.len(), cx.facts.hidden_size);
         self.commit(at, cx);
         let depth_max = self.depth_max();
         let hidden_size = cx.facts.hidden_size;
@@ -275,12 +276,10 @@ impl Request {
         let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
             out.computed = nodes.end;
             self.note_drafts(nodes.clone());
-            if nodes.end < level.bounds.nodes_max && self.asks() {
-                if let Some(open) = self.session.open_mut() {
-                    open.tree_phase = TreePhase::Propose(level);
-                }
-            } else {
-                self.end_tree(now, level.bounds, cx);
+            let open = self.session.open_mut().filter(|open| open.asks());
+            match open.filter(|_| nodes.end < level.bounds.nodes_max) {
+                Some(open) => open.tree_phase = TreePhase::Propose(level),
+                None => self.end_tree(now, level.bounds, cx),
             }
             return Ok(());
         };

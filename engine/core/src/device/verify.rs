@@ -310,9 +310,9 @@ impl Request {
     /// cloud with the next rows, and forgets the rest.
     fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
         // The last decided token has no row yet.
-        self.keep_right_rows(self.path.tokens.len() - 1, cx);
-        let tokens = self.answer.tokens().len();
+        let (end, tokens) = (self.path.tokens.len() - 1, self.answer.tokens().len());
         let Some(open) = self.session.open_mut() else { return };
+        self.drafting.keep_right_rows(open, end, cx.facts.hidden_size);
         open.verifier.clear();
         open.drafts.clear();
         open.outgoing.drop_unheard();

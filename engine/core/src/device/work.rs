@@ -116,10 +116,13 @@ impl DraftWork<'_> {
 
     /// Computes.
     pub fn run(self) {
-        if self.proposals {
-            *self.fault = self.request.propose(self.drafter, self.cx).err();
+        let Self { drafter, request, cx, proposals, fault } = self;
+        let Request { drafting, path, session, prepared, .. } = request;
+        let Some(open) = session.open_mut() else { return };
+        if proposals {
+            *fault = drafting.propose(drafter, path, open, &prepared.request, cx).err();
         } else {
-            self.request.feed(self.drafter, self.cx);
+            drafting.feed(drafter, path, open, cx.facts.hidden_size);
         }
     }
 }
