@@ -280,7 +280,8 @@ impl Planner {
                 return Plan { sizes: &self.sizes, finish_s };
             }
         };
-        equal(rows, size, &mut self.sizes);
+        self.sizes.clear();
+        self.sizes.extend(equal(rows, size));
         let finish_s = finish_s(&costs, ahead, cached, &self.sizes);
         Plan { sizes: &self.sizes, finish_s }
     }
@@ -293,13 +294,9 @@ impl Planner {
 }
 
 /// `rows` rows in chunks of `size`; the last one has the rest.
-fn equal(rows: u32, size: u32, sizes: &mut Vec<u32>) {
-    sizes.clear();
-    let whole = (rows / size) as usize;
-    sizes.resize(whole, size);
-    if !rows.is_multiple_of(size) {
-        sizes.push(rows % size);
-    }
+fn equal(rows: u32, size: u32) -> impl Iterator<Item = u32> {
+    let rest = Some(rows % size).filter(|rest| *rest > 0);
+    std::iter::repeat_n(size, (rows / size) as usize).chain(rest)
 }
 
 /// The published balance: upload of a chunk = wait + step / stages, the prefix left out of

@@ -26,6 +26,7 @@ use hat_plan::TokenId;
 
 use self::filters::{Kept, Ranked};
 use self::noise::{NOISE_MAX, Noise, exp, gumbel, gumbel_max, ln};
+use crate::error::InputError;
 
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;
@@ -72,24 +73,12 @@ impl Default for SamplerConfig {
     }
 }
 
-/// A field of a request is out of its range.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {value} is not in {range}")]
-pub struct FieldError {
-    /// The field's name in the API.
-    pub field: &'static str,
-    /// The value that was given.
-    pub value: String,
-    /// Description of valid values.
-    pub range: String,
-}
-
 impl SamplerConfig {
     /// Checks each field against its range, and biased tokens against the vocabulary.
     ///
     /// # Errors
     /// The first field that is out of range, NaN included.
-    pub fn check(&self, vocab_size: usize) -> Result<(), FieldError> {
+    pub fn check(&self, vocab_size: usize) -> Result<(), InputError> {
         let fields = [
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
@@ -101,14 +90,14 @@ impl SamplerConfig {
         for (field, value, low, high) in fields {
             in_range(field, value, low, high)?;
         }
-        let wrong = |value: String, range: String| FieldError { field: "logit_bias", value, range };
-        if self.logit_bias.len() > LOGIT_BIAS_MAX {
-            let value = format!("{} entries", self.logit_bias.len());
-            return Err(wrong(value, format!("0..={LOGIT_BIAS_MAX} entries")));
+        let wrong = |reason: String| Err(InputError::field("logit_bias", reason));
+        let entries = self.logit_bias.len();
+        if entries > LOGIT_BIAS_MAX {
+            return wrong(format!("{entries} entries is not in 0..={LOGIT_BIAS_MAX} entries"));
         }
         for &(token, bias) in &self.logit_bias {
             if token as usize >= vocab_size {
-                return Err(wrong(format!("token {token}"), format!("0..{vocab_size}")));
+                return wrong(format!("token {token} is not in 0..{vocab_size}"));
             }
             in_range("logit_bias", bias, -100.0, 100.0)?;
         }
@@ -130,11 +119,11 @@ impl SamplerConfig {
     }
 }
 
-fn in_range(field: &'static str, value: f32, low: f32, high: f32) -> Result<(), FieldError> {
+fn in_range(field: &'static str, value: f32, low: f32, high: f32) -> Result<(), InputError> {
     if (low..=high).contains(&value) {
         return Ok(());
     }
-    Err(FieldError { field, value: value.to_string(), range: format!("{low}..={high}") })
+    Err(InputError::field(field, format!("{value} is not in {low}..={high}")))
 }
 
 /// Logits from which no token can be chosen.
@@ -184,7 +173,7 @@ impl Sampler {
     ///
     /// # Errors
     /// As [`SamplerConfig::check`].
-    pub fn new(config: SamplerConfig, vocab_size: usize, choice: u32) -> Result<Self, FieldError> {
+    pub fn new(config: SamplerConfig, vocab_size: usize, choice: u32) -> Result<Self, InputError> {
         config.check(vocab_size)?;
         let path = Path::new(if config.penalises() { config.penalty_last_n } else { 0 });
         Ok(Self { config, vocab_size, choice, path, adjusted: Vec::new(), ranked: Vec::new() })

@@ -150,7 +150,7 @@ impl Room {
 }
 
 /// Works that wait, and whose turn it is.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Scheduler {
     rows_max: u32,
     /// Number of the next work to arrive.
@@ -181,18 +181,7 @@ impl Scheduler {
     /// A scheduler of steps of at most `rows_max` rows.
     #[must_use]
     pub fn new(rows_max: u32) -> Self {
-        Self {
-            rows_max,
-            arrivals: 0,
-            waiting: FxHashMap::default(),
-            verifies: Tier::default(),
-            prompts: Tier::default(),
-            passed_over: 0,
-            cut: Vec::new(),
-            missed: Vec::with_capacity(MISSES_MAX),
-            #[cfg(test)]
-            looks: 0,
-        }
+        Self { rows_max, missed: Vec::with_capacity(MISSES_MAX), ..Self::default() }
     }
 
     /// Works that wait.

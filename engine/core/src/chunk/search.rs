@@ -104,7 +104,7 @@ impl Search {
             found_s = self.polish(&problem, ahead, found_s, sizes);
         }
         if sizes.is_empty() {
-            equal(rows, problem.cell, sizes);
+            sizes.extend(equal(rows, problem.cell));
             return super::finish_s(costs, ahead, cached, sizes);
         }
         found_s + costs.return_s
@@ -123,7 +123,7 @@ impl Search {
             }
         }
         if let Some(size) = best_size {
-            equal(problem.rows, size, sizes);
+            sizes.extend(equal(problem.rows, size));
         }
         best_s
     }
@@ -139,21 +139,8 @@ impl Search {
         if problem.bound_of(&ahead, size) >= best_s {
             return None;
         }
-        let Problem { costs, rows, cached, .. } = *problem;
-        let (mut at, mut done) = (ahead, 0);
-        while done < rows {
-            let count = size.min(rows - done);
-            if !problem.allows(count, done) {
-                return None;
-            }
-            at.push(costs, count, cached.saturating_add(done));
-            self.evaluated += 1;
-            if at.last_s >= best_s {
-                return None;
-            }
-            done += count;
-        }
-        Some(at.last_s)
+        let finish_s = self.finish(problem, ahead, 0, equal(problem.rows, size), best_s);
+        (finish_s < best_s).then_some(finish_s)
     }
 
     /// The dynamic program. Overwrites `sizes` if it finds something earlier than `best_s`, and

@@ -10,6 +10,7 @@ use super::pace::Pace;
 use crate::sched::{BatchItem, Bound, Scheduler, SessionKey};
 
 /// Planner of the next step.
+#[derive(Default)]
 pub(super) struct Planner {
     pub(super) scheduler: Scheduler,
     pub(super) pace: Pace,
@@ -34,13 +35,8 @@ impl Planner {
         let batches = usize::from(hello.stages) + 1;
         Self {
             scheduler: Scheduler::new(hello.row_budget),
-            pace: Pace::default(),
-            bound: None,
-            moves: Vec::new(),
             idle: std::iter::repeat_with(StepBatch::default).take(batches).collect(),
-            out: 0,
-            moved_at: None,
-            is_long: false,
+            ..Self::default()
         }
     }
 

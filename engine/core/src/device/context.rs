@@ -200,7 +200,7 @@ impl Common {
                 pending_max: PENDING_ROWS_MAX,
                 arithmetic: ARITHMETIC_ID,
             },
-            policy: DraftPolicy::default(),
+            policy: DraftPolicy::DEFAULT,
             learned: Learned::default(),
             scratch: Scratch {
                 plan: BatchBuffers::with_capacity(config.step_rows_max as usize, 1, pages),

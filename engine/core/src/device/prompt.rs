@@ -24,13 +24,6 @@ pub(super) struct Chunk {
     pub(super) left: u32,
 }
 
-/// Sizing of a prompt's next chunk.
-#[derive(Debug, Default)]
-pub(super) struct Sizing {
-    /// Work ahead of the next chunk, and the time at which it was measured.
-    ahead: Option<(Ahead, Instant)>,
-}
-
 /// Decided rows that are being computed.
 #[derive(Clone, Debug)]
 pub(super) struct Piece {
@@ -153,8 +146,8 @@ impl Request {
         let (row_bytes, layers) = (cx.facts.row_bytes(), cx.facts.layers);
         let costs = estimator.cost_model(row_bytes, layers, cx.cloud.stages)?;
         let (done, left) = (self.computed(), self.path.rows() - self.computed());
-        let sizing = &mut self.session.open_mut()?.sizing;
-        let mut ahead = sizing.ahead.map_or_else(Ahead::default, |(ahead, at)| {
+        let open = self.session.open_mut()?;
+        let mut ahead = open.ahead.map_or_else(Ahead::default, |(ahead, at)| {
             ahead.later(now.duration_since(at).as_secs_f64())
         });
         ahead.uplink_s = ahead.uplink_s.max(uplink_s);
@@ -162,7 +155,7 @@ impl Request {
         let plan = planner.plan(policy, &costs, &limits, ahead, done, left);
         let next = *plan.sizes.first()?;
         self.meter.planned(now, plan.sizes, plan.finish_s);
-        sizing.ahead = Some((ahead.behind(&costs, next, done), now));
+        open.ahead = Some((ahead.behind(&costs, next, done), now));
         Some(next)
     }
 

@@ -56,12 +56,13 @@ pub(super) enum TreePhase {
 
 impl Request {
     /// Begins a draft tree below the last decided token with what lookup drafts; its first level
-    /// has the decided token's own row. Returns true if there is, or may become, a tree.
-    pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
-        self.seed_tree(now, has_drafter, cx).is_some()
-    }
-
-    fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
+    /// has the decided token's own row. `None` if there is no tree, and will be none.
+    pub(super) fn begin_tree(
+        &mut self,
+        now: Instant,
+        has_drafter: bool,
+        cx: &Common,
+    ) -> Option<()> {
         let mode = self.draft_mode();
         let depth_max = self.depth_max() + 2 * u32::from(cx.planted.is(Fault::RowBeyond));
         let tokens = self.answer.tokens().len();

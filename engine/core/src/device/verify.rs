@@ -13,7 +13,6 @@ use super::verifier::Taken;
 use super::violation::CloudViolation;
 use crate::answer::Vocabulary;
 use crate::error::RequestError;
-use crate::sequence::RowPlace;
 use hat_plan::TokenId;
 
 /// Decided rows that came back and have to go through the tail layers.
@@ -136,7 +135,7 @@ impl Request {
         let tail = self.session.open_mut()?.tail.new.take()?;
         let plan = &mut cx.scratch.plan;
         plan.clear();
-        plan.push_committed(RowPlace { position: tail.first, slot: tail.first }, tail.count);
+        plan.push_committed(tail.first, tail.count);
         plan.end_sequence(self.kv.pages());
         Some(tail)
     }
@@ -229,8 +228,7 @@ impl Request {
             plan.clear();
             if !self.kv.push_row(id, plan) {
                 // Its token was decided before it came back: it is the last of the path.
-                let last = self.kv.committed() - 1;
-                plan.push_committed(RowPlace { position: last, slot: last }, 1);
+                plan.push_committed(self.kv.committed() - 1, 1);
             }
             plan.end_sequence(self.kv.pages());
         }
@@ -283,8 +281,8 @@ impl Request {
             return Outcome::Finished(reason);
         }
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
-        if let Some(step) = emitted.token.and_then(|token| open.verifier.step(token)) {
-            self.meter.counts.predraft_hits += u32::from(step.into_next_batch);
+        if let Some(is_ahead) = emitted.token.and_then(|token| open.verifier.step(token)) {
+            self.meter.counts.predraft_hits += u32::from(is_ahead);
             // Where verification stands now, more may be drafted.
             open.drafts.is_full = false;
         } else {

@@ -356,7 +356,7 @@ impl DeviceCore {
         }
         let has_drafter = self.drafter.is_some();
         let request = self.requests.get_mut(&next)?;
-        if request.is_decoding() && request.begin_tree(now, has_drafter, &self.cx) {
+        if request.is_decoding() && request.begin_tree(now, has_drafter, &self.cx).is_some() {
             self.work.growing = Some(next);
             return self.poll_tree();
         }

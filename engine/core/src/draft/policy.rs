@@ -62,12 +62,6 @@ impl DraftPolicy {
     }
 }
 
-impl Default for DraftPolicy {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
 /// Drafts have to promise this much more than none: what is measured is noisy, and a row that
 /// brings nothing costs others too.
 const GAIN_MIN: f64 = 1.03;
