@@ -10,7 +10,6 @@
 mod admission;
 mod batch;
 mod clients;
-mod output;
 mod pace;
 mod planner;
 mod prune;
@@ -450,11 +449,25 @@ impl CloudCore {
             places: 1 + usize::from(kept.is_some()),
         };
         // Pages that are kept for prompts to come give way before any session does.
-        if !self.room().holds(wanted) {
-            let idle_after = self.config.idle_after;
-            let is_up = |connection| self.clients.is_up(connection);
-            let idle = admission::idle_sessions(&self.sessions, now, idle_after, is_up);
-            self.evict(now, wanted, &idle);
+        let room = self.room();
+        if room.holds(wanted) {
+            return true;
+        }
+        let idle_after = self.config.idle_after;
+        let is_up = |connection| self.clients.is_up(connection);
+        let idle = admission::idle_sessions(&self.sessions, now, idle_after, is_up);
+        let in_idle: usize = idle.iter().map(|session| session.pages).sum();
+        let all = admission::Room { pages: room.pages + in_idle, places: room.places + idle.len() };
+        if !all.holds(wanted) {
+            return false; // no session ends in vain
+        }
+        for session in idle {
+            if self.room().holds(wanted) {
+                break;
+            }
+            self.figures.evicted += 1;
+            let silent = now.saturating_duration_since(session.active_at);
+            self.end_for(now, session.key, SessionEnd::Evicted { silent });
         }
         self.room().holds(wanted)
     }
@@ -464,24 +477,6 @@ impl CloudCore {
         let sessions_max = self.config.sessions_max as usize;
         let places = sessions_max.saturating_sub(self.sessions.len());
         admission::Room { pages: self.pages.pool().available(), places }
-    }
-
-    /// Ends sessions of `idle`, the first first, until there is room; none if they are too few.
-    fn evict(&mut self, now: Instant, wanted: admission::Room, idle: &[admission::Idle]) {
-        let room = self.room();
-        let in_idle: usize = idle.iter().map(|session| session.pages).sum();
-        let all = admission::Room { pages: room.pages + in_idle, places: room.places + idle.len() };
-        if !all.holds(wanted) {
-            return;
-        }
-        for session in idle {
-            if self.room().holds(wanted) {
-                return;
-            }
-            self.figures.evicted += 1;
-            let silent = now.saturating_duration_since(session.active_at);
-            self.end_for(now, session.key, SessionEnd::Evicted { silent });
-        }
     }
 
     /// Retry time for a device that finds no room for a session of `pages` pages.

@@ -101,6 +101,15 @@ pub(super) struct StepRows {
 }
 
 impl StepRows {
+    /// The first row of a chunk that has run, of which no row goes back, and its rows; `None` if
+    /// some do, or if it ran as zeros since something is wrong with it.
+    pub(super) fn confirmed(&self) -> Option<(u32, u16)> {
+        self.ids.first()?;
+        let Planned { first_id, rows, answers, is_all } = self.planned;
+        let count = u16::try_from(rows).ok().filter(|_| is_all && !answers)?;
+        Some((first_id, count))
+    }
+
     pub(super) fn clear(&mut self) {
         self.ids.clear();
         self.wanted.clear();
@@ -307,7 +316,10 @@ impl Session {
             let (head, payload) = frame.part(chunk.skip, left);
             let first = rows.ids.len();
             self.put_part(&frame, &head, plan, moves, rows)?;
-            self.decode(payload, hidden_size, hidden)?;
+            let start = hidden.len();
+            hidden.resize(start + usize::from(head.count) * hidden_size, 0.0);
+            let decoded = self.codec.decode(payload, hidden_size, &mut hidden[start..]);
+            decoded.map_err(SessionViolation::Value)?;
             let end = rows.ids.len();
             let wanted = match head.want {
                 Want::None => end..end,
@@ -383,19 +395,5 @@ impl Session {
         }
         rows.ids.extend(head.first_id..head.first_id + count);
         Ok(())
-    }
-
-    fn decode(
-        &self,
-        payload: &[u8],
-        hidden_size: usize,
-        hidden: &mut Vec<f32>,
-    ) -> Result<(), SessionViolation> {
-        let start = hidden.len();
-        let rows = payload.len() / self.codec.row_bytes(hidden_size);
-        hidden.resize(start + rows * hidden_size, 0.0);
-        self.codec
-            .decode(payload, hidden_size, &mut hidden[start..])
-            .map_err(SessionViolation::Value)
     }
 }

@@ -7,7 +7,7 @@ use hat_plan::{RowMove, TokenId};
 use hat_transport::codec::Codec;
 use hat_transport::conn::Traffic;
 use hat_transport::frame::FRAME_BYTES_MAX;
-use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
+use hat_transport::message::{Arrivals, Computed, Hello};
 use hat_transport::planted::Planted;
 
 use super::request::RequestId;
@@ -16,7 +16,7 @@ use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::draft::tree::Proposal;
 use crate::draft::{Acceptance, DraftPolicy};
-use crate::estimate::{Estimator, Returned};
+use crate::estimate::Estimator;
 use crate::page::pages_for;
 use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX};
 use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
@@ -114,28 +114,6 @@ impl Learned {
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         let step_s = f64::from(computed.step_us) * 1e-6;
         self.estimator.note_step(computed.step_rows, computed.first_id - 1, step_s);
-    }
-
-    /// The first output came for rows that were `timed`, which were `away` so long; rows of a
-    /// prompt with others before them have no such time. `prefix` rows were computed here.
-    pub(super) fn note_output(
-        &mut self,
-        head: &OutputHead,
-        rows: usize,
-        away: Option<Duration>,
-        prefix: u32,
-        facts: &Facts,
-    ) {
-        self.note_link();
-        self.estimator.note_returned(&Returned {
-            rows,
-            sent_bytes: (rows * facts.row_bytes()) as u64,
-            prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
-            step_rows: head.step_rows,
-            step_s: f64::from(head.step_us) * 1e-6,
-            queue_s: f64::from(head.queue_us) * 1e-6,
-            away_s: away.map(|away| away.as_secs_f64()),
-        });
     }
 
     /// Looks at what the link counts; returns the bytes that are not acknowledged.

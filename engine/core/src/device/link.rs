@@ -155,7 +155,7 @@ impl DeviceCore {
             let (why, random) = (way.reason.clone(), &mut *way.random);
             match request.budget.lost(then, why, LOSSES_MAX, random) {
                 Some(at) => request.restart(Some(at)),
-                None => over.push((*id, request.budget.losses())),
+                None => over.push((*id, request.budget.losses)),
             }
         }
         for (id, times) in over {
@@ -205,13 +205,13 @@ impl DeviceCore {
     /// Error of a request that has waited in vain.
     fn overdue(&self, request: &Request, over: Waits, limits: Limits) -> RequestError {
         let cloud = &self.config.cloud;
-        if let Some(pause) = request.budget.refused().filter(|_| self.way.connected) {
+        if let Some(pause) = request.budget.refused.filter(|_| self.way.connected) {
             return RequestError::Busy {
                 reason: format!("cloud {cloud} has no room for another session"),
                 retry_after_ms: u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
             };
         }
-        self.peer(match (over, request.budget.setback()) {
+        self.peer(match (over, &request.budget.setback) {
             (Waits::Cloud, _) => {
                 let (reason, waited) = (&self.way.reason, limits.cloud.as_secs_f32());
                 format!("{reason} (waited {waited:.0} s); is `hat-engine cloud` running there?")

@@ -221,7 +221,7 @@ impl Request {
 
     /// Cause of its wait now; `may_upload` as in [`Request::ask`].
     pub(super) fn waits(&self, connected: bool, may_upload: bool) -> Waits {
-        match (!connected || self.budget.refused().is_some(), self.ask(may_upload)) {
+        match (!connected || self.budget.refused.is_some(), self.ask(may_upload)) {
             (true, _) => Waits::Cloud,
             (false, Some(_)) => Waits::Turn,
             (false, None) => Waits::Answer,
@@ -231,7 +231,7 @@ impl Request {
     /// A token was decided.
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.path.push(token);
-        self.budget.token();
+        self.budget.fill();
     }
 
     /// Begins again from the tokens: the cloud no longer knows the session. What was emitted
@@ -273,7 +273,7 @@ impl Request {
         }
         let rows = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");
         self.session = Session::Open(Box::new(OpenSession::new(wire_id, rows)));
-        self.budget.opened();
+        self.budget.refused = None;
         self.meter.counts.pages_reused += u32::from(pages);
         self.check();
         Ok(())

@@ -54,7 +54,45 @@ pub(super) enum TreePhase {
     Pipelined(Bounds),
 }
 
+impl TreePhase {
+    /// True if the trained drafter is asked.
+    pub(super) fn asks(&self) -> bool {
+        matches!(self, Self::Propose(_) | Self::Pipelined(_))
+    }
+}
+
 impl Request {
+    /// The next step of the tree, if it grows.
+    pub(super) fn begin_phase(&mut self, cx: &mut Common) -> Option<TreePhase> {
+        let phase = std::mem::take(&mut self.session.open_mut()?.tree_phase);
+        match &phase {
+            TreePhase::Idle => return None,
+            TreePhase::Level(level) => self.begin_level(level, cx),
+            TreePhase::Propose(_) | TreePhase::Pipelined(_) => {}
+        }
+        Some(phase)
+    }
+
+    /// A step of the tree is done, which took so long: says what the next one is, if there is any.
+    ///
+    /// # Errors
+    /// The decided token's own row is no number.
+    pub(super) fn end_phase(
+        &mut self,
+        now: Instant,
+        phase: TreePhase,
+        took: Duration,
+        cx: &mut Common,
+    ) -> Result<(), RequestError> {
+        match phase {
+            TreePhase::Idle => {}
+            TreePhase::Level(level) => self.end_level(now, level, took, cx)?,
+            TreePhase::Propose(level) => self.grow_level(now, &level, cx),
+            TreePhase::Pipelined(bounds) => self.grow_batch(now, bounds, cx),
+        }
+        Ok(())
+    }
+
     /// Begins a draft tree below the last decided token with what lookup drafts; its first level
     /// has the decided token's own row. `None` if there is no tree, and will be none.
     pub(super) fn begin_tree(
@@ -143,7 +181,7 @@ impl Request {
     }
 
     /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
-    /// is for [`Request::grow_batch`] to say.
+    /// is said when the trained drafter has been asked.
     pub(super) fn begin_batch(&mut self, now: Instant, cx: &mut Common) {
         self.follow_verdict(cx);
         if let Some(bounds) = self.batch_bounds(now, cx)
@@ -178,7 +216,7 @@ impl Request {
 
     /// The trained drafter has been asked for an addition: its first level, if there is anything to
     /// add.
-    pub(super) fn grow_batch(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
+    fn grow_batch(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
         let nodes = self.grow(bounds, cx);
         if nodes.is_empty() {
             return self.note_drafting(now.duration_since(bounds.began));
@@ -217,7 +255,7 @@ impl Request {
 
     /// Takes the rows of a level in, and plans their computation: of `scratch.tokens`, into
     /// [`Request::rows_mut`].
-    pub(super) fn begin_level(&mut self, level: &Level, cx: &mut Common) {
+    fn begin_level(&mut self, level: &Level, cx: &mut Common) {
         let Level { nodes, .. } = level;
         let first_id = self.kv.last_id() + 1;
         let (tip, position) = (self.kv.tip(), self.kv.committed());
@@ -259,10 +297,7 @@ impl Request {
     /// The rows of a level are computed. A draft may be as wrong as it likes: if its row holds
     /// something that is no number, zeros go up instead, verification never goes there, and the
     /// tree ends.
-    ///
-    /// # Errors
-    /// The decided token's own row is no number.
-    pub(super) fn end_level(
+    fn end_level(
         &mut self,
         now: Instant,
         level: Level,
@@ -303,7 +338,7 @@ impl Request {
 
     /// The trained drafter has been asked about a level: the next one, if there is any. With it the
     /// rows before may leave, since it is certain that more of their chunk follow.
-    pub(super) fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
+    fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
         let (end, bounds) = (level.nodes.end, level.bounds);
         let nodes = match self.draft_mode() {
             DraftMode::Chain => 1,

@@ -13,6 +13,7 @@ use super::verifier::Taken;
 use super::violation::CloudViolation;
 use crate::answer::Vocabulary;
 use crate::error::RequestError;
+use crate::estimate::Returned;
 use hat_plan::TokenId;
 
 /// Decided rows that came back and have to go through the tail layers.
@@ -85,12 +86,22 @@ impl Request {
         let Some(open) = self.session.open_mut() else { return };
         cx.learned.note_arrivals(output.head.arrivals);
         let is_first = |timed: &mut Timed| output.ids.iter().any(|id| id >= timed.first_id);
-        let (rows, away) = match open.timed.take_if(is_first) {
-            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at))),
+        // Rows of a prompt with others before them have no time of their own.
+        let (rows, away_s) = match open.timed.take_if(is_first) {
+            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at).as_secs_f64())),
             None if in_prefill => (open.outgoing.computed, None),
             None => return,
         };
-        cx.learned.note_output(&output.head, rows, away, computed, &cx.facts);
+        cx.learned.note_link();
+        cx.learned.estimator.note_returned(&Returned {
+            rows,
+            sent_bytes: (rows * cx.facts.row_bytes()) as u64,
+            prefix: computed.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
+            step_rows: output.head.step_rows,
+            step_s: f64::from(output.head.step_us) * 1e-6,
+            queue_s: f64::from(output.head.queue_us) * 1e-6,
+            away_s,
+        });
     }
 
     /// Takes the first `count` of `scratch.rows`, which are decided. Such rows come back in order:
