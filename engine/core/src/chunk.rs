@@ -289,7 +289,7 @@ impl Planner {
     /// Chunks whose times the last [`ChunkPolicy::Auto`] plan looked at: its cost, countable.
     #[must_use]
     pub fn evaluated(&self) -> u64 {
-        self.search.evaluated()
+        self.search.evaluated
     }
 }
 

@@ -14,7 +14,8 @@ use serde::Serialize;
 pub use self::histogram::Histogram;
 use crate::estimate::Estimates;
 
-/// The `timings` object of `generate --json` and of the HTTP API.
+/// The `timings` object of `generate --json` and of the HTTP API: one flat object, which scripts
+/// read by its names, and so more fields than a struct has otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Timings {

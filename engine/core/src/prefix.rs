@@ -43,28 +43,28 @@ impl fmt::Debug for PrefixSecret {
 
 /// Scope that the rows of a session depend on, beside their tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PrefixScope {
+pub(crate) struct PrefixScope {
     /// First layer that the cloud computes.
-    pub entry_layer: u16,
+    pub(crate) entry_layer: u16,
     /// The layer after the last one.
-    pub exit_layer: u16,
+    pub(crate) exit_layer: u16,
     /// Codec of rows on the wire.
-    pub codec: u8,
+    pub(crate) codec: u8,
     /// Number format of keys and values.
-    pub kv_type: u8,
+    pub(crate) kv_type: u8,
     /// The arithmetic of the cloud's layers.
-    pub arithmetic_id: u32,
+    pub(crate) arithmetic_id: u32,
 }
 
 impl PrefixScope {
     /// Scope of a store whose sessions differ in nothing but the names of their pages.
-    pub const ONE: Self =
+    pub(crate) const ONE: Self =
         Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
 }
 
 /// The ids of a path's full pages, as the path grows. Each token is hashed once.
 #[derive(Clone)]
-pub struct PageNames {
+pub(crate) struct PageNames {
     hasher: blake3::Hasher,
     rows: usize,
     ids: Vec<PageId>,
@@ -73,8 +73,7 @@ pub struct PageNames {
 impl PageNames {
     /// An empty path of rows that a device computes in `device_arithmetic_id` up to the cloud's
     /// first layer.
-    #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         secret: &PrefixSecret,
         model_id: &[u8; 32],
         device_arithmetic_id: u32,
@@ -91,12 +90,12 @@ impl PageNames {
     }
 
     /// Room for the names of a path of this many rows in all.
-    pub fn reserve(&mut self, rows: usize) {
+    pub(crate) fn reserve(&mut self, rows: usize) {
         self.ids.reserve((rows / PAGE_SIZE).saturating_sub(self.ids.len()));
     }
 
     /// The path goes on with `token`.
-    pub fn push(&mut self, token: TokenId) {
+    pub(crate) fn push(&mut self, token: TokenId) {
         self.hasher.update(&token.to_le_bytes());
         self.rows += 1;
         if self.rows.is_multiple_of(PAGE_SIZE) {
@@ -106,13 +105,12 @@ impl PageNames {
     }
 
     /// The path goes on with `tokens`.
-    pub fn extend(&mut self, tokens: &[TokenId]) {
+    pub(crate) fn extend(&mut self, tokens: &[TokenId]) {
         tokens.iter().for_each(|token| self.push(*token));
     }
 
     /// Ids of the pages that the first `rows` rows fill, at most `pages_max` of them.
-    #[must_use]
-    pub fn of_rows(&self, rows: usize, pages_max: usize) -> &[PageId] {
+    pub(crate) fn of_rows(&self, rows: usize, pages_max: usize) -> &[PageId] {
         &self.ids[..(rows / PAGE_SIZE).min(pages_max).min(self.ids.len())]
     }
 }
@@ -131,7 +129,7 @@ struct Entry {
 /// goes first when pages are wanted, the longest unused before all others; of one path the later
 /// pages, which are of no use without the earlier ones.
 #[derive(Debug)]
-pub struct PageStore {
+pub(crate) struct PageStore {
     pool: PagePool,
     entries: BTreeMap<Key, Entry>,
     by_use: BTreeMap<u64, Key>,
@@ -140,8 +138,7 @@ pub struct PageStore {
 
 impl PageStore {
     /// A store of this many pages, all free.
-    #[must_use]
-    pub fn new(pages: usize) -> Self {
+    pub(crate) fn new(pages: usize) -> Self {
         Self {
             pool: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
             entries: BTreeMap::new(),
@@ -151,8 +148,7 @@ impl PageStore {
     }
 
     /// Its pages: who holds them, and which are free.
-    #[must_use]
-    pub fn pool(&self) -> &PagePool {
+    pub(crate) fn pool(&self) -> &PagePool {
         &self.pool
     }
 
@@ -163,7 +159,7 @@ impl PageStore {
     ///
     /// # Panics
     /// If there are more `ids` than pages wanted.
-    pub fn admit(
+    pub(crate) fn admit(
         &mut self,
         scope: PrefixScope,
         ids: &[PageId],
@@ -190,7 +186,7 @@ impl PageStore {
     ///
     /// # Panics
     /// If the sequence shares its pages: there might be no room for as many.
-    pub fn begin_behind(&mut self, sequence: &mut Sequence, ids: &[PageId]) -> usize {
+    pub(crate) fn begin_behind(&mut self, sequence: &mut Sequence, ids: &[PageId]) -> usize {
         let rows_max = sequence.rows_max();
         let own = std::mem::replace(sequence, Sequence::new(Vec::new(), 0)).into_pages();
         let wanted = own.len();
@@ -209,7 +205,7 @@ impl PageStore {
 
     /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known
     /// keep the page that they have, and pages that are kept their id.
-    pub fn keep(&mut self, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
+    pub(crate) fn keep(&mut self, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
         for (id, page) in ids.iter().zip(pages) {
             if !self.pool.is_cached(*page) {
                 self.entries.entry((scope, *id)).or_insert_with(|| {
@@ -225,18 +221,18 @@ impl PageStore {
     ///
     /// # Panics
     /// If nobody holds one of them.
-    pub fn give_back(&mut self, pages: Vec<u32>) {
+    pub(crate) fn give_back(&mut self, pages: Vec<u32>) {
         self.pool.give_back(pages);
     }
 
     /// Forgets all ids: what pages hold means nothing any more.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.by_use.clear();
         std::mem::take(&mut self.entries).values().for_each(|entry| self.pool.release(entry.page));
     }
 
     /// Forgets these pages: what they hold is no good. Who holds them keeps them.
-    pub fn forget(&mut self, pages: &[u32]) {
+    pub(crate) fn forget(&mut self, pages: &[u32]) {
         let bad = |entry: &Entry| pages.contains(&entry.page);
         self.by_use.retain(|_, key| !bad(&self.entries[key]));
         self.entries.retain(|_, entry| {

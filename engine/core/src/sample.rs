@@ -343,7 +343,7 @@ impl Path {
 ///
 /// # Panics
 /// If `chosen` is not in the vocabulary.
-pub fn log_probabilities(
+pub(crate) fn log_probabilities(
     logits: &[f32],
     position: u32,
     chosen: TokenId,

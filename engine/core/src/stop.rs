@@ -7,15 +7,15 @@
 use crate::error::InputError;
 
 /// Most stop strings of a request.
-pub const STOP_STRINGS_MAX: usize = 64;
+pub(crate) const STOP_STRINGS_MAX: usize = 64;
 /// Most bytes of all stop strings of a request together.
-pub const STOPS_BYTES_MAX: usize = 4096;
+pub(crate) const STOPS_BYTES_MAX: usize = 4096;
 /// Longest stop string, in bytes.
-pub const STOP_BYTES_MAX: usize = 256;
+pub(crate) const STOP_BYTES_MAX: usize = 256;
 
 /// Watches a text for stop strings.
 #[derive(Debug)]
-pub struct StopStrings {
+pub(crate) struct StopStrings {
     stops: Vec<String>,
     /// The beginning of a stop string, perhaps; and while in `push`, the new text after it.
     held: String,
@@ -30,7 +30,7 @@ impl StopStrings {
     /// # Errors
     /// If there are more than [`STOP_STRINGS_MAX`], or one is empty or longer than
     /// [`STOP_BYTES_MAX`], or they have more than [`STOPS_BYTES_MAX`] together.
-    pub fn new(stops: Vec<String>) -> Result<Self, InputError> {
+    pub(crate) fn new(stops: Vec<String>) -> Result<Self, InputError> {
         let wrong = |reason: String| Err(InputError::field("stop", reason));
         let strings = stops.len();
         if strings > STOP_STRINGS_MAX {
@@ -51,7 +51,7 @@ impl StopStrings {
 
     /// Takes the next piece of the text; gives the text to show, which may be of earlier calls.
     /// After a stop string all further text is dropped.
-    pub fn push(&mut self, text: &str) -> &str {
+    pub(crate) fn push(&mut self, text: &str) -> &str {
         self.shown.clear();
         if !self.stopped {
             self.held.push_str(text);
@@ -72,7 +72,7 @@ impl StopStrings {
     }
 
     /// Text that is held back when the text ends without a stop string; nothing after one.
-    pub fn finish(&mut self) -> &str {
+    pub(crate) fn finish(&mut self) -> &str {
         self.shown.clear();
         if !self.stopped {
             self.shown.push_str(&self.held);
@@ -82,8 +82,7 @@ impl StopStrings {
     }
 
     /// True if a stop string is complete: the answer ends there.
-    #[must_use]
-    pub fn is_stopped(&self) -> bool {
+    pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
     }
 

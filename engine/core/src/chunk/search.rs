@@ -37,7 +37,8 @@ pub(super) struct Search {
     counts: Vec<usize>, // ways of each prefix. [cells + 1]
     steps: Vec<u32>,    // cells of the chunks that are tried
     best: Vec<u32>,
-    evaluated: u64,
+    /// Chunks whose times the last run looked at.
+    pub(super) evaluated: u64,
 }
 
 /// State of one search.
@@ -56,11 +57,6 @@ struct Problem<'a> {
 }
 
 impl Search {
-    /// Chunks whose times the last run looked at.
-    pub(super) fn evaluated(&self) -> u64 {
-        self.evaluated
-    }
-
     /// Elements that the buffers hold without growing.
     #[cfg(test)]
     pub(super) fn rooms(&self) -> [usize; 4] {

@@ -100,12 +100,12 @@ impl Learned {
     /// The device's layers took so long for this many rows behind `prefix` others.
     pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
         let rows = u32::try_from(rows).expect("a piece or a level is small");
-        self.estimator.note_device(rows, prefix, took.as_secs_f64());
+        self.estimator.device.note(rows, prefix, took.as_secs_f64());
     }
 
     /// Notes the rate at which the cloud saw this device's frames come in.
     pub(super) fn note_arrivals(&mut self, arrivals: Arrivals) {
-        self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
+        self.estimator.up.note(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
 
     /// A chunk of a prompt has been computed, long before the prompt's first output.
@@ -113,7 +113,7 @@ impl Learned {
         self.note_arrivals(computed.arrivals);
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         let step_s = f64::from(computed.step_us) * 1e-6;
-        self.estimator.note_step(computed.step_rows, computed.first_id - 1, step_s);
+        self.estimator.step.note(computed.step_rows, computed.first_id - 1, step_s);
     }
 
     /// Looks at what the link counts; returns the bytes that are not acknowledged.
@@ -122,7 +122,7 @@ impl Learned {
         let arrived = (traffic.arrived_bytes, traffic.arrived_in);
         let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
         let took = arrived.1.saturating_sub(time).as_secs_f64();
-        self.estimator.note_downlink(arrived.0.saturating_sub(bytes), took);
+        self.estimator.down.note(arrived.0.saturating_sub(bytes), took);
         if let Some(rtt) = traffic.rtt {
             self.estimator.note_rtt(rtt.as_secs_f64());
         }

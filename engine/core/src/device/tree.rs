@@ -365,7 +365,7 @@ impl Request {
         let took = now.duration_since(bounds.began);
         self.note_drafting(took);
         if bounds.is_pipelined {
-            cx.learned.estimator.note_draft_batch(took.as_secs_f64());
+            cx.learned.estimator.draft_batch.note(took.as_secs_f64());
         }
         self.check();
     }

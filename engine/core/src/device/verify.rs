@@ -264,7 +264,7 @@ impl Request {
         self.round = head.round;
         self.meter.counts.rounds = head.round;
         self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
-        cx.learned.estimator.note_head(took.as_secs_f64());
+        cx.learned.estimator.head.note(took.as_secs_f64());
         let position = self.path.rows() - 1;
         let emitted = if self.answer.wants_argmax() {
             let argmax = cx.scratch.argmax.take();
@@ -328,7 +328,7 @@ impl Request {
         if let Some(round) = open.round.take() {
             let took = now.duration_since(round.began).as_secs_f64();
             let estimator = &mut cx.learned.estimator;
-            estimator.note_round(tokens - round.tokens);
+            estimator.tokens.note((tokens - round.tokens) as f64);
             if round.asked {
                 self.drafting.asking.note(tokens - round.tokens, took, estimator.plain_rate());
             }

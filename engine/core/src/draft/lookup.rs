@@ -15,9 +15,9 @@ use super::{CLASSES, DrafterKind, Source};
 /// Longest run of tokens that is indexed.
 const NGRAM_MAX: usize = 3;
 /// Tokens of one branch at most.
-pub const BRANCH_MAX: usize = 10;
+pub(crate) const BRANCH_MAX: usize = 10;
 /// Branches of one look-up at most.
-pub const BRANCHES_MAX: usize = 4;
+pub(crate) const BRANCHES_MAX: usize = 4;
 /// Earlier places that are looked at for one run.
 const PLACES_MAX: usize = 8;
 /// Matches longer than this count as this long.
@@ -47,8 +47,7 @@ struct Place {
 
 impl Lookup {
     /// An index with room for this many tokens.
-    #[must_use]
-    pub fn with_room(tokens: usize) -> Self {
+    pub(crate) fn with_room(tokens: usize) -> Self {
         Self {
             tokens: Vec::with_capacity(tokens),
             latest: HashMap::with_capacity(NGRAM_MAX * tokens),

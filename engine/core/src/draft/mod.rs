@@ -22,7 +22,8 @@ pub mod tree;
 
 pub use lookup::Lookup;
 pub use mode::DraftMode;
-pub use policy::{Acceptance, DraftPolicy};
+pub(crate) use policy::Acceptance;
+pub use policy::DraftPolicy;
 pub use sessions::ModelDrafter;
 pub use tree::{Node, Tree};
 

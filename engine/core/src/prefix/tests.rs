@@ -166,7 +166,7 @@ proptest! {
                     let wanted = pages + extra;
                     let would_fit = wanted <= PAGES as usize - held.len();
                     let admitted = store.admit(SCOPE, &ids, wanted);
-                    prop_assert!(admitted.is_some() || !would_fit, "somebody was refused for what is kept");
+                    prop_assert!(admitted.is_some() || !would_fit, "somebody was refused");
                     let Some((pages, full)) = admitted else { continue };
                     prop_assert_eq!(pages.len(), wanted);
                     for (page, id) in pages[..full].iter().zip(&ids) {
