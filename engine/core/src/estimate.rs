@@ -188,9 +188,9 @@ impl Estimator {
     /// grow as one's own do, and the time in its queue grows with it.
     pub(crate) fn round(&self, rows: usize) -> Option<f64> {
         let crowd = self.crowd.mean().max(1.0);
-        let step = self.step.seconds((rows as f64 * crowd).round() as usize)?;
+        let step = self.step.by_rows.seconds((rows as f64 * crowd).round() as usize)?;
         let cloud = step * (1.0 + self.queue.mean());
-        Some(self.device.seconds(rows)? + self.away_link.seconds(rows)? + cloud)
+        Some(self.device.by_rows.seconds(rows)? + self.away_link.seconds(rows)? + cloud)
     }
 
     /// Tokens a second without any drafts; `None` if too little is known.
@@ -201,7 +201,7 @@ impl Estimator {
 
     /// Seconds of a step with this many rows beside those of others.
     fn step_beside_others(&self, rows: usize) -> Option<f64> {
-        self.step.seconds(rows + self.others.mean().round() as usize)
+        self.step.by_rows.seconds(rows + self.others.mean().round() as usize)
     }
 
     /// Number of rows, at most `rows_max`, that may be added while others are away, and the least
@@ -215,7 +215,7 @@ impl Estimator {
     pub(crate) fn draft_batch(&self, rows_max: usize) -> (usize, f32) {
         let none = (0, 0.0);
         let step = |rows: usize| self.step_beside_others(rows);
-        let device = |rows: usize| self.device.seconds(rows);
+        let device = |rows: usize| self.device.by_rows.seconds(rows);
         let (Some(wait), Some(round)) = (self.away_link.seconds(1), self.round(1)) else {
             return none;
         };
@@ -261,7 +261,7 @@ impl Estimator {
         layers: (u32, u32),
         stages: u32,
     ) -> Option<CostModel> {
-        let device = self.device.line(CHUNK_ROWS_MIN)?;
+        let device = self.device.by_rows.line(CHUNK_ROWS_MIN)?;
         let byte_s = self.up.is_reported.then(|| self.byte_up_s())?;
         let assumed = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));

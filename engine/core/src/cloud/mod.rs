@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use hat_plan::BackendFault;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
 use hat_transport::frame::Kind;
-use hat_transport::message::{Busy, CloseCode, End, Hello, Message, Open, Opened};
+use hat_transport::message::{Busy, CloseCode, End, Hello, KV_F16, Message, Open, Opened};
 use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
@@ -43,7 +43,7 @@ use crate::page::pages_for;
 use crate::prefix::PageStore;
 use crate::sched::{BatchItem, SessionKey};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-use crate::wire::{self, KV_TYPE_F16};
+use crate::wire;
 use hat_transport::codec::Codec;
 
 /// Frames that one device may have in chunks whose end has not come: one of its many sessions has
@@ -346,7 +346,7 @@ impl CloudCore {
         wire::check_row(codec.down(), self.hidden_size(), frame_bytes_max)
             .map_err(|reason| SessionViolation::RowTooLong { reason })?;
         let (asked, here) = (open.arithmetic_id, self.hello.arithmetic_id);
-        let (kv_type, kv_type_here) = (open.kv_type, KV_TYPE_F16);
+        let (kv_type, kv_type_here) = (open.kv_type, KV_F16);
         if asked != here || kv_type != kv_type_here {
             return Err(SessionViolation::Arithmetic { asked, kv_type, here, kv_type_here });
         }

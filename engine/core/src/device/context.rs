@@ -6,8 +6,7 @@ use std::time::Duration;
 use hat_plan::{RowMove, TokenId};
 use hat_transport::codec::Codec;
 use hat_transport::conn::Traffic;
-use hat_transport::frame::FRAME_BYTES_MAX;
-use hat_transport::message::{Arrivals, Computed, Hello};
+use hat_transport::message::{Arrivals, Computed, Hello, Role};
 use hat_transport::planted::Planted;
 
 use super::request::RequestId;
@@ -19,7 +18,7 @@ use crate::draft::{Acceptance, DraftPolicy};
 use crate::estimate::Estimator;
 use crate::page::pages_for;
 use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX};
-use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
+use crate::wire::{self, BundleFacts};
 
 /// Facts of this device's model and configuration that requests compute by.
 #[derive(Clone, Copy)]
@@ -39,33 +38,6 @@ pub(super) struct Facts {
 impl Facts {
     pub(super) fn row_bytes(&self) -> usize {
         self.codec.row_bytes(self.hidden_size)
-    }
-}
-
-/// Facts of the cloud, by its HELLO.
-#[derive(Clone, Copy)]
-pub(super) struct CloudFacts {
-    /// Row budget of one chunk.
-    pub(super) rows_max: u32,
-    /// Longest frame that it takes, header included.
-    pub(super) frame_max: usize,
-    /// Pipeline stages.
-    pub(super) stages: u32,
-    /// Rows of one session that may pend.
-    pub(super) pending_max: usize,
-    /// Arithmetic of its layers.
-    pub(super) arithmetic: u32,
-}
-
-impl From<&Hello> for CloudFacts {
-    fn from(hello: &Hello) -> Self {
-        Self {
-            rows_max: hello.row_budget,
-            frame_max: wire::frame_bytes_max(hello),
-            stages: u32::from(hello.stages.max(1)),
-            pending_max: usize::from(hello.rows_pending_max),
-            arithmetic: hello.arithmetic_id,
-        }
     }
 }
 
@@ -145,7 +117,8 @@ impl Learned {
 /// Parts of the device that a request borrows for one call.
 pub(super) struct Common {
     pub(super) facts: Facts,
-    pub(super) cloud: CloudFacts,
+    /// HELLO of the cloud, or of one that takes what this device makes.
+    pub(super) cloud: Hello,
     pub(super) policy: DraftPolicy,
     pub(super) learned: Learned,
     pub(super) scratch: Scratch,
@@ -171,12 +144,9 @@ impl Common {
                 whole_chunks: false,
                 layers: (layers.start, layers.end - layers.start),
             },
-            cloud: CloudFacts {
-                rows_max: config.step_rows_max,
-                frame_max: FRAME_BYTES_MAX,
-                stages: 1,
-                pending_max: PENDING_ROWS_MAX,
-                arithmetic: ARITHMETIC_ID,
+            cloud: Hello {
+                row_budget: config.step_rows_max,
+                ..wire::hello(Role::Cloud, bundle.model_id, bundle.hidden_size, layers.clone())
             },
             policy: DraftPolicy::DEFAULT,
             learned: Learned::default(),
@@ -204,8 +174,8 @@ impl Common {
     pub(super) fn pending_max(&self) -> usize {
         self.policy
             .pending_max
-            .min(self.cloud.pending_max)
-            .min(self.cloud.rows_max as usize)
+            .min(usize::from(self.cloud.rows_pending_max))
+            .min(self.cloud.row_budget as usize)
             .min(self.facts.step_rows_max as usize)
     }
 }

@@ -28,7 +28,7 @@ impl DeviceCore {
                     return self.close(now, CloseCode::Incompatible, reason, true);
                 }
                 self.way.tell(&self.config.cloud, None);
-                self.cx.cloud = (&hello).into();
+                self.cx.cloud = hello;
                 let since = self.way.set_connected(now);
                 if !resumed {
                     self.lose_sessions(since);
@@ -99,7 +99,7 @@ impl DeviceCore {
             Message::Output(output) => {
                 request.handle_output(now, &output, bytes, &mut self.cx)?;
                 if request.has_head() {
-                    self.work.heads(id);
+                    self.work.heading.push_back(id);
                 }
             }
             Message::Computed(computed) => {

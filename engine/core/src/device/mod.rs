@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use hat_plan::BackendFault;
 use hat_transport::codec::Codec;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
-use hat_transport::message::{CloseCode, Hello, Message, Open};
+use hat_transport::message::{CloseCode, Hello, KV_F16, Message, Open};
 use hat_transport::planted::Planted;
 use hat_transport::random::Random;
 
@@ -55,7 +55,7 @@ use crate::page::pages_for;
 use crate::prefix::{PageStore, PrefixScope};
 use crate::request::{Event, FinishReason, Metrics};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-use crate::wire::{self, BundleFacts, KV_TYPE_F16};
+use crate::wire::{self, BundleFacts};
 
 /// News of one request.
 pub enum RequestEvent {
@@ -254,7 +254,7 @@ impl DeviceCore {
 
     /// Nobody wants a request's answer any more. No computation may be out.
     pub fn cancel(&mut self, id: RequestId) {
-        debug_assert!(self.work.is_idle(), "a request is cancelled under its computation");
+        debug_assert!(self.work.out.is_none(), "a request is cancelled under its computation");
         self.waiting.retain(|waiting| waiting.id != id);
         self.retire(id, false);
     }
@@ -371,16 +371,17 @@ impl DeviceCore {
                 continue;
             }
             let path = &mut request.path;
-            path.names_max = wire::pages_per_frame(cloud.frame_max);
+            path.names_max = wire::pages_per_frame(wire::frame_bytes_max(&cloud));
             let namer = self.namer.as_ref();
             let rows_max = request.prepared.rows_max();
-            path.names = namer.map(|namer| namer.names(cloud.arithmetic, &path.tokens, rows_max));
+            path.names =
+                namer.map(|namer| namer.names(cloud.arithmetic_id, &path.tokens, rows_max));
             let open = Message::Open(Open {
                 entry_layer: layer(first),
                 exit_layer: layer(first + count),
                 codec: self.cx.facts.codec.id(),
-                kv_type: KV_TYPE_F16,
-                arithmetic_id: cloud.arithmetic,
+                kv_type: KV_F16,
+                arithmetic_id: cloud.arithmetic_id,
                 rows_max,
                 pages: path.pages_to_find(),
             });
@@ -461,7 +462,8 @@ impl DeviceCore {
             request.keep_pages(&mut self.pages, self.drafter.as_mut());
         }
         let Common { facts, cloud, learned, .. } = &self.cx;
-        let estimates = learned.estimator.estimates(facts.row_bytes(), facts.layers, cloud.stages);
+        let estimates =
+            learned.estimator.estimates(facts.row_bytes(), facts.layers, cloud.stages.into());
         let Some(request) = self.retire(id, true) else { return };
         let Request { mut answer, meter, prepared, .. } = request;
         let text = answer.finish();

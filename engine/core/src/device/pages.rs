@@ -3,9 +3,10 @@
 
 use hat_plan::TokenId;
 use hat_transport::codec::Codec;
+use hat_transport::message::KV_F16;
 
 use crate::prefix::{PageNames, PrefixScope, PrefixSecret};
-use crate::wire::{BundleFacts, KV_TYPE_F16};
+use crate::wire::BundleFacts;
 
 /// Names the pages of a device's paths.
 pub struct PageNamer {
@@ -32,7 +33,7 @@ impl PageNamer {
             entry_layer: layer(facts.layers.start),
             exit_layer: layer(facts.layers.end),
             codec: codec.id(),
-            kv_type: KV_TYPE_F16,
+            kv_type: KV_F16,
             arithmetic_id: 0,
         };
         Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope })

@@ -119,7 +119,7 @@ impl Request {
         // Looked at for each chunk, whatever the policy: between two looks only the mean is seen.
         let unacked = cx.learned.note_link();
         let left = self.path.rows() - self.computed();
-        let rows_max = cx.cloud.rows_max.min(cx.facts.step_rows_max);
+        let rows_max = cx.cloud.row_budget.min(cx.facts.step_rows_max);
         let rows = match cx.facts.chunks {
             ChunkPolicy::Off => left,
             ChunkPolicy::Fixed(rows) => rows,
@@ -144,7 +144,7 @@ impl Request {
         let Learned { estimator, planner, .. } = &mut cx.learned;
         let uplink_s = estimator.uplink_busy_s(unacked).unwrap_or(0.0);
         let (row_bytes, layers) = (cx.facts.row_bytes(), cx.facts.layers);
-        let costs = estimator.cost_model(row_bytes, layers, cx.cloud.stages)?;
+        let costs = estimator.cost_model(row_bytes, layers, cx.cloud.stages.into())?;
         let (done, left) = (self.computed(), self.path.rows() - self.computed());
         let open = self.session.open_mut()?;
         let mut ahead = open.ahead.map_or_else(Ahead::default, |(ahead, at)| {

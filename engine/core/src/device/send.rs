@@ -73,7 +73,7 @@ impl OpenSession {
     ) -> Option<(u32, u64)> {
         let (hidden_size, codec) = (cx.facts.hidden_size, cx.facts.codec);
         let out = &mut self.outgoing;
-        let rows_max = wire::rows_per_frame(codec, hidden_size, cx.cloud.frame_max);
+        let rows_max = wire::rows_per_frame(codec, hidden_size, wire::frame_bytes_max(&cx.cloud));
         let head = out.head(rows_max, cx.facts.has_tail);
         let rows = usize::from(head.count);
         let parents = if head.tree { out.parents_of(rows) } else { &[] };

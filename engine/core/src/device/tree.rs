@@ -309,30 +309,29 @@ impl Request {
         cx.learned.note_input(nodes.len(), self.kv.committed(), took);
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
         let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
-        let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
-            out.computed = nodes.end;
-            self.note_drafts(nodes.clone());
-            let open = self.session.open_mut().filter(|open| open.asks());
-            match open.filter(|_| nodes.end < level.bounds.nodes_max) {
-                Some(open) => open.tree_phase = TreePhase::Propose(level),
-                None => self.end_tree(now, level.bounds, cx),
+        let bad = first_not_finite(hidden, cx.facts.hidden_size);
+        let good = nodes.start..bad.map_or(nodes.end, |bad| nodes.start + bad);
+        out.computed = good.end;
+        if let Some(bad) = bad {
+            if good.end == 0 {
+                return Err(RequestError::NotFinite { position: self.kv.committed() - 1 });
             }
-            return Ok(());
-        };
-        let end = nodes.start + bad + 1;
-        if end == 1 {
-            return Err(RequestError::NotFinite { position: self.kv.committed() - 1 });
+            let end = good.end + 1;
+            out.computed = end;
+            hidden[bad * cx.facts.hidden_size..].fill(0.0);
+            if end < nodes.end {
+                self.kv.retract(drafts.ids[end]);
+            }
+            drafts.ids.truncate(end);
+            drafts.tree.end(end);
+            drafts.is_full = true;
         }
-        out.computed = end;
-        hidden[bad * cx.facts.hidden_size..].fill(0.0);
-        if end < nodes.end {
-            self.kv.retract(drafts.ids[end]);
+        self.note_drafts(good);
+        let open = self.session.open_mut().filter(|open| bad.is_none() && open.asks());
+        match open.filter(|_| nodes.end < level.bounds.nodes_max) {
+            Some(open) => open.tree_phase = TreePhase::Propose(level),
+            None => self.end_tree(now, level.bounds, cx),
         }
-        drafts.ids.truncate(end);
-        drafts.tree.end(end);
-        drafts.is_full = true;
-        self.note_drafts(nodes.start..end - 1);
-        self.end_tree(now, level.bounds, cx);
         Ok(())
     }
 

@@ -58,7 +58,7 @@ impl Request {
     ) -> Result<(), CloudViolation> {
         let hidden_size = cx.facts.hidden_size;
         self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
-        self.meter.computed_in(cx.cloud.arithmetic);
+        self.meter.computed_in(cx.cloud.arithmetic_id);
         let count = usize::from(output.head.count);
         let codec = cx.facts.codec.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {

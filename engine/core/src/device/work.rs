@@ -137,7 +137,7 @@ fn compact(model: &mut dyn DeviceForward, moves: &mut Vec<RowMove>) {
 
 /// One computation of one request.
 #[derive(Debug)]
-enum Computation {
+pub(super) enum Computation {
     /// Decided rows, by the device's layers.
     Piece(Piece),
     /// A step of a draft tree: a level by the device's layers, or drafts of the trained drafter.
@@ -153,29 +153,19 @@ enum Computation {
 /// The computation that is out, and the requests that go before all others.
 #[derive(Default)]
 pub(super) struct Computations {
-    out: Option<(RequestId, Computation)>,
+    pub(super) out: Option<(RequestId, Computation)>,
     /// Its tree grows, level by level.
     pub(super) growing: Option<RequestId>,
     /// Requests whose heads are due, in the order in which their rows came back.
-    heading: VecDeque<RequestId>,
+    pub(super) heading: VecDeque<RequestId>,
     /// The trained drafter did not compute.
     draft_fault: Option<BackendFault>,
 }
 
 impl Computations {
-    /// True if no computation is out.
-    pub(super) fn is_idle(&self) -> bool {
-        self.out.is_none()
-    }
-
     /// True if it is not to be touched now.
     fn has(&self, id: RequestId) -> bool {
         self.growing == Some(id) || self.heading.contains(&id)
-    }
-
-    /// A head of it is due.
-    pub(super) fn heads(&mut self, id: RequestId) {
-        self.heading.push_back(id);
     }
 }
 

@@ -120,14 +120,14 @@ fn few_measurements_give_a_smaller_model() {
     times.note(10, 0, 0.014);
     let got = times.cost(0.0).unwrap();
     assert!(close(got.fixed, 0.01, 1e-6) && close(got.per_row, 0.4e-3, 1e-6), "{got:?}");
-    let line = times.line(0.0).unwrap();
+    let line = times.by_rows.line(0.0).unwrap();
     assert!(close(line.fixed, 0.01, 1e-6) && close(line.per_row, 0.4e-3, 1e-6), "{line:?}");
     let mut odd = StepTimes::default();
     odd.note(10, 0, 0.02);
     odd.note(100, 0, 0.01);
     let got = odd.cost(0.0).unwrap();
     assert!(got.fixed >= 0.0 && got.per_row >= 0.0 && got.per_row_context >= 0.0, "{got:?}");
-    let line = odd.line(0.0).unwrap();
+    let line = odd.by_rows.line(0.0).unwrap();
     assert!(line.fixed >= 0.0 && line.per_row >= 0.0, "{line:?}");
 }
 
@@ -137,7 +137,10 @@ fn measurements_that_are_none_change_nothing() {
     for (rows, seconds) in [(0, 1.0), (5, f64::NAN), (5, f64::INFINITY), (5, -1.0)] {
         times.note(rows, 0, seconds);
     }
-    assert_eq!((times.cost(0.0), times.line(0.0), times.seconds(5)), (None, None, None));
+    assert_eq!(
+        (times.cost(0.0), times.by_rows.line(0.0), times.by_rows.seconds(5)),
+        (None, None, None)
+    );
     times.note(u32::MAX, u32::MAX, 0.0);
     times.note(7, 3, 0.0);
     assert!(times.cost(0.0).is_none_or(|cost| cost.seconds(9, 9).is_finite()));
@@ -302,7 +305,7 @@ fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
         );
         let piece = estimator.device_cost().unwrap();
         assert!(close(piece.seconds(64, 0), line.seconds(64, 0), 1e-6), "{level_ms}: {piece:?}");
-        let device_s = estimator.device.seconds(8).unwrap();
+        let device_s = estimator.device.by_rows.seconds(8).unwrap();
         assert!(close(device_s, level_ms / 1e3, 1e-9), "{level_ms}: {device_s}");
     }
 }

@@ -100,7 +100,8 @@ impl RowTimes {
 /// thousand decoded tokens don't wash away what a long prompt has taught.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StepTimes {
-    by_rows: RowTimes,
+    /// The same in the contexts of late, whatever they are.
+    pub(crate) by_rows: RowTimes,
     cells: [[Cell; CONTEXTS]; SIZES],
 }
 
@@ -120,16 +121,6 @@ impl StepTimes {
         let place = (prefix.ilog2() as usize - 6) / 2;
         let cell = &mut self.cells[size_of(rows as usize)][place.min(CONTEXTS - 1)];
         cell.note(f64::from(rows), context, seconds);
-    }
-
-    /// Seconds of a step of this many rows in the contexts of late: see [`RowTimes::seconds`].
-    pub(crate) fn seconds(&self, rows: usize) -> Option<f64> {
-        self.by_rows.seconds(rows)
-    }
-
-    /// As [`RowTimes::line`], through the contexts of late.
-    pub(crate) fn line(&self, rows_min: f64) -> Option<StepCost> {
-        self.by_rows.line(rows_min)
     }
 
     /// The model with the least sum of squared relative errors and no negative term, of the sizes
