@@ -6,14 +6,14 @@ mod pitfalls;
 use std::collections::BTreeSet;
 
 use hat_plan::TokenId;
-use hat_transport::conn::{ConnectionId, FrameSink, Refusal, SendError};
+use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::GoneError;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::message::{
     Arrivals, CloseCode, Message, Opened, OutputHead, Role, Rows, SessionError, SessionErrorCode,
     Want,
 };
-use hat_transport::pool::{Buf, Pool, PoolConfig};
+use hat_transport::pool::PoolConfig;
 use hat_transport::random::SeededRandom;
 
 use super::work::{DeviceWork, Verdict};
@@ -23,6 +23,7 @@ use crate::draft::drafter::{Decided, Drafted, SessionId};
 use crate::draft::tree::Proposal;
 use crate::draft::{DrafterKind, Source};
 use crate::request::Request as Asked;
+use crate::testkit::TestSink;
 use crate::wire;
 
 const TO: ConnectionId = ConnectionId(7);
@@ -65,64 +66,19 @@ impl Told {
     }
 }
 
-/// Frames that have not left.
-struct Queue {
-    pool: Pool,
-    frames: Vec<Frame>,
-    /// OPEN frames so far.
-    opens: u32,
-    told: BTreeMap<u32, Told>,
-    /// Frames of rows so far, with their decided rows.
-    rows: Vec<(u32, Priority, u16)>,
-    /// One frame in so many finds no room.
-    refuses: Option<usize>,
-    /// Nor do those of prompts.
-    refuses_prompts: bool,
-    tries: usize,
-}
-
-impl FrameSink for Queue {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.pool.take(body_bytes)
-    }
-
-    fn send(
-        &mut self,
-        to: ConnectionId,
-        kind: Kind,
-        session: u32,
-        priority: Priority,
-        body: Buf,
-    ) -> Result<(), SendError> {
-        assert_eq!(to, TO);
-        self.tries += 1;
-        if self.refuses.is_some_and(|every| self.tries.is_multiple_of(every))
-            || self.refuses_prompts && priority == Priority::Prompt
-        {
-            return Err(SendError { refusal: Refusal::Full, body: Some(body) });
-        }
-        self.opens += u32::from(kind == Kind::Open);
-        if let Ok(Message::Rows(rows)) = Message::decode(kind, &body) {
-            let decided = if rows.head.decided { rows.head.count } else { 0 };
-            self.rows.push((session, priority, decided));
-            self.told.entry(session).or_default().take(&rows);
-        }
-        self.frames.push(Frame { kind, session, priority, body });
-        Ok(())
-    }
-
-    fn discard(&mut self, _: ConnectionId, session: u32) -> usize {
-        let before = self.frames.len();
-        self.frames.retain(|frame| frame.session != session);
-        before - self.frames.len()
-    }
-}
-
 /// A core, and a cloud whose rows come back as they went up.
 struct Bed {
     core: DeviceCore,
     now: Instant,
-    queue: Queue,
+    /// Frames that have not left.
+    sink: TestSink,
+    /// Of all frames so far, those that were looked at.
+    seen: usize,
+    /// OPEN frames so far.
+    asks: u32,
+    told: BTreeMap<u32, Told>,
+    /// Frames of rows so far: their session, priority, and decided rows.
+    sent_rows: Vec<(u32, Priority, u16)>,
     /// Computations until one is not done.
     fails_in: Option<u32>,
     opens: u32,
@@ -240,18 +196,19 @@ impl Bed {
         let hello = wire::hello(Role::Device, [0; 32], HIDDEN, 1..4);
         let core = DeviceCore::new(now, config, &facts, VOCAB, None, drafter);
         let core = core.with_link(now, hello, None, random);
-        let pool = Pool::new(PoolConfig { small: 512, large: 32 });
-        let queue = Queue {
-            pool,
-            frames: Vec::new(),
-            opens: 0,
+        Self {
+            core,
+            now,
+            sink: TestSink::with_pool(PoolConfig { small: 512, large: 32 }),
+            seen: 0,
+            asks: 0,
             told: BTreeMap::new(),
-            rows: Vec::new(),
-            refuses: None,
-            refuses_prompts: false,
-            tries: 0,
-        };
-        Self { core, now, queue, fails_in: None, opens: 0, ends: 0, rows: 0 }
+            sent_rows: Vec::new(),
+            fails_in: None,
+            opens: 0,
+            ends: 0,
+            rows: 0,
+        }
     }
 
     fn up(&mut self, resumed: bool) {
@@ -280,9 +237,9 @@ impl Bed {
 
     /// The same at one moment.
     fn turn(&mut self) -> bool {
-        let frames = &self.queue.frames;
+        let frames = &self.sink.sent;
         while self.core.poll_link(self.now).is_some() {}
-        let cached = |session| frames.iter().filter(|frame| frame.session == session).count();
+        let cached = |session| frames.iter().filter(|(_, frame)| frame.session == session).count();
         self.core.handle_timeout(self.now, &cached);
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
@@ -292,20 +249,34 @@ impl Bed {
         let fails = has_work && self.fails_in == Some(0);
         self.fails_in = self.fails_in.map(|left| left.saturating_sub(u32::from(has_work)));
         self.core.handle_work(self.now, MS, fails.then_some(&fault), &EndTokens::default());
-        self.core.poll_transmit(self.now, TO, &mut self.queue, true);
+        self.core.poll_transmit(self.now, TO, &mut self.sink, true);
+        self.look_at_sent();
         has_work
     }
 
+    /// Looks at frames that are new, which are the last.
+    fn look_at_sent(&mut self) {
+        let new = self.sink.total - std::mem::replace(&mut self.seen, self.sink.total);
+        let first = self.sink.sent.len() - new;
+        for (to, frame) in &self.sink.sent[first..] {
+            assert_eq!(*to, TO);
+            self.asks += u32::from(frame.kind == Kind::Open);
+            if let Ok(Message::Rows(rows)) = Message::decode(frame.kind, &frame.body) {
+                let decided = if rows.head.decided { rows.head.count } else { 0 };
+                self.sent_rows.push((frame.session, frame.priority, decided));
+                self.told.entry(frame.session).or_default().take(&rows);
+            }
+        }
+    }
+
     fn say(&mut self, session: u32, message: &Message<'_>) {
-        let mut body = self.queue.pool.take(message.encoded_len()).unwrap();
-        message.encode(body.body_mut());
-        let (kind, priority) = (message.kind(), Priority::Control);
-        self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+        let frame = self.sink.message(session, message);
+        self.core.handle_inbound(Inbound::Frame(frame));
     }
 
     /// The cloud answers all that has left.
     fn answer(&mut self) {
-        for frame in std::mem::take(&mut self.queue.frames) {
+        for (_, frame) in std::mem::take(&mut self.sink.sent) {
             let session = frame.session;
             let rows = match Message::decode(frame.kind, frame.body.body()).unwrap() {
                 Message::Open(_) => {
@@ -332,11 +303,11 @@ impl Bed {
             let arrivals = Arrivals::default();
             let head = OutputHead { count, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
             let payload = &rows.payload[skip * HIDDEN * 4..];
-            let mut body = self.queue.pool.take(head.payload_start() + payload.len()).unwrap();
-            let start = head.encode(&ids, body.body_mut());
-            body.body_mut()[start..].copy_from_slice(payload);
-            let (kind, priority) = (Kind::Output, Priority::Verify);
-            self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+            let mut body = vec![0; head.payload_start() + payload.len()];
+            let start = head.encode(&ids, &mut body);
+            body[start..].copy_from_slice(payload);
+            let frame = self.sink.frame(Kind::Output, session, Priority::Verify, &body);
+            self.core.handle_inbound(Inbound::Frame(frame));
         }
     }
 
@@ -449,12 +420,12 @@ fn a_cancelled_request_takes_its_frames_along() {
     bed.step();
     bed.answer();
     while bed.step() {}
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
+    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
     bed.core.cancel(id);
     bed.step();
-    let kinds: Vec<Kind> = bed.queue.frames.iter().map(|frame| frame.kind).collect();
+    let kinds: Vec<Kind> = bed.sink.sent.iter().map(|(_, frame)| frame.kind).collect();
     assert_eq!(kinds, [Kind::End]);
-    let message = Message::decode(Kind::End, bed.queue.frames[0].body.body()).unwrap();
+    let message = Message::decode(Kind::End, &bed.sink.sent[0].1.body).unwrap();
     assert!(matches!(message, Message::End(end) if end.commit == 0), "{message:?}");
     assert_eq!(bed.core.running(), 0);
 }
@@ -526,7 +497,7 @@ fn close_codes_are_of_two_kinds() {
             }
         });
         assert_eq!(said, expected(), "{code:?}");
-        assert_eq!(bed.queue.opens, 2, "{code:?}");
+        assert_eq!(bed.asks, 2, "{code:?}");
     }
     for code in [Protocol, Version, Incompatible] {
         let mut bed = Bed::new();
@@ -564,11 +535,11 @@ fn rows_of_a_lost_session_do_not_leave() {
     bed.step();
     bed.answer();
     while bed.step() {}
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
+    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
     let evicted = SessionError { code: SessionErrorCode::Evicted, text: "made room" };
     bed.say(bed.opens, &Message::SessionError(evicted));
     while bed.step() {}
-    assert!(bed.queue.frames.iter().all(|frame| frame.kind != Kind::Rows));
+    assert!(bed.sink.sent.iter().all(|(_, frame)| frame.kind != Kind::Rows));
 }
 
 /// The owner is told when a cloud without room is to be asked again.
@@ -578,7 +549,7 @@ fn a_busy_cloud_is_asked_again_in_time() {
     bed.up(false);
     bed.submit(DraftMode::Off);
     bed.step();
-    bed.queue.frames.clear();
+    bed.sink.sent.clear();
     bed.say(1, &Message::Busy(hat_transport::message::Busy { retry_after_ms: 700 }));
     while bed.step() {}
     while bed.core.poll_event().is_some() {}
@@ -586,5 +557,5 @@ fn a_busy_cloud_is_asked_again_in_time() {
     assert!(wait <= 700 * MS && wait > 600 * MS, "{wait:?}");
     bed.now += wait;
     bed.step();
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Open));
+    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Open));
 }

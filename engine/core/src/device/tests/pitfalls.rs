@@ -12,7 +12,7 @@ fn frames_that_find_no_room_leave_later() {
     for draft in DraftMode::ALL {
         for every in 2..6 {
             let mut bed = Bed::new();
-            bed.queue.refuses = Some(every);
+            bed.sink.refuses = Some(every);
             bed.up(false);
             bed.submit(draft);
             assert_eq!(bed.run(|_, _| {}), expected(), "{}, one in {every}", draft.name());
@@ -27,13 +27,13 @@ fn rows_that_somebody_waits_for_pass_a_prompt_that_finds_no_room() {
     bed.up(false);
     bed.submit(DraftMode::Off);
     let said = bed.run(|bed, tokens| {
-        if tokens == 3 && !std::mem::replace(&mut bed.queue.refuses_prompts, true) {
+        if tokens == 3 && !std::mem::replace(&mut bed.sink.refuses_prompts, true) {
             bed.submit_long(400, 4, DraftMode::Off);
         }
     });
     assert_eq!(said, expected());
     assert_eq!(bed.core.running(), 1, "the prompt waits");
-    bed.queue.refuses_prompts = false;
+    bed.sink.refuses_prompts = false;
     assert_eq!(bed.run(|_, _| {}).len(), 4);
 }
 
@@ -81,9 +81,9 @@ fn a_replay_goes_up_as_a_prompt() {
             bed.say(1, &Message::SessionError(evicted));
         }
     });
-    let replay: Vec<_> = bed.queue.rows.iter().filter(|(session, ..)| *session == 2).collect();
+    let replay: Vec<_> = bed.sent_rows.iter().filter(|(session, ..)| *session == 2).collect();
     assert!(replay.len() > 5, "{replay:?}");
-    for (at, (session, priority, decided)) in bed.queue.rows.iter().enumerate() {
+    for (at, (session, priority, decided)) in bed.sent_rows.iter().enumerate() {
         let wanted = if *decided > 1 { Priority::Prompt } else { Priority::Verify };
         assert_eq!(*priority, wanted, "session {session}, frame {at}: {decided} rows");
     }
@@ -142,7 +142,7 @@ fn control_messages_may_come_early() {
         bed.up(false);
         bed.submit(draft);
         let said = bed.run(|bed, _| {
-            let sent = bed.queue.frames.iter().rev().find_map(|frame| {
+            let sent = bed.sink.sent.iter().rev().find_map(|(_, frame)| {
                 match Message::decode(frame.kind, frame.body.body()) {
                     Ok(Message::Rows(rows)) => Some((frame.session, rows.head)),
                     _ => None,
@@ -173,11 +173,11 @@ fn a_run_repeats_itself() {
             bed.now += 20 * MS;
             if round % 30 == 29 {
                 bed.up(false);
-                bed.queue.frames.clear();
+                bed.sink.sent.clear();
             }
             bed.answer();
         }
-        bed.queue.rows
+        bed.sent_rows
     };
     let first = run();
     assert!(first.len() > 50, "{}", first.len());
