@@ -48,6 +48,11 @@ impl TestSink {
         }
     }
 
+    /// The next frame finds no room; those behind it do.
+    pub(crate) fn refuse_next(&mut self) {
+        self.refuses = Some(self.tries + 1);
+    }
+
     /// A frame with this body, as one comes in.
     pub(crate) fn frame(
         &self,

@@ -5,7 +5,7 @@ mod pitfalls;
 
 use std::collections::BTreeSet;
 
-use hat_plan::TokenId;
+use hat_plan::{PAGE_SIZE, TokenId};
 use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::GoneError;
 use hat_transport::frame::{Kind, Priority};
@@ -22,6 +22,7 @@ use crate::answer::EndTokens;
 use crate::draft::drafter::{Decided, Drafted, SessionId};
 use crate::draft::tree::Proposal;
 use crate::draft::{DrafterKind, Source};
+use crate::prefix::PageId;
 use crate::request::Request as Asked;
 use crate::testkit::TestSink;
 use crate::wire;
@@ -34,27 +35,36 @@ const MS: Duration = Duration::from_millis(1);
 /// Rows of a session, as a cloud has them.
 #[derive(Default)]
 struct Told {
-    /// The last committed one.
+    /// The last committed one, and how many there are.
     tip: u32,
+    committed: u32,
     /// Pending rows, and their parents.
     pending: BTreeMap<u32, u32>,
 }
 
 impl Told {
+    /// Keeps the path to a row, which has to be there; 0 keeps nothing.
+    fn commit(&mut self, row: u32) {
+        if row == 0 {
+            return;
+        }
+        let path = std::iter::successors(Some(row), |row| self.pending.get(row).copied());
+        let rows = path.clone().count() - 1;
+        assert_eq!(path.last(), Some(self.tip), "row {row} is kept, and is not there");
+        self.committed += u32::try_from(rows).unwrap();
+        let mut kept = BTreeSet::from([row]);
+        self.pending.retain(|id, parent| kept.contains(parent) && kept.insert(*id));
+        self.tip = row;
+    }
+
     /// Takes rows, which have to follow from those before.
     fn take(&mut self, rows: &Rows<'_>) {
         let head = rows.head;
-        if head.commit != 0 {
-            let is_known = head.commit == self.tip || self.pending.contains_key(&head.commit);
-            assert!(is_known, "{head:?} keeps a row that is not there");
-            let mut kept = BTreeSet::from([head.commit]);
-            self.pending.retain(|id, parent| kept.contains(parent) && kept.insert(*id));
-            self.tip = head.commit;
-        }
+        self.commit(head.commit);
         for (id, parent) in (head.first_id..).zip(rows.parents_of_rows()) {
             if head.decided {
                 assert_eq!(parent, self.tip, "{head:?} does not follow the last decided row");
-                self.tip = id;
+                (self.tip, self.committed) = (id, self.committed + 1);
                 self.pending.clear();
             } else {
                 let is_known = parent == self.tip || self.pending.contains_key(&parent);
@@ -79,6 +89,12 @@ struct Bed {
     told: BTreeMap<u32, Told>,
     /// Frames of rows so far: their session, priority, and decided rows.
     sent_rows: Vec<(u32, Priority, u16)>,
+    /// Pages named by each END so far, and rows that its session has committed by then.
+    named: Vec<(usize, u32)>,
+    /// Requests of the inputs so far, and the moves that came first.
+    carried: Vec<(RequestId, usize)>,
+    /// Pages that the cloud finds for each OPEN.
+    held: u16,
     /// Computations until one is not done.
     fails_in: Option<u32>,
     opens: u32,
@@ -114,6 +130,8 @@ struct Proposer {
     opened: SessionId,
     /// Positions that each session has taken, and whether it holds rows of a tree.
     sessions: BTreeMap<SessionId, (u32, bool)>,
+    /// Pages of any path that it has from earlier sessions.
+    kept: usize,
 }
 
 impl Drafter for Proposer {
@@ -125,6 +143,12 @@ impl Drafter for Proposer {
         self.opened += 1;
         self.sessions.insert(self.opened, (0, false));
         Some(self.opened)
+    }
+
+    fn begin_behind(&mut self, session: SessionId, pages: &[PageId]) -> usize {
+        let pages = self.kept.min(pages.len());
+        self.sessions.get_mut(&session).unwrap().0 = (pages * PAGE_SIZE) as u32;
+        pages
     }
 
     fn close(&mut self, session: SessionId) {
@@ -174,6 +198,10 @@ impl Bed {
     }
 
     fn with(has_drafter: bool) -> Self {
+        Self::with_names(has_drafter, false)
+    }
+
+    fn with_names(has_drafter: bool, names: bool) -> Self {
         let config = DeviceConfig {
             sessions_max: 4,
             kv_rows_max: 4096,
@@ -194,7 +222,8 @@ impl Bed {
         let drafter = has_drafter.then(|| Box::new(Proposer::default()) as _);
         let random = Box::new(SeededRandom::new(1));
         let hello = wire::hello(Role::Device, [0; 32], HIDDEN, 1..4);
-        let core = DeviceCore::new(now, config, &facts, VOCAB, None, drafter);
+        let namer = PageNamer::new(Codec::F32, &facts, 1, [1; 32].into()).filter(|_| names);
+        let core = DeviceCore::new(now, config, &facts, VOCAB, namer, drafter);
         let core = core.with_link(now, hello, None, random);
         Self {
             core,
@@ -204,6 +233,9 @@ impl Bed {
             asks: 0,
             told: BTreeMap::new(),
             sent_rows: Vec::new(),
+            named: Vec::new(),
+            carried: Vec::new(),
+            held: 0,
             fails_in: None,
             opens: 0,
             ends: 0,
@@ -243,6 +275,9 @@ impl Bed {
         self.core.handle_timeout(self.now, &cached);
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
+        if let Some(DeviceWork::Input { request, moves, .. }) = &work {
+            self.carried.push((*request, moves.len()));
+        }
         work.into_iter().for_each(compute);
         let reason = "the plug was pulled".to_owned();
         let fault = BackendFault { backend: "a table", reason, lasts: false };
@@ -260,11 +295,20 @@ impl Bed {
         let first = self.sink.sent.len() - new;
         for (to, frame) in &self.sink.sent[first..] {
             assert_eq!(*to, TO);
-            self.asks += u32::from(frame.kind == Kind::Open);
-            if let Ok(Message::Rows(rows)) = Message::decode(frame.kind, &frame.body) {
-                let decided = if rows.head.decided { rows.head.count } else { 0 };
-                self.sent_rows.push((frame.session, frame.priority, decided));
-                self.told.entry(frame.session).or_default().take(&rows);
+            let told = self.told.entry(frame.session).or_default();
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::Open(_)) => self.asks += 1,
+                Ok(Message::Rows(rows)) => {
+                    let decided = if rows.head.decided { rows.head.count } else { 0 };
+                    self.sent_rows.push((frame.session, frame.priority, decided));
+                    told.take(&rows);
+                }
+                Ok(Message::End(end)) => {
+                    assert!(end.commit == 0 || !end.pages.is_empty(), "a commit without names");
+                    told.commit(end.commit);
+                    self.named.push((end.pages.len(), told.committed));
+                }
+                _ => {}
             }
         }
     }
@@ -281,7 +325,10 @@ impl Bed {
             let rows = match Message::decode(frame.kind, frame.body.body()).unwrap() {
                 Message::Open(_) => {
                     self.opens += 1;
-                    self.say(session, &Message::Opened(Opened { pages: 0 }));
+                    let rows = u32::from(self.held) * PAGE_SIZE as u32;
+                    let told = Told { tip: rows, committed: rows, ..Told::default() };
+                    self.told.insert(session, told);
+                    self.say(session, &Message::Opened(Opened { pages: self.held }));
                     continue;
                 }
                 Message::Rows(rows) => rows,
@@ -524,38 +571,4 @@ fn close_codes_are_of_two_kinds() {
         assert!(pauses[0] <= 100 * MS && pauses[11] >= 2500 * MS, "{pauses:?}");
         assert!(pauses.iter().all(|pause| *pause <= 5000 * MS), "{pauses:?}");
     }
-}
-
-/// A session that the cloud has lost leaves no frame behind: nobody waits for its rows.
-#[test]
-fn rows_of_a_lost_session_do_not_leave() {
-    let mut bed = Bed::new();
-    bed.up(false);
-    bed.submit(DraftMode::Off);
-    bed.step();
-    bed.answer();
-    while bed.step() {}
-    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
-    let evicted = SessionError { code: SessionErrorCode::Evicted, text: "made room" };
-    bed.say(bed.opens, &Message::SessionError(evicted));
-    while bed.step() {}
-    assert!(bed.sink.sent.iter().all(|(_, frame)| frame.kind != Kind::Rows));
-}
-
-/// The owner is told when a cloud without room is to be asked again.
-#[test]
-fn a_busy_cloud_is_asked_again_in_time() {
-    let mut bed = Bed::new();
-    bed.up(false);
-    bed.submit(DraftMode::Off);
-    bed.step();
-    bed.sink.sent.clear();
-    bed.say(1, &Message::Busy(hat_transport::message::Busy { retry_after_ms: 700 }));
-    while bed.step() {}
-    while bed.core.poll_event().is_some() {}
-    let wait = bed.core.poll_timeout(bed.now).expect("there is a time to ask again");
-    assert!(wait <= 700 * MS && wait > 600 * MS, "{wait:?}");
-    bed.now += wait;
-    bed.step();
-    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Open));
 }
