@@ -40,6 +40,8 @@ struct Told {
     committed: u32,
     /// Pending rows, and their parents.
     pending: BTreeMap<u32, u32>,
+    /// True if the chunk at hand goes on.
+    more: bool,
 }
 
 impl Told {
@@ -60,6 +62,9 @@ impl Told {
     /// Takes rows, which have to follow from those before.
     fn take(&mut self, rows: &Rows<'_>) {
         let head = rows.head;
+        let is_whole = self.more || head.decided || !head.more;
+        assert!(is_whole, "{head:?} begins a batch of drafts that leaves in parts");
+        self.more = head.more;
         self.commit(head.commit);
         for (id, parent) in (head.first_id..).zip(rows.parents_of_rows()) {
             if head.decided {
