@@ -34,9 +34,10 @@ pub mod request;
 pub mod sample;
 pub mod sched;
 pub mod sequence;
-mod stop;
 #[cfg(test)]
-mod testkit;
+#[path = "../tests/sink/mod.rs"]
+mod sink;
+mod stop;
 pub mod wire;
 
 pub use error::{InputError, RequestError};

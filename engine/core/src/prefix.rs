@@ -15,6 +15,9 @@ use hat_plan::{PAGE_SIZE, TokenId};
 
 use crate::page::PagePool;
 use crate::sequence::Sequence;
+use crate::wire::BundleFacts;
+use hat_transport::codec::Codec;
+use hat_transport::message::KV_F16;
 pub use hat_transport::message::PageId;
 
 /// The key of a device's, or of a tenant's, page ids. Nobody is shown it.
@@ -115,6 +118,53 @@ impl PageNames {
     }
 }
 
+/// Names the pages of a device's paths.
+pub struct PageNamer {
+    secret: PrefixSecret,
+    model_id: [u8; 32],
+    /// The arithmetic of the device's own layers.
+    pub(crate) arithmetic_id: u32,
+    scope: PrefixScope,
+}
+
+impl PageNamer {
+    /// `None` if all rows go up. Tail layers need all rows that come back, so with them they do.
+    pub fn new(
+        codec: Codec,
+        facts: &BundleFacts,
+        arithmetic_id: u32,
+        secret: PrefixSecret,
+    ) -> Option<Self> {
+        if facts.has_tail {
+            return None;
+        }
+        let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
+        let scope = PrefixScope {
+            entry_layer: layer(facts.layers.start),
+            exit_layer: layer(facts.layers.end),
+            codec: codec.id(),
+            kv_type: KV_F16,
+            arithmetic_id: 0,
+        };
+        Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope })
+    }
+
+    /// Names of the pages of `tokens`, which become at most `rows_max`, where the cloud computes in
+    /// `cloud_arithmetic_id`.
+    pub(crate) fn names(
+        &self,
+        cloud_arithmetic_id: u32,
+        tokens: &[TokenId],
+        rows_max: u32,
+    ) -> PageNames {
+        let scope = PrefixScope { arithmetic_id: cloud_arithmetic_id, ..self.scope };
+        let mut names = PageNames::new(&self.secret, &self.model_id, self.arithmetic_id, scope);
+        names.reserve(rows_max as usize);
+        names.extend(tokens);
+        names
+    }
+}
+
 /// Key of a page: ids of one scope never find pages of another, whatever a device says.
 type Key = (PrefixScope, PageId);
 
@@ -130,7 +180,8 @@ struct Entry {
 /// pages, which are of no use without the earlier ones.
 #[derive(Debug)]
 pub(crate) struct PageStore {
-    pool: PagePool,
+    /// Its pages: who holds them, and which are free.
+    pub(crate) pool: PagePool,
     entries: BTreeMap<Key, Entry>,
     by_use: BTreeMap<u64, Key>,
     uses: u64,
@@ -145,11 +196,6 @@ impl PageStore {
             by_use: BTreeMap::new(),
             uses: 0,
         }
-    }
-
-    /// Its pages: who holds them, and which are free.
-    pub(crate) fn pool(&self) -> &PagePool {
-        &self.pool
     }
 
     /// Pages for a session, `wanted` in all, its own holder's: the leading ones of `ids` that are
@@ -215,14 +261,6 @@ impl PageStore {
             }
         }
         self.touch(scope, ids);
-    }
-
-    /// A session is done with its pages.
-    ///
-    /// # Panics
-    /// If nobody holds one of them.
-    pub(crate) fn give_back(&mut self, pages: Vec<u32>) {
-        self.pool.give_back(pages);
     }
 
     /// Forgets all ids: what pages hold means nothing any more.

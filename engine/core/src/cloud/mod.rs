@@ -281,7 +281,7 @@ impl CloudCore {
     /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
         let refused = self.figures.refused + self.clients.sent_away;
-        let pool = self.pages.pool();
+        let pool = &self.pages.pool;
         CloudFigures {
             refused,
             sessions: self.sessions.len() as u64,
@@ -476,7 +476,7 @@ impl CloudCore {
     fn room(&self) -> admission::Room {
         let sessions_max = self.config.sessions_max as usize;
         let places = sessions_max.saturating_sub(self.sessions.len());
-        admission::Room { pages: self.pages.pool().available(), places }
+        admission::Room { pages: self.pages.pool.available(), places }
     }
 
     /// Retry time for a device that finds no room for a session of `pages` pages.
@@ -510,9 +510,9 @@ impl CloudCore {
         self.planner.forget(key);
         self.admission.note_life(now.saturating_duration_since(session.opened_at));
         if self.planted.is(Fault::PagesTwice) {
-            self.pages.give_back(session.sequence.pages().to_vec());
+            self.pages.pool.give_back(session.sequence.pages().to_vec());
         }
-        self.pages.give_back(session.sequence.into_pages());
+        self.pages.pool.give_back(session.sequence.into_pages());
         Some((session.connection, session.wire_id))
     }
 

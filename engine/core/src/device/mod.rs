@@ -6,7 +6,6 @@ mod context;
 mod feed;
 mod link;
 mod outgoing;
-mod pages;
 mod prompt;
 mod request;
 mod select;
@@ -36,7 +35,6 @@ use hat_transport::random::Random;
 use self::budget::Budget;
 use self::context::Common;
 use self::feed::Drafting;
-pub use self::pages::PageNamer;
 pub use self::request::RequestId;
 use self::request::{Path, Request, Session};
 use self::send::Leaving;
@@ -52,6 +50,7 @@ use crate::error::RequestError;
 use crate::estimate::{Estimates, Estimator};
 use crate::metrics::Meter;
 use crate::page::pages_for;
+pub use crate::prefix::PageNamer;
 use crate::prefix::{PageStore, PrefixScope};
 use crate::request::{Event, FinishReason, Metrics};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
@@ -249,7 +248,7 @@ impl DeviceCore {
 
     /// Pages that a request can have now, those that are kept for others included.
     pub fn pages_free(&self) -> usize {
-        self.pages.pool().available()
+        self.pages.pool.available()
     }
 
     /// Nobody wants a request's answer any more. No computation may be out.
@@ -522,7 +521,7 @@ impl DeviceCore {
             drafter.close(session);
         }
         let kv = std::mem::replace(&mut request.kv, Sequence::new(Vec::new(), 0));
-        self.pages.give_back(kv.into_pages());
+        self.pages.pool.give_back(kv.into_pages());
         Some(request)
     }
 }

@@ -24,7 +24,7 @@ use crate::draft::tree::Proposal;
 use crate::draft::{DrafterKind, Source};
 use crate::prefix::PageId;
 use crate::request::Request as Asked;
-use crate::testkit::TestSink;
+use crate::sink::TestSink;
 use crate::wire;
 
 const TO: ConnectionId = ConnectionId(7);
