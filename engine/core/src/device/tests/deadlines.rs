@@ -405,6 +405,9 @@ proptest! {
             if let Some((outage, lasts, tokens)) = next.filter(|_| world.tokens >= due) {
                 due = world.tokens + tokens;
                 next = outages.next();
+                // Where pauses double, the next may be twice as long as all before together.
+                let doubles = matches!(outage, Outage::Full(hint) if hint < 50);
+                let lasts = if doubles { lasts.min(9_000) } else { lasts };
                 world.suffer(outage, Duration::from_millis(lasts));
             }
             world.act(&Act::Answer);
