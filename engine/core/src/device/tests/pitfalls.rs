@@ -201,6 +201,61 @@ fn an_end_that_does_not_fit_is_shorter() {
     }
 }
 
+/// Position at which a prompt begins to be computed, once the cloud has opened its session.
+fn first_row(bed: &mut Bed) -> usize {
+    bed.step();
+    bed.answer();
+    let work = bed.core.poll_work(bed.now, true).expect("a prompt is to be computed");
+    let DeviceWork::Input { plan, .. } = &work else { panic!("not a prompt's rows") };
+    let first = plan.positions[0] as usize;
+    compute(work);
+    bed.core.handle_work(bed.now, MS, None, &EndTokens::default());
+    first
+}
+
+/// After a fault the KV store means nothing: nobody begins behind its pages.
+#[test]
+fn pages_are_forgotten_after_a_fault() {
+    for fails in [false, true] {
+        let mut bed = Bed::with_names(false, true);
+        bed.up(false);
+        bed.submit_long(100, 4, DraftMode::Off);
+        bed.run(|_, _| {});
+        if fails {
+            bed.submit_long(100, 4, DraftMode::Off);
+            bed.fails_in = Some(0);
+            while bed.core.running() + bed.core.waiting() > 0 {
+                bed.step();
+                bed.answer();
+            }
+            while bed.core.poll_event().is_some() {}
+            bed.fails_in = None;
+        }
+        bed.held = 3;
+        bed.submit_long(100, 4, DraftMode::Off);
+        assert_eq!(first_row(&mut bed), if fails { 0 } else { 3 * PAGE_SIZE });
+        assert_eq!(bed.run(|_, _| {}).len(), 4);
+    }
+}
+
+/// A session that ended before its connection did is nothing to the next one.
+#[test]
+fn ends_are_not_sent_over_another_connection() {
+    let mut bed = Bed::with(false);
+    bed.up(false);
+    let id = bed.submit(DraftMode::Off);
+    bed.step();
+    bed.answer();
+    while bed.step() {}
+    bed.sink.sent.clear();
+    bed.core.cancel(id);
+    let reason = "the cable is out".to_owned();
+    bed.core.handle_inbound(Inbound::Gone { reason, is_final: false });
+    bed.up(false);
+    bed.step();
+    assert!(bed.sink.sent.is_empty(), "{} frames", bed.sink.sent.len());
+}
+
 /// Rows that the cloud lacks are computed here, and rows that the drafter lacks, too.
 #[test]
 fn a_device_begins_behind_what_cloud_and_drafter_have() {
@@ -212,14 +267,8 @@ fn a_device_begins_behind_what_cloud_and_drafter_have() {
         bed.core.drafter = Some(Box::new(Proposer { kept, ..Proposer::default() }));
         bed.held = held;
         bed.submit_long(100, 4, DraftMode::Tree);
-        bed.step();
-        bed.answer();
-        let work = bed.core.poll_work(bed.now, true).expect("a prompt is to be computed");
-        let DeviceWork::Input { plan, .. } = &work else { panic!("not a prompt's rows") };
-        let begin = plan.positions[0] as usize;
+        let begin = first_row(&mut bed);
         assert_eq!(begin, kept.min(usize::from(held)) * PAGE_SIZE, "{held} there, {kept} here");
-        compute(work);
-        bed.core.handle_work(bed.now, MS, None, &EndTokens::default());
         assert_eq!(bed.run(|_, _| {}).len(), 4);
     }
 }
