@@ -69,7 +69,7 @@ impl World {
     /// Sends one frame, waiting for room.
     fn send(&mut self, priority: Priority, body_bytes: usize) {
         let body = loop {
-            match self.device.buffer(body_bytes) {
+            match self.device.buffer(priority, body_bytes) {
                 Some(body) => break body,
                 None => self.turn_briefly(),
             }
@@ -112,7 +112,7 @@ impl World {
     }
 
     fn syscalls(&self) -> u64 {
-        self.device.counters(self.connection).map_or(0, |counters| counters.syscalls)
+        self.device.syscalls()
     }
 
     /// The cloud's system calls, after it has stopped.
@@ -138,11 +138,11 @@ fn serve(mut cloud: Endpoint, stop: &AtomicBool) -> u64 {
             };
             if frame.priority == Priority::Verify {
                 drop(frame);
-                let body = cloud.buffer(ROW_BYTES).expect("the pool is large");
+                let body = cloud.buffer(Priority::Verify, ROW_BYTES).expect("the pool is large");
                 let sent = cloud.send(connection, Kind::Output, 1, Priority::Verify, body);
                 sent.expect("the queue is short");
             }
-            syscalls = cloud.counters(connection).map_or(0, |counters| counters.syscalls);
+            syscalls = cloud.syscalls();
         }
     }
     syscalls

@@ -185,25 +185,8 @@ fn open_engine(args: &Args, bundle: &Path, cloud: SocketAddr) -> Engine {
     Engine::open(config).expect("the engine opens")
 }
 
-fn print_head() {
-    println!(
-        "{:<7} {:<16} {:>4} {:>7} {:>7} {:>7} {:>8} {:>7} {:>7} {:>8} {:>8} {:>6} {:>9} {:>10}",
-        "mode",
-        "category",
-        "n",
-        "tokens",
-        "rounds",
-        "tok/rd",
-        "draft/rd",
-        "test/rd",
-        "acc/rd",
-        "ms/tok",
-        "bound",
-        "draft",
-        "bytes up",
-        "bytes down"
-    );
-}
+const HEAD: &str = "mode    category            n  tokens  rounds  tok/rd \
+    draft/rd test/rd  acc/rd   ms/tok    bound  draft  bytes up bytes down";
 
 fn main() {
     let mut args: Args = hat_benches::arguments();
@@ -258,7 +241,7 @@ fn main() {
             );
         }
     }
-    print_head();
+    println!("{HEAD}");
     for ((index, category), answers) in &all {
         print(answers, &args, engines[*index].0, category);
     }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hat_compute::open::ComputeConfig;
 pub use hat_compute::open::{GpuWeights, Processor};
 pub use hat_core::chunk::ChunkPolicy;
 use hat_core::page::pages_for;
@@ -96,6 +97,11 @@ impl DeviceLimits {
         sessions_in(self.kv_rows_max, context).min(self.sessions_max)
     }
 
+    /// Pages of the KV store: the rows, and room for pending ones.
+    pub(crate) fn pages(&self) -> usize {
+        pages(self.kv_rows_max)
+    }
+
     /// Refuses bounds under which nothing could ever run.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_bounds(&[
@@ -115,6 +121,11 @@ impl CloudLimits {
         sessions_in(self.kv_rows_max, context).min(self.sessions_max)
     }
 
+    /// Pages of the KV store: the rows, and room for pending ones.
+    pub(crate) fn pages(&self) -> usize {
+        pages(self.kv_rows_max)
+    }
+
     fn check(&self) -> Result<(), Error> {
         check_bounds(&[
             ("sessions_max", self.sessions_max),
@@ -131,15 +142,17 @@ impl CloudLimits {
 /// for the rows that pend beside its own, in whole pages.
 #[must_use]
 pub fn kv_rows(sessions: u32, context: u32) -> u32 {
-    let rows = pages_for(context as usize + PENDING_ROWS_MAX) * PAGE_SIZE;
-    sessions.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX))
+    sessions.saturating_mul(u32::try_from(pages(context) * PAGE_SIZE).unwrap_or(u32::MAX))
 }
 
 /// Sessions of `context` positions each that a KV store of so many positions holds.
 fn sessions_in(kv_rows_max: u32, context: u32) -> u32 {
-    let held = pages_for(kv_rows_max as usize + PENDING_ROWS_MAX)
-        / pages_for(context as usize + PENDING_ROWS_MAX);
-    u32::try_from(held).unwrap_or(u32::MAX)
+    u32::try_from(pages(kv_rows_max) / pages(context)).unwrap_or(u32::MAX)
+}
+
+/// Pages for so many positions, and for the rows that pend beside them.
+fn pages(rows: u32) -> usize {
+    pages_for(rows as usize + PENDING_ROWS_MAX)
 }
 
 fn check_bounds(bounds: &[(&'static str, u32)]) -> Result<(), Error> {
@@ -322,10 +335,16 @@ impl EngineConfig {
         self
     }
 
+    /// The place of its computations.
+    pub(crate) fn compute(&self) -> ComputeConfig {
+        let Self { processor, weights, threads, nice, .. } = *self;
+        ComputeConfig { processor, weights, threads, nice }
+    }
+
     /// Refuses what can't work, before a file is opened.
     ///
     /// # Errors
-    /// [`Error::Field`]: a bound of 0, a cloud at what is no address or on another machine (there
+    /// [`Error::Input`]: a bound of 0, a cloud at what is no address or on another machine (there
     /// is no TLS yet, so hidden states would cross the network in the clear), or a memory link to
     /// another process.
     pub fn check(&self) -> Result<(), Error> {
@@ -345,7 +364,7 @@ impl EngineConfig {
 /// The address of a cloud in another process.
 ///
 /// # Errors
-/// [`Error::Field`].
+/// [`Error::Input`].
 pub(crate) fn remote(text: &str) -> Result<Address, Error> {
     let address = Address::parse(text, Address::CLOUD_PORT)
         .map_err(|error| Error::field("cloud", error.to_string()))?;

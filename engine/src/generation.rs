@@ -41,11 +41,7 @@ impl Generation {
 
     /// The next event if there is one already.
     pub fn try_next(&mut self) -> Option<Result<Event, Error>> {
-        if self.finished {
-            return None;
-        }
-        let event = self.events.try_recv().ok()?;
-        Some(self.note(event))
+        self.next_timeout(Duration::ZERO)
     }
 
     /// The next event, waiting at most `timeout`; `None` if there was none, or none will come
@@ -86,5 +82,5 @@ impl Iterator for Generation {
 }
 
 fn stopped() -> Error {
-    Error::Stopped("its thread ended before the answer did".into())
+    Error::stopped("its thread ended before the answer did")
 }

@@ -26,7 +26,7 @@ impl Text {
     /// Checks a request.
     ///
     /// # Errors
-    /// [`Error::Field`] for text, and as with text.
+    /// [`Error::Input`] for text, and as with text.
     pub(crate) fn prepare(
         &self,
         request: Request,

@@ -41,7 +41,7 @@
 //! | `main`, `http` | the daemon and the OpenAI-compatible API |
 //! | [`Engine`], [`Cloud`] | `device`, `cloud`: the shells of the two cores |
 //! | `text` | the tokenizer and its conversations; without the feature, `ids` |
-//! | `endpoint`, `processor`, `verify`, `watch` | links, models and files as configured |
+//! | `endpoint`, `verify`, `watch` | links and files as configured |
 
 mod cloud;
 mod config;
@@ -53,7 +53,6 @@ mod generation;
 pub mod http;
 #[cfg(not(feature = "text"))]
 mod ids;
-mod processor;
 pub mod reference_run;
 #[cfg(feature = "testkit")]
 pub mod testkit;
@@ -72,6 +71,17 @@ pub use error::Error;
 pub use generation::Generation;
 pub use hat_core::request::{Event, Metrics, Request};
 
+/// A thread of a role.
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>, Error> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|error| Error::io(format!("starting thread {name}"), error))
+}
+
 /// Types of the fields of configurations, requests and events.
 pub mod options {
     pub use crate::cloud::CloudCounters;
@@ -82,12 +92,12 @@ pub mod options {
     pub use crate::error::ErrorKind;
     pub use crate::verify::Verify;
     pub use hat_compute::LoadError;
-    pub use hat_core::InputError;
     pub use hat_core::draft::DraftMode;
     pub use hat_core::estimate::Estimates;
     pub use hat_core::metrics::{DraftCounts, EngineMetrics, Timings};
     pub use hat_core::request::{FinishReason, Message, Prompt, Role, TokenLogprob};
     pub use hat_core::sample::SamplerConfig;
+    pub use hat_core::{InputError, RequestError};
     pub use hat_loader::Drafters;
-    pub use hat_plan::TokenId;
+    pub use hat_plan::{BackendFault, TokenId};
 }

@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use hat_compute::backend::Backend;
-use hat_compute::open::Chosen;
-use hat_compute::{Cross, Crossing, WholeModel, with_backend};
+use hat_compute::{Cross, Crossing, WholeModel};
 use hat_core::answer::Answer;
 use hat_core::metrics::Meter;
 use hat_core::request::FinishReason;
@@ -33,7 +32,7 @@ impl<B: Backend> ReferenceRun<B> {
     /// they would cross the link if the device ran `split_layer` layers.
     ///
     /// # Errors
-    /// [`Error::Load`] or [`Error::Field`].
+    /// [`Error::Load`] or [`Error::Input`].
     pub fn open(
         backend: B,
         bundle: &Path,
@@ -88,7 +87,7 @@ impl<B: Backend> ReferenceRun<B> {
     /// One answer. `on_event` hears what a [`crate::Generation`] would report.
     ///
     /// # Errors
-    /// As [`crate::Engine::generate`], and [`Error::NotFinite`].
+    /// As [`crate::Engine::generate`], and [`Error::Request`].
     pub fn generate(
         &mut self,
         request: Request,
@@ -136,26 +135,5 @@ pub fn through_codec(codec: Codec) -> Box<Cross> {
         let columns = row.len();
         wire.resize(codec.row_bytes(columns), 0);
         codec.encode(row, columns, &mut wire).is_ok() && codec.decode(&wire, columns, row).is_ok()
-    })
-}
-
-/// One answer by the whole model on the backend that was chosen; see [`ReferenceRun`].
-///
-/// # Errors
-/// As [`ReferenceRun::open`] and [`ReferenceRun::generate`].
-#[expect(clippy::too_many_arguments, reason = "the parts of one command")]
-pub fn whole_answer(
-    chosen: Chosen,
-    bundle: &Path,
-    verify: &Verify,
-    split_layer: Option<u32>,
-    wire: Codec,
-    context_max: u32,
-    request: Request,
-    on_event: impl FnMut(&Event),
-) -> Result<(FinishReason, Box<Metrics>), Error> {
-    with_backend!(chosen, backend => {
-        ReferenceRun::open_verified(backend, bundle, split_layer, wire, context_max, verify)?
-            .generate(request, on_event)
     })
 }

@@ -36,7 +36,7 @@ impl Text {
     /// Checks and tokenises a request.
     ///
     /// # Errors
-    /// [`Error::Field`], [`Error::Template`] or [`Error::ContextLength`].
+    /// [`Error::Input`] or [`Error::Template`].
     pub(crate) fn prepare(
         &self,
         request: Request,

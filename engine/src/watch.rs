@@ -10,37 +10,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use hat_loader::{Bundle, BundleError, Watch};
 use hat_transport::link::Waker;
 
-use crate::Error;
 use crate::verify::Verify;
-
-/// The beginnings of a role's guard.
-pub(crate) struct Start {
-    watch: Option<Watch>,
-    every: Duration,
-}
-
-impl Start {
-    /// Watches the files of `bundle`, if they are verified at all.
-    pub(crate) fn new(bundle: &Bundle, verify: &Verify) -> Self {
-        Self { watch: verify.enabled.then(|| bundle.watch()), every: verify.every }
-    }
-
-    /// Starts the thread, which wakes its role by `waker`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if the thread can't be had.
-    pub(crate) fn start(&self, waker: Waker) -> Result<Guard, Error> {
-        let seen = Arc::new(Seen::default());
-        let Some(watch) = self.watch.clone() else { return Ok(Guard { seen, ask: None }) };
-        let (ask, asked) = bounded(1);
-        let looker = Looker { watch, seen: seen.clone(), waker, asked, every: self.every };
-        std::thread::Builder::new()
-            .name("hat-watch".to_owned())
-            .spawn(move || looker.run())
-            .map_err(|error| Error::io("starting the thread that watches files", error))?;
-        Ok(Guard { seen, ask: Some(ask) })
-    }
-}
+use crate::{Error, spawn};
 
 /// State that the role and the thread share.
 #[derive(Default)]
@@ -62,6 +33,23 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
+    /// Starts the thread that watches the files of `bundle`, if they are verified at all. It wakes
+    /// its role by `waker`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the thread can't be had.
+    pub(crate) fn start(bundle: &Bundle, verify: &Verify, waker: Waker) -> Result<Self, Error> {
+        let seen = Arc::new(Seen::default());
+        if !verify.enabled {
+            return Ok(Self { seen, ask: None });
+        }
+        let (ask, asked) = bounded(1);
+        let (watch, every) = (bundle.watch(), verify.every);
+        let looker = Looker { watch, seen: seen.clone(), waker, asked, every };
+        spawn("hat-watch", move || looker.run())?;
+        Ok(Self { seen, ask: Some(ask) })
+    }
+
     /// Asks for a look; nothing is [clear](Self::is_clear) before it is done.
     pub(crate) fn look(&self) {
         if let Some(ask) = &self.ask {

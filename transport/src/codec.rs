@@ -6,8 +6,10 @@
 //!
 //! All codecs but f32 begin a row with its exponent (`exponent`), so that no row is out of reach.
 
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "functions compiled for AVX2, entered after the CPU was asked")]
+#[cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "functions compiled for AVX2, entered after the CPU was asked")
+)]
 mod avx2;
 mod block;
 mod exponent;
@@ -17,7 +19,7 @@ mod tests;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use self::block::{Bytes, Grid, Nibbles};
+use self::block::{Bytes, Nibbles};
 use self::exponent::Exponent;
 
 /// Numbers converted at a time, on the stack.
@@ -137,19 +139,12 @@ impl Codec {
         let row_bytes = self.row_bytes(hidden);
         assert_eq!(out.len(), rows.len() / hidden * row_bytes, "room for all rows");
         finite(rows, hidden)?;
+        let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
         match self {
-            Self::F32 => {
-                for (to, from) in out.chunks_exact_mut(4).zip(rows) {
-                    to.copy_from_slice(&from.to_le_bytes());
-                }
-            }
-            Self::F16 => {
-                for (row, out) in rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes)) {
-                    encode_f16(row, out);
-                }
-            }
-            Self::Int8 => encode_blocks::<Bytes, INT8_BLOCK>(rows, hidden, row_bytes, out),
-            Self::Int4 => encode_blocks::<Nibbles, INT4_BLOCK>(rows, hidden, row_bytes, out),
+            Self::F32 => rows.for_each(|(row, out)| encode_f32(row, out)),
+            Self::F16 => rows.for_each(|(row, out)| encode_f16(row, out)),
+            Self::Int8 => avx2::encode::<Bytes, INT8_BLOCK>(rows),
+            Self::Int4 => avx2::encode::<Nibbles, INT4_BLOCK>(rows),
         }
         Ok(())
     }
@@ -169,20 +164,12 @@ impl Codec {
         if bytes.len() != expected {
             return Err(CodecError::Length { expected, got: bytes.len() });
         }
+        let rows = out.chunks_exact_mut(hidden).zip(bytes.chunks_exact(row_bytes));
         match self {
-            Self::F32 => {
-                for (to, from) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *to = f32::from_le_bytes(*from);
-                }
-            }
-            Self::F16 => {
-                let rows = out.chunks_exact_mut(hidden);
-                rows.zip(bytes.chunks_exact(row_bytes)).for_each(|(row, bytes)| {
-                    decode_f16(bytes, row);
-                });
-            }
-            Self::Int8 => decode_blocks::<Bytes, INT8_BLOCK>(bytes, hidden, row_bytes, out),
-            Self::Int4 => decode_blocks::<Nibbles, INT4_BLOCK>(bytes, hidden, row_bytes, out),
+            Self::F32 => rows.for_each(|(row, bytes)| decode_f32(bytes, row)),
+            Self::F16 => rows.for_each(|(row, bytes)| decode_f16(bytes, row)),
+            Self::Int8 => avx2::decode::<Bytes, INT8_BLOCK>(rows),
+            Self::Int4 => avx2::decode::<Nibbles, INT4_BLOCK>(rows),
         }
         finite(out, hidden)?;
         if self != Self::F32 {
@@ -192,6 +179,18 @@ impl Codec {
             }
         }
         Ok(())
+    }
+}
+
+fn encode_f32(row: &[f32], out: &mut [u8]) {
+    for (to, from) in out.as_chunks_mut().0.iter_mut().zip(row) {
+        *to = from.to_le_bytes();
+    }
+}
+
+fn decode_f32(bytes: &[u8], row: &mut [f32]) {
+    for (to, from) in row.iter_mut().zip(bytes.as_chunks().0) {
+        *to = f32::from_le_bytes(*from);
     }
 }
 
@@ -221,54 +220,6 @@ fn decode_f16(bytes: &[u8], row: &mut [f32]) {
         }
         narrow[..to.len()].convert_to_f32_slice(to);
     }
-}
-
-/// Writes rows in blocks, with the widest instructions that this CPU has.
-fn encode_blocks<G: Grid, const N: usize>(
-    rows: &[f32],
-    hidden: usize,
-    row_bytes: usize,
-    out: &mut [u8],
-) {
-    #[cfg(target_arch = "x86_64")]
-    if avx2::encode::<G, N>(rows, hidden, row_bytes, out) {
-        return;
-    }
-    encode_portable::<G, N>(rows, hidden, row_bytes, out);
-}
-
-fn encode_portable<G: Grid, const N: usize>(
-    rows: &[f32],
-    hidden: usize,
-    row_bytes: usize,
-    out: &mut [u8],
-) {
-    let rows = rows.chunks_exact(hidden).zip(out.chunks_exact_mut(row_bytes));
-    rows.for_each(|(row, out)| block::encode_row::<G, N>(row, out));
-}
-
-/// The inverse of [`encode_blocks`].
-fn decode_blocks<G: Grid, const N: usize>(
-    bytes: &[u8],
-    hidden: usize,
-    row_bytes: usize,
-    out: &mut [f32],
-) {
-    #[cfg(target_arch = "x86_64")]
-    if avx2::decode::<G, N>(bytes, hidden, row_bytes, out) {
-        return;
-    }
-    decode_portable::<G, N>(bytes, hidden, row_bytes, out);
-}
-
-fn decode_portable<G: Grid, const N: usize>(
-    bytes: &[u8],
-    hidden: usize,
-    row_bytes: usize,
-    out: &mut [f32],
-) {
-    let rows = bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(hidden));
-    rows.for_each(|(bytes, row)| block::decode_row::<G, N>(bytes, row));
 }
 
 fn finite(rows: &[f32], hidden: usize) -> Result<(), CodecError> {

@@ -32,6 +32,7 @@ use timer::Timers;
 pub use config::ConnectionConfig;
 pub use error::{Expired, ProtocolError};
 pub use handshake::Handshake;
+pub(crate) use resume::agree;
 pub use send::{Refusal, SendError};
 pub use sink::{ConnectionId, FrameSink};
 
@@ -126,13 +127,7 @@ pub struct Connection {
     phase: Phase,
     /// Wire version agreed on.
     version: u8,
-    /// The cloud's name for its memory of this link; 0 before the first HELLO.
-    epoch: u64,
-    /// True if a peer was told of `epoch`.
-    used: bool,
-    /// True if the peer has shown that it knows `epoch`.
-    known: bool,
-    hello_sent: bool,
+    epoch: Epoch,
     deframer: Deframer,
     /// Time of the last bytes, if a frame is on its way in since then.
     in_frame_since: Option<Instant>,
@@ -140,13 +135,31 @@ pub struct Connection {
     receive: ReceiveState,
     timers: Timers,
     events: VecDeque<ConnectionEvent>,
-    /// The buffer for unsequenced frames; `None` while the link has it.
-    control: Option<Buf>,
+    control: Control,
+    traffic: Traffic,
+}
+
+/// The cloud's memory of a link, as both ends know it.
+#[derive(Debug, Default)]
+struct Epoch {
+    /// The cloud's name for it; 0 before the first HELLO.
+    number: u64,
+    /// True if a peer was told of it.
+    used: bool,
+    /// True if the peer has shown that it knows it.
+    known: bool,
+}
+
+/// Unsequenced frames of the present socket.
+#[derive(Debug, Default)]
+struct Control {
+    /// The buffer for them; `None` while the link has it.
+    buf: Option<Buf>,
+    hello_sent: bool,
     /// Eight bytes to send back.
     pong: Option<[u8; 8]>,
     /// The link has a batch: nothing can be sent, so no timer asks for it.
     transmitting: bool,
-    traffic: Traffic,
 }
 
 impl Connection {
@@ -180,23 +193,18 @@ impl Connection {
         let window_min = 2 * crate::frame::FRAME_BYTES_MAX;
         assert!(config.window_bytes as usize >= window_min, "the window holds two frames");
         config.hello.role = role;
-        config.hello.link_id = link_id;
+        config.hello.link.id = link_id;
         Some(Self {
-            control: Some(pool.take(0)?),
+            control: Control { buf: Some(pool.take(0)?), ..Control::default() },
             phase: Phase::Down,
             version: WIRE_VERSION,
-            epoch,
-            used: false,
-            known: false,
-            hello_sent: false,
+            epoch: Epoch { number: epoch, ..Epoch::default() },
             deframer: Deframer::new(pool.clone()),
             in_frame_since: None,
             send: SendState::default(),
             receive: ReceiveState::new(config.window_bytes),
             timers: Timers::default(),
             events: VecDeque::new(),
-            pong: None,
-            transmitting: false,
             traffic: Traffic::default(),
             pool,
             config,
@@ -235,9 +243,7 @@ impl Connection {
         self.deframer.limit(HELLO_BYTES_MAX);
         self.in_frame_since = None;
         self.phase = Phase::Down;
-        self.hello_sent = false;
-        self.transmitting = false;
-        self.pong = None;
+        self.control = Control { buf: self.control.buf.take(), ..Control::default() };
     }
 
     /// Bytes came from the socket. Returns how many were taken: fewer than all only while the pool
@@ -324,7 +330,7 @@ impl Connection {
             Phase::Handshake => self.timers.hello_deadline(self.config.hello_within),
             Phase::Up => {
                 // What can't be written now asks for no time: the link's completion comes first.
-                let writes = !self.transmitting && self.control.is_some();
+                let writes = !self.control.transmitting && self.control.buf.is_some();
                 let ping_at = self.timers.ping_at(self.config.ping_after).filter(|_| writes);
                 let ack_at = self.receive.ack_at().filter(|_| writes);
                 let dead_at = self.timers.dead_at(self.config.dead_after);
@@ -341,7 +347,7 @@ impl Connection {
     /// A CLOSE frame, for the caller to send as the socket's last. `None` if there is no buffer.
     #[must_use]
     pub fn close_frame(&mut self, code: CloseCode, reason: &str) -> Option<Buf> {
-        let mut buf = self.control.take().or_else(|| self.pool.take(0))?;
+        let mut buf = self.control.buf.take().or_else(|| self.pool.take(0))?;
         buf.clear();
         write_close(&mut buf, code, reason);
         Some(buf)
@@ -377,7 +383,7 @@ impl Connection {
     /// The device's name for the link.
     #[must_use]
     pub fn link_id(&self) -> [u8; 16] {
-        self.config.hello.link_id
+        self.config.hello.link.id
     }
 
     /// Traffic of the connection so far.
@@ -418,7 +424,7 @@ impl Connection {
             let (expected, got) = (self.version, header.version);
             return Err(ProtocolError::FrameVersion { expected, got });
         }
-        self.known = true;
+        self.epoch.known = true;
         if let Some(sent_at) = self.send.acknowledge(header.ack)? {
             self.timers.acknowledged(now, sent_at);
         }
@@ -427,7 +433,7 @@ impl Connection {
             return self.handle_sequenced(now, &header, kind, body);
         }
         match kind {
-            Some(Kind::Ping) => self.pong = Some(eight(Kind::Ping, &body)?),
+            Some(Kind::Ping) => self.control.pong = Some(eight(Kind::Ping, &body)?),
             Some(Kind::Pong) => self.timers.ponged(now, eight(Kind::Pong, &body)?),
             // ACK has said everything in its header; an ignorable frame is ignored.
             _ => {}

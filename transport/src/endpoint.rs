@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use crate::clock::Clock;
 use crate::conn::{
     Connection, ConnectionConfig, ConnectionEvent, ConnectionId, FrameSink, ProtocolError, Refusal,
-    SendError,
+    SendError, Traffic,
 };
 use crate::frame::{FrameError, HeaderError, Kind, Priority};
 use crate::link::{Completion, Link, PeerId, Waker};
@@ -30,7 +30,7 @@ use crate::pool::{Buf, Pool, PoolConfig};
 use crate::random::{Random, SystemRandom};
 use peer::{Peer, State};
 
-pub use event::{ConnectionCounters, Event, GoneError};
+pub use event::{Event, GoneError};
 
 /// Shortest pause before a device dials again.
 const REDIAL_MIN: Duration = Duration::from_millis(50);
@@ -260,13 +260,7 @@ impl Endpoint {
         !self.peers.values().any(Peer::is_sending_close)
     }
 
-    /// True if frames of `session` are queued, or sent and not acknowledged.
-    #[must_use]
-    pub fn holds(&self, id: ConnectionId, session: u32) -> bool {
-        self.held(id, session) > 0
-    }
-
-    /// Number of these.
+    /// Frames of `session` that are queued, or sent and not acknowledged.
     #[must_use]
     pub fn held(&self, id: ConnectionId, session: u32) -> usize {
         self.connections.get(&id).map_or(0, |slot| slot.connection.held(session))
@@ -274,15 +268,14 @@ impl Endpoint {
 
     /// Traffic of a connection.
     #[must_use]
-    pub fn counters(&self, id: ConnectionId) -> Option<ConnectionCounters> {
-        let slot = self.connections.get(&id)?;
-        let traffic = slot.connection.traffic();
-        let (bytes_up, bytes_down) = match self.config.connection.hello.role {
-            Role::Device => (traffic.sent_bytes, traffic.received_bytes),
-            Role::Cloud => (traffic.received_bytes, traffic.sent_bytes),
-        };
-        let syscalls = self.link.counters().syscalls;
-        Some(ConnectionCounters { bytes_up, bytes_down, syscalls, traffic })
+    pub fn traffic(&self, id: ConnectionId) -> Option<Traffic> {
+        self.connections.get(&id).map(|slot| slot.connection.traffic())
+    }
+
+    /// System calls of the link so far, for all its connections.
+    #[must_use]
+    pub fn syscalls(&self) -> u64 {
+        self.link.syscalls()
     }
 
     fn insert(&mut self, slot: Slot) -> ConnectionId {
@@ -380,8 +373,7 @@ impl Endpoint {
                 ConnectionEvent::Up { hello, resumed } => {
                     slot.was_up = true;
                     slot.redial = REDIAL_MIN;
-                    let (connection, address) = (id, slot.address);
-                    self.events.push(Event::Up { connection, hello, resumed, address });
+                    self.events.push(Event::Up { connection: id, hello, resumed });
                 }
                 ConnectionEvent::Frame(frame) => {
                     self.events.push(Event::Frame { connection: id, frame });
@@ -461,11 +453,7 @@ impl Endpoint {
 }
 
 impl FrameSink for Endpoint {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        FrameSink::buffer_for(self, Priority::Verify, body_bytes)
-    }
-
-    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
         match priority {
             Priority::Control => self.pool.take(body_bytes),
             Priority::Prompt => self.pool.take_leaving(body_bytes, POOL_RESERVE / 2),

@@ -6,7 +6,7 @@
 
 mod deframe;
 
-pub use deframe::{Deframed, Deframer, FrameError, RawFrame, fuzz_deframer};
+pub use deframe::{Deframed, Deframer, FrameError, RawFrame};
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 32;
@@ -88,28 +88,8 @@ impl Kind {
 
     /// The kind with this number, if this version knows it.
     #[must_use]
-    pub const fn from_wire(number: u8) -> Option<Self> {
-        Some(match number {
-            1 => Self::Hello,
-            2 => Self::Ack,
-            3 => Self::Ping,
-            4 => Self::Pong,
-            5 => Self::Close,
-            16 => Self::Open,
-            17 => Self::Opened,
-            18 => Self::Rows,
-            19 => Self::Output,
-            20 => Self::Commit,
-            21 => Self::Cancel,
-            22 => Self::Cancelled,
-            23 => Self::End,
-            24 => Self::Ended,
-            25 => Self::Dropped,
-            26 => Self::SessionError,
-            27 => Self::Busy,
-            28 => Self::Computed,
-            _ => return None,
-        })
+    pub fn from_wire(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u8 == number)
     }
 
     /// True if frames of this kind are counted, kept and replayed.
@@ -134,19 +114,13 @@ pub enum Priority {
 }
 
 impl Priority {
-    /// Number of priorities.
-    pub const COUNT: usize = 4;
+    /// All priorities, in the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Control, Self::Verify, Self::Prompt, Self::Bulk];
 
     /// The priority with this number.
     #[must_use]
-    pub const fn from_wire(number: u8) -> Option<Self> {
-        Some(match number {
-            0 => Self::Control,
-            1 => Self::Verify,
-            2 => Self::Prompt,
-            3 => Self::Bulk,
-            _ => return None,
-        })
+    pub fn from_wire(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number)).copied()
     }
 }
 

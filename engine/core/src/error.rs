@@ -35,21 +35,24 @@ impl InputError {
 }
 
 /// Reason that a running request ended without an answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
     /// The device's model computed something that is no number.
+    #[error("the model's output at position {position} is not finite")]
     NotFinite {
         /// Position of the row.
         position: u32,
     },
     /// The cloud is away, or does not keep to the protocol.
+    #[error("cloud {peer}: {reason}")]
     Peer {
         /// Its address.
         peer: String,
         /// The event, and the remedy.
         reason: String,
     },
-    /// The cloud has no room.
+    /// There is no room: in the cloud, or among the requests that wait on the device.
+    #[error("busy: {reason}; try again in {retry_after_ms} ms")]
     Busy {
         /// The full place.
         reason: String,
@@ -57,7 +60,9 @@ pub enum RequestError {
         retry_after_ms: u64,
     },
     /// The device's backend did not compute.
-    Backend(BackendFault),
+    #[error(transparent)]
+    Backend(#[from] BackendFault),
     /// The device stops.
+    #[error("the engine has stopped: {0}")]
     Stopped(String),
 }

@@ -6,7 +6,7 @@ use hat_plan::{ARITHMETIC_CPU, ARITHMETIC_CUDA, PAGE_SIZE};
 use hat_transport::codec::Codec;
 use hat_transport::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 pub use hat_transport::message::Role;
-use hat_transport::message::{Hello, KV_F16, PAGE_ID_BYTES, PAGE_IDS_MAX};
+use hat_transport::message::{Hello, KV_F16, KvPages, PAGE_ID_BYTES, PAGE_IDS_MAX};
 
 use crate::sequence::PENDING_ROWS_MAX;
 
@@ -41,8 +41,7 @@ pub fn hello(role: Role, model_id: [u8; 32], hidden_size: usize, layers: Range<u
         exit_layer: layer(layers.end),
         codecs: Codec::ALL.iter().fold(0, |set, codec| set | 1 << codec.id()),
         rows_pending_max: u16::try_from(PENDING_ROWS_MAX).expect("64"),
-        page_size: u16::try_from(PAGE_SIZE).expect("32"),
-        kv_type: KV_F16,
+        kv: KvPages { kv_type: KV_F16, page_size: u16::try_from(PAGE_SIZE).expect("32") },
         ..Hello::new(role)
     }
 }
@@ -82,8 +81,8 @@ pub fn check_peer(ours: &Hello, peer: &Hello) -> Result<(), String> {
     }
     check_arithmetic(peer.arithmetic_id, None)?;
     let equal = [
-        ("kv_type", u32::from(ours.kv_type), u32::from(peer.kv_type)),
-        ("page_size", u32::from(ours.page_size), u32::from(peer.page_size)),
+        ("kv_type", u32::from(ours.kv.kv_type), u32::from(peer.kv.kv_type)),
+        ("page_size", u32::from(ours.kv.page_size), u32::from(peer.kv.page_size)),
     ];
     if let Some((field, here, there)) = equal.iter().find(|(_, here, there)| here != there) {
         return Err(format!("{field} is {here} here, {there} there: run the same version on both"));
@@ -208,8 +207,8 @@ mod tests {
             ("two different models", |hello| hello.model_id[31] = 0),
             ("rows of 65", |hello| hello.hidden_size = 65),
             ("arithmetic 9", |hello| hello.arithmetic_id = 9),
-            ("kv_type", |hello| hello.kv_type = 9),
-            ("page_size", |hello| hello.page_size = 1),
+            ("kv_type", |hello| hello.kv.kv_type = 9),
+            ("page_size", |hello| hello.kv.page_size = 1),
             ("codec", |hello| hello.codecs = 1 << 20),
             ("layers", |hello| hello.exit_layer = hello.entry_layer),
             ("layers", |hello| hello.entry_layer = 3),

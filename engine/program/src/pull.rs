@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow, bail};
-use hat_loader::bundle::MANIFEST;
 use hat_loader::file::NewDirectory;
 use hat_loader::{
     BundleError, BundleOptions, DrafterFile, Drafters, Report, SourceModel, Split, Watch, Weights,
@@ -50,11 +49,17 @@ const LAYERS: usize = 30;
 /// # Errors
 /// If neither variable is set.
 pub fn cache_dir() -> anyhow::Result<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|path| !path.is_empty());
-    let base = variable("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    let base = base.context("neither XDG_CACHE_HOME nor HOME is set; use --cache-dir")?;
+    user_dir("XDG_CACHE_HOME", ".cache", "--cache-dir")
+}
+
+/// Folder of ours in the one that `variable` names, or else in `below_home`.
+///
+/// # Errors
+/// If neither variable is set; `flag` does without.
+pub fn user_dir(variable: &str, below_home: &str, flag: &str) -> anyhow::Result<PathBuf> {
+    let path = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let base = path(variable).or_else(|| path("HOME").map(|home| home.join(below_home)));
+    let base = base.with_context(|| format!("neither {variable} nor HOME is set; use {flag}"))?;
     Ok(base.join("hat-engine"))
 }
 
@@ -194,14 +199,12 @@ pub fn default_bundle(
         name.push_str(&format!("-drafter-{}", &blake3::hash(DRAFTER).to_hex()[..8]));
     }
     let out = cache.join("bundles").join(name);
-    let is_there =
-        || ["device", "cloud"].iter().all(|half| out.join(half).join(MANIFEST).is_file());
-    if !is_there() {
+    if !models::is_whole(&out) {
         let model = default_model(cache)?;
         let options = BundleOptions { split_layer, tail_layers, weights: Weights::Keep };
-        let made = split(&model, options, &out);
+        let made = split(&model, None, options, &out);
         // Another program may have made it meanwhile: the same files.
-        if !is_there() {
+        if !models::is_whole(&out) {
             made?;
         }
     }
@@ -275,19 +278,12 @@ fn with_drafter(device: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Splits a model into the bundle `out`, behind a progress bar.
+/// Splits a model into the bundle `out`, behind a progress bar; `pre` names the pattern of a GGUF
+/// file that does not name its own.
 ///
 /// # Errors
 /// An error of reading or writing.
-pub fn split(model: &Path, options: BundleOptions, out: &Path) -> anyhow::Result<Report> {
-    split_with(model, None, options, out)
-}
-
-/// As [`split`]; `pre` names the pattern of a GGUF file that does not name its own.
-///
-/// # Errors
-/// As [`split`].
-pub fn split_with(
+pub fn split(
     model: &Path,
     pre: Option<&str>,
     options: BundleOptions,

@@ -7,14 +7,13 @@ use clap::Args;
 use hat_compute::open;
 use hat_core::chunk::{self, Planner};
 use hat_core::wire::short;
-use hat_engine::options::{ChunkPolicy, CloudLimits, ErrorKind, Processor};
+use hat_engine::options::{ChunkPolicy, CloudLimits, ErrorKind, Processor, TokenId};
 use hat_engine::{Engine, Error, Event, Request};
 use hat_loader::{Bundle, Role};
 use hat_plan::Computes as _;
 use hat_program::out::OutError;
 use hat_program::pull;
 use hat_program::{out, outln};
-use hat_text::Special;
 
 use super::{DeviceRunArgs, ModelArg, words};
 
@@ -127,10 +126,12 @@ impl DoctorArgs {
             outln!("  the drafter computes with {drafter}")?;
         }
         let request = Request::text("1, 2, 3, 4,").max_tokens(16).ignore_eos();
+        let mut tokens = Vec::new();
         for event in engine.generate(request)? {
             match event {
                 Ok(Event::Done { metrics, .. }) => {
                     let timings = metrics.timings;
+                    tokens = metrics.token_ids;
                     outln!(
                         "answer: {}; {} bytes up, {} down",
                         words::pace(&timings),
@@ -145,16 +146,14 @@ impl DoctorArgs {
                 }
             }
         }
-        self.chunks(&engine)
+        self.chunks(&engine, &tokens)
     }
 
-    /// Times one longer prompt, and says how prompts would be cut.
-    fn chunks(&self, engine: &Engine) -> anyhow::Result<bool> {
-        let words = "A longer prompt shows how fast rows are made, sent and computed. ".repeat(60);
+    /// Times one longer prompt, which repeats `tokens`, and says how prompts would be cut.
+    fn chunks(&self, engine: &Engine, tokens: &[TokenId]) -> anyhow::Result<bool> {
         let rows = PLANNED_ROWS.min(engine.context() / 2);
-        let tokens = engine.tokenizer().encode_prompt(&words, Special::AsText)?;
-        let tokens: Vec<_> = tokens.into_iter().cycle().take(rows as usize).collect();
-        let request = Request::tokens(tokens).max_tokens(2).ignore_eos();
+        let prompt: Vec<_> = tokens.iter().copied().cycle().take(rows as usize).collect();
+        let request = Request::tokens(prompt).max_tokens(2).ignore_eos();
         for event in engine.generate(request)? {
             if let Event::Done { metrics, .. } = event? {
                 let timings = metrics.timings;

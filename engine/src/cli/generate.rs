@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use clap::Args;
-use hat_compute::open;
+use hat_compute::{open, with_backend};
 use hat_engine::options::{Codec, DeviceLimits, FinishReason, Message, Role, SamplerConfig};
-use hat_engine::reference_run::whole_answer;
+use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Engine, Event, Metrics, Request};
 use hat_program::out::OutError;
 use hat_program::{note, out, outln};
@@ -109,16 +109,10 @@ impl GenerateArgs {
                 printed = on_event(event);
             }
         };
-        let answer = whole_answer(
-            chosen,
-            &directory,
-            &verify,
-            split_layer,
-            wire,
-            context,
-            request,
-            on_event,
-        )?;
+        let answer = with_backend!(chosen, backend => {
+            ReferenceRun::open_verified(backend, &directory, split_layer, wire, context, &verify)?
+                .generate(request, on_event)?
+        });
         printed?;
         Ok(answer)
     }

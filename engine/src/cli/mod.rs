@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand};
 use hat_compute::open::ComputeConfig;
 use hat_engine::options::{
-    Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, LinkKind, Processor,
-    SamplerConfig, Verify,
+    Address, ChunkPolicy, CloudAddress, Codec, DraftMode, GpuWeights, InputError, LinkKind,
+    Processor, SamplerConfig, Verify,
 };
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error};
 use hat_loader::Role;
@@ -194,7 +194,7 @@ fn parse_cloud(text: &str) -> Result<Address, String> {
 /// The reason alone: clap names the flag.
 fn reason(error: Error) -> String {
     match error {
-        Error::Field { reason, .. } => reason,
+        Error::Input(InputError::Field { reason, .. }) => reason,
         other => other.to_string(),
     }
 }
@@ -202,7 +202,7 @@ fn reason(error: Error) -> String {
 /// An error about a field, with the flag that sets it.
 pub(crate) fn flagged(error: Error) -> anyhow::Error {
     match error {
-        Error::Field { field, reason } => {
+        Error::Input(InputError::Field { field, reason }) => {
             anyhow::anyhow!("--{}: {reason}", field.replace('_', "-"))
         }
         other => other.into(),
@@ -255,7 +255,8 @@ impl DeviceRunArgs {
             .verify(self.run.verify(cache))
             .drafters(pull::drafters(cache))
             .chunks(self.chunks)
-            .prefix(self.prefix);
+            .prefix(self.prefix)
+            .threads(self.run.threads());
         config.wire = self.wire;
         config.processor = self.run.processor;
         config.nice = self.run.nice;
@@ -267,12 +268,7 @@ impl DeviceRunArgs {
             config = config.cloud(address.to_string());
         }
         if let CloudAddress::InProcess(cloud) = &mut config.cloud {
-            cloud.processor = self.run.processor;
-            cloud.nice = self.run.nice;
-            cloud.weights = self.run.weights;
-        }
-        if let Some(threads) = self.run.threads {
-            config = config.threads(threads);
+            **cloud = self.run.cloud_config(std::mem::take(&mut cloud.bundle), cache);
         }
         config
     }
@@ -308,14 +304,11 @@ impl RunArgs {
     }
 
     pub(crate) fn cloud_config(&self, bundle: PathBuf, cache: &Path) -> CloudConfig {
-        let mut config = CloudConfig::new(bundle).link(self.link);
+        let mut config = CloudConfig::new(bundle).link(self.link).threads(self.threads());
         config.verify = self.verify(cache);
         config.processor = self.processor;
         config.nice = self.nice;
         config.weights = self.weights;
-        if let Some(threads) = self.threads {
-            config = config.threads(threads);
-        }
         config
     }
 

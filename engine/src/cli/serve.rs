@@ -81,7 +81,7 @@ impl CloudArgs {
             }
             std::thread::sleep(STOPPED_LOOK);
         }
-        match cloud.join_for_fault() {
+        match cloud.join() {
             Some(fault) => bail!("the cloud stopped: {fault}"),
             None => bail!("the cloud stopped by itself; the log says why"),
         }
@@ -313,12 +313,7 @@ fn local(field: &'static str, text: &str, port: u16) -> Result<SocketAddr, Strin
 
 /// Folder for the secrets of this user's roles.
 pub(super) fn state_dir() -> anyhow::Result<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|path| !path.is_empty());
-    let base = variable("XDG_STATE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local/state")));
-    let base = base.context("neither XDG_STATE_HOME nor HOME is set; use --api-key-file")?;
-    Ok(base.join("hat-engine"))
+    hat_program::pull::user_dir("XDG_STATE_HOME", ".local/state", "--api-key-file")
 }
 
 #[cfg(test)]

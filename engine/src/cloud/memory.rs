@@ -1,8 +1,6 @@
 //! Memory that a cloud may come to hold, owner by owner.
 
 use hat_core::cloud::SEND_QUEUE_BYTES_MAX;
-use hat_core::page::pages_for;
-use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Submodel};
 use hat_plan::{KvShape, PAGE_SIZE};
 use hat_transport::endpoint::EndpointConfig;
@@ -24,7 +22,7 @@ impl CloudLimits {
         let model = bundle.config();
         let kv = KvShape {
             layers: bundle.split().layers(Submodel::Middle).len(),
-            pages: pages_for(self.kv_rows_max as usize + PENDING_ROWS_MAX),
+            pages: self.pages(),
             kv_heads: model.num_key_value_heads,
             head_dim: model.head_dim,
         };

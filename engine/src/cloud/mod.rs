@@ -14,34 +14,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use hat_compute::open::{self, ComputeConfig};
 use hat_core::cloud::CloudFigures;
-use hat_core::page::pages_for;
-use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_loader::{Bundle, Role, Submodel};
 use hat_plan::{BackendFault, MiddleForward};
 
-pub(crate) use self::step::SHARED_MAX;
+use self::step::SHARED_MAX;
 use self::supervisor::{Run, Seen, Supervisor};
 use crate::config::CloudConfig;
-use crate::{Error, processor};
+use crate::{Error, spawn};
 
-/// Counters of a cloud, for `/metrics` and people.
+/// Figures of a cloud as its threads show them.
 pub type CloudCounters = CloudFigures<AtomicU64>;
 
 /// Totals of all runs so far.
-fn totals(counters: &CloudCounters) -> CloudFigures {
-    let mut figures = CloudFigures::default();
-    for (counter, figure) in counters.zip(&mut figures) {
-        *figure = counter.load(Ordering::Relaxed);
-    }
-    figures
+fn figures(counters: &CloudCounters) -> CloudFigures {
+    counters.zip(&CloudFigures::<u64>::default(), |counter, _| counter.load(Ordering::Relaxed))
 }
 
 /// Shows what a core has done.
-fn publish(counters: &CloudCounters, mut figures: CloudFigures) {
-    for (counter, figure) in counters.zip(&mut figures) {
-        counter.store(*figure, Ordering::Relaxed);
-    }
+fn publish(counters: &CloudCounters, figures: &CloudFigures) {
+    counters.zip(figures, |counter, figure| counter.store(*figure, Ordering::Relaxed));
 }
 
 /// A running cloud. Dropping it stops it.
@@ -57,7 +50,7 @@ impl Cloud {
     /// the CPU, at the same address: its devices come back and replay.
     ///
     /// # Errors
-    /// [`Error::Field`] for a listen address that other machines can reach, [`Error::Load`],
+    /// [`Error::Input`] for a listen address that other machines can reach, [`Error::Load`],
     /// [`Error::Io`] if the address cannot be had.
     pub fn start(config: CloudConfig) -> Result<Self, Error> {
         config.check()?;
@@ -102,22 +95,15 @@ impl Cloud {
     }
 
     /// True if it has stopped by itself.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.supervisor.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until it stops by itself, which it does only when its link or its backend fails.
-    pub fn join(self) {
-        let _ = self.join_for_fault();
-    }
-
-    /// As [`Cloud::join`], and returns true if a backend was lost, so that another one may serve
-    /// the sessions, which their devices replay.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn join_for_fault(mut self) -> Option<BackendFault> {
+    /// Returns the fault if a backend was lost: another cloud may serve its sessions, which their
+    /// devices replay.
+    pub fn join(mut self) -> Option<BackendFault> {
         self.supervisor.take()?.join().ok()?
     }
 }
@@ -149,23 +135,25 @@ pub fn open_bundle(config: &CloudConfig) -> Result<Bundle, Error> {
 /// Pages of the KV store: the configured rows, and room for pending rows.
 #[must_use]
 pub fn pool_pages(config: &CloudConfig) -> u32 {
-    let rows = config.limits.kv_rows_max as usize + PENDING_ROWS_MAX;
-    u32::try_from(pages_for(rows)).expect("row counts are u32")
+    u32::try_from(config.limits.pages()).expect("row counts are u32")
 }
 
 /// The middle submodel as `config.stages` runs of layers, the compute threads shared among them.
 ///
 /// # Errors
-/// [`Error::Field`] if there are more stages than layers, [`Error::Load`].
+/// [`Error::Input`] if there are more stages than layers, [`Error::Load`].
 fn load(
     config: &CloudConfig,
     bundle: &Bundle,
     pages: u32,
 ) -> Result<Vec<Box<dyn MiddleForward>>, Error> {
     let layers = bundle.split().layers(Submodel::Middle);
-    let threads = config.threads.div_ceil(config.stages.max(1));
     let runs = runs_of_layers(layers, config.stages)?;
-    processor::middle(config, bundle, &runs, threads, pages as usize)
+    let CloudConfig { processor, weights, nice, .. } = *config;
+    let threads = config.threads.div_ceil(config.stages);
+    let compute = ComputeConfig { processor, weights, threads, nice };
+    let (rows, pages) = (config.limits.step_rows_max as usize, pages as usize);
+    Ok(open::middle(&compute, &config.gpus, bundle, &runs, rows, pages, SHARED_MAX)?)
 }
 
 /// Cuts `layers` into `stages` runs whose lengths differ by one at most.
@@ -204,16 +192,6 @@ fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
         }
         [] => unreachable!("a cloud has at least one stage"),
     }
-}
-
-fn spawn<T: Send + 'static>(
-    name: &str,
-    run: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, Error> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
-        .map_err(|error| Error::io(format!("starting thread {name}"), error))
 }
 
 #[cfg(test)]

@@ -1,23 +1,19 @@
 //! The io thread: the shell of a [`CloudCore`]. It owns the link, the clock and the queues to the
 //! stages, says to the core what happened, and does what the core says.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::Sender;
 use hat_core::cloud::{CloudCore, LinkEvent};
 use hat_plan::BackendFault;
 use hat_transport::clock::Clock;
 use hat_transport::endpoint::{Endpoint, Event};
-use hat_transport::link::Waker;
-use hat_transport::message::{CloseCode, Hello};
+use hat_transport::message::CloseCode;
 
 use super::step::Stages;
-use super::{CloudConfig, CloudCounters};
-use crate::Error;
-use crate::{endpoint, watch};
+use super::{CloudCounters, publish};
+use crate::watch::Guard;
 
 /// Turns of the link for the last frames of a cloud that ends, and the time of each at most.
 const LAST_POLLS: usize = 10;
@@ -25,38 +21,25 @@ const LAST_POLL_TIME: Duration = Duration::from_millis(20);
 /// The same for the errors that sessions are closed with when the backend is lost.
 const CLOSE_POLL_TIME: Duration = Duration::from_millis(5);
 
-/// Parts that the io thread starts with.
-pub(super) struct Start {
-    pub(super) config: CloudConfig,
-    /// HELLO of this cloud.
-    pub(super) hello: Hello,
+/// The io thread's own.
+pub(super) struct Shell {
     pub(super) core: CloudCore,
-    pub(super) watch: watch::Start,
+    pub(super) endpoint: Endpoint,
+    pub(super) guard: Guard,
+    pub(super) stages: Stages,
+    pub(super) clock: Arc<dyn Clock>,
+    /// Time at the start of this round.
+    pub(super) now: Instant,
     pub(super) counters: Arc<CloudCounters>,
     pub(super) stop: Arc<AtomicBool>,
-    pub(super) stages: Stages,
     /// Cell for a fault that lasts.
     pub(super) fault: Arc<OnceLock<BackendFault>>,
-    pub(super) clock: Arc<dyn Clock>,
 }
 
-type Ready = Result<(SocketAddr, Waker), Error>;
-
-impl Start {
-    /// Listens, says so, and serves until told to stop.
-    pub(super) fn run(self, ready: &Sender<Ready>) {
-        let mut shell = match self.listen() {
-            Ok((shell, address)) => {
-                shell.publish();
-                let _ = ready.send(Ok((address, shell.endpoint.waker())));
-                shell
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        let (code, reason) = match shell.serve() {
+impl Shell {
+    /// Serves until told to stop, or until link, files or backend fail; then tells every device.
+    pub(super) fn run(mut self) {
+        let (code, reason) = match self.serve() {
             Ok(()) => (CloseCode::ShuttingDown, "the cloud is shutting down"),
             Err(error) => {
                 tracing::error!(%error, "the cloud stops");
@@ -64,32 +47,9 @@ impl Start {
                 (CloseCode::Internal, "the cloud has failed; its log says why")
             }
         };
-        shell.send_close(code, reason);
+        self.send_close(code, reason);
     }
 
-    fn listen(self) -> Result<(Shell, SocketAddr), Error> {
-        let Self { config, hello, core, watch, counters, stop, stages, fault, clock } = self;
-        let (endpoint, address) = endpoint::listen(&config, clock.clone(), hello)?;
-        let (guard, now) = (watch.start(endpoint.waker())?, clock.now());
-        Ok((Shell { endpoint, guard, core, now, clock, counters, stop, fault, stages }, address))
-    }
-}
-
-/// The io thread's own.
-struct Shell {
-    endpoint: Endpoint,
-    guard: watch::Guard,
-    core: CloudCore,
-    /// Time at the start of this round.
-    now: Instant,
-    clock: Arc<dyn Clock>,
-    counters: Arc<CloudCounters>,
-    stop: Arc<AtomicBool>,
-    fault: Arc<OnceLock<BackendFault>>,
-    stages: Stages,
-}
-
-impl Shell {
     fn serve(&mut self) -> std::io::Result<()> {
         let mut events = Vec::new();
         while !self.stop.load(Ordering::Acquire) {
@@ -142,8 +102,8 @@ impl Shell {
     fn take_steps(&mut self) -> std::io::Result<()> {
         while let Some(batch) = self.stages.take()? {
             for connection in batch.connections() {
-                if let Some(counters) = self.endpoint.counters(connection) {
-                    self.core.handle_traffic(connection, &counters.traffic);
+                if let Some(traffic) = self.endpoint.traffic(connection) {
+                    self.core.handle_traffic(connection, &traffic);
                 }
             }
             self.core.handle_step(self.now, batch, &mut self.endpoint);
@@ -169,8 +129,9 @@ impl Shell {
         }
     }
 
-    fn publish(&self) {
-        super::publish(&self.counters, self.core.figures());
+    /// Shows what the core has done.
+    pub(super) fn publish(&self) {
+        publish(&self.counters, &self.core.figures());
     }
 
     /// Tells every device that the connection is over, so that it comes back instead of waiting

@@ -16,7 +16,7 @@ use crate::Error;
 
 /// Steps whose rows a stage may hold for the next one: one whose job it can't send yet, one in the
 /// queue between them, one that the next stage computes; and one to spare.
-pub(crate) const SHARED_MAX: usize = 4;
+pub(super) const SHARED_MAX: usize = 4;
 
 /// Wakes the io thread when a step thread ends, however it ends.
 struct WakeAtEnd(Waker, #[expect(dead_code, reason = "held for its drop")] Sender<()>);
@@ -109,7 +109,7 @@ pub(super) fn spawn_stages(
         let first = (number == 0).then(|| first_done.clone());
         let at_end = WakeAtEnd(waker.clone(), is_alive.clone());
         let stage = Stage { model, jobs, next: sender, wakes, first, clock };
-        threads.push(super::spawn(&format!("hat-cloud-step-{number}"), move || {
+        threads.push(crate::spawn(&format!("hat-cloud-step-{number}"), move || {
             // Dropped in this order: the queues first, so that the io thread wakes to their end.
             let _at_end = at_end;
             let stage = stage;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
 use hat_core::cloud::{CloudCore, CloudCoreConfig};
 use hat_core::wire::{self, BundleFacts};
 use hat_loader::{Bundle, ModelId};
@@ -16,14 +16,14 @@ use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::Waker;
 use hat_transport::message::{Hello, Role};
 
-use super::step::Stages;
+use super::shell::Shell;
+use super::step::{self, Stages};
 use super::{
-    CloudConfig, CloudCounters, arithmetic_of, describe, load, open_bundle, pool_pages, shell,
-    spawn, step,
+    CloudConfig, CloudCounters, arithmetic_of, describe, figures, load, open_bundle, pool_pages,
 };
-use crate::Error;
 use crate::config::Processor;
-use crate::{endpoint, watch};
+use crate::watch::Guard;
+use crate::{Error, endpoint, spawn};
 
 /// State shared by a cloud's owner and its threads, over all runs.
 #[derive(Default)]
@@ -91,7 +91,6 @@ impl Run {
         seen: &Seen,
     ) -> Result<Self, Error> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let fault = Arc::new(OnceLock::new());
         let facts = endpoint::cloud_facts(bundle);
         let (hello, limits) = (hello(config, &facts, &stages)?, config.limits);
         let core = CloudCoreConfig {
@@ -102,25 +101,23 @@ impl Run {
             step_within: config.step_within,
         };
         let (to_stages, queues) = Stages::new(stages.len());
-        let start = shell::Start {
-            config: config.clone(),
-            hello,
-            core: CloudCore::new(core, hello, pages, super::totals(&seen.counters)),
-            watch: watch::Start::new(bundle, &config.verify),
+        let (endpoint, address) = endpoint::listen(config, clock.clone(), hello)?;
+        let (waker, fault) = (endpoint.waker(), Arc::new(OnceLock::new()));
+        let shell = Shell {
+            core: CloudCore::new(core, hello, pages, figures(&seen.counters)),
+            endpoint,
+            guard: Guard::start(bundle, &config.verify, waker.clone())?,
+            stages: to_stages,
+            now: clock.now(),
+            clock: clock.clone(),
             counters: seen.counters.clone(),
             stop: seen.stop.clone(),
-            stages: to_stages,
             fault: fault.clone(),
-            clock: clock.clone(),
         };
+        shell.publish();
         let describe = describe(&stages);
-        let (ready, is_ready) = bounded(1);
-        let io = spawn("hat-cloud-io", move || start.run(&ready))?;
-        let (address, waker): (SocketAddr, Waker) = match is_ready.recv() {
-            Ok(ready) => ready?,
-            Err(_) => return Err(Error::Stopped("the cloud's io thread ended at start".into())),
-        };
         let (stages, alive) = step::spawn_stages(stages, queues, &waker, config.nice, &clock)?;
+        let io = spawn("hat-cloud-io", move || shell.run())?;
         seen.begin(describe, &waker);
         Ok(Self { address, fault, io, stages, alive, step_within: config.step_within })
     }

@@ -94,7 +94,7 @@ impl Address {
     /// [`Address::resolve`] looks at what it stands for.
     ///
     /// # Errors
-    /// [`Error::Field`] with the way between machines.
+    /// [`Error::Input`] with the way between machines.
     pub fn check_local(&self, field: &'static str) -> Result<(), Error> {
         match &self.host {
             Host::Ip(ip) => check_loopback(field, *ip),
@@ -105,7 +105,7 @@ impl Address {
     /// Refuses port 0, which only a listener can have.
     ///
     /// # Errors
-    /// [`Error::Field`].
+    /// [`Error::Input`].
     pub fn check_port(&self, field: &'static str) -> Result<(), Error> {
         match self.port {
             0 => Err(Error::field(field, format!("{self}: nobody listens at port 0"))),
@@ -187,7 +187,7 @@ const NO_TLS: &str = "another machine, and there is no TLS yet: use 127.0.0.1, a
 /// Refuses an address of other machines, or one that they can reach.
 ///
 /// # Errors
-/// [`Error::Field`] with the way between machines.
+/// [`Error::Input`] with the way between machines.
 pub(crate) fn check_loopback(field: &'static str, ip: IpAddr) -> Result<(), Error> {
     if ip.is_loopback() {
         return Ok(());

@@ -1,5 +1,7 @@
 //! The device role: one engine thread that owns backend, connection and link.
 
+mod calls;
+mod dial;
 mod resolve;
 mod run;
 mod start;
@@ -10,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, TrySendError, bounded, unbounded};
+use hat_compute::open;
 use hat_loader::{Bundle, Fitting, LlamaConfig, Role, SamplingDefaults};
 use hat_transport::clock::{Clock, SystemClock};
 use hat_transport::link::memory::MemoryNet;
@@ -20,12 +23,12 @@ use crate::config::{CloudAddress, Codec, EngineConfig};
 use crate::generation::CancelOnDrop;
 use crate::text::{Rendered, Text};
 use crate::verify::Verify;
-use crate::{Error, Event, Generation, Request, endpoint, processor, watch};
+use crate::{Error, Event, Generation, Request, endpoint, spawn};
+use hat_core::RequestError;
 use hat_core::answer::Prepared;
 use hat_core::draft::ModelDrafter;
 use hat_core::draft::drafter::Drafter;
 use hat_core::metrics::EngineMetrics;
-use hat_core::page::pages_for;
 use hat_core::sample::SamplerConfig;
 use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_plan::DeviceForward;
@@ -119,14 +122,13 @@ impl Engine {
     /// loses its GPU ends the requests that run, and serves the next ones from the CPU.
     ///
     /// # Errors
-    /// [`Error::Load`], [`Error::Field`], [`Error::Io`]; and what
+    /// [`Error::Load`], [`Error::Input`], [`Error::Io`]; and what
     /// [`Cloud::start`] says if the engine starts its own.
     pub fn open(config: EngineConfig) -> Result<Self, Error> {
         config.check()?;
         let bundle = open_bundle(&config.bundle, &config.verify, config.threads)?;
         let split_layer = split_layer(&config, &bundle)?;
-        let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
-        let model = processor::device(&config, &bundle, split_layer, pages)?;
+        let model = load(&config, &bundle, split_layer)?;
         let drafter = load_drafter(&config, &bundle, split_layer, model.arithmetic_id())?;
         let (drafter, origin) = drafter.unzip();
         let mut engine = Self::serve_loaded(config, &bundle, model, drafter)?;
@@ -173,22 +175,13 @@ impl Engine {
             describe: Mutex::default(),
             clock: Arc::new(SystemClock),
         });
-        let (submissions, incoming) = bounded(config.limits.queue_max as usize);
-        let (ready, is_ready) = bounded(1);
         let queue_max = config.limits.queue_max;
+        let (submissions, incoming) = bounded(queue_max as usize);
         let facts = endpoint::device_facts(bundle, split_layer);
-        let watch = watch::Start::new(bundle, &config.verify);
-        let shared_too = shared.clone();
-        let start =
-            start::Start { config, facts, model, drafter, shared: shared_too, incoming, watch };
-        *shared.describe() = start.describe(start.drafter.as_deref());
-        let thread = std::thread::Builder::new()
-            .name("hat-device".to_owned())
-            .spawn(move || start.run(&ready))
-            .map_err(|error| Error::io("starting the engine thread", error))?;
-        let waker = is_ready
-            .recv()
-            .map_err(|_| Error::Stopped("the engine thread ended at start".into()))??;
+        let layers = start::Layers { config, facts, model };
+        let device = layers.open(bundle, drafter, shared.clone(), incoming)?;
+        let waker = device.endpoint.waker();
+        let thread = spawn("hat-device", move || device.run())?;
         Ok(Self {
             shared,
             submissions,
@@ -207,8 +200,8 @@ impl Engine {
     /// Asks for an answer. Returns at once; the answer comes through the [`Generation`].
     ///
     /// # Errors
-    /// [`Error::Field`], [`Error::Template`], [`Error::ContextLength`] for a bad request,
-    /// [`Error::Busy`] if too many wait already, [`Error::Stopped`].
+    /// [`Error::Input`] and [`Error::Template`] for a bad request; [`RequestError::Busy`] if too many
+    /// wait already, and [`RequestError::Stopped`].
     pub fn generate(&self, request: Request) -> Result<Generation, Error> {
         let asked = self.shared.clock.now();
         let (prepared, rendered) = self.prepare(request)?;
@@ -223,15 +216,15 @@ impl Engine {
             Ok(()) => {
                 fence(Ordering::SeqCst);
                 if self.shared.ended.load(Ordering::SeqCst) {
-                    return Err(Error::Stopped("its thread has ended".into()));
+                    return Err(Error::stopped("its thread has ended"));
                 }
             }
             Err(TrySendError::Full(_)) => {
                 let reason = format!("{} requests wait already", self.queue_max);
-                return Err(Error::Busy { reason, retry_after_ms: 1000 });
+                return Err(RequestError::Busy { reason, retry_after_ms: 1000 }.into());
             }
             Err(TrySendError::Disconnected(_)) => {
-                return Err(Error::Stopped("its thread has ended".into()));
+                return Err(Error::stopped("its thread has ended"));
             }
         }
         self.waker.wake();
@@ -266,13 +259,6 @@ impl Engine {
         }
     }
 
-    /// The same for people: `temperature 0.6, top_p 0.95`, or `greedy`.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn describe_sampling(&self) -> String {
-        self.sampling.to_string()
-    }
-
     /// The codec of its rows on the wire.
     #[must_use]
     pub fn wire(&self) -> Codec {
@@ -292,7 +278,6 @@ impl Engine {
     }
 
     /// Requests that wait for a session now, in the order in which they came.
-    #[doc(hidden)]
     #[must_use]
     pub fn waiting(&self) -> u64 {
         self.shared.waiting.load(Ordering::Relaxed)
@@ -321,7 +306,6 @@ impl Engine {
     }
 
     /// One line about the trained drafter that drafts now, if one does.
-    #[doc(hidden)]
     #[must_use]
     pub fn describe_drafter(&self) -> Option<String> {
         self.shared.describe().drafter.clone()
@@ -329,14 +313,12 @@ impl Engine {
 
     /// Origin of the trained drafter, for people: in the bundle, built in, or a file. `None` if
     /// there is none for this model and split.
-    #[doc(hidden)]
     #[must_use]
     pub fn drafter_origin(&self) -> Option<&str> {
         self.drafter.as_deref()
     }
 
     /// Layers on the device before the cloud's.
-    #[doc(hidden)]
     #[must_use]
     pub fn split_layer(&self) -> usize {
         self.split_layer
@@ -344,7 +326,6 @@ impl Engine {
 
     /// True if it has stopped by itself, since its link or its backend failed: it answers nothing
     /// any more.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
@@ -362,11 +343,8 @@ impl Engine {
         self.shared.metrics().clone()
     }
 
-    /// The tokenizer, for callers that count or show tokens.
-    #[cfg(feature = "text")]
-    #[doc(hidden)]
-    #[must_use]
-    pub fn tokenizer(&self) -> &hat_text::Tokenizer {
+    #[cfg(feature = "http")]
+    pub(crate) fn tokenizer(&self) -> &hat_text::Tokenizer {
         &self.shared.text.tokenizer
     }
 }
@@ -379,6 +357,16 @@ impl Drop for Engine {
             let _ = thread.join();
         }
     }
+}
+
+/// The device's layers on the processor of a configuration.
+fn load(
+    config: &EngineConfig,
+    bundle: &Bundle,
+    split_layer: usize,
+) -> Result<Box<dyn DeviceForward>, Error> {
+    let (rows, pages) = (config.limits.step_rows_max as usize, config.limits.pages());
+    Ok(open::device(&config.compute(), bundle, split_layer, rows, pages)?)
 }
 
 /// A trained drafter, and its origin for people.
@@ -396,11 +384,12 @@ fn load_drafter(
     arithmetic_id: u32,
 ) -> Result<Option<LoadedDrafter>, Error> {
     let rows = (config.limits.step_rows_max as usize).max(PENDING_ROWS_MAX);
-    let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
+    let pages = config.limits.pages();
     let found = config.drafters.find(bundle, split_layer);
     let found = found.map_err(|error| Error::bundle(bundle.directory(), error))?;
     let Some(Fitting { origin, adapter }) = found else { return Ok(None) };
-    let model = processor::drafter(config, bundle, &adapter, arithmetic_id, rows, pages)?;
+    let compute = config.compute();
+    let model = open::drafter(&compute, bundle, &adapter, arithmetic_id, rows, pages)?;
     let hidden_size = bundle.config().hidden_size;
     let sessions = ModelDrafter::new(model, hidden_size, rows, pages);
     Ok(Some((Box::new(sessions), origin)))
@@ -426,7 +415,7 @@ pub(crate) fn open_bundle(
 /// The configured split, checked against what the bundle holds.
 ///
 /// # Errors
-/// [`Error::Field`] with both numbers.
+/// [`Error::Input`] with both numbers.
 pub(crate) fn split_layer(config: &EngineConfig, bundle: &Bundle) -> Result<usize, Error> {
     let held = bundle.manifest().split_layer;
     let split_layer = config.split_layer.map_or(held, |split_layer| split_layer as usize);

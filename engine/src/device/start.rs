@@ -1,72 +1,32 @@
-//! The engine thread's beginning: what it starts with, and how that is opened.
+//! The parts of a device, opened before its thread starts.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::Receiver;
 use hat_core::device::{DeviceConfig, DeviceCore, PageNamer};
 use hat_core::draft::drafter::Drafter;
-use hat_core::page::pages_for;
-use hat_core::sequence::PENDING_ROWS_MAX;
 use hat_core::wire::{self, BundleFacts};
+use hat_loader::Bundle;
 use hat_plan::{ARITHMETIC_CPU, DeviceForward};
-use hat_transport::link::Waker;
 use hat_transport::message::{Hello, Role};
 use hat_transport::random::SystemRandom;
 
+use super::calls::Calls;
+use super::dial::Cloud;
 use super::run::Device;
-use super::{Described, Shared, Submission, load_drafter, open_bundle};
+use super::{Described, Shared, Submission, load, load_drafter, open_bundle};
 use crate::config::{self, CloudAddress, EngineConfig};
-use crate::{Error, endpoint, processor, watch};
+use crate::watch::Guard;
+use crate::{Error, endpoint};
 
-/// Parts that the engine thread starts with.
-pub(super) struct Start {
+/// A device's layers, and what they are loaded from: another processor may take them over.
+pub(super) struct Layers {
     pub(super) config: EngineConfig,
     pub(super) facts: BundleFacts,
     pub(super) model: Box<dyn DeviceForward>,
-    pub(super) drafter: Option<Box<dyn Drafter>>,
-    pub(super) shared: Arc<Shared>,
-    pub(super) incoming: Receiver<Submission>,
-    pub(super) watch: watch::Start,
 }
 
-/// The end of the engine thread, whatever ends it: nobody waits for it after that. A bounded
-/// channel keeps what is in it when its receiver goes, so the last requests are taken out; one
-/// that comes later finds the flag.
-struct ShutdownGuard {
-    shared: Arc<Shared>,
-    incoming: Receiver<Submission>,
-}
-
-impl Drop for ShutdownGuard {
-    fn drop(&mut self) {
-        self.shared.ended.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        self.incoming.try_iter().for_each(drop);
-    }
-}
-
-impl Start {
-    /// Opens the link, says so, and serves until told to stop.
-    pub(super) fn run(self, ready: &Sender<Result<Waker, Error>>) {
-        let _last_of_all =
-            ShutdownGuard { shared: self.shared.clone(), incoming: self.incoming.clone() };
-        let mut device = match self.open() {
-            Ok((device, waker)) => {
-                let _ = ready.send(Ok(waker));
-                device
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        if let Err(error) = device.serve() {
-            tracing::error!(%error, "the device stops");
-            device.stop(&error.to_string());
-        }
-    }
-
+impl Layers {
     /// Description of the present backends.
     pub(super) fn describe(&self, drafter: Option<&dyn Drafter>) -> Described {
         let drafter = drafter.map(Drafter::describe);
@@ -82,13 +42,9 @@ impl Start {
         }
     }
 
-    fn open(mut self) -> Result<(Device, Waker), Error> {
-        let CloudAddress::Remote(cloud) = &self.config.cloud else {
-            unreachable!("a cloud in this process has been started and has an address")
-        };
-        let address = config::remote(cloud)?;
-        let drafter = self.drafter.take();
-        let (config, facts) = (&self.config, &self.facts);
+    /// The maker of page names, if pages are reused and the model lets them be.
+    fn namer(&self) -> Result<Option<PageNamer>, Error> {
+        let config = &self.config;
         let secret = match config.prefix_secret {
             Some(known) => known,
             None => {
@@ -99,9 +55,23 @@ impl Start {
             }
         };
         let arithmetic_id = self.model.arithmetic_id();
-        let namer = || PageNamer::new(config.codec(), facts, arithmetic_id, secret);
-        let namer = config.prefix.then(namer).flatten();
-        let clock = self.shared.clock.clone();
+        let namer = || PageNamer::new(config.codec(), &self.facts, arithmetic_id, secret);
+        Ok(config.prefix.then(namer).flatten())
+    }
+
+    /// Opens the link of a device that serves these layers.
+    pub(super) fn open(
+        self,
+        bundle: &Bundle,
+        drafter: Option<Box<dyn Drafter>>,
+        shared: Arc<Shared>,
+        incoming: Receiver<Submission>,
+    ) -> Result<Device, Error> {
+        let config = &self.config;
+        let CloudAddress::Remote(cloud) = &config.cloud else {
+            unreachable!("a cloud in this process has been started and has an address")
+        };
+        let address = config::remote(cloud)?;
         let core_config = DeviceConfig {
             sessions_max: config.limits.sessions_max as usize,
             kv_rows_max: config.limits.kv_rows_max as usize,
@@ -111,14 +81,24 @@ impl Start {
             reconnect: config.reconnect,
             cloud: address.to_string(),
         };
-        let (now, vocab_size) = (clock.now(), self.shared.config.vocab_size);
+        *shared.describe() = self.describe(drafter.as_deref());
+        let (now, vocab_size) = (shared.clock.now(), shared.config.vocab_size);
         let random = Box::new(SystemRandom);
-        let core = DeviceCore::new(now, core_config, facts, vocab_size, namer, drafter);
+        let core =
+            DeviceCore::new(now, core_config, &self.facts, vocab_size, self.namer()?, drafter);
         let core = core.with_link(now, self.hello(), config.cloud_arithmetic, random);
-        let endpoint = endpoint::dialler(config, clock, self.hello())?;
-        let waker = endpoint.waker();
-        let guard = self.watch.start(endpoint.waker())?;
-        Ok((Device::new(self, core, address, endpoint, guard), waker))
+        let endpoint = endpoint::dialler(config, shared.clock.clone(), self.hello())?;
+        Ok(Device {
+            core,
+            guard: Guard::start(bundle, &config.verify, endpoint.waker())?,
+            cloud: Cloud::new(address, &endpoint),
+            calls: Calls::new(shared.clone(), incoming, config.limits.queue_max as usize),
+            endpoint,
+            lost: None,
+            arrived: Vec::new(),
+            shared,
+            layers: self,
+        })
     }
 
     /// The same layers of the same model by the processor that is configured now; returns the
@@ -132,9 +112,8 @@ impl Start {
         if *bundle.model_id().as_bytes() != self.facts.model_id {
             return Err(Error::bundle(&config.bundle, "it holds another model than at start"));
         }
-        let pages = pages_for(config.limits.kv_rows_max as usize + PENDING_ROWS_MAX);
         let split_layer = self.facts.layers.start as usize;
-        self.model = processor::device(config, &bundle, split_layer, pages)?;
+        self.model = load(config, &bundle, split_layer)?;
         // It may have computed on the same GPU. Nothing else is lost without it.
         if drafter.as_ref().is_some_and(|drafter| drafter.arithmetic_id() == ARITHMETIC_CPU) {
             return Ok(drafter);

@@ -110,28 +110,27 @@ impl Drop for Line {
         let (request, status, ended) = (id.to_str().unwrap_or_default(), self.status, self.ended);
         let route_name = route.map_or("none", Route::path);
         let ms = begun.elapsed().as_secs_f64() * 1e3;
-        let Some(figures) = &self.figures else {
-            // Probes and scrapers come every few seconds.
-            if matches!(route, Some(Route::Health | Route::Ready | Route::Metrics)) {
-                tracing::debug!(request, route = route_name, status, ms, ended, "answered");
-            } else {
-                tracing::info!(request, route = route_name, status, ms, ended, "answered");
-            }
-            return;
-        };
-        let (answer_tokens, rounds) =
-            (figures.answer_tokens.load(Ordering::Relaxed), figures.rounds.load(Ordering::Relaxed));
-        tracing::info!(
-            request,
-            route = route_name,
-            status,
-            ms,
-            ended,
-            prompt_tokens = figures.prompt_tokens,
-            answer_tokens,
-            rounds,
-            "answered"
-        );
+        let figures = self.figures.as_deref();
+        let count = |of: fn(&Figures) -> &AtomicU64| Some(of(figures?).load(Ordering::Relaxed));
+        let prompt_tokens = figures.map(|figures| figures.prompt_tokens);
+        let answer_tokens = count(|figures| &figures.answer_tokens);
+        let rounds = count(|figures| &figures.rounds);
+        // Probes and scrapers come every few seconds.
+        if matches!(route, Some(Route::Health | Route::Ready | Route::Metrics)) {
+            tracing::debug!(request, route = route_name, status, ms, ended, "answered");
+        } else {
+            tracing::info!(
+                request,
+                route = route_name,
+                status,
+                ms,
+                ended,
+                prompt_tokens,
+                answer_tokens,
+                rounds,
+                "answered"
+            );
+        }
     }
 }
 

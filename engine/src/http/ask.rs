@@ -10,7 +10,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::json;
 use super::verdict;
-use hat_core::InputError;
+use crate::Error;
 use hat_core::draft::DraftMode;
 use hat_core::request::{Message, Request, Role};
 use hat_core::sample::SamplerConfig;
@@ -238,9 +238,7 @@ fn chat_logprobs(fields: Fields<'_>) -> Result<Option<u64>, ApiError> {
 fn draft(fields: Fields<'_>) -> Result<DraftMode, ApiError> {
     match fields.text("draft")? {
         None => Ok(DraftMode::default()),
-        Some(name) => {
-            name.parse().map_err(|error: InputError| ApiError::field("draft", error.to_string()))
-        }
+        Some(name) => name.parse().map_err(|error| ApiError::from(Error::Input(error))),
     }
 }
 

@@ -15,6 +15,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::{SendFlags, Shutdown};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -139,7 +140,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 /// Takes a little of what the other side still sends. Closing with bytes unread would reset the
 /// connection, and the reset could destroy the last response before it is read.
 async fn linger(stream: &Stream) {
-    if stream.shutdown_write().is_err() {
+    if rustix::net::shutdown(stream, Shutdown::Write).is_err() {
         return;
     }
     let discard = async {
@@ -165,7 +166,8 @@ fn say(stream: &Stream, status: StatusCode, code: &'static str, message: &str) {
          Connection: close\r\n\r\n{json}",
         json.len()
     );
-    let _ = stream.try_write(text.as_bytes()); // best effort: it is closed either way
+    // Best effort: it is closed either way.
+    let _ = rustix::net::send(stream, text.as_bytes(), SendFlags::NOSIGNAL);
 }
 
 /// Passes a request through the gate to its route, and counts what became of it.

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
+use hat_core::InputError;
 use serde::Serialize;
 
 use crate::Error;
@@ -137,8 +138,10 @@ impl From<Error> for ApiError {
         let message = error.to_string();
         let bad = |code| Self::new(StatusCode::BAD_REQUEST, code, message.clone());
         match (&error, error.kind()) {
-            (Error::Field { field, .. }, _) => Self::field(*field, message),
-            (Error::ContextLength { .. }, _) => bad("context_length_exceeded").param("prompt"),
+            (Error::Input(InputError::Field { field, .. }), _) => Self::field(*field, message),
+            (Error::Input(InputError::ContextLength { .. }), _) => {
+                bad("context_length_exceeded").param("prompt")
+            }
             (Error::Template(_), _) => bad("template_error").param("messages"),
             (Error::TemplateHangs(_), _) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_error", message)
@@ -164,20 +167,23 @@ impl From<Error> for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use hat_core::RequestError;
+
     use super::*;
 
     #[test]
     fn kinds_become_statuses() {
-        let busy = Error::Busy { reason: "full".into(), retry_after_ms: 1500 };
-        let response = ApiError::from(busy).into_response();
+        let busy = RequestError::Busy { reason: "full".into(), retry_after_ms: 1500 };
+        let response = ApiError::from(Error::from(busy)).into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()["retry-after"], "2");
-        let peer = Error::Peer { peer: "127.0.0.1:1".into(), reason: "away".into() };
-        assert_eq!(ApiError::from(peer).into_response().status(), 503);
-        let long = ApiError::from(Error::ContextLength { prompt: 9, context: 8 });
+        let peer = RequestError::Peer { peer: "127.0.0.1:1".into(), reason: "away".into() };
+        assert_eq!(ApiError::from(Error::from(peer)).into_response().status(), 503);
+        let long = Error::from(InputError::ContextLength { prompt: 9, context: 8 });
+        let long = ApiError::from(long);
         assert!(long.json().contains(r#""code":"context_length_exceeded""#));
         assert_eq!(long.into_response().status(), 400);
-        let broken = ApiError::from(Error::Stopped("gone".into()));
+        let broken = ApiError::from(Error::stopped("gone"));
         assert_eq!(broken.into_response().status(), 500);
     }
 }

@@ -36,7 +36,7 @@ pub(super) enum Passed {
 /// Refuses lists that could match nothing, or everything.
 ///
 /// # Errors
-/// [`Error::Field`], `allow_host` or `allow_origin`.
+/// [`Error::Input`], `allow_host` or `allow_origin`.
 pub(super) fn check_lists(hosts: &[String], origins: &[String]) -> Result<(), Error> {
     for host in hosts {
         let name = host.split_once(':').map_or(host.as_str(), |(name, _)| name);

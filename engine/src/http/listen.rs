@@ -87,7 +87,7 @@ impl HttpSocket {
     /// Binds the address or the path of `config`.
     ///
     /// # Errors
-    /// [`Error::Field`] as [`HttpConfig::check`], or `http` if the path of a Unix socket is taken
+    /// [`Error::Input`] as [`HttpConfig::check`], or `http` if the path of a Unix socket is taken
     /// by another server or another kind of file; [`Error::Io`] if the address can't be had.
     pub fn bind(config: &HttpConfig) -> Result<Self, Error> {
         config.check()?;

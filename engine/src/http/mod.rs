@@ -49,15 +49,7 @@ use self::gate::Gate;
 use self::listen::Bound;
 pub use self::listen::HttpSocket;
 use self::relay::Relay;
-use self::route::Route;
-use crate::{Engine, Error};
-
-/// Each route as method and pattern, for tests that ask all of them.
-#[doc(hidden)]
-#[must_use]
-pub fn routes() -> Vec<(&'static str, &'static str)> {
-    Route::ALL.iter().map(|route| (route.method(), route.path())).collect()
-}
+use crate::{Engine, Error, spawn};
 
 /// Configuration of the API.
 #[derive(Clone, Debug)]
@@ -104,7 +96,7 @@ impl HttpConfig {
     /// Refuses what can't be served, before anything is made or loaded for it.
     ///
     /// # Errors
-    /// [`Error::Field`] that names the field.
+    /// [`Error::Input`] that names the field.
     pub fn check(&self) -> Result<(), Error> {
         if self.unix.is_none() {
             crate::config::check_loopback("http", self.listen.ip())?;
@@ -219,7 +211,7 @@ impl HttpServer {
     /// Listens, and serves `engine` on two threads.
     ///
     /// # Errors
-    /// [`Error::Field`] for an address that other machines can reach or an unusable key,
+    /// [`Error::Input`] for an address that other machines can reach or an unusable key,
     /// [`Error::Io`] if the address or a thread can't be had.
     pub fn start(engine: Arc<Engine>, config: HttpConfig) -> Result<Self, Error> {
         Self::start_at(HttpSocket::bind(&config)?, engine, config)
@@ -236,19 +228,6 @@ impl HttpServer {
     ) -> Result<Self, Error> {
         config.check()?;
         let HttpSocket { socket, bound } = socket;
-        let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)
-            .map_err(|error| Error::io("starting the HTTP relay thread", error))?;
-        let shared = Arc::new(Shared {
-            engine,
-            limits: config.limits,
-            gate: Gate::new(&config),
-            relay,
-            in_flight: Arc::new(Semaphore::new(config.limits.answers_max)),
-            large_bodies: Arc::new(Semaphore::new(config.limits.large_bodies_max)),
-            counters: Counters::default(),
-            started_unix: hat_transport::clock::unix_seconds(),
-        });
-        let (stop, stopped) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
@@ -260,15 +239,24 @@ impl HttpServer {
             let _inside = runtime.enter();
             socket.on_runtime().map_err(|error| Error::io(bound.what(), error))?
         };
+        let (relay, relay_thread) = Relay::start(config.limits.queued_bytes_max)?;
+        let shared = Arc::new(Shared {
+            engine,
+            limits: config.limits,
+            gate: Gate::new(&config),
+            relay,
+            in_flight: Arc::new(Semaphore::new(config.limits.answers_max)),
+            large_bodies: Arc::new(Semaphore::new(config.limits.large_bodies_max)),
+            counters: Counters::default(),
+            started_unix: hat_transport::clock::unix_seconds(),
+        });
+        let (stop, stopped) = watch::channel(false);
         let serve = move || {
             let router = route::router(shared.clone());
             runtime.block_on(connection::serve(listener, shared, router, stopped));
             runtime.shutdown_timeout(STOP_TIMEOUT);
         };
-        let thread = std::thread::Builder::new()
-            .name("hat-http".to_owned())
-            .spawn(serve)
-            .map_err(|error| Error::io("starting the HTTP thread", error))?;
+        let thread = spawn("hat-http", serve)?;
         Ok(Self { bound, stop, threads: vec![thread, relay_thread] })
     }
 
@@ -292,17 +280,9 @@ impl HttpServer {
     }
 
     /// True if it has stopped by itself.
-    #[doc(hidden)]
     #[must_use]
     pub fn has_stopped(&self) -> bool {
         self.threads.iter().all(JoinHandle::is_finished)
-    }
-
-    /// Waits until it stops by itself, which it does only when its thread fails.
-    pub fn join(mut self) {
-        for thread in self.threads.drain(..) {
-            let _ = thread.join(); // its panic has been printed
-        }
     }
 }
 

@@ -42,31 +42,24 @@ impl Identity {
         Self { id, created: hat_transport::clock::unix_seconds(), model: model.to_owned(), shape }
     }
 
-    pub(super) fn envelope<'a, C: Serialize>(
+    pub(super) fn envelope<'a>(
         &'a self,
         object: &'static str,
-        choices: &'a [C],
-    ) -> Envelope<'a, C> {
-        Envelope {
-            id: &self.id,
-            object,
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: None,
-            timings: None,
-        }
+        choices: &'a [Choice<'a>],
+    ) -> Envelope<'a> {
+        let (id, created, model) = (&*self.id, self.created, &*self.model);
+        Envelope { id, object, created, model, choices, usage: None, timings: None }
     }
 }
 
 /// A whole answer, or a chunk of one.
 #[derive(Serialize)]
-pub(super) struct Envelope<'a, C: Serialize> {
+pub(super) struct Envelope<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
     model: &'a str,
-    choices: &'a [C],
+    choices: &'a [Choice<'a>],
     /// Absent, `null` in a chunk of a stream that ends with usage, or the figures.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,
@@ -109,31 +102,28 @@ pub(super) fn cached_tokens(timings: &Timings) -> usize {
     timings.pages_reused as usize * PAGE_SIZE
 }
 
-/// One answer of a chat.
+/// One answer, or a part of one.
 #[derive(Serialize)]
-struct ChatChoice<'a> {
-    index: u32,
-    message: ChatMessage<'a>,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timings: Option<&'a Timings>,
-}
-
-#[derive(Serialize)]
-struct ChatMessage<'a> {
-    role: &'static str,
-    content: &'a str,
-    refusal: Option<&'a str>,
-}
-
-/// A part of one answer of a chat.
-#[derive(Serialize)]
-pub(super) struct ChatDelta<'a> {
+pub(super) struct Choice<'a> {
     pub(super) index: u32,
-    pub(super) delta: Delta<'a>,
-    pub(super) logprobs: Option<ChatLogprobs>,
+    #[serde(flatten)]
+    pub(super) content: Content<'a>,
+    pub(super) logprobs: Option<ChoiceLogprobs>,
     pub(super) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) timings: Option<&'a Timings>,
+}
+
+/// The text of a choice, under the name that its route has for it.
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Content<'a> {
+    /// An answer of a chat.
+    Message { role: &'static str, content: &'a str, refusal: Option<&'a str> },
+    /// A part of one.
+    Delta(Delta<'a>),
+    /// A completion, or a part of one.
+    Text(&'a str),
 }
 
 #[derive(Default, Serialize)]
@@ -144,15 +134,27 @@ pub(super) struct Delta<'a> {
     pub(super) content: Option<&'a str>,
 }
 
-/// One completion, or a part of one.
+/// Log-probabilities in the shape of the route.
 #[derive(Serialize)]
-pub(super) struct TextChoice<'a> {
-    pub(super) index: u32,
-    pub(super) text: &'a str,
-    pub(super) logprobs: Option<TextLogprobs>,
-    pub(super) finish_reason: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) timings: Option<&'a Timings>,
+#[serde(untagged)]
+pub(super) enum ChoiceLogprobs {
+    Chat(ChatLogprobs),
+    Text(TextLogprobs),
+}
+
+impl ChoiceLogprobs {
+    /// `offset`: characters of a completion's tokens before; moved on behind these.
+    pub(super) fn new(
+        shape: Shape,
+        logprobs: &[Logprobs],
+        offset: &mut usize,
+        tokenizer: &Tokenizer,
+    ) -> Self {
+        match shape {
+            Shape::Chat => Self::Chat(ChatLogprobs::new(logprobs, tokenizer)),
+            Shape::Text => Self::Text(TextLogprobs::new(logprobs, offset)),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -176,7 +178,7 @@ struct ChatToken {
 }
 
 impl ChatLogprobs {
-    pub(super) fn new(logprobs: &[Logprobs], tokenizer: &Tokenizer) -> Self {
+    fn new(logprobs: &[Logprobs], tokenizer: &Tokenizer) -> Self {
         let named = |one: &TokenLogprob| ChatToken {
             token: one.text.clone(),
             logprob: one.logprob.max(LOGPROB_MIN),
@@ -202,8 +204,7 @@ pub(super) struct TextLogprobs {
 }
 
 impl TextLogprobs {
-    /// `offset`: characters of the tokens before; moved on behind these.
-    pub(super) fn new(logprobs: &[Logprobs], offset: &mut usize) -> Self {
+    fn new(logprobs: &[Logprobs], offset: &mut usize) -> Self {
         let mut text_offset = Vec::with_capacity(logprobs.len());
         for (token, _) in logprobs {
             text_offset.push(*offset);
@@ -285,45 +286,28 @@ pub(super) fn whole(
     let first = collected.iter().step_by(choices as usize);
     let cached = first.filter_map(Collected::timings).map(cached_tokens).sum();
     let usage = Usage::new(prompt_tokens, collected.iter().map(predicted).sum(), cached);
+    let shape = identity.shape;
+    let choices = (0..).zip(collected).map(|(index, one)| Choice {
+        index,
+        content: match shape {
+            Shape::Chat => {
+                Content::Message { role: "assistant", content: &one.text, refusal: None }
+            }
+            Shape::Text => Content::Text(&one.text),
+        },
+        logprobs: logprobs.then(|| ChoiceLogprobs::new(shape, &one.logprobs, &mut 0, tokenizer)),
+        finish_reason: one.finish_reason(),
+        timings: one.timings().filter(|_| collected.len() > 1),
+    });
+    let choices: Vec<_> = choices.collect();
+    let object = if shape == Shape::Chat { "chat.completion" } else { "text_completion" };
+    let mut envelope = identity.envelope(object, &choices);
+    envelope.usage = Some(Some(usage));
     // One answer has its timings on top, as in llama.cpp; several have them each.
-    let (single, each) = match collected {
-        [one] => (one.timings(), false),
-        _ => (None, true),
-    };
-    let timings = |one| if each { Collected::timings(one) } else { None };
-    let json = match identity.shape {
-        Shape::Chat => {
-            let choices: Vec<_> = (0..)
-                .zip(collected)
-                .map(|(index, one)| ChatChoice {
-                    index,
-                    message: ChatMessage { role: "assistant", content: &one.text, refusal: None },
-                    logprobs: logprobs.then(|| ChatLogprobs::new(&one.logprobs, tokenizer)),
-                    finish_reason: one.finish_reason(),
-                    timings: timings(one),
-                })
-                .collect();
-            let mut envelope = identity.envelope("chat.completion", &choices);
-            (envelope.usage, envelope.timings) = (Some(Some(usage)), single);
-            serde_json::to_string(&envelope)
-        }
-        Shape::Text => {
-            let choices: Vec<_> = (0..)
-                .zip(collected)
-                .map(|(index, one)| TextChoice {
-                    index,
-                    text: &one.text,
-                    logprobs: logprobs.then(|| TextLogprobs::new(&one.logprobs, &mut 0)),
-                    finish_reason: one.finish_reason(),
-                    timings: timings(one),
-                })
-                .collect();
-            let mut envelope = identity.envelope("text_completion", &choices);
-            (envelope.usage, envelope.timings) = (Some(Some(usage)), single);
-            serde_json::to_string(&envelope)
-        }
-    };
-    json.expect("plain data serialises")
+    if let [one] = collected {
+        envelope.timings = one.timings();
+    }
+    serde_json::to_string(&envelope).expect("plain data serialises")
 }
 
 /// One entry of `/v1/models`.

@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Select, Sender, TryRecvError, unbounded};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
-use crate::{Error, Event, Generation};
+use crate::{Error, Event, Generation, spawn};
 
 /// An event of one choice.
 pub(super) struct Told {
@@ -35,7 +35,7 @@ struct Follow {
 
 impl Follow {
     fn shut_down(self) {
-        let event = Err(Error::Stopped("it is shutting down".into()));
+        let event = Err(Error::stopped("it is shutting down"));
         // Nobody listens if the request has gone.
         let _ = self.told.send(Told { choice: self.choice, event, bytes: 0 });
     }
@@ -59,13 +59,11 @@ pub(super) struct Relay {
 
 impl Relay {
     /// Starts the thread. It ends when the relay and all [`Answers`] are gone.
-    pub(super) fn start(queued_bytes_max: usize) -> std::io::Result<(Self, JoinHandle<()>)> {
+    pub(super) fn start(queued_bytes_max: usize) -> Result<(Self, JoinHandle<()>), Error> {
         let (orders, incoming) = unbounded(); // bounded by the requests in flight
         let cut = Arc::new(AtomicU64::new(0));
         let counted = cut.clone();
-        let thread = std::thread::Builder::new()
-            .name("hat-http-relay".to_owned())
-            .spawn(move || run(&incoming, queued_bytes_max, &counted))?;
+        let thread = spawn("hat-http-relay", move || run(&incoming, queued_bytes_max, &counted))?;
         Ok((Self { orders, requests: AtomicU64::new(0), cut }, thread))
     }
 

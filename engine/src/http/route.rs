@@ -84,7 +84,7 @@ impl Route {
 
     fn answer(self) -> MethodRouter<Arc<Shared>> {
         match self {
-            Self::Root => get(async || text(root())),
+            Self::Root => get(async || respond("text/plain; charset=utf-8", root())),
             Self::Models => get(models),
             Self::Model => get(model),
             Self::Chat => post(chat),
@@ -148,10 +148,7 @@ async fn ready(State(shared): State<Arc<Shared>>) -> Response<Body> {
 }
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> Response<Body> {
-    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    let mut response = text(shared.prometheus());
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
+    respond("text/plain; version=0.0.4; charset=utf-8", shared.prometheus())
 }
 
 /// The list of routes, for a person with a browser.
@@ -165,10 +162,9 @@ fn root() -> String {
     page
 }
 
-fn text(body: String) -> Response<Body> {
-    let mut response = Response::new(Body::from(body));
-    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+fn respond(kind: &'static str, body: impl Into<Body>) -> Response<Body> {
+    let mut response = Response::new(body.into());
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     response
 }
 
@@ -223,9 +219,8 @@ async fn answer(
 }
 
 fn stream(events: EventStream) -> Response<Body> {
-    let mut response = Response::new(Body::new(events));
+    let mut response = respond("text/event-stream", Body::new(events));
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
@@ -305,10 +300,7 @@ fn cut() -> ApiError {
 }
 
 fn json(body: String) -> Response<Body> {
-    let mut response = Response::new(Body::from(body));
-    let kind = HeaderValue::from_static("application/json");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
+    respond("application/json", body)
 }
 
 impl Shared {

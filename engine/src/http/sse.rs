@@ -13,7 +13,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::body::{Body, Bytes, Frame};
-use serde::Serialize;
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
@@ -21,8 +20,7 @@ use super::access::Figures;
 use super::ask::Shape;
 use super::error::ApiError;
 use super::openai::{
-    ChatDelta, ChatLogprobs, Delta, Envelope, Identity, Logprobs, TextChoice, TextLogprobs, Usage,
-    cached_tokens,
+    Choice, ChoiceLogprobs, Content, Delta, Envelope, Identity, Logprobs, Usage, cached_tokens,
 };
 use super::relay::{Answers, Told};
 use crate::{Error, Event};
@@ -170,9 +168,10 @@ impl Chunks {
     /// A chat's first chunk says who speaks.
     fn role(&self, index: u32, out: &mut Vec<u8>) {
         if self.identity.shape == Shape::Chat {
-            let delta = Delta { role: Some("assistant"), content: Some("") };
-            let choice = ChatDelta { index, delta, logprobs: None, finish_reason: None };
-            self.chunk(&[choice], None, out);
+            let content = Content::Delta(Delta { role: Some("assistant"), content: Some("") });
+            let choice =
+                Choice { index, content, logprobs: None, finish_reason: None, timings: None };
+            self.chunk(choice, None, out);
         }
     }
 
@@ -184,12 +183,12 @@ impl Chunks {
             Event::Token { text, logprobs, .. } => {
                 let logprobs = logprobs.filter(|_| self.wanted.logprobs);
                 if !text.is_empty() || logprobs.is_some() {
-                    self.text(index, &text, logprobs, out);
+                    self.part(index, Some(&text), logprobs, None, out);
                 }
             }
             Event::Done { text, finish_reason, metrics } => {
                 if !text.is_empty() {
-                    self.text(index, &text, None, out);
+                    self.part(index, Some(&text), None, None, out);
                 }
                 self.going -= 1;
                 self.completion_tokens += metrics.timings.predicted_n as usize;
@@ -197,51 +196,37 @@ impl Chunks {
                 if index.is_multiple_of(self.wanted.choices) {
                     self.cached_tokens += cached_tokens(&metrics.timings);
                 }
-                self.finish(index, finish_reason, &metrics.timings, out);
+                self.part(index, None, None, Some((finish_reason, &metrics.timings)), out);
             }
             _ => {}
         }
     }
 
-    fn text(&mut self, index: u32, text: &str, logprobs: Option<Logprobs>, out: &mut Vec<u8>) {
-        let logprobs = logprobs.map(|one| [one]);
-        match self.identity.shape {
-            Shape::Chat => {
-                let tokenizer = self.shared.engine.tokenizer();
-                let delta = Delta { role: None, content: Some(text) };
-                let logprobs = logprobs.map(|one| ChatLogprobs::new(&one, tokenizer));
-                let choice = ChatDelta { index, delta, logprobs, finish_reason: None };
-                self.chunk(&[choice], None, out);
-            }
-            Shape::Text => {
-                let offset = &mut self.offsets[index as usize];
-                let logprobs = logprobs.map(|one| TextLogprobs::new(&one, offset));
-                let choice =
-                    TextChoice { index, text, logprobs, finish_reason: None, timings: None };
-                self.chunk(&[choice], None, out);
-            }
-        }
-    }
-
-    fn finish(&self, index: u32, reason: FinishReason, timings: &Timings, out: &mut Vec<u8>) {
-        let finish_reason = Some(reason.name());
-        match self.identity.shape {
-            Shape::Chat => {
-                let delta = Delta::default();
-                let choice = ChatDelta { index, delta, logprobs: None, finish_reason };
-                self.chunk(&[choice], Some(timings), out);
-            }
-            Shape::Text => {
-                let choice =
-                    TextChoice { index, text: "", logprobs: None, finish_reason, timings: None };
-                self.chunk(&[choice], Some(timings), out);
-            }
-        }
+    /// A part of an answer: some text, or its end.
+    fn part(
+        &mut self,
+        index: u32,
+        text: Option<&str>,
+        logprobs: Option<Logprobs>,
+        end: Option<(FinishReason, &Timings)>,
+        out: &mut Vec<u8>,
+    ) {
+        let shape = self.identity.shape;
+        let content = match shape {
+            Shape::Chat => Content::Delta(Delta { role: None, content: text }),
+            Shape::Text => Content::Text(text.unwrap_or_default()),
+        };
+        let tokenizer = self.shared.engine.tokenizer();
+        let offset = &mut self.offsets[index as usize];
+        let logprobs = logprobs.map(|one| ChoiceLogprobs::new(shape, &[one], offset, tokenizer));
+        let finish_reason = end.map(|(reason, _)| reason.name());
+        let choice = Choice { index, content, logprobs, finish_reason, timings: None };
+        self.chunk(choice, end.map(|(_, timings)| timings), out);
     }
 
     fn end(&self, out: &mut Vec<u8>) {
         if self.wanted.usage {
-            let mut envelope = self.identity.envelope::<()>(self.object(), &[]);
+            let mut envelope = self.identity.envelope(self.object(), &[]);
             let (prompt, cached) = (self.prompt_tokens, self.cached_tokens);
             envelope.usage = Some(Some(Usage::new(prompt, self.completion_tokens, cached)));
             data(&envelope, out);
@@ -255,8 +240,9 @@ impl Chunks {
         let _ = write!(out, "data: {}\n\n", error.json()); // a Vec takes everything
     }
 
-    fn chunk<C: Serialize>(&self, choices: &[C], timings: Option<&Timings>, out: &mut Vec<u8>) {
-        let mut envelope: Envelope<'_, C> = self.identity.envelope(self.object(), choices);
+    fn chunk(&self, choice: Choice<'_>, timings: Option<&Timings>, out: &mut Vec<u8>) {
+        let choices = [choice];
+        let mut envelope = self.identity.envelope(self.object(), &choices);
         envelope.timings = timings;
         envelope.usage = self.wanted.usage.then_some(None);
         data(&envelope, out);
@@ -270,8 +256,8 @@ impl Chunks {
     }
 }
 
-fn data(value: &impl Serialize, out: &mut Vec<u8>) {
+fn data(envelope: &Envelope<'_>, out: &mut Vec<u8>) {
     out.extend_from_slice(b"data: ");
-    serde_json::to_writer(&mut *out, value).expect("plain data into a Vec");
+    serde_json::to_writer(&mut *out, envelope).expect("plain data into a Vec");
     out.extend_from_slice(b"\n\n");
 }

@@ -2,6 +2,7 @@
 //! when the reader takes nothing for too long, its reads when a head is bad or late.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -40,24 +41,10 @@ impl Stream {
     /// Sends what is small at once, and lets the system hold little for a slow reader.
     pub(super) fn set_options(&self) {
         // Without either it is slower, or holds more, but right.
-        let _ = match self {
-            Self::Tcp(stream) => {
-                let _ = stream.set_nodelay(true);
-                rustix::net::sockopt::set_socket_send_buffer_size(stream, SEND_BUFFER_BYTES)
-            }
-            Self::Unix(stream) => {
-                rustix::net::sockopt::set_socket_send_buffer_size(stream, SEND_BUFFER_BYTES)
-            }
-        };
-    }
-
-    pub(super) fn shutdown_write(&self) -> io::Result<()> {
-        let write = rustix::net::Shutdown::Write;
-        match self {
-            Self::Tcp(stream) => rustix::net::shutdown(stream, write)?,
-            Self::Unix(stream) => rustix::net::shutdown(stream, write)?,
+        if let Self::Tcp(stream) = self {
+            let _ = stream.set_nodelay(true);
         }
-        Ok(())
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(self, SEND_BUFFER_BYTES);
     }
 
     pub(super) async fn readable(&self) -> io::Result<()> {
@@ -74,13 +61,6 @@ impl Stream {
         }
     }
 
-    pub(super) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_write(bytes),
-            Self::Unix(stream) => stream.try_write(bytes),
-        }
-    }
-
     fn writer(&mut self) -> Pin<&mut (dyn AsyncWrite + Unpin)> {
         match self {
             Self::Tcp(stream) => Pin::new(stream),
@@ -92,6 +72,15 @@ impl Stream {
         match self {
             Self::Tcp(stream) => Pin::new(stream),
             Self::Unix(stream) => Pin::new(stream),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
         }
     }
 }
@@ -200,10 +189,7 @@ impl AsyncWrite for Guarded {
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.stream {
-            Stream::Tcp(stream) => stream.is_write_vectored(),
-            Stream::Unix(stream) => stream.is_write_vectored(),
-        }
+        true // of both kinds
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

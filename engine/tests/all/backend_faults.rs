@@ -191,7 +191,7 @@ fn a_cloud_that_lost_its_backend_stops_and_another_one_goes_on() {
     let engine = Engine::open(device_config(&bundles, &first)).unwrap();
     let again = cloud_config(&bundles).listen(address);
     let watch = std::thread::spawn(move || {
-        let fault = first.join_for_fault();
+        let fault = first.join();
         (fault, Cloud::start(again).unwrap())
     });
     assert_same(&whole, &collect(&engine, request()));
@@ -230,7 +230,7 @@ fn a_device_names_the_arithmetic_of_its_cloud() {
     // A cloud of another kind takes over in the middle of an answer, which says so.
     planted.fuse.store(9, Ordering::Relaxed);
     let watch = std::thread::spawn(move || {
-        let _ = other.join_for_fault();
+        let _ = other.join();
         Cloud::start(again).unwrap()
     });
     let mixed = collect(&engine, request());

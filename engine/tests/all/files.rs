@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::{Bundles, collect, long_prompt};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig};
-use hat_engine::options::{Codec, Verify};
+use hat_engine::options::{Codec, RequestError, Verify};
 use hat_engine::reference_run::ReferenceRun;
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig, Error, Metrics, Request};
 
@@ -111,9 +111,9 @@ fn a_cloud_whose_weights_are_overwritten_ends_at_the_next_look() {
     let engine = device(&bundles, &cloud, rarely()).unwrap();
     collect(&engine, request());
     overwrite(&bundles.path.join("cloud").join(WEIGHTS), 200_000);
-    assert!(cloud.join_for_fault().is_none());
+    assert!(cloud.join().is_none());
     let error = engine.generate(request()).unwrap().find_map(Result::err).expect("an error");
-    assert!(matches!(error, Error::Peer { .. }), "{error}");
+    assert!(matches!(error, Error::Request(RequestError::Peer { .. })), "{error}");
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn a_device_whose_weights_are_overwritten_ends_its_requests_by_name() {
     if let Some(error) = generation.find_map(Result::err) {
         named(&error, "device");
     }
-    assert!(matches!(engine.generate(request()), Err(Error::Stopped(_))));
+    assert!(matches!(engine.generate(request()), Err(Error::Request(RequestError::Stopped(_)))));
 }
 
 /// Looks are an hour apart here: it is the connection that asks for one.
@@ -142,8 +142,8 @@ fn a_session_does_not_begin_or_go_on_with_changed_weights() {
     overwrite(&bundles.path.join("cloud").join(WEIGHTS), 3);
     let second = device(&bundles, &cloud, rarely()).unwrap();
     let error = second.generate(request()).unwrap().find_map(Result::err).expect("an error");
-    assert!(matches!(error, Error::Peer { .. }), "{error}");
-    assert!(cloud.join_for_fault().is_none());
+    assert!(matches!(error, Error::Request(RequestError::Peer { .. })), "{error}");
+    assert!(cloud.join().is_none());
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn a_mapped_file_that_shrinks_ends_its_process_by_name() {
     let weights = bundles.path.join("cloud").join(WEIGHTS);
     File::options().write(true).open(&weights).unwrap().set_len(4096).unwrap();
     let error = engine.generate(request()).unwrap().find_map(Result::err).expect("an error");
-    assert!(matches!(error, Error::Peer { .. }), "{error}");
+    assert!(matches!(error, Error::Request(RequestError::Peer { .. })), "{error}");
     let (status, said) = cloud.end();
     assert_eq!(status.code(), Some(70), "{status}: {said}");
     let lines: Vec<_> =

@@ -25,7 +25,7 @@ fn golden(name: &str) -> PathBuf {
 
 fn split(model: &Path, out: &Path) -> PathBuf {
     let options = BundleOptions { split_layer: 0, tail_layers: 0, weights: Weights::Keep };
-    pull::split(model, options, out).unwrap();
+    pull::split(model, None, options, out).unwrap();
     out.to_owned()
 }
 

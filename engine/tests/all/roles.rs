@@ -434,7 +434,8 @@ fn an_answer_that_is_back_is_not_replayed() {
             Message::Rows(rows) if !rows.head.more && rows.head.first_id < 40 => {
                 let (arrivals, count) = (Arrivals { bytes: 0, us: 0 }, 1);
                 let head = OutputHead { count, queue_us: 0, step_us: 1, step_rows: 1, arrivals };
-                let mut body = cloud.buffer(head.payload_start() + 4 * HIDDEN).unwrap();
+                let mut body =
+                    cloud.buffer(Priority::Verify, head.payload_start() + 4 * HIDDEN).unwrap();
                 let last = rows.head.first_id + u32::from(rows.head.count) - 1;
                 let start = head.encode(&[last], body.body_mut());
                 for number in body.body_mut()[start..].as_chunks_mut().0 {

@@ -53,7 +53,7 @@ fn a_step_that_hangs_ends_the_cloud() {
         let engine = Engine::open(config).unwrap();
         let error = engine.generate(request()).unwrap().find_map(Result::err).unwrap();
         assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
-        let fault = cloud.join_for_fault().expect("it says why");
+        let fault = cloud.join().expect("it says why");
         assert!(fault.lasts && fault.reason.contains("has not ended"), "{fault}");
     }
 }

@@ -10,7 +10,9 @@ use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{End, Hello, Message, Open, Role, RowsHead, SessionErrorCode, Want};
+use hat_transport::message::{
+    End, Hello, KvPages, Message, Open, Role, RowsHead, SessionErrorCode, Want,
+};
 
 use super::Bundles;
 
@@ -42,8 +44,7 @@ impl Hand {
             entry_layer: 1,
             exit_layer: 4,
             codecs: 0x71,
-            kv_type: 1,
-            page_size: 32,
+            kv: KvPages { kv_type: 1, page_size: 32 },
             ..Hello::new(Role::Device)
         };
         let link = hat_transport::link::open(LinkKind::Mio, None).unwrap().link;
@@ -95,7 +96,7 @@ impl Hand {
 
     pub fn rows(&mut self, session: u32, head: &RowsHead, parents: &[u32], payload: &[u8]) {
         let bytes = head.payload_start() + payload.len();
-        let mut body = self.endpoint.buffer(bytes).unwrap();
+        let mut body = self.endpoint.buffer(Priority::Verify, bytes).unwrap();
         let start = head.encode(parents, body.body_mut());
         body.body_mut()[start..].copy_from_slice(payload);
         let (connection, priority) = (self.connection, Priority::Prompt);

@@ -10,7 +10,7 @@ use hat_transport::clock::SystemClock;
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event};
 use hat_transport::frame::FRAME_BYTES_MAX;
 use hat_transport::link::LinkKind;
-use hat_transport::message::{Hello, Role};
+use hat_transport::message::{Hello, KvPages, Role};
 
 use super::Bundles;
 
@@ -36,8 +36,7 @@ pub fn hello(bundles: &Bundles) -> Hello {
         codecs: 0x71,
         row_budget: 512,
         rows_pending_max: 64,
-        page_size: 32,
-        kv_type: 1,
+        kv: KvPages { kv_type: 1, page_size: 32 },
         frame_bytes_max: u32::try_from(FRAME_BYTES_MAX).unwrap(),
         ..Hello::new(Role::Cloud)
     }

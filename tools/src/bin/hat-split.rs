@@ -118,7 +118,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         false => PathBuf::from(&args.model),
     };
     let options = args.options();
-    let report = pull::split_with(&path, args.pre.as_deref(), options, &args.out)?;
+    let report = pull::split(&path, args.pre.as_deref(), options, &args.out)?;
     let device = args.out.join("device");
     let has_drafter = match &args.adapter {
         Some(adapter) => {

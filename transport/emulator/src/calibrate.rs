@@ -28,20 +28,17 @@ const ADDED_MAX: Duration = Duration::from_micros(500);
 /// A connection that is silent this much longer than the link's round trip is lost.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Round trips of 1 KiB pings over loopback: the median of the quietest of four batches, and the
-/// 99th percentile of all.
-pub type Latency = Quantiles;
-
-/// Delay that the emulator adds to a round trip, by its own measurement on this machine.
+/// Delay that the emulator adds to a round trip, by its own measurement on this machine: 1 KiB
+/// pings over loopback, the median of the quietest of four batches and the 99th percentile of all.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Calibration {
     /// Without the emulator.
-    pub direct: Latency,
+    pub direct: Quantiles,
     /// Through it, without a delay.
-    pub relayed: Latency,
+    pub relayed: Quantiles,
     /// Through it, with the link's delays and nothing else; `None` if it has none.
-    pub delayed: Option<Latency>,
+    pub delayed: Option<Quantiles>,
     /// The median added to a round trip: `delayed` less the delays less `direct`, or `relayed`
     /// less `direct`; at most 0.5 ms.
     #[serde(rename = "added_us", serialize_with = "micros")]
@@ -64,14 +61,9 @@ impl Calibration {
         let link = EmulatorConfig::new(echo.address);
         let relayed = through(link.clone(), Duration::ZERO)?;
         let nominal = config.up.delay + config.down.delay;
-        let delayed = if nominal.is_zero() {
-            None
-        } else {
-            let mut link = link;
-            link.up.delay = config.up.delay;
-            link.down.delay = config.down.delay;
-            Some(through(link, nominal)?)
-        };
+        let mut slow = link;
+        (slow.up.delay, slow.down.delay) = (config.up.delay, config.down.delay);
+        let delayed = if nominal.is_zero() { None } else { Some(through(slow, nominal)?) };
         let measured = delayed.unwrap_or(relayed).p50_us * 1e3;
         let added = measured - direct.p50_us * 1e3 - nominal.as_nanos() as f64;
         let added = Duration::from_nanos(added.max(0.0) as u64);
@@ -90,7 +82,7 @@ impl Calibration {
     }
 }
 
-fn through(link: EmulatorConfig, nominal: Duration) -> Result<Latency, EmulatorError> {
+fn through(link: EmulatorConfig, nominal: Duration) -> Result<Quantiles, EmulatorError> {
     let emulator = Emulator::start(link)?;
     let latency = pings(emulator.address(), nominal)?;
     emulator.stop()?;
@@ -148,7 +140,7 @@ fn echo_all(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-fn pings(to: SocketAddr, nominal: Duration) -> io::Result<Latency> {
+fn pings(to: SocketAddr, nominal: Duration) -> io::Result<Quantiles> {
     let mut stream = TcpStream::connect(to)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(nominal + SILENCE))?;
@@ -169,7 +161,7 @@ fn pings(to: SocketAddr, nominal: Duration) -> io::Result<Latency> {
     times.sort_unstable();
     let p99 = times[(count * 99 / 100).min(count - 1)];
     let p50_us = median.expect("there is at least one batch");
-    Ok(Latency { p50_us, p99_us: p99.as_nanos() as f64 / 1e3 })
+    Ok(Quantiles { p50_us, p99_us: p99.as_nanos() as f64 / 1e3 })
 }
 
 fn median_us(times: &[Duration]) -> f64 {

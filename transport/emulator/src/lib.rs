@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 
-pub use calibrate::{Calibration, Latency};
+pub use calibrate::Calibration;
 use config::nanos;
 pub use config::{CutConfig, DirectionConfig, EmulatorConfig, EmulatorError, StallConfig};
 pub use report::{DirectionReport, Quantiles, Report};

@@ -103,7 +103,7 @@ impl Relay {
         }
         let direction = |direction, stream: usize| Direction {
             shape: Shape::new(direction, config.seed, stream as u64),
-            tally: Tally::new(),
+            tally: Tally::default(),
         };
         let directions = [direction(&config.up, UP), direction(&config.down, DOWN)];
         let cuts = Cuts::new(Draws::new(config.seed, CUT_DRAWS), config.cut);

@@ -10,12 +10,14 @@ use super::{Calibration, Piece};
 #[derive(Clone, Debug)]
 pub(super) struct Histogram(hdrhistogram::Histogram<u64>);
 
-impl Histogram {
-    pub(super) fn new() -> Self {
+impl Default for Histogram {
+    fn default() -> Self {
         let all = hdrhistogram::Histogram::new_with_bounds(1, u64::MAX, 2);
         Self(all.expect("constant bounds"))
     }
+}
 
+impl Histogram {
     pub(super) fn add(&mut self, value: u64) {
         self.0.saturating_record(value);
     }
@@ -82,7 +84,7 @@ pub struct Report {
 }
 
 /// Counts of one direction.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Tally {
     pub(super) bytes_in: u64,
     pub(super) bytes_out: u64,
@@ -112,20 +114,6 @@ impl Period {
 }
 
 impl Tally {
-    pub(super) fn new() -> Self {
-        Self {
-            bytes_in: 0,
-            bytes_out: 0,
-            unreachable: 0,
-            bytes_sent: 0,
-            busy_ns: 0,
-            period: Period::default(),
-            planned: Histogram::new(),
-            actual: Histogram::new(),
-            late: Histogram::new(),
-        }
-    }
-
     /// Takes in a piece that comes out at `now`.
     pub(super) fn count(&mut self, piece: Piece, entered: u64, now: u64) {
         self.planned.add(piece.release - entered);

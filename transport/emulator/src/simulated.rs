@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hat_transport::clock::{Clock, ManualClock};
-use hat_transport::link::{Completion, Link, LinkCounters, PeerId, Waker};
+use hat_transport::link::{Completion, Link, PeerId, Waker};
 use hat_transport::pool::Buf;
 use hat_transport::random::SeededRandom;
 
@@ -89,23 +89,17 @@ impl SimNet {
         own.filter_map(|(socket, end)| socket.next_at(end, now)).min()
     }
 
+    /// The same for any link.
+    #[must_use]
+    pub fn next_at(&self) -> Option<Instant> {
+        let links: Vec<u64> = self.state().of_link.keys().copied().collect();
+        links.into_iter().filter_map(|link| self.next_of(link)).min()
+    }
+
     /// Numbers of the links for which something has changed since this was last asked.
     #[must_use]
     pub fn take_touched(&self) -> BTreeSet<u64> {
         std::mem::take(&mut self.state().touched)
-    }
-
-    /// Time of a link's next completion; now or earlier if it has one already.
-    #[must_use]
-    pub fn next_at(&self) -> Option<Instant> {
-        let state = self.state();
-        let now = state.clock.now();
-        state
-            .sockets
-            .values()
-            .flat_map(|socket| [0, 1].map(|end| socket.next_at(end, now)))
-            .flatten()
-            .min()
     }
 
     /// Sockets that both ends have, the oldest first.
@@ -492,8 +486,8 @@ impl Link for SimLink {
     }
 
     /// No system calls are made.
-    fn counters(&self) -> LinkCounters {
-        LinkCounters::default()
+    fn syscalls(&self) -> u64 {
+        0
     }
 }
 

@@ -249,7 +249,7 @@ fn settings_out_of_range_are_named() {
 
 #[test]
 fn quantiles_are_known_to_three_percent() {
-    let mut histogram = Histogram::new();
+    let mut histogram = Histogram::default();
     assert_eq!(histogram.quantile_us(0.5), None);
     for ns in 1..=100_000 {
         histogram.add(ns);

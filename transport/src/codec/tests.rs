@@ -289,15 +289,18 @@ proptest! {
             let row_bytes = codec.row_bytes(hidden);
             let bytes = packed(codec, rows, hidden);
             let mut portable = vec![0; bytes.len()];
-            let mut back = vec![0.0; rows.len()];
-            if codec == Codec::Int8 {
-                encode_portable::<Bytes, 64>(rows, hidden, row_bytes, &mut portable);
-                decode_portable::<Bytes, 64>(&bytes, hidden, row_bytes, &mut back);
-            } else {
-                encode_portable::<Nibbles, 32>(rows, hidden, row_bytes, &mut portable);
-                decode_portable::<Nibbles, 32>(&bytes, hidden, row_bytes, &mut back);
+            for (row, out) in rows.chunks(hidden).zip(portable.chunks_mut(row_bytes)) {
+                match codec {
+                    Codec::Int8 => block::encode_row::<Bytes, 64>(row, out),
+                    _ => block::encode_row::<Nibbles, 32>(row, out),
+                }
             }
+            let mut back = vec![0.0; rows.len()];
             for (row, bytes) in back.chunks_mut(hidden).zip(bytes.chunks(row_bytes)) {
+                match codec {
+                    Codec::Int8 => block::decode_row::<Bytes, 64>(bytes, row),
+                    _ => block::decode_row::<Nibbles, 32>(bytes, row),
+                }
                 Exponent::from_byte(bytes[0]).put_back(row);
             }
             prop_assert_eq!(&portable, &bytes);

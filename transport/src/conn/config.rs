@@ -8,7 +8,7 @@ use crate::planted::Planted;
 /// Settings of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionConfig {
-    /// HELLO to send; `link_id`, `link_epoch` and `recv_next` are filled in.
+    /// HELLO to send; its role and [`Hello::link`] are filled in.
     pub hello: Hello,
     /// Bytes of received frames that the application may hold. At least the largest chunk, since
     /// credit returns when the frames of a chunk are dropped; at least two whole frames.

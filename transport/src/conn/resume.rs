@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::receive::ReceiveState;
 use super::{Connection, ConnectionEvent, Phase, ProtocolError};
 use crate::frame::{BODY_BYTES_MAX, Header, Kind};
-use crate::message::{Hello, Role};
+use crate::message::{Hello, LinkState, Role};
 use crate::planted::Fault;
 
 impl Connection {
@@ -20,25 +20,17 @@ impl Connection {
         }
         let message = |error| ProtocolError::Message { kind: Kind::Hello, error };
         let hello = Hello::decode(body).map_err(message)?;
-        let ours = &self.config.hello;
-        if hello.role == ours.role {
-            return Err(ProtocolError::Role { role: hello.role });
-        }
-        let Some(version) = ours.common_version(&hello) else {
-            let ours = (ours.min_version, ours.max_version);
-            let theirs = (hello.min_version, hello.max_version);
-            return Err(ProtocolError::Version { ours, theirs });
-        };
-        if hello.link_id != ours.link_id {
+        let version = agree(&self.config.hello, &hello)?;
+        if hello.link.id != self.link_id() {
             return Err(ProtocolError::Link);
         }
         let planted = self.config.planted;
-        let is_ours = hello.link_epoch == self.epoch || planted.is(Fault::StaleEpoch);
-        let resumed = is_ours && self.epoch != 0;
+        let is_ours = hello.link.epoch == self.epoch.number || planted.is(Fault::StaleEpoch);
+        let resumed = is_ours && self.epoch.number != 0;
         if resumed {
-            self.send.resume(hello.recv_next, usize::from(planted.is(Fault::LateReplay)))?;
+            self.send.resume(hello.link.recv_next, usize::from(planted.is(Fault::LateReplay)))?;
             self.send.grant(header.credit);
-            self.known = true;
+            self.epoch.known = true;
         } else {
             self.forget(header, &hello)?;
         }
@@ -58,31 +50,45 @@ impl Connection {
     /// device has given up.
     #[must_use]
     pub fn has_overtaken(&self, hello: &Hello) -> bool {
-        match hello.link_epoch == self.epoch {
-            true => self.send.has_forgotten(hello.recv_next),
-            false => self.known,
+        match hello.link.epoch == self.epoch.number {
+            true => self.send.has_forgotten(hello.link.recv_next),
+            false => self.epoch.known,
         }
     }
 
     /// A new epoch: both ends start from nothing.
     fn forget(&mut self, header: &Header, hello: &Hello) -> Result<(), ProtocolError> {
-        if self.config.hello.role == Role::Device && hello.recv_next != 0 {
-            let recv_next = hello.recv_next;
+        let LinkState { epoch, recv_next, .. } = hello.link;
+        if self.config.hello.role == Role::Device && recv_next != 0 {
             return Err(ProtocolError::Replay { recv_next, oldest: 0, next: 0 });
         }
         self.send.reset();
         self.receive = ReceiveState::new(self.config.window_bytes);
         match self.config.hello.role {
             Role::Device => {
-                self.epoch = hello.link_epoch;
+                self.epoch.number = epoch;
                 self.send.grant(header.credit);
             }
             // The device's credit counts in its old epoch; its first ACK in the new one tells.
             // An epoch that has been offered before is not offered again.
-            Role::Cloud if self.used => self.epoch = self.epoch.wrapping_add(1).max(1),
+            Role::Cloud if self.epoch.used => {
+                self.epoch.number = self.epoch.number.wrapping_add(1).max(1);
+            }
             Role::Cloud => {}
         }
-        (self.used, self.known) = (true, false);
+        (self.epoch.used, self.epoch.known) = (true, false);
         Ok(())
     }
+}
+
+/// The wire version in which two peers speak.
+///
+/// # Errors
+/// [`ProtocolError::Role`], [`ProtocolError::Version`].
+pub(crate) fn agree(ours: &Hello, peer: &Hello) -> Result<u16, ProtocolError> {
+    if peer.role == ours.role {
+        return Err(ProtocolError::Role { role: peer.role });
+    }
+    let error = ProtocolError::Version { ours: ours.versions, theirs: peer.versions };
+    ours.common_version(peer).ok_or(error)
 }

@@ -90,7 +90,7 @@ struct Sent {
 pub(super) struct SendState {
     queues: Vec<SessionQueue>,
     /// Sessions whose first queued frame has this priority, in turn.
-    ready: [VecDeque<u32>; Priority::COUNT],
+    ready: [VecDeque<u32>; Priority::ALL.len()],
     sent: VecDeque<Sent>,
     /// Sequence number of the first in `sent`.
     oldest: u32,
@@ -293,14 +293,14 @@ impl Connection {
             Phase::Handshake if self.config.hello.role == Role::Cloud => return false,
             Phase::Handshake | Phase::Up => {}
         }
-        let mut control = self.control.take();
+        let mut control = self.control.buf.take();
         let mut bytes = control.as_mut().map_or(0, |buf| {
             buf.clear();
             self.write_unsequenced(now, buf);
             buf.wire().len()
         });
         let first = batch.len();
-        if self.phase == Phase::Up && self.hello_sent {
+        if self.phase == Phase::Up && self.control.hello_sent {
             while batch.len() < BATCH_FRAMES
                 && let Some(buf) = self.next_sequenced(now, bytes)
             {
@@ -309,30 +309,30 @@ impl Connection {
             }
         }
         if let Some(mut buf) = control {
-            if batch.len() == first && self.hello_sent && self.receive.ack_is_due(now) {
+            if batch.len() == first && self.control.hello_sent && self.receive.ack_is_due(now) {
                 let (ack, credit) = self.receive.state();
                 self.traffic.sent_frames += 1;
                 write_control(&mut buf, Kind::Ack, ack, credit, &[]);
             }
             if buf.wire().is_empty() {
-                self.control = Some(buf);
+                self.control.buf = Some(buf);
             } else {
                 buf.set_tag(self.send.generation);
                 batch.insert(first, buf);
             }
         }
         self.traffic.sent_bytes += batch.iter().map(|buf| buf.wire().len() as u64).sum::<u64>();
-        self.transmitting = batch.len() > first;
-        self.transmitting
+        self.control.transmitting = batch.len() > first;
+        self.control.transmitting
     }
 
     /// The link gives the buffers of [`Connection::poll_transmit`] back, also those of a socket
     /// that is gone.
     pub fn handle_transmitted(&mut self, batch: &mut Vec<Buf>) {
-        self.transmitting = false;
+        self.control.transmitting = false;
         for buf in batch.drain(..) {
             if Kind::from_wire(buf.wire()[4]).is_some_and(|kind| !kind.is_sequenced()) {
-                self.control = Some(buf);
+                self.control.buf = Some(buf);
             } else if buf.tag() == self.send.generation {
                 let seq = u32::from_le_bytes(
                     buf.wire()[16..20].try_into().expect("a header is 32 bytes"),
@@ -352,21 +352,18 @@ impl Connection {
             self.traffic.sent_frames += 1;
             write_control(buf, kind, ack, credit, body);
         };
-        if !self.hello_sent {
+        if !self.control.hello_sent {
             let mut body = [0; Hello::BYTES];
-            let hello = Hello {
-                link_epoch: self.epoch,
-                recv_next: self.receive.next(),
-                ..self.config.hello
-            };
+            let mut hello = self.config.hello;
+            (hello.link.epoch, hello.link.recv_next) = (self.epoch.number, self.receive.next());
             Message::Hello(hello).encode(&mut body);
             write(Kind::Hello, &body, self.receive.state());
-            self.hello_sent = true;
+            self.control.hello_sent = true;
         }
         if self.phase != Phase::Up {
             return;
         }
-        if let Some(body) = self.pong.take() {
+        if let Some(body) = self.control.pong.take() {
             write(Kind::Pong, &body, self.receive.state());
         }
         if let Some(body) = self.timers.ping(now) {

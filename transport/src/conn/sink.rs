@@ -22,19 +22,12 @@ impl fmt::Display for ConnectionId {
 /// [`crate::endpoint::Endpoint`] is the sink of a process. A simulator or a test has its own, so
 /// that a role that writes through this trait needs no link.
 pub trait FrameSink {
-    /// A buffer with room for a frame's header and `body_bytes` of body. `None` while the pool
-    /// keeps the rest in reserve, for receiving: try again after the next poll of the link.
+    /// A buffer with room for the header and `body_bytes` of body of a frame of this priority.
+    /// `None` while the pool keeps the rest in reserve, for receiving: try again after the next
+    /// poll of the link. Prompts leave buffers to more urgent frames; control messages may use the
+    /// reserve, since they are few and free memory at the peer.
     #[must_use]
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf>;
-
-    /// As [`FrameSink::buffer`], for a frame of this priority. Prompts leave buffers to more urgent
-    /// frames; control messages may use the reserve, since they are few and free memory at the
-    /// peer.
-    #[must_use]
-    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
-        let _ = priority;
-        self.buffer(body_bytes)
-    }
+    fn buffer(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf>;
 
     /// Queues a frame; frames of one session never overtake each other.
     ///
@@ -65,7 +58,7 @@ pub trait FrameSink {
         session: u32,
         message: &Message<'_>,
     ) -> Result<(), SendError> {
-        let Some(mut body) = self.buffer_for(Priority::Control, message.encoded_len()) else {
+        let Some(mut body) = self.buffer(Priority::Control, message.encoded_len()) else {
             return Err(SendError { refusal: Refusal::NoBuffer, body: None });
         };
         message.encode(body.body_mut());

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::frame::{BODY_BYTES_MAX, FLAG_IGNORABLE, FRAME_BYTES_MAX};
+use crate::message::LinkState;
 use crate::pool::PoolConfig;
 
 const LINK: [u8; 16] = [7; 16];
@@ -140,9 +141,14 @@ fn frame(change: impl FnOnce(&mut Header), body: &[u8]) -> Vec<u8> {
     [&header.encode()[..], body].concat()
 }
 
+/// HELLO of a device that names this epoch.
+fn of_link(epoch: u64) -> Hello {
+    Hello { link: LinkState { id: LINK, epoch, recv_next: 0 }, ..Hello::new(Role::Device) }
+}
+
 /// A HELLO made by hand.
 fn hello(change: impl FnOnce(&mut Hello)) -> Vec<u8> {
-    let mut hello = Hello { link_id: LINK, ..Hello::new(Role::Device) };
+    let mut hello = of_link(0);
     change(&mut hello);
     let mut body = [0; Hello::BYTES];
     Message::Hello(hello).encode(&mut body);
@@ -420,11 +426,11 @@ fn a_lost_hello_means_another_epoch() {
     let hello = transmit(&mut pair.device, pair.now);
     pair.cloud.handle_bytes(pair.now, &hello).unwrap();
     transmit(&mut pair.cloud, pair.now);
-    assert_eq!(pair.cloud.epoch, EPOCH);
+    assert_eq!(pair.cloud.epoch.number, EPOCH);
     pair.disconnect();
     pair.connect();
-    assert_eq!(pair.cloud.epoch, EPOCH + 1);
-    assert_eq!(pair.device.epoch, EPOCH + 1);
+    assert_eq!(pair.cloud.epoch.number, EPOCH + 1);
+    assert_eq!(pair.device.epoch.number, EPOCH + 1);
 }
 
 /// A device that knows an epoch names no older one: such a HELLO was long on its way.
@@ -435,18 +441,18 @@ fn a_hello_of_another_epoch_is_late_once_the_device_knows_this_one() {
     pair.cloud.handle_connected(pair.now);
     let first = transmit(&mut pair.device, pair.now);
     pair.cloud.handle_bytes(pair.now, &first).unwrap();
-    let old = Hello { link_id: LINK, ..Hello::new(Role::Device) };
+    let old = of_link(0);
     assert!(!pair.cloud.has_overtaken(&old), "the device may not have heard of the epoch");
     pair.exchange();
     rows(&mut pair.device, 1, Priority::Verify, 100).unwrap();
     pair.exchange();
     assert!(pair.cloud.has_overtaken(&old));
-    assert!(pair.cloud.has_overtaken(&Hello { link_epoch: EPOCH + 9, ..old }));
-    assert!(!pair.cloud.has_overtaken(&Hello { link_epoch: EPOCH, ..old }));
+    assert!(pair.cloud.has_overtaken(&of_link(EPOCH + 9)));
+    assert!(!pair.cloud.has_overtaken(&of_link(EPOCH)));
     pair.disconnect();
     assert!(pair.cloud.has_overtaken(&old), "nor does it name one over the next socket");
     pair.connect();
-    assert_eq!(pair.cloud.epoch, EPOCH);
+    assert_eq!(pair.cloud.epoch.number, EPOCH);
 }
 
 #[test]

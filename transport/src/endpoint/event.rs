@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::conn::{ConnectionId, Frame, ProtocolError, Traffic};
+use crate::conn::{ConnectionId, Frame, ProtocolError};
 use crate::log::Untrusted;
 use crate::message::{CloseCode, Hello};
 
@@ -19,8 +19,6 @@ pub enum Event {
         hello: Hello,
         /// True if everything goes on where it was.
         resumed: bool,
-        /// The peer's address.
-        address: SocketAddr,
     },
     /// A frame came, exactly once and in order.
     Frame {
@@ -147,17 +145,4 @@ impl GoneError {
             | Self::NoBuffer { .. } => false,
         }
     }
-}
-
-/// Traffic and state of a connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ConnectionCounters {
-    /// Bytes from device to cloud, headers and replays included.
-    pub bytes_up: u64,
-    /// Bytes from cloud to device.
-    pub bytes_down: u64,
-    /// System calls of the whole link, for all its connections.
-    pub syscalls: u64,
-    /// Frames, replays, copies and the round-trip time, as this end sees them.
-    pub traffic: Traffic,
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::event::{Event, GoneError};
 use super::{Endpoint, LINGER, Slot, speaks_no_protocol};
-use crate::conn::{Connection, ConnectionId, Handshake, ProtocolError};
+use crate::conn::{Connection, ConnectionId, Handshake, ProtocolError, agree};
 use crate::link::{Completion, Link, PeerId};
 use crate::message::{CloseCode, Hello, Role};
 use crate::planted::Fault;
@@ -237,17 +237,12 @@ impl Endpoint {
     /// had.
     fn admit(&mut self, now: Instant, id: PeerId, hello: &Hello) {
         let ours = &self.config.connection.hello;
-        if hello.role == ours.role {
-            return self.refuse_protocol(now, id, ProtocolError::Role { role: hello.role });
-        }
-        if ours.common_version(hello).is_none() {
-            let ours = (ours.min_version, ours.max_version);
-            let theirs = (hello.min_version, hello.max_version);
-            return self.refuse_protocol(now, id, ProtocolError::Version { ours, theirs });
+        if let Err(error) = agree(ours, hello) {
+            return self.refuse_protocol(now, id, error);
         }
         debug_assert_eq!(ours.role, Role::Cloud, "only a cloud accepts");
         let known = self.connections.iter();
-        let known = known.filter(|(_, slot)| slot.connection.link_id() == hello.link_id);
+        let known = known.filter(|(_, slot)| slot.connection.link_id() == hello.link.id);
         let owner = known.map(|(owner, _)| *owner).next();
         let Some(owner) = owner.or_else(|| self.admit_new(now, id, hello)) else {
             let (address, limit) = (self.peers[&id].address, self.config.connections_max);
@@ -297,7 +292,7 @@ impl Endpoint {
         self.random.fill(&mut epoch);
         let epoch = u64::from_le_bytes(epoch).max(1);
         let (config, pool) = (self.config.connection.clone(), self.pool.clone());
-        let connection = Connection::cloud(config, hello.link_id, epoch, pool)?;
+        let connection = Connection::cloud(config, hello.link.id, epoch, pool)?;
         let address = self.peers.get(&id)?.address;
         Some(self.insert(Slot::new(connection, address)))
     }

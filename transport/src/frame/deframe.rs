@@ -248,42 +248,6 @@ impl Deframer {
 
 const _: () = assert!(LARGE_BYTES >= HEADER_BYTES + BODY_BYTES_MAX);
 
-/// Entry for fuzzers: `data` as a byte stream, delivered in pieces whose sizes it chooses itself.
-///
-/// # Panics
-/// If what comes out is not what went in.
-pub fn fuzz_deframer(data: &[u8]) {
-    let pool = Pool::new(crate::pool::PoolConfig { small: 2, large: 2 });
-    let mut deframer = Deframer::new(pool.clone());
-    let (mut rest, mut seen) = (data, 0);
-    'stream: while !rest.is_empty() {
-        let piece = rest.len().min(usize::from(rest[0]) * 16 + 1);
-        let mut bytes = &rest[..piece];
-        rest = &rest[piece..];
-        while !bytes.is_empty() {
-            let pushed = deframer.push(bytes);
-            assert!(pushed > 0, "there is room after all frames are out");
-            bytes = &bytes[pushed..];
-            loop {
-                match deframer.next_frame() {
-                    Ok(Deframed::Frame(frame)) => {
-                        let wire = frame.header.encode();
-                        assert_eq!(wire, data[seen..][..HEADER_BYTES]);
-                        seen += HEADER_BYTES;
-                        assert_eq!(frame.body[..], data[seen..][..frame.body.len()]);
-                        seen += frame.body.len();
-                    }
-                    Ok(Deframed::NeedBytes) => break,
-                    Ok(Deframed::NeedBuffer) => panic!("two buffers of each size are enough"),
-                    Err(_) => break 'stream,
-                }
-            }
-        }
-    }
-    drop(deframer);
-    assert_eq!(pool.free(), (2, 2));
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::{Kind, Priority};
@@ -429,6 +393,39 @@ mod tests {
         assert_eq!(&next(&mut deframer).body[..], b"hidden");
     }
 
+    /// `data` as a byte stream, in pieces whose sizes it chooses: what comes out is what went in.
+    fn deframe_pieces(data: &[u8]) {
+        let pool = Pool::new(PoolConfig { small: 2, large: 2 });
+        let mut deframer = Deframer::new(pool.clone());
+        let (mut rest, mut seen) = (data, 0);
+        'stream: while !rest.is_empty() {
+            let piece = rest.len().min(usize::from(rest[0]) * 16 + 1);
+            let mut bytes = &rest[..piece];
+            rest = &rest[piece..];
+            while !bytes.is_empty() {
+                let pushed = deframer.push(bytes);
+                assert!(pushed > 0, "there is room after all frames are out");
+                bytes = &bytes[pushed..];
+                loop {
+                    match deframer.next_frame() {
+                        Ok(Deframed::Frame(frame)) => {
+                            let wire = frame.header.encode();
+                            assert_eq!(wire, data[seen..][..HEADER_BYTES]);
+                            seen += HEADER_BYTES;
+                            assert_eq!(frame.body[..], data[seen..][..frame.body.len()]);
+                            seen += frame.body.len();
+                        }
+                        Ok(Deframed::NeedBytes) => break,
+                        Ok(Deframed::NeedBuffer) => panic!("two buffers of each size are enough"),
+                        Err(_) => break 'stream,
+                    }
+                }
+            }
+        }
+        drop(deframer);
+        assert_eq!(pool.free(), (2, 2));
+    }
+
     proptest! {
         #[test]
         fn any_cut_gives_the_same_frames(
@@ -463,7 +460,7 @@ mod tests {
             body in prop::collection::vec(any::<u8>(), 0..2000),
             flip in prop::option::of(any::<prop::sample::Index>()),
         ) {
-            fuzz_deframer(&noise);
+            deframe_pieces(&noise);
             let mut wire = frame(Kind::Rows, &body);
             wire.extend(frame(Kind::Ping, &body));
             if let Some(flip) = flip {
@@ -471,7 +468,7 @@ mod tests {
                 wire[at] ^= 0x10;
             }
             wire.extend(noise);
-            fuzz_deframer(&wire);
+            deframe_pieces(&wire);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Completion, Link, LinkCounters, PeerId, Waker};
+use super::{Completion, Link, PeerId, Sending, Waker, give_back};
 use crate::pool::Buf;
 
 /// Bytes that one direction of a pipe holds.
@@ -139,8 +139,7 @@ struct Peer {
     end: Option<End>,
     connecting: bool,
     closing: bool,
-    /// Buffers to send; the first `.1` bytes of them are through.
-    sending: Option<(Vec<Buf>, usize)>,
+    sending: Option<Sending>,
     receiving: Option<Buf>,
 }
 
@@ -178,7 +177,7 @@ impl Link for MemoryLink {
             return;
         };
         assert!(peer.sending.is_none(), "one send at a time");
-        peer.sending = Some((bufs, 0));
+        peer.sending = Some(Sending::new(bufs));
     }
 
     fn receive(&mut self, peer: PeerId, mut buf: Buf) {
@@ -216,8 +215,8 @@ impl Link for MemoryLink {
     }
 
     /// No system calls are counted: waiting is the only one, and it is a condition variable's.
-    fn counters(&self) -> LinkCounters {
-        LinkCounters::default()
+    fn syscalls(&self) -> u64 {
+        0
     }
 }
 
@@ -258,14 +257,11 @@ impl Peer {
             done.push(Completion::Connected { peer: id });
         }
         let mut moved = 0;
-        if let Some((bufs, through)) = &mut self.sending {
-            let count = push(&mut lock(&end.writes), bufs, *through);
-            *through += count;
+        if let Some(sending) = &mut self.sending {
+            let count = push(&mut lock(&end.writes), sending);
             moved += count;
-            if *through == bufs.iter().map(|buf| buf.wire().len()).sum() {
-                let bufs = std::mem::take(bufs);
-                self.sending = None;
-                done.push(Completion::Sent { peer: id, bufs });
+            if sending.advance(count) {
+                give_back(id, &mut self.sending, &mut None, done);
             }
         }
         let mut over = false;
@@ -289,12 +285,7 @@ impl Peer {
     }
 
     fn finish(&mut self, id: PeerId, error: Option<io::Error>, done: &mut Vec<Completion>) -> bool {
-        if let Some((bufs, _)) = self.sending.take() {
-            done.push(Completion::Sent { peer: id, bufs });
-        }
-        if let Some(buf) = self.receiving.take() {
-            done.push(Completion::Received { peer: id, buf, bytes: 0 });
-        }
+        give_back(id, &mut self.sending, &mut self.receiving, done);
         if let Some(end) = self.end.take() {
             lock(&end.reads).closed = true;
             lock(&end.writes).closed = true;
@@ -305,12 +296,10 @@ impl Peer {
     }
 }
 
-/// Appends bytes of `bufs` from `through` on, as many as fit, and returns how many.
-fn push(flow: &mut Flow, bufs: &[Buf], through: usize) -> usize {
-    let (mut skip, mut count) = (through, 0);
-    for bytes in bufs.iter().map(Buf::wire) {
-        let rest = &bytes[skip.min(bytes.len())..];
-        skip = skip.saturating_sub(bytes.len());
+/// Appends bytes of a send, as many as fit, and returns how many.
+fn push(flow: &mut Flow, sending: &Sending) -> usize {
+    let mut count = 0;
+    for rest in sending.rest() {
         let room = PIPE_BYTES - flow.bytes.len();
         let fits = &rest[..rest.len().min(room)];
         flow.bytes.extend(fits);

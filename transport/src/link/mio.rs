@@ -11,7 +11,7 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 
 use super::socket::{Accepting, limit_unsent};
-use super::{Completion, Link, LinkCounters, PeerId, Waker};
+use super::{Completion, Link, PeerId, Sending, Waker, give_back};
 use crate::pool::Buf;
 
 const LISTENER: Token = Token(0);
@@ -49,8 +49,7 @@ struct Peer {
     /// The end of the stream is in the kernel already: no further event comes.
     read_closed: bool,
     writable: bool,
-    /// Buffers to send; the first `.1` bytes of them are through.
-    sending: Option<(Vec<Buf>, usize)>,
+    sending: Option<Sending>,
     receiving: Option<Buf>,
     /// Index in `active`.
     active: bool,
@@ -129,18 +128,13 @@ impl MioLink {
             };
             self.syscalls += 1;
             match listener.accept() {
-                Ok((stream, address)) => {
-                    // Small frames must not wait for each other.
-                    let inserted =
-                        stream.set_nodelay(true).and_then(|()| self.insert(stream, false));
-                    match inserted {
-                        Ok(peer) => {
-                            self.accepting.note(None);
-                            done.push(Completion::Accepted { peer, address });
-                        }
-                        Err(error) => self.accepting.note(Some(&error)),
+                Ok((stream, address)) => match self.insert(stream, false) {
+                    Ok(peer) => {
+                        self.accepting.note(None);
+                        done.push(Completion::Accepted { peer, address });
                     }
-                }
+                    Err(error) => self.accepting.note(Some(&error)),
+                },
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.listener_ready = false,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -168,7 +162,7 @@ impl MioLink {
                 let mut peer = self.peers.remove(&id).expect("it was there a line above");
                 // A socket that is closed leaves the poll by itself, if this fails.
                 let _ = self.poll.registry().deregister(&mut peer.stream);
-                peer.give_back(id, done);
+                give_back(id, &mut peer.sending, &mut peer.receiving, done);
                 done.push(Completion::Closed { peer: id, error });
             }
         }
@@ -214,7 +208,7 @@ impl Link for MioLink {
             return;
         };
         assert!(peer.sending.is_none(), "one send at a time");
-        peer.sending = Some((bufs, 0));
+        peer.sending = Some(Sending::new(bufs));
     }
 
     fn receive(&mut self, peer: PeerId, mut buf: Buf) {
@@ -255,8 +249,8 @@ impl Link for MioLink {
         self.listener.as_ref().and_then(|listener| listener.local_addr().ok())
     }
 
-    fn counters(&self) -> LinkCounters {
-        LinkCounters { syscalls: self.syscalls }
+    fn syscalls(&self) -> u64 {
+        self.syscalls
     }
 }
 
@@ -304,19 +298,20 @@ impl Peer {
         done: &mut Vec<Completion>,
     ) -> io::Result<()> {
         while self.writable
-            && let Some((bufs, through)) = &mut self.sending
+            && let Some(sending) = &mut self.sending
         {
             let mut slices = [IoSlice::new(&[]); SLICES];
-            let (count, bytes) = fill(&mut slices, bufs, *through);
+            let (mut count, mut bytes) = (0, 0);
+            for (slice, rest) in slices.iter_mut().zip(sending.rest()) {
+                *slice = IoSlice::new(rest);
+                (count, bytes) = (count + 1, bytes + rest.len());
+            }
             *syscalls += 1;
             match write(&self.stream, &slices[..count]) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => {
-                    *through += written;
-                    if *through == bufs.iter().map(|buf| buf.wire().len()).sum() {
-                        let bufs = std::mem::take(bufs);
-                        self.sending = None;
-                        done.push(Completion::Sent { peer: id, bufs });
+                    if sending.advance(written) {
+                        give_back(id, &mut self.sending, &mut None, done);
                     } else if written < bytes {
                         self.writable = false;
                     }
@@ -365,15 +360,6 @@ impl Peer {
         }
         Ok(false)
     }
-
-    fn give_back(&mut self, id: PeerId, done: &mut Vec<Completion>) {
-        if let Some((bufs, _)) = self.sending.take() {
-            done.push(Completion::Sent { peer: id, bufs });
-        }
-        if let Some(buf) = self.receiving.take() {
-            done.push(Completion::Received { peer: id, buf, bytes: 0 });
-        }
-    }
 }
 
 /// Writes without raising a signal when the peer is gone: this may run inside of a program that
@@ -388,19 +374,4 @@ fn write(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
 #[cfg(not(unix))]
 fn write(mut stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     io::Write::write_vectored(&mut stream, slices)
-}
-
-/// Lists the parts of `bufs` from `through` on, and returns how many parts and bytes.
-fn fill<'a>(slices: &mut [IoSlice<'a>], bufs: &'a [Buf], through: usize) -> (usize, usize) {
-    let (mut skip, mut count, mut total) = (through, 0, 0);
-    for bytes in bufs.iter().map(Buf::wire) {
-        let rest = &bytes[skip.min(bytes.len())..];
-        skip = skip.saturating_sub(bytes.len());
-        if !rest.is_empty() && count < slices.len() {
-            slices[count] = IoSlice::new(rest);
-            count += 1;
-            total += rest.len();
-        }
-    }
-    (count, total)
 }

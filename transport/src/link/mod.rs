@@ -98,13 +98,6 @@ pub enum Completion {
     Woken,
 }
 
-/// Counts of a link's requests to the operating system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LinkCounters {
-    /// System calls made for waiting, accepting, sending and receiving.
-    pub syscalls: u64,
-}
-
 /// Moves bytes; see the [module](self) page for the rules.
 pub trait Link: Send {
     /// Starts to connect; [`Completion::Connected`] or [`Completion::Closed`] follows.
@@ -143,8 +136,52 @@ pub trait Link: Send {
     /// Address that the link listens at.
     fn local_address(&self) -> Option<SocketAddr>;
 
-    /// Counts of the link's requests to the operating system so far.
-    fn counters(&self) -> LinkCounters;
+    /// System calls made so far for waiting, accepting, sending and receiving.
+    fn syscalls(&self) -> u64;
+}
+
+/// A send that is under way.
+struct Sending {
+    bufs: Vec<Buf>,
+    /// Bytes of the buffers that are through.
+    through: usize,
+}
+
+impl Sending {
+    fn new(bufs: Vec<Buf>) -> Self {
+        Self { bufs, through: 0 }
+    }
+
+    /// The bytes that are not through, buffer by buffer.
+    fn rest(&self) -> impl Iterator<Item = &[u8]> {
+        let mut skip = self.through;
+        self.bufs.iter().map(Buf::wire).filter_map(move |bytes| {
+            let rest = &bytes[skip.min(bytes.len())..];
+            skip = skip.saturating_sub(bytes.len());
+            (!rest.is_empty()).then_some(rest)
+        })
+    }
+
+    /// Counts bytes as through; true if there are no more.
+    fn advance(&mut self, bytes: usize) -> bool {
+        self.through += bytes;
+        self.rest().next().is_none()
+    }
+}
+
+/// Gives back what a peer that is gone had under way.
+fn give_back(
+    peer: PeerId,
+    sending: &mut Option<Sending>,
+    receiving: &mut Option<Buf>,
+    done: &mut Vec<Completion>,
+) {
+    if let Some(Sending { bufs, .. }) = sending.take() {
+        done.push(Completion::Sent { peer, bufs });
+    }
+    if let Some(buf) = receiving.take() {
+        done.push(Completion::Received { peer, buf, bytes: 0 });
+    }
 }
 
 /// Ends a [`Link::wait`] from another thread. Many wakes before one wait are one

@@ -21,7 +21,7 @@ use rustix::event::EventfdFlags;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
 
 use super::socket::Accepting;
-use super::{Completion, Link, LinkCounters, PeerId, Waker};
+use super::{Completion, Link, PeerId, Sending, Waker, give_back};
 use crate::pool::Buf;
 use setup::build;
 
@@ -82,8 +82,8 @@ struct Peer {
     connecting: bool,
     closing: bool,
     error: Option<io::Error>,
-    /// Buffers that the kernel reads; the first `.1` bytes of them are through.
-    sending: Option<(Vec<Buf>, usize)>,
+    /// The buffers that the kernel reads.
+    sending: Option<Sending>,
     /// The list of slices that the kernel reads while `sending`.
     message: Box<SendMessage>,
     /// The buffer that the kernel writes.
@@ -108,17 +108,13 @@ impl SendMessage {
         Box::new(Self { header, slices: [empty; SLICES] })
     }
 
-    /// Points to the bytes of `bufs` from `through` on.
-    fn fill(&mut self, bufs: &[Buf], through: usize) -> *const libc::msghdr {
-        let (mut skip, mut count) = (through, 0);
-        for bytes in bufs.iter().map(Buf::wire) {
-            let rest = &bytes[skip.min(bytes.len())..];
-            skip = skip.saturating_sub(bytes.len());
-            if !rest.is_empty() && count < SLICES {
-                let iov_base = rest.as_ptr().cast_mut().cast();
-                self.slices[count] = libc::iovec { iov_base, iov_len: rest.len() };
-                count += 1;
-            }
+    /// Points to the bytes of a send that are not through.
+    fn fill(&mut self, sending: &Sending) -> *const libc::msghdr {
+        let mut count = 0;
+        for (slice, rest) in self.slices.iter_mut().zip(sending.rest()) {
+            let iov_base = rest.as_ptr().cast_mut().cast();
+            *slice = libc::iovec { iov_base, iov_len: rest.len() };
+            count += 1;
         }
         self.header.msg_iov = self.slices.as_mut_ptr();
         self.header.msg_iovlen = count as _;
@@ -239,10 +235,10 @@ impl UringLink {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
-        let Some((bufs, through)) = &peer.sending else {
+        let Some(sending) = &peer.sending else {
             return;
         };
-        let message = peer.message.fill(bufs, *through);
+        let message = peer.message.fill(sending);
         let entry = opcode::SendMsg::new(Fd(peer.socket.as_raw_fd()), message)
             .flags((libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32)
             .build()
@@ -402,22 +398,17 @@ impl UringLink {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
-        let Some((bufs, through)) = &mut peer.sending else {
+        let Some(sending) = &mut peer.sending else {
             return;
         };
         let again = match &result {
-            Ok(bytes) => {
-                *through += bytes;
-                *bytes > 0 && *through < bufs.iter().map(|buf| buf.wire().len()).sum()
-            }
+            Ok(bytes) => !sending.advance(*bytes) && *bytes > 0,
             Err(error) => is_passing(error),
         };
         if again && !peer.closing {
             return self.submit_send(id);
         }
-        let bufs = std::mem::take(bufs);
-        peer.sending = None;
-        done.push(Completion::Sent { peer: id, bufs });
+        give_back(id, &mut peer.sending, &mut None, done);
         if let Err(error) = result {
             self.begin_close(id, Some(error));
         }
@@ -476,7 +467,7 @@ impl Link for UringLink {
         if state.closing {
             return self.late.push(Completion::Sent { peer, bufs });
         }
-        state.sending = Some((bufs, 0));
+        state.sending = Some(Sending::new(bufs));
         self.submit_send(peer);
     }
 
@@ -525,8 +516,8 @@ impl Link for UringLink {
         self.listener.as_ref().and_then(|listener| listener.local_addr().ok())
     }
 
-    fn counters(&self) -> LinkCounters {
-        LinkCounters { syscalls: self.syscalls }
+    fn syscalls(&self) -> u64 {
+        self.syscalls
     }
 }
 

@@ -1,7 +1,5 @@
 //! HELLO and CLOSE: how a link begins and how it ends. Both keep their layout in all versions.
 
-use std::ops::RangeInclusive;
-
 use super::MessageError;
 use super::wire::{Reader, Writer, cut, value};
 use crate::frame::FRAME_BYTES_MAX;
@@ -19,24 +17,38 @@ pub enum Role {
     Cloud = 1,
 }
 
+/// The link that a HELLO is about, and the place where it goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkState {
+    /// The device's random name for this link; a cloud repeats it.
+    pub id: [u8; 16],
+    /// The cloud's name for its memory of the link. A device says the last one that it heard, 0
+    /// at first. Equal epochs on both sides mean that the link goes on.
+    pub epoch: u64,
+    /// The `seq` expected next: where the peer's replay starts.
+    pub recv_next: u32,
+}
+
+/// Pages of keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvPages {
+    /// Number format of keys and values.
+    pub kv_type: u8,
+    /// Rows of one page.
+    pub page_size: u16,
+}
+
 /// The first frame of each direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Oldest wire version spoken.
-    pub min_version: u16,
-    /// Newest wire version spoken.
-    pub max_version: u16,
+    /// Oldest and newest wire version spoken.
+    pub versions: (u16, u16),
     /// Bits of optional features; none are defined yet.
     pub features: u64,
     /// End that speaks.
     pub role: Role,
-    /// The device's random name for this link; a cloud repeats it.
-    pub link_id: [u8; 16],
-    /// The cloud's name for its memory of the link. A device says the last one that it heard, 0
-    /// at first. Equal epochs on both sides mean that the link goes on.
-    pub link_epoch: u64,
-    /// The `seq` expected next: where the peer's replay starts.
-    pub recv_next: u32,
+    /// The link that is spoken of.
+    pub link: LinkState,
     /// Longest frame that the speaker takes, header included.
     pub frame_bytes_max: u32,
     /// Identity of the split model; equal in both halves.
@@ -55,10 +67,8 @@ pub struct Hello {
     pub row_budget: u32,
     /// Uncommitted rows that a session may have beyond its prompt's.
     pub rows_pending_max: u16,
-    /// Rows of one KV page.
-    pub page_size: u16,
-    /// Number format of keys and values.
-    pub kv_type: u8,
+    /// Pages of keys and values.
+    pub kv: KvPages,
     /// Cloud: pipeline stages of its middle layers, from 1 on. Device: 0.
     pub stages: u16,
 }
@@ -71,13 +81,10 @@ impl Hello {
     #[must_use]
     pub const fn new(role: Role) -> Self {
         Self {
-            min_version: crate::WIRE_VERSION as u16,
-            max_version: crate::WIRE_VERSION as u16,
+            versions: (crate::WIRE_VERSION as u16, crate::WIRE_VERSION as u16),
             features: 0,
             role,
-            link_id: [0; 16],
-            link_epoch: 0,
-            recv_next: 0,
+            link: LinkState { id: [0; 16], epoch: 0, recv_next: 0 },
             frame_bytes_max: FRAME_BYTES_MAX as u32,
             model_id: [0; 32],
             arithmetic_id: 0,
@@ -87,8 +94,7 @@ impl Hello {
             codecs: 0,
             row_budget: 0,
             rows_pending_max: 0,
-            page_size: 0,
-            kv_type: 0,
+            kv: KvPages { kv_type: 0, page_size: 0 },
             stages: 0,
         }
     }
@@ -96,14 +102,8 @@ impl Hello {
     /// The newest wire version that both speak.
     #[must_use]
     pub fn common_version(&self, peer: &Self) -> Option<u16> {
-        let version = self.max_version.min(peer.max_version);
-        (version >= self.min_version.max(peer.min_version)).then_some(version)
-    }
-
-    /// The wire versions spoken.
-    #[must_use]
-    pub fn versions(&self) -> RangeInclusive<u16> {
-        self.min_version..=self.max_version
+        let version = self.versions.1.min(peer.versions.1);
+        (version >= self.versions.0.max(peer.versions.0)).then_some(version)
     }
 
     /// Reads a HELLO body. Bytes behind the known fields belong to later versions.
@@ -117,12 +117,13 @@ impl Hello {
             return Err(value("magic", "\"hat\\0\"", u32::from_le_bytes(magic)));
         }
         let hello = Self {
-            min_version: from.u16("min_version")?,
-            max_version: from.u16("max_version")?,
+            versions: (from.u16("min_version")?, from.u16("max_version")?),
             features: from.u64("features")?,
-            link_id: from.array("link_id")?,
-            link_epoch: from.u64("link_epoch")?,
-            recv_next: from.u32("recv_next")?,
+            link: LinkState {
+                id: from.array("link_id")?,
+                epoch: from.u64("link_epoch")?,
+                recv_next: from.u32("recv_next")?,
+            },
             frame_bytes_max: from.u32("frame_bytes_max")?,
             model_id: from.array("model_id")?,
             arithmetic_id: from.u32("arithmetic_id")?,
@@ -132,8 +133,7 @@ impl Hello {
             codecs: from.u32("codecs")?,
             row_budget: from.u32("row_budget")?,
             rows_pending_max: from.u16("rows_pending_max")?,
-            page_size: from.u16("page_size")?,
-            kv_type: from.u8("kv_type")?,
+            kv: KvPages::read(&mut from)?,
             role: match from.u8("role")? {
                 0 => Role::Device,
                 1 => Role::Cloud,
@@ -141,8 +141,8 @@ impl Hello {
             },
             stages: from.u16("stages")?,
         };
-        if hello.min_version > hello.max_version {
-            return Err(value("min_version", "at most max_version", hello.min_version));
+        if hello.versions.0 > hello.versions.1 {
+            return Err(value("min_version", "at most max_version", hello.versions.0));
         }
         if hello.entry_layer > hello.exit_layer {
             return Err(value("entry_layer", "at most exit_layer", hello.entry_layer));
@@ -155,12 +155,12 @@ impl Hello {
 
     pub(super) fn write(&self, to: &mut Writer<'_>) {
         to.bytes(&HELLO_MAGIC);
-        to.u16(self.min_version);
-        to.u16(self.max_version);
+        to.u16(self.versions.0);
+        to.u16(self.versions.1);
         to.u64(self.features);
-        to.bytes(&self.link_id);
-        to.u64(self.link_epoch);
-        to.u32(self.recv_next);
+        to.bytes(&self.link.id);
+        to.u64(self.link.epoch);
+        to.u32(self.link.recv_next);
         to.u32(self.frame_bytes_max);
         to.bytes(&self.model_id);
         to.u32(self.arithmetic_id);
@@ -170,10 +170,17 @@ impl Hello {
         to.u32(self.codecs);
         to.u32(self.row_budget);
         to.u16(self.rows_pending_max);
-        to.u16(self.page_size);
-        to.u8(self.kv_type);
+        to.u16(self.kv.page_size);
+        to.u8(self.kv.kv_type);
         to.u8(self.role as u8);
         to.u16(self.stages);
+    }
+}
+
+impl KvPages {
+    fn read(from: &mut Reader<'_>) -> Result<Self, MessageError> {
+        let page_size = from.u16("page_size")?;
+        Ok(Self { page_size, kv_type: from.u8("kv_type")? })
     }
 }
 
@@ -251,10 +258,6 @@ impl<'a> Close<'a> {
     pub(super) fn read(from: &mut Reader<'a>) -> Result<Self, MessageError> {
         let code = CloseCode::from_wire(from.u16("code")?);
         Ok(Self { code, reason: from.text("reason")? })
-    }
-
-    pub(super) fn encoded_len(&self) -> usize {
-        2 + cut(self.reason).len()
     }
 
     pub(super) fn write(&self, to: &mut Writer<'_>) {

@@ -169,10 +169,6 @@ impl<'a> Rows<'a> {
         Ok(Self { head, parents, payload: from.payload(head.count)? })
     }
 
-    pub(super) fn encoded_len(&self) -> usize {
-        self.head.payload_start() + self.payload.len()
-    }
-
     pub(super) fn write(&self, to: &mut Writer<'_>) {
         self.head.write(to);
         to.bytes(self.parents.bytes);
@@ -278,10 +274,6 @@ impl<'a> Output<'a> {
             return Err(value("ids", "row ids, from 1 on", 0u32));
         }
         Ok(Self { head, ids, payload: from.payload(count)? })
-    }
-
-    pub(super) fn encoded_len(&self) -> usize {
-        self.head.payload_start() + self.payload.len()
     }
 
     pub(super) fn write(&self, to: &mut Writer<'_>) {

@@ -109,19 +109,26 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Writes fields to the front of a body. Too small a body is a bug of the caller, and panics.
+/// Writes fields to the front of a body, or counts their bytes alone. Too small a body is a bug of
+/// the caller, and panics.
 pub(super) struct Writer<'a> {
-    to: &'a mut [u8],
+    to: Option<&'a mut [u8]>,
     written: usize,
 }
 
 impl<'a> Writer<'a> {
     pub(super) fn new(to: &'a mut [u8]) -> Self {
-        Self { to, written: 0 }
+        Self { to: Some(to), written: 0 }
+    }
+
+    pub(super) fn counting() -> Self {
+        Self { to: None, written: 0 }
     }
 
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
-        self.to[self.written..][..bytes.len()].copy_from_slice(bytes);
+        if let Some(to) = &mut self.to {
+            to[self.written..][..bytes.len()].copy_from_slice(bytes);
+        }
         self.written += bytes.len();
     }
 

@@ -53,7 +53,7 @@ impl App {
     }
 
     fn send(&mut self, from: &mut Endpoint, to: ConnectionId, session: u32, bytes: usize) -> bool {
-        let Some(mut body) = FrameSink::buffer(from, bytes) else { return false };
+        let Some(mut body) = FrameSink::buffer(from, Priority::Verify, bytes) else { return false };
         let number = self.sent.entry(session).or_default();
         body.fill(*number as u8);
         body[..8].copy_from_slice(&self.tag.to_le_bytes());
@@ -374,7 +374,7 @@ impl World {
             let (Some(endpoint), Some(id)) = (&end.endpoint, end.apps.keys().next()) else {
                 return false;
             };
-            (1..=SESSIONS).all(|session| !endpoint.holds(*id, session))
+            (1..=SESSIONS).all(|session| endpoint.held(*id, session) == 0)
         })
     }
 
@@ -394,8 +394,8 @@ impl World {
             // A connection has one for PING and its like, and its socket one to receive into.
             let used = (end.pool.small as usize - small, end.pool.large as usize - large);
             assert!(used.0 + used.1 <= 2, "{used:?} buffers are not back");
-            let counters = end.apps.keys().map(|id| endpoint.counters(*id).unwrap());
-            self.seen.replayed += counters.map(|it| it.traffic.replayed_frames).sum::<u64>();
+            let traffic = end.apps.keys().map(|id| endpoint.traffic(*id).unwrap());
+            self.seen.replayed += traffic.map(|it| it.replayed_frames).sum::<u64>();
         }
     }
 }

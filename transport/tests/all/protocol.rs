@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use hat_transport::codec::Codec;
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::message::{
-    Arrivals, Close, CloseCode, End, Hello, KV_F16, Message, Open, Output, OutputHead, Role, Rows,
-    RowsHead, SessionErrorCode, Want,
+    Arrivals, Close, CloseCode, End, Hello, KV_F16, KvPages, LinkState, Message, Open, Output,
+    OutputHead, PAGE_ID_BYTES, Role, Rows, RowsHead, SessionErrorCode, Want,
 };
 use hat_transport::pool::{Pool, PoolConfig};
 
@@ -83,7 +83,7 @@ fn body(message: &Message<'_>) -> Vec<u8> {
 
 fn hello() -> Vec<u8> {
     body(&Message::Hello(Hello {
-        link_id: *b"a link's own id.",
+        link: LinkState { id: *b"a link's own id.", ..LinkState::default() },
         model_id: [0xab; 32],
         arithmetic_id: 1,
         hidden_size: 2,
@@ -91,8 +91,7 @@ fn hello() -> Vec<u8> {
         exit_layer: 30,
         codecs: 1 << Codec::F32.id() | 1 << Codec::F16.id(),
         rows_pending_max: 64,
-        page_size: 32,
-        kv_type: KV_F16,
+        kv: KvPages { kv_type: KV_F16, page_size: 32 },
         ..Hello::new(Role::Device)
     }))
 }
@@ -208,8 +207,10 @@ fn the_tables_are_what_the_code_says() {
 #[test]
 fn the_sizes_are_what_the_code_says() {
     assert!(DOCUMENT.contains(&format!("HELLO ({} bytes", Hello::BYTES)));
-    assert!(DOCUMENT.contains(&format!("OPEN ({} bytes", Open::BYTES)));
-    assert!(DOCUMENT.contains(&format!("END ({} bytes", End::BYTES)));
+    assert!(DOCUMENT.contains(&format!("OPEN ({} bytes", open().len() - PAGE_ID_BYTES)));
+    assert!(
+        DOCUMENT.contains(&format!("END ({} bytes", Message::End(End::default()).encoded_len()))
+    );
     assert!(DOCUMENT.contains(&format!("ROWS ({} bytes", RowsHead::BYTES)));
     assert!(DOCUMENT.contains(&format!("OUTPUT ({} bytes", OutputHead::BYTES)));
     // A pool buffer holds what the document says that a frame is at most.

@@ -207,7 +207,7 @@ impl Clients {
         sink: &mut dyn FrameSink,
     ) -> Option<Buf> {
         let waits = self.by_id.get(&to).is_some_and(|client| !client.send_queue.is_empty());
-        if waits { None } else { sink.buffer(bytes) }
+        if waits { None } else { sink.buffer(Priority::Verify, bytes) }
     }
 
     /// Keeps an output until it can be sent.
@@ -284,7 +284,7 @@ impl Clients {
             let session = output.session;
             let is_open = is_open(to, session);
             if is_open {
-                let Some(mut body) = sink.buffer(output.body.len()) else {
+                let Some(mut body) = sink.buffer(Priority::Verify, output.body.len()) else {
                     return Flushed::NoBuffer;
                 };
                 body.body_mut().copy_from_slice(&output.body);

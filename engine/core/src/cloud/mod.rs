@@ -82,57 +82,60 @@ pub enum LinkEvent {
     Gone,
 }
 
-/// Figures of a cloud, over its life: numbers, or counters that are shared. All only grow, but
-/// `sessions`, `pages_free` and `pages_idle`, which are what they are now.
+/// Counters of a cloud, over its life. All only grow, but `sessions`, `pages_free` and `pages_idle`,
+/// which are what they are now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CloudFigures<N = u64> {
+pub struct CloudFigures<T = u64> {
     /// Steps run.
-    pub steps: N,
+    pub steps: T,
     /// Rows run.
-    pub rows: N,
+    pub rows: T,
     /// Microseconds spent in steps.
-    pub step_us: N,
+    pub step_us: T,
     /// Sessions opened.
-    pub opened: N,
+    pub opened: T,
     /// Sessions and connections refused or ended for something that the peer did.
-    pub refused: N,
+    pub refused: T,
     /// Idle sessions ended for the sake of others.
-    pub evicted: N,
+    pub evicted: T,
     /// Devices told to come back later.
-    pub busy: N,
+    pub busy: T,
     /// Rows not computed, since their device had gone another way before their step.
-    pub dropped: N,
+    pub dropped: T,
     /// Sessions open now.
-    pub sessions: N,
+    pub sessions: T,
     /// KV pages that a new session can have now, those that are kept for others included.
-    pub pages_free: N,
+    pub pages_free: T,
     /// Steps that a backend did not compute.
-    pub faults: N,
+    pub faults: T,
     /// Free pages whose rows are kept: a session that names them need not upload those.
-    pub pages_idle: N,
+    pub pages_idle: T,
     /// Pages that sessions found when they opened.
-    pub pages_reused: N,
+    pub pages_reused: T,
 }
 
-impl<N> CloudFigures<N> {
-    /// Each figure, and the one of the same name in `other`.
-    pub fn zip<'a, M>(&'a self, other: &'a mut CloudFigures<M>) -> [(&'a N, &'a mut M); 13] {
-        [
-            (&self.steps, &mut other.steps),
-            (&self.rows, &mut other.rows),
-            (&self.step_us, &mut other.step_us),
-            (&self.opened, &mut other.opened),
-            (&self.refused, &mut other.refused),
-            (&self.evicted, &mut other.evicted),
-            (&self.busy, &mut other.busy),
-            (&self.dropped, &mut other.dropped),
-            (&self.sessions, &mut other.sessions),
-            (&self.pages_free, &mut other.pages_free),
-            (&self.faults, &mut other.faults),
-            (&self.pages_idle, &mut other.pages_idle),
-            (&self.pages_reused, &mut other.pages_reused),
-        ]
+impl<T> CloudFigures<T> {
+    /// Joins each figure with the other's of the same name.
+    pub fn zip<U, V>(
+        &self,
+        other: &CloudFigures<U>,
+        join: impl Fn(&T, &U) -> V,
+    ) -> CloudFigures<V> {
+        CloudFigures {
+            steps: join(&self.steps, &other.steps),
+            rows: join(&self.rows, &other.rows),
+            step_us: join(&self.step_us, &other.step_us),
+            opened: join(&self.opened, &other.opened),
+            refused: join(&self.refused, &other.refused),
+            evicted: join(&self.evicted, &other.evicted),
+            busy: join(&self.busy, &other.busy),
+            dropped: join(&self.dropped, &other.dropped),
+            sessions: join(&self.sessions, &other.sessions),
+            pages_free: join(&self.pages_free, &other.pages_free),
+            faults: join(&self.faults, &other.faults),
+            pages_idle: join(&self.pages_idle, &other.pages_idle),
+            pages_reused: join(&self.pages_reused, &other.pages_reused),
+        }
     }
 }
 

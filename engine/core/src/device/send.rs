@@ -78,7 +78,7 @@ impl OpenSession {
         let rows = usize::from(head.count);
         let parents = if head.tree { out.parents_of(rows) } else { &[] };
         let bytes = head.payload_start() + rows * codec.row_bytes(hidden_size);
-        let mut body = sink.buffer_for(priority, bytes)?;
+        let mut body = sink.buffer(priority, bytes)?;
         let start = head.encode(parents, body.body_mut());
         let hidden = &out.hidden[out.sent * hidden_size..][..rows * hidden_size];
         codec

@@ -75,11 +75,7 @@ impl TestSink {
 }
 
 impl FrameSink for TestSink {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
-        self.buffer_for(Priority::Verify, body_bytes)
-    }
-
-    fn buffer_for(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, priority: Priority, body_bytes: usize) -> Option<Buf> {
         let may = self.has_buffers || priority == Priority::Control;
         if may { self.pool.take(body_bytes) } else { None }
     }

@@ -197,7 +197,7 @@ fn split_once(
     let staging = NewDirectory::create(&out)
         .with_context(|| format!("creating a directory in {}", bundles.display()))?;
     let made = staging.path().join("bundle");
-    pull::split(path, options, &made)?;
+    pull::split(path, None, options, &made)?;
     if content()? != hash {
         bail!("{} was changed while it was split; try again", path.display());
     }
@@ -206,7 +206,8 @@ fn split_once(
     Ok(out)
 }
 
-fn is_whole(out: &Path) -> bool {
+/// True if both halves of a bundle are there.
+pub(super) fn is_whole(out: &Path) -> bool {
     [Role::Device, Role::Cloud].iter().all(|role| out.join(role.name()).join(MANIFEST).is_file())
 }
 

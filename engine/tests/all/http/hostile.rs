@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use hat_engine::http::{HttpConfig, HttpServer, routes};
+use hat_engine::http::{HttpConfig, HttpServer};
 use hat_engine::options::ErrorKind;
 use serde_json::{Value, json};
 
@@ -148,8 +148,13 @@ fn routes_of_requests_and_figures_need_the_key() {
     let key = "Authorization: Bearer hat-secret-key\r\n";
     let body = question(1).to_string();
     let mut open = 0;
-    for (method, pattern) in routes() {
-        let path = pattern.replace("{*id}", "default");
+    let page = server.request("GET", "/", "", "").body;
+    let routes = page.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.next().filter(|word| ["GET", "POST"].contains(word))?, words.next()?))
+    });
+    for (method, path) in routes {
+        let path = path.replace("NAME", "default");
         let body = if method == "POST" { body.as_str() } else { "" };
         if ["/", "/health", "/ready"].contains(&path.as_str()) {
             assert_ne!(server.request(method, &path, "", "").status, 401);

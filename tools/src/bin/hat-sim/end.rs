@@ -143,7 +143,7 @@ pub(crate) struct SendQueue<'a> {
 }
 
 impl FrameSink for SendQueue<'_> {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, _: Priority, body_bytes: usize) -> Option<Buf> {
         self.ends.first()?.pool.take(body_bytes)
     }
 

@@ -44,14 +44,14 @@ fn each_hello_error() {
     let none = ProtocolError::NoHello { kind: Kind::Rows as u8 };
     assert_eq!(hello_error(&frame(|_| {}, b"x")), none);
     let version = ProtocolError::Version { ours: (1, 1), theirs: (2, 3) };
-    let newer = hello(|hello| (hello.min_version, hello.max_version) = (2, 3));
+    let newer = hello(|hello| hello.versions = (2, 3));
     assert_eq!(hello_error(&newer), version);
     assert_eq!(version.close_code(), CloseCode::Version);
     let text = version.to_string();
     assert!(text.contains("(1, 1)") && text.contains("(2, 3)"), "{text}");
     let role = ProtocolError::Role { role: Role::Cloud };
     assert_eq!(hello_error(&hello(|hello| hello.role = Role::Cloud)), role);
-    assert_eq!(hello_error(&hello(|hello| hello.link_id[0] = 0)), ProtocolError::Link);
+    assert_eq!(hello_error(&hello(|hello| hello.link.id[0] = 0)), ProtocolError::Link);
     // An unknown peer does not get a large buffer by announcing a large frame.
     let long = frame(|header| (header.kind, header.session) = (1, 0), &[0; 2000]);
     let length = HeaderError::Length { len: 2000, max: 1024 };
@@ -59,6 +59,6 @@ fn each_hello_error() {
     let bad = hello(|hello| hello.frame_bytes_max = 1);
     assert!(matches!(hello_error(&bad), ProtocolError::Message { kind: Kind::Hello, .. }));
     let replay = ProtocolError::Replay { recv_next: 3, oldest: 0, next: 0 };
-    let resumes = hello(|hello| (hello.link_epoch, hello.recv_next) = (EPOCH, 3));
+    let resumes = hello(|hello| (hello.link.epoch, hello.link.recv_next) = (EPOCH, 3));
     assert_eq!(hello_error(&resumes), replay);
 }

@@ -12,7 +12,7 @@ use hat_transport::pool::PoolConfig;
 use super::pair::{Pair, config, kinds, take_frame};
 
 fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, body_bytes: usize) -> bool {
-    let Some(mut body) = from.buffer(body_bytes) else {
+    let Some(mut body) = from.buffer(Priority::Verify, body_bytes) else {
         return false;
     };
     body.fill(7);
@@ -20,18 +20,21 @@ fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, body_bytes: usize) ->
 }
 
 /// System calls of both ends so far.
-fn syscalls(pair: &Pair, cloud: ConnectionId) -> u64 {
-    let device = pair.device.counters(pair.dialled).unwrap().syscalls;
-    device + pair.cloud.counters(cloud).unwrap().syscalls
+fn syscalls(pair: &Pair) -> u64 {
+    pair.device.syscalls() + pair.cloud.syscalls()
+}
+
+fn copied(endpoint: &Endpoint, id: ConnectionId) -> u64 {
+    endpoint.traffic(id).unwrap().copied_bytes
 }
 
 /// Many small frames at once: one system call a frame, both ends together.
 fn a_burst_needs_one_call_a_frame(kind: LinkKind) {
     const FRAMES: u64 = 256;
     let mut pair = Pair::new(kind);
-    let (cloud, _) = pair.up();
+    pair.up();
     let device = pair.dialled;
-    let before = syscalls(&pair, cloud);
+    let before = syscalls(&pair);
     for _ in 0..FRAMES {
         assert!(send(&mut pair.device, device, Kind::Rows, 1168));
     }
@@ -44,7 +47,7 @@ fn a_burst_needs_one_call_a_frame(kind: LinkKind) {
             got += 1;
         }
     }
-    let calls = syscalls(&pair, cloud) - before;
+    let calls = syscalls(&pair) - before;
     eprintln!("{kind}: {calls} system calls for {FRAMES} small frames");
     assert!(calls <= FRAMES, "{kind}: {calls} system calls for {FRAMES} frames");
 }
@@ -63,20 +66,19 @@ fn echo(mut cloud: Endpoint) -> (u64, u64, Endpoint) {
         cloud.poll(None, &mut events).unwrap();
         for event in events.drain(..) {
             if let Event::Frame { connection, frame } = event {
-                let counters = cloud.counters(connection).unwrap();
-                before.get_or_insert((connection, counters));
+                let now = (connection, cloud.syscalls(), copied(&cloud, connection));
+                before.get_or_insert(now);
                 drop(frame);
                 assert!(send(&mut cloud, connection, Kind::Output, 1168));
                 echoed += 1;
             }
         }
     }
-    let (connection, before) = before.unwrap();
-    let after = cloud.counters(connection).unwrap();
+    let (connection, calls, copied_before) = before.unwrap();
+    let (calls, copied) = (cloud.syscalls() - calls, copied(&cloud, connection) - copied_before);
     // The last echo is still to be sent.
     cloud.poll(Some(Duration::from_millis(50)), &mut events).unwrap();
-    let copied = after.traffic.copied_bytes - before.traffic.copied_bytes;
-    (after.syscalls - before.syscalls, copied, cloud)
+    (calls, copied, cloud)
 }
 
 /// One verify up, one output down, each end in a thread of its own: (calls, copied bytes) a frame.
@@ -87,17 +89,16 @@ fn ping_pong(kind: LinkKind) -> (f64, u64) {
     while !events.iter().any(|event| matches!(event, Event::Up { .. })) {
         device.poll(None, &mut events).unwrap();
     }
-    let before = device.counters(dialled).unwrap();
+    let (calls_before, copied_before) = (device.syscalls(), copied(&device, dialled));
     for _ in 0..ROUNDS {
         assert!(send(&mut device, dialled, Kind::Rows, 1168));
         while take_frame(&mut events).is_none() {
             device.poll(None, &mut events).unwrap();
         }
     }
-    let after = device.counters(dialled).unwrap();
+    let own = (device.syscalls() - calls_before, copied(&device, dialled) - copied_before);
     let (calls, copied, _cloud) = echo.join().unwrap();
-    let calls = calls + after.syscalls - before.syscalls;
-    let copied = copied + after.traffic.copied_bytes - before.traffic.copied_bytes;
+    let (calls, copied) = (calls + own.0, copied + own.1);
     // Each frame is sent by one end and received by the other: four ends of frames a round.
     (calls as f64 / (4 * ROUNDS) as f64, copied / (2 * ROUNDS))
 }
@@ -129,7 +130,7 @@ fn an_upload_copies_less_than_a_tenth() {
             }
             (got == 100).then_some(())
         });
-        let copied = pair.cloud.counters(cloud).unwrap().traffic.copied_bytes / 100;
+        let copied = copied(&pair.cloud, cloud) / 100;
         eprintln!("{kind}: {copied} bytes copied a frame of {BODY_BYTES_MAX}");
         assert!(copied <= BODY_BYTES_MAX as u64 / 10, "{kind}: {copied}");
     }
@@ -165,7 +166,7 @@ fn an_empty_pool_is_survived() {
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     let device = pair.dialled;
-    let held: Vec<_> = std::iter::from_fn(|| pair.device.buffer(100)).collect();
+    let held: Vec<_> = std::iter::from_fn(|| pair.device.buffer(Priority::Verify, 100)).collect();
     assert!(held.len() < 24, "some are kept for receiving");
     drop(held);
     let (mut sent, mut got) = (0, 0);
@@ -187,14 +188,15 @@ fn the_kernel_takes_little_that_it_can_not_send() {
     for kind in kinds().filter(|kind| *kind != LinkKind::Memory) {
         let mut pair = Pair::new(kind);
         pair.up();
-        let before = pair.device.counters(pair.dialled).unwrap().bytes_up;
+        let sent = |pair: &Pair| pair.device.traffic(pair.dialled).unwrap().sent_bytes;
+        let before = sent(&pair);
         let start = std::time::Instant::now();
         while start.elapsed() < Duration::from_millis(100) {
             send(&mut pair.device, pair.dialled, Kind::Rows, BODY_BYTES_MAX);
             let pause = Some(Duration::from_millis(1));
             pair.device.poll(pause, &mut pair.device_events).unwrap();
         }
-        let taken = pair.device.counters(pair.dialled).unwrap().bytes_up - before;
+        let taken = sent(&pair) - before;
         eprintln!("{kind}: {taken} bytes went into the kernel");
         // The peer's socket buffer, three frames; without the limit it would be the credit, 4 MiB.
         let is_limited = cfg!(target_os = "linux");

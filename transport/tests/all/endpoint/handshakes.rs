@@ -8,7 +8,7 @@ use hat_transport::conn::{FrameSink, ProtocolError, Refusal};
 use hat_transport::endpoint::{Event, GoneError};
 use hat_transport::frame::{HEADER_BYTES, Header, Kind, Priority};
 use hat_transport::link::LinkKind;
-use hat_transport::message::{CloseCode, End, Hello, Message, Role};
+use hat_transport::message::{CloseCode, End, Hello, LinkState, Message, Role};
 
 use super::pair::{Pair, config, kinds, take, take_down, take_frame, take_gone, take_up};
 
@@ -40,6 +40,12 @@ fn hello(hello: &Hello) -> Vec<u8> {
     let mut body = [0; Hello::BYTES];
     Message::Hello(*hello).encode(&mut body);
     frame(Kind::Hello, 0, 0, &body)
+}
+
+/// HELLO of a device that has another link.
+fn another_link() -> Hello {
+    let link = LinkState { id: [3; 16], ..LinkState::default() };
+    Hello { link, ..Hello::new(Role::Device) }
 }
 
 fn assert_serves(pair: &mut Pair) {
@@ -142,7 +148,7 @@ fn silence_is_not_waited_for() {
 #[test]
 fn versions_that_do_not_meet_are_named_at_both_ends() {
     let mut device = config(Role::Device);
-    (device.connection.hello.min_version, device.connection.hello.max_version) = (2, 3);
+    device.connection.hello.versions = (2, 3);
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     let gone = pair.until(|pair| take_gone(&mut pair.device_events));
     let GoneError::ClosedByPeer { code, reason, .. } = gone else { panic!("{gone}") };
@@ -159,7 +165,7 @@ fn one_device_too_many_is_told_so() {
     cloud.connections_max = 1;
     let mut pair = Pair::with(LinkKind::Mio, cloud, config(Role::Device));
     pair.up();
-    let other = Hello { link_id: [3; 16], ..Hello::new(Role::Device) };
+    let other = another_link();
     let mut peer = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
     peer.write_all(&hello(&other)).unwrap();
     let gone = pair.until(|pair| take_gone(&mut pair.cloud_events));
@@ -184,7 +190,7 @@ fn one_device_too_many_is_told_so() {
 fn a_cut_frame_and_a_closed_socket_are_no_end() {
     let mut pair = Pair::new(LinkKind::Mio);
     pair.up();
-    let other = Hello { link_id: [3; 16], ..Hello::new(Role::Device) };
+    let other = another_link();
     let mut peer = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
     peer.write_all(&hello(&other)).unwrap();
     peer.write_all(&frame(Kind::Rows, 1, 0, &[0; 500])[..200]).unwrap();
@@ -213,8 +219,8 @@ fn a_second_socket_of_one_link_fences_the_first() {
         })
     };
     let mine = pair.until(|pair| said_by(&mut pair.cloud_events));
-    let link_epoch = pair.until(|pair| said_by(&mut pair.device_events)).link_epoch;
-    let again = Hello { link_epoch, ..mine };
+    let epoch = pair.until(|pair| said_by(&mut pair.device_events)).link.epoch;
+    let again = Hello { link: LinkState { epoch, ..mine.link }, ..mine };
     let mut peer = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
     peer.write_all(&hello(&again)).unwrap();
     let reason = pair.until(|pair| take_down(&mut pair.cloud_events));
@@ -230,7 +236,7 @@ fn a_second_socket_of_one_link_fences_the_first() {
 fn a_peer_that_breaks_the_protocol_is_told_why() {
     let mut pair = Pair::new(LinkKind::Mio);
     pair.up();
-    let other = Hello { link_id: [3; 16], ..Hello::new(Role::Device) };
+    let other = another_link();
     let mut peer = TcpStream::connect(pair.cloud.local_address().unwrap()).unwrap();
     peer.write_all(&hello(&other)).unwrap();
     peer.write_all(&frame(Kind::Rows, 1, 7, b"rows")).unwrap();
@@ -255,5 +261,5 @@ fn a_closed_connection_takes_nothing() {
     let error =
         pair.device.send_message(pair.dialled, 1, &Message::End(End::default())).unwrap_err();
     assert_eq!(error.refusal, Refusal::Gone);
-    assert!(pair.device.counters(pair.dialled).is_none());
+    assert!(pair.device.traffic(pair.dialled).is_none());
 }

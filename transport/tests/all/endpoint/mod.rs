@@ -40,9 +40,9 @@ fn a_session_runs(kind: LinkKind) {
     rows_go_up(&mut pair);
     output_comes_down(&mut pair, cloud_id);
 
-    let counters = pair.device.counters(device_id).unwrap();
-    assert!(counters.bytes_up > 2 * 1152 && counters.bytes_up < 2 * 1152 + 600, "{counters:?}");
-    assert!(counters.bytes_down > 1152 && counters.bytes_down < 1152 + 600, "{counters:?}");
+    let traffic = pair.device.traffic(device_id).unwrap();
+    assert!(traffic.sent_bytes > 2 * 1152 && traffic.sent_bytes < 2 * 1152 + 600, "{traffic:?}");
+    assert!(traffic.received_bytes > 1152 && traffic.received_bytes < 1152 + 600, "{traffic:?}");
     pair.device.close(device_id, CloseCode::Done, "enough");
     let gone = pair.until(|pair| take_gone(&mut pair.cloud_events));
     let GoneError::ClosedByPeer { code, reason, .. } = gone else { panic!("{gone}") };
@@ -63,7 +63,8 @@ fn rows_go_up(pair: &mut Pair) {
         parent: 0,
         commit: 0,
     };
-    let mut body = pair.device.buffer(head.payload_start() + 2 * ROW_BYTES).unwrap();
+    let mut body =
+        pair.device.buffer(Priority::Verify, head.payload_start() + 2 * ROW_BYTES).unwrap();
     let payload = head.encode(&[], &mut body);
     body[payload..].fill(3);
     pair.device.send(pair.dialled, Kind::Rows, 7, Priority::Verify, body).unwrap();
@@ -76,7 +77,7 @@ fn rows_go_up(pair: &mut Pair) {
 fn output_comes_down(pair: &mut Pair, cloud_id: ConnectionId) {
     let arrivals = Arrivals::default();
     let head = OutputHead { count: 1, queue_us: 1, step_us: 2, step_rows: 2, arrivals };
-    let mut body = pair.cloud.buffer(head.payload_start() + ROW_BYTES).unwrap();
+    let mut body = pair.cloud.buffer(Priority::Verify, head.payload_start() + ROW_BYTES).unwrap();
     let payload = head.encode(&[2], &mut body);
     body[payload..].fill(4);
     pair.cloud.send(cloud_id, Kind::Output, 7, Priority::Verify, body).unwrap();

@@ -12,7 +12,7 @@ use hat_transport::conn::ConnectionId;
 use hat_transport::conn::Frame;
 use hat_transport::endpoint::{Endpoint, EndpointConfig, Event, GoneError};
 use hat_transport::link::memory::MemoryNet;
-use hat_transport::link::{self, Completion, Link, LinkCounters, LinkKind, PeerId, Waker};
+use hat_transport::link::{self, Completion, Link, LinkKind, PeerId, Waker};
 use hat_transport::message::{Hello, Role};
 use hat_transport::pool::Buf;
 
@@ -97,8 +97,8 @@ impl Link for CutLink {
         self.inner.local_address()
     }
 
-    fn counters(&self) -> LinkCounters {
-        self.inner.counters()
+    fn syscalls(&self) -> u64 {
+        self.inner.syscalls()
     }
 }
 

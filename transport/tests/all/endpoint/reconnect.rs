@@ -8,7 +8,7 @@ use std::time::Duration;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink};
 use hat_transport::endpoint::{Endpoint, GoneError};
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::link::{Completion, Link, LinkCounters, LinkKind, PeerId, Waker};
+use hat_transport::link::{Completion, Link, LinkKind, PeerId, Waker};
 use hat_transport::message::{Message, Opened, Role};
 use hat_transport::pool::Buf;
 
@@ -19,7 +19,7 @@ use super::pair::{
 /// Sends a frame that holds `number`, if the queue takes one.
 fn send(from: &mut Endpoint, to: ConnectionId, kind: Kind, number: u32) -> bool {
     let body_bytes = 4 + (number as usize * 977) % 9000;
-    let Some(mut body) = from.buffer(body_bytes) else {
+    let Some(mut body) = from.buffer(Priority::Verify, body_bytes) else {
         return false;
     };
     body.fill(number as u8);
@@ -69,7 +69,7 @@ fn cuts_lose_and_repeat_nothing(kind: LinkKind) {
         (got == [FRAMES; 2] && ups == 6).then_some(())
     });
     assert_eq!(downs, 6);
-    let traffic = pair.device.counters(device).unwrap().traffic;
+    let traffic = pair.device.traffic(device).unwrap();
     assert!(traffic.replayed_frames > 0, "the cuts hit frames under way: {traffic:?}");
 }
 
@@ -149,8 +149,8 @@ impl Link for DeafLink {
         None
     }
 
-    fn counters(&self) -> LinkCounters {
-        self.inner.counters()
+    fn syscalls(&self) -> u64 {
+        self.inner.syscalls()
     }
 }
 
@@ -207,7 +207,7 @@ fn pings_keep_an_idle_link_and_measure_it() {
     let mut pair = Pair::with(LinkKind::Mio, config(Role::Cloud), device);
     pair.up();
     pair.until(|pair| {
-        let traffic = pair.device.counters(pair.dialled).unwrap().traffic;
+        let traffic = pair.device.traffic(pair.dialled).unwrap();
         (traffic.sent_frames >= 4 && traffic.rtt.is_some()).then_some(())
     });
     assert!(take_down(&mut pair.device_events).is_none());

@@ -11,7 +11,7 @@ use hat_transport::conn::{ConnectionId, FrameSink};
 use hat_transport::endpoint::{Endpoint, Event};
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::link::memory::MemoryNet;
-use hat_transport::link::{Completion, Link, LinkCounters, PeerId, Waker};
+use hat_transport::link::{Completion, Link, PeerId, Waker};
 use hat_transport::message::{End, Message, Role};
 use hat_transport::pool::Buf;
 use hat_transport::random::SeededRandom;
@@ -60,8 +60,8 @@ impl Link for NotedLink {
         self.inner.local_address()
     }
 
-    fn counters(&self) -> LinkCounters {
-        self.inner.counters()
+    fn syscalls(&self) -> u64 {
+        self.inner.syscalls()
     }
 }
 
@@ -93,7 +93,7 @@ fn run(seed: u64) -> Transcript {
             cut.fetch_or(got == 20 || got == 40, Ordering::Relaxed);
         }
         while take_up(&mut down).is_some() || take_frame(&mut down).is_some() {}
-        if device.counters(dialled).is_some_and(|it| it.traffic.rtt.is_some()) && sent < 60 {
+        if device.traffic(dialled).is_some_and(|it| it.rtt.is_some()) && sent < 60 {
             send(&mut device, dialled, sent);
             sent += 1;
             continue; // there is something to do now
@@ -113,7 +113,7 @@ fn send(device: &mut impl FrameSink, to: ConnectionId, number: usize) {
     if number % 7 == 6 {
         return device.send_message(to, 2, &Message::End(End::default())).unwrap();
     }
-    let mut body = device.buffer(1 + number * 977 % 9000).unwrap();
+    let mut body = device.buffer(Priority::Verify, 1 + number * 977 % 9000).unwrap();
     body.fill(number as u8);
     device.send(to, Kind::Rows, 1, Priority::Verify, body).unwrap();
 }

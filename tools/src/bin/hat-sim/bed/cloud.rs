@@ -109,8 +109,8 @@ impl Cloud {
         let went_on = !self.done.is_empty();
         for batch in self.done.drain(..) {
             for connection in batch.connections() {
-                if let Some(counters) = endpoint.counters(connection) {
-                    self.core.handle_traffic(connection, &counters.traffic);
+                if let Some(traffic) = endpoint.traffic(connection) {
+                    self.core.handle_traffic(connection, &traffic);
                 }
             }
             self.core.handle_step(now, batch, endpoint);

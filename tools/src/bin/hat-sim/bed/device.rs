@@ -189,6 +189,5 @@ impl Device {
 }
 
 fn look_at_link(core: &mut DeviceCore, endpoint: &Endpoint, connection: Option<ConnectionId>) {
-    let counters = connection.and_then(|id| endpoint.counters(id));
-    core.handle_traffic(counters.map(|counters| counters.traffic));
+    core.handle_traffic(connection.and_then(|id| endpoint.traffic(id)));
 }

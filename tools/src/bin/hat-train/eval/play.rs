@@ -277,7 +277,7 @@ impl Frames {
 }
 
 impl FrameSink for Frames {
-    fn buffer(&mut self, body_bytes: usize) -> Option<Buf> {
+    fn buffer(&mut self, _: Priority, body_bytes: usize) -> Option<Buf> {
         self.pool.take(body_bytes)
     }
 
