@@ -166,7 +166,8 @@ proptest! {
                     let wanted = pages + extra;
                     let would_fit = wanted <= PAGES as usize - held.len();
                     let admitted = store.admit(SCOPE, &ids, wanted);
-                    prop_assert!(admitted.is_some() || !would_fit, "somebody was refused");
+                    let is_due = admitted.is_some() || !would_fit;
+                    prop_assert!(is_due, "somebody was refused for what is kept");
                     let Some((pages, full)) = admitted else { continue };
                     prop_assert_eq!(pages.len(), wanted);
                     for (page, id) in pages[..full].iter().zip(&ids) {
