@@ -20,7 +20,7 @@ use clap::Parser;
 use hat_benches::{
     answer, codec, cores, default_bundle, millis, pair, prompt, seconds, spread, start_link,
 };
-use hat_core::chunk::{ChunkPolicy, CloudCost, CostModel, GRAIN_DEFAULT, Limits, Line, Planner};
+use hat_core::chunk::{Ahead, ChunkPolicy, CostModel, GRAIN_DEFAULT, Limits, Planner, StepCost};
 use hat_engine::options::{CloudAddress, Codec, DraftMode, Timings};
 use hat_engine::testkit::{open_cloud_bundle, pool_pages};
 use hat_engine::{Cloud, CloudConfig, Engine, EngineConfig};
@@ -95,28 +95,28 @@ fn main() {
 /// Costs of a phone's link before a GPU, of two slow ends, and of three equal places.
 fn regimes() -> [(&'static str, CostModel); 4] {
     let link = CostModel {
-        device: Line { fixed: 2e-3, per_row: 60e-6 },
+        device: StepCost { fixed: 2e-3, per_row: 60e-6, ..StepCost::default() },
         frame_s: 0.5e-3,
         row_up_s: 1.1e-3,
         up_latency_s: 5e-3,
-        cloud: CloudCost { fixed: 6e-3, per_row: 90e-6, per_row_context: 20e-9 },
+        cloud: StepCost { fixed: 6e-3, per_row: 90e-6, per_row_context: 20e-9 },
         stages: 1,
         cloud_wait_s: 2e-3,
         return_s: 8e-3,
     };
     let compute = CostModel {
         row_up_s: 10e-6,
-        cloud: CloudCost { fixed: 5e-3, per_row: 1.2e-3, per_row_context: 0.3e-6 },
+        cloud: StepCost { fixed: 5e-3, per_row: 1.2e-3, per_row_context: 0.3e-6 },
         ..link
     };
     let balanced = CostModel {
-        device: Line { fixed: 1e-3, per_row: 1e-3 },
+        device: StepCost { fixed: 1e-3, per_row: 1e-3, ..StepCost::default() },
         row_up_s: 1e-3,
-        cloud: CloudCost { fixed: 4e-3, per_row: 0.9e-3, per_row_context: 50e-9 },
+        cloud: StepCost { fixed: 4e-3, per_row: 0.9e-3, per_row_context: 50e-9 },
         ..link
     };
     let stages =
-        CostModel { stages: 4, cloud: CloudCost { per_row: 4e-3, ..balanced.cloud }, ..balanced };
+        CostModel { stages: 4, cloud: StepCost { per_row: 4e-3, ..balanced.cloud }, ..balanced };
     [("link", link), ("compute", compute), ("balanced", balanced), ("4 stages", stages)]
 }
 
@@ -130,11 +130,14 @@ fn planning() {
         for rows_max in [512, 4096] {
             let limits = Limits { rows_max, ..Limits::default() };
             let mut plan = || {
-                black_box(planner.plan(ChunkPolicy::Auto, &costs, &limits, 0, 4096));
+                let (policy, ahead) = (ChunkPolicy::Auto, Ahead::default());
+                black_box(planner.plan(policy, &costs, &limits, ahead, 0, 4096));
             };
             let ms = spread((0..50).map(|_| 1e3 * seconds(&mut plan)));
             let evaluated = planner.evaluated();
-            let mut finish = |policy| planner.plan(policy, &costs, &limits, 0, 4096).finish_s * 1e3;
+            let mut finish = |policy| {
+                planner.plan(policy, &costs, &limits, Ahead::default(), 0, 4096).finish_s * 1e3
+            };
             let sizes = (GRAIN_DEFAULT..=rows_max).map(ChunkPolicy::Fixed);
             let best = sizes.map(&mut finish).fold(f64::INFINITY, f64::min);
             println!(
@@ -236,7 +239,7 @@ fn bound_ms(args: &Args, engine: &Engine, timings: &Timings) -> f64 {
     let rows = timings.prompt_n;
     let compute_ms =
         engine.metrics().estimates.chunk.map_or(0.0, |costs| {
-            costs.device.seconds(rows).max(costs.cloud.seconds(rows, 0)) * 1e3
+            costs.device.seconds(rows, 0).max(costs.cloud.seconds(rows, 0)) * 1e3
         });
     upload_ms.max(compute_ms) + args.rtt_ms.as_secs_f64() * 1e3
 }

@@ -11,7 +11,7 @@ use hat_benches::{Limits, Spread, made_up, noise, time};
 use hat_compute::backend::cpu::{CpuBackend, CpuConfig, CpuWeight, Level};
 use hat_compute::backend::{AttendArgs, Backend, LinearArgs, RopeArgs, Write};
 use hat_loader::{DType, layout};
-use hat_plan::{AttendShape, BatchBuffers, Computes as _, KvShape, PAGE_SIZE, RowPlace};
+use hat_plan::{AttendShape, BatchBuffers, Computes as _, KvShape, PAGE_SIZE};
 
 const BUDGET: Duration = Duration::from_millis(250);
 /// Bytes of weights, more than the last cache of most machines.
@@ -109,7 +109,7 @@ fn plan(rows: usize, length: usize) -> BatchBuffers {
     let position = number(length - rows);
     let mut plan = BatchBuffers::default();
     plan.clear();
-    plan.push_committed(RowPlace { position, slot: position }, number(rows));
+    plan.push_committed(position, number(rows));
     plan.end_sequence(&pages);
     plan
 }

@@ -6,7 +6,7 @@ use hat_plan::TokenId;
 use crate::error::{InputError, RequestError};
 use crate::metrics::Meter;
 use crate::request::{Event, FinishReason, Metrics, Prompt, Request, TokenLogprob};
-use crate::sample::{FieldError, Sampler, log_probabilities};
+use crate::sample::{Sampler, log_probabilities};
 use crate::stop::StopStrings;
 
 /// The meaning of token ids to an answer.
@@ -83,11 +83,8 @@ impl Request {
     /// # Errors
     /// [`InputError::Field`].
     pub fn check_for(&self, vocab_size: usize) -> Result<(), InputError> {
-        let out_of = |FieldError { field, value, range }: FieldError| {
-            InputError::field(field, format!("{value} is not in {range}"))
-        };
-        self.sampler.check(vocab_size).map_err(out_of)?;
-        StopStrings::new(self.stop.clone()).map_err(out_of)?;
+        self.sampler.check(vocab_size)?;
+        StopStrings::new(self.stop.clone())?;
         if self.max_tokens == Some(0) {
             return Err(InputError::field("max_tokens", "0 asks for nothing; at least 1"));
         }
@@ -262,10 +259,9 @@ impl Answer {
         }
         self.sampler.accept(token);
         self.tokens.push(token);
-        let seen = self.stop.push(self.spelling.push(token));
-        let (text, stopped) = (seen.text.to_owned(), seen.stopped);
+        let text = self.stop.push(self.spelling.push(token)).to_owned();
         self.text.push_str(&text);
-        let finish = if stopped {
+        let finish = if self.stop.is_stopped() {
             Some(FinishReason::Stop)
         } else if self.tokens.len() >= self.max_tokens as usize {
             Some(FinishReason::Length)
@@ -281,7 +277,7 @@ impl Answer {
         if self.stop.is_stopped() {
             return String::new();
         }
-        let mut text = self.stop.push(self.spelling.finish()).text.to_owned();
+        let mut text = self.stop.push(self.spelling.finish()).to_owned();
         text.push_str(self.stop.finish());
         self.text.push_str(&text);
         text

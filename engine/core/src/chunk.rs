@@ -1,7 +1,7 @@
 //! Sizes of a prompt's chunks, chosen so that device, uplink and cloud work at the same time.
 //!
 //! A chunk passes three places: the device's own layers, the uplink, and the cloud's step, which
-//! may be a pipeline of `P` stages. [`finish_s`] is the recurrence of that flow shop. With times
+//! may be a pipeline of `P` stages. [`Ahead`] is the recurrence of that flow shop. With times
 //! `d`, `u`, `q` of a chunk at device, uplink and one stage:
 //!
 //! ```text
@@ -89,26 +89,9 @@ impl std::fmt::Display for ChunkPolicy {
     }
 }
 
-/// Seconds as a line over rows.
+/// Seconds of a step of some layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Line {
-    /// Seconds of a chunk, whatever its size.
-    pub fixed: f64,
-    /// Seconds of each row.
-    pub per_row: f64,
-}
-
-impl Line {
-    /// Seconds of this many rows.
-    #[must_use]
-    pub fn seconds(&self, rows: u32) -> f64 {
-        self.fixed + self.per_row * f64::from(rows)
-    }
-}
-
-/// Seconds of the whole middle submodel.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct CloudCost {
+pub struct StepCost {
     /// Seconds of a step, whatever its size.
     pub fixed: f64,
     /// Seconds of each row.
@@ -117,7 +100,7 @@ pub struct CloudCost {
     pub per_row_context: f64,
 }
 
-impl CloudCost {
+impl StepCost {
     /// Seconds of `rows` rows behind `prefix` rows. A row of a chunk sees, on average, half of the
     /// chunk beside the prefix.
     #[must_use]
@@ -130,10 +113,10 @@ impl CloudCost {
 
 /// Seconds that a chunk of a prompt takes on its way. Estimates that are not numbers or negative
 /// count as nothing, infinite ones as very long.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CostModel {
-    /// The device's own layers.
-    pub device: Line,
+    /// The device's own layers, the context left out of account.
+    pub device: StepCost,
     /// A chunk on the uplink, whatever its size.
     pub frame_s: f64,
     /// A row on the uplink: its bytes over the rate.
@@ -141,7 +124,7 @@ pub struct CostModel {
     /// The way up for one byte.
     pub up_latency_s: f64,
     /// The whole middle submodel; a stage takes `1 / stages` of it.
-    pub cloud: CloudCost,
+    pub cloud: StepCost,
     /// Pipeline stages of the cloud; 0 counts as 1.
     pub stages: u32,
     /// Wait for a step of a chunk that meets no chunk of its own prompt: others' load.
@@ -150,37 +133,21 @@ pub struct CostModel {
     pub return_s: f64,
 }
 
-impl Default for CostModel {
-    /// All is free, with one stage.
-    fn default() -> Self {
-        Self {
-            device: Line::default(),
-            frame_s: 0.0,
-            row_up_s: 0.0,
-            up_latency_s: 0.0,
-            cloud: CloudCost::default(),
-            stages: 1,
-            cloud_wait_s: 0.0,
-            return_s: 0.0,
-        }
-    }
-}
-
 impl CostModel {
     /// The same with finite numbers from 0 up only.
     fn sane(&self) -> Self {
         let sane = |seconds: f64| if seconds > 0.0 { seconds.min(FOREVER_S) } else { 0.0 };
-        let Self { device, cloud, .. } = *self;
+        let step = |cost: StepCost| StepCost {
+            fixed: sane(cost.fixed),
+            per_row: sane(cost.per_row),
+            per_row_context: sane(cost.per_row_context),
+        };
         Self {
-            device: Line { fixed: sane(device.fixed), per_row: sane(device.per_row) },
+            device: step(self.device),
             frame_s: sane(self.frame_s),
             row_up_s: sane(self.row_up_s),
             up_latency_s: sane(self.up_latency_s),
-            cloud: CloudCost {
-                fixed: sane(cloud.fixed),
-                per_row: sane(cloud.per_row),
-                per_row_context: sane(cloud.per_row_context),
-            },
+            cloud: step(self.cloud),
             stages: self.stages.max(1),
             cloud_wait_s: sane(self.cloud_wait_s),
             return_s: sane(self.return_s),
@@ -247,7 +214,7 @@ impl Ahead {
     /// One more chunk of `rows` rows behind `prefix` rows. Costs are sane.
     #[inline]
     fn push(&mut self, costs: &CostModel, rows: u32, prefix: u32) {
-        self.device_s += costs.device.seconds(rows);
+        self.device_s += costs.device.seconds(rows, 0);
         let up_s = costs.frame_s + costs.row_up_s * f64::from(rows);
         self.uplink_s = self.uplink_s.max(self.device_s) + up_s;
         let stage_s = costs.stage(rows, prefix);
@@ -268,15 +235,8 @@ pub struct Plan<'a> {
 }
 
 /// Time of the first token, in seconds from the start of the first chunk, if a prompt with `cached`
-/// rows in place is cut into `sizes`.
-#[must_use]
-pub fn finish_s(costs: &CostModel, cached: u32, sizes: &[u32]) -> f64 {
-    finish_after_s(costs, Ahead::default(), cached, sizes)
-}
-
-/// As [`finish_s`], behind what is on its way already.
-#[must_use]
-pub fn finish_after_s(costs: &CostModel, ahead: Ahead, cached: u32, sizes: &[u32]) -> f64 {
+/// rows in place is cut into `sizes`, which come behind what is on its way already.
+fn finish_s(costs: &CostModel, ahead: Ahead, cached: u32, sizes: &[u32]) -> f64 {
     let costs = costs.sane();
     let (mut at, mut prefix) = (ahead, cached);
     for &rows in sizes {
@@ -294,26 +254,11 @@ pub struct Planner {
 }
 
 impl Planner {
-    /// Cuts `rows` rows that come behind `cached` rows.
+    /// Cuts `rows` rows that come behind `cached` rows, and behind what is on its way already.
     ///
     /// # Panics
     /// If `rows` exceeds [`ROWS_MAX`].
     pub fn plan(
-        &mut self,
-        policy: ChunkPolicy,
-        costs: &CostModel,
-        limits: &Limits,
-        cached: u32,
-        rows: u32,
-    ) -> Plan<'_> {
-        self.plan_behind(policy, costs, limits, Ahead::default(), cached, rows)
-    }
-
-    /// As [`Planner::plan`], behind what is on its way already.
-    ///
-    /// # Panics
-    /// If `rows` exceeds [`ROWS_MAX`].
-    pub fn plan_behind(
         &mut self,
         policy: ChunkPolicy,
         costs: &CostModel,
@@ -335,26 +280,23 @@ impl Planner {
                 return Plan { sizes: &self.sizes, finish_s };
             }
         };
-        equal(rows, size, &mut self.sizes);
-        let finish_s = finish_after_s(&costs, ahead, cached, &self.sizes);
+        self.sizes.clear();
+        self.sizes.extend(equal(rows, size));
+        let finish_s = finish_s(&costs, ahead, cached, &self.sizes);
         Plan { sizes: &self.sizes, finish_s }
     }
 
     /// Chunks whose times the last [`ChunkPolicy::Auto`] plan looked at: its cost, countable.
     #[must_use]
     pub fn evaluated(&self) -> u64 {
-        self.search.evaluated()
+        self.search.evaluated
     }
 }
 
 /// `rows` rows in chunks of `size`; the last one has the rest.
-fn equal(rows: u32, size: u32, sizes: &mut Vec<u32>) {
-    sizes.clear();
-    let whole = (rows / size) as usize;
-    sizes.resize(whole, size);
-    if !rows.is_multiple_of(size) {
-        sizes.push(rows % size);
-    }
+fn equal(rows: u32, size: u32) -> impl Iterator<Item = u32> {
+    let rest = Some(rows % size).filter(|rest| *rest > 0);
+    std::iter::repeat_n(size, (rows / size) as usize).chain(rest)
 }
 
 /// The published balance: upload of a chunk = wait + step / stages, the prefix left out of

@@ -10,8 +10,8 @@ mod times;
 
 use std::time::Instant;
 
-pub use self::times::{RowTimes, StepTimes};
-use crate::chunk::{CloudCost, CostModel, Line};
+pub(crate) use self::times::{RowTimes, StepTimes};
+use crate::chunk::{CostModel, StepCost};
 
 /// Share of the past in a moving average, as in the paper (arXiv 2503.18989).
 const PAST: f64 = 0.8;
@@ -31,32 +31,30 @@ const FRAME_BYTES: f64 = 48.0;
 
 /// A moving average.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Average(Option<f64>);
+pub(crate) struct Average(Option<f64>);
 
 impl Average {
     /// Takes one measurement; anything but a number from 0 up is ignored.
-    pub fn note(&mut self, value: f64) {
+    pub(crate) fn note(&mut self, value: f64) {
         if value.is_finite() && value >= 0.0 {
             self.0 = Some(self.0.map_or(value, |past| PAST * past + (1.0 - PAST) * value));
         }
     }
 
     /// The average; `None` before the first measurement.
-    #[must_use]
-    pub fn value(&self) -> Option<f64> {
+    pub(crate) fn value(&self) -> Option<f64> {
         self.0
     }
 
     /// The average; 0 before the first measurement.
-    #[must_use]
-    pub fn mean(&self) -> f64 {
+    pub(crate) fn mean(&self) -> f64 {
         self.0.unwrap_or(0.0)
     }
 }
 
 /// One direction of the link: the seconds that a byte takes.
 #[derive(Clone, Copy, Debug, Default)]
-struct Flow {
+pub(crate) struct Flow {
     byte_s: Average,
     /// The sample at hand: bytes, and how long they took.
     bytes: u64,
@@ -66,7 +64,7 @@ struct Flow {
 }
 
 impl Flow {
-    fn note(&mut self, bytes: u64, seconds: f64) {
+    pub(crate) fn note(&mut self, bytes: u64, seconds: f64) {
         self.is_reported = true;
         self.bytes = self.bytes.saturating_add(bytes);
         self.seconds += seconds.max(0.0);
@@ -81,15 +79,6 @@ impl Flow {
     fn rate(&self) -> Option<f64> {
         self.byte_s.value().filter(|&byte_s| byte_s > 0.0).map(f64::recip)
     }
-}
-
-/// Time from the last byte sent to the first row back that no step explains.
-#[derive(Clone, Debug, Default)]
-struct AwayTimes {
-    /// The cloud's queue and step taken off: the link both ways, the upload of rows included.
-    link: RowTimes,
-    /// The link and the step taken off: others' load in the cloud.
-    cloud: Average,
 }
 
 /// A copy of the estimates, for people and reports. What is not known yet is `None`.
@@ -108,41 +97,48 @@ pub struct Estimates {
 
 /// The first output after rows were sent together.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Returned {
+pub(crate) struct Returned {
     /// Rows that were sent together.
-    pub rows: usize,
+    pub(crate) rows: usize,
     /// Their bytes.
-    pub sent_bytes: u64,
+    pub(crate) sent_bytes: u64,
     /// Rows before them in their session.
-    pub prefix: u32,
+    pub(crate) prefix: u32,
     /// Rows of the step, those of other sessions included.
-    pub step_rows: u32,
+    pub(crate) step_rows: u32,
     /// Seconds of the step.
-    pub step_s: f64,
+    pub(crate) step_s: f64,
     /// Seconds that the rows waited for the step.
-    pub queue_s: f64,
+    pub(crate) queue_s: f64,
     /// Seconds from the end of sending to the output; `None` if others were ahead of these rows.
-    pub away_s: Option<f64>,
+    pub(crate) away_s: Option<f64>,
 }
 
 /// A device's estimates of itself, its link and its cloud.
 #[derive(Clone, Debug, Default)]
-pub struct Estimator {
-    up: Flow,
-    down: Flow,
+pub(crate) struct Estimator {
+    /// Bytes that the cloud received, and their seconds, with the uplink at work all the time; no
+    /// bytes where the link is so fast that frames are there at once.
+    pub(crate) up: Flow,
+    /// The same, from the cloud to here.
+    pub(crate) down: Flow,
     /// The link's own average of its round trips, seconds.
     rtt: Option<f64>,
     /// The device's own layers.
-    device: StepTimes,
-    /// Tail layers and LM head of one visited row.
-    head: Average,
-    /// A batch of drafts made while rows are away.
-    draft_batch: Average,
+    pub(crate) device: StepTimes,
+    /// Tail layers and LM head of one visited row, seconds.
+    pub(crate) head: Average,
+    /// A batch of drafts made while rows are away, seconds.
+    pub(crate) draft_batch: Average,
     /// Tokens of a round.
-    tokens: Average,
-    away: AwayTimes,
-    /// The cloud's steps, by all their rows.
-    step: StepTimes,
+    pub(crate) tokens: Average,
+    /// From the last byte sent to the first row back, the cloud's queue and step taken off: the
+    /// link both ways, the upload of rows included.
+    away_link: RowTimes,
+    /// The same, the link and the step taken off: others' load in the cloud.
+    away_cloud: Average,
+    /// The cloud's steps: all their rows, and the rows before this device's own.
+    pub(crate) step: StepTimes,
     /// Time in the cloud's queue, as a share of the step after it.
     queue: Average,
     /// Rows of a step for each of this device's; 1 where it is alone.
@@ -152,62 +148,26 @@ pub struct Estimator {
 }
 
 impl Estimator {
-    /// The device's own layers took `seconds` for `rows` rows behind `prefix` rows.
-    pub fn note_device(&mut self, rows: u32, prefix: u32, seconds: f64) {
-        self.device.note(rows, prefix, seconds);
-    }
-
-    /// Tail layers and LM head of one row took `seconds`.
-    pub fn note_head(&mut self, seconds: f64) {
-        self.head.note(seconds);
-    }
-
-    /// Drafting for a tree that was away took `seconds`.
-    pub fn note_draft_batch(&mut self, seconds: f64) {
-        self.draft_batch.note(seconds);
-    }
-
-    /// A round brought `tokens` tokens.
-    pub fn note_round(&mut self, tokens: usize) {
-        self.tokens.note(tokens as f64);
-    }
-
-    /// The cloud received `bytes` bytes in `seconds`, with the uplink at work all the time; no
-    /// bytes where the link is so fast that frames are there at once.
-    pub fn note_uplink(&mut self, bytes: u64, seconds: f64) {
-        self.up.note(bytes, seconds);
-    }
-
-    /// As [`Estimator::note_uplink`], from the cloud to here.
-    pub fn note_downlink(&mut self, bytes: u64, seconds: f64) {
-        self.down.note(bytes, seconds);
-    }
-
     /// The link's round-trip time is `seconds`, in the link's own average.
-    pub fn note_rtt(&mut self, seconds: f64) {
+    pub(crate) fn note_rtt(&mut self, seconds: f64) {
         if seconds.is_finite() && seconds >= 0.0 {
             self.rtt = Some(seconds);
         }
     }
 
-    /// A step of `rows` rows took `seconds`; this device's own had `prefix` rows before them.
-    pub fn note_step(&mut self, rows: u32, prefix: u32, seconds: f64) {
-        self.step.note(rows, prefix, seconds);
-    }
-
     /// Measures link and cloud by the first output of rows that were sent together.
-    pub fn note_returned(&mut self, returned: &Returned) {
+    pub(crate) fn note_returned(&mut self, returned: &Returned) {
         let Returned { rows, sent_bytes, prefix, step_rows, step_s, queue_s, away_s } = *returned;
-        self.note_step(step_rows, prefix, step_s);
+        self.step.note(step_rows, prefix, step_s);
         let Some(away_s) = away_s else { return };
         self.queue.note(queue_s / step_s.max(f64::MIN_POSITIVE));
         let (all, own) = (f64::from(step_rows), rows as f64);
         self.others.note((all - own).max(0.0));
         self.crowd.note(all / own.max(1.0));
-        self.away.link.note(rows, (away_s - step_s - queue_s).max(0.0));
+        self.away_link.note(rows, (away_s - step_s - queue_s).max(0.0));
         // Where the link is taken for slower than it is, the cloud knows better.
         let link_s = self.rtt_s() + sent_bytes as f64 * self.byte_up_s();
-        self.away.cloud.note((away_s - step_s - link_s).max(queue_s));
+        self.away_cloud.note((away_s - step_s - link_s).max(queue_s));
     }
 
     fn rtt_s(&self) -> f64 {
@@ -226,30 +186,22 @@ impl Estimator {
     /// find that a few more of its own hardly lengthen a step that is long anyway; all would, and
     /// the cloud would compute little but drafts. So the step is that of a cloud whose rows all
     /// grow as one's own do, and the time in its queue grows with it.
-    #[must_use]
-    pub fn round(&self, rows: usize) -> Option<f64> {
+    pub(crate) fn round(&self, rows: usize) -> Option<f64> {
         let crowd = self.crowd.mean().max(1.0);
-        let step = self.step.seconds((rows as f64 * crowd).round() as usize)?;
+        let step = self.step.by_rows.seconds((rows as f64 * crowd).round() as usize)?;
         let cloud = step * (1.0 + self.queue.mean());
-        Some(self.device.seconds(rows)? + self.away.link.seconds(rows)? + cloud)
-    }
-
-    /// Tail layers and LM head of one visited row, seconds.
-    #[must_use]
-    pub fn head(&self) -> f64 {
-        self.head.mean()
+        Some(self.device.by_rows.seconds(rows)? + self.away_link.seconds(rows)? + cloud)
     }
 
     /// Tokens a second without any drafts; `None` if too little is known.
-    #[must_use]
-    pub fn plain_rate(&self) -> Option<f64> {
-        let round = self.round(1)? + self.head();
+    pub(crate) fn plain_rate(&self) -> Option<f64> {
+        let round = self.round(1)? + self.head.mean();
         (round > 0.0).then_some(1.0 / round)
     }
 
     /// Seconds of a step with this many rows beside those of others.
     fn step_beside_others(&self, rows: usize) -> Option<f64> {
-        self.step.seconds(rows + self.others.mean().round() as usize)
+        self.step.by_rows.seconds(rows + self.others.mean().round() as usize)
     }
 
     /// Number of rows, at most `rows_max`, that may be added while others are away, and the least
@@ -260,12 +212,11 @@ impl Estimator {
     /// shorter than the link's way there and back, and so no longer step is sent. A row that the
     /// verdict comes by saves the time that a token takes; it has to be worth more than the time
     /// that the row costs device and cloud.
-    #[must_use]
-    pub fn draft_batch(&self, rows_max: usize) -> (usize, f32) {
+    pub(crate) fn draft_batch(&self, rows_max: usize) -> (usize, f32) {
         let none = (0, 0.0);
         let step = |rows: usize| self.step_beside_others(rows);
-        let device = |rows: usize| self.device.seconds(rows);
-        let (Some(wait), Some(round)) = (self.away.link.seconds(1), self.round(1)) else {
+        let device = |rows: usize| self.device.by_rows.seconds(rows);
+        let (Some(wait), Some(round)) = (self.away_link.seconds(1), self.round(1)) else {
             return none;
         };
         let Some(rows) = (1..=rows_max).rev().find(|rows| step(*rows).is_some_and(|s| s <= wait))
@@ -276,15 +227,14 @@ impl Estimator {
             Some((of(rows.max(2))? - of(1)?).max(0.0) / (rows.max(2) - 1) as f64)
         };
         let (Some(step), Some(device)) = (each(&step), each(&device)) else { return none };
-        let token = (round + self.head()) / self.tokens.mean().max(1.0);
+        let token = (round + self.head.mean()) / self.tokens.mean().max(1.0);
         (rows, ((step + device) / token.max(f64::MIN_POSITIVE)).min(1.0) as f32)
     }
 
     /// True if the output of `rows` rows that were sent at `sent` will be back before another
     /// batch of drafts could be made.
-    #[must_use]
-    pub fn is_due(&self, now: Instant, sent: Instant, rows: usize) -> bool {
-        let away = self.away.link.seconds(rows).zip(self.step_beside_others(rows));
+    pub(crate) fn is_due(&self, now: Instant, sent: Instant, rows: usize) -> bool {
+        let away = self.away_link.seconds(rows).zip(self.step_beside_others(rows));
         let (wait, step) = away.unwrap_or_default();
         let away = wait + step * (1.0 + self.queue.mean());
         now.duration_since(sent).as_secs_f64() + self.draft_batch.mean() > away
@@ -292,34 +242,31 @@ impl Estimator {
 
     /// Seconds until `unacked` bytes that are sent or queued have left; `None` until the cloud has
     /// said how fast frames come in there.
-    #[must_use]
-    pub fn uplink_busy_s(&self, unacked: u64) -> Option<f64> {
+    pub(crate) fn uplink_busy_s(&self, unacked: u64) -> Option<f64> {
         let busy_s = (unacked as f64 * self.byte_up_s() - self.rtt_s()).max(0.0);
         self.up.is_reported.then_some(busy_s)
     }
 
     /// Seconds of a piece of a prompt in the device's own layers, if they have computed anything.
-    #[must_use]
-    pub fn device_cost(&self) -> Option<CloudCost> {
+    pub(crate) fn device_cost(&self) -> Option<StepCost> {
         self.device.cost(CHUNK_ROWS_MIN)
     }
 
     /// Costs of a chunk whose rows have `row_bytes` bytes; `None` while device or uplink are
     /// unknown. A cloud that has not answered yet is taken to be as fast, layer by layer, as this
     /// device: `layers` are those of the device and of the cloud, which are `stages` runs.
-    #[must_use]
-    pub fn cost_model(
+    pub(crate) fn cost_model(
         &self,
         row_bytes: usize,
         layers: (u32, u32),
         stages: u32,
     ) -> Option<CostModel> {
-        let device = self.device.line(CHUNK_ROWS_MIN)?;
+        let device = self.device.by_rows.line(CHUNK_ROWS_MIN)?;
         let byte_s = self.up.is_reported.then(|| self.byte_up_s())?;
         let assumed = || {
             let ratio = f64::from(layers.1) / f64::from(layers.0.max(1));
-            let Line { fixed, per_row } = device;
-            CloudCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
+            let StepCost { fixed, per_row, .. } = device;
+            StepCost { fixed: fixed * ratio, per_row: per_row * ratio, per_row_context: 0.0 }
         };
         Some(CostModel {
             device,
@@ -328,14 +275,15 @@ impl Estimator {
             up_latency_s: self.rtt_s() / 2.0,
             cloud: self.step.cost(0.0).unwrap_or_else(assumed),
             stages,
-            cloud_wait_s: self.away.cloud.mean(),
-            return_s: self.rtt_s() / 2.0 + self.down.byte_s.mean() * row_bytes as f64 + self.head(),
+            cloud_wait_s: self.away_cloud.mean(),
+            return_s: self.rtt_s() / 2.0
+                + self.down.byte_s.mean() * row_bytes as f64
+                + self.head.mean(),
         })
     }
 
     /// A copy of the estimates as of now; arguments as for [`Estimator::cost_model`].
-    #[must_use]
-    pub fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
+    pub(crate) fn estimates(&self, row_bytes: usize, layers: (u32, u32), stages: u32) -> Estimates {
         Estimates {
             uplink_bytes_s: self.up.rate(),
             downlink_bytes_s: self.down.rate(),

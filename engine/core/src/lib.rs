@@ -10,7 +10,7 @@
 //! | [`draft`] | drafts of the tokens to come |
 //! | [`chunk`], [`estimate`] | how a prompt is cut; estimates of device, link and cloud |
 //! | [`sched`], [`sequence`], [`page`], [`prefix`] | rows: which run, where, and which are kept |
-//! | [`request`], [`answer`], [`sample`], [`stop`], [`metrics`] | from a request to its answer |
+//! | [`request`], [`answer`], [`sample`], [`metrics`] | from a request to its answer |
 //! | [`wire`] | what the two roles say of themselves |
 //!
 //! There is no tokenizer: an answer speaks of token ids through a [`answer::Vocabulary`]. There is
@@ -34,9 +34,10 @@ pub mod request;
 pub mod sample;
 pub mod sched;
 pub mod sequence;
-pub mod stop;
 #[cfg(test)]
-mod testkit;
+#[path = "../tests/sink/mod.rs"]
+mod sink;
+mod stop;
 pub mod wire;
 
 pub use error::{InputError, PeerEvent, RequestError};

@@ -14,7 +14,8 @@ use serde::Serialize;
 pub use self::histogram::Histogram;
 use crate::estimate::Estimates;
 
-/// The `timings` object of `generate --json` and of the HTTP API.
+/// The `timings` object of `generate --json` and of the HTTP API: one flat object, which scripts
+/// read by its names, and so more fields than a struct has otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Timings {
@@ -92,7 +93,7 @@ pub struct Meter {
     last_token: Option<Instant>,
     gaps_us: Histogram,
     rows_in_flight: u32,
-    /// Counters, as they will be in [`Meter::timings`]; its times are not yet filled in.
+    /// Counters, as they will be in [`Meter::timings`]; its times and sums are not yet filled in.
     pub counts: Timings,
 }
 
@@ -164,19 +165,14 @@ impl Meter {
 
     /// A drafted token goes up.
     pub fn drafted(&mut self, drafter: &'static str) {
-        self.counts.draft_n += 1;
         self.counts.drafters.entry(drafter).or_default().drafted += 1;
     }
 
     /// A drafted token was compared with the token that was decided.
     pub fn tested(&mut self, drafter: &'static str, accepted: bool) {
         let counts = self.counts.drafters.entry(drafter).or_default();
-        self.counts.draft_n_tested += 1;
         counts.tested += 1;
-        if accepted {
-            self.counts.draft_n_accepted += 1;
-            counts.accepted += 1;
-        }
+        counts.accepted += u32::from(accepted);
     }
 
     /// All of it, as of now.
@@ -184,6 +180,8 @@ impl Meter {
     pub fn timings(&self) -> Timings {
         let ms = |us: u64| us as f64 / 1e3;
         let after_first = f64::from(self.counts.predicted_n.saturating_sub(1));
+        let drafts =
+            |of: fn(&DraftCounts) -> u32| self.counts.drafters.values().map(of).sum::<u32>();
         let ratio = |over: f64| if over > 0.0 { after_first / over } else { 0.0 };
         let decode = match (self.first_token, self.last_token) {
             (Some(first), Some(last)) => last.saturating_duration_since(first).as_secs_f64(),
@@ -195,6 +193,9 @@ impl Meter {
             tbt_ms_p99: ms(self.gaps_us.percentile(0.99)),
             tokens_per_second: ratio(decode),
             accept_len: ratio(f64::from(self.counts.rounds)),
+            draft_n: drafts(|counts| counts.drafted),
+            draft_n_tested: drafts(|counts| counts.tested),
+            draft_n_accepted: drafts(|counts| counts.accepted),
             ..self.counts.clone()
         }
     }
@@ -239,7 +240,7 @@ pub struct EngineMetrics {
 impl EngineMetrics {
     /// A generation has ended with an answer.
     pub fn add(&mut self, meter: &Meter) {
-        let counts = &meter.counts;
+        let counts = meter.timings();
         self.requests_done += 1;
         self.tokens_prompt += u64::from(counts.prompt_n);
         self.tokens_predicted += u64::from(counts.predicted_n);

@@ -19,7 +19,7 @@ struct Page {
 /// Pages of one KV store. A session's pages are reserved on admission, all at once, so a
 /// running session never stalls for want of one.
 #[derive(Debug)]
-pub struct PagePool {
+pub(crate) struct PagePool {
     free: VecDeque<u32>,
     pages: Vec<Page>,
     idle: usize,
@@ -33,38 +33,32 @@ pub fn pages_for(rows: usize) -> usize {
 
 impl PagePool {
     /// A pool of pages `0..pages`, all free.
-    #[must_use]
-    pub fn new(pages: u32) -> Self {
+    pub(crate) fn new(pages: u32) -> Self {
         Self { free: (0..pages).collect(), pages: vec![Page::default(); pages as usize], idle: 0 }
     }
 
     /// Free pages.
-    #[must_use]
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.free.len()
     }
 
     /// Pages that are kept and held by nobody.
-    #[must_use]
-    pub fn idle(&self) -> usize {
+    pub(crate) fn idle(&self) -> usize {
         self.idle
     }
 
     /// Pages that a session can have: those that are kept give way.
-    #[must_use]
-    pub fn available(&self) -> usize {
+    pub(crate) fn available(&self) -> usize {
         self.free.len() + self.idle
     }
 
     /// Sessions that hold `page`.
-    #[must_use]
-    pub fn references(&self, page: u32) -> u32 {
+    pub(crate) fn references(&self, page: u32) -> u32 {
         self.pages[page as usize].references
     }
 
     /// True if `page` is cached.
-    #[must_use]
-    pub fn is_cached(&self, page: u32) -> bool {
+    pub(crate) fn is_cached(&self, page: u32) -> bool {
         self.pages[page as usize].is_cached
     }
 
@@ -72,7 +66,7 @@ impl PagePool {
     ///
     /// # Panics
     /// If fewer are free.
-    pub fn take(&mut self, pages: usize) -> Vec<u32> {
+    pub(crate) fn take(&mut self, pages: usize) -> Vec<u32> {
         let taken: Vec<u32> = self.free.drain(..pages).collect();
         for page in &taken {
             self.pages[*page as usize].references = 1;
@@ -84,7 +78,7 @@ impl PagePool {
     ///
     /// # Panics
     /// If the page is free.
-    pub fn hold(&mut self, page: u32) {
+    pub(crate) fn hold(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
         assert!(entry.references > 0 || entry.is_cached, "page {page} is free");
         if entry.references == 0 {
@@ -98,7 +92,7 @@ impl PagePool {
     ///
     /// # Panics
     /// If nobody holds one of them: somebody gave a page back twice.
-    pub fn give_back(&mut self, pages: Vec<u32>) {
+    pub(crate) fn give_back(&mut self, pages: Vec<u32>) {
         for page in pages {
             let entry = &mut self.pages[page as usize];
             assert!(entry.references > 0, "page {page} was given back twice");
@@ -115,7 +109,7 @@ impl PagePool {
     ///
     /// # Panics
     /// If nobody holds it, or it is kept already.
-    pub fn keep(&mut self, page: u32) {
+    pub(crate) fn keep(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
         assert!(entry.references > 0, "page {page} is held by nobody");
         assert!(!entry.is_cached, "page {page} is kept already");
@@ -126,7 +120,7 @@ impl PagePool {
     ///
     /// # Panics
     /// If it is not kept.
-    pub fn release(&mut self, page: u32) {
+    pub(crate) fn release(&mut self, page: u32) {
         let entry = &mut self.pages[page as usize];
         assert!(entry.is_cached, "page {page} is not kept");
         entry.is_cached = false;

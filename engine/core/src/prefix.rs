@@ -15,6 +15,9 @@ use hat_plan::{PAGE_SIZE, TokenId};
 
 use crate::page::PagePool;
 use crate::sequence::Sequence;
+use crate::wire::BundleFacts;
+use hat_transport::codec::Codec;
+use hat_transport::message::KV_F16;
 pub use hat_transport::message::PageId;
 
 /// The key of a device's, or of a tenant's, page ids. Nobody is shown it.
@@ -43,28 +46,28 @@ impl fmt::Debug for PrefixSecret {
 
 /// Scope that the rows of a session depend on, beside their tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PrefixScope {
+pub(crate) struct PrefixScope {
     /// First layer that the cloud computes.
-    pub entry_layer: u16,
+    pub(crate) entry_layer: u16,
     /// The layer after the last one.
-    pub exit_layer: u16,
+    pub(crate) exit_layer: u16,
     /// Codec of rows on the wire.
-    pub codec: u8,
+    pub(crate) codec: u8,
     /// Number format of keys and values.
-    pub kv_type: u8,
+    pub(crate) kv_type: u8,
     /// The arithmetic of the cloud's layers.
-    pub arithmetic_id: u32,
+    pub(crate) arithmetic_id: u32,
 }
 
 impl PrefixScope {
     /// Scope of a store whose sessions differ in nothing but the names of their pages.
-    pub const ONE: Self =
+    pub(crate) const ONE: Self =
         Self { entry_layer: 0, exit_layer: 0, codec: 0, kv_type: 0, arithmetic_id: 0 };
 }
 
 /// The ids of a path's full pages, as the path grows. Each token is hashed once.
 #[derive(Clone)]
-pub struct PageNames {
+pub(crate) struct PageNames {
     hasher: blake3::Hasher,
     rows: usize,
     ids: Vec<PageId>,
@@ -73,8 +76,7 @@ pub struct PageNames {
 impl PageNames {
     /// An empty path of rows that a device computes in `device_arithmetic_id` up to the cloud's
     /// first layer.
-    #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         secret: &PrefixSecret,
         model_id: &[u8; 32],
         device_arithmetic_id: u32,
@@ -91,12 +93,12 @@ impl PageNames {
     }
 
     /// Room for the names of a path of this many rows in all.
-    pub fn reserve(&mut self, rows: usize) {
+    pub(crate) fn reserve(&mut self, rows: usize) {
         self.ids.reserve((rows / PAGE_SIZE).saturating_sub(self.ids.len()));
     }
 
     /// The path goes on with `token`.
-    pub fn push(&mut self, token: TokenId) {
+    pub(crate) fn push(&mut self, token: TokenId) {
         self.hasher.update(&token.to_le_bytes());
         self.rows += 1;
         if self.rows.is_multiple_of(PAGE_SIZE) {
@@ -106,14 +108,60 @@ impl PageNames {
     }
 
     /// The path goes on with `tokens`.
-    pub fn extend(&mut self, tokens: &[TokenId]) {
+    pub(crate) fn extend(&mut self, tokens: &[TokenId]) {
         tokens.iter().for_each(|token| self.push(*token));
     }
 
     /// Ids of the pages that the first `rows` rows fill, at most `pages_max` of them.
-    #[must_use]
-    pub fn of_rows(&self, rows: usize, pages_max: usize) -> &[PageId] {
+    pub(crate) fn of_rows(&self, rows: usize, pages_max: usize) -> &[PageId] {
         &self.ids[..(rows / PAGE_SIZE).min(pages_max).min(self.ids.len())]
+    }
+}
+
+/// Names the pages of a device's paths.
+pub struct PageNamer {
+    secret: PrefixSecret,
+    model_id: [u8; 32],
+    /// The arithmetic of the device's own layers.
+    pub(crate) arithmetic_id: u32,
+    scope: PrefixScope,
+}
+
+impl PageNamer {
+    /// `None` if all rows go up. Tail layers need all rows that come back, so with them they do.
+    pub fn new(
+        codec: Codec,
+        facts: &BundleFacts,
+        arithmetic_id: u32,
+        secret: PrefixSecret,
+    ) -> Option<Self> {
+        if facts.has_tail {
+            return None;
+        }
+        let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
+        let scope = PrefixScope {
+            entry_layer: layer(facts.layers.start),
+            exit_layer: layer(facts.layers.end),
+            codec: codec.id(),
+            kv_type: KV_F16,
+            arithmetic_id: 0,
+        };
+        Some(Self { secret, model_id: facts.model_id, arithmetic_id, scope })
+    }
+
+    /// Names of the pages of `tokens`, which become at most `rows_max`, where the cloud computes in
+    /// `cloud_arithmetic_id`.
+    pub(crate) fn names(
+        &self,
+        cloud_arithmetic_id: u32,
+        tokens: &[TokenId],
+        rows_max: u32,
+    ) -> PageNames {
+        let scope = PrefixScope { arithmetic_id: cloud_arithmetic_id, ..self.scope };
+        let mut names = PageNames::new(&self.secret, &self.model_id, self.arithmetic_id, scope);
+        names.reserve(rows_max as usize);
+        names.extend(tokens);
+        names
     }
 }
 
@@ -131,8 +179,9 @@ struct Entry {
 /// goes first when pages are wanted, the longest unused before all others; of one path the later
 /// pages, which are of no use without the earlier ones.
 #[derive(Debug)]
-pub struct PageStore {
-    pool: PagePool,
+pub(crate) struct PageStore {
+    /// Its pages: who holds them, and which are free.
+    pub(crate) pool: PagePool,
     entries: BTreeMap<Key, Entry>,
     by_use: BTreeMap<u64, Key>,
     uses: u64,
@@ -140,20 +189,13 @@ pub struct PageStore {
 
 impl PageStore {
     /// A store of this many pages, all free.
-    #[must_use]
-    pub fn new(pages: usize) -> Self {
+    pub(crate) fn new(pages: usize) -> Self {
         Self {
             pool: PagePool::new(u32::try_from(pages).expect("row counts are u32")),
             entries: BTreeMap::new(),
             by_use: BTreeMap::new(),
             uses: 0,
         }
-    }
-
-    /// Its pages: who holds them, and which are free.
-    #[must_use]
-    pub fn pool(&self) -> &PagePool {
-        &self.pool
     }
 
     /// Pages for a session, `wanted` in all, its own holder's: the leading ones of `ids` that are
@@ -163,7 +205,7 @@ impl PageStore {
     ///
     /// # Panics
     /// If there are more `ids` than pages wanted.
-    pub fn admit(
+    pub(crate) fn admit(
         &mut self,
         scope: PrefixScope,
         ids: &[PageId],
@@ -190,7 +232,7 @@ impl PageStore {
     ///
     /// # Panics
     /// If the sequence shares its pages: there might be no room for as many.
-    pub fn begin_behind(&mut self, sequence: &mut Sequence, ids: &[PageId]) -> usize {
+    pub(crate) fn begin_behind(&mut self, sequence: &mut Sequence, ids: &[PageId]) -> usize {
         let rows_max = sequence.rows_max();
         let own = std::mem::replace(sequence, Sequence::new(Vec::new(), 0)).into_pages();
         let wanted = own.len();
@@ -209,7 +251,7 @@ impl PageStore {
 
     /// Keeps the pages of a path, of which `pages` are the first and are held. Ids that are known
     /// keep the page that they have, and pages that are kept their id.
-    pub fn keep(&mut self, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
+    pub(crate) fn keep(&mut self, scope: PrefixScope, ids: &[PageId], pages: &[u32]) {
         for (id, page) in ids.iter().zip(pages) {
             if !self.pool.is_cached(*page) {
                 self.entries.entry((scope, *id)).or_insert_with(|| {
@@ -221,22 +263,14 @@ impl PageStore {
         self.touch(scope, ids);
     }
 
-    /// A session is done with its pages.
-    ///
-    /// # Panics
-    /// If nobody holds one of them.
-    pub fn give_back(&mut self, pages: Vec<u32>) {
-        self.pool.give_back(pages);
-    }
-
     /// Forgets all ids: what pages hold means nothing any more.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.by_use.clear();
         std::mem::take(&mut self.entries).values().for_each(|entry| self.pool.release(entry.page));
     }
 
     /// Forgets these pages: what they hold is no good. Who holds them keeps them.
-    pub fn forget(&mut self, pages: &[u32]) {
+    pub(crate) fn forget(&mut self, pages: &[u32]) {
         let bad = |entry: &Entry| pages.contains(&entry.page);
         self.by_use.retain(|_, key| !bad(&self.entries[key]));
         self.entries.retain(|_, entry| {

@@ -26,6 +26,7 @@ use hat_plan::TokenId;
 
 use self::filters::{Kept, Ranked};
 use self::noise::{NOISE_MAX, Noise, exp, gumbel, gumbel_max, ln};
+use crate::error::InputError;
 
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;
@@ -72,24 +73,12 @@ impl Default for SamplerConfig {
     }
 }
 
-/// A field of a request is out of its range.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {value} is not in {range}")]
-pub struct FieldError {
-    /// The field's name in the API.
-    pub field: &'static str,
-    /// The value that was given.
-    pub value: String,
-    /// Description of valid values.
-    pub range: String,
-}
-
 impl SamplerConfig {
     /// Checks each field against its range, and biased tokens against the vocabulary.
     ///
     /// # Errors
     /// The first field that is out of range, NaN included.
-    pub fn check(&self, vocab_size: usize) -> Result<(), FieldError> {
+    pub fn check(&self, vocab_size: usize) -> Result<(), InputError> {
         let fields = [
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
@@ -101,14 +90,14 @@ impl SamplerConfig {
         for (field, value, low, high) in fields {
             in_range(field, value, low, high)?;
         }
-        let wrong = |value: String, range: String| FieldError { field: "logit_bias", value, range };
-        if self.logit_bias.len() > LOGIT_BIAS_MAX {
-            let value = format!("{} entries", self.logit_bias.len());
-            return Err(wrong(value, format!("0..={LOGIT_BIAS_MAX} entries")));
+        let wrong = |reason: String| Err(InputError::field("logit_bias", reason));
+        let entries = self.logit_bias.len();
+        if entries > LOGIT_BIAS_MAX {
+            return wrong(format!("{entries} entries is not in 0..={LOGIT_BIAS_MAX} entries"));
         }
         for &(token, bias) in &self.logit_bias {
             if token as usize >= vocab_size {
-                return Err(wrong(format!("token {token}"), format!("0..{vocab_size}")));
+                return wrong(format!("token {token} is not in 0..{vocab_size}"));
             }
             in_range("logit_bias", bias, -100.0, 100.0)?;
         }
@@ -130,11 +119,11 @@ impl SamplerConfig {
     }
 }
 
-fn in_range(field: &'static str, value: f32, low: f32, high: f32) -> Result<(), FieldError> {
+fn in_range(field: &'static str, value: f32, low: f32, high: f32) -> Result<(), InputError> {
     if (low..=high).contains(&value) {
         return Ok(());
     }
-    Err(FieldError { field, value: value.to_string(), range: format!("{low}..={high}") })
+    Err(InputError::field(field, format!("{value} is not in {low}..={high}")))
 }
 
 /// Logits from which no token can be chosen.
@@ -166,8 +155,7 @@ pub struct Choice {
     pub logit: f32,
 }
 
-/// Chooses tokens along one path. [`Sampler::accept`] and [`Sampler::undo`] follow the path forward
-/// and back; [`Sampler::fork`] starts a second one.
+/// Chooses tokens along one path, which [`Sampler::accept`] follows.
 pub struct Sampler {
     config: SamplerConfig,
     vocab_size: usize,
@@ -185,7 +173,7 @@ impl Sampler {
     ///
     /// # Errors
     /// As [`SamplerConfig::check`].
-    pub fn new(config: SamplerConfig, vocab_size: usize, choice: u32) -> Result<Self, FieldError> {
+    pub fn new(config: SamplerConfig, vocab_size: usize, choice: u32) -> Result<Self, InputError> {
         config.check(vocab_size)?;
         let path = Path::new(if config.penalises() { config.penalty_last_n } else { 0 });
         Ok(Self { config, vocab_size, choice, path, adjusted: Vec::new(), ranked: Vec::new() })
@@ -197,30 +185,9 @@ impl Sampler {
         &self.config
     }
 
-    /// Puts a token at the end of the path: prompt, committed or drafted, all the same.
+    /// Puts a token at the end of the path, of prompt or answer.
     pub fn accept(&mut self, token: TokenId) {
         self.path.push(token);
-    }
-
-    /// Takes the last token off the path.
-    ///
-    /// # Panics
-    /// If the path is empty (and anything depends on it).
-    pub fn undo(&mut self) {
-        self.path.pop();
-    }
-
-    /// A sampler at the same path that goes its own way.
-    #[must_use]
-    pub fn fork(&self) -> Self {
-        Self {
-            config: self.config.clone(),
-            vocab_size: self.vocab_size,
-            choice: self.choice,
-            path: self.path.clone(),
-            adjusted: Vec::new(),
-            ranked: Vec::new(),
-        }
     }
 
     /// The token at `position` (the number of tokens before it), given its logits
@@ -337,7 +304,6 @@ fn argmax(logits: &[f32], position: u32) -> Result<Choice, SampleError> {
 }
 
 /// The tokens before the choice, and how often each is in the window.
-#[derive(Clone)]
 struct Path {
     window: usize,
     /// Empty if `window` is 0.
@@ -356,32 +322,14 @@ impl Path {
             return;
         }
         self.tokens.push(token);
-        self.count(token);
-        if let Some(left) = self.tokens.len().checked_sub(self.window + 1) {
-            self.uncount(self.tokens[left]);
-        }
-    }
-
-    fn pop(&mut self) {
-        if self.window == 0 {
-            return;
-        }
-        let token = self.tokens.pop().expect("undo goes with an accept");
-        self.uncount(token);
-        if let Some(back) = self.tokens.len().checked_sub(self.window) {
-            self.count(self.tokens[back]);
-        }
-    }
-
-    fn count(&mut self, token: TokenId) {
         *self.counts.entry(token).or_insert(0) += 1;
-    }
-
-    fn uncount(&mut self, token: TokenId) {
-        let count = self.counts.get_mut(&token).expect("tokens of the window are counted");
-        *count -= 1;
-        if *count == 0 {
-            self.counts.remove(&token);
+        if let Some(left) = self.tokens.len().checked_sub(self.window + 1) {
+            let left = self.tokens[left];
+            let count = self.counts.get_mut(&left).expect("tokens of the window are counted");
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&left);
+            }
         }
     }
 }
@@ -395,7 +343,7 @@ impl Path {
 ///
 /// # Panics
 /// If `chosen` is not in the vocabulary.
-pub fn log_probabilities(
+pub(crate) fn log_probabilities(
     logits: &[f32],
     position: u32,
     chosen: TokenId,

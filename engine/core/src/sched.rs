@@ -150,7 +150,7 @@ impl Room {
 }
 
 /// Works that wait, and whose turn it is.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Scheduler {
     rows_max: u32,
     /// Number of the next work to arrive.
@@ -181,18 +181,7 @@ impl Scheduler {
     /// A scheduler of steps of at most `rows_max` rows.
     #[must_use]
     pub fn new(rows_max: u32) -> Self {
-        Self {
-            rows_max,
-            arrivals: 0,
-            waiting: FxHashMap::default(),
-            verifies: Tier::default(),
-            prompts: Tier::default(),
-            passed_over: 0,
-            cut: Vec::new(),
-            missed: Vec::with_capacity(MISSES_MAX),
-            #[cfg(test)]
-            looks: 0,
-        }
+        Self { rows_max, missed: Vec::with_capacity(MISSES_MAX), ..Self::default() }
     }
 
     /// Works that wait.
@@ -225,7 +214,9 @@ impl Scheduler {
         let waiting = Waiting { item, arrival: self.arrivals };
         self.arrivals += 1;
         self.waiting.insert(item.session, waiting);
-        self.tier(item.urgent).add(waiting);
+        self.tier(item.urgent).edit(item.device, |share| {
+            share.items.insert((item.class, waiting.arrival), item.session);
+        });
     }
 
     /// Chooses the works of the next step into `step`. One that is cut comes with its first rows;
@@ -303,8 +294,10 @@ impl Scheduler {
 
     /// Forgets the work of a session, and what is left of one.
     pub fn forget(&mut self, session: SessionKey) {
-        let Some(waiting) = self.waiting.remove(&session) else { return };
-        self.tier(waiting.item.urgent).remove(waiting);
+        let Some(Waiting { item, arrival }) = self.waiting.remove(&session) else { return };
+        self.tier(item.urgent).edit(item.device, |share| {
+            share.items.remove(&(item.class, arrival));
+        });
     }
 
     fn tier(&mut self, urgent: bool) -> &mut Tier {
@@ -374,20 +367,6 @@ impl Tier {
         let (served, arrival, device) = *self.ready.get(&class)?.first()?;
         let session = self.shares[&device].items[&(class, arrival)];
         Some(Candidate { class, served, arrival, device, session })
-    }
-
-    fn add(&mut self, waiting: Waiting) {
-        let Waiting { item, arrival } = waiting;
-        self.edit(item.device, |share| {
-            share.items.insert((item.class, arrival), item.session);
-        });
-    }
-
-    fn remove(&mut self, waiting: Waiting) {
-        let Waiting { item, arrival } = waiting;
-        self.edit(item.device, |share| {
-            share.items.remove(&(item.class, arrival));
-        });
     }
 
     /// The work of `candidate` runs.

@@ -11,7 +11,7 @@
 
 use std::borrow::Borrow;
 
-pub use hat_plan::{BatchBuffers, PENDING_ROWS_MAX, RowPlace};
+pub use hat_plan::{BatchBuffers, PENDING_ROWS_MAX};
 use hat_plan::{PAGE_SIZE, RowMove};
 
 /// An error in rows or a commit.
@@ -165,7 +165,7 @@ impl Sequence {
 
     /// Takes `count` decided rows with ids `first_id..`: each the child of the one before, the
     /// first a child of the committed tip. Rows that pended there are stale: what follows the tip
-    /// is decided.
+    /// is decided. Returns the position of the first, which is its slot.
     ///
     /// # Errors
     /// [`SequenceError`]; the sequence is unchanged then.
@@ -174,7 +174,7 @@ impl Sequence {
         first_id: u32,
         count: u32,
         parent: u32,
-    ) -> Result<RowPlace, SequenceError> {
+    ) -> Result<u32, SequenceError> {
         let last_new = self.check_ids(first_id, count)?;
         if parent != self.tip {
             return Err(SequenceError::BadParent { id: first_id, parent, tip: self.tip });
@@ -183,12 +183,12 @@ impl Sequence {
         if rows > self.rows_max as usize {
             return Err(SequenceError::Full { rows, reserved: self.rows_max as usize });
         }
-        let place = RowPlace { position: self.committed, slot: self.committed };
+        let first = self.committed;
         self.pending.clear();
         self.committed += count;
         self.tip = last_new;
         self.last_id = last_new;
-        Ok(place)
+        Ok(first)
     }
 
     /// Takes rows that pend, with ids `first_id..`, one for each of `parents`.
@@ -292,16 +292,16 @@ impl Sequence {
         self.pending.truncate(survive);
     }
 
-    /// Place of row `id`, if it is pending.
+    /// Position and slot of row `id`, if it is pending.
     #[must_use]
-    pub fn place(&self, id: u32) -> Option<RowPlace> {
+    pub fn place(&self, id: u32) -> Option<(u32, u32)> {
         let row = self.pending[self.index_of(id)?];
-        Some(RowPlace { position: row.position, slot: row.slot })
+        Some((row.position, row.slot))
     }
 
     /// Adds row `id` to a plan, if it pends; returns true if it does.
     pub fn push_row(&self, id: u32, plan: &mut BatchBuffers) -> bool {
-        let Some(place) = self.place(id) else { return false };
+        let Some((position, slot)) = self.place(id) else { return false };
         // Slots that it sees beyond the committed rows, in logical order, its own last.
         let mut tail = [0; PENDING_ROWS_MAX];
         let mut begin = tail.len();
@@ -315,7 +315,7 @@ impl Sequence {
         let places = (self.committed..).zip(&tail[begin..]);
         let in_place = places.take_while(|(position, slot)| position == *slot).count();
         let prefix_len = self.committed + u32::try_from(in_place).expect("at most 64 rows pend");
-        plan.push_row(place, prefix_len, &tail[begin + in_place..]);
+        plan.push_row(position, slot, prefix_len, &tail[begin + in_place..]);
         true
     }
 

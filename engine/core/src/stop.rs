@@ -4,18 +4,18 @@
 //! nothing of a stop string is ever shown, however tokens cut it. The result depends on the text
 //! alone, not on how it is cut: of several stop strings the one that is complete first counts.
 
-use crate::sample::FieldError;
+use crate::error::InputError;
 
 /// Most stop strings of a request.
-pub const STOP_STRINGS_MAX: usize = 64;
+pub(crate) const STOP_STRINGS_MAX: usize = 64;
 /// Most bytes of all stop strings of a request together.
-pub const STOPS_BYTES_MAX: usize = 4096;
+pub(crate) const STOPS_BYTES_MAX: usize = 4096;
 /// Longest stop string, in bytes.
-pub const STOP_BYTES_MAX: usize = 256;
+pub(crate) const STOP_BYTES_MAX: usize = 256;
 
-/// Watches a text for stop strings. A clone goes its own way (a branch of a draft tree).
-#[derive(Clone, Debug)]
-pub struct StopStrings {
+/// Watches a text for stop strings.
+#[derive(Debug)]
+pub(crate) struct StopStrings {
     stops: Vec<String>,
     /// The beginning of a stop string, perhaps; and while in `push`, the new text after it.
     held: String,
@@ -24,42 +24,34 @@ pub struct StopStrings {
     stopped: bool,
 }
 
-/// Text that [`StopStrings::push`] lets through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shown<'a> {
-    /// Text to show; may hold text of earlier calls.
-    pub text: &'a str,
-    /// True if a stop string is complete: the answer ends here.
-    pub stopped: bool,
-}
-
 impl StopStrings {
     /// Watches for these; none is fine.
     ///
     /// # Errors
     /// If there are more than [`STOP_STRINGS_MAX`], or one is empty or longer than
     /// [`STOP_BYTES_MAX`], or they have more than [`STOPS_BYTES_MAX`] together.
-    pub fn new(stops: Vec<String>) -> Result<Self, FieldError> {
-        let wrong = |value, range| Err(FieldError { field: "stop", value, range });
-        if stops.len() > STOP_STRINGS_MAX {
-            let value = format!("{} strings", stops.len());
-            return wrong(value, format!("0..={STOP_STRINGS_MAX} strings"));
+    pub(crate) fn new(stops: Vec<String>) -> Result<Self, InputError> {
+        let wrong = |reason: String| Err(InputError::field("stop", reason));
+        let strings = stops.len();
+        if strings > STOP_STRINGS_MAX {
+            return wrong(format!("{strings} strings is not in 0..={STOP_STRINGS_MAX} strings"));
         }
-        for stop in &stops {
-            if !(1..=STOP_BYTES_MAX).contains(&stop.len()) {
-                let value = format!("a string of {} bytes", stop.len());
-                return wrong(value, format!("1..={STOP_BYTES_MAX} bytes"));
+        for bytes in stops.iter().map(String::len) {
+            if !(1..=STOP_BYTES_MAX).contains(&bytes) {
+                let range = format!("1..={STOP_BYTES_MAX} bytes");
+                return wrong(format!("a string of {bytes} bytes is not in {range}"));
             }
         }
         let bytes: usize = stops.iter().map(String::len).sum();
         if bytes > STOPS_BYTES_MAX {
-            return wrong(format!("{bytes} bytes in all"), format!("0..={STOPS_BYTES_MAX} bytes"));
+            return wrong(format!("{bytes} bytes in all is not in 0..={STOPS_BYTES_MAX} bytes"));
         }
         Ok(Self { stops, held: String::new(), shown: String::new(), stopped: false })
     }
 
-    /// Takes the next piece of the text. After a stop string all further text is dropped.
-    pub fn push(&mut self, text: &str) -> Shown<'_> {
+    /// Takes the next piece of the text; gives the text to show, which may be of earlier calls.
+    /// After a stop string all further text is dropped.
+    pub(crate) fn push(&mut self, text: &str) -> &str {
         self.shown.clear();
         if !self.stopped {
             self.held.push_str(text);
@@ -76,11 +68,11 @@ impl StopStrings {
             self.held.drain(..show);
             self.stopped = first.is_some();
         }
-        Shown { text: &self.shown, stopped: self.stopped }
+        &self.shown
     }
 
     /// Text that is held back when the text ends without a stop string; nothing after one.
-    pub fn finish(&mut self) -> &str {
+    pub(crate) fn finish(&mut self) -> &str {
         self.shown.clear();
         if !self.stopped {
             self.shown.push_str(&self.held);
@@ -89,9 +81,8 @@ impl StopStrings {
         &self.shown
     }
 
-    /// True if a stop string is complete.
-    #[must_use]
-    pub fn is_stopped(&self) -> bool {
+    /// True if a stop string is complete: the answer ends there.
+    pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
     }
 
@@ -121,9 +112,8 @@ mod tests {
         let mut watch = watch(stops);
         let mut all = String::new();
         for piece in pieces {
-            let shown = watch.push(piece);
-            all.push_str(shown.text);
-            if shown.stopped {
+            all.push_str(watch.push(piece));
+            if watch.is_stopped() {
                 break;
             }
         }
@@ -140,12 +130,10 @@ mod tests {
         assert_eq!(run(&["aab"], &["a", "a", "a", "b"]), ("a".into(), true));
         assert_eq!(run(&[], &["as", " it is"]), ("as it is".into(), false));
         let mut watch = watch(&["\n\n"]);
-        assert_eq!(watch.push("one\n"), Shown { text: "one", stopped: false });
-        let mut branch = watch.clone();
-        assert_eq!(watch.push("\ntwo"), Shown { text: "", stopped: true });
-        assert_eq!(watch.push("three"), Shown { text: "", stopped: true });
+        assert_eq!(watch.push("one\n"), "one");
+        assert_eq!(watch.push("\ntwo"), "");
+        assert_eq!(watch.push("three"), "");
         assert_eq!(watch.finish(), "");
-        assert_eq!(branch.push("two"), Shown { text: "\ntwo", stopped: false });
     }
 
     #[test]

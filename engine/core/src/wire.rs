@@ -10,12 +10,8 @@ use hat_transport::message::{Hello, KV_F16, KvPages, PAGE_ID_BYTES, PAGE_IDS_MAX
 
 use crate::sequence::PENDING_ROWS_MAX;
 
-/// Arithmetic in a HELLO unless a backend names another.
-pub const ARITHMETIC_ID: u32 = ARITHMETIC_CPU;
 /// Arithmetics that this version knows.
 const ARITHMETICS: [u32; 2] = [ARITHMETIC_CPU, ARITHMETIC_CUDA];
-/// K and V are stored as f16.
-pub const KV_TYPE_F16: u8 = KV_F16;
 
 /// Facts of a bundle that the protocol speaks about.
 #[derive(Clone, Debug)]
@@ -32,19 +28,20 @@ pub struct BundleFacts {
     pub has_tail: bool,
 }
 
-/// A HELLO with everything that follows from the model and from this program.
+/// A HELLO with everything that follows from the model and from this program; the arithmetic is the
+/// CPU's unless a backend names another.
 #[must_use]
 pub fn hello(role: Role, model_id: [u8; 32], hidden_size: usize, layers: Range<u32>) -> Hello {
     let layer = |layer: u32| u16::try_from(layer).expect("a model has fewer than 65,536 layers");
     Hello {
         model_id,
-        arithmetic_id: ARITHMETIC_ID,
+        arithmetic_id: ARITHMETIC_CPU,
         hidden_size: u32::try_from(hidden_size).expect("rows are narrower than 2^32"),
         entry_layer: layer(layers.start),
         exit_layer: layer(layers.end),
         codecs: Codec::ALL.iter().fold(0, |set, codec| set | 1 << codec.id()),
         rows_pending_max: u16::try_from(PENDING_ROWS_MAX).expect("64"),
-        kv: KvPages { kv_type: KV_TYPE_F16, page_size: u16::try_from(PAGE_SIZE).expect("32") },
+        kv: KvPages { kv_type: KV_F16, page_size: u16::try_from(PAGE_SIZE).expect("32") },
         ..Hello::new(role)
     }
 }

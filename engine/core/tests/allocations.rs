@@ -4,9 +4,8 @@
 
 #[path = "../../compute/tests/counting/mod.rs"]
 mod counting;
-#[path = "../src/testkit.rs"]
 #[expect(dead_code, reason = "it has more than this test needs")]
-mod testkit;
+mod sink;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ use hat_transport::conn::ConnectionId;
 use hat_transport::message::{Hello, Role};
 
 use counting::allocations;
-use testkit::TestSink;
+use sink::TestSink;
 
 const DEVICE: ConnectionId = ConnectionId(7);
 const HIDDEN: usize = 8;

@@ -108,12 +108,3 @@ pub struct RowMove {
     /// Page and row within it that is written.
     pub to: (u32, u32),
 }
-
-/// Position and slot of one row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowPlace {
-    /// Logical position.
-    pub position: u32,
-    /// Slot of its own K and V.
-    pub slot: u32,
-}

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{AttendBatch, PENDING_ROWS_MAX, RowPlace};
+use crate::{AttendBatch, PENDING_ROWS_MAX};
 
 /// The arrays of an [`AttendBatch`], reused from step to step.
 #[derive(Debug, Default)]
@@ -58,20 +58,21 @@ impl BatchBuffers {
         self.q_indptr[index] as usize..self.q_indptr[index + 1] as usize
     }
 
-    /// Adds a row that sees the slots `0..prefix_len` and those of `tail`, its own among them.
-    pub fn push_row(&mut self, place: RowPlace, prefix_len: u32, tail: &[u32]) {
-        self.positions.push(place.position);
-        self.slots.push(place.slot);
+    /// Adds a row whose K and V go to `slot`. It sees the slots `0..prefix_len` and those of
+    /// `tail`, its own among them.
+    pub fn push_row(&mut self, position: u32, slot: u32, prefix_len: u32, tail: &[u32]) {
+        self.positions.push(position);
+        self.slots.push(slot);
         self.prefix_len.push(prefix_len);
         self.tail_slots.extend_from_slice(tail);
         self.tail_indptr.push(count(&self.tail_slots));
     }
 
-    /// Adds `count` committed rows from `first` on: each sees all positions up to its own.
-    pub fn push_committed(&mut self, first: RowPlace, count: u32) {
-        for offset in 0..count {
-            let (position, slot) = (first.position + offset, first.slot + offset);
-            self.push_row(RowPlace { position, slot }, position + 1, &[]);
+    /// Adds `count` committed rows from position `first` on: each stands at the slot of its own
+    /// position, and sees all positions up to that.
+    pub fn push_committed(&mut self, first: u32, count: u32) {
+        for position in first..first + count {
+            self.push_row(position, position, position + 1, &[]);
         }
     }
 

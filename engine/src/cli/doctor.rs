@@ -184,7 +184,7 @@ impl DoctorArgs {
         let mut policies = vec![self.device.chunks, ChunkPolicy::Auto, ChunkPolicy::Fixed(128)];
         policies.dedup();
         for policy in policies {
-            let plan = planner.plan(policy, &costs, &limits, 0, rows);
+            let plan = planner.plan(policy, &costs, &limits, chunk::Ahead::default(), 0, rows);
             outln!(
                 "  --chunks {policy}: {:?}, first token expected after {:.0} ms",
                 plan.sizes,

@@ -37,7 +37,8 @@ pub(super) struct Search {
     counts: Vec<usize>, // ways of each prefix. [cells + 1]
     steps: Vec<u32>,    // cells of the chunks that are tried
     best: Vec<u32>,
-    evaluated: u64,
+    /// Chunks whose times the last run looked at.
+    pub(super) evaluated: u64,
 }
 
 /// State of one search.
@@ -56,11 +57,6 @@ struct Problem<'a> {
 }
 
 impl Search {
-    /// Chunks whose times the last run looked at.
-    pub(super) fn evaluated(&self) -> u64 {
-        self.evaluated
-    }
-
     /// Elements that the buffers hold without growing.
     #[cfg(test)]
     pub(super) fn rooms(&self) -> [usize; 4] {
@@ -104,8 +100,8 @@ impl Search {
             found_s = self.polish(&problem, ahead, found_s, sizes);
         }
         if sizes.is_empty() {
-            equal(rows, problem.cell, sizes);
-            return super::finish_after_s(costs, ahead, cached, sizes);
+            sizes.extend(equal(rows, problem.cell));
+            return super::finish_s(costs, ahead, cached, sizes);
         }
         found_s + costs.return_s
     }
@@ -123,7 +119,7 @@ impl Search {
             }
         }
         if let Some(size) = best_size {
-            equal(problem.rows, size, sizes);
+            sizes.extend(equal(problem.rows, size));
         }
         best_s
     }
@@ -139,21 +135,8 @@ impl Search {
         if problem.bound_of(&ahead, size) >= best_s {
             return None;
         }
-        let Problem { costs, rows, cached, .. } = *problem;
-        let (mut at, mut done) = (ahead, 0);
-        while done < rows {
-            let count = size.min(rows - done);
-            if !problem.allows(count, done) {
-                return None;
-            }
-            at.push(costs, count, cached.saturating_add(done));
-            self.evaluated += 1;
-            if at.last_s >= best_s {
-                return None;
-            }
-            done += count;
-        }
-        Some(at.last_s)
+        let finish_s = self.finish(problem, ahead, 0, equal(problem.rows, size), best_s);
+        (finish_s < best_s).then_some(finish_s)
     }
 
     /// The dynamic program. Overwrites `sizes` if it finds something earlier than `best_s`, and
@@ -361,14 +344,14 @@ impl Problem<'_> {
         let others = f64::from(costs.stages - 1);
         let latency_s = costs.up_latency_s + costs.cloud_wait_s;
         // Whatever comes next comes no earlier than its smallest chunk can.
-        at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least));
+        at.uplink_s = at.uplink_s.max(at.device_s + costs.device.seconds(least, 0));
         at.stage_s = at.stage_s.max(at.uplink_s + up_s(least) + latency_s);
         let least_s = costs.stage(least, cached.saturating_add(done));
         at.last_s = at.last_s.max(at.stage_s + others * least_s);
         // A place that is faster than the next one, whatever the chunk, and is free so early that
         // the largest chunk would wait behind it, is never waited for.
         if self.device_is_faster {
-            at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most));
+            at.device_s = at.device_s.max(at.uplink_s - costs.device.seconds(most, 0));
         }
         let most_s = costs.stage(most, cached.saturating_add(rows - most));
         at.stage_s = at.stage_s.max(at.last_s - others * most_s);
@@ -385,7 +368,7 @@ impl Problem<'_> {
         let last_s = costs.stage(last, cached);
         let latency_s = costs.up_latency_s + costs.cloud_wait_s;
         let all = |fixed: f64, each: f64| count * fixed + f64::from(rows) * each;
-        let first_s = ahead.device_s + costs.device.seconds(size.min(rows));
+        let first_s = ahead.device_s + costs.device.seconds(size.min(rows), 0);
         let up_s = ahead.uplink_s.max(first_s) + all(costs.frame_s, costs.row_up_s);
         let enter_s = first_s + costs.frame_s + costs.row_up_s * f64::from(size.min(rows));
         let steps_s = all(costs.cloud.fixed, costs.cloud.per_row) / stages;
@@ -408,7 +391,7 @@ impl Problem<'_> {
         let steps = (at.stage_s + rest_s + (stages - 1.0) * row_s).max(at.last_s + rest_s);
         let latency = costs.up_latency_s + costs.cloud_wait_s + stages * row_s;
         let up = at.uplink_s + costs.frame_s + costs.row_up_s * f64::from(rest) + latency;
-        let made = at.device_s + costs.device.seconds(rest) + costs.frame_s + costs.row_up_s;
+        let made = at.device_s + costs.device.seconds(rest, 0) + costs.frame_s + costs.row_up_s;
         steps.max(up).max(made + latency)
     }
 }

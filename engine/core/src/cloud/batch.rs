@@ -1,9 +1,12 @@
 //! One step: the rows that run in it, and what is to come back of them.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hat_plan::{BackendFault, MiddleStep};
+use hat_transport::codec::{Codec, CodecError};
 use hat_transport::conn::ConnectionId;
+use hat_transport::message::OutputHead;
 
 use super::session::{Session, StepRows};
 use super::violation::SessionViolation;
@@ -64,6 +67,29 @@ impl StepBatch {
         let waited = waited
             .map_or(Duration::ZERO, |(began, complete)| began.saturating_duration_since(complete));
         u32::try_from(waited.as_micros()).unwrap_or(u32::MAX)
+    }
+
+    /// Writes some of the wanted rows of session `index` as the body of an OUTPUT frame.
+    ///
+    /// # Errors
+    /// If a row holds a number that is not finite.
+    pub(super) fn encode_output(
+        &self,
+        index: usize,
+        wanted: Range<usize>,
+        head: &OutputHead,
+        (codec, hidden_size): (Codec, usize),
+        body: &mut [u8],
+    ) -> Result<(), CodecError> {
+        let rows = &self.rows[index];
+        let start = head.encode(&rows.wanted_ids[wanted.clone()], body);
+        let first = self.step.plan.rows_of(index).start;
+        let payload = body[start..].chunks_exact_mut(codec.row_bytes(hidden_size));
+        for (row, out) in rows.wanted[wanted].iter().zip(payload) {
+            let row = &self.step.hidden[(first + *row as usize) * hidden_size..][..hidden_size];
+            codec.encode(row, hidden_size, out)?;
+        }
+        Ok(())
     }
 
     /// Puts `item`, rows of the oldest chunk of `session`, into this step. What is wrong with them

@@ -13,9 +13,7 @@ use std::time::{Duration, Instant};
 
 use hat_transport::conn::{ConnectionId, FrameSink, Refusal, Traffic};
 use hat_transport::frame::{Kind, Priority};
-use hat_transport::message::{
-    Arrivals, Busy, CloseCode, Computed, Dropped, Message, Opened, SessionError, SessionErrorCode,
-};
+use hat_transport::message::{Arrivals, CloseCode, Message, SessionError, SessionErrorCode};
 use hat_transport::pool::Buf;
 
 use crate::sched::DeviceKey;
@@ -32,28 +30,9 @@ const NOT_READ: &str = "you do not read your answers";
 
 /// A small message to a device.
 #[derive(Debug)]
-pub(super) enum Reply {
-    Opened(Opened),
-    Busy(Busy),
-    Cancelled,
-    Ended,
-    Dropped(Dropped),
-    Computed(Computed),
+enum Reply {
+    Plain(Message<'static>),
     Error { code: SessionErrorCode, text: String },
-}
-
-impl Reply {
-    fn message(&self) -> Message<'_> {
-        match self {
-            Self::Opened(opened) => Message::Opened(*opened),
-            Self::Busy(busy) => Message::Busy(*busy),
-            Self::Cancelled => Message::Cancelled,
-            Self::Ended => Message::Ended,
-            Self::Dropped(dropped) => Message::Dropped(*dropped),
-            Self::Computed(computed) => Message::Computed(*computed),
-            Self::Error { code, text } => Message::SessionError(SessionError { code: *code, text }),
-        }
-    }
 }
 
 /// An `OUTPUT` frame that found no free buffer, or no room in its connection's queue.
@@ -103,11 +82,12 @@ pub(super) struct Clients {
     answers: VecDeque<(ConnectionId, u32, Reply)>,
     /// Connections with outputs that wait, in turn.
     unsent: VecDeque<ConnectionId>,
-    /// Time at which waiting outputs are to be tried again.
-    retry_at: Option<Instant>,
-    closes: VecDeque<(ConnectionId, CloseCode, String)>,
+    /// Time at which [`Self::flush`] is to be called again, since outputs wait.
+    pub(super) retry_at: Option<Instant>,
+    /// Connections that are to be closed.
+    pub(super) closes: VecDeque<(ConnectionId, CloseCode, String)>,
     /// Connections that were closed since their device does not read its outputs.
-    sent_away: u64,
+    pub(super) sent_away: u64,
 }
 
 impl Clients {
@@ -152,10 +132,6 @@ impl Clients {
         self.by_id.keys().copied()
     }
 
-    pub(super) fn sent_away(&self) -> u64 {
-        self.sent_away
-    }
-
     /// Notes the traffic of a connection so far.
     pub(super) fn note_traffic(&mut self, id: ConnectionId, traffic: &Traffic) {
         if let Some(client) = self.by_id.get_mut(&id) {
@@ -186,13 +162,20 @@ impl Clients {
         self.closes.push_back((id, code, reason));
     }
 
-    pub(super) fn poll_close(&mut self) -> Option<(ConnectionId, CloseCode, String)> {
-        self.closes.pop_front()
+    /// Keeps a message until [`Self::send_answers`].
+    pub(super) fn answer(&mut self, to: ConnectionId, session: u32, message: Message<'static>) {
+        self.answers.push_back((to, session, Reply::Plain(message)));
     }
 
-    /// Keeps an answer until [`Self::send_answers`].
-    pub(super) fn answer(&mut self, to: ConnectionId, session: u32, reply: Reply) {
-        self.answers.push_back((to, session, reply));
+    /// As [`Self::answer`], for the error of a session.
+    pub(super) fn answer_error(
+        &mut self,
+        to: ConnectionId,
+        session: u32,
+        code: SessionErrorCode,
+        text: String,
+    ) {
+        self.answers.push_back((to, session, Reply::Error { code, text }));
     }
 
     /// Sends the queued answers. A device whose queue is full of answers does not read them, and is
@@ -202,7 +185,13 @@ impl Clients {
             if !self.listens_to(to) {
                 continue;
             }
-            if let Err(error) = sink.send_message(to, session, &reply.message()) {
+            let message = match &reply {
+                Reply::Plain(message) => *message,
+                Reply::Error { code, text } => {
+                    Message::SessionError(SessionError { code: *code, text })
+                }
+            };
+            if let Err(error) = sink.send_message(to, session, &message) {
                 tracing::warn!(%error, "an answer could not be queued; the connection is closed");
                 self.close(to, CloseCode::Overload, NOT_READ.to_owned());
             }
@@ -282,11 +271,6 @@ impl Clients {
         self.unsent.retain(waits);
         self.retry_at = (!self.unsent.is_empty()).then(|| now + retry);
         too_long
-    }
-
-    /// Time at which [`Self::flush`] is to be called again.
-    pub(super) fn retry_at(&self) -> Option<Instant> {
-        self.retry_at
     }
 
     fn flush_one(

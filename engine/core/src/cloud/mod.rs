@@ -10,7 +10,6 @@
 mod admission;
 mod batch;
 mod clients;
-mod output;
 mod pace;
 mod planner;
 mod prune;
@@ -27,13 +26,13 @@ use std::time::{Duration, Instant};
 use hat_plan::BackendFault;
 use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
 use hat_transport::frame::Kind;
-use hat_transport::message::{Busy, CloseCode, End, Hello, Message, Open, Opened};
+use hat_transport::message::{Busy, CloseCode, End, Hello, KV_F16, Message, Open, Opened};
 use hat_transport::planted::{Fault, Planted};
 
 use self::admission::Admission;
 pub use self::batch::StepBatch;
+use self::clients::Clients;
 pub use self::clients::SEND_QUEUE_BYTES_MAX;
-use self::clients::{Clients, Reply};
 use self::planner::Planner;
 use self::prune::Pruning;
 use self::rows::RowsFrame;
@@ -44,7 +43,7 @@ use crate::page::pages_for;
 use crate::prefix::PageStore;
 use crate::sched::{BatchItem, SessionKey};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-use crate::wire::{self, KV_TYPE_F16};
+use crate::wire;
 use hat_transport::codec::Codec;
 
 /// Frames that one device may have in chunks whose end has not come: one of its many sessions has
@@ -260,7 +259,7 @@ impl CloudCore {
 
     /// A connection that is to be closed.
     pub fn poll_close(&mut self) -> Option<(ConnectionId, CloseCode, String)> {
-        self.clients.poll_close()
+        self.clients.closes.pop_front()
     }
 
     /// A fault that lasts: nothing is computed any more. A step that does not end is one.
@@ -279,13 +278,13 @@ impl CloudCore {
     /// nothing happens before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let stuck_at = self.planner.stuck_at(self.config.step_within);
-        self.clients.retry_at().into_iter().chain(stuck_at).min()
+        self.clients.retry_at.into_iter().chain(stuck_at).min()
     }
 
     /// Totals so far, and the present state.
     pub fn figures(&self) -> CloudFigures {
-        let refused = self.figures.refused + self.clients.sent_away();
-        let pool = self.pages.pool();
+        let refused = self.figures.refused + self.clients.sent_away;
+        let pool = &self.pages.pool;
         CloudFigures {
             refused,
             sessions: self.sessions.len() as u64,
@@ -314,7 +313,7 @@ impl CloudCore {
         if !self.make_room(now, from, wanted) {
             let retry_after_ms = self.retry_after_ms(now, from, wanted);
             self.figures.busy += 1;
-            self.clients.answer(from, frame.session, Reply::Busy(Busy { retry_after_ms }));
+            self.clients.answer(from, frame.session, Message::Busy(Busy { retry_after_ms }));
             return Ok(());
         }
         let admitted = self.pages.admit(scope_of(&open), open.pages, wanted);
@@ -327,7 +326,7 @@ impl CloudCore {
         self.figures.opened += 1;
         self.figures.pages_reused += held as u64;
         let pages = u16::try_from(held).expect("at most as many as one frame names");
-        self.clients.answer(from, frame.session, Reply::Opened(Opened { pages }));
+        self.clients.answer(from, frame.session, Message::Opened(Opened { pages }));
         Ok(())
     }
 
@@ -350,7 +349,7 @@ impl CloudCore {
         wire::check_row(codec.down(), self.hidden_size(), frame_bytes_max)
             .map_err(|reason| SessionViolation::RowTooLong { reason })?;
         let (asked, here) = (open.arithmetic_id, self.hello.arithmetic_id);
-        let (kv_type, kv_type_here) = (open.kv_type, KV_TYPE_F16);
+        let (kv_type, kv_type_here) = (open.kv_type, KV_F16);
         if asked != here || kv_type != kv_type_here {
             return Err(SessionViolation::Arithmetic { asked, kv_type, here, kv_type_here });
         }
@@ -375,7 +374,7 @@ impl CloudCore {
         if frame.kind == Kind::Cancel {
             session.cancel();
             self.planner.forget(key);
-            self.clients.answer(from, wire_id, Reply::Cancelled);
+            self.clients.answer(from, wire_id, Message::Cancelled);
             return Ok(());
         }
         match Message::decode(frame.kind, &frame.body)? {
@@ -383,10 +382,10 @@ impl CloudCore {
                 let head = rows.head;
                 self.take_rows(now, key, RowsFrame::new(frame, head))
             }
-            Message::Commit(commit) => session.take_commit(commit.row, self.planner.moves()),
+            Message::Commit(commit) => session.take_commit(commit.row, &mut self.planner.moves),
             Message::End(end) => {
                 self.take_end(now, key, &end)?;
-                self.clients.answer(from, wire_id, Reply::Ended);
+                self.clients.answer(from, wire_id, Message::Ended);
                 Ok(())
             }
             _ => Err(SessionViolation::Unexpected { kind: frame.kind }),
@@ -404,16 +403,16 @@ impl CloudCore {
         let (from, wire_id, begins) = (session.connection, session.wire_id, rows.head.more);
         if self.planted.is(Fault::EarlyCommit) && rows.head.commit != 0 {
             let commit = std::mem::take(&mut rows.head.commit);
-            session.sequence.commit(commit, self.planner.moves())?;
+            session.sequence.commit(commit, &mut self.planner.moves)?;
         }
         let taken = session.take_rows(now, rows, hidden_size, rows_max, &mut self.pruning);
         if let Ok(true) = taken {
             // The scheduler may have heard of a chunk that is no longer there.
-            self.planner.forget_work(key);
+            self.planner.scheduler.forget(key);
         }
         for rows in self.pruning.dropped.drain(..) {
             self.figures.dropped += u64::from(rows.count);
-            self.clients.answer(from, wire_id, Reply::Dropped(rows));
+            self.clients.answer(from, wire_id, Message::Dropped(rows));
         }
         taken?;
         if begins && self.sessions.begun_frames(from) > self.begun_frames_max {
@@ -432,7 +431,7 @@ impl CloudCore {
     ) -> Result<(), SessionViolation> {
         let session = self.sessions.session(key);
         if end.commit != 0 {
-            session.take_commit(end.commit, self.planner.moves())?;
+            session.take_commit(end.commit, &mut self.planner.moves)?;
         }
         let full = session.sequence.full_pages().min(end.pages.len());
         self.pages.keep(session.scope, &end.pages[..full], session.sequence.pages());
@@ -453,11 +452,25 @@ impl CloudCore {
             places: 1 + usize::from(kept.is_some()),
         };
         // Pages that are kept for prompts to come give way before any session does.
-        if !self.room().holds(wanted) {
-            let idle_after = self.config.idle_after;
-            let is_up = |connection| self.clients.is_up(connection);
-            let idle = admission::idle_sessions(&self.sessions, now, idle_after, is_up);
-            self.evict(now, wanted, &idle);
+        let room = self.room();
+        if room.holds(wanted) {
+            return true;
+        }
+        let idle_after = self.config.idle_after;
+        let is_up = |connection| self.clients.is_up(connection);
+        let idle = admission::idle_sessions(&self.sessions, now, idle_after, is_up);
+        let in_idle: usize = idle.iter().map(|session| session.pages).sum();
+        let all = admission::Room { pages: room.pages + in_idle, places: room.places + idle.len() };
+        if !all.holds(wanted) {
+            return false; // no session ends in vain
+        }
+        for session in idle {
+            if self.room().holds(wanted) {
+                break;
+            }
+            self.figures.evicted += 1;
+            let silent = now.saturating_duration_since(session.active_at);
+            self.end_for(now, session.key, SessionEnd::Evicted { silent });
         }
         self.room().holds(wanted)
     }
@@ -466,25 +479,7 @@ impl CloudCore {
     fn room(&self) -> admission::Room {
         let sessions_max = self.config.sessions_max as usize;
         let places = sessions_max.saturating_sub(self.sessions.len());
-        admission::Room { pages: self.pages.pool().available(), places }
-    }
-
-    /// Ends sessions of `idle`, the first first, until there is room; none if they are too few.
-    fn evict(&mut self, now: Instant, wanted: admission::Room, idle: &[admission::Idle]) {
-        let room = self.room();
-        let in_idle: usize = idle.iter().map(|session| session.pages).sum();
-        let all = admission::Room { pages: room.pages + in_idle, places: room.places + idle.len() };
-        if !all.holds(wanted) {
-            return;
-        }
-        for session in idle {
-            if self.room().holds(wanted) {
-                return;
-            }
-            self.figures.evicted += 1;
-            let silent = now.saturating_duration_since(session.active_at);
-            self.end_for(now, session.key, SessionEnd::Evicted { silent });
-        }
+        admission::Room { pages: self.pages.pool.available(), places }
     }
 
     /// Retry time for a device that finds no room for a session of `pages` pages.
@@ -518,9 +513,9 @@ impl CloudCore {
         self.planner.forget(key);
         self.admission.note_life(now.saturating_duration_since(session.opened_at));
         if self.planted.is(Fault::PagesTwice) {
-            self.pages.give_back(session.sequence.pages().to_vec());
+            self.pages.pool.give_back(session.sequence.pages().to_vec());
         }
-        self.pages.give_back(session.sequence.into_pages());
+        self.pages.pool.give_back(session.sequence.into_pages());
         Some((session.connection, session.wire_id))
     }
 
@@ -532,7 +527,7 @@ impl CloudCore {
             tracing::info!(session = wire_id, ?code, %text, "refused");
             self.figures.refused += 1;
         }
-        self.clients.answer(connection, wire_id, Reply::Error { code, text });
+        self.clients.answer_error(connection, wire_id, code, text);
     }
 
     fn hidden_size(&self) -> usize {

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::chunk::CloudCost;
+use crate::chunk::StepCost;
 use crate::estimate::{Average, StepTimes};
 use crate::sched::{Bound, SessionKey};
 
@@ -114,11 +114,11 @@ fn mean(rows: usize, attended: u64) -> Option<(u32, f64)> {
     Some((rows, attended as f64 / f64::from(rows)))
 }
 
-fn seconds(cost: &CloudCost, rows: f64, context: f64) -> f64 {
+fn seconds(cost: &StepCost, rows: f64, context: f64) -> f64 {
     cost.fixed + rows * (cost.per_row + cost.per_row_context * context)
 }
 
-fn bound_of(cost: &CloudCost, step_s: f64) -> Bound {
+fn bound_of(cost: &StepCost, step_s: f64) -> Bound {
     let picoseconds = |seconds: f64| (seconds * 1e12) as u64;
     Bound {
         step: picoseconds(step_s),

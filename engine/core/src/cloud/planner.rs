@@ -10,13 +10,14 @@ use super::pace::Pace;
 use crate::sched::{BatchItem, Bound, Scheduler, SessionKey};
 
 /// Planner of the next step.
+#[derive(Default)]
 pub(super) struct Planner {
-    scheduler: Scheduler,
-    pace: Pace,
+    pub(super) scheduler: Scheduler,
+    pub(super) pace: Pace,
     /// The bound of every step, if it is not measured.
-    bound: Option<Bound>,
+    pub(super) bound: Option<Bound>,
     /// Moves of commits that came on their own, for the next step.
-    moves: Vec<RowMove>,
+    pub(super) moves: Vec<RowMove>,
     /// Batches to be filled.
     idle: Vec<StepBatch>,
     /// Batches that were handed out.
@@ -34,52 +35,17 @@ impl Planner {
         let batches = usize::from(hello.stages) + 1;
         Self {
             scheduler: Scheduler::new(hello.row_budget),
-            pace: Pace::default(),
-            bound: None,
-            moves: Vec::new(),
             idle: std::iter::repeat_with(StepBatch::default).take(batches).collect(),
-            out: 0,
-            moved_at: None,
-            is_long: false,
+            ..Self::default()
         }
-    }
-
-    /// Bounds every step so, instead of by what steps took.
-    pub(super) fn bound_by(&mut self, bound: Bound) {
-        self.bound = Some(bound);
-    }
-
-    /// Works that wait.
-    pub(super) fn queued(&self) -> usize {
-        self.scheduler.queued()
-    }
-
-    /// Row moves that ride with the next step.
-    pub(super) fn moves(&mut self) -> &mut Vec<RowMove> {
-        &mut self.moves
-    }
-
-    /// True if a work of the session waits.
-    pub(super) fn holds(&self, session: SessionKey) -> bool {
-        self.scheduler.holds(session)
     }
 
     /// A work waits.
     pub(super) fn enqueue(&mut self, now: Instant, item: BatchItem) {
         if item.urgent {
-            self.note_decoder(now, item.session);
+            self.pace.note_decoder(item.session, now);
         }
         self.scheduler.enqueue(item);
-    }
-
-    /// A verify of a session has come, or rows of it go back: verifies follow.
-    pub(super) fn note_decoder(&mut self, now: Instant, session: SessionKey) {
-        self.pace.note_decoder(session, now);
-    }
-
-    /// Forgets the work of a session whose chunks have changed.
-    pub(super) fn forget_work(&mut self, session: SessionKey) {
-        self.scheduler.forget(session);
     }
 
     /// Forgets a session.

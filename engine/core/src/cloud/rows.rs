@@ -19,14 +19,6 @@ pub(super) struct RowsFrame {
     body: Buf,
 }
 
-/// Some rows of a frame: all of them, or a part of a chunk that is cut.
-pub(super) struct RowsPart {
-    /// As if these rows were all of a frame.
-    pub(super) head: RowsHead,
-    /// The rows, in the frame's body.
-    payload: Range<usize>,
-}
-
 impl RowsFrame {
     /// `frame`, whose body was decoded as ROWS with this head.
     pub(super) fn new(frame: Frame, head: RowsHead) -> Self {
@@ -70,14 +62,15 @@ impl RowsFrame {
         }
     }
 
-    /// Its rows behind the first `skip`, at most `rows_max`. Decided rows alone are cut.
-    pub(super) fn part(&self, skip: u32, rows_max: u32) -> RowsPart {
+    /// Its rows behind the first `skip`, at most `rows_max`, and their head as if they were all of
+    /// a frame. Decided rows alone are cut.
+    pub(super) fn part(&self, skip: u32, rows_max: u32) -> (RowsHead, &[u8]) {
         let head = self.head;
         let count = u32::from(head.count);
         let rows = (count - skip).min(rows_max);
         let is_last = skip + rows == count;
         if skip == 0 && is_last {
-            return RowsPart { head, payload: self.payload.clone() };
+            return (head, &self.body[self.payload.clone()]);
         }
         debug_assert!(head.decided, "a verify runs in one step");
         let first_id = head.first_id + skip;
@@ -91,11 +84,6 @@ impl RowsFrame {
         };
         let row_bytes = self.payload.len() / count as usize;
         let start = self.payload.start + skip as usize * row_bytes;
-        RowsPart { head, payload: start..start + rows as usize * row_bytes }
-    }
-
-    /// Bytes of a part's rows.
-    pub(super) fn payload_of(&self, part: &RowsPart) -> &[u8] {
-        &self.body[part.payload.clone()]
+        (head, &self.body[start..start + rows as usize * row_bytes])
     }
 }

@@ -101,6 +101,15 @@ pub(super) struct StepRows {
 }
 
 impl StepRows {
+    /// The first row of a chunk that has run, of which no row goes back, and its rows; `None` if
+    /// some do, or if it ran as zeros since something is wrong with it.
+    pub(super) fn confirmed(&self) -> Option<(u32, u16)> {
+        self.ids.first()?;
+        let Planned { first_id, rows, answers, is_all } = self.planned;
+        let count = u16::try_from(rows).ok().filter(|_| is_all && !answers)?;
+        Some((first_id, count))
+    }
+
     pub(super) fn clear(&mut self) {
         self.ids.clear();
         self.wanted.clear();
@@ -304,19 +313,22 @@ impl Session {
         let mut left = count;
         while left > 0 && chunk.frames > 0 {
             let frame = self.frames.pop_front().expect("those of the chunks that wait");
-            let part = frame.part(chunk.skip, left);
+            let (head, payload) = frame.part(chunk.skip, left);
             let first = rows.ids.len();
-            self.put_part(&frame, &part.head, plan, moves, rows)?;
-            self.decode(frame.payload_of(&part), hidden_size, hidden)?;
+            self.put_part(&frame, &head, plan, moves, rows)?;
+            let start = hidden.len();
+            hidden.resize(start + usize::from(head.count) * hidden_size, 0.0);
+            let decoded = self.codec.decode(payload, hidden_size, &mut hidden[start..]);
+            decoded.map_err(SessionViolation::Value)?;
             let end = rows.ids.len();
-            let wanted = match part.head.want {
+            let wanted = match head.want {
                 Want::None => end..end,
                 Want::Last => end - 1..end,
                 Want::All => first..end,
             };
             rows.wanted_ids.extend_from_slice(&rows.ids[wanted.clone()]);
             rows.wanted.extend(wanted.map(|index| u32::try_from(index).expect("few rows")));
-            let put = u32::from(part.head.count);
+            let put = u32::from(head.count);
             (left, chunk.skip) = (left - put, chunk.skip + put);
             if chunk.skip == u32::from(frame.head.count) {
                 (chunk.skip, chunk.frames) = (0, chunk.frames - 1);
@@ -383,19 +395,5 @@ impl Session {
         }
         rows.ids.extend(head.first_id..head.first_id + count);
         Ok(())
-    }
-
-    fn decode(
-        &self,
-        payload: &[u8],
-        hidden_size: usize,
-        hidden: &mut Vec<f32>,
-    ) -> Result<(), SessionViolation> {
-        let start = hidden.len();
-        let rows = payload.len() / self.codec.row_bytes(hidden_size);
-        hidden.resize(start + rows * hidden_size, 0.0);
-        self.codec
-            .decode(payload, hidden_size, &mut hidden[start..])
-            .map_err(SessionViolation::Value)
     }
 }

@@ -3,29 +3,30 @@
 use std::time::Instant;
 
 use hat_plan::BackendFault;
+use hat_transport::codec::CodecError;
 use hat_transport::conn::FrameSink;
 use hat_transport::frame::{Kind, Priority};
+use hat_transport::message::{Arrivals, Computed, Message, OutputHead};
 
 use super::CloudCore;
 use super::batch::StepBatch;
-use super::clients::Reply;
-use super::output::Outputs;
+use super::session::Spent;
 use super::violation::SessionEnd;
 use crate::sched::{BatchItem, Bound, SessionKey};
-use hat_transport::codec::CodecError;
+use crate::wire;
 
 impl CloudCore {
     /// Bounds every step so, instead of by what steps took, and lets chunks of prompts be as long
     /// as the row budget: for comparisons.
     pub fn bound_by(&mut self, bound: Bound) {
-        self.planner.bound_by(bound);
+        self.planner.bound = Some(bound);
         self.begun_frames_max = usize::MAX;
     }
 
     /// Works that wait for a step.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.planner.queued()
+        self.planner.scheduler.queued()
     }
 
     /// Steps that the first stage may have, the one that it runs included, when another one is
@@ -65,7 +66,7 @@ impl CloudCore {
     /// it has cut. It hears of the next one when that has run, so what a session may have waiting
     /// is bounded by its device's credit alone.
     pub(super) fn enqueue_next(&mut self, now: Instant, key: SessionKey) {
-        let is_new = !self.planner.holds(key);
+        let is_new = !self.planner.scheduler.holds(key);
         let Some(session) = self.sessions.find(key).filter(|_| is_new) else { return };
         let Some(next) = session.next() else { return };
         let item = BatchItem {
@@ -128,28 +129,38 @@ impl CloudCore {
         let hidden_size = self.hidden_size();
         let (key, to) = batch.sessions[index];
         let Some(session) = self.sessions.find(key) else { return Ok(()) };
-        let (wire_id, codec) = (session.wire_id, session.codec);
+        let (wire_id, codec) = (session.wire_id, session.codec.down());
         let rows = &batch.rows[index];
         let of_step = u32::try_from(batch.step.plan.rows()).expect("within the row budget");
         let goes_back = !rows.wanted.is_empty();
         if goes_back {
-            self.planner.note_decoder(now, key);
+            self.planner.pace.note_decoder(key, now);
         }
         let queue_us = batch.queue_us(index);
         let spent =
             session.note_ran(&rows.planned, goes_back, queue_us, (batch.took_us(), of_step));
         let Some(spent) = spent else { return Ok(()) };
+        let Spent { queue_us, step_us, step_rows, .. } = spent;
         let arrivals = self.clients.arrivals(to);
-        let sizes = (hidden_size, self.clients.frame_bytes_max(to));
-        let mut outputs = Outputs::of(batch, index, codec, sizes, spent, arrivals);
-        if let Some(computed) = outputs.computed() {
-            self.clients.answer(to, wire_id, Reply::Computed(computed));
+        if let Some((first_id, count)) = rows.confirmed() {
+            let computed = Computed { first_id, count, queue_us, step_us, step_rows, arrivals };
+            self.clients.answer(to, wire_id, Message::Computed(computed));
             return Ok(());
         }
-        while let Some(bytes) = outputs.next_bytes() {
+        let mut head = OutputHead { count: 0, queue_us, step_us, step_rows, arrivals };
+        let per_frame = wire::rows_per_frame(codec, hidden_size, self.clients.frame_bytes_max(to));
+        let mut left = 0..rows.wanted.len();
+        while !left.is_empty() && per_frame > 0 {
+            let wanted = left.start..left.end.min(left.start + per_frame);
+            left.start = wanted.end;
+            head.count = u16::try_from(wanted.len()).expect("a frame holds few rows");
+            let bytes = OutputHead::BYTES + wanted.len() * (4 + codec.row_bytes(hidden_size));
+            let encode = |body: &mut [u8]| {
+                batch.encode_output(index, wanted, &head, (codec, hidden_size), body)
+            };
             let waiting = match self.clients.output_buffer(to, bytes, sink) {
                 Some(mut body) => {
-                    outputs.encode(body.body_mut())?;
+                    encode(body.body_mut())?;
                     sink.send(to, Kind::Output, wire_id, Priority::Verify, body)
                         .err()
                         .and_then(|refused| refused.body)
@@ -157,14 +168,14 @@ impl CloudCore {
                 }
                 None => {
                     let mut body = vec![0; bytes];
-                    outputs.encode(&mut body)?;
+                    encode(&mut body)?;
                     Some(body)
                 }
             };
             if let Some(body) = waiting {
                 self.clients.keep_output(to, wire_id, body);
             }
-            outputs.advance();
+            head.arrivals = Arrivals::default();
         }
         Ok(())
     }
@@ -175,7 +186,7 @@ impl CloudCore {
         let sessions = self.sessions.len();
         tracing::error!(%fault, lasts = fault.lasts, sessions, "a step was not computed");
         self.figures.faults += 1;
-        self.planner.moves().clear();
+        self.planner.moves.clear();
         // Pages have their names from when their rows are planned.
         self.pages.clear();
         for key in self.sessions.keys() {

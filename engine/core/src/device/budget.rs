@@ -71,11 +71,11 @@ pub(super) struct Budget {
     /// Of it, the time without a cloud.
     away: Duration,
     /// Sessions that were lost.
-    losses: u32,
+    pub(super) losses: u32,
     /// Reason of the last setback.
-    setback: Option<String>,
-    /// The cloud has no room, and asked for this pause.
-    busy: Option<Duration>,
+    pub(super) setback: Option<String>,
+    /// The cloud has no room, and asked for this pause; `None` once a session is open.
+    pub(super) refused: Option<Duration>,
     /// The furthest row that any session has brought.
     reached: u32,
     /// Frames of the session at hand that were sent, and those that the cloud has acknowledged.
@@ -92,7 +92,7 @@ impl Budget {
             away: Duration::ZERO,
             losses: 0,
             setback: None,
-            busy: None,
+            refused: None,
             reached: 0,
             sent: 0,
             acked: 0,
@@ -125,12 +125,8 @@ impl Budget {
         }
     }
 
-    /// A token was decided.
-    pub(super) fn token(&mut self) {
-        self.fill();
-    }
-
-    fn fill(&mut self) {
+    /// Something new has come, a token for one: all time and attempts are there again.
+    pub(super) fn fill(&mut self) {
         (self.waited, self.away) = (Duration::ZERO, Duration::ZERO);
         (self.losses, self.setback) = (0, None);
     }
@@ -155,11 +151,6 @@ impl Budget {
         }
     }
 
-    /// The session is open.
-    pub(super) fn opened(&mut self) {
-        self.busy = None;
-    }
-
     /// The cloud has no room; returns when to ask again. One that asks for less than the shortest
     /// pause gets those of a cloud that loses sessions.
     pub(super) fn busy(&mut self, now: Instant, asked_ms: u32, random: &mut dyn Random) -> Instant {
@@ -171,7 +162,7 @@ impl Budget {
             }
             false => asked.min(PAUSE_MAX),
         };
-        self.busy = Some(wait);
+        self.refused = Some(wait);
         now + wait
     }
 
@@ -187,21 +178,6 @@ impl Budget {
         self.losses = self.losses.saturating_add(1);
         self.setback = Some(why);
         (self.losses <= most).then(|| then + pause(self.losses, PAUSE_MAX, random))
-    }
-
-    /// Sessions that were lost.
-    pub(super) fn losses(&self) -> u32 {
-        self.losses
-    }
-
-    /// Reason of the last setback.
-    pub(super) fn setback(&self) -> Option<&str> {
-        self.setback.as_deref()
-    }
-
-    /// The pause that the cloud asked for, if it has no room.
-    pub(super) fn refused(&self) -> Option<Duration> {
-        self.busy
     }
 
     /// The wait that has taken all the time there was, if one has.
@@ -253,12 +229,12 @@ mod tests {
         let mut budget = Budget::new(now);
         assert_eq!(budget.busy(now, 500, &mut random) - now, S / 2);
         assert_eq!(budget.busy(now, u32::MAX, &mut random) - now, PAUSE_MAX);
-        assert_eq!(budget.refused(), Some(PAUSE_MAX));
+        assert_eq!(budget.refused, Some(PAUSE_MAX));
         for least in [1, 2, 4, 8] {
             assert!(budget.busy(now, 0, &mut random) - now >= least * PAUSE_MIN);
         }
-        budget.opened();
-        assert_eq!(budget.refused(), None);
+        budget.refused = None;
+        assert_eq!(budget.refused, None);
     }
 
     #[test]
@@ -281,12 +257,12 @@ mod tests {
         budget.charge(at + 5 * S, Waits::Answer, LIMITS);
         assert_eq!(budget.waited, 20 * S);
         for losses in 0..LOSSES_MAX {
-            assert_eq!(budget.losses(), losses);
+            assert_eq!(budget.losses, losses);
             assert!(budget.lost(at, "lost".into(), LOSSES_MAX, &mut random).is_some());
         }
         assert!(budget.lost(at, "lost".into(), LOSSES_MAX, &mut random).is_none());
-        budget.token();
-        assert_eq!((budget.losses(), budget.setback(), budget.waited), (0, None, Duration::ZERO));
+        budget.fill();
+        assert_eq!((budget.losses, budget.setback, budget.waited), (0, None, Duration::ZERO));
     }
 
     #[test]
@@ -305,11 +281,11 @@ mod tests {
             now - begin
         };
         assert_eq!(spend(&mut budget, Waits::Answer), LIMITS.all);
-        budget.token();
+        budget.fill();
         assert_eq!(spend(&mut budget, Waits::Cloud), LIMITS.cloud);
         // The cloud is back, and brings nothing.
         assert_eq!(spend(&mut budget, Waits::Answer), LIMITS.all - LIMITS.cloud);
-        budget.token();
+        budget.fill();
         assert_eq!(budget.next_look(Waits::Turn, LIMITS), None);
         // An hour without a look, since the process stood still.
         budget.charge(now + 3600 * S, Waits::Cloud, LIMITS);

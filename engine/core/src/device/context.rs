@@ -6,21 +6,19 @@ use std::time::Duration;
 use hat_plan::{RowMove, TokenId};
 use hat_transport::codec::Codec;
 use hat_transport::conn::Traffic;
-use hat_transport::frame::FRAME_BYTES_MAX;
-use hat_transport::message::{Arrivals, Computed, Hello, OutputHead};
+use hat_transport::message::{Arrivals, Computed, Hello, Role};
 use hat_transport::planted::Planted;
 
 use super::request::RequestId;
 use super::select;
-use super::session::Timed;
 use super::{DeviceConfig, RequestEvent};
 use crate::chunk::{ChunkPolicy, Planner};
 use crate::draft::tree::Proposal;
 use crate::draft::{Acceptance, DraftPolicy};
-use crate::estimate::{Estimates, Estimator, Returned};
+use crate::estimate::Estimator;
 use crate::page::pages_for;
 use crate::sequence::{BatchBuffers, PENDING_ROWS_MAX};
-use crate::wire::{self, ARITHMETIC_ID, BundleFacts};
+use crate::wire::{self, BundleFacts};
 
 /// Facts of this device's model and configuration that requests compute by.
 #[derive(Clone, Copy)]
@@ -45,33 +43,6 @@ impl Facts {
     }
 }
 
-/// Facts of the cloud, by its HELLO.
-#[derive(Clone, Copy)]
-pub(super) struct CloudFacts {
-    /// Row budget of one chunk.
-    pub(super) rows_max: u32,
-    /// Longest frame that it takes, header included.
-    pub(super) frame_max: usize,
-    /// Pipeline stages.
-    pub(super) stages: u32,
-    /// Rows of one session that may pend.
-    pub(super) pending_max: usize,
-    /// Arithmetic of its layers.
-    pub(super) arithmetic: u32,
-}
-
-impl From<&Hello> for CloudFacts {
-    fn from(hello: &Hello) -> Self {
-        Self {
-            rows_max: hello.row_budget,
-            frame_max: wire::frame_bytes_max(hello),
-            stages: u32::from(hello.stages.max(1)),
-            pending_max: usize::from(hello.rows_pending_max),
-            arithmetic: hello.arithmetic_id,
-        }
-    }
-}
-
 /// Buffers that all requests use in turn.
 pub(super) struct Scratch {
     pub(super) plan: BatchBuffers,
@@ -92,7 +63,7 @@ pub(super) struct Learned {
     pub(super) acceptance: Acceptance,
     /// Times of rounds and of chunks.
     pub(super) estimator: Estimator,
-    planner: Planner,
+    pub(super) planner: Planner,
     /// The link's counters at the last look; `None` without a connection.
     pub(super) traffic: Option<Traffic>,
     /// Bytes from the cloud, and how long they took, that the estimator knows of.
@@ -100,25 +71,15 @@ pub(super) struct Learned {
 }
 
 impl Learned {
-    /// Another processor computes from now on: times of the one before say nothing of it.
-    pub(super) fn forget_times(&mut self) {
-        self.estimator = Estimator::default();
-    }
-
     /// The device's layers took so long for this many rows behind `prefix` others.
     pub(super) fn note_input(&mut self, rows: usize, prefix: u32, took: Duration) {
         let rows = u32::try_from(rows).expect("a piece or a level is small");
-        self.estimator.note_device(rows, prefix, took.as_secs_f64());
-    }
-
-    /// Tail layers and LM head of one row took so long.
-    pub(super) fn note_head(&mut self, took: Duration) {
-        self.estimator.note_head(took.as_secs_f64());
+        self.estimator.device.note(rows, prefix, took.as_secs_f64());
     }
 
     /// Notes the rate at which the cloud saw this device's frames come in.
-    fn note_arrivals(&mut self, arrivals: Arrivals) {
-        self.estimator.note_uplink(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
+    pub(super) fn note_arrivals(&mut self, arrivals: Arrivals) {
+        self.estimator.up.note(u64::from(arrivals.bytes), f64::from(arrivals.us) * 1e-6);
     }
 
     /// A chunk of a prompt has been computed, long before the prompt's first output.
@@ -126,34 +87,7 @@ impl Learned {
         self.note_arrivals(computed.arrivals);
         // Ids count the positions of a prompt from 1 on; later rows all come back.
         let step_s = f64::from(computed.step_us) * 1e-6;
-        self.estimator.note_step(computed.step_rows, computed.first_id - 1, step_s);
-    }
-
-    /// The first output came for rows that were `timed`, which were `away` so long; rows of a
-    /// prompt with others before them have no such time. `prefix` rows were computed here.
-    pub(super) fn note_output(
-        &mut self,
-        head: &OutputHead,
-        rows: usize,
-        away: Option<Duration>,
-        prefix: u32,
-        facts: &Facts,
-    ) {
-        self.note_link();
-        self.estimator.note_returned(&Returned {
-            rows,
-            sent_bytes: (rows * facts.row_bytes()) as u64,
-            prefix: prefix.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
-            step_rows: head.step_rows,
-            step_s: f64::from(head.step_us) * 1e-6,
-            queue_s: f64::from(head.queue_us) * 1e-6,
-            away_s: away.map(|away| away.as_secs_f64()),
-        });
-    }
-
-    /// An output came, with news of this device's frames.
-    pub(super) fn note_output_arrivals(&mut self, head: &OutputHead) {
-        self.note_arrivals(head.arrivals);
+        self.estimator.step.note(computed.step_rows, computed.first_id - 1, step_s);
     }
 
     /// Looks at what the link counts; returns the bytes that are not acknowledged.
@@ -162,16 +96,11 @@ impl Learned {
         let arrived = (traffic.arrived_bytes, traffic.arrived_in);
         let (bytes, time) = std::mem::replace(&mut self.arrived, arrived);
         let took = arrived.1.saturating_sub(time).as_secs_f64();
-        self.estimator.note_downlink(arrived.0.saturating_sub(bytes), took);
+        self.estimator.down.note(arrived.0.saturating_sub(bytes), took);
         if let Some(rtt) = traffic.rtt {
             self.estimator.note_rtt(rtt.as_secs_f64());
         }
         traffic.unacked_bytes
-    }
-
-    /// Seconds for which bytes that are not acknowledged keep the uplink busy.
-    pub(super) fn uplink_busy_s(&self, unacked: u64) -> f64 {
-        self.estimator.uplink_busy_s(unacked).unwrap_or(0.0)
     }
 
     /// For how long no more of a prompt is computed, since the uplink has enough; `None` if it may
@@ -185,32 +114,13 @@ impl Learned {
     pub(super) fn piece_rows(&self, prefix: u32, rows: u32) -> u32 {
         select::piece_rows(self.estimator.device_cost(), prefix, rows)
     }
-
-    /// The planner of chunks, with what it plans by; `None` if too little is known.
-    pub(super) fn planner(
-        &mut self,
-        facts: &Facts,
-        stages: u32,
-    ) -> Option<(&mut Planner, crate::chunk::CostModel)> {
-        let costs = self.estimator.cost_model(facts.row_bytes(), facts.layers, stages)?;
-        Some((&mut self.planner, costs))
-    }
-
-    /// Everything that is known now.
-    pub(super) fn estimates(&self, facts: &Facts, stages: u32) -> Estimates {
-        self.estimator.estimates(facts.row_bytes(), facts.layers, stages)
-    }
-
-    /// True if rows that were sent will be back before another batch of drafts could be made.
-    pub(super) fn is_due(&self, now: std::time::Instant, timed: Option<Timed>) -> bool {
-        timed.is_some_and(|timed| self.estimator.is_due(now, timed.at, timed.rows))
-    }
 }
 
 /// Parts of the device that a request borrows for one call.
 pub(super) struct Common {
     pub(super) facts: Facts,
-    pub(super) cloud: CloudFacts,
+    /// HELLO of the cloud, or of one that takes what this device makes.
+    pub(super) cloud: Hello,
     pub(super) policy: DraftPolicy,
     pub(super) learned: Learned,
     pub(super) scratch: Scratch,
@@ -237,14 +147,11 @@ impl Common {
                 whole_chunks: false,
                 layers: (layers.start, layers.end - layers.start),
             },
-            cloud: CloudFacts {
-                rows_max: config.step_rows_max,
-                frame_max: FRAME_BYTES_MAX,
-                stages: 1,
-                pending_max: PENDING_ROWS_MAX,
-                arithmetic: ARITHMETIC_ID,
+            cloud: Hello {
+                row_budget: config.step_rows_max,
+                ..wire::hello(Role::Cloud, bundle.model_id, bundle.hidden_size, layers.clone())
             },
-            policy: DraftPolicy::default(),
+            policy: DraftPolicy::DEFAULT,
             learned: Learned::default(),
             scratch: Scratch {
                 plan: BatchBuffers::with_capacity(config.step_rows_max as usize, 1, pages),
@@ -269,12 +176,13 @@ impl Common {
     /// Most rows of a chunk.
     pub(super) fn chunk_rows_max(&self) -> u32 {
         let Facts { codec, hidden_size, sessions_max, step_rows_max, .. } = self.facts;
-        wire::chunk_rows_max(self.cloud.rows_max, codec, hidden_size, sessions_max)
+        wire::chunk_rows_max(self.cloud.row_budget, codec, hidden_size, sessions_max)
             .min(step_rows_max)
     }
 
     /// Rows that may pend in the cloud, or run in one step there.
     pub(super) fn pending_max(&self) -> usize {
-        self.policy.pending_max.min(self.cloud.pending_max).min(self.chunk_rows_max() as usize)
+        let pending_max = usize::from(self.cloud.rows_pending_max).min(self.policy.pending_max);
+        pending_max.min(self.chunk_rows_max() as usize)
     }
 }

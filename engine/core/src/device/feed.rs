@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::context::Common;
-use super::request::Request;
+use super::request::Path;
+use super::session::OpenSession;
 use crate::draft::DraftMode;
 use crate::draft::drafter::{Decided, Drafted, Drafter, SessionId};
 use crate::draft::gumbel::Draw;
@@ -27,13 +28,6 @@ pub(super) struct Drafting {
     right: RightRows,
 }
 
-impl Drafting {
-    /// A request that has a session with the drafter, or none.
-    pub(super) fn new(session: Option<SessionId>) -> Self {
-        Self { session, ..Self::default() }
-    }
-}
-
 /// Drafted rows that were decided, copied when verification passed them.
 #[derive(Default)]
 struct RightRows {
@@ -45,37 +39,31 @@ struct RightRows {
     deep: Vec<f32>, // [positions, hidden_size]
 }
 
-impl Request {
-    /// True if the trained drafter is asked in this round.
-    pub(super) fn asks(&self) -> bool {
-        self.session.open().and_then(|open| open.round).is_some_and(|round| round.asked)
+impl Drafting {
+    /// A request that has a session with the drafter, or none.
+    pub(super) fn new(session: Option<SessionId>) -> Self {
+        Self { session, ..Self::default() }
     }
 
-    /// True if there are decided rows that the drafter has not taken, and all rows at hand are
-    /// sent.
-    pub(super) fn has_unfed(&self) -> bool {
-        self.is_unfed() && self.session.open().is_some_and(|open| open.outgoing.is_sent())
-    }
-
-    /// True if there are decided rows that the drafter has not taken.
-    pub(super) fn is_unfed(&self) -> bool {
-        self.drafting.session.is_some()
-            && (self.drafting.right.is_new
-                || self.session.open().is_some_and(|open| !open.unfed.is_empty()))
+    /// True if there is a verdict on a tree that the drafter has not been told of.
+    pub(super) fn has_verdict(&self) -> bool {
+        self.right.is_new
     }
 
     /// Lets the trained drafter take the decided rows that it has not: the tree's that were right,
-    /// then those at the front of the rows at hand. Returns true if there were any.
-    pub(super) fn feed(&mut self, drafter: Option<&mut Box<dyn Drafter>>, cx: &Common) -> bool {
-        let hidden_size = cx.facts.hidden_size;
-        let Self { path, drafting, session, .. } = self;
-        let Some(open) = session.open_mut() else { return false };
+    /// then those at the front of the rows at hand.
+    pub(super) fn feed(
+        &mut self,
+        drafter: Option<&mut Box<dyn Drafter>>,
+        path: &Path,
+        open: &mut OpenSession,
+        hidden_size: usize,
+    ) {
         let unfed = std::mem::take(&mut open.unfed);
-        let (Some(drafter), Some(session)) = (drafter, drafting.session) else { return false };
-        let right = &mut drafting.right;
-        let has_right = std::mem::take(&mut right.is_new);
-        if has_right {
-            if std::mem::take(&mut drafting.has_rows) {
+        let (Some(drafter), Some(session)) = (drafter, self.session) else { return };
+        let right = &mut self.right;
+        if std::mem::take(&mut right.is_new) {
+            if std::mem::take(&mut self.has_rows) {
                 drafter.rollback(session);
             }
             let positions = std::mem::take(&mut right.positions);
@@ -87,15 +75,15 @@ impl Request {
                     deep_before: Some(&right.deep),
                 };
                 drafter.commit(session, &rows);
-                drafting.fed = u32::try_from(positions.end).expect("within the context");
+                self.fed = u32::try_from(positions.end).expect("within the context");
             }
         }
         // A replay brings rows again that it has.
-        let first = unfed.start.max(drafting.fed);
+        let first = unfed.start.max(self.fed);
         if first >= unfed.end {
-            return has_right;
+            return;
         }
-        if std::mem::take(&mut drafting.has_rows) {
+        if std::mem::take(&mut self.has_rows) {
             drafter.rollback(session);
         }
         let skip = (first - unfed.start) as usize * hidden_size;
@@ -107,8 +95,7 @@ impl Request {
             deep_before: (end - skip == open.deep.len()).then_some(&open.deep),
         };
         drafter.commit(session, &rows);
-        drafting.fed = unfed.end;
-        true
+        self.fed = unfed.end;
     }
 
     /// Offers what the trained drafter drafts below the nodes that it has not been asked about,
@@ -119,27 +106,26 @@ impl Request {
     pub(super) fn propose(
         &mut self,
         drafter: Option<&mut Box<dyn Drafter>>,
+        path: &Path,
+        open: &mut OpenSession,
+        request: &crate::request::Request,
         cx: &mut Common,
     ) -> Result<(), BackendFault> {
-        let Some(drafter) = drafter.filter(|_| self.asks()) else { return Ok(()) };
-        self.feed(Some(&mut *drafter), cx);
-        let Self { drafting, session, kv, prepared, .. } = self;
-        let (Some(open), Some(session)) = (session.open_mut(), drafting.session) else {
-            return Ok(());
-        };
+        let Some(drafter) = drafter.filter(|_| open.asks()) else { return Ok(()) };
         let hidden_size = cx.facts.hidden_size;
+        self.feed(Some(&mut *drafter), path, open, hidden_size);
+        let Some(session) = self.session else { return Ok(()) };
         let drafts = &mut open.drafts;
         let (first, end) = (drafts.asked, drafts.ids.len());
         if first == end {
             return Ok(());
         }
-        let request = &prepared.request;
         let is_chain = request.draft == DraftMode::Chain;
         let rows = Drafted {
             draw: Draw::new(&request.sampler, request.choice),
             nodes: &drafts.tree.nodes()[..end],
             first,
-            root_position: kv.committed() - 1,
+            root_position: path.rows() - 1,
             shallow: &open.outgoing.hidden[first * hidden_size..end * hidden_size],
         };
         let proposals = &mut cx.scratch.proposals;
@@ -150,7 +136,7 @@ impl Request {
             proposals.clear();
             return Err(fault);
         }
-        drafting.has_rows = true;
+        self.has_rows = true;
         drafts.asked = end;
         for (node, mut proposal) in proposals.drain(..) {
             assert!((first..end).contains(&node), "drafts are for nodes that were asked about");
@@ -175,15 +161,18 @@ impl Request {
     /// which verification stands, or that it has visited last, whose position is `end - 1`. Keeps
     /// the deep row that the next drafts may read.
     ///
-    /// The drafter has taken the root before: [`Request::feed`] runs before heads do.
-    pub(super) fn keep_right_rows(&mut self, end: usize, cx: &Common) {
-        let hidden_size = cx.facts.hidden_size;
-        let Some(open) = self.session.open_mut() else { return };
-        if self.drafting.session.is_none() {
+    /// The drafter has taken the root before: [`Drafting::feed`] runs before heads do.
+    pub(super) fn keep_right_rows(
+        &mut self,
+        open: &mut OpenSession,
+        end: usize,
+        hidden_size: usize,
+    ) {
+        if self.session.is_none() {
             return;
         }
         debug_assert!(open.unfed.is_empty(), "the root comes before what hangs below it");
-        let right = &mut self.drafting.right;
+        let right = &mut self.right;
         debug_assert!(!right.is_new, "rows of one verdict are fed before the next");
         right.is_new = true;
         right.shallow.clear();

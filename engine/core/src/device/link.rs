@@ -1,12 +1,11 @@
 //! Input from the link: a cloud that is there or away, and frames of sessions.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use hat_transport::conn::Frame;
 use hat_transport::frame::Kind;
 use hat_transport::message::{CloseCode, Message, SessionError, SessionErrorCode};
 use hat_transport::planted::Fault;
-use hat_transport::random::{Random, SeededRandom};
 
 use super::budget::{LACKS_MAX, LOSSES_MAX, Limits, PAUSE_MIN, Waits};
 use super::request::{Request, RequestId, Session};
@@ -14,47 +13,6 @@ use super::send::Leaving;
 use super::violation::CloudViolation;
 use super::{DeviceCore, Inbound};
 use crate::error::{PeerEvent, RequestError};
-
-/// Length of an outage after which requests that come are not kept waiting for its end.
-const OUTAGE_KNOWN: Duration = Duration::from_secs(2);
-/// Time of such a request: an attempt to reach the cloud ends within it.
-const KNOWN_WAIT: Duration = Duration::from_secs(1);
-
-/// State of the connection to the cloud.
-pub(super) struct Cloud {
-    pub(super) connected: bool,
-    /// Begin of the outage at hand; `None` while the cloud is connected.
-    down_since: Option<Instant>,
-    /// Reason that the cloud is away, for people.
-    reason: String,
-    /// Source of the pauses between attempts.
-    pub(super) random: Box<dyn Random>,
-}
-
-impl Cloud {
-    /// A cloud that has not been dialled.
-    pub(super) fn new(now: Instant) -> Self {
-        let (reason, random) = ("not connected yet".into(), Box::new(SeededRandom::new(0)));
-        Self { connected: false, down_since: Some(now), reason, random }
-    }
-
-    /// Begin of the outage that ends or begins now.
-    fn set_connected(&mut self, now: Instant, connected: bool) -> Instant {
-        self.connected = connected;
-        let since = self.down_since.unwrap_or(now);
-        self.down_since = if connected { None } else { Some(since) };
-        since
-    }
-
-    /// The time without news of a request that came at `asked`.
-    fn limits(&self, asked: Instant, reconnect: Duration) -> Limits {
-        let limits = Limits::new(reconnect);
-        match self.down_since.is_some_and(|began| asked > began + OUTAGE_KNOWN) {
-            true => Limits { cloud: reconnect.min(KNOWN_WAIT), ..limits },
-            false => limits,
-        }
-    }
-}
 
 impl DeviceCore {
     /// Takes what came over the link.
@@ -66,12 +24,12 @@ impl DeviceCore {
         }
         match inbound {
             Inbound::Up { hello, resumed } => {
-                if let Err(reason) = self.check_cloud(&hello) {
+                if let Err(reason) = self.way.check(&hello, &self.cx.facts) {
                     return self.close(now, CloseCode::Incompatible, reason, true);
                 }
-                self.tell_link(None);
-                self.cx.cloud = (&hello).into();
-                let since = self.cloud.set_connected(now, true);
+                self.way.tell(&self.config.cloud, None);
+                self.cx.cloud = hello;
+                let since = self.way.set_connected(now);
                 if !resumed {
                     self.lose_sessions(since);
                 }
@@ -84,9 +42,9 @@ impl DeviceCore {
             }
             Inbound::Gone { reason, is_final } => {
                 self.set_away(now, reason);
-                self.way.put_off(now, &mut *self.cloud.random);
+                self.way.put_off(now);
                 if is_final {
-                    let error = self.peer(PeerEvent::Refuses, self.cloud.reason.clone());
+                    let error = self.peer(PeerEvent::Refuses, self.way.reason.clone());
                     self.fail_each(&error);
                 }
                 self.lose_sessions(now);
@@ -97,9 +55,8 @@ impl DeviceCore {
     }
 
     fn set_away(&mut self, now: Instant, reason: String) {
-        self.tell_link(Some(&reason));
-        self.cloud.reason = reason;
-        self.cloud.set_connected(now, false);
+        self.way.tell(&self.config.cloud, Some(&reason));
+        self.way.set_away(now, reason);
     }
 
     fn take_frame(&mut self, now: Instant, frame: &Frame) {
@@ -130,20 +87,19 @@ impl DeviceCore {
         if matches!(kind, Kind::Opened | Kind::Busy) {
             self.charge(now);
         }
-        let random = &mut *self.cloud.random;
+        let random = &mut *self.way.random;
         let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
         request.session.expects(kind)?;
         let message = Message::decode(kind, &frame.body)
             .map_err(|error| CloudViolation::Malformed { kind, error })?;
         match message {
             Message::Opened(opened) => {
-                request.opened(opened.pages)?;
-                self.begin_behind_pages(id, opened.pages);
+                request.opened(opened.pages, &mut self.pages, self.drafter.as_mut())?;
             }
             Message::Output(output) => {
                 request.handle_output(now, &output, bytes, &mut self.cx)?;
                 if request.has_head() {
-                    self.work.heads(id);
+                    self.work.heading.push_back(id);
                 }
             }
             Message::Computed(computed) => {
@@ -179,18 +135,27 @@ impl DeviceCore {
         Ok(())
     }
 
+    /// Ends the connection, if there is one, and with it all sessions. Waiting does not help if
+    /// `is_final`.
+    pub(super) fn close(&mut self, now: Instant, code: CloseCode, reason: String, is_final: bool) {
+        if self.way.dial_at.is_none() {
+            self.way.close = Some((code, reason.clone()));
+            self.take(now, Inbound::Gone { reason, is_final });
+        }
+    }
+
     /// Sessions are over since `then`: each is opened again, within reason.
     fn lose_sessions(&mut self, then: Instant) {
-        let Self { requests, cloud, .. } = self;
+        let Self { requests, way, .. } = self;
         let mut over: Vec<(RequestId, u32)> = Vec::new(); // empty as a rule
         for (id, request) in requests {
             if request.session.wire_id().is_none() {
                 continue;
             }
-            let (why, random) = (cloud.reason.clone(), &mut *cloud.random);
+            let (why, random) = (way.reason.clone(), &mut *way.random);
             match request.budget.lost(then, why, LOSSES_MAX, random) {
                 Some(at) => request.restart(Some(at)),
-                None => over.push((*id, request.budget.losses())),
+                None => over.push((*id, request.budget.losses)),
             }
         }
         for (id, times) in over {
@@ -221,34 +186,34 @@ impl DeviceCore {
 
     /// Charges the time since the last look to all requests.
     fn charge(&mut self, now: Instant) {
-        let Self { requests, cloud, config, cx, .. } = self;
+        let Self { requests, way, config, cx, .. } = self;
         let may_upload = cx.learned.upload_pause().is_none();
         for request in requests.values_mut() {
-            let limits = cloud.limits(request.asked, config.reconnect);
-            let waits = request.waits(cloud.connected, may_upload);
+            let limits = way.limits(request.asked, config.reconnect);
+            let waits = request.waits(way.connected, may_upload);
             request.budget.charge(now, waits, limits);
         }
     }
 
     /// The wait of a request, and its limits.
     fn wait_of(&self, request: &Request) -> (Waits, Limits) {
-        let limits = self.cloud.limits(request.asked, self.config.reconnect);
+        let limits = self.way.limits(request.asked, self.config.reconnect);
         let may_upload = self.cx.learned.upload_pause().is_none();
-        (request.waits(self.cloud.connected, may_upload), limits)
+        (request.waits(self.way.connected, may_upload), limits)
     }
 
     /// Error of a request that has waited in vain.
     fn overdue(&self, request: &Request, over: Waits, limits: Limits) -> RequestError {
         let cloud = &self.config.cloud;
-        if let Some(pause) = request.budget.refused().filter(|_| self.cloud.connected) {
+        if let Some(pause) = request.budget.refused.filter(|_| self.way.connected) {
             return RequestError::Busy {
                 reason: format!("cloud {cloud} has no room for another session"),
                 retry_after_ms: u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
             };
         }
-        let (event, reason) = match (over, request.budget.setback()) {
+        let (event, reason) = match (over, &request.budget.setback) {
             (Waits::Cloud, _) => {
-                let (reason, waited) = (&self.cloud.reason, limits.cloud.as_secs_f32());
+                let (reason, waited) = (&self.way.reason, limits.cloud.as_secs_f32());
                 let remedy = "is `hat-engine cloud` running there?";
                 (PeerEvent::Away, format!("{reason} (waited {waited:.0} s); {remedy}"))
             }
@@ -268,7 +233,7 @@ impl DeviceCore {
     pub(super) fn next_time(&self, now: Instant) -> Option<Instant> {
         let times = self.requests.values().flat_map(|request| {
             let retry = match request.session {
-                Session::Closed { not_before } if self.cloud.connected => {
+                Session::Closed { not_before } if self.way.connected => {
                     not_before.filter(|at| *at > now).or(Some(now + PAUSE_MIN))
                 }
                 _ => None,

@@ -6,7 +6,6 @@ mod context;
 mod feed;
 mod link;
 mod outgoing;
-mod pages;
 mod prompt;
 mod request;
 mod select;
@@ -23,19 +22,19 @@ mod work;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use hat_plan::BackendFault;
 use hat_transport::codec::Codec;
-use hat_transport::conn::{Frame, Traffic};
-use hat_transport::message::Hello;
+use hat_transport::conn::{ConnectionId, Frame, FrameSink, Traffic};
+use hat_transport::message::{CloseCode, Hello, KV_F16, Message, Open};
 use hat_transport::planted::Planted;
+use hat_transport::random::Random;
 
 use self::budget::Budget;
 use self::context::Common;
 use self::feed::Drafting;
-use self::link::Cloud;
-pub use self::pages::PageNamer;
 pub use self::request::RequestId;
 use self::request::{Path, Request, Session};
 use self::send::Leaving;
@@ -48,13 +47,14 @@ use crate::chunk::ChunkPolicy;
 use crate::draft::drafter::Drafter;
 use crate::draft::{DraftMode, DraftPolicy, Lookup};
 use crate::error::RequestError;
-use crate::estimate::Estimates;
+use crate::estimate::{Estimates, Estimator};
 use crate::metrics::Meter;
 use crate::page::pages_for;
+pub use crate::prefix::PageNamer;
 use crate::prefix::{PageStore, PrefixScope};
 use crate::request::{Event, FinishReason, Metrics};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
-use crate::wire::BundleFacts;
+use crate::wire::{self, BundleFacts};
 
 /// News of one request.
 pub enum RequestEvent {
@@ -137,7 +137,8 @@ struct Waiting {
     asked: Instant,
 }
 
-/// A device: requests, their rows, and what is known of the cloud.
+/// A device: requests, their rows, and what is known of the cloud. What its owner calls stands
+/// here; what follows from input in `link`, and from computations in `work`.
 pub struct DeviceCore {
     config: DeviceConfig,
     /// Requests that run, by age.
@@ -154,7 +155,6 @@ pub struct DeviceCore {
     /// The trained drafter; it computes only within [`work::DeviceWork::run`].
     pub drafter: Option<Box<dyn Drafter>>,
     cx: Common,
-    cloud: Cloud,
     way: Way,
     work: Computations,
     /// Input from the link that is not handled yet, in order.
@@ -184,14 +184,30 @@ impl DeviceCore {
             namer,
             drafter,
             cx: Common::new(&config, bundle, vocab_size),
-            cloud: Cloud::new(now),
-            way: Way::default(),
+            way: Way::new(now),
             work: Computations::default(),
             inbox: VecDeque::new(),
             leaving: VecDeque::new(),
             missed_drafter: false,
             config,
         }
+    }
+
+    /// The core sees to the way to its cloud from now on: [`DeviceCore::poll_link`] says when to
+    /// dial, and a cloud whose HELLO does not go with this one, or whose arithmetic is not the one
+    /// that is wanted, is closed. `random` draws the pauses between attempts.
+    #[must_use]
+    pub fn with_link(
+        mut self,
+        now: Instant,
+        hello: Hello,
+        cloud_arithmetic: Option<u32>,
+        random: Box<dyn Random>,
+    ) -> Self {
+        self.way.own = Some((hello, cloud_arithmetic));
+        self.way.dial_at = Some(now);
+        self.way.random = random;
+        self
     }
 
     /// Does this wrong from now on, in tests.
@@ -222,7 +238,7 @@ impl DeviceCore {
 
     /// True if the cloud is connected.
     pub fn is_connected(&self) -> bool {
-        self.cloud.connected
+        self.way.connected
     }
 
     /// Requests that run.
@@ -232,12 +248,12 @@ impl DeviceCore {
 
     /// Pages that a request can have now, those that are kept for others included.
     pub fn pages_free(&self) -> usize {
-        self.pages.pool().available()
+        self.pages.pool.available()
     }
 
     /// Nobody wants a request's answer any more. No computation may be out.
     pub fn cancel(&mut self, id: RequestId) {
-        debug_assert!(self.work.is_idle(), "a request is cancelled under its computation");
+        debug_assert!(self.work.out.is_none(), "a request is cancelled under its computation");
         self.waiting.retain(|waiting| waiting.id != id);
         self.retire(id, false);
     }
@@ -258,8 +274,30 @@ impl DeviceCore {
             namer.arithmetic_id = arithmetic_id;
         }
         // Times of one processor say nothing of another's.
-        self.cx.learned.forget_times();
+        self.cx.learned.estimator = Estimator::default();
         self.drafter = drafter;
+    }
+
+    /// The layers that compute are lost. The link ends, since HELLO names this device's arithmetic,
+    /// and so no session is left in the cloud.
+    pub fn leave_link(&mut self, now: Instant) {
+        let reason = "the device's backend is lost".to_owned();
+        self.inbox.clear();
+        self.close(now, CloseCode::Internal, reason, false);
+    }
+
+    /// The cloud is dialled again, with this HELLO.
+    pub fn dial_again(&mut self, now: Instant, hello: Hello) {
+        self.way.own = self.way.own.map(|(_, wanted)| (hello, wanted));
+        self.way.hurry(now);
+    }
+
+    /// Next command for the link.
+    pub fn poll_link(&mut self, now: Instant) -> Option<LinkCommand> {
+        if let Some((code, reason)) = self.way.close.take() {
+            return Some(LinkCommand::Close { code, reason });
+        }
+        self.way.dial_at.take_if(|at| *at <= now).map(|_| LinkCommand::Dial)
     }
 
     /// News for those who asked, in order.
@@ -280,6 +318,81 @@ impl DeviceCore {
         let pause = pause.filter(|_| self.requests.values().any(Request::wants_compute));
         let until = self.next_time(now).map(|time| time.saturating_duration_since(now));
         until.into_iter().chain(pause).min()
+    }
+
+    /// Writes frames of all that may leave into a connection, as far as it takes them: ends of
+    /// sessions, rows that somebody waits for, and rows of prompts, of which another one is the
+    /// first each time. `opens` says whether sessions are opened, too.
+    pub fn poll_transmit(
+        &mut self,
+        now: Instant,
+        to: ConnectionId,
+        sink: &mut dyn FrameSink,
+        opens: bool,
+    ) {
+        while let Some(leaving) = self.leaving.pop_front() {
+            leaving.send(to, sink);
+        }
+        if !self.way.connected {
+            return;
+        }
+        if opens {
+            self.open_sessions(now, to, sink);
+        }
+        let Self { requests, cx, .. } = self;
+        for request in requests.values_mut().filter(|request| request.is_urgent()) {
+            request.send_frames(now, to, sink, cx);
+        }
+        let after = requests.range(self.first_to_send + 1..).next();
+        let next = after.or_else(|| requests.iter().next()).map(|(id, _)| *id);
+        self.first_to_send = next.unwrap_or_default();
+        let first = self.first_to_send;
+        let ranges = [
+            (Bound::Included(first), Bound::Unbounded),
+            (Bound::Unbounded, Bound::Excluded(first)),
+        ];
+        for range in ranges {
+            for (_, request) in requests.range_mut(range) {
+                if !request.is_urgent() && !request.send_frames(now, to, sink, cx) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Asks for the sessions that are to be opened by now.
+    fn open_sessions(&mut self, now: Instant, to: ConnectionId, sink: &mut dyn FrameSink) {
+        let (cloud, (first, count)) = (self.cx.cloud, self.cx.facts.layers);
+        let layer = |layer: u32| u16::try_from(layer).expect("layers are few");
+        for request in self.requests.values_mut() {
+            let Session::Closed { not_before } = request.session else { continue };
+            if not_before.is_some_and(|time| now < time) {
+                continue;
+            }
+            let path = &mut request.path;
+            path.names_max = wire::pages_per_frame(wire::frame_bytes_max(&cloud));
+            let namer = self.namer.as_ref();
+            let rows_max = request.prepared.rows_max();
+            path.names =
+                namer.map(|namer| namer.names(cloud.arithmetic_id, &path.tokens, rows_max));
+            let open = Message::Open(Open {
+                entry_layer: layer(first),
+                exit_layer: layer(first + count),
+                codec: self.cx.facts.codec.id(),
+                kv_type: KV_F16,
+                arithmetic_id: cloud.arithmetic_id,
+                rows_max,
+                pages: path.pages_to_find(),
+            });
+            let bytes = open.encoded_len();
+            let wire_id = self.next_wire_id;
+            if sink.send_message(to, wire_id, &open).is_ok() {
+                self.next_wire_id = self.next_wire_id.checked_add(1).unwrap_or(1);
+                request.budget.opens();
+                request.note_message(bytes);
+                request.session = Session::Opening { wire_id };
+            }
+        }
     }
 
     /// Gives waiting requests pages while there is room.
@@ -344,8 +457,12 @@ impl DeviceCore {
 
     /// A request has its answer.
     fn finish(&mut self, id: RequestId, finish_reason: FinishReason) {
-        self.keep_pages(id);
-        let estimates = self.cx.learned.estimates(&self.cx.facts, self.cx.cloud.stages);
+        if let Some(request) = self.requests.get(&id) {
+            request.keep_pages(&mut self.pages, self.drafter.as_mut());
+        }
+        let Common { facts, cloud, learned, .. } = &self.cx;
+        let estimates =
+            learned.estimator.estimates(facts.row_bytes(), facts.layers, cloud.stages.into());
         let Some(request) = self.retire(id, true) else { return };
         let Request { mut answer, meter, prepared, .. } = request;
         let text = answer.finish();
@@ -372,7 +489,11 @@ impl DeviceCore {
     fn fail_all(&mut self, fault: &BackendFault) {
         tracing::error!(%fault, lasts = fault.lasts, "rows were not computed");
         self.fail_each(&RequestError::Backend(fault.clone()));
-        self.forget_pages();
+        self.cx.moves.clear();
+        self.pages.clear();
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget();
+        }
     }
 
     /// The trained drafter's backend did not compute: what it keeps and what it has just said mean
@@ -400,7 +521,7 @@ impl DeviceCore {
             drafter.close(session);
         }
         let kv = std::mem::replace(&mut request.kv, Sequence::new(Vec::new(), 0));
-        self.pages.give_back(kv.into_pages());
+        self.pages.pool.give_back(kv.into_pages());
         Some(request)
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::RequestEvent;
-use super::context::{Common, Facts};
+use super::context::{Common, Facts, Learned};
 use super::request::Request;
 use crate::chunk::{Ahead, CHUNK_ROWS_DEFAULT, ChunkPolicy, Limits};
 use crate::error::RequestError;
@@ -22,13 +22,6 @@ pub(super) struct Chunk {
     pub(super) rows: u32,
     /// Number of rows that are not computed yet.
     pub(super) left: u32,
-}
-
-/// Sizing of a prompt's next chunk.
-#[derive(Debug, Default)]
-pub(super) struct Sizing {
-    /// Work ahead of the next chunk, and the time at which it was measured.
-    ahead: Option<(Ahead, Instant)>,
 }
 
 /// Decided rows that are being computed.
@@ -148,19 +141,21 @@ impl Request {
         unacked: u64,
         cx: &mut Common,
     ) -> Option<u32> {
-        let uplink_s = cx.learned.uplink_busy_s(unacked);
-        let (planner, costs) = cx.learned.planner(&cx.facts, cx.cloud.stages)?;
+        let Learned { estimator, planner, .. } = &mut cx.learned;
+        let uplink_s = estimator.uplink_busy_s(unacked).unwrap_or(0.0);
+        let (row_bytes, layers) = (cx.facts.row_bytes(), cx.facts.layers);
+        let costs = estimator.cost_model(row_bytes, layers, cx.cloud.stages.into())?;
         let (done, left) = (self.computed(), self.path.rows() - self.computed());
-        let sizing = &mut self.session.open_mut()?.sizing;
-        let mut ahead = sizing.ahead.map_or_else(Ahead::default, |(ahead, at)| {
+        let open = self.session.open_mut()?;
+        let mut ahead = open.ahead.map_or_else(Ahead::default, |(ahead, at)| {
             ahead.later(now.duration_since(at).as_secs_f64())
         });
         ahead.uplink_s = ahead.uplink_s.max(uplink_s);
         let limits = Limits { rows_max, ..Limits::default() };
-        let plan = planner.plan_behind(policy, &costs, &limits, ahead, done, left);
+        let plan = planner.plan(policy, &costs, &limits, ahead, done, left);
         let next = *plan.sizes.first()?;
         self.meter.planned(now, plan.sizes, plan.finish_s);
-        sizing.ahead = Some((ahead.behind(&costs, next, done), now));
+        open.ahead = Some((ahead.behind(&costs, next, done), now));
         Some(next)
     }
 

@@ -2,10 +2,14 @@
 //!
 //! The line between [`Request`] and [`OpenSession`] is the line of a replay: a session that is lost
 //! is replaced by [`Session::Closed`], and everything that died with it is gone.
+//!
+//! What a request computes stands by phase, each with its own types: `prompt` its decided rows,
+//! `tree` its drafts, `verify` what comes back.
 
 use std::time::{Duration, Instant};
 
-use hat_transport::frame::{HEADER_BYTES, Kind};
+use hat_transport::conn::{ConnectionId, FrameSink};
+use hat_transport::frame::{HEADER_BYTES, Kind, Priority};
 
 use super::budget::{Budget, Waits};
 use super::context::Common;
@@ -15,10 +19,11 @@ use super::session::OpenSession;
 use super::violation::CloudViolation;
 use crate::answer::{Answer, Prepared};
 use crate::chunk::CHUNK_ROWS_DEFAULT;
+use crate::draft::drafter::Drafter;
 use crate::draft::{DraftMode, Lookup};
 use crate::error::RequestError;
 use crate::metrics::Meter;
-use crate::prefix::{PageId, PageNames};
+use crate::prefix::{PageId, PageNames, PageStore, PrefixScope};
 use crate::request::FinishReason;
 use crate::sequence::Sequence;
 use hat_plan::{PAGE_SIZE, TokenId};
@@ -216,7 +221,7 @@ impl Request {
 
     /// Cause of its wait now; `may_upload` as in [`Request::ask`].
     pub(super) fn waits(&self, connected: bool, may_upload: bool) -> Waits {
-        match (!connected || self.budget.refused().is_some(), self.ask(may_upload)) {
+        match (!connected || self.budget.refused.is_some(), self.ask(may_upload)) {
             (true, _) => Waits::Cloud,
             (false, Some(_)) => Waits::Turn,
             (false, None) => Waits::Answer,
@@ -226,7 +231,7 @@ impl Request {
     /// A token was decided.
     pub(super) fn push_token(&mut self, token: TokenId) {
         self.path.push(token);
-        self.budget.token();
+        self.budget.fill();
     }
 
     /// Begins again from the tokens: the cloud no longer knows the session. What was emitted
@@ -238,19 +243,84 @@ impl Request {
         self.check();
     }
 
-    /// The cloud holds so many of the pages that were named.
-    pub(super) fn opened(&mut self, pages: u16) -> Result<(), CloudViolation> {
-        let named = self.path.pages_to_find().len();
-        let cached = usize::from(pages);
-        if cached > named {
-            return Err(CloudViolation::PagesBeyond { cached, named });
-        }
+    /// The cloud holds so many of the pages that were named. What it holds is not sent, and not
+    /// computed either if this device, in `store`, and its drafter have their own pages of it.
+    pub(super) fn opened(
+        &mut self,
+        pages: u16,
+        store: &mut PageStore,
+        drafter: Option<&mut Box<dyn Drafter>>,
+    ) -> Result<(), CloudViolation> {
         let Session::Opening { wire_id } = self.session else { return Ok(()) };
+        let Self { path, kv, drafting, .. } = &mut *self;
+        let named = path.pages_to_find();
+        let cached = usize::from(pages);
+        if cached > named.len() {
+            return Err(CloudViolation::PagesBeyond { cached, named: named.len() });
+        }
+        if path.names.is_some() {
+            // What the cloud lacks has to be sent, and so computed.
+            let mut here = cached;
+            if let (Some(drafter), Some(session)) = (drafter, drafting.session) {
+                // The drafter takes each row once: those that it has, or begins behind.
+                if drafting.fed == 0 {
+                    let rows = drafter.begin_behind(session, &named[..cached]) * PAGE_SIZE;
+                    drafting.fed = u32::try_from(rows).expect("within the context");
+                }
+                here = here.min(drafting.fed as usize / PAGE_SIZE);
+            }
+            store.begin_behind(kv, &named[..here]);
+        }
         let rows = u32::from(pages) * u32::try_from(PAGE_SIZE).expect("32");
         self.session = Session::Open(Box::new(OpenSession::new(wire_id, rows)));
-        self.budget.opened();
+        self.budget.refused = None;
         self.meter.counts.pages_reused += u32::from(pages);
+        self.check();
         Ok(())
+    }
+
+    /// The answer is there: the pages of its path may serve the next.
+    pub(super) fn keep_pages(&self, store: &mut PageStore, drafter: Option<&mut Box<dyn Drafter>>) {
+        let Self { path, kv, drafting, .. } = self;
+        store.keep(PrefixScope::ONE, path.pages_of(kv.committed() as usize), kv.pages());
+        if let (Some(drafter), Some(session)) = (drafter, drafting.session) {
+            drafter.keep(session, path.pages_of(drafting.fed as usize));
+        }
+    }
+
+    /// True if there are decided rows that the trained drafter has not taken.
+    pub(super) fn is_unfed(&self) -> bool {
+        self.drafting.session.is_some()
+            && (self.drafting.has_verdict()
+                || self.session.open().is_some_and(|open| !open.unfed.is_empty()))
+    }
+
+    /// True if there are such rows, and all rows at hand are sent.
+    pub(super) fn has_unfed(&self) -> bool {
+        self.is_unfed() && self.session.open().is_some_and(|open| open.outgoing.is_sent())
+    }
+
+    /// Sends what may leave; returns true if all of it could.
+    pub(super) fn send_frames(
+        &mut self,
+        now: Instant,
+        to: ConnectionId,
+        sink: &mut dyn FrameSink,
+        cx: &Common,
+    ) -> bool {
+        let priority = if self.is_urgent() { Priority::Verify } else { Priority::Prompt };
+        let (in_answer, computed) = (!self.in_prefill(), self.computed());
+        let Some(open) = self.session.open_mut() else { return true };
+        // A chunk of a longer prompt waits for those before it as well.
+        let alone = in_answer || computed - open.cached == open.chunk.rows;
+        while open.outgoing.has_released() {
+            let sent = open.send_frame(now, to, priority, alone, sink, cx);
+            let Some((rows, bytes)) = sent else { return false };
+            self.budget.sends();
+            self.meter.rows_sent(rows);
+            self.meter.counts.bytes_up += bytes;
+        }
+        true
     }
 
     /// A message of `bytes` bytes went up.

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::chunk::CloudCost;
+use crate::chunk::StepCost;
 
 /// Pieces of others that go before one whose turn it is not.
 const PATIENCE: u32 = 8;
@@ -42,7 +42,7 @@ pub(super) fn choose<K>(asks: impl Iterator<Item = (K, Ask)>) -> Option<K> {
 }
 
 /// Rows of a piece that has `rows` at most and comes behind `prefix` others.
-pub(super) fn piece_rows(cost: Option<CloudCost>, prefix: u32, rows: u32) -> u32 {
+pub(super) fn piece_rows(cost: Option<StepCost>, prefix: u32, rows: u32) -> u32 {
     let Some(cost) = cost else { return rows };
     let is_short = |count: &u32| cost.seconds(*count, prefix) <= PIECE_S;
     let halves = std::iter::successors(Some(rows), |rows| Some(rows / 2));
@@ -95,14 +95,14 @@ mod tests {
 
     #[test]
     fn a_piece_is_bounded_in_time() {
-        let cost = CloudCost { fixed: 1e-3, per_row: 2e-3, per_row_context: 0.0 };
+        let cost = StepCost { fixed: 1e-3, per_row: 2e-3, per_row_context: 0.0 };
         assert_eq!(piece_rows(None, 0, 64), 64);
         assert_eq!(piece_rows(Some(cost), 0, 64), 16);
         assert_eq!(piece_rows(Some(cost), 0, 20), 20);
         assert_eq!(piece_rows(Some(cost), 0, 3), 3);
-        let far = CloudCost { per_row_context: 1e-6, ..cost };
+        let far = StepCost { per_row_context: 1e-6, ..cost };
         assert_eq!(piece_rows(Some(far), 6000, 64), PIECE_ROWS_MIN);
-        let slow = CloudCost { per_row: 1.0, ..cost };
+        let slow = StepCost { per_row: 1.0, ..cost };
         assert_eq!(piece_rows(Some(slow), 0, 64), PIECE_ROWS_MIN);
     }
 

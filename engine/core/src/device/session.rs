@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::outgoing::Outgoing;
-use super::prompt::{Chunk, Sizing};
+use super::prompt::Chunk;
 use super::request::Path;
 use super::tree::TreePhase;
 use super::verifier::Verifier;
 use super::verify::Tail;
+use crate::chunk::Ahead;
 use crate::draft::{Source, Tree};
 use crate::sequence::{PENDING_ROWS_MAX, Sequence};
 use hat_plan::{PAGE_SIZE, TokenId};
@@ -67,6 +68,7 @@ pub(super) struct Round {
 }
 
 /// A session in the cloud, and everything that is lost with it.
+#[derive(Default)]
 pub(super) struct OpenSession {
     /// Its id on the wire; a new one at each opening.
     pub(super) wire_id: u32,
@@ -74,8 +76,8 @@ pub(super) struct OpenSession {
     pub(super) cached: u32,
     /// The chunk of decided rows at hand.
     pub(super) chunk: Chunk,
-    /// Chunks of the prompt that are on their way.
-    pub(super) sizing: Sizing,
+    /// Work ahead of the prompt's next chunk, and the time at which it was measured.
+    pub(super) ahead: Option<(Ahead, Instant)>,
     pub(super) outgoing: Outgoing,
     pub(super) verifier: Verifier,
     pub(super) drafts: Drafts,
@@ -101,23 +103,12 @@ pub(super) struct OpenSession {
 impl OpenSession {
     /// A session that the cloud opened behind `cached` rows.
     pub(super) fn new(wire_id: u32, cached: u32) -> Self {
-        Self {
-            wire_id,
-            cached,
-            chunk: Chunk::default(),
-            sizing: Sizing::default(),
-            outgoing: Outgoing::default(),
-            verifier: Verifier::default(),
-            drafts: Drafts::default(),
-            tree_phase: TreePhase::Idle,
-            round: None,
-            timed: None,
-            due: 1..1,
-            told_id: 0,
-            unfed: 0..0,
-            deep: Vec::new(),
-            tail: Tail::default(),
-        }
+        Self { wire_id, cached, due: 1..1, ..Self::default() }
+    }
+
+    /// True if the trained drafter is asked in the round at hand.
+    pub(super) fn asks(&self) -> bool {
+        self.round.is_some_and(|round| round.asked)
     }
 
     /// Decided rows are to be sent: their outputs are due.

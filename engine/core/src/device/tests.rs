@@ -5,15 +5,15 @@ mod pitfalls;
 
 use std::collections::BTreeSet;
 
-use hat_plan::TokenId;
-use hat_transport::conn::{ConnectionId, FrameSink, Refusal, SendError};
+use hat_plan::{PAGE_SIZE, TokenId};
+use hat_transport::conn::ConnectionId;
 use hat_transport::endpoint::GoneError;
 use hat_transport::frame::{Kind, Priority};
 use hat_transport::message::{
     Arrivals, CloseCode, Message, Opened, OutputHead, Role, Rows, SessionError, SessionErrorCode,
     Want,
 };
-use hat_transport::pool::{Buf, Pool, PoolConfig};
+use hat_transport::pool::PoolConfig;
 use hat_transport::random::SeededRandom;
 
 use super::work::{DeviceWork, Verdict};
@@ -22,7 +22,9 @@ use crate::answer::EndTokens;
 use crate::draft::drafter::{Decided, Drafted, SessionId};
 use crate::draft::tree::Proposal;
 use crate::draft::{DrafterKind, Source};
+use crate::prefix::PageId;
 use crate::request::Request as Asked;
+use crate::sink::TestSink;
 use crate::wire;
 
 const TO: ConnectionId = ConnectionId(7);
@@ -33,27 +35,41 @@ const MS: Duration = Duration::from_millis(1);
 /// Rows of a session, as a cloud has them.
 #[derive(Default)]
 struct Told {
-    /// The last committed one.
+    /// The last committed one, and how many there are.
     tip: u32,
+    committed: u32,
     /// Pending rows, and their parents.
     pending: BTreeMap<u32, u32>,
+    /// True if the chunk at hand goes on.
+    more: bool,
 }
 
 impl Told {
+    /// Keeps the path to a row, which has to be there; 0 keeps nothing.
+    fn commit(&mut self, row: u32) {
+        if row == 0 {
+            return;
+        }
+        let path = std::iter::successors(Some(row), |row| self.pending.get(row).copied());
+        let rows = path.clone().count() - 1;
+        assert_eq!(path.last(), Some(self.tip), "row {row} is kept, and is not there");
+        self.committed += u32::try_from(rows).unwrap();
+        let mut kept = BTreeSet::from([row]);
+        self.pending.retain(|id, parent| kept.contains(parent) && kept.insert(*id));
+        self.tip = row;
+    }
+
     /// Takes rows, which have to follow from those before.
     fn take(&mut self, rows: &Rows<'_>) {
         let head = rows.head;
-        if head.commit != 0 {
-            let is_known = head.commit == self.tip || self.pending.contains_key(&head.commit);
-            assert!(is_known, "{head:?} keeps a row that is not there");
-            let mut kept = BTreeSet::from([head.commit]);
-            self.pending.retain(|id, parent| kept.contains(parent) && kept.insert(*id));
-            self.tip = head.commit;
-        }
+        let is_whole = self.more || head.decided || !head.more;
+        assert!(is_whole, "{head:?} begins a batch of drafts that leaves in parts");
+        self.more = head.more;
+        self.commit(head.commit);
         for (id, parent) in (head.first_id..).zip(rows.parents_of_rows()) {
             if head.decided {
                 assert_eq!(parent, self.tip, "{head:?} does not follow the last decided row");
-                self.tip = id;
+                (self.tip, self.committed) = (id, self.committed + 1);
                 self.pending.clear();
             } else {
                 let is_known = parent == self.tip || self.pending.contains_key(&parent);
@@ -65,64 +81,25 @@ impl Told {
     }
 }
 
-/// Frames that have not left.
-struct Queue {
-    pool: Pool,
-    frames: Vec<Frame>,
-    /// OPEN frames so far.
-    opens: u32,
-    told: BTreeMap<u32, Told>,
-    /// Frames of rows so far, with their decided rows.
-    rows: Vec<(u32, Priority, u16)>,
-    /// One frame in so many finds no room.
-    refuses: Option<usize>,
-    /// Nor do those of prompts.
-    refuses_prompts: bool,
-    tries: usize,
-}
-
-impl FrameSink for Queue {
-    fn buffer(&mut self, _: Priority, body_bytes: usize) -> Option<Buf> {
-        self.pool.take(body_bytes)
-    }
-
-    fn send(
-        &mut self,
-        to: ConnectionId,
-        kind: Kind,
-        session: u32,
-        priority: Priority,
-        body: Buf,
-    ) -> Result<(), SendError> {
-        assert_eq!(to, TO);
-        self.tries += 1;
-        if self.refuses.is_some_and(|every| self.tries.is_multiple_of(every))
-            || self.refuses_prompts && priority == Priority::Prompt
-        {
-            return Err(SendError { refusal: Refusal::Full, body: Some(body) });
-        }
-        self.opens += u32::from(kind == Kind::Open);
-        if let Ok(Message::Rows(rows)) = Message::decode(kind, &body) {
-            let decided = if rows.head.decided { rows.head.count } else { 0 };
-            self.rows.push((session, priority, decided));
-            self.told.entry(session).or_default().take(&rows);
-        }
-        self.frames.push(Frame { kind, session, priority, body });
-        Ok(())
-    }
-
-    fn discard(&mut self, _: ConnectionId, session: u32) -> usize {
-        let before = self.frames.len();
-        self.frames.retain(|frame| frame.session != session);
-        before - self.frames.len()
-    }
-}
-
 /// A core, and a cloud whose rows come back as they went up.
 struct Bed {
     core: DeviceCore,
     now: Instant,
-    queue: Queue,
+    /// Frames that have not left.
+    sink: TestSink,
+    /// Of all frames so far, those that were looked at.
+    seen: usize,
+    /// OPEN frames so far.
+    asks: u32,
+    told: BTreeMap<u32, Told>,
+    /// Frames of rows so far: their session, priority, and decided rows.
+    sent_rows: Vec<(u32, Priority, u16)>,
+    /// Pages named by each END so far, and rows that its session has committed by then.
+    named: Vec<(usize, u32)>,
+    /// Requests of the inputs so far, and the moves that came first.
+    carried: Vec<(RequestId, usize)>,
+    /// Pages that the cloud finds for each OPEN.
+    held: u16,
     /// Computations until one is not done.
     fails_in: Option<u32>,
     opens: u32,
@@ -158,6 +135,8 @@ struct Proposer {
     opened: SessionId,
     /// Positions that each session has taken, and whether it holds rows of a tree.
     sessions: BTreeMap<SessionId, (u32, bool)>,
+    /// Pages of any path that it has from earlier sessions.
+    kept: usize,
 }
 
 impl Drafter for Proposer {
@@ -169,6 +148,12 @@ impl Drafter for Proposer {
         self.opened += 1;
         self.sessions.insert(self.opened, (0, false));
         Some(self.opened)
+    }
+
+    fn begin_behind(&mut self, session: SessionId, pages: &[PageId]) -> usize {
+        let pages = self.kept.min(pages.len());
+        self.sessions.get_mut(&session).unwrap().0 = (pages * PAGE_SIZE) as u32;
+        pages
     }
 
     fn close(&mut self, session: SessionId) {
@@ -218,6 +203,10 @@ impl Bed {
     }
 
     fn with(has_drafter: bool) -> Self {
+        Self::with_names(has_drafter, false)
+    }
+
+    fn with_names(has_drafter: bool, names: bool) -> Self {
         let config = DeviceConfig {
             sessions_max: 4,
             kv_rows_max: 4096,
@@ -238,20 +227,25 @@ impl Bed {
         let drafter = has_drafter.then(|| Box::new(Proposer::default()) as _);
         let random = Box::new(SeededRandom::new(1));
         let hello = wire::hello(Role::Device, [0; 32], HIDDEN, 1..4);
-        let core = DeviceCore::new(now, config, &facts, VOCAB, None, drafter);
+        let namer = PageNamer::new(Codec::F32, &facts, 1, [1; 32].into()).filter(|_| names);
+        let core = DeviceCore::new(now, config, &facts, VOCAB, namer, drafter);
         let core = core.with_link(now, hello, None, random);
-        let pool = Pool::new(PoolConfig { small: 512, large: 32 });
-        let queue = Queue {
-            pool,
-            frames: Vec::new(),
-            opens: 0,
+        Self {
+            core,
+            now,
+            sink: TestSink::with_pool(PoolConfig { small: 512, large: 32 }),
+            seen: 0,
+            asks: 0,
             told: BTreeMap::new(),
-            rows: Vec::new(),
-            refuses: None,
-            refuses_prompts: false,
-            tries: 0,
-        };
-        Self { core, now, queue, fails_in: None, opens: 0, ends: 0, rows: 0 }
+            sent_rows: Vec::new(),
+            named: Vec::new(),
+            carried: Vec::new(),
+            held: 0,
+            fails_in: None,
+            opens: 0,
+            ends: 0,
+            rows: 0,
+        }
     }
 
     fn up(&mut self, resumed: bool) {
@@ -280,37 +274,66 @@ impl Bed {
 
     /// The same at one moment.
     fn turn(&mut self) -> bool {
-        let frames = &self.queue.frames;
+        let frames = &self.sink.sent;
         while self.core.poll_link(self.now).is_some() {}
-        let cached = |session| frames.iter().filter(|frame| frame.session == session).count();
+        let cached = |session| frames.iter().filter(|(_, frame)| frame.session == session).count();
         self.core.handle_timeout(self.now, &cached);
         let work = self.core.poll_work(self.now, true);
         let has_work = work.is_some();
+        if let Some(DeviceWork::Input { request, moves, .. }) = &work {
+            self.carried.push((*request, moves.len()));
+        }
         work.into_iter().for_each(compute);
         let reason = "the plug was pulled".to_owned();
         let fault = BackendFault { backend: "a table", reason, lasts: false };
         let fails = has_work && self.fails_in == Some(0);
         self.fails_in = self.fails_in.map(|left| left.saturating_sub(u32::from(has_work)));
         self.core.handle_work(self.now, MS, fails.then_some(&fault), &EndTokens::default());
-        self.core.poll_transmit(self.now, TO, &mut self.queue, true);
+        self.core.poll_transmit(self.now, TO, &mut self.sink, true);
+        self.look_at_sent();
         has_work
     }
 
+    /// Looks at frames that are new, which are the last.
+    fn look_at_sent(&mut self) {
+        let new = self.sink.total - std::mem::replace(&mut self.seen, self.sink.total);
+        let first = self.sink.sent.len() - new;
+        for (to, frame) in &self.sink.sent[first..] {
+            assert_eq!(*to, TO);
+            let told = self.told.entry(frame.session).or_default();
+            match Message::decode(frame.kind, &frame.body) {
+                Ok(Message::Open(_)) => self.asks += 1,
+                Ok(Message::Rows(rows)) => {
+                    let decided = if rows.head.decided { rows.head.count } else { 0 };
+                    self.sent_rows.push((frame.session, frame.priority, decided));
+                    told.take(&rows);
+                }
+                Ok(Message::End(end)) => {
+                    assert!(end.commit == 0 || !end.pages.is_empty(), "a commit without names");
+                    told.commit(end.commit);
+                    self.named.push((end.pages.len(), told.committed));
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn say(&mut self, session: u32, message: &Message<'_>) {
-        let mut body = self.queue.pool.take(message.encoded_len()).unwrap();
-        message.encode(body.body_mut());
-        let (kind, priority) = (message.kind(), Priority::Control);
-        self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+        let frame = self.sink.message(session, message);
+        self.core.handle_inbound(Inbound::Frame(frame));
     }
 
     /// The cloud answers all that has left.
     fn answer(&mut self) {
-        for frame in std::mem::take(&mut self.queue.frames) {
+        for (_, frame) in std::mem::take(&mut self.sink.sent) {
             let session = frame.session;
             let rows = match Message::decode(frame.kind, frame.body.body()).unwrap() {
                 Message::Open(_) => {
                     self.opens += 1;
-                    self.say(session, &Message::Opened(Opened { pages: 0 }));
+                    let rows = u32::from(self.held) * PAGE_SIZE as u32;
+                    let told = Told { tip: rows, committed: rows, ..Told::default() };
+                    self.told.insert(session, told);
+                    self.say(session, &Message::Opened(Opened { pages: self.held }));
                     continue;
                 }
                 Message::Rows(rows) => rows,
@@ -332,11 +355,11 @@ impl Bed {
             let arrivals = Arrivals::default();
             let head = OutputHead { count, queue_us: 1, step_us: 2, step_rows: 3, arrivals };
             let payload = &rows.payload[skip * HIDDEN * 4..];
-            let mut body = self.queue.pool.take(head.payload_start() + payload.len()).unwrap();
-            let start = head.encode(&ids, body.body_mut());
-            body.body_mut()[start..].copy_from_slice(payload);
-            let (kind, priority) = (Kind::Output, Priority::Verify);
-            self.core.handle_inbound(Inbound::Frame(Frame { kind, session, priority, body }));
+            let mut body = vec![0; head.payload_start() + payload.len()];
+            let start = head.encode(&ids, &mut body);
+            body[start..].copy_from_slice(payload);
+            let frame = self.sink.frame(Kind::Output, session, Priority::Verify, &body);
+            self.core.handle_inbound(Inbound::Frame(frame));
         }
     }
 
@@ -449,12 +472,12 @@ fn a_cancelled_request_takes_its_frames_along() {
     bed.step();
     bed.answer();
     while bed.step() {}
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
+    assert!(bed.sink.sent.iter().any(|(_, frame)| frame.kind == Kind::Rows));
     bed.core.cancel(id);
     bed.step();
-    let kinds: Vec<Kind> = bed.queue.frames.iter().map(|frame| frame.kind).collect();
+    let kinds: Vec<Kind> = bed.sink.sent.iter().map(|(_, frame)| frame.kind).collect();
     assert_eq!(kinds, [Kind::End]);
-    let message = Message::decode(Kind::End, bed.queue.frames[0].body.body()).unwrap();
+    let message = Message::decode(Kind::End, &bed.sink.sent[0].1.body).unwrap();
     assert!(matches!(message, Message::End(end) if end.commit == 0), "{message:?}");
     assert_eq!(bed.core.running(), 0);
 }
@@ -526,7 +549,7 @@ fn close_codes_are_of_two_kinds() {
             }
         });
         assert_eq!(said, expected(), "{code:?}");
-        assert_eq!(bed.queue.opens, 2, "{code:?}");
+        assert_eq!(bed.asks, 2, "{code:?}");
     }
     for code in [Protocol, Version, Incompatible] {
         let mut bed = Bed::new();
@@ -553,38 +576,4 @@ fn close_codes_are_of_two_kinds() {
         assert!(pauses[0] <= 100 * MS && pauses[11] >= 2500 * MS, "{pauses:?}");
         assert!(pauses.iter().all(|pause| *pause <= 5000 * MS), "{pauses:?}");
     }
-}
-
-/// A session that the cloud has lost leaves no frame behind: nobody waits for its rows.
-#[test]
-fn rows_of_a_lost_session_do_not_leave() {
-    let mut bed = Bed::new();
-    bed.up(false);
-    bed.submit(DraftMode::Off);
-    bed.step();
-    bed.answer();
-    while bed.step() {}
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Rows));
-    let evicted = SessionError { code: SessionErrorCode::Evicted, text: "made room" };
-    bed.say(bed.opens, &Message::SessionError(evicted));
-    while bed.step() {}
-    assert!(bed.queue.frames.iter().all(|frame| frame.kind != Kind::Rows));
-}
-
-/// The owner is told when a cloud without room is to be asked again.
-#[test]
-fn a_busy_cloud_is_asked_again_in_time() {
-    let mut bed = Bed::new();
-    bed.up(false);
-    bed.submit(DraftMode::Off);
-    bed.step();
-    bed.queue.frames.clear();
-    bed.say(1, &Message::Busy(hat_transport::message::Busy { retry_after_ms: 700 }));
-    while bed.step() {}
-    while bed.core.poll_event().is_some() {}
-    let wait = bed.core.poll_timeout(bed.now).expect("there is a time to ask again");
-    assert!(wait <= 700 * MS && wait > 600 * MS, "{wait:?}");
-    bed.now += wait;
-    bed.step();
-    assert!(bed.queue.frames.iter().any(|frame| frame.kind == Kind::Open));
 }

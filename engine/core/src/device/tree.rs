@@ -13,7 +13,7 @@ use hat_transport::planted::Fault;
 use super::context::Common;
 use super::prompt::first_not_finite;
 use super::request::Request;
-use super::session::Round;
+use super::session::{Round, Timed};
 use crate::draft::DraftMode;
 use crate::draft::policy::drafts_that_pay;
 use crate::error::RequestError;
@@ -54,14 +54,53 @@ pub(super) enum TreePhase {
     Pipelined(Bounds),
 }
 
+impl TreePhase {
+    /// True if the trained drafter is asked.
+    pub(super) fn asks(&self) -> bool {
+        matches!(self, Self::Propose(_) | Self::Pipelined(_))
+    }
+}
+
 impl Request {
-    /// Begins a draft tree below the last decided token with what lookup drafts; its first level
-    /// has the decided token's own row. Returns true if there is, or may become, a tree.
-    pub(super) fn begin_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> bool {
-        self.seed_tree(now, has_drafter, cx).is_some()
+    /// The next step of the tree, if it grows.
+    pub(super) fn begin_phase(&mut self, cx: &mut Common) -> Option<TreePhase> {
+        let phase = std::mem::take(&mut self.session.open_mut()?.tree_phase);
+        match &phase {
+            TreePhase::Idle => return None,
+            TreePhase::Level(level) => self.begin_level(level, cx),
+            TreePhase::Propose(_) | TreePhase::Pipelined(_) => {}
+        }
+        Some(phase)
     }
 
-    fn seed_tree(&mut self, now: Instant, has_drafter: bool, cx: &Common) -> Option<()> {
+    /// A step of the tree is done, which took so long: says what the next one is, if there is any.
+    ///
+    /// # Errors
+    /// The decided token's own row is no number.
+    pub(super) fn end_phase(
+        &mut self,
+        now: Instant,
+        phase: TreePhase,
+        took: Duration,
+        cx: &mut Common,
+    ) -> Result<(), RequestError> {
+        match phase {
+            TreePhase::Idle => {}
+            TreePhase::Level(level) => self.end_level(now, level, took, cx)?,
+            TreePhase::Propose(level) => self.grow_level(now, &level, cx),
+            TreePhase::Pipelined(bounds) => self.grow_batch(now, bounds, cx),
+        }
+        Ok(())
+    }
+
+    /// Begins a draft tree below the last decided token with what lookup drafts; its first level
+    /// has the decided token's own row. `None` if there is no tree, and will be none.
+    pub(super) fn begin_tree(
+        &mut self,
+        now: Instant,
+        has_drafter: bool,
+        cx: &Common,
+    ) -> Option<()> {
         let mode = self.draft_mode();
         let depth_max = self.depth_max() + 2 * u32::from(cx.planted.is(Fault::RowBeyond));
         let tokens = self.answer.tokens().len();
@@ -77,11 +116,12 @@ impl Request {
         self.look_up(cx);
         let is_worth_it = mode != DraftMode::Auto || self.drafting.asking.is_worth_it();
         let asked = has_drafter && mode.asks_trained() && self.drafting.session.is_some();
+        let asked = asked && is_worth_it;
         if let Some(round) = self.session.open_mut().and_then(|open| open.round.as_mut()) {
-            round.asked = asked && is_worth_it;
+            round.asked = asked;
         }
         let bounds = self.first_bounds(now, cx);
-        if !(self.asks() && bounds.nodes_max > 1) {
+        if !(asked && bounds.nodes_max > 1) {
             self.grow(bounds, cx);
             if self.session.open()?.drafts.tree.nodes().len() == 1 {
                 return None;
@@ -141,7 +181,7 @@ impl Request {
     }
 
     /// Begins an addition to a tree that is away, if one is worth asking for; what is there to add
-    /// is for [`Request::grow_batch`] to say.
+    /// is said when the trained drafter has been asked.
     pub(super) fn begin_batch(&mut self, now: Instant, cx: &mut Common) {
         self.follow_verdict(cx);
         if let Some(bounds) = self.batch_bounds(now, cx)
@@ -156,10 +196,13 @@ impl Request {
         let (away, first_id) = (self.kv.pending(), self.kv.last_id() + 1);
         let open = self.session.open_mut()?;
         let nodes = open.drafts.tree.nodes().len();
+        let estimator = &cx.learned.estimator;
+        let is_due = |timed: Timed| estimator.is_due(now, timed.at, timed.rows);
         let (batch, floor) = match mode {
             DraftMode::All => (cx.policy.batch_nodes, 0.0),
-            _ if cx.learned.is_due(now, open.timed) => (0, 0.0),
-            _ => cx.learned.estimator.draft_batch(cx.policy.batch_nodes),
+            // What is away will be back before another batch could be made.
+            _ if open.timed.is_some_and(is_due) => (0, 0.0),
+            _ => estimator.draft_batch(cx.policy.batch_nodes),
         };
         open.drafts.is_full = true;
         let nodes_max = nodes + batch.min(cx.pending_max().saturating_sub(away));
@@ -173,7 +216,7 @@ impl Request {
 
     /// The trained drafter has been asked for an addition: its first level, if there is anything to
     /// add.
-    pub(super) fn grow_batch(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
+    fn grow_batch(&mut self, now: Instant, bounds: Bounds, cx: &Common) {
         let nodes = self.grow(bounds, cx);
         if nodes.is_empty() {
             return self.note_drafting(now.duration_since(bounds.began));
@@ -187,9 +230,9 @@ impl Request {
     /// Verification stands further down the tree, before a row that is away: what it has passed is
     /// decided and committed, and the tree begins there.
     fn follow_verdict(&mut self, cx: &mut Common) {
-        let Some(open) = self.session.open() else { return };
+        let Some(open) = self.session.open_mut() else { return };
         let Some(at) = open.verifier.at().filter(|at| open.drafts.ids[0] != *at) else { return };
-        self.keep_right_rows(self.path.tokens.len(), cx);
+        self.drafting.keep_right_rows(open, self.path.tokens.len(), cx.facts.hidden_size);
         self.commit(at, cx);
         let depth_max = self.depth_max();
         let hidden_size = cx.facts.hidden_size;
@@ -212,7 +255,7 @@ impl Request {
 
     /// Takes the rows of a level in, and plans their computation: of `scratch.tokens`, into
     /// [`Request::rows_mut`].
-    pub(super) fn begin_level(&mut self, level: &Level, cx: &mut Common) {
+    fn begin_level(&mut self, level: &Level, cx: &mut Common) {
         let Level { nodes, .. } = level;
         let first_id = self.kv.last_id() + 1;
         let (tip, position) = (self.kv.tip(), self.kv.committed());
@@ -254,10 +297,7 @@ impl Request {
     /// The rows of a level are computed. A draft may be as wrong as it likes: if its row holds
     /// something that is no number, zeros go up instead, verification never goes there, and the
     /// tree ends.
-    ///
-    /// # Errors
-    /// The decided token's own row is no number.
-    pub(super) fn end_level(
+    fn end_level(
         &mut self,
         now: Instant,
         level: Level,
@@ -269,38 +309,35 @@ impl Request {
         cx.learned.note_input(nodes.len(), self.kv.committed(), took);
         let (drafts, out) = (&mut open.drafts, &mut open.outgoing);
         let hidden = &mut out.hidden[nodes.start * cx.facts.hidden_size..];
-        let Some(bad) = first_not_finite(hidden, cx.facts.hidden_size) else {
-            out.computed = nodes.end;
-            self.note_drafts(nodes.clone());
-            if nodes.end < level.bounds.nodes_max && self.asks() {
-                if let Some(open) = self.session.open_mut() {
-                    open.tree_phase = TreePhase::Propose(level);
-                }
-            } else {
-                self.end_tree(now, level.bounds, cx);
+        let bad = first_not_finite(hidden, cx.facts.hidden_size);
+        let good = nodes.start..bad.map_or(nodes.end, |bad| nodes.start + bad);
+        out.computed = good.end;
+        if let Some(bad) = bad {
+            if good.end == 0 {
+                return Err(RequestError::NotFinite { position: self.kv.committed() - 1 });
             }
-            return Ok(());
-        };
-        let end = nodes.start + bad + 1;
-        if end == 1 {
-            return Err(RequestError::NotFinite { position: self.kv.committed() - 1 });
+            let end = good.end + 1;
+            out.computed = end;
+            hidden[bad * cx.facts.hidden_size..].fill(0.0);
+            if end < nodes.end {
+                self.kv.retract(drafts.ids[end]);
+            }
+            drafts.ids.truncate(end);
+            drafts.tree.end(end);
+            drafts.is_full = true;
         }
-        out.computed = end;
-        hidden[bad * cx.facts.hidden_size..].fill(0.0);
-        if end < nodes.end {
-            self.kv.retract(drafts.ids[end]);
+        self.note_drafts(good);
+        let open = self.session.open_mut().filter(|open| bad.is_none() && open.asks());
+        match open.filter(|_| nodes.end < level.bounds.nodes_max) {
+            Some(open) => open.tree_phase = TreePhase::Propose(level),
+            None => self.end_tree(now, level.bounds, cx),
         }
-        drafts.ids.truncate(end);
-        drafts.tree.end(end);
-        drafts.is_full = true;
-        self.note_drafts(nodes.start..end - 1);
-        self.end_tree(now, level.bounds, cx);
         Ok(())
     }
 
     /// The trained drafter has been asked about a level: the next one, if there is any. With it the
     /// rows before may leave, since it is certain that more of their chunk follow.
-    pub(super) fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
+    fn grow_level(&mut self, now: Instant, level: &Level, cx: &mut Common) {
         let (end, bounds) = (level.nodes.end, level.bounds);
         let nodes = match self.draft_mode() {
             DraftMode::Chain => 1,
@@ -327,7 +364,7 @@ impl Request {
         let took = now.duration_since(bounds.began);
         self.note_drafting(took);
         if bounds.is_pipelined {
-            cx.learned.estimator.note_draft_batch(took.as_secs_f64());
+            cx.learned.estimator.draft_batch.note(took.as_secs_f64());
         }
         self.check();
     }

@@ -46,13 +46,6 @@ pub(super) struct Verifier {
     spare: Vec<Vec<f32>>,
 }
 
-/// Verification goes on below.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Advance {
-    /// True if the row there was made while the one above was away.
-    pub(super) into_next_batch: bool,
-}
-
 /// A row whose output is back, and decides the next token.
 pub(super) struct Visit<'a> {
     pub(super) id: u32,
@@ -137,13 +130,14 @@ impl Verifier {
         below.filter_map(|row| Some((row.token, row.source?)))
     }
 
-    /// `token` is decided: goes on to its row, if there is one below.
-    pub(super) fn step(&mut self, token: TokenId) -> Option<Advance> {
+    /// `token` is decided: goes on to its row, if there is one below. True if that was made while
+    /// the one above was away.
+    pub(super) fn step(&mut self, token: TokenId) -> Option<bool> {
         let batch = self.rows.iter().find(|row| Some(row.id) == self.at).map(|row| row.batch);
         let mut below = self.rows.iter().filter(|row| Some(row.parent) == self.at);
         let row = below.find(|row| row.token == token)?;
         self.at = Some(row.id);
-        Some(Advance { into_next_batch: batch != Some(row.batch) })
+        Some(batch != Some(row.batch))
     }
 
     /// Makes the row before which verification stands the first one: those that do not hang below
@@ -228,8 +222,8 @@ mod tests {
         for id in [10, 11, 12] {
             assert_eq!(verifier.take(id, &[0.0]), Taken::Awaited);
         }
-        assert_eq!(verifier.step(7), Some(Advance { into_next_batch: false }));
-        assert_eq!(verifier.step(8), Some(Advance { into_next_batch: false }));
+        assert_eq!(verifier.step(7), Some(false));
+        assert_eq!(verifier.step(8), Some(false));
         assert_eq!(verifier.at(), Some(13));
         verifier.begin_here();
         assert_eq!(verifier.take(11, &[0.0]), Taken::Unknown);
@@ -238,7 +232,7 @@ mod tests {
         assert_eq!(visit(&mut verifier), (13, 1, true, vec![13.0]));
         let path: Vec<_> = verifier.path().map(|row| (row.id, row.source.is_some())).collect();
         assert_eq!(path, [(13, false)]);
-        assert_eq!(verifier.step(9), Some(Advance { into_next_batch: true }));
+        assert_eq!(verifier.step(9), Some(true));
         assert_eq!(verifier.path().count(), 2);
     }
 
@@ -251,7 +245,7 @@ mod tests {
         assert_eq!(verifier.take(10, &[10.0]), Taken::Awaited);
         assert_eq!(visit(&mut verifier), (10, 1, false, vec![10.0]));
         assert_eq!(verifier.drafts().map(|draft| draft.0).collect::<Vec<_>>(), [6, 7]);
-        assert_eq!(verifier.step(7), Some(Advance { into_next_batch: false }));
+        assert_eq!(verifier.step(7), Some(false));
         assert_eq!(visit(&mut verifier), (12, 1, true, vec![12.0]));
         assert!(verifier.step(8).is_some());
         assert!(verifier.next().is_none(), "13 is away");

@@ -13,7 +13,7 @@ use super::verifier::Taken;
 use super::violation::CloudViolation;
 use crate::answer::Vocabulary;
 use crate::error::RequestError;
-use crate::sequence::RowPlace;
+use crate::estimate::Returned;
 use hat_plan::TokenId;
 
 /// Decided rows that came back and have to go through the tail layers.
@@ -58,7 +58,7 @@ impl Request {
     ) -> Result<(), CloudViolation> {
         let hidden_size = cx.facts.hidden_size;
         self.meter.counts.bytes_down += (HEADER_BYTES + bytes) as u64;
-        self.meter.computed_in(cx.cloud.arithmetic);
+        self.meter.computed_in(cx.cloud.arithmetic_id);
         let count = usize::from(output.head.count);
         let codec = cx.facts.codec.down();
         if output.payload.len() != count * codec.row_bytes(hidden_size) {
@@ -84,14 +84,24 @@ impl Request {
     fn note_costs(&mut self, now: Instant, output: &Output<'_>, cx: &mut Common) {
         let (in_prefill, computed) = (self.in_prefill(), self.computed());
         let Some(open) = self.session.open_mut() else { return };
-        cx.learned.note_output_arrivals(&output.head);
+        cx.learned.note_arrivals(output.head.arrivals);
         let is_first = |timed: &mut Timed| output.ids.iter().any(|id| id >= timed.first_id);
-        let (rows, away) = match open.timed.take_if(is_first) {
-            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at))),
+        // Rows of a prompt with others before them have no time of their own.
+        let (rows, away_s) = match open.timed.take_if(is_first) {
+            Some(Timed { at, rows, .. }) => (rows, Some(now.duration_since(at).as_secs_f64())),
             None if in_prefill => (open.outgoing.computed, None),
             None => return,
         };
-        cx.learned.note_output(&output.head, rows, away, computed, &cx.facts);
+        cx.learned.note_link();
+        cx.learned.estimator.note_returned(&Returned {
+            rows,
+            sent_bytes: (rows * cx.facts.row_bytes()) as u64,
+            prefix: computed.saturating_sub(u32::try_from(rows).unwrap_or(u32::MAX)),
+            step_rows: output.head.step_rows,
+            step_s: f64::from(output.head.step_us) * 1e-6,
+            queue_s: f64::from(output.head.queue_us) * 1e-6,
+            away_s,
+        });
     }
 
     /// Takes the first `count` of `scratch.rows`, which are decided. Such rows come back in order:
@@ -136,7 +146,7 @@ impl Request {
         let tail = self.session.open_mut()?.tail.new.take()?;
         let plan = &mut cx.scratch.plan;
         plan.clear();
-        plan.push_committed(RowPlace { position: tail.first, slot: tail.first }, tail.count);
+        plan.push_committed(tail.first, tail.count);
         plan.end_sequence(self.kv.pages());
         Some(tail)
     }
@@ -229,8 +239,7 @@ impl Request {
             plan.clear();
             if !self.kv.push_row(id, plan) {
                 // Its token was decided before it came back: it is the last of the path.
-                let last = self.kv.committed() - 1;
-                plan.push_committed(RowPlace { position: last, slot: last }, 1);
+                plan.push_committed(self.kv.committed() - 1, 1);
             }
             plan.end_sequence(self.kv.pages());
         }
@@ -255,7 +264,7 @@ impl Request {
         self.round = head.round;
         self.meter.counts.rounds = head.round;
         self.meter.counts.head_ms += took.as_secs_f64() * 1e3;
-        cx.learned.note_head(took);
+        cx.learned.estimator.head.note(took.as_secs_f64());
         let position = self.path.rows() - 1;
         let emitted = if self.answer.wants_argmax() {
             let argmax = cx.scratch.argmax.take();
@@ -283,8 +292,8 @@ impl Request {
             return Outcome::Finished(reason);
         }
         let Some(open) = self.session.open_mut() else { return Outcome::Goes };
-        if let Some(step) = emitted.token.and_then(|token| open.verifier.step(token)) {
-            self.meter.counts.predraft_hits += u32::from(step.into_next_batch);
+        if let Some(is_ahead) = emitted.token.and_then(|token| open.verifier.step(token)) {
+            self.meter.counts.predraft_hits += u32::from(is_ahead);
             // Where verification stands now, more may be drafted.
             open.drafts.is_full = false;
         } else {
@@ -310,16 +319,16 @@ impl Request {
     /// cloud with the next rows, and forgets the rest.
     fn leave_tree(&mut self, now: Instant, id: u32, cx: &mut Common) {
         // The last decided token has no row yet.
-        self.keep_right_rows(self.path.tokens.len() - 1, cx);
-        let tokens = self.answer.tokens().len();
+        let (end, tokens) = (self.path.tokens.len() - 1, self.answer.tokens().len());
         let Some(open) = self.session.open_mut() else { return };
+        self.drafting.keep_right_rows(open, end, cx.facts.hidden_size);
         open.verifier.clear();
         open.drafts.clear();
         open.outgoing.drop_unheard();
         if let Some(round) = open.round.take() {
             let took = now.duration_since(round.began).as_secs_f64();
             let estimator = &mut cx.learned.estimator;
-            estimator.note_round(tokens - round.tokens);
+            estimator.tokens.note((tokens - round.tokens) as f64);
             if round.asked {
                 self.drafting.asking.note(tokens - round.tokens, took, estimator.plain_rate());
             }

@@ -12,7 +12,7 @@ use super::context::Common;
 use super::prompt::Piece;
 use super::request::{Outcome, Request, RequestId};
 use super::select;
-use super::tree::{Bounds, Level, TreePhase};
+use super::tree::TreePhase;
 use super::verify::{Head, TailRows};
 use super::{DeviceCore, Inbound};
 use crate::answer::Vocabulary;
@@ -116,10 +116,13 @@ impl DraftWork<'_> {
 
     /// Computes.
     pub fn run(self) {
-        if self.proposals {
-            *self.fault = self.request.propose(self.drafter, self.cx).err();
+        let Self { drafter, request, cx, proposals, fault } = self;
+        let Request { drafting, path, session, prepared, .. } = request;
+        let Some(open) = session.open_mut() else { return };
+        if proposals {
+            *fault = drafting.propose(drafter, path, open, &prepared.request, cx).err();
         } else {
-            self.request.feed(self.drafter, self.cx);
+            drafting.feed(drafter, path, open, cx.facts.hidden_size);
         }
     }
 }
@@ -134,49 +137,35 @@ fn compact(model: &mut dyn DeviceForward, moves: &mut Vec<RowMove>) {
 
 /// One computation of one request.
 #[derive(Debug)]
-enum Computation {
+pub(super) enum Computation {
     /// Decided rows, by the device's layers.
     Piece(Piece),
-    /// A level of a draft tree, by the device's layers.
-    Level(Level),
+    /// A step of a draft tree: a level by the device's layers, or drafts of the trained drafter.
+    Tree(TreePhase),
     /// Decided rows that came back, by the tail layers.
     Tail(TailRows),
     /// A row that came back, by the LM head, and by the tail layers first if it was drafted.
     Head(Head),
     /// Decided rows, by the trained drafter.
     Feed,
-    /// Drafts of the trained drafter below a level.
-    Propose(Level),
-    /// Drafts of the trained drafter below a tree that is away.
-    Pipelined(Bounds),
 }
 
 /// The computation that is out, and the requests that go before all others.
 #[derive(Default)]
 pub(super) struct Computations {
-    out: Option<(RequestId, Computation)>,
+    pub(super) out: Option<(RequestId, Computation)>,
     /// Its tree grows, level by level.
     pub(super) growing: Option<RequestId>,
     /// Requests whose heads are due, in the order in which their rows came back.
-    heading: VecDeque<RequestId>,
+    pub(super) heading: VecDeque<RequestId>,
     /// The trained drafter did not compute.
     draft_fault: Option<BackendFault>,
 }
 
 impl Computations {
-    /// True if no computation is out.
-    pub(super) fn is_idle(&self) -> bool {
-        self.out.is_none()
-    }
-
     /// True if it is not to be touched now.
     fn has(&self, id: RequestId) -> bool {
         self.growing == Some(id) || self.heading.contains(&id)
-    }
-
-    /// A head of it is due.
-    pub(super) fn heads(&mut self, id: RequestId) {
-        self.heading.push_back(id);
     }
 }
 
@@ -202,9 +191,9 @@ impl DeviceCore {
         let (id, step) = self.work.out.as_ref()?;
         let request = self.requests.get_mut(id)?;
         let cx = &mut self.cx;
-        if let Computation::Feed | Computation::Propose(_) | Computation::Pipelined(_) = step {
+        let proposals = matches!(step, Computation::Tree(phase) if phase.asks());
+        if proposals || matches!(step, Computation::Feed) {
             let (drafter, fault) = (self.drafter.as_mut(), &mut self.work.draft_fault);
-            let proposals = !matches!(step, Computation::Feed);
             return Some(DeviceWork::Draft(DraftWork { drafter, request, cx, proposals, fault }));
         }
         let Common { scratch, facts, moves, .. } = cx;
@@ -248,18 +237,10 @@ impl DeviceCore {
         let cx = &mut self.cx;
         let outcome = match step {
             Computation::Piece(piece) => request.end_piece(piece, took, cx).into(),
-            Computation::Level(level) => request.end_level(now, level, took, cx).into(),
+            Computation::Tree(phase) => request.end_phase(now, phase, took, cx).into(),
             Computation::Head(head) => request.end_head(now, head, took, vocabulary, cx),
             Computation::Tail(tail) => {
                 request.end_tail(tail, &cx.facts);
-                Outcome::Goes
-            }
-            Computation::Propose(level) => {
-                request.grow_level(now, &level, cx);
-                Outcome::Goes
-            }
-            Computation::Pipelined(bounds) => {
-                request.grow_batch(now, bounds, cx);
                 Outcome::Goes
             }
             Computation::Feed => Outcome::Goes,
@@ -280,21 +261,11 @@ impl DeviceCore {
     fn poll_tree(&mut self) -> Option<(RequestId, Computation)> {
         let id = self.work.growing?;
         let request = self.requests.get_mut(&id);
-        let tree_phase =
-            request.and_then(|it| Some(std::mem::take(&mut it.session.open_mut()?.tree_phase)));
-        let step = match tree_phase.unwrap_or_default() {
-            TreePhase::Idle => {
-                self.work.growing = None;
-                return None;
-            }
-            TreePhase::Level(level) => {
-                self.requests.get_mut(&id)?.begin_level(&level, &mut self.cx);
-                Computation::Level(level)
-            }
-            TreePhase::Propose(level) => Computation::Propose(level),
-            TreePhase::Pipelined(bounds) => Computation::Pipelined(bounds),
-        };
-        Some((id, step))
+        let phase = request.and_then(|request| request.begin_phase(&mut self.cx));
+        if phase.is_none() {
+            self.work.growing = None;
+        }
+        Some((id, Computation::Tree(phase?)))
     }
 
     /// Takes what has arrived, in order, but for frames of requests that are at work, and what
@@ -353,7 +324,7 @@ impl DeviceCore {
         }
         let has_drafter = self.drafter.is_some();
         let request = self.requests.get_mut(&next)?;
-        if request.is_decoding() && request.begin_tree(now, has_drafter, &self.cx) {
+        if request.is_decoding() && request.begin_tree(now, has_drafter, &self.cx).is_some() {
             self.work.growing = Some(next);
             return self.poll_tree();
         }

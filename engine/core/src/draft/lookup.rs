@@ -15,9 +15,9 @@ use super::{CLASSES, DrafterKind, Source};
 /// Longest run of tokens that is indexed.
 const NGRAM_MAX: usize = 3;
 /// Tokens of one branch at most.
-pub const BRANCH_MAX: usize = 10;
+pub(crate) const BRANCH_MAX: usize = 10;
 /// Branches of one look-up at most.
-pub const BRANCHES_MAX: usize = 4;
+pub(crate) const BRANCHES_MAX: usize = 4;
 /// Earlier places that are looked at for one run.
 const PLACES_MAX: usize = 8;
 /// Matches longer than this count as this long.
@@ -36,14 +36,6 @@ pub struct Lookup {
     before: Vec<[u32; NGRAM_MAX]>,
 }
 
-impl FromIterator<TokenId> for Lookup {
-    fn from_iter<I: IntoIterator<Item = TokenId>>(tokens: I) -> Self {
-        let mut lookup = Self::default();
-        tokens.into_iter().for_each(|token| lookup.push(token));
-        lookup
-    }
-}
-
 /// An earlier place of the words at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
@@ -55,8 +47,7 @@ struct Place {
 
 impl Lookup {
     /// An index with room for this many tokens.
-    #[must_use]
-    pub fn with_room(tokens: usize) -> Self {
+    pub(crate) fn with_room(tokens: usize) -> Self {
         Self {
             tokens: Vec::with_capacity(tokens),
             latest: HashMap::with_capacity(NGRAM_MAX * tokens),
@@ -75,18 +66,6 @@ impl Lookup {
         }
         self.tokens.push(token);
         self.before.push([NONE; NGRAM_MAX]);
-    }
-
-    /// Tokens so far.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// True if it has no entries.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
     }
 
     /// Branches that may follow the last token: longest match first, then the latest place. Each
@@ -170,7 +149,9 @@ mod tests {
     use super::*;
 
     fn lookup(tokens: &[TokenId]) -> Lookup {
-        tokens.iter().copied().collect()
+        let mut lookup = Lookup::default();
+        tokens.iter().for_each(|token| lookup.push(*token));
+        lookup
     }
 
     /// Class of the first draft, and the tokens, of each branch.
@@ -250,6 +231,6 @@ mod tests {
                 assert_eq!(found, searched);
             }
         }
-        assert!(index.latest.len() <= 3 * index.len());
+        assert!(index.latest.len() <= 3 * index.tokens.len());
     }
 }

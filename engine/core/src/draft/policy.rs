@@ -62,12 +62,6 @@ impl DraftPolicy {
     }
 }
 
-impl Default for DraftPolicy {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
 /// Drafts have to promise this much more than none: what is measured is noisy, and a row that
 /// brings nothing costs others too.
 const GAIN_MIN: f64 = 1.03;
@@ -75,13 +69,12 @@ const GAIN_MIN: f64 = 1.03;
 /// Number of drafts of a tree that pay, after so many seconds of `drafting`. `probabilities` are
 /// those of its nodes, in the order in which it grew, the root left out. While too little is known
 /// the answer is none: plain rounds teach.
-#[must_use]
-pub fn drafts_that_pay(
+pub(crate) fn drafts_that_pay(
     estimator: &Estimator,
     probabilities: impl IntoIterator<Item = f32>,
     drafting: f64,
 ) -> usize {
-    let head = estimator.head();
+    let head = estimator.head.mean();
     let Some(plain) = estimator.round(1) else { return 0 };
     let plain = plain + head + drafting;
     let (mut best, mut rate_max) = (0, GAIN_MIN / plain.max(f64::MIN_POSITIVE));
@@ -99,7 +92,7 @@ pub fn drafts_that_pay(
 
 /// The worth of asking the trained drafter for one request, by what that has brought.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Asking {
+pub(crate) struct Asking {
     /// Tokens and seconds of rounds in which it was asked.
     tokens: Average,
     seconds: Average,
@@ -114,7 +107,7 @@ const PAUSE_MAX: u32 = 32;
 impl Asking {
     /// A round in which it was asked has brought this many tokens in so many seconds. `plain` is
     /// what a second brings without drafts, if that is known.
-    pub fn note(&mut self, tokens: usize, seconds: f64, plain: Option<f64>) {
+    pub(crate) fn note(&mut self, tokens: usize, seconds: f64, plain: Option<f64>) {
         self.tokens.note(tokens as f64);
         self.seconds.note(seconds);
         let pays = plain.is_none_or(|plain| self.tokens.mean() >= plain * self.seconds.mean());
@@ -123,7 +116,7 @@ impl Asking {
     }
 
     /// True if it is to be asked in the round that begins.
-    pub fn is_worth_it(&mut self) -> bool {
+    pub(crate) fn is_worth_it(&mut self) -> bool {
         let asks = self.left == 0;
         self.left = self.left.saturating_sub(1);
         asks
@@ -132,7 +125,7 @@ impl Asking {
 
 /// Shares of drafts that were right, by drafter and class.
 #[derive(Clone, Debug)]
-pub struct Acceptance {
+pub(crate) struct Acceptance {
     rates: [[f32; CLASSES]; DrafterKind::ALL.len()],
 }
 
@@ -159,21 +152,19 @@ const PRESENT: f32 = 0.02;
 
 impl Acceptance {
     /// Share of the drafts from `source` that are right. `0..=1`
-    #[must_use]
-    pub fn rate(&self, source: Source) -> f32 {
+    pub(crate) fn rate(&self, source: Source) -> f32 {
         self.rates[source.drafter as usize][usize::from(source.class)]
     }
 
     /// Probability of a draft of the trained drafter: its claim, times the share of its class that
     /// was right over the share that was claimed.
-    #[must_use]
-    pub fn corrected(&self, proposal: &Proposal) -> f32 {
+    pub(crate) fn corrected(&self, proposal: &Proposal) -> f32 {
         let claimed = middle_of_bin(usize::from(proposal.source.class) % BINS);
         (proposal.probability * self.rate(proposal.source) / claimed).min(1.0)
     }
 
     /// A draft from `source` was compared with the decided token.
-    pub fn note(&mut self, source: Source, right: bool) {
+    pub(crate) fn note(&mut self, source: Source, right: bool) {
         let rate = &mut self.rates[source.drafter as usize][usize::from(source.class)];
         *rate += PRESENT * (f32::from(u8::from(right)) - *rate);
     }
@@ -255,7 +246,7 @@ mod tests {
             let step_s = |rows: usize| (fixed + each * rows as f64) / 1e3;
             let mut estimator = estimator((fixed, each), 2.0, 1.0);
             for rows in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] {
-                estimator.note_step(rows as u32, 0, step_s(rows));
+                estimator.step.note(rows as u32, 0, step_s(rows));
             }
             for _ in 0..20 {
                 let own = 1 + drafts_that_pay(&estimator, falling(0.5, 0.8), 0.0);

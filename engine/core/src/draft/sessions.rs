@@ -180,7 +180,7 @@ impl Drafter for ModelDrafter {
 
     fn close(&mut self, session: SessionId) {
         if let Some(session) = self.sessions.remove(&session) {
-            self.pages.give_back(session.sequence.into_pages());
+            self.pages.pool.give_back(session.sequence.into_pages());
         }
     }
 

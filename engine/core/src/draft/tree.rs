@@ -9,12 +9,12 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use hat_plan::TokenId;
+use hat_plan::{PENDING_ROWS_MAX, TokenId};
 
 use super::Source;
 
 /// Most nodes of a tree, its root included: this many rows may pend in the cloud.
-pub const NODES_MAX: usize = 64;
+pub const NODES_MAX: usize = PENDING_ROWS_MAX;
 
 /// One token of a tree.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::chunk::{ChunkPolicy, Limits, Planner};
+use crate::chunk::{Ahead, ChunkPolicy, Limits, Planner};
 
 fn close(got: f64, wanted: f64, share: f64) -> bool {
     (got - wanted).abs() <= share * wanted
@@ -20,10 +20,10 @@ pub(crate) fn shown(
 ) -> Estimator {
     let mut estimator = Estimator::default();
     for rows in sizes.iter().copied() {
-        estimator.note_device(rows as u32, 0, (0.3 + 0.1 * rows as f64) / 1e3);
+        estimator.device.note(rows as u32, 0, (0.3 + 0.1 * rows as f64) / 1e3);
         estimator.note_returned(&step(rows, rows, step_ms(rows) / 1e3, 0.0, wait_ms / 1e3));
     }
-    estimator.note_head(head_ms / 1e3);
+    estimator.head.note(head_ms / 1e3);
     estimator
 }
 
@@ -81,7 +81,7 @@ fn times_between_and_beyond_what_was_seen() {
 
 #[test]
 fn a_cost_model_comes_back_from_its_own_steps() {
-    let model = CloudCost { fixed: 5e-3, per_row: 0.8e-3, per_row_context: 0.2e-6 };
+    let model = StepCost { fixed: 5e-3, per_row: 0.8e-3, per_row_context: 0.2e-6 };
     let mut times = StepTimes::default();
     assert_eq!(times.cost(0.0), None);
     for prefix in [0, 300, 1500] {
@@ -98,7 +98,7 @@ fn a_cost_model_comes_back_from_its_own_steps() {
 /// One size at several contexts says what a row's context costs.
 #[test]
 fn contexts_are_told_apart() {
-    let model = CloudCost { fixed: 0.0, per_row: 0.8e-3, per_row_context: 0.2e-6 };
+    let model = StepCost { fixed: 0.0, per_row: 0.8e-3, per_row_context: 0.2e-6 };
     for prefixes in [[0, 300], [300, 1500], [1500, 5000]] {
         let mut times = StepTimes::default();
         for prefix in prefixes {
@@ -120,14 +120,14 @@ fn few_measurements_give_a_smaller_model() {
     times.note(10, 0, 0.014);
     let got = times.cost(0.0).unwrap();
     assert!(close(got.fixed, 0.01, 1e-6) && close(got.per_row, 0.4e-3, 1e-6), "{got:?}");
-    let line = times.line(0.0).unwrap();
+    let line = times.by_rows.line(0.0).unwrap();
     assert!(close(line.fixed, 0.01, 1e-6) && close(line.per_row, 0.4e-3, 1e-6), "{line:?}");
     let mut odd = StepTimes::default();
     odd.note(10, 0, 0.02);
     odd.note(100, 0, 0.01);
     let got = odd.cost(0.0).unwrap();
     assert!(got.fixed >= 0.0 && got.per_row >= 0.0 && got.per_row_context >= 0.0, "{got:?}");
-    let line = odd.line(0.0).unwrap();
+    let line = odd.by_rows.line(0.0).unwrap();
     assert!(line.fixed >= 0.0 && line.per_row >= 0.0, "{line:?}");
 }
 
@@ -137,7 +137,10 @@ fn measurements_that_are_none_change_nothing() {
     for (rows, seconds) in [(0, 1.0), (5, f64::NAN), (5, f64::INFINITY), (5, -1.0)] {
         times.note(rows, 0, seconds);
     }
-    assert_eq!((times.cost(0.0), times.line(0.0), times.seconds(5)), (None, None, None));
+    assert_eq!(
+        (times.cost(0.0), times.by_rows.line(0.0), times.by_rows.seconds(5)),
+        (None, None, None)
+    );
     times.note(u32::MAX, u32::MAX, 0.0);
     times.note(7, 3, 0.0);
     assert!(times.cost(0.0).is_none_or(|cost| cost.seconds(9, 9).is_finite()));
@@ -146,7 +149,7 @@ fn measurements_that_are_none_change_nothing() {
 /// A second of frames that come in at `bytes_s`, as the cloud reports them.
 fn upload(estimator: &mut Estimator, bytes_s: f64) {
     for _ in 0..100 {
-        estimator.note_uplink((bytes_s * 0.01) as u64, 0.01);
+        estimator.up.note((bytes_s * 0.01) as u64, 0.01);
     }
 }
 
@@ -163,17 +166,17 @@ fn the_links_rates_follow_what_came_in() {
     upload(&mut estimator, 2e6);
     assert!(close(rates(&estimator).0.unwrap(), 2e6, 0.01), "{:?}", rates(&estimator));
     assert_eq!(rates(&estimator).1, None);
-    estimator.note_downlink(125_000, 0.01);
+    estimator.down.note(125_000, 0.01);
     assert!(close(rates(&estimator).1.unwrap(), 12.5e6, 1e-9), "{:?}", rates(&estimator));
     // A few bytes say nothing, and many in no time little: together they do.
     let mut small = Estimator::default();
-    small.note_uplink(4000, 4e-3);
-    small.note_uplink(200_000, 1e-6);
-    small.note_uplink(0, 0.0);
+    small.up.note(4000, 4e-3);
+    small.up.note(200_000, 1e-6);
+    small.up.note(0, 0.0);
     let byte_s = 1.0 / rates(&small).0.unwrap();
     assert!(close(byte_s, 4.001e-3 / 204_000.0, 1e-6), "{byte_s}");
     let mut fast = Estimator::default();
-    (0..3).for_each(|_| fast.note_uplink(200_000, 1e-5));
+    (0..3).for_each(|_| fast.up.note(200_000, 1e-5));
     assert!(close(rates(&fast).0.unwrap(), 2e10, 1e-6));
 }
 
@@ -183,13 +186,13 @@ fn what_is_shown_is_what_comes_out() {
     let mut estimator = Estimator::default();
     assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     assert_eq!(estimator.uplink_busy_s(750_000), None);
-    let device = Line { fixed: 0.5e-3, per_row: 0.1e-3 };
+    let device = StepCost { fixed: 0.5e-3, per_row: 0.1e-3, ..StepCost::default() };
     for rows in [1, 32, 128, 256] {
-        estimator.note_device(rows, 0, device.seconds(rows));
+        estimator.device.note(rows, 0, device.seconds(rows, 0));
     }
     assert_eq!(estimator.cost_model(1152, (2, 28), 1), None);
     // A link so fast that nobody saw bytes on their way costs nothing.
-    estimator.note_uplink(0, 0.0);
+    estimator.up.note(0, 0.0);
     assert_eq!(estimator.cost_model(1152, (2, 28), 1).unwrap().row_up_s, 0.0);
     assert_eq!(estimator.uplink_busy_s(u64::MAX), Some(0.0));
     upload(&mut estimator, 7.5e6);
@@ -197,7 +200,7 @@ fn what_is_shown_is_what_comes_out() {
     // No output yet: the cloud's 28 layers are as fast as the two here.
     let assumed = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(assumed.cloud.per_row, 14.0 * device.per_row, 0.01), "{assumed:?}");
-    let cloud = CloudCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
+    let cloud = StepCost { fixed: 3e-3, per_row: 0.4e-3, per_row_context: 0.0 };
     for step_rows in [1, 1, 9, 33, 200] {
         let step_s = cloud.seconds(step_rows, 100);
         let sent_bytes = 1152 * u64::from(step_rows);
@@ -206,7 +209,7 @@ fn what_is_shown_is_what_comes_out() {
         let seen = Returned { rows, sent_bytes, prefix, step_rows, step_s, queue_s, away_s };
         estimator.note_returned(&seen);
     }
-    estimator.note_head(1e-3);
+    estimator.head.note(1e-3);
     let costs = estimator.cost_model(1152, (2, 28), 1).unwrap();
     assert!(close(costs.device.per_row, device.per_row, 0.01), "{costs:?}");
     assert!(close(costs.row_up_s, 1152.0 / 7.5e6, 0.01), "{costs:?}");
@@ -224,13 +227,13 @@ fn hostile_estimates_give_a_plan() {
     for first in hostile {
         let mut estimator = Estimator::default();
         for seconds in [first].into_iter().chain(hostile) {
-            estimator.note_device(100, u32::MAX, seconds);
+            estimator.device.note(100, u32::MAX, seconds);
             estimator.note_rtt(seconds);
-            estimator.note_head(seconds);
-            estimator.note_draft_batch(seconds);
-            estimator.note_uplink(0, seconds);
-            estimator.note_uplink(u64::MAX, seconds);
-            estimator.note_downlink(1 << 40, seconds);
+            estimator.head.note(seconds);
+            estimator.draft_batch.note(seconds);
+            estimator.up.note(0, seconds);
+            estimator.up.note(u64::MAX, seconds);
+            estimator.down.note(1 << 40, seconds);
             let returned = Returned {
                 rows: usize::MAX,
                 sent_bytes: 1 << 40,
@@ -243,14 +246,21 @@ fn hostile_estimates_give_a_plan() {
             estimator.note_returned(&returned);
             if let Some(costs) = estimator.cost_model(usize::MAX, (0, u32::MAX), u32::MAX) {
                 let mut planner = Planner::default();
-                let plan = planner.plan(ChunkPolicy::Auto, &costs, &Limits::default(), 0, 1000);
+                let plan = planner.plan(
+                    ChunkPolicy::Auto,
+                    &costs,
+                    &Limits::default(),
+                    Ahead::default(),
+                    0,
+                    1000,
+                );
                 assert_eq!(plan.sizes.iter().sum::<u32>(), 1000);
             }
             assert!(estimator.round(1).is_none_or(|round| round >= 0.0));
             assert!(estimator.draft_batch(16).0 <= 16);
         }
         // One measurement moves it, always.
-        estimator.note_head(5.0);
+        estimator.head.note(5.0);
         assert!(estimator.estimates(1, (1, 1), 1).rtt_s.is_some());
     }
 }
@@ -259,8 +269,8 @@ fn hostile_estimates_give_a_plan() {
 #[test]
 fn the_cloud_is_believed_that_rows_waited() {
     let mut estimator = Estimator::default();
-    estimator.note_device(10, 0, 1e-3);
-    estimator.note_uplink(1 << 20, 1.0);
+    estimator.device.note(10, 0, 1e-3);
+    estimator.up.note(1 << 20, 1.0);
     estimator.note_rtt(0.5);
     let (rows, sent_bytes, prefix, step_rows) = (10, 1 << 20, 0, 10);
     let (step_s, queue_s, away_s) = (1e-3, 4e-3, Some(0.2));
@@ -273,26 +283,29 @@ fn the_cloud_is_believed_that_rows_waited() {
 /// A tree's levels cost the device what they cost, and a chunk costs what its pieces do.
 #[test]
 fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
-    let line = Line { fixed: 2e-3, per_row: 0.2e-3 };
+    let line = StepCost { fixed: 2e-3, per_row: 0.2e-3, ..StepCost::default() };
     for level_ms in [0.01, 30.0] {
         let mut estimator = Estimator::default();
-        estimator.note_uplink(0, 0.0);
+        estimator.up.note(0, 0.0);
         for _ in 0..10 {
             for rows in [1, 4, 8] {
-                estimator.note_device(rows, 500, level_ms / 1e3);
+                estimator.device.note(rows, 500, level_ms / 1e3);
             }
         }
         // Before any piece of a prompt they are all there is.
         assert!(estimator.device_cost().is_some());
         assert!(estimator.cost_model(1, (2, 28), 1).is_some());
         for rows in [20, 64] {
-            estimator.note_device(rows, 0, line.seconds(rows));
+            estimator.device.note(rows, 0, line.seconds(rows, 0));
         }
         let device = estimator.cost_model(1, (2, 28), 1).unwrap().device;
-        assert!(close(device.seconds(256), line.seconds(256), 1e-6), "{level_ms}: {device:?}");
+        assert!(
+            close(device.seconds(256, 0), line.seconds(256, 0), 1e-6),
+            "{level_ms}: {device:?}"
+        );
         let piece = estimator.device_cost().unwrap();
-        assert!(close(piece.seconds(64, 0), line.seconds(64), 1e-6), "{level_ms}: {piece:?}");
-        let device_s = estimator.device.seconds(8).unwrap();
+        assert!(close(piece.seconds(64, 0), line.seconds(64, 0), 1e-6), "{level_ms}: {piece:?}");
+        let device_s = estimator.device.by_rows.seconds(8).unwrap();
         assert!(close(device_s, level_ms / 1e3, 1e-9), "{level_ms}: {device_s}");
     }
 }
@@ -302,17 +315,17 @@ fn levels_of_a_tree_do_not_bend_the_line_of_chunks() {
 #[test]
 fn rounds_wait_for_the_whole_way_whether_the_rate_is_known_or_not() {
     let seen = |estimator: &mut Estimator| {
-        estimator.note_device(4, 0, 1e-3);
+        estimator.device.note(4, 0, 1e-3);
         estimator.note_returned(&Returned { sent_bytes: 4600, ..step(4, 4, 3e-3, 0.0, 8e-3) });
     };
     let mut estimator = Estimator::default();
-    estimator.note_uplink(0, 0.0);
+    estimator.up.note(0, 0.0);
     estimator.note_rtt(5e-3);
     seen(&mut estimator);
     let round = |estimator: &Estimator| estimator.round(4).unwrap();
     assert!(close(round(&estimator), 12e-3, 1e-9), "{}", round(&estimator));
     assert!(close(estimator.cost_model(1, (1, 1), 1).unwrap().cloud_wait_s, 3e-3, 1e-9));
-    estimator.note_uplink(1 << 20, 1.0);
+    estimator.up.note(1 << 20, 1.0);
     assert!(close(round(&estimator), 12e-3, 1e-9), "{}", round(&estimator));
     seen(&mut estimator);
     assert!(close(round(&estimator), 12e-3, 1e-9), "{}", round(&estimator));
@@ -341,7 +354,7 @@ fn rows_in_the_shadow_of_others_pay_by_the_link() {
     // Steps of 5 ms and half a millisecond a row; device 0.3 ms and 0.1 ms a row.
     let of = |wait_ms| {
         let mut estimator = shown(&SIZES, |rows| 5.0 + 0.5 * rows as f64, wait_ms, 1.0);
-        estimator.note_round(3);
+        estimator.tokens.note(3.0);
         estimator.draft_batch(16)
     };
     assert_eq!(Estimator::default().draft_batch(16), (0, 0.0));
@@ -357,7 +370,7 @@ fn rows_in_the_shadow_of_others_pay_by_the_link() {
 #[test]
 fn what_is_nearly_back_is_waited_for() {
     let mut estimator = shown(&SIZES, |_| 5.0, 20.0, 1.0);
-    estimator.note_draft_batch(4e-3);
+    estimator.draft_batch.note(4e-3);
     let sent = Instant::now();
     let after = |ms: u64| sent + Duration::from_millis(ms);
     assert!(!estimator.is_due(after(20), sent, 8));

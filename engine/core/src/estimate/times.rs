@@ -2,7 +2,7 @@
 //! all of them.
 
 use super::Average;
-use crate::chunk::{CloudCost, Line};
+use crate::chunk::StepCost;
 
 /// Row counts are averaged in cells: 1, 2, 3 to 4, 5 to 8, and so on to 4,096.
 const SIZES: usize = 13;
@@ -51,13 +51,13 @@ impl Cell {
 
 /// Seconds by rows.
 #[derive(Clone, Debug, Default)]
-pub struct RowTimes {
+pub(crate) struct RowTimes {
     cells: [Cell; SIZES],
 }
 
 impl RowTimes {
     /// Takes one measurement; no rows, and seconds that are no number from 0 up, say nothing.
-    pub fn note(&mut self, rows: usize, seconds: f64) {
+    pub(crate) fn note(&mut self, rows: usize, seconds: f64) {
         if rows > 0 && seconds.is_finite() && seconds >= 0.0 {
             self.cells[size_of(rows)].note(rows as f64, 0.0, seconds);
         }
@@ -69,8 +69,7 @@ impl RowTimes {
 
     /// Seconds of this many rows; `None` before the first measurement. The line goes on beyond the
     /// largest size that was measured; one size alone, and one below the smallest, is scaled.
-    #[must_use]
-    pub fn seconds(&self, rows: usize) -> Option<f64> {
+    pub(crate) fn seconds(&self, rows: usize) -> Option<f64> {
         let rows = rows as f64;
         let below = self.known().rfind(|cell| cell.rows <= rows);
         let above = self.known().find(|cell| cell.rows > rows);
@@ -87,33 +86,33 @@ impl RowTimes {
     }
 
     /// The line through the sizes from `rows_min` rows up, or through all if there are none.
-    #[must_use]
-    pub fn line(&self, rows_min: f64) -> Option<Line> {
+    pub(crate) fn line(&self, rows_min: f64) -> Option<StepCost> {
         let of = |least: f64| {
             let cells = self.known().filter(move |cell| cell.rows >= least);
             fit(cells.map(|cell| ([1.0, cell.rows, 0.0], cell.seconds)), &LINE_MODELS)
         };
-        let [fixed, per_row, _] = of(rows_min).or_else(|| of(0.0))?;
-        Some(Line { fixed, per_row })
+        let [fixed, per_row, per_row_context] = of(rows_min).or_else(|| of(0.0))?;
+        Some(StepCost { fixed, per_row, per_row_context })
     }
 }
 
 /// Seconds of steps by rows and context. A cell moves by its own measurements alone, so that a
 /// thousand decoded tokens don't wash away what a long prompt has taught.
 #[derive(Clone, Debug, Default)]
-pub struct StepTimes {
-    by_rows: RowTimes,
+pub(crate) struct StepTimes {
+    /// The same in the contexts of late, whatever they are.
+    pub(crate) by_rows: RowTimes,
     cells: [[Cell; CONTEXTS]; SIZES],
 }
 
 impl StepTimes {
     /// Takes the seconds of a step of `rows` rows behind `prefix` rows.
-    pub fn note(&mut self, rows: u32, prefix: u32, seconds: f64) {
+    pub(crate) fn note(&mut self, rows: u32, prefix: u32, seconds: f64) {
         self.note_mean(rows, f64::from(prefix) + f64::from(rows) / 2.0, seconds);
     }
 
     /// As [`StepTimes::note`], for rows that attend to `context` rows each, in the mean.
-    pub fn note_mean(&mut self, rows: u32, context: f64, seconds: f64) {
+    pub(crate) fn note_mean(&mut self, rows: u32, context: f64, seconds: f64) {
         if !(seconds.is_finite() && seconds >= 0.0) || rows == 0 {
             return;
         }
@@ -124,22 +123,9 @@ impl StepTimes {
         cell.note(f64::from(rows), context, seconds);
     }
 
-    /// Seconds of a step of this many rows in the contexts of late: see [`RowTimes::seconds`].
-    #[must_use]
-    pub fn seconds(&self, rows: usize) -> Option<f64> {
-        self.by_rows.seconds(rows)
-    }
-
-    /// As [`RowTimes::line`], through the contexts of late.
-    #[must_use]
-    pub fn line(&self, rows_min: f64) -> Option<Line> {
-        self.by_rows.line(rows_min)
-    }
-
     /// The model with the least sum of squared relative errors and no negative term, of the sizes
     /// from `rows_min` rows up, or of all if there are none; `None` before the first measurement.
-    #[must_use]
-    pub fn cost(&self, rows_min: f64) -> Option<CloudCost> {
+    pub(crate) fn cost(&self, rows_min: f64) -> Option<StepCost> {
         let of = |least: f64| {
             let cells = self.cells.iter().flatten().filter_map(Cell::means);
             let cells = cells.filter(move |cell| cell.rows >= least);
@@ -147,7 +133,7 @@ impl StepTimes {
             fit(cells.map(|cell| (terms(&cell), cell.seconds)), &STEP_MODELS)
         };
         let [fixed, per_row, per_row_context] = of(rows_min).or_else(|| of(0.0))?;
-        Some(CloudCost { fixed, per_row, per_row_context })
+        Some(StepCost { fixed, per_row, per_row_context })
     }
 }
 

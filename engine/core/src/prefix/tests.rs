@@ -59,11 +59,11 @@ fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
     let (pages, held) = store.admit(SCOPE, &a, 3).unwrap();
     assert_eq!(held, 0);
     store.keep(SCOPE, &a, &pages);
-    store.give_back(pages.clone());
+    store.pool.give_back(pages.clone());
     let (also, held) = store.admit(SCOPE, &b, 3).unwrap();
     assert_eq!((held, &also[..2]), (2, &pages[..2]));
     store.keep(SCOPE, &b, &also);
-    store.give_back(also);
+    store.pool.give_back(also);
     assert_eq!((store.pool.free(), store.pool.idle(), store.entries.len()), (2, 4, 4));
     // One page more than are free: the end of the older path goes.
     let (mine, _) = store.admit(SCOPE, &[], 3).unwrap();
@@ -72,7 +72,7 @@ fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
     // Of one path the last.
     let (one, _) = store.admit(SCOPE, &[], 1).unwrap();
     assert_eq!(b.map(|id| store.entries.contains_key(&(SCOPE, id))), [true, true, false]);
-    store.give_back(one);
+    store.pool.give_back(one);
     // Another scope finds nothing; all that is idle gives way, and no more.
     let other = PrefixScope { codec: 0, ..SCOPE };
     assert!(store.admit(other, &b, 4).is_none());
@@ -81,11 +81,11 @@ fn the_longest_unused_goes_first_and_the_later_page_of_a_path() {
     assert_eq!((held, store.entries.len(), store.pool.free(), store.pool.idle()), (0, 0, 0, 0));
     // Nothing is kept when all is forgotten, whoever holds it.
     store.keep(SCOPE, &a, &mine);
-    store.give_back(mine);
+    store.pool.give_back(mine);
     store.keep(other, &b, &rest);
     store.clear();
     assert_eq!((store.by_use.len(), store.pool.free(), store.pool.idle()), (0, 3, 0));
-    store.give_back(rest);
+    store.pool.give_back(rest);
     assert_eq!(store.pool.free(), 6);
 }
 
@@ -98,10 +98,10 @@ fn names_that_contradict_each_other_break_nothing() {
     store.keep(SCOPE, &[y, y], &pages);
     assert_eq!(store.entries[&(SCOPE, x)].page, pages[0]);
     assert_eq!(store.entries[&(SCOPE, y)].page, pages[1]);
-    store.give_back(pages);
+    store.pool.give_back(pages);
     let (pages, held) = store.admit(SCOPE, &[x, x, y], 4).unwrap();
     assert_eq!((held, pages[0], pages[1]), (3, pages[1], pages[0]));
-    store.give_back(pages);
+    store.pool.give_back(pages);
     assert_eq!((store.pool.free(), store.pool.idle()), (2, 2));
 }
 
@@ -192,7 +192,7 @@ proptest! {
                 }
                 Act::End { session } if !sessions.is_empty() => {
                     let at = session.index(sessions.len());
-                    store.give_back(sessions.swap_remove(at).pages);
+                    store.pool.give_back(sessions.swap_remove(at).pages);
                 }
                 _ => {}
             }

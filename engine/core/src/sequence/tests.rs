@@ -13,8 +13,8 @@ fn sequence() -> Sequence {
 #[test]
 fn prompt_rows_never_pend() {
     let mut rows = sequence();
-    assert_eq!(rows.append_committed(1, 40, 0), Ok(RowPlace { position: 0, slot: 0 }));
-    assert_eq!(rows.append_committed(41, 1, 40), Ok(RowPlace { position: 40, slot: 40 }));
+    assert_eq!(rows.append_committed(1, 40, 0), Ok(0));
+    assert_eq!(rows.append_committed(41, 1, 40), Ok(40));
     assert_eq!((rows.committed(), rows.tip(), rows.pending()), (41, 41, 0));
     let error = rows.append_committed(42, 56, 41).unwrap_err();
     assert_eq!(error, SequenceError::Full { rows: 97, reserved: 96 });
@@ -29,7 +29,7 @@ fn a_pending_row_needs_a_reserved_position() {
     assert_eq!(rows.append_pending(95, [94, 95, 96]), Err(full));
     assert_eq!(rows.pending(), 0);
     rows.append_pending(95, [94, 95, 94, 97]).unwrap();
-    assert_eq!(rows.place(96).map(|place| place.position), Some(95));
+    assert_eq!(rows.place(96).map(|(position, _)| position), Some(95));
     assert_eq!(rows.append_pending(99, [96]), Err(full));
     assert_eq!((rows.pending(), rows.last_id()), (4, 98));
 }
@@ -66,7 +66,7 @@ fn commit_moves_the_path_and_keeps_the_branch_below() {
     assert_eq!(moves, [to(10), to(11), to(12)]);
     assert_eq!([11, 15].map(|id| rows.place(id)), [None; 2], "they are pruned");
     assert_eq!((rows.committed(), rows.tip(), rows.pending()), (12, 13, 1));
-    assert_eq!(rows.place(14), Some(RowPlace { position: 12, slot: 12 }));
+    assert_eq!(rows.place(14), Some((12, 12)));
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn a_decided_row_makes_pending_rows_stale() {
     rows.append_pending(11, [10, 11, 10]).unwrap();
     rows.commit(11, &mut vec![]).unwrap();
     assert_eq!(rows.pending(), 1, "12 is below 11");
-    assert_eq!(rows.append_committed(14, 1, 11), Ok(RowPlace { position: 11, slot: 11 }));
+    assert_eq!(rows.append_committed(14, 1, 11), Ok(11));
     assert_eq!((rows.committed(), rows.tip(), rows.pending()), (12, 14, 0));
     assert_eq!(rows.place(12), None);
 }
@@ -91,7 +91,7 @@ fn retracted_rows_never_were() {
     rows.retract(12);
     assert_eq!((rows.pending(), rows.last_id()), (1, 11));
     rows.append_pending(12, [11]).unwrap();
-    assert_eq!(rows.place(12), Some(RowPlace { position: 11, slot: 11 }));
+    assert_eq!(rows.place(12), Some((11, 11)));
 }
 
 #[test]
@@ -178,7 +178,7 @@ proptest! {
                     if let Ok(first) = rows.append_committed(id, count, parent) {
                         for offset in 0..count {
                             let above = if offset == 0 { parent } else { id + offset - 1 };
-                            model.add(&rows, id + offset, above, first.slot + offset);
+                            model.add(&rows, id + offset, above, first + offset);
                         }
                     }
                 }
@@ -195,7 +195,7 @@ proptest! {
                         .collect();
                     if rows.append_pending(id, &parents).is_ok() {
                         for (new, parent) in (id..).zip(parents) {
-                            let slot = rows.place(new).unwrap().slot;
+                            let slot = rows.place(new).unwrap().1;
                             model.add(&rows, new, parent, slot);
                         }
                     }
@@ -221,7 +221,7 @@ fn rows_behind_a_held_prefix_go_on_from_its_last_id() {
     assert!(sequence.append_committed(64, 1, 63).is_err());
     assert!(sequence.append_committed(65, 1, 0).is_err());
     let place = sequence.append_committed(65, 3, 64).unwrap();
-    assert_eq!(place, RowPlace { position: 64, slot: 64 });
+    assert_eq!(place, 64);
     sequence.append_pending(68, [67, 67]).unwrap();
     let mut moves = Vec::new();
     sequence.commit(69, &mut moves).unwrap();

@@ -272,7 +272,7 @@ mod tests {
         }
         // What a reader takes for the engine is what a command starts.
         let ours = Policy::ours();
-        assert_eq!((ours.chunks, ours.drafts), (ChunkPolicy::default(), DraftPolicy::default()));
+        assert_eq!((ours.chunks, ours.drafts), (ChunkPolicy::default(), DraftPolicy::DEFAULT));
         assert_eq!((ours.codec, ours.prefix), (Codec::default(), true));
         assert_eq!(ours.draft, DraftMode::default());
         assert!(Policy::named("best").unwrap_err().to_string().contains("ours"));

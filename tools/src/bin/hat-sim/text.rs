@@ -395,7 +395,8 @@ mod tests {
             assert_eq!(request_of(tokens[299]), Some(request as usize));
             let mut at = prompt_rows;
             while at + 1 < tokens.len() {
-                let lookup: Lookup = tokens[..=at].iter().copied().collect();
+                let mut lookup = Lookup::default();
+                tokens[..=at].iter().for_each(|token| lookup.push(*token));
                 let mut right = 0;
                 lookup.propose(
                     1,

@@ -12,7 +12,7 @@ use hat_transport::message::{
 
 use super::super::{CloudCore, CloudCoreConfig, CloudFigures, LinkEvent, StepBatch};
 use super::ledger::{HIDDEN, Ledger};
-use crate::testkit::TestSink;
+use crate::sink::TestSink;
 use crate::wire;
 
 pub(super) const MS: Duration = Duration::from_millis(1);

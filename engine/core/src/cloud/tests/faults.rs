@@ -94,7 +94,13 @@ fn a_step_that_does_not_end_is_a_fault() {
     bed.rows(device, 1, prompt(11, 10), &[], &[0; 10]);
     assert_eq!(bed.plan(), 2);
     assert_eq!(bed.core.poll_timeout(), Some(bed.now() + 500 * MS));
-    bed.now += 400 * MS;
+    bed.now += 200 * MS;
+    // One that is planned meanwhile is no news of those before it.
+    bed.rows(device, 1, prompt(21, 10), &[], &[0; 10]);
+    bed.at_first = 0;
+    assert_eq!(bed.plan(), 1);
+    assert_eq!(bed.core.poll_timeout(), Some(bed.now() + 300 * MS));
+    bed.now += 200 * MS;
     bed.finish(None);
     assert_eq!(bed.core.poll_timeout(), Some(bed.now() + 500 * MS));
     bed.now += 499 * MS;
@@ -150,6 +156,38 @@ fn outputs_wait_for_buffers_in_order() {
     let rows = |id: u32| Heard::Rows(vec![(id, digest(1..=id))]);
     assert_eq!(bed.heard(device, 1), [rows(1), rows(2), rows(3), rows(5)]);
     assert_eq!(bed.core.poll_timeout(), None);
+}
+
+/// Outputs that wait when their session ends are not sent any more.
+#[test]
+fn outputs_of_an_ended_session_are_not_sent() {
+    let mut bed = Bed::new();
+    let device = bed.connect();
+    bed.open(device, 1, &[]);
+    bed.heard(device, 1);
+    bed.sink.has_buffers = false;
+    bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(1, 1) }, &[], &[1]);
+    bed.settle();
+    bed.message(device, 1, &Message::End(End::default()));
+    bed.sink.has_buffers = true;
+    assert_eq!(bed.heard(device, 1), [Heard::Ended]);
+}
+
+/// Pages whose rows may be no numbers are not found by anybody.
+#[test]
+fn pages_of_an_output_that_is_no_number_are_forgotten() {
+    let mut bed = Bed::new();
+    bed.model = None;
+    let device = bed.connect();
+    bed.open(device, 1, &[[1; 16]]);
+    bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(1, 40) }, &[], &[1; 40]);
+    assert_eq!(bed.plan(), 1);
+    bed.out[0].step.hidden.fill(f32::NAN);
+    bed.finish(None);
+    let error = Heard::Error(SessionErrorCode::Internal);
+    assert_eq!(bed.heard(device, 1), [Heard::Opened(0), error]);
+    bed.open(device, 2, &[[1; 16]]);
+    assert_eq!(bed.heard(device, 2), [Heard::Opened(0)]);
 }
 
 /// A device whose queue stays full holds up nobody, and is sent away in the end.

@@ -67,6 +67,27 @@ fn moves_ride_with_the_next_step() {
     assert_eq!(bed.heard(one, 1), [Heard::Rows(vec![(5, digest([1, 2, 4, 5]))])]);
 }
 
+/// Moves of a step run in the order in which their commits came: one may read what another wrote.
+#[test]
+fn moves_of_a_step_keep_their_order() {
+    let mut bed = Bed::new();
+    let device = bed.connect();
+    bed.open(device, 1, &[]);
+    bed.rows(device, 1, RowsHead { want: Want::Last, ..prompt(1, 3) }, &[], &[1, 2, 3]);
+    bed.settle();
+    let tree = RowsHead { tree: true, ..pending_rows(4, 5, 3) };
+    bed.rows(device, 1, tree, &[3, 3, 3, 6, 6], &[4, 5, 6, 7, 8]);
+    bed.settle();
+    bed.heard(device, 1);
+    // 6 goes to the place of 4, 7 and 8 behind it; then 8 to the place that 7 had.
+    bed.message(device, 1, &Message::Commit(Commit { row: 6 }));
+    bed.rows(device, 1, RowsHead { commit: 8, ..pending_rows(9, 1, 8) }, &[], &[9]);
+    assert_eq!(bed.plan(), 1);
+    assert_eq!(bed.out[0].step.moves.len(), 4);
+    bed.settle();
+    assert_eq!(bed.heard(device, 1), [Heard::Rows(vec![(9, digest([1, 2, 3, 6, 8, 9]))])]);
+}
+
 /// Chunks of a session run one a step, in order, and two of its steps may be out at once.
 #[test]
 fn a_session_has_one_work_in_a_step_and_rows_in_several_steps() {

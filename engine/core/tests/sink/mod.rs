@@ -18,18 +18,39 @@ pub(crate) struct TestSink {
     pub(crate) full: BTreeSet<ConnectionId>,
     /// Connections whose queues have no room at all.
     pub(crate) deaf: BTreeSet<ConnectionId>,
+    /// One frame in so many finds no room.
+    pub(crate) refuses: Option<usize>,
+    /// Nor do those of prompts.
+    pub(crate) refuses_prompts: bool,
+    /// Frames that were offered, and those of them that were sent.
+    tries: usize,
+    pub(crate) total: usize,
 }
 
 impl TestSink {
     /// An empty sink that takes everything.
     pub(crate) fn new() -> Self {
+        Self::with_pool(PoolConfig { small: 16_000, large: 64 })
+    }
+
+    /// The same with this many buffers.
+    pub(crate) fn with_pool(buffers: PoolConfig) -> Self {
         Self {
-            pool: Pool::new(PoolConfig { small: 16_000, large: 64 }),
+            pool: Pool::new(buffers),
             sent: Vec::new(),
             has_buffers: true,
             full: BTreeSet::new(),
             deaf: BTreeSet::new(),
+            refuses: None,
+            refuses_prompts: false,
+            tries: 0,
+            total: 0,
         }
+    }
+
+    /// The next frame finds no room; those behind it do.
+    pub(crate) fn refuse_next(&mut self) {
+        self.refuses = Some(self.tries + 1);
     }
 
     /// A frame with this body, as one comes in.
@@ -68,9 +89,15 @@ impl FrameSink for TestSink {
         body: Buf,
     ) -> Result<(), SendError> {
         let is_control = priority == Priority::Control;
-        if self.deaf.contains(&to) || (self.full.contains(&to) && !is_control) {
+        self.tries += 1;
+        if self.deaf.contains(&to)
+            || (self.full.contains(&to) && !is_control)
+            || (self.refuses_prompts && priority == Priority::Prompt)
+            || self.refuses.is_some_and(|every| self.tries.is_multiple_of(every))
+        {
             return Err(SendError { refusal: Refusal::Full, body: Some(body) });
         }
+        self.total += 1;
         self.sent.push((to, Frame { kind, session, priority, body }));
         Ok(())
     }
