@@ -1,13 +1,15 @@
-//! Our side of `faithful.py`: the logits of the whole default model for given tokens.
+//! Our side of `faithful.py`: the logits of a whole model for given tokens.
 //!
-//!     cargo bench -p hat-benches --bench faithful -- CODEC OUT < TOKENS
+//!     cargo bench -p hat-benches --bench faithful -- CODEC OUT [BUNDLES] < TOKENS
 //!
 //! Each line of standard input is one passage as token ids. OUT gets the logits after each token,
 //! `[tokens, vocab_size]` of all passages one after another, as f32 little-endian. CODEC is f32
-//! (the model itself), f16, int8 or int4: rows go through it as those of a session do.
+//! (the model itself), f16, int8 or int4: rows go through it as those of a session do. BUNDLES is
+//! the directory of the model's two halves; without it the default model runs.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufWriter, Write as _};
+use std::path::PathBuf;
 
 use hat_compute::WholeModel;
 use hat_compute::open;
@@ -15,19 +17,19 @@ use hat_engine::options::{Codec, Processor, TokenId};
 use hat_engine::reference_run::through_codec;
 use hat_loader::Bundle;
 
-const USAGE: &str = "faithful CODEC OUT < TOKENS";
+const USAGE: &str = "faithful CODEC OUT [BUNDLES] < TOKENS";
 const CONTEXT_MAX: usize = 1024;
 
 fn main() {
     // Cargo adds --bench.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     // As part of `cargo bench` without words of its own it has nothing to do.
-    let [codec, out] = args.as_slice() else {
+    let [codec, out, bundles @ ..] = args.as_slice() else {
         println!("{USAGE}");
         return;
     };
     let codec = Codec::from_name(codec).expect("f32, f16, int8 or int4");
-    let path = hat_benches::default_bundle();
+    let path = bundles.first().map_or_else(hat_benches::default_bundle, PathBuf::from);
     let [device, cloud] =
         ["device", "cloud"].map(|role| Bundle::open(&path.join(role)).expect("a bundle"));
     let config = device.config();
