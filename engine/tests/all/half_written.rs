@@ -2,10 +2,10 @@
 //! leaves nothing of it. A limit on the size of files stands for the disk.
 #![cfg(unix)]
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use crate::support::Bundles;
 
@@ -19,6 +19,25 @@ const FULL: &str = "File too large";
 /// Runs the program with files of at most `blocks` times 512 bytes, in a cache, a state directory
 /// and a search path of its own below `home`.
 fn run(home: &Path, blocks: Option<u32>, args: &[&str]) -> Output {
+    command(home, blocks, args).output().unwrap()
+}
+
+/// Lines of a daemon up to the one that says where it listens. It is killed there.
+fn served(home: &Path, args: &[&str]) -> String {
+    let mut daemon = command(home, None, args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    for line in BufReader::new(daemon.stderr.take().unwrap()).lines() {
+        said += &(line.unwrap() + "\n");
+        if said.contains("listening at") {
+            break;
+        }
+    }
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    said
+}
+
+fn command(home: &Path, blocks: Option<u32>, args: &[&str]) -> Command {
     let limit = blocks.map_or(String::new(), |blocks| format!("ulimit -f {blocks};"));
     let path = std::env::join_paths(
         [home.join("bin")].into_iter().chain(std::env::split_paths("/usr/local/bin:/usr/bin:/bin")),
@@ -35,9 +54,8 @@ fn run(home: &Path, blocks: Option<u32>, args: &[&str]) -> Output {
         .args(args)
         .env("XDG_CACHE_HOME", home.join("cache"))
         .env("XDG_STATE_HOME", home.join("state"))
-        .env("PATH", path.unwrap())
-        .output()
-        .unwrap()
+        .env("PATH", path.unwrap());
+    command
 }
 
 /// Standard error of a program that failed in order.
@@ -134,23 +152,20 @@ fn a_full_disk_leaves_nothing_of_a_key() {
     let home = tempfile::tempdir().unwrap();
     let state = home.path().join("state");
     let bundles = Bundles::generated(1, 0);
-    // The key is made when the model is open, and the server that needs it can't be started.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let taken = listener.local_addr().unwrap().to_string();
-    let device = ["device", "--bundle", bundles.path.to_str().unwrap(), "--http", &taken];
+    let bundle = bundles.path.to_str().unwrap();
+    let device = ["device", "--bundle", bundle, "--http", "127.0.0.1:0"];
     let said = failed(&run(home.path(), Some(0), &device));
     assert!(said.contains("api-key") && said.contains(FULL), "{said}");
     assert_eq!(files(&state), [] as [PathBuf; 0]);
-    let said = failed(&run(home.path(), None, &device));
-    assert!(said.contains(&taken), "{said}");
-    let [key] = &files(&state)[..] else { panic!("{:?}", files(&state)) };
+    let said = served(home.path(), &device);
+    let [key] = &files(&state)[..] else { panic!("{:?}: {said}", files(&state)) };
     assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(!said.contains("warning"), "{said}");
     // Open to others it is used, with a warning.
     fs::set_permissions(key, fs::Permissions::from_mode(0o644)).unwrap();
-    let said = failed(&run(home.path(), None, &device));
+    let said = served(home.path(), &device);
     let warning = format!("{} is open to others on this machine (mode 0644)", key.display());
-    assert!(said.contains(&warning) && said.contains(&taken), "{said}");
+    assert!(said.contains(&warning), "{said}");
 }
 
 #[test]

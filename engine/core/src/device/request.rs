@@ -312,7 +312,7 @@ impl Request {
         let (in_answer, computed) = (!self.in_prefill(), self.computed());
         let Some(open) = self.session.open_mut() else { return true };
         // A chunk of a longer prompt waits for those before it as well.
-        let alone = in_answer || computed - open.cached == open.chunk.rows;
+        let alone = in_answer || computed == open.cached + open.chunk.rows;
         while open.outgoing.has_released() {
             let sent = open.send_frame(now, to, priority, alone, sink, cx);
             let Some((rows, bytes)) = sent else { return false };
