@@ -65,22 +65,12 @@ mod watch;
 use ids as text;
 
 pub use cloud::Cloud;
+use cloud::spawn;
 pub use config::{CloudConfig, EngineConfig};
 pub use device::Engine;
 pub use error::Error;
 pub use generation::Generation;
 pub use hat_core::request::{Event, Metrics, Request};
-
-/// A thread of a role.
-fn spawn<T: Send + 'static>(
-    name: &str,
-    run: impl FnOnce() -> T + Send + 'static,
-) -> Result<std::thread::JoinHandle<T>, Error> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
-        .map_err(|error| Error::io(format!("starting thread {name}"), error))
-}
 
 /// Types of the fields of configurations, requests and events.
 pub mod options {

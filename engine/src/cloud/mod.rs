@@ -21,8 +21,8 @@ use hat_plan::{BackendFault, MiddleForward};
 
 use self::step::SHARED_MAX;
 use self::supervisor::{Run, Seen, Supervisor};
+use crate::Error;
 use crate::config::CloudConfig;
-use crate::{Error, spawn};
 
 /// Figures of a cloud as its threads show them.
 pub type CloudCounters = CloudFigures<AtomicU64>;
@@ -192,6 +192,17 @@ fn describe(stages: &[Box<dyn MiddleForward>]) -> String {
         }
         [] => unreachable!("a cloud has at least one stage"),
     }
+}
+
+/// A thread of a role.
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, Error> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|error| Error::io(format!("starting thread {name}"), error))
 }
 
 #[cfg(test)]

@@ -200,8 +200,8 @@ impl Engine {
     /// Asks for an answer. Returns at once; the answer comes through the [`Generation`].
     ///
     /// # Errors
-    /// [`Error::Input`] and [`Error::Template`] for a bad request; [`RequestError::Busy`] if too many
-    /// wait already, and [`RequestError::Stopped`].
+    /// [`Error::Input`] and [`Error::Template`] for a bad request; [`RequestError::Busy`] if too
+    /// many wait already, and [`RequestError::Stopped`].
     pub fn generate(&self, request: Request) -> Result<Generation, Error> {
         let asked = self.shared.clock.now();
         let (prepared, rendered) = self.prepare(request)?;

@@ -191,9 +191,9 @@ impl Shared {
     }
 }
 
-/// A running server. Dropping it stops it: it takes no more requests, lets the answers in flight end
-/// within [`HttpLimits::drain`], ends the rest with an error that their readers are told, and waits
-/// for all of that.
+/// A running server. Dropping it stops it: it takes no more requests, lets the answers in flight
+/// end within [`HttpLimits::drain`], ends the rest with an error that their readers are told, and
+/// waits for all of that.
 pub struct HttpServer {
     bound: Bound,
     stop: watch::Sender<bool>,

@@ -82,8 +82,8 @@ pub enum LinkEvent {
     Gone,
 }
 
-/// Counters of a cloud, over its life. All only grow, but `sessions`, `pages_free` and `pages_idle`,
-/// which are what they are now.
+/// Counters of a cloud, over its life. All only grow, but `sessions`, `pages_free` and
+/// `pages_idle`, which are what they are now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CloudFigures<T = u64> {
     /// Steps run.
