@@ -12,20 +12,11 @@ pub mod reference;
 
 use hat_loader::layout::packed_bytes;
 use hat_loader::{DType, Layout, Tensor};
+pub use hat_plan::Write;
 use hat_plan::{
     ARITHMETIC_CPU, AttendBatch, AttendShape, BackendError, Computes, KvShape, PAGE_SIZE, RowMove,
     SharedRows, TokenId,
 };
-
-/// Treatment of the old content of a `linear`'s output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Write {
-    /// The output is overwritten.
-    Store,
-    /// The result is added to it (the residual stream): `out = out + result`, one rounding after
-    /// the sum over K.
-    Add,
-}
 
 /// One of the largest numbers of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
