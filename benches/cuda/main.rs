@@ -31,11 +31,10 @@ use std::path::PathBuf;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::bound::{self, Work};
 use hat_cuda::driver::{Cuda, CudaMemory};
-use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::{Gpu as _, GpuError, Memory as _};
 use hat_cuda::kv::{Kv, KvShape};
-use hat_cuda::linear::linear;
 use hat_cuda::plan::{AttendShape, PAGE_SIZE, PlanOnGpu};
+use hat_cuda::product::{Product, Write, linear};
 use hat_cuda::quantise_rows::{BLOCK, Q8};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Table, WeightDType};
@@ -318,7 +317,7 @@ impl Kernels<'_> {
                 let (d, s) = (self.room(scales, 0x22)?, self.room(scales, 0x22)?);
                 let mut out = self.room(4 * rows * outputs, 0)?;
                 let seconds = self.time(copies, |gpu, turn| {
-                    let to = Gemv {
+                    let to = Product {
                         x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
                         weight: Table::new(weights[turn].slice(), numbers, outputs, columns),
                         bias: None,

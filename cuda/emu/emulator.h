@@ -13,6 +13,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define DEVICE static inline
+#define MEMBER static inline
 #define KERNEL(threads) static void
 #define KERNEL_TOGETHER(threads, blocks) static void
 // One section, so that it can be poisoned before each block. Not inside a template.

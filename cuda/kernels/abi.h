@@ -215,27 +215,28 @@ typedef struct hat_top_k {
   uint32_t reserved;
 } hat_top_k;
 
-/// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
-typedef struct hat_gemv {
-  /// `[rows][columns]`
-  const int8_t *q;
-  /// f32 `[rows][columns / 32]`
+/// gemv, linear, linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8
+/// or in numbers of w's type.
+typedef struct hat_product {
+  /// int8, f16 or bf16 `[rows][columns]`
+  const void *x;
+  /// f32 `[rows][columns / 32]` of q8, else null.
   const float *d;
-  /// f32 `[rows][columns / 32]`
+  /// As d.
   const float *s;
   /// `[outputs][columns]` in panels.
-  const uint8_t *weight;
+  const void *weight;
   /// f32 `[outputs]`, or null.
   const float *bias;
   /// f32 `[rows][outputs]`
   float *out;
   uint32_t rows;
-  /// A multiple of 32, for q6_k of 256.
+  /// A multiple of 32 for q8, for q6_k of 256, else of 8.
   uint32_t columns;
   uint32_t outputs;
   /// 0: `out` is overwritten. 1: it is added to.
   uint32_t add;
-} hat_gemv;
+} hat_product;
 
 /// round_f16, round_bf16: numbers to the nearest of 16 bits, ties to even; what is too large is
 /// infinite.
@@ -247,24 +248,6 @@ typedef struct hat_round {
   /// A multiple of 2.
   uint64_t count;
 } hat_round;
-
-/// linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, both of one type.
-typedef struct hat_linear_float {
-  /// `[rows][columns]`
-  const uint16_t *x;
-  /// `[outputs][columns]` in panels.
-  const uint16_t *weight;
-  /// f32 `[outputs]`, or null.
-  const float *bias;
-  /// f32 `[rows][outputs]`
-  float *out;
-  uint32_t rows;
-  /// A multiple of 8.
-  uint32_t columns;
-  uint32_t outputs;
-  /// 0: `out` is overwritten. 1: it is added to.
-  uint32_t add;
-} hat_linear_float;
 
 /// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
 typedef struct hat_fragments {

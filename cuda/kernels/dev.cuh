@@ -8,6 +8,8 @@
 #include "emulator.h"
 #else
 #define DEVICE __device__ __forceinline__
+/// A function of a struct, without an object.
+#define MEMBER static __device__ __forceinline__
 
 /// A kernel of `threads` threads a block, entered from Rust by its name.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)

@@ -4,15 +4,10 @@
 // Launch: grid (rows, ceil(columns / 256)), block 256: one number a thread.
 #include "panel.cuh"
 
-template <int DTYPE> DEVICE float block_number(const hat_embed &p, uint32_t token, uint32_t column) {
-  const size_t block = (size_t)(token / HAT_PANEL) * (p.columns / HAT_BLOCK) + column / HAT_BLOCK;
-  const uint8_t *at = p.table + block * PANEL_BLOCK_BYTES<DTYPE>;
-  return panel_weight<DTYPE>(at, token % HAT_PANEL, column % HAT_BLOCK);
-}
-
-DEVICE float q6_k_number(const hat_embed &p, uint32_t token, uint32_t column) {
-  const size_t block = (size_t)(token / HAT_PANEL) * (p.columns / 256) + column / 256;
-  return q6_k_weight(p.table + block * Q6_K_BYTES, token % HAT_PANEL, column % 256);
+template <class FORMAT> DEVICE float block_number(const hat_embed &p, uint32_t token, uint32_t column) {
+  constexpr uint32_t WEIGHTS = FORMAT::UNITS * HAT_BLOCK;
+  const size_t block = (size_t)(token / HAT_PANEL) * (p.columns / WEIGHTS) + column / WEIGHTS;
+  return FORMAT::weight(p.table + block * FORMAT::BLOCK_BYTES, token % HAT_PANEL, column % WEIGHTS);
 }
 
 KERNEL(256) embed(const hat_embed p) {
@@ -26,10 +21,10 @@ KERNEL(256) embed(const hat_embed p) {
   case HAT_F32: x = ((const float *)p.table)[single]; break;
   case HAT_F16: x = from_half(((const uint16_t *)p.table)[single]); break;
   case HAT_BF16: x = __uint_as_float((uint32_t)((const uint16_t *)p.table)[single] << 16); break;
-  case HAT_Q8_0: x = block_number<HAT_Q8_0>(p, token, column); break;
-  case HAT_Q4_0: x = block_number<HAT_Q4_0>(p, token, column); break;
-  case HAT_Q6_K: x = q6_k_number(p, token, column); break;
-  default: x = block_number<HAT_Q4_1>(p, token, column); break;
+  case HAT_Q8_0: x = block_number<Q8_0>(p, token, column); break;
+  case HAT_Q4_0: x = block_number<Q4_0>(p, token, column); break;
+  case HAT_Q6_K: x = block_number<Q6K>(p, token, column); break;
+  default: x = block_number<Q4_1>(p, token, column); break;
   }
   p.out[(size_t)blockIdx.x * p.columns + column] = x;
 }

@@ -12,12 +12,12 @@
 #define STAGE_UNITS 2
 
 /// Weights and rows of some units.
-template <int DTYPE> struct LinearStage {
-  alignas(16) uint8_t weight[TILE_PANELS][STAGE_UNITS][UNIT_BYTES<DTYPE>];
+template <class FORMAT> struct LinearStage {
+  alignas(16) uint8_t weight[TILE_PANELS][STAGE_UNITS][FORMAT::STAGED_BYTES];
   /// Groups of 16 bytes of a row change places by row: see `row_chunk`.
   alignas(16) int8_t q[TILE_ROWS][STAGE_UNITS * HAT_BLOCK];
-  /// d, then s for q4_1.
-  alignas(16) float scales[DTYPE == HAT_Q4_1 ? 2 : 1][STAGE_UNITS][TILE_ROWS];
+  /// d, then s for types with minima.
+  alignas(16) float scales[FORMAT::MINIMA ? 2 : 1][STAGE_UNITS][TILE_ROWS];
 };
 
 /// Where a stage keeps 16 bytes `chunk` of a row: the 8 rows that a matrix is loaded of are in
@@ -25,8 +25,8 @@ template <int DTYPE> struct LinearStage {
 DEVICE uint32_t row_chunk(uint32_t row, uint32_t chunk) { return (chunk ^ row / 4 % 4) * 16; }
 
 /// What a thread copies for each stage: some 16 bytes of weights, 16 of a row, a scale.
-template <int DTYPE> struct LinearCopy {
-  static constexpr uint32_t CHUNKS = UNIT_BYTES<DTYPE> / 16;
+template <class FORMAT> struct LinearCopy {
+  static constexpr uint32_t CHUNKS = FORMAT::STAGED_BYTES / 16;
   static constexpr uint32_t COPIES = (STAGE_UNITS * CHUNKS + WARP - 1) / WARP;
   const uint8_t *panel;
   const int8_t *q;
@@ -35,38 +35,38 @@ template <int DTYPE> struct LinearCopy {
   uint32_t panel_units, row_units, scale_units;
 };
 
-template <int DTYPE> DEVICE LinearCopy<DTYPE> linear_copy(const hat_gemv &p) {
+template <class FORMAT> DEVICE LinearCopy<FORMAT> linear_copy(const hat_product &p) {
   const uint32_t blocks = p.columns / HAT_BLOCK, panel = blockIdx.y * TILE_PANELS + threadIdx.x / WARP;
   const uint32_t row = blockIdx.x * TILE_ROWS + threadIdx.x / 4, of = blockIdx.x * TILE_ROWS + threadIdx.x % TILE_ROWS;
   // The first half of the threads copies d, the other one s.
-  const bool second = threadIdx.x >= STAGE_UNITS * TILE_ROWS, scaled = !second || DTYPE == HAT_Q4_1;
+  const bool second = threadIdx.x >= STAGE_UNITS * TILE_ROWS, scaled = !second || FORMAT::MINIMA;
   const uint32_t unit = threadIdx.x / TILE_ROWS % STAGE_UNITS;
-  LinearCopy<DTYPE> copy;
+  LinearCopy<FORMAT> copy;
   copy.panel_units = panel * HAT_PANEL < p.outputs ? blocks : 0;
   copy.row_units = row < p.rows ? blocks : 0;
   copy.scale_units = scaled && of < p.rows ? blocks : 0;
-  copy.panel = p.weight + panel * panel_bytes<DTYPE>(blocks);
-  copy.q = p.q + row * (size_t)p.columns + threadIdx.x % 4 * 16;
+  copy.panel = (const uint8_t *)p.weight + panel * panel_bytes<FORMAT>(blocks);
+  copy.q = (const int8_t *)p.x + row * (size_t)p.columns + threadIdx.x % 4 * 16;
   copy.scale = (second ? p.s : p.d) + of * (size_t)blocks + unit;
   return copy;
 }
 
 /// Begins to copy the units from `first` on; of what is not there no address is read.
-template <int DTYPE>
-DEVICE void load_stage(const LinearCopy<DTYPE> &copy, uint32_t first, LinearStage<DTYPE> &to) {
-  constexpr uint32_t CHUNKS = LinearCopy<DTYPE>::CHUNKS;
+template <class FORMAT>
+DEVICE void load_stage(const LinearCopy<FORMAT> &copy, uint32_t first, LinearStage<FORMAT> &to) {
+  constexpr uint32_t CHUNKS = LinearCopy<FORMAT>::CHUNKS;
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
-  for (uint32_t i = 0; i < LinearCopy<DTYPE>::COPIES; ++i) {
+  for (uint32_t i = 0; i < LinearCopy<FORMAT>::COPIES; ++i) {
     const uint32_t at = lane + i * WARP, unit = at / CHUNKS, chunk = at % CHUNKS;
     if (at >= STAGE_UNITS * CHUNKS) break;
-    const uint8_t *from = DTYPE == HAT_Q6_K ? unit_byte<DTYPE>(copy.panel, first + unit, chunk * 16)
-                                            : copy.panel + (size_t)first * UNIT_BYTES<DTYPE> + at * 16;
-    copy_async(&to.weight[warp][unit][staged_chunk<DTYPE>(chunk) * 16], from, first + unit < copy.panel_units);
+    const uint8_t *from = FORMAT::HEAD != 0 ? unit_byte<FORMAT>(copy.panel, first + unit, chunk * 16)
+                                            : copy.panel + (size_t)first * FORMAT::STAGED_BYTES + at * 16;
+    copy_async(&to.weight[warp][unit][staged_chunk<FORMAT>(chunk) * 16], from, first + unit < copy.panel_units);
   }
   const uint32_t row = threadIdx.x / 4, chunk = threadIdx.x % 4;
   copy_async(&to.q[row][row_chunk(row, chunk)], copy.q + first * HAT_BLOCK, first + chunk / 2 < copy.row_units);
-  if (DTYPE != HAT_Q4_1 && threadIdx.x >= STAGE_UNITS * TILE_ROWS) return;
+  if (!FORMAT::MINIMA && threadIdx.x >= STAGE_UNITS * TILE_ROWS) return;
   const uint32_t unit = threadIdx.x / TILE_ROWS;
   copy_async_word(&to.scales[unit / STAGE_UNITS][unit % STAGE_UNITS][threadIdx.x % TILE_ROWS],
                   copy.scale + first, first + unit % STAGE_UNITS < copy.scale_units);
@@ -74,15 +74,15 @@ DEVICE void load_stage(const LinearCopy<DTYPE> &copy, uint32_t first, LinearStag
 
 /// Adds the terms of a unit to a warp's sums: `sums[panel][row / 16][row / 2 % 2]`, in which row
 /// 16 i + 4 (lane % 4) + 2 j + k of the warp's 32 is column `lane % 4 * 2 + k` of an mma's C.
-template <int DTYPE>
-DEVICE void add_unit(const LinearStage<DTYPE> &stage, const int unit, const UnitPlaces &places,
+template <class FORMAT>
+DEVICE void add_unit(const LinearStage<FORMAT> &stage, const int unit, const UnitPlaces &places,
                      const int (&base)[4], float (&sums)[2][2][2][4]) {
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  Unit<DTYPE> units[2];
+  Unit units[2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const uint8_t *weight = stage.weight[warp % 4 * 2 + m][unit];
-    units[m] = unpack_unit<DTYPE>(read_unit<DTYPE, true>(weight, weight + UNIT_SCALES<DTYPE>, places));
+    units[m] = FORMAT::unpack(FORMAT::template read<true>(weight, weight + FORMAT::STAGED_SCALES, places));
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -94,8 +94,8 @@ DEVICE void add_unit(const LinearStage<DTYPE> &stage, const int unit, const Unit
     const float4 d = load_shared((const float4 *)&stage.scales[0][unit][first + lane % 4 * 4]);
     const float scales[4] = {d.x, d.y, d.z, d.w};
     float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (DTYPE == HAT_Q4_1) {
-      all = load_shared((const float4 *)&stage.scales[DTYPE == HAT_Q4_1][unit][first + lane % 4 * 4]);
+    if (FORMAT::MINIMA) {
+      all = load_shared((const float4 *)&stage.scales[FORMAT::MINIMA][unit][first + lane % 4 * 4]);
     }
     const float s[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
@@ -103,12 +103,12 @@ DEVICE void add_unit(const LinearStage<DTYPE> &stage, const int unit, const Unit
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         float terms[4];
-        multiply_unit<DTYPE>(terms, units[m], b[2 * j], b[2 * j + 1], base);
+        FORMAT::multiply(terms, units[m], b[2 * j], b[2 * j + 1], base);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float &sum = sums[m][i][j][c];
           sum = fmaf(terms[c], units[m].scale[c / 2] * scales[2 * j + c % 2], sum);
-          if (DTYPE == HAT_Q4_1) sum = fmaf(units[m].minimum[c / 2], s[2 * j + c % 2], sum);
+          if (FORMAT::MINIMA) sum = fmaf(units[m].minimum[c / 2], s[2 * j + c % 2], sum);
         }
       }
     }
@@ -116,7 +116,7 @@ DEVICE void add_unit(const LinearStage<DTYPE> &stage, const int unit, const Unit
 }
 
 /// The sums of a warp to their places.
-DEVICE void write_sums(const hat_gemv &p, const float (&sums)[2][2][2][4]) {
+DEVICE void write_sums(const hat_product &p, const float (&sums)[2][2][2][4]) {
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -139,14 +139,14 @@ DEVICE void write_sums(const hat_gemv &p, const float (&sums)[2][2][2][4]) {
   }
 }
 
-template <int DTYPE> DEVICE void linear(const hat_gemv &p, LinearStage<DTYPE> (&stages)[STAGES]) {
+template <class FORMAT> DEVICE void linear(const hat_product &p, LinearStage<FORMAT> (&stages)[STAGES]) {
   const uint32_t blocks = p.columns / HAT_BLOCK, warp = threadIdx.x / WARP;
   const bool concerned = blockIdx.x * TILE_ROWS + warp / 4 * 32 < p.rows &&
                          (blockIdx.y * TILE_PANELS + warp % 4 * 2) * HAT_PANEL < p.outputs;
-  const LinearCopy<DTYPE> copy = linear_copy<DTYPE>(p);
+  const LinearCopy<FORMAT> copy = linear_copy<FORMAT>(p);
 #pragma unroll
   for (uint32_t i = 0; i < STAGES - 1; ++i) {
-    if (i * STAGE_UNITS < blocks) load_stage<DTYPE>(copy, i * STAGE_UNITS, stages[i]);
+    if (i * STAGE_UNITS < blocks) load_stage<FORMAT>(copy, i * STAGE_UNITS, stages[i]);
     copy_async_commit();
   }
   // Columns are a multiple of 32. As constants these would be put into registers for each product.
@@ -162,11 +162,11 @@ template <int DTYPE> DEVICE void linear(const hat_gemv &p, LinearStage<DTYPE> (&
     // All have copied what is read now, and have read what is written over now.
     __syncthreads();
     const uint32_t next = first + (STAGES - 1) * STAGE_UNITS;
-    if (next < blocks) load_stage<DTYPE>(copy, next, stages[empty]);
+    if (next < blocks) load_stage<FORMAT>(copy, next, stages[empty]);
     copy_async_commit();
     if (concerned) {
-      add_unit<DTYPE>(stages[full], 0, places, base, sums);
-      if (first + 1 < blocks) add_unit<DTYPE>(stages[full], 1, places, base, sums);
+      add_unit<FORMAT>(stages[full], 0, places, base, sums);
+      if (first + 1 < blocks) add_unit<FORMAT>(stages[full], 1, places, base, sums);
     }
     full = full + 1 == STAGES ? 0 : full + 1;
     empty = empty + 1 == STAGES ? 0 : empty + 1;
@@ -174,13 +174,13 @@ template <int DTYPE> DEVICE void linear(const hat_gemv &p, LinearStage<DTYPE> (&
   if (concerned) write_sums(p, sums);
 }
 
-#define LINEAR(name, DTYPE)                                                                        \
-  KERNEL_TOGETHER(256, 2) name(const hat_gemv p) {                                                 \
-    __shared__ LinearStage<DTYPE> stages[STAGES];                                                  \
-    linear<DTYPE>(p, stages);                                                                      \
+#define LINEAR(name, FORMAT)                                                                       \
+  KERNEL_TOGETHER(256, 2) name(const hat_product p) {                                              \
+    __shared__ LinearStage<FORMAT> stages[STAGES];                                                 \
+    linear<FORMAT>(p, stages);                                                                     \
   }
 
-LINEAR(linear_q8_0, HAT_Q8_0)
-LINEAR(linear_q4_0, HAT_Q4_0)
-LINEAR(linear_q4_1, HAT_Q4_1)
-LINEAR(linear_q6_k, HAT_Q6_K)
+LINEAR(linear_q8_0, Q8_0)
+LINEAR(linear_q4_0, Q4_0)
+LINEAR(linear_q4_1, Q4_1)
+LINEAR(linear_q6_k, Q6K)

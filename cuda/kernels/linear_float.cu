@@ -25,9 +25,9 @@ DEVICE uint32_t weight_place(uint32_t k, uint32_t half) { return (half ^ k / 4 %
 DEVICE uint32_t x_place(uint32_t row, uint32_t chunk) { return (chunk ^ row / 2 % 4) * 8; }
 
 /// Begins to copy 32 of K from `first` on; of what is not there no address is read.
-DEVICE void load_float_stage(const hat_linear_float &p, uint32_t first, FloatStage &to) {
+DEVICE void load_float_stage(const hat_product &p, uint32_t first, FloatStage &to) {
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, panel = blockIdx.y * TILE_PANELS + warp;
-  const uint16_t *weight = p.weight + ((size_t)panel * p.columns + first) * HAT_PANEL;
+  const uint16_t *weight = (const uint16_t *)p.weight + ((size_t)panel * p.columns + first) * HAT_PANEL;
 #pragma unroll
   for (uint32_t i = 0; i < STAGE_K * 2 / WARP; ++i) {
     const uint32_t k = lane / 2 + i * (WARP / 2), half = lane % 2;
@@ -35,7 +35,7 @@ DEVICE void load_float_stage(const hat_linear_float &p, uint32_t first, FloatSta
                panel * HAT_PANEL < p.outputs && first + k < p.columns);
   }
   const uint32_t row = threadIdx.x / 4, chunk = threadIdx.x % 4, from = blockIdx.x * TILE_ROWS + row;
-  copy_async(&to.x[row][x_place(row, chunk)], p.x + (size_t)from * p.columns + first + chunk * 8,
+  copy_async(&to.x[row][x_place(row, chunk)], (const uint16_t *)p.x + (size_t)from * p.columns + first + chunk * 8,
              from < p.rows && first + chunk * 8 < p.columns);
 }
 
@@ -71,7 +71,7 @@ template <bool BF16> DEVICE void add_stage(const FloatStage &stage, float (&sums
   }
 }
 
-template <bool BF16> DEVICE void linear_float(const hat_linear_float &p, FloatStage (&stages)[STAGES]) {
+template <bool BF16> DEVICE void linear_float(const hat_product &p, FloatStage (&stages)[STAGES]) {
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
   for (uint32_t i = 0; i < STAGES - 1; ++i) {
@@ -108,11 +108,11 @@ template <bool BF16> DEVICE void linear_float(const hat_linear_float &p, FloatSt
   }
 }
 
-KERNEL_TOGETHER(256, 2) linear_f16(const hat_linear_float p) {
+KERNEL_TOGETHER(256, 2) linear_f16(const hat_product p) {
   __shared__ FloatStage stages[STAGES];
   linear_float<false>(p, stages);
 }
-KERNEL_TOGETHER(256, 2) linear_bf16(const hat_linear_float p) {
+KERNEL_TOGETHER(256, 2) linear_bf16(const hat_product p) {
   __shared__ FloatStage stages[STAGES];
   linear_float<true>(p, stages);
 }

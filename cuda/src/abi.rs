@@ -199,24 +199,25 @@ pub struct hat_top_k {
     pub slices: u32,
     pub reserved: u32,
 }
-/// gemv, linear: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8.
+/** gemv, linear, linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, with x in blocks of q8
+ or in numbers of w's type.*/
 #[repr(C)]
 #[derive(Copy, Clone)]
-pub struct hat_gemv {
-    /// `[rows][columns]`
-    pub q: *const i8,
-    /// f32 `[rows][columns / 32]`
+pub struct hat_product {
+    /// int8, f16 or bf16 `[rows][columns]`
+    pub x: *const ::core::ffi::c_void,
+    /// f32 `[rows][columns / 32]` of q8, else null.
     pub d: *const f32,
-    /// f32 `[rows][columns / 32]`
+    /// As d.
     pub s: *const f32,
     /// `[outputs][columns]` in panels.
-    pub weight: *const u8,
+    pub weight: *const ::core::ffi::c_void,
     /// f32 `[outputs]`, or null.
     pub bias: *const f32,
     /// f32 `[rows][outputs]`
     pub out: *mut f32,
     pub rows: u32,
-    /// A multiple of 32, for q6_k of 256.
+    /// A multiple of 32 for q8, for q6_k of 256, else of 8.
     pub columns: u32,
     pub outputs: u32,
     /// 0: `out` is overwritten. 1: it is added to.
@@ -233,25 +234,6 @@ pub struct hat_round {
     pub out: *mut u16,
     /// A multiple of 2.
     pub count: u64,
-}
-/// linear_f16, linear_bf16: `out[r][n] = sum_k x[r][k] w[n][k]`, both of one type.
-#[repr(C)]
-#[derive(Copy, Clone)]
-pub struct hat_linear_float {
-    /// `[rows][columns]`
-    pub x: *const u16,
-    /// `[outputs][columns]` in panels.
-    pub weight: *const u16,
-    /// f32 `[outputs]`, or null.
-    pub bias: *const f32,
-    /// f32 `[rows][outputs]`
-    pub out: *mut f32,
-    pub rows: u32,
-    /// A multiple of 8.
-    pub columns: u32,
-    pub outputs: u32,
-    /// 0: `out` is overwritten. 1: it is added to.
-    pub add: u32,
 }
 /// fragment_load and others of fragments.cu: one operation of one warp, its registers written out.
 #[repr(C)]

@@ -31,7 +31,7 @@ pub fn prepare(numbers: WeightDType, rows: usize, columns: usize) -> Work {
     Work { bytes: bytes as u64, flops: 0 }
 }
 
-/// [`crate::linear::linear`] and [`crate::linear_float::linear_float`]: the weights once, however
+/// [`crate::product::linear`] and [`crate::product::linear_float`]: the weights once, however
 /// many tiles of rows there are (those with the same weights run side by side, so the L2 can have
 /// them), the rows as the product takes them, the outputs.
 #[must_use]

@@ -3,7 +3,8 @@
 //! - [`gpu`] is the seam: memory and launches. `driver` (feature `cuda`) stands behind it with a
 //!   real GPU, whose driver is looked for at run time; `testkit` (a feature) has an emulator that
 //!   runs the kernels on the CPU, and kernels for tests and benches alone.
-//! - One module for each kernel file, with its stem: shapes are asserted there, above the launch.
+//! - One module for each kernel file, with its stem, and [`product`] for the three that multiply
+//!   with weights: shapes are asserted there, above the launch.
 //! - [`kernel`] names them all; `kernels/gen/` holds what `hat-kernels` compiled of them.
 //!
 //! `docs/KERNELS.md` says which parts are emulated and compiled, `HARDWARE.md` which ran on a GPU.
@@ -21,13 +22,11 @@ pub mod bound;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod embed;
-pub mod gemv;
 pub mod gpu;
 pub mod kernel;
 pub mod kv;
-pub mod linear;
-pub mod linear_float;
 pub mod plan;
+pub mod product;
 pub mod quantise_rows;
 pub mod rms_norm;
 pub mod rope_angles;

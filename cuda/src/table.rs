@@ -2,50 +2,69 @@
 
 use crate::abi;
 use crate::gpu::Slice;
+use crate::kernel::Kernel;
 
-/// Number format of a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightDType {
+/// The number formats, a row each: numbers of a block and its bytes, its name in `abi.h`, and the
+/// kernels of its products: for 8 rows, for 16 and for tiles, or one for all.
+macro_rules! formats {
+    ($($(#[$doc:meta])* $name:ident: $block:literal, $bytes:literal, $id:ident,
+        [$($kernel:ident)*];)*) => {
+        /// Number format of a matrix.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum WeightDType {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl WeightDType {
+            /// Numbers of a row that are written together.
+            #[must_use]
+            pub const fn block(self) -> usize {
+                match self {
+                    $(Self::$name => $block,)*
+                }
+            }
+
+            /// Bytes of a block of one row.
+            #[must_use]
+            pub const fn block_bytes(self) -> usize {
+                match self {
+                    $(Self::$name => $bytes,)*
+                }
+            }
+
+            pub(crate) const fn id(self) -> u32 {
+                match self {
+                    $(Self::$name => abi::$id,)*
+                }
+            }
+
+            pub(crate) const fn products(self) -> &'static [Kernel] {
+                match self {
+                    $(Self::$name => &[$(Kernel::$kernel),*],)*
+                }
+            }
+        }
+    };
+}
+
+formats! {
     /// IEEE binary32.
-    F32,
+    F32: 1, 4, HAT_F32, [];
     /// IEEE binary16.
-    F16,
+    F16: 1, 2, HAT_F16, [LinearF16];
     /// bfloat16.
-    Bf16,
+    Bf16: 1, 2, HAT_BF16, [LinearBf16];
     /// Blocks of 32: f16 scale, 32 signed bytes.
-    Q8_0,
+    Q8_0: 32, 34, HAT_Q8_0, [GemvQ80x8 GemvQ80x16 LinearQ80];
     /// Blocks of 32: f16 scale, 32 nibbles less 8.
-    Q4_0,
+    Q4_0: 32, 18, HAT_Q4_0, [GemvQ40x8 GemvQ40x16 LinearQ40];
     /// Blocks of 32: f16 scale, f16 minimum, 32 nibbles.
-    Q4_1,
+    Q4_1: 32, 20, HAT_Q4_1, [GemvQ41x8 GemvQ41x16 LinearQ41];
     /// Blocks of 256: f16 scale, 16 signed bytes that scale 16 weights each, 6 bits less 32.
-    Q6K,
+    Q6K: 256, 210, HAT_Q6_K, [GemvQ6Kx8 GemvQ6Kx16 LinearQ6K];
 }
 
 impl WeightDType {
-    /// Numbers of a row that are written together.
-    #[must_use]
-    pub const fn block(self) -> usize {
-        match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => abi::HAT_BLOCK as usize,
-            Self::Q6K => 256,
-        }
-    }
-
-    /// Bytes of a block of one row.
-    #[must_use]
-    pub const fn block_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q6K => 210,
-        }
-    }
-
     /// Bytes of `[rows][columns]` in panels; `None` if a row is no whole number of blocks or the
     /// product overflows.
     #[must_use]
@@ -55,18 +74,6 @@ impl WeightDType {
         }
         let rows = rows.checked_next_multiple_of(abi::HAT_PANEL as usize)?;
         (columns / self.block()).checked_mul(self.block_bytes())?.checked_mul(rows)
-    }
-
-    pub(crate) const fn id(self) -> u32 {
-        match self {
-            Self::F32 => abi::HAT_F32,
-            Self::F16 => abi::HAT_F16,
-            Self::Bf16 => abi::HAT_BF16,
-            Self::Q8_0 => abi::HAT_Q8_0,
-            Self::Q4_0 => abi::HAT_Q4_0,
-            Self::Q4_1 => abi::HAT_Q4_1,
-            Self::Q6K => abi::HAT_Q6_K,
-        }
     }
 }
 

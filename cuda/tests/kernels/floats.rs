@@ -1,9 +1,8 @@
 //! linear_float and round_rows: products of f16 and bf16 matrices.
 
 use half::{bf16, f16};
-use hat_cuda::gemv::Write;
 use hat_cuda::gpu::Memory as _;
-use hat_cuda::linear_float::{LinearFloat, linear_float};
+use hat_cuda::product::{Product, Write, linear_float};
 use hat_cuda::quantise_rows::round_rows;
 use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::TestGpu;
@@ -46,7 +45,7 @@ fn run(
         Some(old) => memory(gpu, old),
         None => room::<f32>(gpu, count),
     };
-    let to = LinearFloat {
+    let to = Product {
         x: half.slice(),
         weight: Table::new(weight.slice(), matrix.numbers, matrix.rows, matrix.columns),
         bias: bias.as_ref().map(|bias| bias.slice()),

@@ -1,9 +1,8 @@
 //! gemv and linear, which have to give the bits of docs/ARITHMETIC.md.
 
 use half::f16;
-use hat_cuda::gemv::{Gemv, Write, gemv};
 use hat_cuda::gpu::Memory as _;
-use hat_cuda::linear::{linear, tiled};
+use hat_cuda::product::{Product, Write, gemv, linear, tiled};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::testkit::test_gpu::TestGpu;
@@ -93,7 +92,7 @@ fn run(
         Some(old) => memory(gpu, old),
         None => room::<f32>(gpu, count),
     };
-    let to = Gemv {
+    let to = Product {
         x: Q8 { q: q.slice(), d: d.slice(), s: s.slice() },
         weight: Table::new(weight.slice(), matrix.numbers, matrix.rows, matrix.columns),
         bias: bias.as_ref().map(|bias| bias.slice()),

@@ -5,11 +5,10 @@
 use half::f16;
 use hat_cuda::attend::{Cut, Parts, attend};
 use hat_cuda::embed::embed;
-use hat_cuda::gemv::{Gemv, Write};
 use hat_cuda::gpu::Memory as _;
 use hat_cuda::kv::{Kv, KvShape, RowMove};
-use hat_cuda::linear::linear;
 use hat_cuda::plan::{AttendShape, PAGE_SIZE};
+use hat_cuda::product::{Product, Write, linear};
 use hat_cuda::quantise_rows::{Q8, Q8Mut, quantise_q8};
 use hat_cuda::rms_norm::{RmsNorm, rms_norm};
 use hat_cuda::rope_append::{RopeAppend, rope_append};
@@ -88,7 +87,7 @@ impl Weight {
         quantise_q8(gpu, x.slice().range(0..count), to).unwrap();
         let x = Q8 { q: q.slice(), d: d.slice(), s: s.slice() };
         let out = out.slice_mut();
-        linear(gpu, rows, Gemv { x, weight: self.table(), bias: None, write, out }).unwrap();
+        linear(gpu, rows, Product { x, weight: self.table(), bias: None, write, out }).unwrap();
     }
 }
 

@@ -108,3 +108,13 @@ pub struct RowMove {
     /// Page and row within it that is written.
     pub to: (u32, u32),
 }
+
+/// Treatment of the old content of a matrix product's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// The output is overwritten.
+    Store,
+    /// The result is added to it (the residual stream): `out = out + result`, one rounding after
+    /// the sum over K.
+    Add,
+}

@@ -13,7 +13,7 @@ mod fault;
 mod model;
 mod shared_rows;
 
-pub use attend::{AttendBatch, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove};
+pub use attend::{AttendBatch, AttendShape, KvShape, PAGE_SIZE, PENDING_ROWS_MAX, RowMove, Write};
 pub use buffers::BatchBuffers;
 pub use fault::{BackendError, BackendFault};
 pub use model::{

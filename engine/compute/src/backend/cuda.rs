@@ -11,22 +11,22 @@ use hat_cuda::attend::{self, Cut, Parts};
 use hat_cuda::embed;
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _};
 use hat_cuda::kv;
-use hat_cuda::linear_float::COLUMNS;
 use hat_cuda::plan::{HEAD_DIMS, PlanOnGpu};
+use hat_cuda::product::COLUMNS;
 use hat_cuda::rms_norm::{self, RmsNorm};
 use hat_cuda::rope_angles::rope_angles;
 use hat_cuda::rope_append::{self, RopeAppend};
 use hat_cuda::silu_mul::silu_mul;
 use hat_cuda::table::{Table, WeightDType};
 use hat_cuda::top_k::{K_MAX, TopK};
-use hat_loader::{DType, Layout, Tensor, layout};
+use hat_loader::{DType, Tensor};
 use hat_plan::{ARITHMETIC_CUDA, BackendFault};
 
 use self::product::Prepared;
 use self::shared::SharedBuffers;
 use super::{
     AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
-    RopeArgs, RowMove, SharedRows, TokenId, TopLogit, Write,
+    RopeArgs, RowMove, SharedRows, TokenId, TopLogit, Write, unsupported, weight_shape,
 };
 
 const NAME: &str = "cuda";
@@ -179,16 +179,6 @@ impl<G: Gpu> CudaBackend<G> {
         }
         Ok(())
     }
-
-    fn unsupported(tensor: &Tensor) -> BackendError {
-        let Tensor { name, dtype, layout, shape, bytes } = tensor;
-        let (dtype, layout, bytes) = (dtype.name(), layout.name(), bytes.len());
-        BackendError::Unsupported {
-            backend: NAME,
-            tensor: name.clone(),
-            reason: format!("{dtype} {shape:?} in {layout}, {bytes} bytes"),
-        }
-    }
 }
 
 impl<G: Gpu> Computes for CudaBackend<G> {
@@ -225,21 +215,15 @@ impl<G: Gpu + Send + 'static> Backend for CudaBackend<G> {
     }
 
     fn weight(&mut self, tensor: &Tensor) -> Result<Self::Weight, BackendError> {
-        let (n, k, kind, needed) = match (&tensor.shape[..], tensor.layout, tensor.dtype) {
-            (&[n], Layout::Rows, DType::F32) => (n, 0, Some(WeightDType::F32), n.checked_mul(4)),
-            (&[n, k], Layout::Panel16, dtype) => {
-                (n, k, numbers(dtype), layout::packed_bytes(dtype, n, k))
-            }
-            _ => (0, 0, None, None),
-        };
+        let [n, k, needed] = weight_shape(NAME, tensor)?;
+        let kind = if k == 0 { Some(WeightDType::F32) } else { numbers(tensor.dtype) };
         // Float matrices are copied by 16 bytes of a row of activations.
         let fits = |kind: &WeightDType| k == 0 || kind.block() > 1 || k.is_multiple_of(COLUMNS);
-        let (Some(numbers), Some(needed)) = (kind.filter(fits), needed) else {
-            return Err(Self::unsupported(tensor));
+        let Some(numbers) = kind.filter(fits) else {
+            let reason = format!("no kernel takes {} {:?}", tensor.dtype.name(), tensor.shape);
+            return Err(unsupported(NAME, tensor, reason));
         };
-        let Some(bytes) = tensor.bytes.get(..needed) else {
-            return Err(Self::unsupported(tensor));
-        };
+        let bytes = &tensor.bytes[..needed];
         let place = tensor.bytes.map().map(|(map, range)| (map, range.start));
         let in_place = place.and_then(|(map, at)| self.gpu.in_place(map, at..at + needed));
         let memory = match in_place {

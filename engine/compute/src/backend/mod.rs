@@ -10,21 +10,13 @@ pub mod cuda;
 #[cfg(feature = "testkit")]
 pub mod reference;
 
-use hat_loader::Tensor;
+use hat_loader::layout::packed_bytes;
+use hat_loader::{DType, Layout, Tensor};
+pub use hat_plan::Write;
 use hat_plan::{
     ARITHMETIC_CPU, AttendBatch, AttendShape, BackendError, Computes, KvShape, PAGE_SIZE, RowMove,
     SharedRows, TokenId,
 };
-
-/// Treatment of the old content of a `linear`'s output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Write {
-    /// The output is overwritten.
-    Store,
-    /// The result is added to it (the residual stream): `out = out + result`, one rounding after
-    /// the sum over K.
-    Add,
-}
 
 /// One of the largest numbers of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -55,6 +47,37 @@ impl TopLogit {
             list[at..].rotate_right(1);
             list[at] = self;
         }
+    }
+}
+
+/// A tensor that a backend can't take as a weight.
+fn unsupported(backend: &'static str, tensor: &Tensor, reason: String) -> BackendError {
+    BackendError::Unsupported { backend, tensor: tensor.name.clone(), reason }
+}
+
+/// Outputs, inputs (0 of a vector) and bytes of a tensor that has a form [`Backend::weight`] takes.
+fn weight_shape(backend: &'static str, tensor: &Tensor) -> Result<[usize; 3], BackendError> {
+    let Tensor { shape, layout, dtype, bytes, .. } = tensor;
+    let (dtype_name, layout_name) = (dtype.name(), layout.name());
+    let refuse = |reason| Err(unsupported(backend, tensor, reason));
+    let (n, k, needed) = match (&shape[..], layout, *dtype) {
+        (&[n], Layout::Rows, DType::F32) => (n, 0, n.checked_mul(4)),
+        (&[_], ..) => {
+            let got = format!("{dtype_name} in {layout_name}");
+            return refuse(format!("a vector must be f32 in rows, not {got}"));
+        }
+        (&[n, k], Layout::Panel16, dtype) if k > 0 => (n, k, packed_bytes(dtype, n, k)),
+        _ => {
+            let got = format!("shape {shape:?} in {layout_name}");
+            return refuse(format!("{got}; [n, k] in panel16 or [n] in rows"));
+        }
+    };
+    match needed {
+        None => refuse(format!("shape {shape:?} is no whole number of {dtype_name} blocks")),
+        Some(needed) if bytes.len() < needed => {
+            refuse(format!("{} bytes, but its shape takes {needed}", bytes.len()))
+        }
+        Some(needed) => Ok([n, k, needed]),
     }
 }
 

@@ -5,11 +5,11 @@
 //! with them but the meaning of the weight blocks.
 
 use half::f16;
-use hat_loader::{DType, Layout, Tensor, TensorBytes, layout};
+use hat_loader::{DType, Tensor, TensorBytes, layout};
 
 use super::{
     AttendArgs, AttendBatch, AttendShape, Backend, BackendError, Computes, KvShape, LinearArgs,
-    PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write,
+    PAGE_SIZE, RopeArgs, RowMove, TokenId, TopLogit, Write, weight_shape,
 };
 
 const NAME: &str = "reference";
@@ -110,20 +110,7 @@ impl Backend for Reference {
     }
 
     fn weight(&mut self, tensor: &Tensor) -> Result<Weight, BackendError> {
-        let (n, k, needed) = match (&tensor.shape[..], tensor.layout, tensor.dtype) {
-            (&[n], Layout::Rows, DType::F32) => (n, 0, n.checked_mul(4)),
-            (&[n, k], Layout::Panel16, dtype) => (n, k, layout::packed_bytes(dtype, n, k)),
-            _ => (0, 0, None),
-        };
-        if needed.is_none_or(|needed| tensor.bytes.len() < needed) {
-            let Tensor { name, dtype, layout, shape, bytes } = tensor;
-            let (dtype, layout, bytes) = (dtype.name(), layout.name(), bytes.len());
-            return Err(BackendError::Unsupported {
-                backend: NAME,
-                tensor: name.clone(),
-                reason: format!("{dtype} {shape:?} in {layout}, {bytes} bytes"),
-            });
-        }
+        let [n, k, _] = weight_shape(NAME, tensor)?;
         Ok(Weight { bytes: tensor.bytes.clone(), dtype: tensor.dtype, n, k })
     }
 

@@ -5,6 +5,7 @@
 //! first if many queries read it); a tile with rows of a draft tree is gathered key by key, for
 //! each row. What follows sees only the tile, so the bits of a row depend on logical positions
 //! alone.
+#![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
 
 use std::array::from_fn;
 use std::ops::Range;
@@ -12,6 +13,7 @@ use std::ops::Range;
 use super::super::PAGE_SIZE;
 use super::kv::CpuKv;
 use super::math;
+use super::simd::{self, Job, Simd};
 use super::threads::Part;
 
 /// Rows that a task has at most.
@@ -20,7 +22,7 @@ pub(super) const ROWS_MAX: usize = 16;
 const QUERIES: usize = 32;
 
 /// A number for each key of a tile.
-pub(super) type Tile = [f32; PAGE_SIZE];
+type Tile = [f32; PAGE_SIZE];
 
 /// One row, and the keys it sees.
 #[derive(Clone, Copy, Default)]
@@ -93,35 +95,21 @@ struct KeyTile {
     gathered_v: Vec<u16>,
 }
 
-/// One tile of K, `[head_dim][PAGE_SIZE]`, and V, `[PAGE_SIZE][head_dim]`, as it is read.
+/// One tile of K, `[head_dim][PAGE_SIZE]`, and V, `[PAGE_SIZE][head_dim]`, as it is read: in f16,
+/// or widened.
 #[derive(Clone, Copy)]
-struct Keys<'a> {
-    k: KvData<'a>,
-    v: KvData<'a>,
-}
-
-/// Numbers of a tile.
-#[derive(Clone, Copy)]
-pub(super) enum KvData<'a> {
-    /// f16, as they are stored.
-    Half(&'a [u16]),
-    /// Widened.
-    Full(&'a [f32]),
-}
-
-impl<'a> KvData<'a> {
-    fn range(self, range: Range<usize>) -> Self {
-        match self {
-            Self::Half(numbers) => Self::Half(&numbers[range]),
-            Self::Full(numbers) => Self::Full(&numbers[range]),
-        }
-    }
+struct Keys<'a, N> {
+    k: &'a [N],
+    v: &'a [N],
 }
 
 /// A number of a tile.
-pub(super) trait Key: Copy {
+trait Key: Copy {
     /// Its value.
     fn number(self) -> f32;
+
+    /// The values of 16.
+    fn floats<S: Simd>(s: S, numbers: &[Self; 16]) -> S::Floats;
 }
 
 impl Key for u16 {
@@ -129,12 +117,22 @@ impl Key for u16 {
     fn number(self) -> f32 {
         math::f16_to_f32(self)
     }
+
+    #[inline(always)]
+    fn floats<S: Simd>(s: S, numbers: &[u16; 16]) -> S::Floats {
+        s.halves(bytemuck::cast_ref(numbers))
+    }
 }
 
 impl Key for f32 {
     #[inline(always)]
     fn number(self) -> f32 {
         self
+    }
+
+    #[inline(always)]
+    fn floats<S: Simd>(s: S, numbers: &[f32; 16]) -> S::Floats {
+        s.floats(numbers)
     }
 }
 
@@ -154,12 +152,12 @@ impl AttendScratch {
 /// `out = softmax(q K^T / sqrt(head_dim)) V` for each query. Row `i` of the task goes to row
 /// `first + i` of `out`, from column `column`.
 #[inline(always)]
-pub(super) fn attend_task<O: TileOps>(
+pub(super) fn attend_task<S: Simd>(
+    s: S,
     task: &AttendTask<'_>,
     scratch: &mut AttendScratch,
     out: &mut Part<'_, f32>,
     (first, column): (usize, usize),
-    ops: O,
 ) {
     let queries = task.rows.len() * task.group;
     let AttendScratch { tile, running, sums } = scratch;
@@ -172,12 +170,12 @@ pub(super) fn attend_task<O: TileOps>(
         let start = index * PAGE_SIZE;
         let all_plain = task.rows.iter().all(|row| row.is_plain(start, &row.part_of(start)));
         if all_plain {
-            let keys = if queries > O::TOGETHER {
-                tile.f16_to_f32(task.page(index), ops)
+            let (keys, rows) = (task.page(index), 0..task.rows.len());
+            if queries > S::QUERIES {
+                add_tile(s, task, tile.f16_to_f32(s, keys), rows, start, running, sums);
             } else {
-                task.page(index)
-            };
-            add_tile(task, keys, 0..task.rows.len(), start, running, sums, ops);
+                add_tile(s, task, keys, rows, start, running, sums);
+            }
             continue;
         }
         for (r, row) in task.rows.iter().enumerate() {
@@ -190,7 +188,7 @@ pub(super) fn attend_task<O: TileOps>(
             } else {
                 tile.gather(task, row, start, part)
             };
-            add_tile(task, keys, r..r + 1, start, running, sums, ops);
+            add_tile(s, task, keys, r..r + 1, start, running, sums);
         }
     }
     let width = task.group * task.head_dim;
@@ -211,22 +209,18 @@ pub(super) fn attend_task<O: TileOps>(
 impl AttendTask<'_> {
     /// The tile that is page `index` of the sequence.
     #[inline(always)]
-    fn page(&self, index: usize) -> Keys<'_> {
+    fn page(&self, index: usize) -> Keys<'_, u16> {
         let (k, v) = self.kv.page(self.layer, self.pages[index], self.kv_head);
-        Keys { k: KvData::Half(k), v: KvData::Half(v) }
+        Keys { k, v }
     }
 }
 
 impl KeyTile {
     #[inline(always)]
-    fn f16_to_f32(&mut self, keys: Keys<'_>, ops: impl TileOps) -> Keys<'_> {
-        for (from, to) in [(keys.k, &mut self.k), (keys.v, &mut self.v)] {
-            match from {
-                KvData::Half(from) => ops.f16_to_f32(from, to),
-                KvData::Full(from) => to.copy_from_slice(from),
-            }
-        }
-        Keys { k: KvData::Full(&self.k), v: KvData::Full(&self.v) }
+    fn f16_to_f32(&mut self, s: impl Simd, keys: Keys<'_, u16>) -> Keys<'_, f32> {
+        simd::f16_to_f32(s, keys.k, &mut self.k);
+        simd::f16_to_f32(s, keys.v, &mut self.v);
+        Keys { k: &self.k, v: &self.v }
     }
 
     /// Copies the keys `part` of the tile that begins at `start`, one by one.
@@ -237,7 +231,7 @@ impl KeyTile {
         row: &Row<'_>,
         start: usize,
         part: Range<usize>,
-    ) -> Keys<'_> {
+    ) -> Keys<'_, u16> {
         let head_dim = task.head_dim;
         for j in part {
             let position = start + j;
@@ -255,21 +249,21 @@ impl KeyTile {
             let from = &v[slot % PAGE_SIZE * head_dim..][..head_dim];
             self.gathered_v[j * head_dim..][..head_dim].copy_from_slice(from);
         }
-        Keys { k: KvData::Half(&self.gathered_k), v: KvData::Half(&self.gathered_v) }
+        Keys { k: &self.gathered_k, v: &self.gathered_v }
     }
 }
 
 /// Adds a tile to the running softmax of the queries of `rows`, some at a time where they see the
 /// same keys.
 #[inline(always)]
-fn add_tile<O: TileOps>(
+fn add_tile<S: Simd, N: Key>(
+    s: S,
     task: &AttendTask<'_>,
-    tile: Keys<'_>,
+    tile: Keys<'_, N>,
     rows: Range<usize>,
     start: usize,
     running: &mut [(f32, f32)],
     sums: &mut [f32],
-    ops: O,
 ) {
     let (head_dim, group) = (task.head_dim, task.group);
     let end = rows.end * group;
@@ -283,7 +277,7 @@ fn add_tile<O: TileOps>(
             let next = task.rows[same_end..rows.end].iter().position(|row| !same(row));
             same_end = next.map_or(rows.end, |next| same_end + next);
         }
-        let run = (same_end * group - query).min(O::TOGETHER);
+        let run = (same_end * group - query).min(S::QUERIES);
         if keys.is_empty() {
             query = same_end * group;
             continue;
@@ -292,12 +286,12 @@ fn add_tile<O: TileOps>(
         let (running, sums) = (&mut running[query..], &mut sums[query * head_dim..]);
         macro_rules! together {
             ($queries:literal) => {
-                add_together::<$queries>(task, tile, query, keys, running, sums, ops)
+                add_together::<_, _, $queries>(s, task, tile, query, keys, running, sums)
             };
         }
         query += match run {
-            4.. if O::TOGETHER >= 4 => together!(4),
-            3 if O::TOGETHER >= 3 => together!(3),
+            4.. if S::QUERIES >= 4 => together!(4),
+            3 if S::QUERIES >= 3 => together!(3),
             2.. => together!(2),
             _ => together!(1),
         };
@@ -306,14 +300,14 @@ fn add_tile<O: TileOps>(
 
 /// The queries `first..first + Q`, which see the same keys; gives back Q.
 #[inline(always)]
-fn add_together<const Q: usize>(
+fn add_together<S: Simd, N: Key, const Q: usize>(
+    s: S,
     task: &AttendTask<'_>,
-    tile: Keys<'_>,
+    tile: Keys<'_, N>,
     first: usize,
     keys: Range<usize>,
     running: &mut [(f32, f32)],
     sums: &mut [f32],
-    ops: impl TileOps,
 ) -> usize {
     let (head_dim, group) = (task.head_dim, task.group);
     let scale = 1.0 / (head_dim as f32).sqrt();
@@ -321,24 +315,25 @@ fn add_together<const Q: usize>(
         let query = first + i;
         &task.rows[query / group].q[query % group * head_dim..][..head_dim]
     });
-    let mut tiles = ops.scores(q, tile.k);
-    let fades = weigh(&mut tiles, &keys, running, scale, ops);
+    let mut tiles = scores(s, q, tile.k);
+    let fades = weigh(s, &mut tiles, &keys, running, scale);
     let weights = tiles.each_ref().map(|tile| &tile[keys.clone()]);
     let mut sums = sums.chunks_exact_mut(head_dim);
     let sums = [(); Q].map(|()| sums.next().expect("a sum for each query"));
-    ops.add_values(weights, fades, tile.v.range(keys.start * head_dim..keys.end * head_dim), sums);
+    let v = &tile.v[keys.start * head_dim..keys.end * head_dim];
+    s.run(AddValues { weights, fades, v, sums });
     Q
 }
 
 /// Makes weights of scores, 0 for keys that are not seen, and takes them into the running softmax
 /// of each query. Gives back the factors for everything before this tile.
 #[inline(always)]
-fn weigh<const Q: usize>(
+fn weigh<S: Simd, const Q: usize>(
+    s: S,
     tiles: &mut [Tile; Q],
     keys: &Range<usize>,
     running: &mut [(f32, f32)],
     scale: f32,
-    ops: impl TileOps,
 ) -> [f32; Q] {
     let running: &mut [(f32, f32); Q] = running.first_chunk_mut().expect("one for each query");
     for tile in tiles.iter_mut() {
@@ -352,7 +347,7 @@ fn weigh<const Q: usize>(
     }
     // All queries one step after another: their chains run side by side.
     let max: [f32; Q] = from_fn(|i| {
-        let largest = ops.largest(&tiles[i]);
+        let largest = s.largest(halves(s, &tiles[i]));
         if largest > running[i].0 { largest } else { running[i].0 }
     });
     let fades = from_fn(|i| math::exp(running[i].0 - max[i]));
@@ -362,45 +357,111 @@ fn weigh<const Q: usize>(
         }
     }
     for i in 0..Q {
-        running[i] = (max[i], running[i].1.mul_add(fades[i], ops.total(&tiles[i])));
+        running[i] = (max[i], running[i].1.mul_add(fades[i], s.total(halves(s, &tiles[i]))));
     }
     fades
 }
 
-/// Operations that a level does by its own instructions.
-pub(super) trait TileOps: Copy {
-    /// Queries at a time: 2 to 4, as the registers allow.
-    const TOGETHER: usize;
-
-    /// Converts a run of f16; both have the same length.
-    fn f16_to_f32(self, from: &[u16], to: &mut [f32]);
-    /// The largest, by folding the upper half onto the lower.
-    fn largest(self, tile: &Tile) -> f32;
-    /// The sum, by folding the upper half onto the lower.
-    fn total(self, tile: &Tile) -> f32;
-    /// `q . k` of the 32 keys of a tile, K as `[head_dim][PAGE_SIZE]`: one chain of fused
-    /// multiply-adds over the head for each key.
-    fn scores<const Q: usize>(self, q: [&[f32]; Q], k: KvData<'_>) -> [Tile; Q];
-    /// `sums = sums * fade`, then for each key in order `sums = weight * v + sums`; V and the
-    /// weights are those of the keys that are seen.
-    fn add_values<const Q: usize>(
-        self,
-        weights: [&[f32]; Q],
-        fades: [f32; Q],
-        v: KvData<'_>,
-        sums: [&mut [f32]; Q],
-    );
+/// The keys of a tile, or the numbers for them.
+#[inline(always)]
+fn halves<S: Simd, N: Key>(s: S, tile: &[N; PAGE_SIZE]) -> [S::Floats; 2] {
+    let (halves, _) = tile.as_chunks::<16>();
+    [N::floats(s, &halves[0]), N::floats(s, &halves[1])]
 }
 
-/// Folds the upper half onto the lower until one number is left.
+/// `q . k` of the keys of a tile, K as `[head_dim][PAGE_SIZE]`: one chain of fused multiply-adds
+/// over the head for each key.
 #[inline(always)]
-pub(super) fn fold(mut tile: Tile, f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = PAGE_SIZE / 2;
-    while half > 0 {
-        for i in 0..half {
-            tile[i] = f(tile[i], tile[i + half]);
+fn scores<S: Simd, N: Key, const Q: usize>(s: S, q: [&[f32]; Q], k: &[N]) -> [Tile; Q] {
+    let head_dim = k.len() / PAGE_SIZE;
+    let q = q.map(|q| &q[..head_dim]);
+    let mut sums = [[s.splat(0.0); 2]; Q];
+    for (d, keys) in k.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
+        let keys = halves(s, keys);
+        for r in 0..Q {
+            let q = s.splat(q[r][d]);
+            for i in 0..2 {
+                sums[r][i] = s.fma(q, keys[i], sums[r][i]);
+            }
         }
-        half /= 2;
     }
-    tile[0]
+    let mut tiles = [[0.0; PAGE_SIZE]; Q];
+    for r in 0..Q {
+        tiles[r] = bytemuck::cast([s.array(sums[r][0]), s.array(sums[r][1])]);
+    }
+    tiles
+}
+
+/// `sums = sums * fade`, then for each key in order `sums = weight * v + sums`; V and the weights
+/// are those of the keys that are seen.
+struct AddValues<'a, N, const Q: usize> {
+    weights: [&'a [f32]; Q],
+    fades: [f32; Q],
+    v: &'a [N],
+    sums: [&'a mut [f32]; Q],
+}
+
+impl<N: Key, const Q: usize> Job for AddValues<'_, N, Q> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let head_dim = self.sums[0].len();
+        let mut at = 0;
+        while S::RUNS >= 4 && at + 64 <= head_dim {
+            self.add_runs::<S, 4>(s, at);
+            at += 64;
+        }
+        while at + 32 <= head_dim {
+            self.add_runs::<S, 2>(s, at);
+            at += 32;
+        }
+        while at + 16 <= head_dim {
+            self.add_runs::<S, 1>(s, at);
+            at += 16;
+        }
+        let Self { weights, fades, v, sums } = self;
+        for d in at..head_dim {
+            for r in 0..Q {
+                let column = v[d..].iter().step_by(head_dim).zip(weights[r]);
+                let chain = |sum: f32, (v, weight): (&N, &f32)| weight.mul_add(v.number(), sum);
+                sums[r][d] = column.fold(sums[r][d] * fades[r], chain);
+            }
+        }
+    }
+}
+
+impl<N: Key, const Q: usize> AddValues<'_, N, Q> {
+    /// Dimensions `at..at + 16 * RUNS`.
+    #[inline(always)]
+    fn add_runs<S: Simd, const RUNS: usize>(&mut self, s: S, at: usize) {
+        let mut run = [[s.splat(0.0); RUNS]; Q];
+        for r in 0..Q {
+            let (sums, fade) = (self.sums[r][at..].as_chunks::<16>().0, s.splat(self.fades[r]));
+            for i in 0..RUNS {
+                run[r][i] = s.mul(s.floats(&sums[i]), fade);
+            }
+        }
+        let keys = self.weights[0].len();
+        let weights = self.weights.map(|weights| &weights[..keys]);
+        for (j, v) in self.v.chunks_exact(self.sums[0].len()).enumerate().take(keys) {
+            let (v, _) = v[at..at + 16 * RUNS].as_chunks::<16>();
+            let mut values = [s.splat(0.0); RUNS];
+            for i in 0..RUNS {
+                values[i] = N::floats(s, &v[i]);
+            }
+            for r in 0..Q {
+                let weight = s.splat(weights[r][j]);
+                for i in 0..RUNS {
+                    run[r][i] = s.fma(weight, values[i], run[r][i]);
+                }
+            }
+        }
+        for r in 0..Q {
+            let (sums, _) = self.sums[r][at..].as_chunks_mut::<16>();
+            for i in 0..RUNS {
+                sums[i] = s.array(run[r][i]);
+            }
+        }
+    }
 }

@@ -1,71 +1,68 @@
-//! AVX2 with FMA and F16C: the same sums as the portable level, 8 columns in a register.
+//! AVX2 with FMA and F16C: 8 columns in a register.
 //!
-//! Integer dot products of nibbles stay in 16 bits for a whole block of 32: a pair of products is
-//! at most 2 * 15 * 127 = 3810, eight of them 30480. Bytes can't (2 * 255 * 127 saturates), so
-//! q8_0 multiplies magnitudes with the weight's sign moved to the activation.
-#![expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
+//! Dot products stay in 16 bits as long as they fit: a pair of products of nibbles is at most
+//! 2 * 15 * 127 = 3810, eight of them 30480. Bytes can't (2 * 255 * 127 saturates), so signed ones
+//! multiply magnitudes with the weight's sign moved to the activation.
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
-use std::ops::Range;
 
-use hat_loader::DType;
-
-use super::super::PAGE_SIZE;
-use super::attend::{AttendScratch, AttendTask, Key, KvData, Tile, TileOps, attend_task};
 use super::kernels::Kernels;
-use super::math::{self, BLOCK, Block};
-use super::matrix::{Linear, Sums, weight_types};
-use super::threads::Part;
-use super::x86::{self, attend_steps, level};
+use super::simd::{Job, Simd, WordBytes, instructions, run_inside};
 
-/// 8 columns: 4 weights (or 8 nibbles) of each.
-type Word = [u8; 32];
-/// Registers of 8 columns in a panel.
-const HALVES: usize = 2;
-/// Distance of the prefetch, in [`Word`]s. It runs on into the next panel.
-const AHEAD: usize = 128;
+/// Distance of the prefetch, in bytes. It runs on into the next panel.
+const AHEAD: usize = 4096;
 
-level! {
-    "avx2", "avx2,fma,f16c", needs ["avx2" "fma" "f16c"], tiles of 4,
-    quantise_row: math::quantise_row
+/// The proof that this CPU has the instructions.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+/// The kernels of this level, or the instruction set that this CPU lacks.
+pub(super) fn kernels() -> Result<&'static dyn Kernels, &'static str> {
+    need!("avx2" "fma" "f16c");
+    Ok(&Avx2(()))
 }
 
-attend_steps! {
-    "avx2,fma,f16c", __m256, 8, together 2,
-    zero: _mm256_setzero_ps, broadcast: _mm256_set1_ps, mul: _mm256_mul_ps, fmadd: _mm256_fmadd_ps,
-    load: _mm256_loadu_ps, load_halves: _mm_loadu_si128, f16_to_f32: _mm256_cvtph_ps
+/// Gives up where this CPU lacks an instruction set.
+macro_rules! need {
+    ($($name:tt)*) => {
+        $(if !is_x86_feature_detected!($name) {
+            return Err($name);
+        })*
+    };
+}
+pub(super) use need;
+
+/// The same of both registers of 8 columns.
+macro_rules! both {
+    ($h:ident => $one:expr) => {
+        [
+            {
+                let $h = 0;
+                $one
+            },
+            {
+                let $h = 1;
+                $one
+            },
+        ]
+    };
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn word(bytes: &Word) -> __m256i {
-    // SAFETY: a load of exactly the 32 bytes of the array.
-    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+/// Folds the upper half of 8 numbers onto the lower until one is left.
+macro_rules! fold {
+    ($eight:expr, $four:ident, $one:ident) => {{
+        let eight = $eight;
+        let four = $four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = $four(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32($one(two, _mm_movehdup_ps(two)))
+    }};
 }
-
-/// 16 f16 numbers, or two runs of 16 bytes.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn split(bytes: &Word) -> [__m128i; HALVES] {
-    let both = word(bytes);
-    [_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both)]
-}
-
-/// 16 f16 numbers as f32.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn halves(bytes: &Word) -> [__m256; HALVES] {
-    let [first, second] = split(bytes);
-    [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)]
-}
-
-/// Activations `4 j..4 j + 4` in every lane.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn broadcast(q: &[i8; BLOCK], j: usize) -> __m256i {
-    _mm256_set1_epi32(bytemuck::cast(q.as_chunks::<4>().0[j]))
-}
+pub(super) use fold;
 
 /// Hides a value from the optimiser, which else re-associates the integer sums over the unrolled
 /// steps (exact, but it keeps all products alive at once and spills).
-#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+#[target_feature(enable = "avx2")]
 fn pin(mut v: __m256i) -> __m256i {
     // SAFETY: the assembly is a comment; it reads and writes nothing but the register of `v`.
     unsafe {
@@ -78,229 +75,117 @@ fn pin(mut v: __m256i) -> __m256i {
     v
 }
 
-/// Asks for the words of a later block: a panel is read once from memory, whatever the rows.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch<const N: usize>(block: &[Word; N]) {
-    for line in 0..N.div_ceil(2) {
-        let at = block.as_ptr().wrapping_add(AHEAD + line * 2);
-        #[allow(unused_unsafe, reason = "unsafe before Rust 1.90")]
-        // SAFETY: a prefetch reads nothing and can't fault, whatever the address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast())
-        };
+impl Simd for Avx2 {
+    type Floats = [__m256; 2];
+    type Whole = [__m256i; 2];
+    type Word = [__m256i; 2];
+    type Dots = [__m256i; 2];
+    type Scales = [__m256i; 2];
+
+    const NAME: &'static str = "avx2";
+    const ROWS: usize = 4;
+    const QUERIES: usize = 2;
+    const RUNS: usize = 2;
+    const DOTS_ARE_I16: bool = true;
+    const SIGNED_OFFSET: i32 = 0;
+
+    run_inside! { "avx2,fma,f16c" }
+
+    #[inline(always)]
+    fn array(self, x: [__m256; 2]) -> [f32; 16] {
+        bytemuck::cast(x)
     }
-}
 
-/// The registers of a tile as numbers.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn sums<const R: usize>(acc: [[__m256; HALVES]; R]) -> Sums<R> {
-    acc.map(|row| bytemuck::cast(row.map(bytemuck::cast::<__m256, [f32; 8]>)))
-}
-
-/// q4_0 in blocks of 9 words, q4_1 in blocks of 10. One body with one caller for each tile, so
-/// that its registers are given out together.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn nibbles<const R: usize, const WORDS: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let (ones, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
-    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<WORDS>().0.iter().enumerate() {
-        prefetch(block);
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        // Each register has 16 pairs of i16 whose sum counts.
-        let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
-        if WORDS == 9 {
-            // The -8 of 32 weights, half of it in each of a pair: at most 22352 + 8128.
-            dots = a.map(|a| [_mm256_set1_epi16(-4 * (a.sums[0] + a.sums[1])); HALVES]);
+    instructions! { unsafe
+        fn splat(self, x: f32) -> [__m256; 2] { [_mm256_set1_ps(x); 2] }
+        fn floats(self, x: &[f32; 16]) -> [__m256; 2] {
+            both!(h => _mm256_loadu_ps(x[8 * h..].as_ptr()))
         }
-        for j in 0..4 {
-            let both: [__m256i; HALVES] = from_fn(|h| word(&block[j * 2 + h]));
-            let low = both.map(|v| _mm256_and_si256(v, mask));
-            let high = both.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
-            for r in 0..R {
-                let q = broadcast(&a[r].q, j);
-                dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(low[0], q));
-                dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(low[1], q));
-                let q = broadcast(&a[r].q, j + 4);
-                dots[r][0] = _mm256_add_epi16(dots[r][0], _mm256_maddubs_epi16(high[0], q));
-                dots[r][1] = _mm256_add_epi16(dots[r][1], _mm256_maddubs_epi16(high[1], q));
-            }
-            for r in 0..R {
-                dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
-            }
+        fn halves(self, x: &[u8; 32]) -> [__m256; 2] {
+            both!(h => _mm256_cvtph_ps(_mm_loadu_si128(x[16 * h..].as_ptr().cast())))
         }
-        let d = halves(&block[8]);
-        for r in 0..R {
-            let da = _mm256_set1_ps(a[r].d);
-            for h in 0..HALVES {
-                let sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
-                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
-            }
+        fn bf16s(self, x: &[u8; 32]) -> [__m256; 2] {
+            both!(h => {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(x[16 * h..].as_ptr().cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            })
         }
-        if WORDS == 10 {
-            let m = halves(&block[WORDS - 1]);
-            for r in 0..R {
-                let s = _mm256_set1_ps(a[r].s);
-                for h in 0..HALVES {
-                    acc[r][h] = _mm256_fmadd_ps(m[h], s, acc[r][h]);
-                }
-            }
+        fn to_halves(self, x: &[f32; 16]) -> [u16; 16] {
+            let x = self.floats(x);
+            bytemuck::cast(both!(h => _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[h])))
         }
-    }
-    sums(acc)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    nibbles::<R, 9>(panel, rows)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    nibbles::<R, 10>(panel, rows)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<17>().0.iter().enumerate() {
-        prefetch(block);
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
-        for j in 0..8 {
-            let w: [__m256i; HALVES] = from_fn(|h| word(&block[j * 2 + h]));
-            let magnitude = w.map(|w| _mm256_abs_epi8(w));
-            for r in 0..R {
-                let a = broadcast(&a[r].q, j);
-                // 2 * 128 * 127 = 32512 fits 16 bits.
-                let dot = |h: usize| {
-                    let pairs = _mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(a, w[h]));
-                    _mm256_madd_epi16(pairs, ones)
-                };
-                dots[r][0] = _mm256_add_epi32(dots[r][0], dot(0));
-                dots[r][1] = _mm256_add_epi32(dots[r][1], dot(1));
-            }
-            for r in 0..R {
-                dots[r] = [pin(dots[r][0]), pin(dots[r][1])];
-            }
+        fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            both!(h => _mm256_mul_ps(a[h], b[h]))
         }
-        let d = halves(&block[16]);
-        for r in 0..R {
-            let da = _mm256_set1_ps(a[r].d);
-            for h in 0..HALVES {
-                let sum = _mm256_cvtepi32_ps(dots[r][h]);
-                acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
+        fn fma(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            both!(h => _mm256_fmadd_ps(a[h], b[h], c[h]))
+        }
+        fn largest(self, x: [[__m256; 2]; 2]) -> f32 {
+            let [a, b] = both!(h => _mm256_max_ps(x[0][h], x[1][h]));
+            fold!(_mm256_max_ps(a, b), _mm_max_ps, _mm_max_ss)
+        }
+        fn total(self, x: [[__m256; 2]; 2]) -> f32 {
+            let [a, b] = both!(h => _mm256_add_ps(x[0][h], x[1][h]));
+            fold!(_mm256_add_ps(a, b), _mm_add_ps, _mm_add_ss)
+        }
+        fn word(self, bytes: &WordBytes) -> [__m256i; 2] {
+            both!(h => _mm256_loadu_si256(bytes[32 * h..].as_ptr().cast()))
+        }
+        fn and(self, a: [__m256i; 2], bits: u8) -> [__m256i; 2] {
+            both!(h => _mm256_and_si256(a[h], _mm256_set1_epi8(bits.cast_signed())))
+        }
+        fn or(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            both!(h => _mm256_or_si256(a[h], b[h]))
+        }
+        fn shl(self, a: [__m256i; 2], bits: i32) -> [__m256i; 2] {
+            both!(h => _mm256_sll_epi16(a[h], _mm_cvtsi32_si128(bits)))
+        }
+        fn shr(self, a: [__m256i; 2], bits: i32) -> [__m256i; 2] {
+            both!(h => _mm256_srl_epi16(a[h], _mm_cvtsi32_si128(bits)))
+        }
+        fn dots(self, half: i32) -> [__m256i; 2] { [_mm256_set1_epi16(half as i16); 2] }
+        fn dot(self, dots: [__m256i; 2], word: [__m256i; 2], q: [i8; 4]) -> [__m256i; 2] {
+            let q = _mm256_set1_epi32(bytemuck::cast(q));
+            both!(h => pin(_mm256_add_epi16(dots[h], _mm256_maddubs_epi16(word[h], q))))
+        }
+        fn dot_signed(self, dots: [__m256i; 2], word: [__m256i; 2], q: [i8; 4]) -> [__m256i; 2] {
+            let q = _mm256_set1_epi32(bytemuck::cast(q));
+            // 2 * 128 * 127 = 32512 fits 16 bits.
+            both!(h => _mm256_add_epi16(
+                dots[h],
+                _mm256_maddubs_epi16(_mm256_abs_epi8(word[h]), _mm256_sign_epi8(q, word[h])),
+            ))
+        }
+        fn whole(self) -> [__m256i; 2] { [_mm256_setzero_si256(); 2] }
+        fn add(self, whole: [__m256i; 2], dots: [__m256i; 2]) -> [__m256i; 2] {
+            self.add_scaled(whole, dots, [_mm256_set1_epi16(1); 2])
+        }
+        fn scales(self, bytes: &[u8; 16]) -> [__m256i; 2] {
+            // Two equal i16 for each column.
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let even = _mm256_unpacklo_epi16(wide, wide);
+            let odd = _mm256_unpackhi_epi16(wide, wide);
+            [
+                _mm256_permute2x128_si256::<0x20>(even, odd),
+                _mm256_permute2x128_si256::<0x31>(even, odd),
+            ]
+        }
+        fn add_scaled(
+            self,
+            whole: [__m256i; 2],
+            dots: [__m256i; 2],
+            scales: [__m256i; 2]
+        ) -> [__m256i; 2] {
+            both!(h => pin(_mm256_add_epi32(whole[h], _mm256_madd_epi16(dots[h], scales[h]))))
+        }
+        fn to_floats(self, whole: [__m256i; 2]) -> [__m256; 2] {
+            both!(h => _mm256_cvtepi32_ps(whole[h]))
+        }
+        fn prefetch(self, _rows: usize, block: &[u8]) -> () {
+            // A panel is read once from memory, whatever the rows.
+            for line in (0..block.len()).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD + line).cast());
             }
         }
     }
-    sums(acc)
-}
-
-/// Dot products of one unit of q6_k with 32 activations, scaled, as i32.
-///
-/// A pair of products is at most 2 * 63 * 127 = 16002, two pairs fit 16 bits; then
-/// multiply-add-adjacent multiplies by the scale, and takes off 32 times the activations too.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q6_k_dots<const R: usize>(unit: &[Word; 13], rows: [&Block; R]) -> [[__m256i; HALVES]; R] {
-    let (mask, two_bits) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
-    let mut dots = [[_mm256_setzero_si256(); HALVES]; R];
-    let all_scales = split(&unit[12]);
-    for g in 0..2 {
-        // Two equal i16 for each column.
-        let scales = _mm256_cvtepi8_epi16(all_scales[g]);
-        let (even, odd) =
-            (_mm256_unpacklo_epi16(scales, scales), _mm256_unpackhi_epi16(scales, scales));
-        let scales = [
-            _mm256_permute2x128_si256::<0x20>(even, odd),
-            _mm256_permute2x128_si256::<0x31>(even, odd),
-        ];
-        for h in 0..HALVES {
-            let high = word(&unit[8 + g * 2 + h]);
-            let high: [__m256i; 4] = [
-                _mm256_and_si256(_mm256_slli_epi16::<4>(high), two_bits),
-                _mm256_and_si256(_mm256_slli_epi16::<2>(high), two_bits),
-                _mm256_and_si256(high, two_bits),
-                _mm256_and_si256(_mm256_srli_epi16::<2>(high), two_bits),
-            ];
-            let q: [__m256i; 4] = from_fn(|s| {
-                let both = word(&unit[s * 2 + h]);
-                let low = if g == 0 { both } else { _mm256_srli_epi16::<4>(both) };
-                _mm256_or_si256(_mm256_and_si256(low, mask), high[s])
-            });
-            for r in 0..R {
-                let a = &rows[r];
-                let pairs = |s: usize| {
-                    let first = _mm256_maddubs_epi16(q[s], broadcast(&a.q, g * 4 + s));
-                    let second = _mm256_maddubs_epi16(q[s + 1], broadcast(&a.q, g * 4 + s + 1));
-                    _mm256_madd_epi16(_mm256_add_epi16(first, second), scales[h])
-                };
-                // 16 * 2032 = 32512 fits 16 bits.
-                let offset = _mm256_madd_epi16(_mm256_set1_epi16(-16 * a.sums[g]), scales[h]);
-                let sum = _mm256_add_epi32(_mm256_add_epi32(pairs(0), pairs(2)), offset);
-                dots[r][h] = pin(_mm256_add_epi32(dots[r][h], sum));
-            }
-        }
-    }
-    dots
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (b, block) in panel.as_chunks::<32>().0.as_chunks::<105>().0.iter().enumerate() {
-        let d = halves(&block[0]);
-        for (u, unit) in block[1..].as_chunks::<13>().0.iter().enumerate() {
-            prefetch(unit);
-            let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
-            let dots = q6_k_dots(unit, a);
-            for r in 0..R {
-                let da = _mm256_set1_ps(a[r].d);
-                for h in 0..HALVES {
-                    let sum = _mm256_cvtepi32_ps(dots[r][h]);
-                    acc[r][h] = _mm256_fmadd_ps(sum, _mm256_mul_ps(d[h], da), acc[r][h]);
-                }
-            }
-        }
-    }
-    sums(acc)
-}
-
-/// The float types: `N` words hold one k of 16 columns; `f16_to_f32` makes f32 of them.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn numbers<const R: usize, const N: usize>(
-    panel: &[u8],
-    rows: [&[f32]; R],
-    f16_to_f32: impl Fn(&[Word; N]) -> [__m256; HALVES],
-) -> Sums<R> {
-    let mut acc = [[_mm256_setzero_ps(); HALVES]; R];
-    for (k, words) in panel.as_chunks::<32>().0.as_chunks::<N>().0.iter().enumerate() {
-        let w = f16_to_f32(words);
-        for r in 0..R {
-            let x = _mm256_set1_ps(rows[r][k]);
-            acc[r][0] = _mm256_fmadd_ps(x, w[0], acc[r][0]);
-            acc[r][1] = _mm256_fmadd_ps(x, w[1], acc[r][1]);
-        }
-    }
-    sums(acc)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn f32_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
-    numbers::<R, 2>(panel, rows, |words| words.each_ref().map(|w| _mm256_castsi256_ps(word(w))))
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn f16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
-    numbers::<R, 1>(panel, rows, |[words]| halves(words))
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn bf16_numbers<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
-    numbers::<R, 1>(panel, rows, |[words]| {
-        split(words)
-            .map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
-    })
 }

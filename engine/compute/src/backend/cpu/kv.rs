@@ -4,6 +4,7 @@
 //! V as `[PAGE_SIZE][head_dim]`.
 
 use super::super::{BackendError, KvShape, PAGE_SIZE, RowMove};
+use super::kernels::Kernels;
 
 /// The KV store of the CPU backends.
 pub struct CpuKv {
@@ -84,16 +85,11 @@ impl CpuKv {
 }
 
 /// Puts a key `[head_dim]` to row `row` of one head of a page.
-pub(super) fn put_key(
-    key: &[f32],
-    row: usize,
-    page: &mut [u16],
-    f32_to_f16: fn(from: &[f32], to: &mut [u16]),
-) {
+pub(super) fn put_key(key: &[f32], row: usize, page: &mut [u16], kernels: &dyn Kernels) {
     let mut halves = [0; 64];
     for (key, page) in key.chunks(halves.len()).zip(page.chunks_mut(halves.len() * PAGE_SIZE)) {
         let halves = &mut halves[..key.len()];
-        f32_to_f16(key, halves);
+        kernels.f32_to_f16(key, halves);
         for (to, half) in page[row..].iter_mut().step_by(PAGE_SIZE).zip(halves) {
             *to = *half;
         }
@@ -101,11 +97,6 @@ pub(super) fn put_key(
 }
 
 /// Puts a value `[head_dim]` to row `row` of one head of a page.
-pub(super) fn put_value(
-    value: &[f32],
-    row: usize,
-    page: &mut [u16],
-    f32_to_f16: fn(from: &[f32], to: &mut [u16]),
-) {
-    f32_to_f16(value, &mut page[row * value.len()..][..value.len()]);
+pub(super) fn put_value(value: &[f32], row: usize, page: &mut [u16], kernels: &dyn Kernels) {
+    kernels.f32_to_f16(value, &mut page[row * value.len()..][..value.len()]);
 }

@@ -6,11 +6,13 @@
 
 use std::ops::Range;
 
-use hat_loader::layout::{PANEL, packed_bytes, panel_block_bytes};
-use hat_loader::{DType, Layout, Tensor, TensorBytes};
+use hat_loader::layout::{PANEL, panel_block_bytes};
+use hat_loader::{DType, Tensor, TensorBytes};
 
-use super::super::{BackendError, Write};
+use super::super::{BackendError, Write, unsupported, weight_shape};
+use super::formats::{Format, has_kernel};
 use super::math::{self, Block};
+use super::simd::Simd;
 use super::threads::Part;
 
 /// Rows whose activations stay in L2 while all panels pass by.
@@ -31,42 +33,13 @@ pub struct CpuWeight {
 impl CpuWeight {
     /// Takes a tensor if there is a kernel for it; copies none of its bytes.
     pub(super) fn new(backend: &'static str, tensor: &Tensor) -> Result<Self, BackendError> {
-        let refuse = |reason: String| BackendError::Unsupported {
-            backend,
-            tensor: tensor.name.clone(),
-            reason,
-        };
-        let (n, k, needed) = match (&tensor.shape[..], tensor.layout, tensor.dtype) {
-            (&[n], Layout::Rows, DType::F32) => (n, 0, n.checked_mul(4)),
-            (&[_], layout, dtype) => {
-                let (dtype, layout) = (dtype.name(), layout.name());
-                return Err(refuse(format!(
-                    "a vector must be f32 in rows, not {dtype} in {layout}"
-                )));
-            }
-            (&[n, k], Layout::Panel16, dtype) if k > 0 => (n, k, packed_bytes(dtype, n, k)),
-            (shape, layout, _) => {
-                let layout = layout.name();
-                return Err(refuse(format!(
-                    "shape {shape:?} in {layout}; [n, k] in panel16 or [n] in rows"
-                )));
-            }
-        };
-        let needed = needed.ok_or_else(|| {
-            let (shape, dtype) = (&tensor.shape, tensor.dtype.name());
-            refuse(format!("shape {shape:?} is no whole number of {dtype} blocks"))
-        })?;
-        if tensor.bytes.len() < needed {
-            let bytes = tensor.bytes.len();
-            return Err(refuse(format!("{bytes} bytes, but its shape takes {needed}")));
+        let [n, k, _] = weight_shape(backend, tensor)?;
+        let Tensor { bytes, dtype, name, .. } = tensor.clone();
+        if !has_kernel(dtype) {
+            let reason = format!("there is no kernel for {}", dtype.name());
+            return Err(unsupported(backend, tensor, reason));
         }
-        Ok(Self {
-            bytes: tensor.bytes.clone(),
-            dtype: tensor.dtype,
-            n,
-            k,
-            name: tensor.name.clone(),
-        })
+        Ok(Self { bytes, dtype, n, k, name })
     }
 
     /// Bytes of one panel.
@@ -120,132 +93,54 @@ pub(super) struct Linear<'a> {
 /// The sums of a tile: 16 columns a row.
 pub(super) type Sums<const R: usize> = [[f32; PANEL]; R];
 
-/// One level's kernel for one type of weight. `T` is what a row of input consists of.
-pub(super) trait Tiles<T>: Copy {
-    /// Rows of the largest tile: 4 or 8.
-    const ROWS: usize;
-
-    /// The sums of 16 columns for `R` rows: `panel` holds the columns' weights.
-    fn tile<const R: usize>(self, panel: &[u8], rows: [&[T]; R]) -> Sums<R>;
-}
-
-/// Makes a level's kernels usable: a [`Tiles`] for each type of weight, and `linear`, which chooses
-/// among them. `$call!` wraps each call of a kernel; `$rows` is [`Tiles::ROWS`].
-macro_rules! weight_types {
-    ($call:ident, $rows:literal) => {
-        $crate::backend::cpu::matrix::weight_types! { @types $call, $rows,
-            Q4_0: Block, q4_0;
-            Q4_1: Block, q4_1;
-            Q8_0: Block, q8_0;
-            Q6K: Block, q6_k;
-            F32: f32, f32_numbers;
-            F16: f32, f16_numbers;
-            Bf16: f32, bf16_numbers;
-        }
-
-        /// The columns of a matrix, by its type.
-        #[inline(always)]
-        fn linear_of_type(
-            job: &Linear<'_>,
-            columns: std::ops::Range<usize>,
-            out: &mut Part<'_, f32>,
-        ) {
-            use $crate::backend::cpu::matrix::for_each_panel;
-            match job.weight.dtype {
-                DType::Q4_0 => for_each_panel(job, job.blocks, columns, out, Q4_0),
-                DType::Q4_1 => for_each_panel(job, job.blocks, columns, out, Q4_1),
-                DType::Q8_0 => for_each_panel(job, job.blocks, columns, out, Q8_0),
-                DType::Q6K => for_each_panel(job, job.blocks, columns, out, Q6K),
-                DType::F32 => for_each_panel(job, job.x, columns, out, F32),
-                DType::F16 => for_each_panel(job, job.x, columns, out, F16),
-                DType::Bf16 => for_each_panel(job, job.x, columns, out, Bf16),
-                other => unreachable!("{} is refused when the weight is taken", other.name()),
-            }
-        }
-    };
-    (@types $call:ident, $rows:literal, $($name:ident: $input:ty, $kernel:ident;)*) => {$(
-        #[derive(Clone, Copy)]
-        struct $name;
-
-        impl $crate::backend::cpu::matrix::Tiles<$input> for $name {
-            const ROWS: usize = $rows;
-
-            #[inline(always)]
-            fn tile<const R: usize>(self, panel: &[u8], rows: [&[$input]; R]) -> Sums<R> {
-                $call!($kernel::<R>(panel, rows))
-            }
-        }
-    )*};
-}
-pub(super) use weight_types;
-
-/// Goes over the panels of `columns` over all rows. `x` is `[rows][width]`.
+/// Goes over the panels of `columns` over all rows.
 #[inline(always)]
-pub(super) fn for_each_panel<T>(
+pub(super) fn for_each_panel<S: Simd, F: Format>(
+    s: S,
     linear: &Linear<'_>,
-    x: &[T],
     columns: Range<usize>,
     out: &mut Part<'_, f32>,
-    tiles: impl Tiles<T>,
 ) {
     let panel_bytes = linear.weight.panel_bytes();
     let weight: &[u8] = &linear.weight.bytes;
     for first in (0..linear.rows).step_by(ROWS_IN_CACHE) {
-        let end = linear.rows.min(first + ROWS_IN_CACHE);
+        let rows = first..linear.rows.min(first + ROWS_IN_CACHE);
         for column in columns.clone().step_by(PANEL) {
             let panel = &weight[column / PANEL * panel_bytes..][..panel_bytes];
-            for_each_tile(
-                linear,
-                x,
-                first..end,
-                panel,
-                (column, column - columns.start),
-                out,
-                tiles,
-            );
+            let at = (column, column - columns.start);
+            for_each_tile::<S, F>(s, linear, rows.clone(), panel, at, out);
         }
     }
 }
 
 /// One panel over some rows, in tiles of 8, 4, 2 and 1.
 #[inline(always)]
-fn for_each_tile<T, K: Tiles<T>>(
+fn for_each_tile<S: Simd, F: Format>(
+    s: S,
     linear: &Linear<'_>,
-    x: &[T],
     rows: Range<usize>,
     panel: &[u8],
     at: (usize, usize),
     out: &mut Part<'_, f32>,
-    tiles: K,
 ) {
+    let x = F::input(linear);
     let width = x.len() / linear.rows;
+    let mut row = rows.start;
     macro_rules! tile {
-        ($row:expr, $rows:literal) => {{
-            let of = |r: usize| &x[($row + r) * width..][..width];
-            let sums = tiles.tile::<$rows>(panel, std::array::from_fn(of));
-            finish(linear, &sums, $row, at, out);
+        ($rows:literal) => {{
+            let of = |r: usize| &x[(row + r) * width..][..width];
+            let sums = F::tile::<S, $rows>(s, panel, std::array::from_fn(of));
+            finish(linear, &sums, row, at, out);
+            row += $rows;
         }};
     }
-    let mut row = rows.start;
     while row < rows.end {
-        row += match rows.end - row {
-            8.. if K::ROWS >= 8 => {
-                tile!(row, 8);
-                8
-            }
-            4.. => {
-                tile!(row, 4);
-                4
-            }
-            2.. => {
-                tile!(row, 2);
-                2
-            }
-            _ => {
-                tile!(row, 1);
-                1
-            }
-        };
+        match rows.end - row {
+            8.. if S::ROWS >= 8 => tile!(8),
+            4.. => tile!(4),
+            2.. => tile!(2),
+            _ => tile!(1),
+        }
     }
 }
 

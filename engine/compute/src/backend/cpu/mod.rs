@@ -15,21 +15,19 @@ mod avx2;
 mod avx512;
 mod batch;
 mod buffer;
+mod formats;
 mod kernels;
 mod kv;
 mod math;
 mod matrix;
 #[cfg(target_arch = "aarch64")]
 #[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
-#[expect(clippy::needless_range_loop, reason = "constant indices keep tiles in registers")]
 mod neon;
 mod portable;
+mod simd;
 #[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
 mod threads;
 mod top_logits;
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "vector instructions, behind a check of the CPU")]
-mod x86;
 
 use hat_loader::{Tensor, layout};
 
@@ -123,7 +121,7 @@ struct Quantised {
 
 /// Kernels, threads, and the scratch that steps reuse.
 pub struct CpuBackend {
-    kernels: &'static Kernels,
+    kernels: &'static dyn Kernels,
     threads: Threads,
     attend_scratch: PerThread<AttendScratch>,
     top_scratch: PerThread<TopScratch>,
@@ -202,11 +200,35 @@ impl CpuBackend {
         }
         self.quantised.of = Some((x.stamp, rows));
         let width = x.columns / BLOCK;
-        let (from, quantise_row) = (x.rows(rows), self.kernels.quantise_row);
+        let (from, kernels) = (x.rows(rows), self.kernels);
         let (out, none) = ((self.quantised.room(rows * width), width), (&mut [(); 0][..], 0));
         by_rows(&mut self.threads, out, none, rows, |row, out, _| {
-            quantise_row(&from[row * x.columns..][..x.columns], out);
+            kernels.quantise_row(&from[row * x.columns..][..x.columns], out);
         });
+    }
+
+    /// Several products of the same rows.
+    fn products<const N: usize>(
+        &mut self,
+        rows: usize,
+        x: &CpuBuffer,
+        finish: Finish,
+        each: [LinearArgs<'_, Self>; N],
+    ) {
+        let weights = each.each_ref().map(|one| one.weight);
+        self.quantise_for(rows, x, weights);
+        let jobs = each.each_ref().map(|LinearArgs { weight, bias, out }| {
+            self.quantised.linear(rows, x, weight, *bias, finish, out.columns)
+        });
+        let kernels = self.kernels;
+        let mut outs = each.map(|one| (one.out.rows_mut(rows), one.weight.n));
+        let parts = outs.each_mut().map(|(out, width)| (&mut **out, *width));
+        self.threads.columns_each(parts, rows, grain(rows, weights), |i, columns, part| {
+            kernels.linear(&jobs[i], columns, part);
+        });
+        for (out, _) in outs {
+            self.strike(Op::Linear, out);
+        }
     }
 }
 
@@ -254,7 +276,7 @@ fn place(plan: &AttendBatch<'_>, row: usize) -> (usize, usize) {
 }
 
 /// The kernels of a level, or what this CPU lacks.
-fn kernels_of(level: Level) -> Result<&'static Kernels, String> {
+fn kernels_of(level: Level) -> Result<&'static dyn Kernels, String> {
     #[cfg(target_arch = "x86_64")]
     let (avx2, avx512) = (avx2::kernels(), avx512::kernels());
     #[cfg(not(target_arch = "x86_64"))]
@@ -265,8 +287,8 @@ fn kernels_of(level: Level) -> Result<&'static Kernels, String> {
     let neon = Err("aarch64");
     let lacks = |level| move |what| format!("{level}, but this CPU lacks {what}");
     match level {
-        Level::Auto => Ok(avx512.or(avx2).or(neon).unwrap_or(&portable::KERNELS)),
-        Level::Portable => Ok(&portable::KERNELS),
+        Level::Auto => Ok(avx512.or(avx2).or(neon).unwrap_or(&portable::Portable)),
+        Level::Portable => Ok(&portable::Portable),
         Level::Avx2 => avx2.map_err(lacks("avx2")),
         Level::Avx512 => avx512.map_err(lacks("avx512")),
         Level::Neon => neon.map_err(lacks("neon")),
@@ -300,7 +322,7 @@ impl Computes for CpuBackend {
     fn describe(&self) -> String {
         let threads = self.threads.count();
         let s = if threads == 1 { "" } else { "s" };
-        format!("cpu: {}, {threads} thread{s}", self.kernels.name)
+        format!("cpu: {}, {threads} thread{s}", self.kernels.name())
     }
 
     fn arithmetic_id(&self) -> u32 {
@@ -373,7 +395,7 @@ impl Backend for CpuBackend {
         let columns = x.columns;
         assert_eq!(columns, out.columns, "columns of input and output");
         let (from, weight) = (x.rows(rows), weight.vector(columns));
-        let Kernels { rms_norm_row, quantise_row, .. } = *self.kernels;
+        let kernels = self.kernels;
         // What is normed goes into a matrix next: it is quantised while it is in the cache.
         let width =
             if self.has_blocks && columns.is_multiple_of(BLOCK) { columns / BLOCK } else { 0 };
@@ -385,9 +407,9 @@ impl Backend for CpuBackend {
             (blocks, width),
             rows,
             |row, out, blocks| {
-                rms_norm_row(&from[row * columns..][..columns], weight, eps, out);
+                kernels.rms_norm_row(&from[row * columns..][..columns], weight, eps, out);
                 if width > 0 {
-                    quantise_row(out, blocks);
+                    kernels.quantise_row(out, blocks);
                 }
             },
         );
@@ -396,15 +418,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear(&mut self, rows: usize, x: &CpuBuffer, write: Write, args: LinearArgs<'_, Self>) {
-        let LinearArgs { weight, bias, out } = args;
-        self.quantise_for(rows, x, [weight]);
-        let job = self.quantised.linear(rows, x, weight, bias, write.into(), out.columns);
-        let linear = self.kernels.linear;
-        let out_rows = out.rows_mut(rows);
-        self.threads.columns(out_rows, weight.n, rows, grain(rows, [weight]), |columns, part| {
-            linear(&job, columns, part);
-        });
-        self.strike(Op::Linear, out_rows);
+        self.products(rows, x, write.into(), [args]);
     }
 
     fn linear_top(
@@ -439,20 +453,7 @@ impl Backend for CpuBackend {
         x: &CpuBuffer,
         each: [LinearArgs<'_, Self>; N],
     ) {
-        let weights = each.each_ref().map(|one| one.weight);
-        self.quantise_for(rows, x, weights);
-        let jobs = each.each_ref().map(|LinearArgs { weight, bias, out }| {
-            self.quantised.linear(rows, x, weight, *bias, Finish::Store, out.columns)
-        });
-        let linear = self.kernels.linear;
-        let mut outs = each.map(|one| (one.out.rows_mut(rows), one.weight.n));
-        let parts = outs.each_mut().map(|(out, width)| (&mut **out, *width));
-        self.threads.columns_each(parts, rows, grain(rows, weights), |i, columns, part| {
-            linear(&jobs[i], columns, part);
-        });
-        for (out, _) in outs {
-            self.strike(Op::Linear, out);
-        }
+        self.products(rows, x, Finish::Store, each);
     }
 
     fn swiglu(
@@ -466,7 +467,7 @@ impl Backend for CpuBackend {
         self.quantise_for(rows, x, [gate, up]);
         let gate_job = self.quantised.linear(rows, x, gate, None, Finish::Store, out.columns);
         let up_job = self.quantised.linear(rows, x, up, None, Finish::Gate, out.columns);
-        let linear = self.kernels.linear;
+        let kernels = self.kernels;
         let out_rows = out.rows_mut(rows);
         let grain = grain(rows, [gate, up]);
         self.threads.columns(out_rows, gate.n, rows, grain, |columns, part| {
@@ -474,8 +475,8 @@ impl Backend for CpuBackend {
             for first in columns.clone().step_by(COLUMNS_IN_CACHE) {
                 let some = first..columns.end.min(first + COLUMNS_IN_CACHE);
                 let part = &mut part.columns(first - columns.start..some.end - columns.start);
-                linear(&gate_job, some.clone(), part);
-                linear(&up_job, some, part);
+                kernels.linear(&gate_job, some.clone(), part);
+                kernels.linear(&up_job, some, part);
             }
         });
         self.strike(Op::SiluMul, out_rows);
@@ -484,10 +485,10 @@ impl Backend for CpuBackend {
     fn rope_angles(&mut self, positions: &[u32], inv_freq: &[f32], angles: &mut CpuBuffer) {
         let columns = angles.columns;
         assert_eq!(columns, 2 * inv_freq.len(), "columns of angles");
-        let (rows, angles_row) = (positions.len(), self.kernels.rope_angles_row);
+        let (rows, kernels) = (positions.len(), self.kernels);
         let (out, none) = ((angles.rows_mut(rows), columns), (&mut [(); 0][..], 0));
         by_rows(&mut self.threads, out, none, rows, |row, out, _| {
-            angles_row(positions[row], inv_freq, out);
+            kernels.rope_angles_row(positions[row], inv_freq, out);
         });
         self.strike(Op::RopeAngles, angles.rows_mut(rows));
     }
@@ -512,20 +513,20 @@ impl Backend for CpuBackend {
         assert_eq!(q.columns, shape.heads * head_dim, "columns of q");
         assert_eq!(k.columns, shape.kv_heads * head_dim, "columns of k");
         assert_eq!(v.columns, k.columns, "columns of v");
-        let (angles, rotate) = (angles.rows(rows), self.kernels.rotate);
+        let (angles, kernels) = (angles.rows(rows), self.kernels);
         for buffer in [&mut *q, &mut *k] {
             let columns = buffer.columns;
             let (out, none) = ((buffer.rows_mut(rows), columns), (&mut [(); 0][..], 0));
             by_rows(&mut self.threads, out, none, rows, |row, heads, _| {
                 for head in heads.chunks_exact_mut(head_dim) {
-                    rotate(head, &angles[row * head_dim..][..head_dim]);
+                    kernels.rotate(head, &angles[row * head_dim..][..head_dim]);
                 }
             });
         }
         self.strike(Op::RopeAppend, q.rows_mut(rows));
         let (pages, width, head) = (kv.shape().pages, kv.page_width(), kv.head_numbers());
         let grain = if rows * k.columns < NUMBERS_MIN { width } else { head };
-        let (from, f32_to_f16) = ([k.rows(rows), v.rows(rows)], self.kernels.f32_to_f16);
+        let from = [k.rows(rows), v.rows(rows)];
         let stores = kv.layer_mut(layer).map(|store| (store, width));
         self.threads.columns_each(stores, pages, grain, |i, columns, part| {
             let heads = columns.start / head..columns.end / head;
@@ -534,9 +535,9 @@ impl Backend for CpuBackend {
                 for (to, head) in part.row(page).chunks_exact_mut(head).zip(heads.clone()) {
                     let from = &heads_of_row[head * head_dim..][..head_dim];
                     if i == 0 {
-                        kv::put_key(from, at, to, f32_to_f16)
+                        kv::put_key(from, at, to, kernels)
                     } else {
-                        kv::put_value(from, at, to, f32_to_f16)
+                        kv::put_value(from, at, to, kernels)
                     }
                 }
             }
@@ -550,7 +551,7 @@ impl Backend for CpuBackend {
         assert_eq!((q.columns, out.columns), (columns, columns), "columns of q and out");
         let group = shape.heads / shape.kv_heads;
         self.attend_scratch.each(|scratch| scratch.fit(head_dim, group));
-        let (attend, scratch) = (self.kernels.attend, &self.attend_scratch);
+        let (kernels, scratch) = (self.kernels, &self.attend_scratch);
         let batch = Batch { plan: &plan, shape: &shape, layer, q: q.rows(rows), kv };
         // One row among several threads: they take key/value heads. Else each takes rows.
         let split = if rows < 2 * self.threads.count() { shape.kv_heads } else { 1 };
@@ -570,7 +571,12 @@ impl Backend for CpuBackend {
                             kv_head,
                             |i| of(i).0,
                             |task| {
-                                attend(task, scratch, part, (first, head * group * head_dim));
+                                kernels.attend(
+                                    task,
+                                    scratch,
+                                    part,
+                                    (first, head * group * head_dim),
+                                );
                             },
                         );
                     }

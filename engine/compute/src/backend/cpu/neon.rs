@@ -1,72 +1,49 @@
-//! NEON with the dot product instruction: the same sums as the portable level, 4 columns in a
-//! register.
+//! NEON with the dot product instruction: 4 columns in a register.
 //!
-//! `sdot` adds four products of bytes to each 32-bit lane, which is a word of the panel layout.
-//! The intrinsic is not stable yet, so the instruction is written in assembly. Everything without
-//! an integer dot product is the portable code: NEON and fused multiply-add are part of every
-//! aarch64 CPU, so the compiler makes vectors of it there.
+//! `sdot` adds four products of signed bytes to each 32-bit lane, which is a word of the panel
+//! layout. Intrinsics that are not stable yet are written in assembly.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
-use std::array::from_fn;
-use std::ops::Range;
-
-use hat_loader::DType;
-use hat_loader::layout::PANEL;
 
 use super::kernels::Kernels;
-use super::math::{self, BLOCK, Block};
-use super::matrix::{Linear, Sums, weight_types};
-use super::portable;
-use super::threads::Part;
+use super::simd::{Job, Simd, WordBytes, instructions, run_inside};
 
-/// Registers of 4 columns in a panel.
-const QUARTERS: usize = PANEL / 4;
-
-/// 4 columns: 4 weights (or 8 nibbles) of each.
-type Word = [u8; 16];
+/// The proof that this CPU has the instructions.
+#[derive(Clone, Copy)]
+pub(super) struct Neon(());
 
 /// The kernels of this level, or the instruction set that this CPU lacks.
-pub(super) fn kernels() -> Result<&'static Kernels, &'static str> {
+pub(super) fn kernels() -> Result<&'static dyn Kernels, &'static str> {
     if !std::arch::is_aarch64_feature_detected!("dotprod") {
         return Err("dotprod");
     }
-    Ok(&KERNELS)
+    Ok(&Neon(()))
 }
 
-static KERNELS: Kernels = Kernels { name: "neon", linear, ..portable::KERNELS };
-
-fn linear(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    // SAFETY: reached only through `KERNELS`, which leaves this file only through `kernels`,
-    // which has checked that the CPU has the dot product; NEON is part of the architecture.
-    unsafe { linear_inside(job, columns, out) }
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn linear_inside(job: &Linear<'_>, columns: Range<usize>, out: &mut Part<'_, f32>) {
-    linear_of_type(job, columns, out)
-}
-
-macro_rules! inside_this_level {
-    ($call:expr) => {
-        // SAFETY: tiles are made only in `linear_of_type`, which only `linear_inside` calls.
-        unsafe { $call }
+/// The same of all registers of 4 columns.
+macro_rules! each {
+    ($i:ident => $one:expr) => {
+        [
+            {
+                let $i = 0;
+                $one
+            },
+            {
+                let $i = 1;
+                $one
+            },
+            {
+                let $i = 2;
+                $one
+            },
+            {
+                let $i = 3;
+                $one
+            },
+        ]
     };
 }
-
-weight_types! { inside_this_level, 4 }
-
-/// The float types have nothing that the compiler does not make vectors of by itself.
-macro_rules! numbers {
-    ($($name:ident)*) => {$(
-        #[target_feature(enable = "neon,dotprod")]
-        fn $name<const R: usize>(panel: &[u8], rows: [&[f32]; R]) -> Sums<R> {
-            portable::$name(panel, rows)
-        }
-    )*};
-}
-
-numbers! { f32_numbers f16_numbers bf16_numbers }
 
 /// Adds the dot product of 4 bytes with 4 bytes to each lane.
 #[inline]
@@ -85,178 +62,122 @@ fn sdot(mut sums: int32x4_t, weights: int8x16_t, q: int8x16_t) -> int32x4_t {
     sums
 }
 
+/// 4 f16 numbers as f32, exact.
 #[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn word(bytes: &Word) -> uint8x16_t {
-    // SAFETY: a load of exactly the 16 bytes of the array.
-    unsafe { vld1q_u8(bytes.as_ptr()) }
-}
-
-/// 16 f16 numbers as f32.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn halves(words: &[Word]) -> [float32x4_t; QUARTERS] {
-    from_fn(|i| {
-        let (halves, _) = words[i / 2][i % 2 * 8..].as_chunks::<2>();
-        let four: [f32; 4] = from_fn(|c| math::f16_to_f32(u16::from_le_bytes(halves[c])));
-        // SAFETY: a load of exactly the 4 numbers of the array.
-        unsafe { vld1q_f32(four.as_ptr()) }
-    })
-}
-
-/// Activations `4 j..4 j + 4` in every lane.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn broadcast(q: &[i8; BLOCK], j: usize) -> int8x16_t {
-    vreinterpretq_s8_s32(vdupq_n_s32(bytemuck::cast(q.as_chunks::<4>().0[j])))
-}
-
-/// `acc = sum * (d * da) + acc`, fused.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn scale(
-    acc: &mut [float32x4_t; QUARTERS],
-    dots: [int32x4_t; QUARTERS],
-    d: [float32x4_t; QUARTERS],
-    da: f32,
-) {
-    for i in 0..QUARTERS {
-        acc[i] = vfmaq_f32(acc[i], vcvtq_f32_s32(dots[i]), vmulq_n_f32(d[i], da));
+#[target_feature(enable = "neon")]
+fn widen(halves: uint16x4_t) -> float32x4_t {
+    let floats;
+    // SAFETY: one instruction on these registers, which every CPU with NEON has.
+    unsafe {
+        asm!(
+            "fcvtl {0:v}.4s, {1:v}.4h",
+            lateout(vreg) floats,
+            in(vreg) halves,
+            options(pure, nomem, nostack, preserves_flags)
+        );
     }
+    floats
 }
 
-/// The registers of a tile as numbers.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn sums<const R: usize>(acc: [[float32x4_t; QUARTERS]; R]) -> Sums<R> {
-    let mut sums = [[0f32; PANEL]; R];
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        for (four, acc) in sums.as_chunks_mut::<4>().0.iter_mut().zip(acc) {
-            // SAFETY: a store of exactly the 4 numbers of the array.
-            unsafe { vst1q_f32(four.as_mut_ptr(), acc) };
+impl Simd for Neon {
+    type Floats = [float32x4_t; 4];
+    type Whole = [int32x4_t; 4];
+    type Word = [uint8x16_t; 4];
+    type Dots = [int32x4_t; 4];
+    type Scales = [int32x4_t; 4];
+
+    const NAME: &'static str = "neon";
+    const ROWS: usize = 4;
+    const QUERIES: usize = 2;
+    const RUNS: usize = 2;
+    const DOTS_ARE_I16: bool = false;
+    const SIGNED_OFFSET: i32 = 0;
+
+    run_inside! { "neon,dotprod" }
+
+    instructions! { unsafe
+        fn splat(self, x: f32) -> [float32x4_t; 4] { [vdupq_n_f32(x); 4] }
+        fn floats(self, x: &[f32; 16]) -> [float32x4_t; 4] {
+            each!(i => vld1q_f32(x[4 * i..].as_ptr()))
         }
-    }
-    sums
-}
-
-/// Dot products of a nibble plane with 32 activations.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn nibble_dots<const R: usize>(plane: &[Word], rows: [&Block; R]) -> [[int32x4_t; QUARTERS]; R] {
-    let mask = vdupq_n_u8(15);
-    let mut dots = [[vdupq_n_s32(0); QUARTERS]; R];
-    for j in 0..4 {
-        for i in 0..QUARTERS {
-            let both = word(&plane[j * QUARTERS + i]);
-            let low = vreinterpretq_s8_u8(vandq_u8(both, mask));
-            let high = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
-            for r in 0..R {
-                dots[r][i] = sdot(dots[r][i], low, broadcast(&rows[r].q, j));
-                dots[r][i] = sdot(dots[r][i], high, broadcast(&rows[r].q, j + 4));
+        fn halves(self, x: &[u8; 32]) -> [float32x4_t; 4] {
+            each!(i => widen(vreinterpret_u16_u8(vld1_u8(x[8 * i..].as_ptr()))))
+        }
+        fn bf16s(self, x: &[u8; 32]) -> [float32x4_t; 4] {
+            each!(i => {
+                let wide = vmovl_u16(vreinterpret_u16_u8(vld1_u8(x[8 * i..].as_ptr())));
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(wide))
+            })
+        }
+        fn array(self, x: [float32x4_t; 4]) -> [f32; 16] {
+            let mut out = [0f32; 16];
+            for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
+                vst1q_f32(out.as_mut_ptr(), x);
             }
+            out
+        }
+        fn mul(self, a: [float32x4_t; 4], b: [float32x4_t; 4]) -> [float32x4_t; 4] {
+            each!(i => vmulq_f32(a[i], b[i]))
+        }
+        fn fma(
+            self,
+            a: [float32x4_t; 4],
+            b: [float32x4_t; 4],
+            c: [float32x4_t; 4]
+        ) -> [float32x4_t; 4] {
+            each!(i => vfmaq_f32(c[i], a[i], b[i]))
+        }
+        fn word(self, bytes: &WordBytes) -> [uint8x16_t; 4] {
+            each!(i => vld1q_u8(bytes[16 * i..].as_ptr()))
+        }
+        fn and(self, a: [uint8x16_t; 4], bits: u8) -> [uint8x16_t; 4] {
+            each!(i => vandq_u8(a[i], vdupq_n_u8(bits)))
+        }
+        fn or(self, a: [uint8x16_t; 4], b: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+            each!(i => vorrq_u8(a[i], b[i]))
+        }
+        fn shl(self, a: [uint8x16_t; 4], bits: i32) -> [uint8x16_t; 4] {
+            each!(i => vshlq_u8(a[i], vdupq_n_s8(bits as i8)))
+        }
+        fn shr(self, a: [uint8x16_t; 4], bits: i32) -> [uint8x16_t; 4] { self.shl(a, -bits) }
+        fn dots(self, half: i32) -> [int32x4_t; 4] { [vdupq_n_s32(2 * half); 4] }
+        fn dot(self, dots: [int32x4_t; 4], word: [uint8x16_t; 4], q: [i8; 4]) -> [int32x4_t; 4] {
+            // Below 128: signed and unsigned bytes are the same.
+            self.dot_signed(dots, word, q)
+        }
+        fn dot_signed(
+            self,
+            dots: [int32x4_t; 4],
+            word: [uint8x16_t; 4],
+            q: [i8; 4]
+        ) -> [int32x4_t; 4] {
+            let q = vreinterpretq_s8_s32(vdupq_n_s32(bytemuck::cast(q)));
+            each!(i => sdot(dots[i], vreinterpretq_s8_u8(word[i]), q))
+        }
+        fn whole(self) -> [int32x4_t; 4] { [vdupq_n_s32(0); 4] }
+        fn add(self, whole: [int32x4_t; 4], dots: [int32x4_t; 4]) -> [int32x4_t; 4] {
+            each!(i => vaddq_s32(whole[i], dots[i]))
+        }
+        fn scales(self, bytes: &[u8; 16]) -> [int32x4_t; 4] {
+            let bytes = vreinterpretq_s8_u8(vld1q_u8(bytes.as_ptr()));
+            let [a, b] = [vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))];
+            [
+                vmovl_s16(vget_low_s16(a)),
+                vmovl_s16(vget_high_s16(a)),
+                vmovl_s16(vget_low_s16(b)),
+                vmovl_s16(vget_high_s16(b)),
+            ]
+        }
+        fn add_scaled(
+            self,
+            whole: [int32x4_t; 4],
+            dots: [int32x4_t; 4],
+            scales: [int32x4_t; 4]
+        ) -> [int32x4_t; 4] {
+            each!(i => vmlaq_s32(whole[i], dots[i], scales[i]))
+        }
+        fn to_floats(self, whole: [int32x4_t; 4]) -> [float32x4_t; 4] {
+            each!(i => vcvtq_f32_s32(whole[i]))
         }
     }
-    dots
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn q4_1<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let mut acc = [[vdupq_n_f32(0.0); QUARTERS]; R];
-    for (b, block) in panel.as_chunks::<16>().0.as_chunks::<20>().0.iter().enumerate() {
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        let dots = nibble_dots(&block[..16], a);
-        let (d, m) = (halves(&block[16..18]), halves(&block[18..]));
-        for r in 0..R {
-            scale(&mut acc[r], dots[r], d, a[r].d);
-            for i in 0..QUARTERS {
-                acc[r][i] = vfmaq_n_f32(acc[r][i], m[i], a[r].s);
-            }
-        }
-    }
-    sums(acc)
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn q4_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let mut acc = [[vdupq_n_f32(0.0); QUARTERS]; R];
-    for (b, block) in panel.as_chunks::<16>().0.as_chunks::<18>().0.iter().enumerate() {
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        let dots = nibble_dots(&block[..16], a);
-        let d = halves(&block[16..]);
-        for r in 0..R {
-            let offset = vdupq_n_s32(-8 * (i32::from(a[r].sums[0]) + i32::from(a[r].sums[1])));
-            let dots = from_fn(|i| vaddq_s32(dots[r][i], offset));
-            scale(&mut acc[r], dots, d, a[r].d);
-        }
-    }
-    sums(acc)
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn q8_0<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let mut acc = [[vdupq_n_f32(0.0); QUARTERS]; R];
-    for (b, block) in panel.as_chunks::<16>().0.as_chunks::<34>().0.iter().enumerate() {
-        let a: [&Block; R] = from_fn(|r| &rows[r][b]);
-        let mut dots = [[vdupq_n_s32(0); QUARTERS]; R];
-        for j in 0..8 {
-            for i in 0..QUARTERS {
-                let weights = vreinterpretq_s8_u8(word(&block[j * QUARTERS + i]));
-                for r in 0..R {
-                    dots[r][i] = sdot(dots[r][i], weights, broadcast(&a[r].q, j));
-                }
-            }
-        }
-        let d = halves(&block[32..]);
-        for r in 0..R {
-            scale(&mut acc[r], dots[r], d, a[r].d);
-        }
-    }
-    sums(acc)
-}
-
-/// Dot products of one unit of q6_k with 32 activations, scaled.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn q6_k_dots<const R: usize>(unit: &[Word; 26], rows: [&Block; R]) -> [[int32x4_t; QUARTERS]; R] {
-    let (mask, two_bits) = (vdupq_n_u8(15), vdupq_n_u8(0x30));
-    let mut dots = [[vdupq_n_s32(0); QUARTERS]; R];
-    for g in 0..2 {
-        let scales = &unit[24 + g];
-        for i in 0..QUARTERS {
-            let bits = word(&unit[16 + g * QUARTERS + i]);
-            let high = [vshlq_n_u8::<4>(bits), vshlq_n_u8::<2>(bits), bits, vshrq_n_u8::<2>(bits)];
-            let scale: [i32; 4] = from_fn(|c| i32::from(scales[i * 4 + c].cast_signed()));
-            // SAFETY: a load of exactly the 4 numbers of the array.
-            let scale = unsafe { vld1q_s32(scale.as_ptr()) };
-            let mut part = rows.map(|row| vdupq_n_s32(-32 * i32::from(row.sums[g])));
-            for s in 0..4 {
-                let both = word(&unit[s * QUARTERS + i]);
-                let low = if g == 0 { vandq_u8(both, mask) } else { vshrq_n_u8::<4>(both) };
-                let q = vreinterpretq_s8_u8(vorrq_u8(low, vandq_u8(high[s], two_bits)));
-                for r in 0..R {
-                    part[r] = sdot(part[r], q, broadcast(&rows[r].q, g * 4 + s));
-                }
-            }
-            for r in 0..R {
-                dots[r][i] = vmlaq_s32(dots[r][i], part[r], scale);
-            }
-        }
-    }
-    dots
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn q6_k<const R: usize>(panel: &[u8], rows: [&[Block]; R]) -> Sums<R> {
-    let mut acc = [[vdupq_n_f32(0.0); QUARTERS]; R];
-    for (b, block) in panel.as_chunks::<16>().0.as_chunks::<210>().0.iter().enumerate() {
-        let d = halves(&block[..2]);
-        for (u, unit) in block[2..].as_chunks::<26>().0.iter().enumerate() {
-            let a: [&Block; R] = from_fn(|r| &rows[r][b * 8 + u]);
-            let dots = q6_k_dots(unit, a);
-            for r in 0..R {
-                scale(&mut acc[r], dots[r], d, a[r].d);
-            }
-        }
-    }
-    sums(acc)
 }

@@ -33,12 +33,12 @@ impl TopScratch {
     }
 
     /// Computes some columns and keeps the largest.
-    pub(super) fn add(&mut self, kernels: &Kernels, job: &Linear<'_>, columns: Range<usize>) {
+    pub(super) fn add(&mut self, kernels: &dyn Kernels, job: &Linear<'_>, columns: Range<usize>) {
         let k = self.top.len() / job.rows;
         for first in columns.clone().step_by(COLUMNS) {
             let some = first..columns.end.min(first + COLUMNS);
             let width = some.len();
-            (kernels.linear)(job, some, &mut Part::new(&mut self.sums, width, job.rows));
+            kernels.linear(job, some, &mut Part::new(&mut self.sums, width, job.rows));
             let rows = self.sums.chunks_exact(width).zip(self.top.chunks_exact_mut(k));
             for (sums, top) in rows {
                 // By sixteen without a branch: almost all of them hold nothing to keep.

@@ -1,9 +1,7 @@
 //! Products with weights: activations in the form that a matrix's kernels take, then the kernels.
 
-use hat_cuda::gemv::{self, Gemv};
 use hat_cuda::gpu::{Gpu, GpuError, Memory as _, Slice};
-use hat_cuda::linear::linear;
-use hat_cuda::linear_float::{LinearFloat, linear_float};
+use hat_cuda::product::{Product, linear, linear_float};
 use hat_cuda::quantise_rows::{BLOCK, Q8, Q8Mut, quantise_q8, round_rows};
 use hat_cuda::table::WeightDType;
 
@@ -86,20 +84,19 @@ impl<G: Gpu> CudaBackend<G> {
         write: Write,
         out: &mut G::Memory,
     ) -> Result<(), GpuError> {
-        let write = match write {
-            Write::Store => gemv::Write::Store,
-            Write::Add => gemv::Write::Add,
-        };
         let bias = bias.map(|bias| bias.memory.slice());
-        let (weight_table, out) = (weight.table(), out.slice_mut());
+        let (table, out) = (weight.table(), out.slice_mut());
         let Prepared { blocks, rounded } = &self.prepared;
         if weight.rounds_to().is_some() {
             let x = rounded.as_ref().expect("prepared before").slice();
-            let to = LinearFloat { x, weight: weight_table, bias, write, out };
-            return linear_float(&mut self.gpu, rows, to);
+            return linear_float(
+                &mut self.gpu,
+                rows,
+                Product { x, weight: table, bias, write, out },
+            );
         }
         let [q, d, s] = blocks.as_ref().expect("prepared before");
         let x = Q8 { q: q.slice(), d: d.slice(), s: s.slice() };
-        linear(&mut self.gpu, rows, Gemv { x, weight: weight_table, bias, write, out })
+        linear(&mut self.gpu, rows, Product { x, weight: table, bias, write, out })
     }
 }
