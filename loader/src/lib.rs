@@ -62,7 +62,7 @@ pub use error::{ConfigError, LoadError};
 #[doc(hidden)]
 pub use fuzz::{fuzz_gguf, fuzz_safetensors_header};
 pub use generated::{TinyModel, generated, tiny_bundle};
-pub use gguf::GgufError;
+pub use gguf::{GgufError, gguf_files};
 pub use header::HeaderError;
 pub use sampling::SamplingDefaults;
 pub use source::{SourceModel, TextReport, TokenSettings};

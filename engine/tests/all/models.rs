@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::support::drafter::write_noise;
 use crate::support::{Bundles, names_once, said};
-use files::gguf::Gguf;
+use files::gguf::{Gguf, part_path, write_parts};
 use hat_engine::options::Drafters;
 use hat_engine::{Engine, EngineConfig};
 use hat_loader::bundle::{MANIFEST, TOKENIZER, TOKENIZER_CONFIG};
@@ -141,6 +141,17 @@ fn a_split_is_found_again_by_content_and_cut_alone() {
     let id = |path: &Path| hat_loader::Bundle::open(&path.join("device")).unwrap().model_id();
     assert_eq!(id(&first), id(&second));
     assert_ne!(id(&first), id(&third));
+
+    // A model in several files is one by any of them, and another if any of them is.
+    let directory = place.path("parts");
+    fs::create_dir(&directory).unwrap();
+    let parts = |seed| Gguf::of(&model(seed)).parts(3);
+    write_parts(&directory, &parts(1));
+    let part = |number| part_path(&directory, number, 3);
+    let first = bundle(&part(1), cut(1, 0));
+    assert_eq!(bundle(&part(3), cut(1, 0)), first);
+    parts(2)[1].write(&part(2));
+    assert_ne!(bundle(&part(1), cut(1, 0)), first);
 
     // One changed byte in any part of a directory.
     let path = place.hugging_face("hf", 1);

@@ -23,6 +23,8 @@ use crate::rows::SourceTensor;
 use crate::source::SourceModel;
 use crate::tensor::TensorBytes;
 
+pub use parts::gguf_files;
+
 use config::Architecture;
 use parse::Container;
 use parts::Part;

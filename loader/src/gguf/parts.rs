@@ -41,6 +41,14 @@ impl Part {
     }
 }
 
+/// All files of the GGUF model that `path` is a file of, in their order.
+///
+/// # Errors
+/// The first file that can't be opened, is missing, or is no GGUF file.
+pub fn gguf_files(path: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    Ok(open(path)?.into_iter().map(|part| part.path).collect())
+}
+
 /// Opens all files of the model that `path` is a file of, in their order.
 pub(super) fn open(path: &Path) -> Result<Vec<Part>, LoadError> {
     let part = Part::open(path.to_owned())?;

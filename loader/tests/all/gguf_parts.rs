@@ -1,42 +1,14 @@
 //! GGUF models in several files.
 
-use std::path::{Path, PathBuf};
-
 use hat_loader::{GgufError, LoadError, SourceModel, TinyModel, generated};
 
-use crate::files::gguf::{Gguf, Meta, assert_same_tensors, tiny};
-
-/// The files of a model in `count` parts, as llama.cpp cuts them: only the first has metadata.
-fn parts(whole: &Gguf, count: usize) -> Vec<Gguf> {
-    let tensors = whole.tensors.len();
-    let mut parts: Vec<Gguf> = (0..count)
-        .map(|number| {
-            let mut part = whole.clone();
-            if number > 0 {
-                part.metadata.clear();
-            }
-            let range = number * tensors / count..(number + 1) * tensors / count;
-            part.tensors = whole.tensors[range].to_vec();
-            part.set("split.no", Meta::U32(number as u32));
-            part.set("split.count", Meta::U32(count as u32));
-            part
-        })
-        .collect();
-    parts[0].set("split.tensors.count", Meta::I32(tensors as i32));
-    parts
-}
-
-fn path(directory: &Path, number: usize, count: usize) -> PathBuf {
-    directory.join(format!("tiny.x-{number:05}-of-{count:05}.gguf"))
-}
+use crate::files::gguf::{Gguf, Meta, assert_same_tensors, part_path, tiny, write_parts};
 
 /// Writes the files and opens the model by one of them, numbered from 1.
 fn open_by(number: usize, parts: &[Gguf]) -> (tempfile::TempDir, Result<SourceModel, LoadError>) {
     let directory = tempfile::tempdir().unwrap();
-    for (index, part) in parts.iter().enumerate() {
-        part.write(&path(directory.path(), index + 1, parts.len()));
-    }
-    let opened = SourceModel::open(&path(directory.path(), number, parts.len()));
+    write_parts(directory.path(), parts);
+    let opened = SourceModel::open(&part_path(directory.path(), number, parts.len()));
     (directory, opened)
 }
 
@@ -45,7 +17,7 @@ fn refused(parts: &[Gguf], number: usize, text: &str) {
     let (directory, opened) = open_by(1, parts);
     match opened {
         Err(LoadError::Gguf { path: got, error }) => {
-            assert_eq!(got, path(directory.path(), number, parts.len()), "{error}");
+            assert_eq!(got, part_path(directory.path(), number, parts.len()), "{error}");
             assert!(error.to_string().contains(text), "{error}");
         }
         other => panic!("{other:?}"),
@@ -56,7 +28,7 @@ fn refused(parts: &[Gguf], number: usize, text: &str) {
 fn a_model_in_parts_is_the_whole_one_whichever_part_is_named() {
     let model = generated(&TinyModel { tied: true, ..tiny() });
     for count in [2, 3, 7] {
-        let parts = parts(&Gguf::of(&model), count);
+        let parts = Gguf::of(&model).parts(count);
         for number in 1..=count {
             let (directory, opened) = open_by(number, &parts);
             let opened = opened.unwrap();
@@ -70,12 +42,12 @@ fn a_model_in_parts_is_the_whole_one_whichever_part_is_named() {
 
 #[test]
 fn a_missing_part_is_named() {
-    let parts = parts(&Gguf::of(&generated(&tiny())), 4);
+    let parts = Gguf::of(&generated(&tiny())).parts(4);
     for missing in 1..=4 {
         let (directory, _) = open_by(1, &parts);
-        let gone = path(directory.path(), missing, 4);
+        let gone = part_path(directory.path(), missing, 4);
         std::fs::remove_file(&gone).unwrap();
-        let present = path(directory.path(), if missing == 1 { 2 } else { 1 }, 4);
+        let present = part_path(directory.path(), if missing == 1 { 2 } else { 1 }, 4);
         match SourceModel::open(&present) {
             Err(LoadError::Gguf { path, error: GgufError::MissingPart { number, count } }) => {
                 assert_eq!((path, number, count), (gone, missing as u64, 4));
@@ -87,7 +59,7 @@ fn a_missing_part_is_named() {
 
 #[test]
 fn parts_that_contradict_each_other_are_refused() {
-    let good = parts(&Gguf::of(&generated(&tiny())), 3);
+    let good = Gguf::of(&generated(&tiny())).parts(3);
     let with = |number: usize, change: &dyn Fn(&mut Gguf)| {
         let mut parts = good.clone();
         change(&mut parts[number - 1]);

@@ -1,6 +1,6 @@
 //! GGUF files, and what the loader says to them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use hat_loader::{DType, Family, GgufError, LoadError, SourceModel, TinyModel};
 use serde_json::Value;
@@ -125,6 +125,38 @@ impl Gguf {
 
     pub(crate) fn write(&self, path: &Path) {
         std::fs::write(path, self.bytes()).unwrap();
+    }
+
+    /// The files of a model in `count` parts, as llama.cpp cuts them: only the first has metadata.
+    pub(crate) fn parts(&self, count: usize) -> Vec<Self> {
+        let tensors = self.tensors.len();
+        let mut parts: Vec<Self> = (0..count)
+            .map(|number| {
+                let mut part = self.clone();
+                if number > 0 {
+                    part.metadata.clear();
+                }
+                let range = number * tensors / count..(number + 1) * tensors / count;
+                part.tensors = self.tensors[range].to_vec();
+                part.set("split.no", Meta::U32(number as u32));
+                part.set("split.count", Meta::U32(count as u32));
+                part
+            })
+            .collect();
+        parts[0].set("split.tensors.count", Meta::I32(tensors as i32));
+        parts
+    }
+}
+
+/// Path of part `number`, from 1, of a model below a directory.
+pub(crate) fn part_path(directory: &Path, number: usize, count: usize) -> PathBuf {
+    directory.join(format!("tiny.x-{number:05}-of-{count:05}.gguf"))
+}
+
+/// Writes the parts of a model below a directory.
+pub(crate) fn write_parts(directory: &Path, parts: &[Gguf]) {
+    for (index, part) in parts.iter().enumerate() {
+        part.write(&part_path(directory, index + 1, parts.len()));
     }
 }
 

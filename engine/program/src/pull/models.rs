@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 use hat_loader::bundle::{FORMAT_VERSION, MANIFEST, WIRE_DEFAULT, content_hash};
 use hat_loader::file::{self, NewDirectory};
-use hat_loader::{BundleOptions, Role, Weights};
+use hat_loader::{BundleOptions, Role, Weights, gguf_files};
 use hat_transport::clock::unix_seconds;
 use indicatif::ProgressBar;
 
@@ -148,7 +148,11 @@ impl Model {
                     path.canonicalize().with_context(|| format!("reading {}", path.display()))?;
                 Ok(absolute.parent().map_or(absolute.clone(), Path::to_owned))
             }
-            Self::Gguf(path) => split_once(cache, path, &|| gguf_content(cache, path), cut),
+            Self::Gguf(path) => {
+                // The split says it of a file that is wrong.
+                let files = gguf_files(path).unwrap_or_else(|_| vec![path.clone()]);
+                split_once(cache, &files[0], &|| gguf_content(cache, &files), cut)
+            }
             Self::HuggingFace(path) => {
                 split_once(cache, path, &|| directory_content(cache, path), cut)
             }
@@ -247,8 +251,17 @@ fn name_of(path: &Path, content: blake3::Hash, options: BundleOptions) -> anyhow
     Ok(format!("{stem}-{key}-split{split_layer}-tail{tail_layers}-v{FORMAT_VERSION}"))
 }
 
-fn gguf_content(cache: &Path, path: &Path) -> anyhow::Result<blake3::Hash> {
-    Reading::spinner(path).hash(cache, path)
+/// Hash of a file's content, or of those of all files of a model.
+fn gguf_content(cache: &Path, files: &[PathBuf]) -> anyhow::Result<blake3::Hash> {
+    let spinner = Reading::spinner(&files[0]);
+    if let [file] = files {
+        return spinner.hash(cache, file);
+    }
+    let mut hasher = blake3::Hasher::new();
+    for file in files {
+        hasher.update(spinner.hash(cache, file)?.as_bytes());
+    }
+    Ok(hasher.finalize())
 }
 
 /// Hash of the names and contents of all parts, in the order of the names.
