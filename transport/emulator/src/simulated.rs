@@ -29,7 +29,7 @@ pub struct Conditions {
 }
 
 /// One direction of a socket whose times change as a function says. Frames arrive one by one, and
-/// the first [`SEGMENT_BYTES`] of each before the rest, by which a receiver knows the rate.
+/// the first `SEGMENT_BYTES` of each before the rest, by which a receiver knows the rate.
 pub struct Way {
     /// Time that so many bytes take if they are sent at this moment.
     pub bytes: Box<dyn Fn(Instant, usize) -> Duration + Send + Sync>,

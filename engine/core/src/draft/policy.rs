@@ -2,9 +2,9 @@
 //!
 //! A round of `k` drafts is expected to yield `1 + p_1 + .. + p_k` tokens (the decided one, and
 //! each draft with its probability) and to take
-//! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`, as [`Estimator::round`]
+//! `device(k + 1) + wait(k + 1) + step(k + 1) + tokens * head + drafting`, as `Estimator::round`
 //! has it. Zero drafts may win. Rows that go up while others are away pay by other rules, since
-//! nobody waits for them unless verification comes by: see [`Estimator::draft_batch`]. Pure: the
+//! nobody waits for them unless verification comes by: see `Estimator::draft_batch`. Pure: the
 //! caller measures.
 
 use super::lookup::BRANCHES_MAX;
