@@ -3,7 +3,7 @@
 //! The line between [`Request`] and [`OpenSession`] is the line of a replay: a session that is lost
 //! is replaced by [`Session::Closed`], and everything that died with it is gone.
 //!
-//! What a request computes stands by phase, each with its own types: `prompt` its decided rows,
+//! The work of a request stands by phase, each with its own types: `prompt` its decided rows,
 //! `tree` its drafts, `verify` what comes back.
 
 use std::time::{Duration, Instant};
